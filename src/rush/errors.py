@@ -1,0 +1,33 @@
+"""The errors a user can meet: every one says what was given, what is allowed and what to do."""
+
+
+class RushError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class ConfigError(RushError, ValueError):
+    """A recipe, an override or an option is not allowed."""
+
+
+class DataError(RushError, ValueError):
+    """A data set is missing, damaged, empty or not what it should be; the text names the file and the remedy."""
+
+
+class InputError(RushError, ValueError):
+    """An argument of a library call (images, labels, numbers) is out of its range or has the wrong shape."""
+
+
+class ModelError(RushError, ValueError):
+    """A classifier cannot be smoothed, certified or attacked as it is."""
+
+
+class RunError(RushError):
+    """A run folder does not hold what a stage needs, or holds something that would be overwritten."""
+
+
+class CheckpointError(RushError):
+    """A checkpoint cannot be read or does not belong to this run."""
+
+
+class SandwichError(RushError):
+    """Attacks broke more certified images than the stated levels allow: the certificate or the attack is wrong."""
