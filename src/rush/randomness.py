@@ -60,7 +60,9 @@ def seeded_init(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 def _filled_state(state: torch.Tensor, key: bytes) -> torch.Tensor:
     if state.numel() != _CPU_STATE_BYTES:
-        raise RuntimeError(f"torch {torch.__version__} keeps its CPU generator in {state.numel()} bytes, expected {_CPU_STATE_BYTES}")
+        raise RuntimeError(
+            f"torch {torch.__version__} keeps its CPU generator in {state.numel()} bytes, expected {_CPU_STATE_BYTES}"
+        )
     words = np.random.SeedSequence(int.from_bytes(key, "little")).generate_state(_MT19937_WORDS).astype(np.int64)
     state[_CPU_STATE_OFFSET : _CPU_STATE_OFFSET + 8 * _MT19937_WORDS] = torch.from_numpy(words).view(torch.uint8)
     return state

@@ -44,9 +44,13 @@ def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float =
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 1 or first.size == 0:
-        raise InputError(f"need two boolean arrays of one equal, positive length, got shapes {first.shape} and {second.shape}")
+        raise InputError(
+            f"need two boolean arrays of one equal, positive length, got shapes {first.shape} and {second.shape}"
+        )
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     b, c, n = only_first + 0.5, only_second + 0.5, first.size + 2
     centre = (b - c) / n
     half = float(special.ndtri((1 + confidence) / 2)) * np.sqrt((b + c) - (b - c) ** 2 / n) / n
-    return Interval((only_first - only_second) / first.size, float(max(-1.0, centre - half)), float(min(1.0, centre + half)))
+    return Interval(
+        (only_first - only_second) / first.size, float(max(-1.0, centre - half)), float(min(1.0, centre + half))
+    )

@@ -1,0 +1,275 @@
+"""Recipes: read from TOML, overridden field by field, validated once and frozen; nothing here imports torch."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rush.errors import ConfigError
+from rush.options import EncoderName, FinetuneMode, Norm, OptimizerName, PrecisionChoice, Stage, parse_fraction
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Level = Annotated[float, Field(gt=0, lt=0.5)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """Which images: a name or path for ``rush.load_images``; ``root`` is where official archives or shards lie."""
+
+    name: str
+    root: str | None = None
+
+
+class ModelConfig(Section):
+    """The encoder and its width (channels of the first stage)."""
+
+    encoder: EncoderName
+    width: Annotated[int, Field(ge=1, le=1024)] = 64
+
+
+class SmoothingConfig(Section):
+    """Standard deviation of the smoothing noise, in [0, 1] pixel units."""
+
+    sigma: Positive
+
+
+class ExecutionConfig(Section):
+    """How the classifier is run: ``tile`` is the fixed batch size of every certified, predicted or judged sample."""
+
+    device: str = "auto"
+    precision: PrecisionChoice = "auto"
+    tile: Annotated[int, Field(ge=1, le=65536)] = 256
+
+
+class ViewsConfig(Section):
+    """Distribution of one contrastive view; probabilities and strengths as in SimCLR (Chen et al. 2020, appendix A and B.9)."""
+
+    crop_scale: tuple[Positive, Positive] = (0.2, 1.0)
+    crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
+    flip: Share = 0.5
+    jitter: Share = 0.8
+    brightness: NonNegative = 0.4
+    contrast: NonNegative = 0.4
+    saturation: NonNegative = 0.4
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    greyscale: Share = 0.2
+    blur: Share = 0.0
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    noise_sigma: NonNegative = 0.0
+
+
+class TrainingConfig(Section):
+    """What both trainings share."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(ge=2)]
+    optimizer: OptimizerName = "sgd"
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 1e-4
+    warmup_epochs: NonNegative = 0.0
+
+
+class PretrainConfig(TrainingConfig):
+    """Contrastive pre-training; 0 epochs leave the encoder untrained, i.e. fine-tuning starts from scratch."""
+
+    temperature: Positive = 0.5
+    projector_hidden: Count = 512
+    projector_out: Count = 128
+    knn_neighbours: Count = 200
+    views: ViewsConfig = ViewsConfig()
+
+
+class FinetuneConfig(TrainingConfig):
+    """Supervised training under Gaussian noise of ``smoothing.sigma``; ``linear`` trains the head on a frozen encoder."""
+
+    epochs: Count
+    mode: FinetuneMode = "full"
+    label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    labels_per_class: Count | None = None
+    flip: Share = 0.5
+    shift: Annotated[int, Field(ge=0)] = 4
+
+    @model_validator(mode="after")
+    def _one_way_to_choose_labels(self) -> "FinetuneConfig":
+        if self.labels_per_class is not None and self.label_fraction != 1.0:
+            raise ValueError("give label_fraction or labels_per_class, not both")
+        return self
+
+
+class CertifyConfig(Section):
+    """Certification (Cohen et al. 2019); ``images`` are the first so many of the test split, None all."""
+
+    images: Count | None = None
+    num_selection: Count = 100
+    num_estimation: Count = 10_000
+    alpha: Level = 0.001
+
+
+class AttackConfig(Section):
+    """The ladder of attackers and the verdict; ``epsilon`` is a number or a fraction such as "8/255"."""
+
+    images: Count | None = None
+    norm: Norm = "linf"
+    epsilon: str = "8/255"
+    steps: Count = 20
+    step_size: str = "2/255"
+    restarts: Count = 1
+    eot_samples: tuple[Count, ...] = (1, 4, 16, 64)
+    alpha: Level = 0.001
+    max_votes: Annotated[int, Field(ge=100)] = 10_000
+
+    @field_validator("epsilon", "step_size", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("epsilon", "step_size")
+    @classmethod
+    def _positive_fraction(cls, value: str) -> str:
+        if parse_fraction(value) <= 0:
+            raise ValueError(f"must be > 0, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _epsilon_in_pixels(self) -> "AttackConfig":
+        if self.norm == "linf" and parse_fraction(self.epsilon) > 1:
+            raise ValueError(
+                f"epsilon = {self.epsilon} exceeds the pixel range [0, 1]; did you mean {self.epsilon}/255?"
+            )
+        if list(self.eot_samples) != sorted(set(self.eot_samples)) or not self.eot_samples:
+            raise ValueError(f"eot_samples must be ascending and distinct, got {list(self.eot_samples)}")
+        return self
+
+
+class Recipe(Section):
+    """One run from pre-training to report; see the recipes shipped in ``rush/recipes``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig
+    model: ModelConfig
+    smoothing: SmoothingConfig
+    execution: ExecutionConfig = ExecutionConfig()
+    pretrain: PretrainConfig
+    finetune: FinetuneConfig
+    certify: CertifyConfig = CertifyConfig()
+    attack: AttackConfig = AttackConfig()
+
+    def to_json(self) -> str:
+        """The resolved recipe, every default written out."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+# The sections that decide what a stage computes, beside those of the stages before it.
+STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
+    "pretrain": ("name", "seed", "data", "model", "execution", "pretrain"),
+    "finetune": ("smoothing", "finetune"),
+    "certify": ("certify",),
+    "attack": ("attack",),
+}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The TOML text of a shipped recipe or of a file; ConfigError when there is neither."""
+    if name_or_path in recipe_names():
+        return _shipped().joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
+    path = Path(name_or_path)
+    if path.suffix != ".toml" or not path.is_file():
+        hint = _closest(name_or_path, recipe_names())
+        raise ConfigError(
+            f"no recipe {name_or_path!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a .toml file"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | None = None) -> Recipe:
+    """The validated recipe; ``overrides`` are ``section.field=value`` texts, ``data`` replaces where the images lie.
+
+    Raises: ConfigError naming the field, what was given and what is allowed.
+    """
+    try:
+        values = tomllib.loads(recipe_text(name_or_path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error}") from error
+    return build_recipe(values, overrides, data, source=f"recipe {name_or_path}")
+
+
+def build_recipe(
+    values: dict[str, Any], overrides: Sequence[str] = (), data: str | None = None, source: str = "recipe"
+) -> Recipe:
+    """The validated recipe of plain ``values`` with ``overrides`` applied; raises ConfigError like ``load_recipe``."""
+    for override in overrides:
+        _apply(values, override)
+    if data is not None:
+        values.setdefault("data", {})["root"] = str(Path(data).expanduser().resolve())
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(entry) for entry in error.errors())) from None
+
+
+def _shipped() -> Any:
+    return resources.files("rush") / "recipes"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} must read section.field=value, e.g. pretrain.epochs=10")
+    target: Any = values
+    for key in keys[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r}: {key} is a single value, it has no fields")
+    target[keys[-1]] = _parse_value(text.strip())
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(entry: Any) -> str:
+    where = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        allowed = _fields_at(entry["loc"][:-1])
+        return f"{where}: unknown key{_closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    message = entry["msg"].removeprefix("Value error, ")
+    given = "" if entry["type"] == "missing" or isinstance(entry["input"], dict) else f" (given: {entry['input']!r})"
+    return f"{where}: {message}{given}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return sorted(section.model_fields)
+
+
+def _closest(given: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, allowed, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,36 @@
+"""The digits embedded in scikit-learn (Alpaydin and Kaynak 1998, UCI test part): 1,797 real 8x8 greyscale images."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from rush.data.images import ImageSet, stratified_counts
+
+NUM_TEST = 400
+_LARGEST = 16  # scikit-learn's pixels are whole numbers 0..16
+
+
+def load_digits(split: str) -> ImageSet:
+    """The "train" (1,397) or "test" (400) images, uint8 (N, 1, 8, 8), labels 0..9; ids are positions in scikit-learn's order.
+
+    The split is stratified and fixed for good: of each class the images whose salted SHA-256 of the id is smallest are the test
+    images, so that it depends on no library's random numbers.
+    """
+    from sklearn import datasets
+
+    source = datasets.load_digits()
+    pixels = np.round(source.images * 255 / _LARGEST).astype(np.uint8)[:, None]
+    labels = source.target.astype(np.int64)
+    ids = np.array([f"digits-{row:04d}" for row in range(len(labels))])
+    everything = ImageSet(
+        torch.from_numpy(pixels), torch.from_numpy(labels), tuple(map(str, source.target_names)), ids, "digits", split
+    )
+    held_out = _test_rows(ids, labels)
+    return everything[held_out if split == "test" else np.setdiff1d(np.arange(len(labels)), held_out)]
+
+
+def _test_rows(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    order = np.argsort([hashlib.sha256(f"rush digits split 0: {name}".encode()).hexdigest() for name in ids])
+    quotas = stratified_counts(np.bincount(labels), NUM_TEST)
+    return np.sort(np.concatenate([order[labels[order] == label][:quota] for label, quota in enumerate(quotas)]))

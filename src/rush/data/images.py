@@ -1,0 +1,227 @@
+"""The one form that images take in this library: 8-bit pixels with labels, class names and identifiers that survive subsetting."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from rush.errors import DataError, InputError
+
+Index = slice | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageSet:
+    """One split of a data set, on the CPU.
+
+    images: uint8 (N, C, H, W). labels: int64 (N,) in 0..K-1, or None. classes: the K class names. ids: text (N,), unique.
+    ``images[index]`` takes a slice, integers or a boolean mask and keeps ids and labels with their pixels.
+    Raises: DataError when a field has another type or shape, lengths differ, a label is out of range, an id repeats or N is 0.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    classes: tuple[str, ...]
+    ids: np.ndarray
+    name: str
+    split: str
+
+    def __post_init__(self) -> None:
+        where = f"{self.name}/{self.split}"
+        _check_images(self.images, where)
+        _check_classes(self.classes, where)
+        _check_ids(self.ids, len(self.images), where)
+        if self.labels is not None:
+            _check_label_tensor(self.labels, where)
+            check_labels(self.labels.numpy(), len(self.images), len(self.classes), where)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(size) for size in self.images.shape[1:])
+        labelled = f"{self.num_classes} classes" if self.labels is not None else "no labels"
+        return f"ImageSet({self.name}/{self.split}: {len(self)} images of {shape}, {labelled})"
+
+    def __getitem__(self, index: Index) -> "ImageSet":
+        """The chosen images with their ids and labels. Raises: InputError for an index that is not allowed or selects nothing."""
+        chosen = _positions(index, len(self))
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, images=self.images[chosen], labels=labels, ids=self.ids[chosen])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def pixels(self, indices: Index | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
+        """float32 (n, C, H, W) in [0, 1]: ``images.float() / 255`` of all or of the chosen images, rounded alike on every device."""
+        chosen = self.images if indices is None else self.images[_positions(indices, len(self))]
+        # A Python scalar would become a multiplication by 1/255 on CUDA, which rounds differently from the CPU's division.
+        return chosen.to(device).float().div_(torch.tensor(255.0, device=device))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over ids, shape, pixels and labels, in this order; class names and the set's own name do not enter."""
+        digest = hashlib.sha256(json.dumps([self.ids.tolist(), list(self.images.shape)]).encode())
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(b"unlabelled" if self.labels is None else self.labels.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def without_labels(self) -> "ImageSet":
+        """The same images with ``labels`` None: what pre-training is given, so that it cannot read them."""
+        return replace(self, labels=None)
+
+
+def check_labels(labels: np.ndarray, num_images: int, num_classes: int, where: str) -> torch.Tensor:
+    """``labels`` as int64 (N,). Raises: DataError naming ``where`` unless there are N = ``num_images`` integers in 0..K-1."""
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{where}: labels must be integers of shape (N,), got {labels.dtype} {labels.shape}; store one class index per image"
+        )
+    if len(labels) != num_images:
+        raise DataError(f"{where}: {len(labels)} labels for {num_images} images; store exactly one label per image")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise DataError(
+            f"{where}: row {wrong[0]} has label {labels[wrong[0]]}, allowed are 0..{num_classes - 1} ({num_classes} classes); "
+            f"{wrong.size} of {num_images} labels are out of range: correct them, name every class, or drop the labels"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: torch.Generator) -> ImageSet:
+    """A random subset in which every class present keeps its share, in the original order.
+
+    ``n_or_fraction``: a number of images (int, 1..N) or a share of them (float, in (0, 1], rounded to whole images). Shares are
+    rounded by largest remainder, so that balanced classes differ by at most one; every class present gets at least one image.
+    Random: which images of a class are drawn, from ``generator``.
+    Raises: InputError without labels, for a size out of range or smaller than the number of classes present.
+    """
+    if images.labels is None:
+        raise InputError(f"{images!r} has no labels to stratify by; use images[index]")
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator must be a torch.Generator, e.g. rush.randomness.stream(seed, 'subset'), got {generator!r}"
+        )
+    labels = images.labels.numpy()
+    present = np.unique(labels)
+    size = _subset_size(n_or_fraction, len(images), len(present))
+    counts = np.array([(labels == label).sum() for label in present])
+    drawn = []
+    for label, quota in zip(present, stratified_counts(counts, size), strict=True):
+        members = np.flatnonzero(labels == label)
+        order = torch.randperm(len(members), generator=generator, device=generator.device)
+        drawn.append(members[order[:quota].cpu().numpy()])
+    return images[np.sort(np.concatenate(drawn))]
+
+
+def stratified_counts(counts: np.ndarray, size: int) -> np.ndarray:
+    """How many of ``size`` each class gets, in proportion to its positive ``counts`` (largest remainder) and at least one.
+
+    Exact in integers; ties go to the earlier class. Needs len(counts) <= size <= counts.sum().
+    """
+    total = counts.sum()
+    due = size * counts  # in units of 1 / total images
+    quotas = np.maximum(due // total, 1)
+    while quotas.sum() < size:
+        quotas[np.argmax(np.where(quotas < counts, due - quotas * total, -(total**2)))] += 1
+    while quotas.sum() > size:
+        quotas[np.argmax(np.where(quotas > 1, quotas * total - due, -(total**2)))] -= 1
+    return quotas
+
+
+def _subset_size(n_or_fraction: int | float, total: int, num_present: int) -> int:
+    is_count = isinstance(n_or_fraction, int) and not isinstance(n_or_fraction, bool) and 1 <= n_or_fraction <= total
+    is_share = isinstance(n_or_fraction, float) and 0 < n_or_fraction <= 1
+    if not (is_count or is_share):
+        raise InputError(f"subset size must be an int in 1..{total} or a float in (0, 1], got {n_or_fraction!r}")
+    size = int(n_or_fraction) if is_count else round(n_or_fraction * total)
+    if size < num_present:
+        raise InputError(
+            f"{n_or_fraction!r} of {total} images is {size}, fewer than the {num_present} classes present; ask for at least {num_present}"
+        )
+    return size
+
+
+def _positions(index: Index, total: int) -> slice | np.ndarray:
+    if isinstance(index, slice):
+        chosen = range(total)[index]
+        if not chosen:
+            raise InputError(f"{index} selects none of {total} images")
+        return index if chosen.step > 0 else np.array(chosen)
+    array = index.detach().cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iub":
+        raise InputError(
+            f"index must be a slice, a non-empty 1-d list of integers or a boolean mask of {total}, "
+            f"got {type(index).__name__} of shape {array.shape}, {array.dtype}; for one image use images[i : i + 1]"
+        )
+    if array.dtype.kind == "b":
+        return _masked(array, total)
+    if array.min() < -total or array.max() >= total:
+        raise InputError(
+            f"index must lie in {-total}..{total - 1} for {total} images, got {array.min()}..{array.max()}"
+        )
+    return array.astype(np.int64) % total
+
+
+def _masked(mask: np.ndarray, total: int) -> np.ndarray:
+    if len(mask) != total or not mask.any():
+        raise InputError(
+            f"a boolean mask must have {total} entries and select at least one, got {len(mask)} with {int(mask.sum())} true"
+        )
+    return np.flatnonzero(mask)
+
+
+def _check_images(images: torch.Tensor, where: str) -> None:
+    if (
+        not isinstance(images, torch.Tensor)
+        or images.dtype != torch.uint8
+        or images.ndim != 4
+        or images.device.type != "cpu"
+    ):
+        kind = (
+            f"{images.dtype} {tuple(images.shape)} on {images.device}"
+            if isinstance(images, torch.Tensor)
+            else type(images).__name__
+        )
+        raise DataError(
+            f"{where}: images must be a torch.uint8 tensor (N, C, H, W) with values 0..255 on the cpu, got {kind}; convert it first"
+        )
+    if images.numel() == 0:
+        raise DataError(
+            f"{where}: empty, images have shape {tuple(images.shape)}; give at least one image with at least one pixel"
+        )
+
+
+def _check_classes(classes: tuple[str, ...], where: str) -> None:
+    if (
+        not isinstance(classes, tuple)
+        or not all(isinstance(name, str) for name in classes)
+        or len(set(classes)) != len(classes)
+    ):
+        raise DataError(f"{where}: classes must be a tuple of different names, got {classes!r}")
+
+
+def _check_ids(ids: np.ndarray, num_images: int, where: str) -> None:
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind != "U" or ids.shape != (num_images,):
+        kind = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        raise DataError(
+            f"{where}: ids must be a numpy array of str of shape ({num_images},), got {kind}; use np.array([...], dtype=str)"
+        )
+    if len(set(ids.tolist())) != num_images:
+        names, counts = np.unique(ids, return_counts=True)
+        raise DataError(
+            f"{where}: ids must be unique, {names[counts.argmax()]!r} occurs {counts.max()} times; select or name each image once"
+        )
+
+
+def _check_label_tensor(labels: torch.Tensor, where: str) -> None:
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.device.type != "cpu":
+        kind = f"{labels.dtype} on {labels.device}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise DataError(
+            f"{where}: labels must be None or a torch.int64 tensor (N,) on the cpu, got {kind}; use labels.long().cpu()"
+        )

@@ -1,0 +1,466 @@
+"""Views: random augmentations of a whole batch at once, on the device of the images, every image with parameters of its own.
+
+Two layers. The *operations* (``crop_resize``, ``adjust_*``, ``greyscale``, ``gaussian_blur``, ``gaussian_noise``) are pure functions
+of images and explicit parameters. ``Views`` is the *distribution*: it draws the parameters from a generator and applies the
+operations in one fixed order: crop and flip, brightness, contrast, saturation, hue, greyscale, blur, noise. Nothing loops over images,
+nothing waits for the device, no gradients flow, and an image's view depends on its own parameters only. Every output is clipped to [0, 1],
+except for the noise.
+
+Semantics are those of torchvision (``RandomResizedCrop``, ``RandomHorizontalFlip``, ``ColorJitter``, ``RandomGrayscale``, ``GaussianBlur``)
+and of the operations of the same meaning in kornia, except for:
+
+- the order of the four colour changes is fixed (above); torchvision and SimCLR shuffle it for each image, kornia for each batch;
+- luma is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as kornia; torchvision rounds 0.2989), so that grey stays what it is;
+- contrast blends with the mean luma itself (as kornia and torchvision on float images; on uint8 torchvision rounds that mean);
+- the output has the size of the input, so a crop is only ever enlarged and antialiasing has no part;
+- crop boxes are drawn by ten attempts made at once, of which the first that fits is taken: the same distribution, other draws;
+- an image that is not jittered still goes through HSV when ``Views`` jitters at all, which moves its pixels by less than 2e-6.
+
+Sources: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", appendix A (the operations) and B.9 (CIFAR-10:
+colour strength 0.5, no blur); crops: Szegedy et al. 2015, "Going Deeper with Convolutions", section 6.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rush.errors import ConfigError, InputError
+
+_LUMA = (0.299, 0.587, 0.114)
+_CROP_ATTEMPTS = 10
+_CHUNK_VALUES = 128 * 3 * 32 * 32  # on a CPU this many values at a time: they and their temporaries stay in the cache
+_TINY_CHROMA = 1e-12  # below it a pixel is grey and its hue is of no consequence
+
+# Columns of the uniform matrix that Views.draw takes.
+_AREA = slice(0, _CROP_ATTEMPTS)
+_RATIO = slice(_CROP_ATTEMPTS, 2 * _CROP_ATTEMPTS)
+_TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _BLUR_SIGMA = range(20, 31)
+_SHIFT = slice(31, 33)
+_DRAWS = 33
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """What is done to each image of a batch; None leaves an operation out for all of them.
+
+    boxes: (B, 4) float32, top, left, height and width in pixels (see ``crop_resize``); flip: (B,) bool;
+    brightness, contrast, saturation: (B,) factors, 1 changes nothing; hue: (B,) turns in [-0.5, 0.5], 0 changes nothing;
+    greyscale: (B,) bool; blur_sigma: (B,) in pixels, 0 changes nothing.
+    """
+
+    boxes: Tensor | None = None
+    flip: Tensor | None = None
+    brightness: Tensor | None = None
+    contrast: Tensor | None = None
+    saturation: Tensor | None = None
+    hue: Tensor | None = None
+    greyscale: Tensor | None = None
+    blur_sigma: Tensor | None = None
+
+    def __getitem__(self, samples: slice) -> "ViewParameters":
+        """The parameters of some of the samples."""
+        return ViewParameters(*(None if value is None else value[samples] for value in self._values()))
+
+    def _values(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Views:
+    """The distribution of random views; calling it draws one view of every image of a batch.
+
+    The defaults are SimCLR's for CIFAR-10 (colour strength 0.5, no blur) with crops from 0.2 of the area on, where SimCLR has 0.08.
+    ``Views.weak()`` is the usual augmentation of supervised training: a small shift and a flip.
+
+    crop_scale: least and greatest area of the crop, as a share of the image; (1, 1) leaves the crop out.
+    crop_ratio: least and greatest width / height of the crop, uniform in its logarithm.
+    shift_pad: greatest shift in pixels along each axis, what comes in is black (pad and crop); not together with a crop.
+    flip, jitter, greyscale, blur: probabilities of the horizontal flip, the colour change, the greyscale and the blur.
+    brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value]; hue: uniform in +-value, in turns.
+    blur_sigma: least and greatest sigma of the blur in pixels; its kernel is ``blur_kernel_size`` wide.
+    noise_sigma: standard deviation of the Gaussian noise added last, in units of [0, 1] pixels; never clipped.
+
+    Raises: ConfigError when a value is out of its range.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    shift_pad: int = 0
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    greyscale: float = 0.2
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    noise_sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_range("crop_scale", self.crop_scale, most=1.0)
+        _check_range("crop_ratio", self.crop_ratio)
+        _check_range("blur_sigma", self.blur_sigma)
+        for name in ("flip", "jitter", "greyscale", "blur"):
+            _check_number(name, getattr(self, name), most=1.0)
+        for name in ("brightness", "contrast", "saturation", "noise_sigma"):
+            _check_number(name, getattr(self, name))
+        _check_number("hue", self.hue, most=0.5)
+        if isinstance(self.shift_pad, bool) or not isinstance(self.shift_pad, int) or self.shift_pad < 0:
+            raise ConfigError(f"shift_pad must be an integer >= 0 (pixels), got {self.shift_pad!r}")
+        if self.shift_pad and self._crops:
+            raise ConfigError(
+                f"shift_pad={self.shift_pad} and crop_scale={self.crop_scale} exclude each other; "
+                "set crop_scale=(1.0, 1.0) to shift or shift_pad=0 to crop"
+            )
+
+    @classmethod
+    def weak(cls, shift_pad: int = 4, flip: float = 0.5, noise_sigma: float = 0.0) -> "Views":
+        """Random shift over black borders and horizontal flip, the weak augmentation of supervised training on CIFAR."""
+        return cls((1.0, 1.0), shift_pad=shift_pad, flip=flip, jitter=0.0, greyscale=0.0, noise_sigma=noise_sigma)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """One random view of every image: float32 of the shape of ``x``, in [0, 1] except for the noise; no gradients flow.
+
+        Drawn from ``generator`` in this order: one uniform matrix with a row per sample (``draw``), then, where noise_sigma > 0,
+        one standard normal value per pixel. The same generator state gives the same bits.
+
+        x: (B, C, H, W) with C 1 or 3; float32 in [0, 1] (not checked, that would wait for the device) or uint8, which is divided by 255.
+        Raises: InputError when ``x`` is of another shape or type, or ``generator`` is missing or on another type of device.
+        """
+        _check_images(x)
+        _check_generator(generator, x.device)
+        batch, _, height, width = x.shape
+        view = apply_view(x, self.draw(batch, (height, width), generator))
+        return gaussian_noise(view, self.noise_sigma, generator) if self.noise_sigma > 0 else view
+
+    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> ViewParameters:
+        """The parameters of one view each of ``batch`` images of ``size`` (height, width), on the generator's device.
+
+        Takes ``torch.rand(batch, 33)`` from ``generator`` whatever the options are, so that no option moves another one's draws. A row
+        is a sample; its columns are the areas of ten crop attempts (0-9) and their ratios (10-19), the crop's top and left, flip, whether
+        jittered, brightness, contrast, saturation, hue, greyscale, whether blurred, blur sigma (20-30), shift down and right (31-32).
+        """
+        _check_generator(generator)
+        uniform = torch.rand(batch, _DRAWS, generator=generator, device=generator.device)
+        return ViewParameters(
+            boxes=self._boxes(uniform, size),
+            flip=uniform[:, _FLIP] < self.flip if self.flip > 0 else None,
+            **self._colours(uniform),
+            greyscale=uniform[:, _GREY] < self.greyscale if self.greyscale > 0 else None,
+            blur_sigma=self._blurs(uniform),
+        )
+
+    @property
+    def _crops(self) -> bool:
+        return tuple(self.crop_scale) != (1.0, 1.0)
+
+    def _boxes(self, uniform: Tensor, size: tuple[int, int]) -> Tensor | None:
+        if self._crops:
+            return _crop_boxes(uniform, size, self.crop_scale, self.crop_ratio)
+        return _shift_boxes(uniform, size, self.shift_pad) if self.shift_pad else None
+
+    def _colours(self, uniform: Tensor) -> dict[str, Tensor | None]:
+        """Factors of the four colour changes; those of a sample that is not jittered change nothing."""
+        jittered = uniform[:, _JITTER] < self.jitter
+
+        def drawn(strength: float, column: int, low: float, high: float, neutral: float) -> Tensor | None:
+            if strength == 0 or self.jitter == 0:
+                return None
+            return torch.where(jittered, low + (high - low) * uniform[:, column], neutral)
+
+        def factor(strength: float, column: int) -> Tensor | None:
+            return drawn(strength, column, max(0.0, 1 - strength), 1 + strength, 1.0)
+
+        return {
+            "brightness": factor(self.brightness, _BRIGHTNESS),
+            "contrast": factor(self.contrast, _CONTRAST),
+            "saturation": factor(self.saturation, _SATURATION),
+            "hue": drawn(self.hue, _HUE, -self.hue, self.hue, 0.0),
+        }
+
+    def _blurs(self, uniform: Tensor) -> Tensor | None:
+        if self.blur == 0:
+            return None
+        low, high = self.blur_sigma
+        return torch.where(uniform[:, _BLUR] < self.blur, low + (high - low) * uniform[:, _BLUR_SIGMA], 0.0)
+
+
+def apply_view(x: Tensor, parameters: ViewParameters) -> Tensor:
+    """The images after the operations that ``parameters`` name, in the fixed order of this module; float32 in [0, 1].
+
+    Nothing is random, ``x`` is left as it is. On a CPU the batch is worked through in pieces that fit the cache.
+
+    x: (B, C, H, W) float32 in [0, 1] or uint8. Raises: InputError as the operations do.
+    """
+    _check_images(x)
+    if x.device.type != "cpu" or x.numel() <= _CHUNK_VALUES:
+        return _apply_to_chunk(x, parameters)
+    step = max(1, _CHUNK_VALUES // x[0].numel())
+    view = torch.empty(x.shape, device=x.device)
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        view[rows] = _apply_to_chunk(x[rows], parameters[rows])
+    return view
+
+
+def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
+    """Each image's box enlarged to the whole image, then mirrored left to right where ``flip`` says so.
+
+    Bilinear with pixel centres at half-integers (align_corners=False); what lies inside the image but outside the box has no influence, what
+    lies outside the image is black. A box of the image's own size at an integer offset is a shift.
+
+    x: (B, C, H, W) float32. boxes: (B, 4) float32, top, left, height, width in pixels. flip: (B,) bool or None.
+    Raises: InputError when shapes do not fit.
+    """
+    _check_images(x)
+    batch, _, height, width = x.shape
+    _check_shape("boxes", boxes, (batch, 4))
+    top, left, box_height, box_width = boxes.to(x.dtype).split(1, dim=1)
+    rows = _sampling(top, box_height, height)
+    columns = _sampling(left, box_width, width)
+    if flip is not None:
+        columns = torch.where(_per_sample("flip", flip, batch).view(batch, 1), columns.flip(1), columns)
+    grid = torch.empty(batch, height, width, 2, device=x.device)
+    grid[..., 0] = columns[:, None, :]
+    grid[..., 1] = rows[:, :, None]
+    return F.grid_sample(unit_float(x), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def flip_horizontal(x: Tensor, flip: Tensor) -> Tensor:
+    """Images mirrored left to right where ``flip`` (B,) is true."""
+    _check_images(x)
+    return torch.where(_per_sample("flip", flip, len(x)), x.flip(3), x)
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """``factor`` times x, clipped to [0, 1]. factor: (B,) >= 0."""
+    _check_images(x)
+    return (unit_float(x) * _per_sample("factor", factor, len(x))).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Each image moved toward (factor < 1) or away from (> 1) its mean luma m: factor x + (1 - factor) m, clipped to [0, 1]. factor: (B,)."""
+    _check_images(x)
+    x, factor = unit_float(x), _per_sample("factor", factor, len(x))
+    mean = _luma(x.mean((2, 3), keepdim=True))
+    return (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Each pixel moved toward (factor < 1) or away from (> 1) its luma, clipped to [0, 1]; unchanged when C = 1. factor: (B,)."""
+    _check_images(x)
+    x, factor = unit_float(x), _per_sample("factor", factor, len(x))
+    return x if x.shape[1] == 1 else torch.lerp(_luma(x), x, factor).clamp_(0, 1)
+
+
+def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Each pixel's hue turned by ``turns`` in HSV, value and saturation kept (to 2e-6, also at 0 turns); unchanged when C = 1.
+
+    HSV is the hexcone model (Smith 1978, "Color Gamut Transform Pairs"), written without branches. With v the greatest, w the least
+    channel and c = v - w, the hue in sextants is sign(G - B) (1 + (G + B - R - w) / c), modulo 6, and a channel that the hexcone has
+    at n in (5, 3, 1) is v - c clip(2 - |k - 2|, 0, 1) where k = (n + hue) mod 6.
+
+    turns: (B,) in [-0.5, 0.5], 1 being the full circle (kornia's factor / 2 pi, torchvision's factor).
+    """
+    _check_images(x)
+    x, turns = unit_float(x), _per_sample("turns", turns, len(x))
+    if x.shape[1] == 1:
+        return x
+    red, green, blue = x.split(1, dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - least
+    sextants = (
+        (chroma - least).add_(green).add_(blue).sub_(red)
+    )  # times the chroma, from red towards green and from red towards blue
+    six_chroma = chroma * 6
+    hue = sextants.div_(six_chroma.clamp(min=_TINY_CHROMA)).copysign_(green - blue)
+    # phase is k / 6: six sixths (a whole turn) are added to n because frac needs a positive argument
+    offset = torch.arange(11, 6, -2, device=x.device).view(1, 3, 1, 1) / 6
+    phase = (hue + (turns + offset)).frac_()
+    # clip(2 - |k - 2|, 0, 1) = 2 - 6 clip(|k/6 - 1/3|, 1/6, 1/3)
+    away = phase.sub_(1 / 3).abs_().clamp_(1 / 6, 1 / 3)
+    return torch.addcmul(value.sub_(chroma, alpha=2), away, six_chroma, out=away).clamp_(0, 1)
+
+
+def greyscale(x: Tensor, selected: Tensor) -> Tensor:
+    """The images that are ``selected`` (B,) with all channels set to their luma, the others as they are; unchanged when C = 1."""
+    _check_images(x)
+    x, selected = unit_float(x), _per_sample("selected", selected, len(x))
+    # weights of exactly 0 and 1 select as torch.where does, and run several times faster on a CPU
+    return x if x.shape[1] == 1 else torch.lerp(_luma(x), x, 1 - selected.to(x.dtype)).clamp_(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Each image convolved with a Gaussian of its own sigma, cut to ``kernel_size`` and normalised; borders are reflected.
+
+    x: (B, C, H, W). sigma: (B,) >= 0 in pixels, 0 leaves the image as it is. kernel_size: odd, at most 2 min(H, W) - 1.
+    Cost: 2 kernel_size passes over the images. Raises: InputError for another kernel_size.
+    """
+    _check_images(x)
+    most = 2 * min(x.shape[2:]) - 1
+    if kernel_size % 2 == 0 or not 1 <= kernel_size <= most:
+        raise InputError(
+            f"kernel_size must be odd and in [1, {most}] for images of shape {tuple(x.shape)}, got {kernel_size}"
+        )
+    radius = kernel_size // 2
+    sigma = _per_sample("sigma", sigma, len(x)).view(-1, 1)
+    distance = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
+    bell = torch.where(sigma > 0, torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2), (distance == 0).float())
+    weights = (bell / bell.sum(1, keepdim=True)).view(len(x), kernel_size, 1, 1, 1).unbind(1)
+    x = _weighted_shifts(F.pad(unit_float(x), (0, 0, radius, radius), mode="reflect"), weights, dim=2)
+    return _weighted_shifts(F.pad(x, (radius, radius, 0, 0), mode="reflect"), weights, dim=3).clamp_(0, 1)
+
+
+def blur_kernel_size(side: int) -> int:
+    """The odd number next to, but not above, a tenth of the image's side, at least 3 (SimCLR blurs with a tenth of the side)."""
+    return max(3, (side // 10 - 1) // 2 * 2 + 1)
+
+
+def gaussian_noise(x: Tensor, sigma: float | Tensor, generator: torch.Generator) -> Tensor:
+    """x + sigma * standard normal noise from ``generator``, float32, *not* clipped. sigma: a number or (B,), in pixel units."""
+    _check_images(x)
+    _check_generator(generator, x.device)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    scale = sigma if isinstance(sigma, int | float) else _per_sample("sigma", sigma, len(x))
+    return noise.mul_(scale).add_(unit_float(x))
+
+
+def unit_float(x: Tensor) -> Tensor:
+    """uint8 images as float32 x / 255, float32 images as they are."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+
+def _apply_to_chunk(x: Tensor, parameters: ViewParameters) -> Tensor:
+    """The operations in their order; the result never shares memory with ``x``."""
+    view = unit_float(x)
+    if parameters.boxes is not None:
+        view = crop_resize(view, parameters.boxes, parameters.flip).clamp_(0, 1)
+    elif parameters.flip is not None:
+        view = flip_horizontal(view, parameters.flip)
+    steps: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor | None]] = [
+        (adjust_brightness, parameters.brightness),
+        (adjust_contrast, parameters.contrast),
+        (adjust_saturation, parameters.saturation),
+        (adjust_hue, parameters.hue),
+        (greyscale, parameters.greyscale),
+    ]
+    for step, parameter in steps:
+        if parameter is not None:
+            view = step(view, parameter)
+    if parameters.blur_sigma is not None:
+        view = gaussian_blur(view, parameters.blur_sigma, blur_kernel_size(min(view.shape[2:])))
+    return view.clone() if view is x else view
+
+
+def _crop_boxes(
+    uniform: Tensor, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> Tensor:
+    """(B, 4) boxes: the first of ten attempts that fits into the image, at a uniform offset; else the fallback in the centre."""
+    height, width = size
+    area = (scale[0] + (scale[1] - scale[0]) * uniform[:, _AREA]) * (height * width)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * uniform[:, _RATIO])
+    widths, heights = torch.sqrt(area * aspect).round_(), torch.sqrt(area / aspect).round_()
+    fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+    found, first = fits.any(1), fits.int().argmax(1, keepdim=True)
+    last_height, last_width = _fallback_crop(size, ratio)
+    box_height = torch.where(found, heights.gather(1, first).squeeze(1), last_height)
+    box_width = torch.where(found, widths.gather(1, first).squeeze(1), last_width)
+    top = torch.where(found, _integer_offset(uniform[:, _TOP], height - box_height), (height - last_height) // 2)
+    left = torch.where(found, _integer_offset(uniform[:, _LEFT], width - box_width), (width - last_width) // 2)
+    return torch.stack([top, left, box_height, box_width], dim=1)
+
+
+def _fallback_crop(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int]:
+    """Height and width of the greatest central crop whose ratio is allowed."""
+    height, width = size
+    if width < ratio[0] * height:
+        return max(1, round(width / ratio[0])), width
+    if width > ratio[1] * height:
+        return height, max(1, round(height * ratio[1]))
+    return height, width
+
+
+def _integer_offset(uniform: Tensor, most: Tensor) -> Tensor:
+    """Integers uniform in 0..most; the minimum guards the rounding of uniform * (most + 1)."""
+    return torch.minimum((uniform * (most + 1)).floor_(), most)
+
+
+def _shift_boxes(uniform: Tensor, size: tuple[int, int], pad: int) -> Tensor:
+    """(B, 4) boxes of the image's size, moved by whole pixels uniform in -pad..pad along each axis."""
+    moves = (uniform[:, _SHIFT] * (2 * pad + 1)).floor_().clamp_(max=2 * pad) - pad
+    top, left = moves.unbind(1)
+    return torch.stack([top, left, torch.full_like(top, size[0]), torch.full_like(left, size[1])], dim=1)
+
+
+def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
+    """(B, side): where along an axis each output pixel reads, inside its box, in grid_sample's units (-1 and 1 are the image's edges)."""
+    share = torch.arange(0.5, side, device=start.device) / side
+    place = torch.clamp(start + length * share - 0.5, min=start, max=start + length - 1)
+    return (2 * place + 1) / side - 1
+
+
+def _luma(x: Tensor) -> Tensor:
+    """(B, 1, H, W): the luma of colour images; images of one channel are their own luma."""
+    if x.shape[1] == 1:
+        return x
+    red, green, blue = x.split(1, dim=1)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+
+
+def _weighted_shifts(padded: Tensor, weights: tuple[Tensor, ...], dim: int) -> Tensor:
+    """The sum over k of weights[k] (B, 1, 1, 1) times ``padded`` moved by k along ``dim``."""
+    side = padded.shape[dim] - len(weights) + 1
+    total = padded.narrow(dim, 0, side) * weights[0]
+    for k, weight in enumerate(weights[1:], start=1):
+        total.add_(padded.narrow(dim, k, side) * weight)
+    return total
+
+
+def _per_sample(name: str, value: Tensor, batch: int) -> Tensor:
+    """``value`` (B,) as (B, 1, 1, 1)."""
+    _check_shape(name, value, (batch,))
+    return value.view(batch, 1, 1, 1)
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise InputError(f"{name} must hold one row per image, shape {shape}, got {tuple(value.shape)}")
+
+
+def _check_images(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"images must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise InputError(f"images must have shape (B, C, H, W) with C 1 or 3, got {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, torch.uint8):
+        raise InputError(f"images must be float32 in [0, 1] or uint8, got {x.dtype}; convert them with .float() first")
+
+
+def _check_generator(generator: torch.Generator, device: torch.device | None = None) -> None:
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"views need an explicit torch.Generator, got {generator!r}; make one with rush.randomness.stream"
+        )
+    if device is not None and generator.device.type != device.type:
+        raise InputError(f"the generator is on {generator.device}, the images on {device}; both must be on one device")
+
+
+def _check_number(name: str, value: float, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or value == math.inf:
+        raise ConfigError(f"{name} must be a number in [0, {most}], got {value!r}")
+
+
+def _check_range(name: str, value: tuple[float, float], most: float = math.inf) -> None:
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(end, int | float) for end in value)
+    if not pair or not 0 < value[0] <= value[1] <= most or value[1] == math.inf:
+        raise ConfigError(
+            f"{name} must be a pair (least, greatest) with 0 < least <= greatest <= {most}, got {value!r}"
+        )

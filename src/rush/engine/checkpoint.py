@@ -1,0 +1,77 @@
+"""Files that are whole or not there: atomic writes, checkpoints of a training, weights as safetensors."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rush.errors import CheckpointError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` on a temporary neighbour of ``path``, flush it to the disk and rename it: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically."""
+    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON to ``path`` atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+class TrainingCheckpoint:
+    """The resumable state of one training in one file: weights, optimizer and number of finished epochs.
+
+    Random streams are named by epoch and step and need no saving. The file is read with ``weights_only=True``: nothing in it runs.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
+        state = {
+            "fingerprint": self.fingerprint,
+            "epochs_done": epochs_done,
+            "module": module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        write_atomically(self.path, lambda target: torch.save(state, target))
+
+    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Load the saved state in place; returns the number of finished epochs, 0 when nothing was saved yet.
+
+        Raises: CheckpointError when the file is damaged or belongs to another recipe.
+        """
+        if not self.path.exists():
+            return 0
+        try:
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
+            fingerprint = state["fingerprint"]
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {self.path} cannot be read ({type(error).__name__}: {error}); delete it to start this stage again"
+            ) from error
+        if fingerprint != self.fingerprint:
+            raise CheckpointError(
+                f"checkpoint {self.path} belongs to another recipe; use another --out folder or delete it"
+            )
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["epochs_done"])

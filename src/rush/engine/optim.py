@@ -1,0 +1,37 @@
+"""Optimizers and learning-rate schedules by name."""
+
+import math
+from typing import get_args
+
+import torch
+from torch import nn
+
+from rush.errors import ConfigError
+from rush.options import OptimizerName
+
+
+def build_optimizer(
+    module: nn.Module, name: OptimizerName, learning_rate: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Optimizer over the parameters of ``module`` that require gradients; biases and normalization layers are not decayed.
+
+    Raises: ConfigError for an unknown name.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999))
+    raise ConfigError(f"unknown optimizer {name!r}; allowed: {', '.join(get_args(OptimizerName))}")
+
+
+def cosine_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor on the peak learning rate at ``step`` (0-based): linear warm-up, then half a cosine down to zero at ``total_steps``."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -1,0 +1,101 @@
+"""Where and in what precision a classifier runs: decided once per run, recorded, enforced afterwards."""
+
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rush.errors import ConfigError, ModelError
+from rush.options import Precision, PrecisionChoice
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The one forward of a run.
+
+    device: where tensors live. precision: what autocast computes in; float32 is no autocast. channels_last: memory layout of 4-d
+    tensors. tile: fixed number of rows of every judged batch, the last one padded. threads: CPU threads when it was decided.
+    """
+
+    device: str = "cpu"
+    precision: Precision = "float32"
+    channels_last: bool = False
+    tile: int = 256
+    threads: int = 0
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """``module`` moved to the device and layout."""
+        module = module.to(self.device)
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module
+
+    def layout(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) on the device in the run's layout; values unchanged."""
+        x = x.to(self.device)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x.contiguous()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context in which networks are evaluated or trained."""
+        enabled = self.precision == "bfloat16"
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled)
+
+    def logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
+        """Logits (B, K) in float32, differentiable in ``x`` (B, C, H, W) float32."""
+        with self.autocast():
+            return classifier(self.layout(x)).float()
+
+    def tiled_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
+        """Logits (B, K) without gradients, computed ``tile`` rows at a time, the last tile padded with its first row."""
+        rows = []
+        with torch.inference_mode():
+            for part in x.split(self.tile):
+                padding = part[:1].expand(self.tile - len(part), *part.shape[1:])
+                rows.append(self.logits(classifier, torch.cat([part, padding]) if len(padding) else part)[: len(part)])
+            return torch.cat(rows)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for ``provenance.json``."""
+        return asdict(self)
+
+
+def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", tile: int = 256) -> Execution:
+    """The execution for this machine: cuda, else mps, else cpu; bfloat16 where the processor computes in it natively.
+
+    Raises: ConfigError when the device asked for is not there.
+    """
+    chosen = _best_device() if device == "auto" else _checked_device(device)
+    kind = torch.device(chosen).type
+    resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
+    return Execution(chosen, resolved, resolved == "bfloat16" or kind == "cuda", tile, torch.get_num_threads())
+
+
+def check_eval_mode(module: nn.Module) -> None:
+    """Raises ModelError when some layer of ``module`` is in training mode, where outputs depend on neighbours or chance."""
+    training = [name or "(the module itself)" for name, layer in module.named_modules() if layer.training]
+    if training:
+        raise ModelError(
+            f"the classifier is in training mode (first such layer: {training[0]}, {len(training)} in all); "
+            "batch statistics and dropout make its logits depend on neighbours and chance: call classifier.eval() first"
+        )
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _checked_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {error}; use auto, cpu, cuda or mps") from error
+    return device
+
+
+def _native_bfloat16(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu":
+        return False
+    return any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

@@ -1,0 +1,44 @@
+"""Progress bars with rates and remaining time; silent when standard error is not a terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str = "images", start: int = 0) -> Iterator[Callable[[int], None]]:
+    """Within the context, call the yielded function with the number of units that were done.
+
+    ``start`` units count as done before (a resumed stage).
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{{task.fields[rate]}} {unit}/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total, completed=start, rate="-")
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+            elapsed = bar.tasks[0].elapsed or 0.0
+            if elapsed > 0:
+                bar.update(task, rate=f"{(bar.tasks[0].completed - start) / elapsed:,.0f}")
+
+        yield advance

@@ -1,0 +1,225 @@
+"""The run folder: recipe, provenance, log and one summary per finished stage; the interface between stages."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rush.config import STAGE_SECTIONS, Recipe, build_recipe
+from rush.engine.checkpoint import write_json, write_text
+from rush.errors import RunError
+from rush.options import STAGES, Stage
+
+_PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
+
+
+class RunFolder:
+    """A folder that holds everything about one run of one recipe.
+
+    ``recipe.json`` is the resolved recipe, ``provenance.json`` what the result depends on besides it, ``log.jsonl`` the events,
+    ``stages/<stage>.json`` a finished stage's figures (its presence says that the stage is finished).
+    """
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        self.recipe = recipe
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
+        """The run of ``recipe`` in ``path``, new or gone on with.
+
+        Fields of stages that have not begun may still change. Raises: RunError when a stage that has begun was made with other
+        values, or when ``path`` is a file, is not writable or holds something that is no run.
+        """
+        if path.is_file():
+            raise RunError(f"{path} is a file; give a folder with --out")
+        if path.is_dir() and not (path / "recipe.json").exists() and any(path.iterdir()):
+            raise RunError(f"{path} is not empty and holds no recipe.json, so it is no run folder; give another --out")
+        run = cls(path, recipe)
+        if (path / "recipe.json").exists():
+            run._check_unchanged(cls.open(path).recipe)
+        try:
+            write_text(path / "recipe.json", recipe.to_json())
+        except OSError as error:
+            raise RunError(f"run folder {path} cannot be written: {error}; give another --out") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The run that lies in ``path``; RunError when there is none or its recipe cannot be read."""
+        file = path / "recipe.json"
+        if not file.is_file():
+            raise RunError(
+                f"{path} holds no recipe.json, so it is no run folder; start one with `rush run RECIPE --out {path}`"
+            )
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
+        return cls(path, build_recipe(values, source=str(file)))
+
+    def fingerprint(self, stage: Stage) -> str:
+        """JSON text of every recipe field that decides what ``stage`` computes, its own and those of the stages before it."""
+        return _sections_until(self.recipe, stage)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one event to ``log.jsonl`` and flush it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "time": now(), **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finished(self, stage: Stage) -> dict[str, Any] | None:
+        """The figures of ``stage`` if it is finished, else None."""
+        file = self.path / "stages" / f"{stage}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def begin(self, stage: Stage) -> None:
+        """Log that an attempt at ``stage`` begins."""
+        self.log("started", stage=stage, commit=commit())
+
+    def events(self, event: str, stage: Stage) -> list[dict[str, Any]]:
+        """Logged events of one kind and stage in their order; a last line cut off by a kill is passed over."""
+        file = self.path / "log.jsonl"
+        if not file.exists():
+            return []
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+        return [entry for entry in map(json.loads, lines) if entry["event"] == event and entry.get("stage") == stage]
+
+    def finish(self, stage: Stage, seconds: float, **figures: Any) -> None:
+        """Record that ``stage`` is finished, with its figures; ``seconds`` is the time its parts took, over all attempts."""
+        started = self.events("started", stage)[0]["time"]
+        values = {
+            "stage": stage,
+            "started": started,
+            "finished": now(),
+            "seconds": seconds,
+            "commit": commit(),
+            **figures,
+        }
+        write_json(self.path / "stages" / f"{stage}.json", values)
+        self.log("finished", stage=stage, seconds=seconds)
+
+    def require(self, stage: Stage) -> dict[str, Any]:
+        """The figures of a finished ``stage``; RunError with the command to run when it is not."""
+        figures = self.finished(stage)
+        if figures is None:
+            raise RunError(f"{self.path}: stage {stage} is not finished; run `rush {stage} {self.path}` first")
+        return figures
+
+    def record_provenance(self, execution: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Write ``provenance.json`` once; afterwards refuse to go on where execution or input images differ.
+
+        Raises: RunError naming what differs: a finished part and a part still to come must be computed by one forward on one data set.
+        """
+        file = self.path / "provenance.json"
+        current = {"seed": self.recipe.seed, **execution, "data": dict(data)}
+        if file.exists():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            seen = before["data"]
+            before["data"] = {split: seen.get(split, found) for split, found in data.items()}
+            differing = [key for key in current if before.get(key) != current[key]]
+            if differing:
+                told = "; ".join(f"{key}: was {before.get(key)}, now {current[key]}" for key in differing)
+                raise RunError(
+                    f"{self.path} was begun under other conditions ({told}); restore them or use another --out"
+                )
+            current["data"] = {**seen, **data}
+        write_json(file, {"commit": commit(), "versions": versions(), "machine": machine(), **current})
+
+    def _check_unchanged(self, before: Recipe) -> None:
+        for stage in STAGES:
+            begun = [later for later in STAGES[STAGES.index(stage) :] if self._begun(later)]
+            changed = _changed_fields(before, self.recipe, stage)
+            if begun and changed:
+                raise RunError(
+                    f"{self.path} already holds stage {begun[0]} made with other values of {', '.join(changed)}; "
+                    "nothing was overwritten: use another --out, or give the values it was begun with"
+                )
+
+    def _begun(self, stage: Stage) -> bool:
+        traces = {
+            "pretrain": ("checkpoints/pretrain.pt", "checkpoints/encoder.safetensors"),
+            "finetune": ("checkpoints/finetune.pt", "model/model.json"),
+            "certify": ("certificates.tsv",),
+            "attack": ("attacks",),
+        }[stage]
+        return self.finished(stage) is not None or any((self.path / trace).exists() for trace in traces)
+
+
+def now() -> str:
+    """Current time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python, of this package and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("rush-smoothing", *_PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor and operating system, for a reader of figures."""
+    return {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
+
+
+def commit() -> str | None:
+    """Git commit of the source tree this package runs from, with ``-dirty`` where files differ; None outside one."""
+    source = Path(__file__).resolve().parent
+    top = _git(source, "rev-parse", "--show-toplevel")
+    if not top or not (Path(top) / "src" / "rush" / "__init__.py").exists():
+        return None
+    return _git(source, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or sys.platform
+
+
+def _sections_until(recipe: Recipe, stage: Stage) -> str:
+    names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_SECTIONS[earlier]]
+    values = _deciding_values(recipe)
+    return json.dumps({name: values[name] for name in names}, sort_keys=True)
+
+
+def _deciding_values(recipe: Recipe) -> dict[str, Any]:
+    """All fields but where the data lie: the images' fingerprint in ``provenance.json`` says which they are."""
+    values = recipe.model_dump(mode="json")
+    values["data"].pop("root")
+    return values
+
+
+def _changed_fields(before: Recipe, after: Recipe, stage: Stage) -> list[str]:
+    old, new = _deciding_values(before), _deciding_values(after)
+    changed = []
+    for section in STAGE_SECTIONS[stage]:
+        if not isinstance(old[section], dict):
+            changed += [section] if old[section] != new[section] else []
+            continue
+        changed += [f"{section}.{key}" for key in new[section] if old[section].get(key) != new[section][key]]
+    return changed

@@ -1,0 +1,23 @@
+"""``rush.load``: a trained smoothed classifier from a folder."""
+
+from os import PathLike
+from pathlib import Path
+
+from rush.engine.precision import decide_execution
+from rush.errors import RunError
+from rush.models.saved import load_smoothed, read_description
+from rush.smoothing import SmoothedClassifier
+
+
+def load(folder: str | PathLike[str], device: str = "auto") -> SmoothedClassifier:
+    """The SmoothedClassifier of a run folder, or of a folder with ``model.json`` and ``model.safetensors``.
+
+    It runs in the precision and tile that it was trained and certified with, on ``device``. Nothing is unpickled.
+    Raises: RunError when there is no model, or its files are damaged; ConfigError when the device is not there.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise RunError(f"{path} is no folder; give a run folder such as runs/digits")
+    model = path / "model" if (path / "model").is_dir() else path
+    recorded = read_description(model)["execution"]
+    return load_smoothed(model, decide_execution(device, recorded["precision"], recorded["tile"]))

@@ -1,0 +1,112 @@
+"""Models on disk: weights as safetensors, everything else as JSON beside them; nothing is ever unpickled."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rush.engine.checkpoint import write_atomically, write_json
+from rush.engine.precision import Execution
+from rush.errors import ConfigError, RunError
+from rush.models.classifier import Classifier, Normalize
+from rush.models.encoders import build_encoder
+from rush.models.heads import linear_head
+from rush.options import EncoderName
+from rush.smoothing import SmoothedClassifier
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """What builds an untrained ``Classifier``: encoder by name, its width and input, normalization, classes."""
+
+    encoder: EncoderName
+    width: int
+    in_channels: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    classes: Sequence[str]
+
+    def build(self) -> Classifier:
+        encoder = build_encoder(self.encoder, self.width, self.in_channels)
+        features = encoder.features
+        assert isinstance(features, int)
+        return Classifier(Normalize(self.mean, self.std), encoder, linear_head(features, len(self.classes)))
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Weights and buffers of ``module`` to ``path`` as safetensors, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    write_atomically(path, lambda target: save_file(tensors, target))
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill ``module`` in place from ``path``; RunError when the file is missing, damaged or of another architecture."""
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{path} is missing; the stage that writes it has not finished, or the folder is incomplete"
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise RunError(f"{path} does not fit or is damaged: {error}") from error
+
+
+def save_smoothed(
+    folder: Path, classifier: Classifier, spec: ClassifierSpec, sigma: float, execution: Execution
+) -> None:
+    """Write ``model.safetensors`` and ``model.json`` into ``folder``; the JSON last, so that it says the model is whole."""
+    save_weights(classifier, folder / "model.safetensors")
+    description = {
+        "format": FORMAT,
+        "classifier": asdict(spec),
+        "noise": {"name": "gaussian", "sigma": sigma},
+        "execution": {"precision": execution.precision, "tile": execution.tile},
+        "classes": list(spec.classes),
+    }
+    write_json(folder / "model.json", description)
+
+
+def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
+    """The smoothed classifier in ``folder`` (``model.json`` and ``model.safetensors``), placed and in evaluation mode.
+
+    Raises: RunError when a file is missing, damaged or written by a newer version.
+    """
+    description = read_description(folder)
+    spec = ClassifierSpec(**description["classifier"])
+    try:
+        classifier = spec.build()
+    except ConfigError as error:
+        raise RunError(f"{folder / 'model.json'}: {error}") from error
+    load_weights(classifier, folder / "model.safetensors")
+    placed = execution.place(classifier).eval()
+    return SmoothedClassifier(
+        placed,
+        sigma=description["noise"]["sigma"],
+        num_classes=len(spec.classes),
+        execution=execution,
+        classes=spec.classes,
+    )
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """``model.json`` of ``folder``; RunError when it is missing, damaged or of an unknown format."""
+    file = folder / "model.json"
+    if not file.is_file():
+        raise RunError(f"{file} is missing: {folder} holds no finished model; train one with `rush run RECIPE`")
+    try:
+        description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise RunError(
+                f"{file} has format {description['format']}, this version reads {FORMAT}; update rush-smoothing"
+            )
+        _ = description["classifier"], description["noise"]["sigma"], description["execution"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+    return description

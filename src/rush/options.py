@@ -1,0 +1,22 @@
+"""The closed sets of string options, free of heavy imports so that the command line can show them at once."""
+
+from fractions import Fraction
+from typing import Literal
+
+EncoderName = Literal["small", "resnet18", "resnet34"]
+FinetuneMode = Literal["linear", "full"]
+Norm = Literal["linf", "l2"]
+OptimizerName = Literal["sgd", "adamw"]
+Precision = Literal["float32", "bfloat16"]
+PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+Stage = Literal["pretrain", "finetune", "certify", "attack"]
+
+STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack")
+
+
+def parse_fraction(text: str | float) -> float:
+    """The number that ``text`` says, e.g. ``"8/255"`` or ``0.5``; ValueError when it says none."""
+    try:
+        return float(Fraction(text)) if isinstance(text, str) else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number or a fraction such as 8/255") from None

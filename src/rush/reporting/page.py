@@ -1,0 +1,203 @@
+"""The report: one self-contained HTML page of a run folder, readable offline, on a phone, in the dark and on paper."""
+
+import base64
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from rush.evaluation.intervals import Interval
+from rush.reporting import plots, tables
+from rush.reporting.results import RunResults, Sample, read_run, read_samples
+
+SAMPLE_COUNT = 9
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One attacked image as shown: three PNG data URIs and what is said of it."""
+
+    label: str
+    predicted: str
+    verdict: str
+    clean: str
+    adversarial: str
+    difference: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The same plot for wide and for narrow screens."""
+
+    wide: Markup
+    narrow: Markup
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Shares of the images, summing to 1: proved, neither proved nor broken, broken by attack, wrong without one."""
+
+    proved: float
+    open: float
+    broken: float
+    wrong: float
+
+
+def write_report(folder: Path | str) -> Path:
+    """Write ``report.html`` into the run folder ``folder`` and return its path; the old report stays until the new one is whole.
+
+    Equal files give an equal page. Stages that are not finished are named with the command that makes them.
+    Raises: RunError when ``folder`` is no run folder or one of its files is damaged.
+    """
+    results = read_run(folder)
+    page = render(results)
+    path = results.folder / "report.html"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def render(results: RunResults) -> str:
+    """The page of ``results`` as HTML text; reads the sample images from the run folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": tables.percent,
+        "bounds": tables.bounds,
+        "share": tables.share,
+        "points": tables.points,
+    }
+    return environment.get_template("page.html.j2").render(_context(results))
+
+
+def png_uri(image: np.ndarray) -> str:
+    """``image`` uint8 (C, H, W) as a PNG data URI: RGB for three channels, else the mean over channels in grey."""
+    picture = image.transpose(1, 2, 0) if len(image) == 3 else image.mean(axis=0).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def magnification(samples: tuple[Sample, ...]) -> int:
+    """The largest whole factor by which every pixel difference of ``samples`` still fits the range around mid-grey; >= 1."""
+    largest = max((float(np.abs(_difference(sample)).max()) for sample in samples), default=0.0)
+    return max(1, int(0.5 / largest + 1e-3)) if largest > 0 else 1
+
+
+def _context(results: RunResults) -> Mapping[str, Any]:
+    samples = read_samples(results, SAMPLE_COUNT)
+    factor = magnification(samples)
+    return {
+        "run": results,
+        "certificates": results.certificates,
+        "ladder": results.ladder,
+        "floor": _floor(results),
+        "inner": _inner(results),
+        "bar": _bar(results),
+        "threat": tables.threat_text(results.ladder) if results.ladder else "",
+        "not_done": tables.not_done(results),
+        "data": results.setting("data", "name") or "unnamed data",
+        "model": tables.model_text(results),
+        "curve": _curve_plot(results),
+        "certified_columns": tables.certified_columns(results),
+        "acr": tables.acr_text(results),
+        "ladder_plot": _ladder_plot(results),
+        "ladder_rows": tables.ladder_rows(results.ladder) if results.ladder else [],
+        "comparison": tables.comparison_rows(results),
+        "unequal": tables.unequal_conditions(results),
+        "pictures": [_picture(results, sample, factor) for sample in samples],
+        "factor": factor,
+        "training": _training_plots(results),
+        "cost": tables.cost_rows(results),
+        "recipe": tables.nested_rows(results.recipe),
+        "provenance": tables.nested_rows(results.provenance),
+    }
+
+
+def _floor(results: RunResults) -> Interval | None:
+    """Certified accuracy at the smallest l2 ball around the threat: no attack within the threat can push accuracy below it."""
+    proved = results.threat_certificates
+    return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.covering_radius)
+
+
+def _inner(results: RunResults) -> Interval | None:
+    """Certified accuracy at l2 radius epsilon, the ball inside an l-inf threat: proves less than the threat asks."""
+    proved = results.threat_certificates
+    return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.epsilon)
+
+
+def _bar(results: RunResults) -> Bar | None:
+    floor, ladder = _floor(results), results.ladder
+    if floor is None or ladder is None:
+        return None
+    attacked = max(floor.estimate, ladder.strongest.accuracy.estimate)
+    clean = max(attacked, ladder.clean.accuracy.estimate)
+    return Bar(floor.estimate, attacked - floor.estimate, clean - attacked, 1 - clean)
+
+
+def _curve_plot(results: RunResults) -> Plot | None:
+    certificates, ladder = results.certificates, results.ladder
+    if certificates is None:
+        return None
+    wide = plots.certified_curve(certificates, ladder, "curve-wide", "wide")
+    return Plot(wide, plots.certified_curve(certificates, ladder, "curve-narrow", "narrow"))
+
+
+def _ladder_plot(results: RunResults) -> Plot | None:
+    ladder = results.ladder
+    if ladder is None:
+        return None
+    floor = _floor(results)
+    wide = plots.ladder_plot(ladder, floor, "ladder-wide", "wide")
+    return Plot(wide, plots.ladder_plot(ladder, floor, "ladder-narrow", "narrow"))
+
+
+def _training_plots(results: RunResults) -> list[Markup]:
+    """One curve per trained stage, narrow on every screen: two stand side by side on a wide one."""
+    shown = []
+    for stage, title in (("pretrain", "Pre-training"), ("finetune", "Fine-tuning")):
+        epochs = tuple(epoch for epoch in results.epochs if epoch.stage == stage)
+        if epochs:
+            shown.append(plots.training_curve(epochs, title, f"loss-{stage}", "narrow"))
+    return shown
+
+
+def _picture(results: RunResults, sample: Sample, factor: int) -> Picture:
+    challenger = results.class_name(sample.challenger)
+    predicted = {
+        "broken": challenger,
+        "held": results.class_name(sample.label),
+        "undecided": f"{results.class_name(sample.label)} or {challenger}",
+    }
+    return Picture(
+        label=results.class_name(sample.label),
+        predicted=predicted[sample.verdict],
+        verdict=sample.verdict,
+        clean=png_uri(sample.clean),
+        adversarial=png_uri(_bytes(sample.adversarial)),
+        difference=png_uri(_bytes(0.5 + factor * _difference(sample))),
+    )
+
+
+def _difference(sample: Sample) -> np.ndarray:
+    return sample.adversarial.astype(np.float64) - sample.clean / 255.0
+
+
+def _bytes(pixels: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(pixels * 255.0), 0, 255).astype(np.uint8)

@@ -1,0 +1,189 @@
+"""Plots as inline SVG text: real text, colours from the page's variables, so that they follow its light or dark scheme."""
+
+import io
+import re
+import textwrap
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from rush.evaluation.intervals import Interval
+from rush.reporting.results import Certificates, Epoch, Ladder
+from rush.reporting.tables import percent, threat_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Format = Literal["wide", "narrow"]
+# Colour in the figure -> variable of the page's style sheet; the colour itself is the fallback.
+_COLOURS = {"#1c2430": "ink", "#5d6876": "muted", "#dde2e8": "rule", "#1f6f8b": "proof", "#b4492d": "attack"}
+_INK, _MUTED, _RULE, _PROOF, _ATTACK = _COLOURS
+_POINTS = 400  # more steps than pixels are of no use
+
+
+def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str, form: Format) -> Markup:
+    """Certified accuracy over the l2 radius as a step curve with its pointwise 95 % band; sigma/2, threat and ceiling marked."""
+    figure, axes = _figure(form, height=3.3)
+    end = certificates.ceiling * 1.04
+    radii = _curve_radii(certificates, end)
+    shares = [certificates.accuracy(radius) for radius in radii]
+    axes.fill_between(
+        radii, [s.low for s in shares], [s.high for s in shares], step="pre", color=_PROOF, alpha=0.18, linewidth=0
+    )
+    axes.plot(radii, [s.estimate for s in shares], drawstyle="steps-pre", color=_PROOF, linewidth=1.8)
+    half = certificates.accuracy(certificates.sigma / 2)
+    axes.plot([certificates.sigma / 2], [half.estimate], "o", color=_INK, markersize=5)
+    axes.annotate(
+        f"{percent(half.estimate)} at σ/2",
+        (certificates.sigma / 2, half.estimate),
+        xytext=(7, 6),
+        textcoords="offset points",
+        color=_INK,
+    )
+    _radius_mark(axes, certificates.ceiling, f"ceiling, N = {certificates.num_estimation:,}", end)
+    if ladder is not None and ladder.covering_radius < end:
+        _radius_mark(axes, ladder.covering_radius, f"covers {threat_text(ladder)}", end)
+    axes.set(xlim=(0, end), ylim=(0, 1), xlabel="ℓ2 radius, pixels in [0, 1]", ylabel="certified accuracy")
+    _percent_ticks(axes.yaxis)
+    return _svg(
+        figure,
+        name,
+        f"Certified accuracy over the radius: {percent(shares[0].estimate)} at 0, {percent(half.estimate)} at σ/2",
+    )
+
+
+def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format) -> Markup:
+    """Accuracy under every attacker with its 95 % interval, weakest on top, the certificate's floor as the last row."""
+    rows = [
+        (rung.label, rung.accuracy, rung.accuracy_lower if rung.undecided else None, _ATTACK) for rung in ladder.rungs
+    ]
+    rows[0] = (*rows[0][:3], _INK)
+    if floor is not None:
+        rows.append(("certificate: floor for any attack", floor, None, _PROOF))
+    figure, axes = _figure(form, height=0.6 + len(rows) * (0.5 if form == "narrow" else 0.36))
+    if floor is not None and floor.estimate > 0:
+        axes.axvspan(0, floor.estimate, color=_PROOF, alpha=0.1, linewidth=0)
+    for place, (label, accuracy, held, colour) in enumerate(rows):
+        _ladder_mark(axes, place, accuracy, held, colour)
+        if form == "narrow":
+            axes.annotate(label, (0, place - 0.36), annotation_clip=False, va="center", color=_INK)
+    wrapped = [textwrap.shorten(label, 44, placeholder=" …") for label, *_ in rows]
+    axes.set_yticks(range(len(rows)), [] if form == "narrow" else wrapped)
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.75 if form == "narrow" else -0.5), xlabel="accuracy")
+    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    _percent_ticks(axes.xaxis)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    return _svg(figure, name, "; ".join(f"{label}: {percent(accuracy.estimate)}" for label, accuracy, *_ in rows))
+
+
+def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Format) -> Markup:
+    """Mean loss by epoch of one stage; epochs without a finite loss are left out."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(form, height=2.5)
+    shown = [epoch for epoch in epochs if np.isfinite(epoch.loss)]
+    axes.plot(
+        [epoch.number for epoch in shown],
+        [epoch.loss for epoch in shown],
+        color=_INK,
+        linewidth=1.6,
+        marker="o",
+        markersize=2.5,
+    )
+    axes.set(xlabel="epoch", ylabel="loss", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ends = f": {shown[0].loss:.3g} to {shown[-1].loss:.3g} in {len(shown)} epochs" if shown else ""
+    return _svg(figure, name, f"{title}{ends}")
+
+
+def _curve_radii(certificates: Certificates, end: float) -> np.ndarray:
+    """Ascending radii at which a curve drawn ``steps-pre`` is exact, or never above the truth where there are too many steps."""
+    radii = np.unique(np.concatenate([[0.0, end], certificates.radius[certificates.correct]]))
+    return radii if radii.size <= _POINTS else np.linspace(0, radii[-1], _POINTS)
+
+
+def _radius_mark(axes: "Axes", radius: float, text: str, end: float) -> None:
+    right = radius > 0.6 * end
+    axes.axvline(radius, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    offset, side = ((-4, -3), "right") if right else ((4, -3), "left")
+    axes.annotate(text, (radius, 1), xytext=offset, textcoords="offset points", ha=side, va="top", color=_MUTED)
+
+
+def _ladder_mark(axes: "Axes", place: int, accuracy: Interval, held: Interval | None, colour: str) -> None:
+    axes.plot(
+        [accuracy.low, accuracy.high], [place, place], color=colour, linewidth=2.2, alpha=0.45, solid_capstyle="butt"
+    )
+    axes.plot([accuracy.estimate], [place], "o", color=colour, markersize=6)
+    if held is not None:
+        axes.plot([held.estimate], [place], "o", markerfacecolor="none", markeredgecolor=colour, markersize=6)
+    right = accuracy.high < 0.86
+    anchor, offset, side = (accuracy.high, 5, "left") if right else (accuracy.low, -5, "right")
+    if held is not None and not right:
+        anchor = min(anchor, held.estimate - 0.01)
+    axes.annotate(
+        percent(accuracy.estimate),
+        (anchor, place),
+        xytext=(offset, 0),
+        textcoords="offset points",
+        ha=side,
+        va="center",
+        color=colour,
+    )
+
+
+def _percent_ticks(axis: object) -> None:
+    axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])  # type: ignore[attr-defined]
+
+
+def _figure(form: Format, height: float) -> "tuple[Figure, Axes]":
+    """An empty figure of its own (no pyplot, no global state) in the report's quiet style."""
+    from matplotlib.figure import Figure
+
+    size = 9.0 if form == "wide" else 10.5
+    figure = Figure(figsize=(7.2 if form == "wide" else 4.4, height), dpi=72, layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=_RULE, labelcolor=_MUTED, labelsize=size)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_RULE)
+    axes.xaxis.label.set(color=_MUTED, size=size)
+    axes.yaxis.label.set(color=_MUTED, size=size)
+    axes.title.set(color=_INK, size=size)
+    return figure, axes
+
+
+def _svg(figure: "Figure", name: str, description: str) -> Markup:
+    """``figure`` as an <svg> element: ids made unique by ``name``, colours as variables, ``description`` for who cannot see it."""
+    import matplotlib
+
+    size = figure.axes[0].xaxis.label.get_size()
+    for text in figure.axes[0].texts:
+        text.set_fontsize(size)
+    buffer = io.StringIO()
+    # Text stays text, and a dollar sign in a name is no formula; marker ids follow from the name, so equal runs give equal bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text, with its own fonts
+        for text in figure.findobj(matplotlib.text.Text):
+            text.set_parse_math(False)
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    return _inline(buffer.getvalue(), name, description)
+
+
+def _inline(text: str, name: str, description: str) -> Markup:
+    body = text[text.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    head, rest = body.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    for colour, variable in _COLOURS.items():
+        rest = rest.replace(colour, f"var(--{variable}, {colour})")
+    rest = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", rest)
+    rest = re.sub(r"\n\s*", "\n", rest).replace("xlink:href", "href")
+    opening = f'<svg class="plot" role="img" aria-label="{escape(description)}" '
+    return Markup(f"{opening}{box.group() if box else ''}>{rest}")

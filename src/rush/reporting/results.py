@@ -1,0 +1,555 @@
+"""A run folder read into frozen dataclasses: the report's only source. No torch, no model, nothing is recomputed but shares."""
+
+import json
+import math
+import shlex
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, get_args
+
+import numpy as np
+
+from rush.errors import RunError
+from rush.evaluation.intervals import Interval, paired_difference, share_interval
+from rush.options import STAGES, Norm, Stage
+
+CERTIFICATE_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "id", "p_lower", "num_samples", "counts")
+ATTACK_COLUMNS = (
+    *("rung", "idx", "id", "label", "verdict", "linf", "l2"),
+    *("challenger", "votes", "votes_label", "votes_challenger"),
+)
+VERDICTS = ("broken", "held", "undecided")
+SANDWICH = "sandwich"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a finished stage says of itself: ``stages/<stage>.json``, with the fields that every stage has checked."""
+
+    stage: Stage
+    seconds: float
+    finished: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of training as logged: number, mean loss, wall-clock seconds."""
+
+    stage: str
+    number: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Certificates:
+    """The certificates of a run: arrays (N,) over images; ``radius`` in [0, 1] pixel units, 0.0 where abstaining."""
+
+    sigma: float
+    alpha: float
+    num_selection: int
+    num_estimation: int
+    idx: np.ndarray
+    label: np.ndarray
+    predict: np.ndarray
+    radius: np.ndarray
+    correct: np.ndarray
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.idx)
+
+    def accuracy(self, radius: float) -> Interval:
+        """Certified accuracy at ``radius``: share of images predicted correctly with a certified radius >= it, 95 % interval."""
+        return share_interval(int((self.correct & (self.radius >= radius)).sum()), len(self))
+
+    @property
+    def acr(self) -> float:
+        """Average certified radius, wrong and abstained images counted as 0."""
+        return float(np.where(self.correct, self.radius, 0.0).mean())
+
+    @property
+    def abstained(self) -> int:
+        return int((self.predict < 0).sum())
+
+    @property
+    def ceiling(self) -> float:
+        """The radius when all ``num_estimation`` votes agree: sigma times the normal quantile of alpha^(1/N) (Cohen et al. 2019)."""
+        return self.sigma * NormalDist().inv_cdf(self.alpha ** (1 / self.num_estimation))
+
+    def of(self, idx: np.ndarray) -> "Certificates | None":
+        """The certificates of the images ``idx``, or None where one of them has none."""
+        if not np.isin(idx, self.idx).all():
+            return None
+        rows = np.isin(self.idx, idx)
+        arrays = {name: getattr(self, name)[rows] for name in ("idx", "label", "predict", "radius", "correct", "ids")}
+        return Certificates(self.sigma, self.alpha, self.num_selection, self.num_estimation, **arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class Rung:
+    """The verdicts under one attacker, sorted by ``idx``: arrays (n,), ``broken`` and ``held`` exclude each other."""
+
+    name: str
+    label: str
+    settings: Mapping[str, Any]
+    idx: np.ndarray
+    ids: np.ndarray
+    labels: np.ndarray
+    broken: np.ndarray
+    held: np.ndarray
+    l2: np.ndarray
+    challenger: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.idx)
+
+    @property
+    def standing(self) -> np.ndarray:
+        return ~self.broken
+
+    @property
+    def undecided(self) -> int:
+        return int((~self.broken & ~self.held).sum())
+
+    @property
+    def accuracy(self) -> Interval:
+        """1 - share of broken images (``robust_accuracy``), 95 % Clopper-Pearson."""
+        return share_interval(int(self.standing.sum()), len(self))
+
+    @property
+    def accuracy_lower(self) -> Interval:
+        """Share of held images (``robust_accuracy_lower``), 95 % Clopper-Pearson."""
+        return share_interval(int(self.held.sum()), len(self))
+
+    @property
+    def eot_samples(self) -> int:
+        """Noise draws per gradient; 0 for an attacker that does not see the noise."""
+        return int(self.settings.get("eot_samples") or 0)
+
+    def above(self, other: "Rung") -> Interval:
+        """By how much the accuracy under this attacker lies above that under ``other``, paired over the same images."""
+        return paired_difference(self.standing, other.standing)
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """Images attacked inside their own certified radius: how many, which were broken, how many the levels allow."""
+
+    checked: int
+    violations: tuple[str, ...]
+    allowed: int
+    passes_per_image: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """One threat model, the attackers from weakest to strongest as planned (the first is no attack), and the sandwich."""
+
+    norm: Norm
+    epsilon: float
+    epsilon_text: str
+    alpha: float
+    max_votes: int
+    shape: tuple[int, int, int]
+    rungs: tuple[Rung, ...]
+    sandwich: Sandwich
+
+    @property
+    def clean(self) -> Rung:
+        return self.rungs[0]
+
+    @property
+    def strongest(self) -> Rung:
+        """The attacker that left the lowest accuracy, the later one at a tie."""
+        return min(reversed(self.rungs[1:] or self.rungs), key=lambda rung: int(rung.standing.sum()))
+
+    @property
+    def last_eot(self) -> Rung | None:
+        """The last attacker that draws noise for its gradients."""
+        return next((rung for rung in reversed(self.rungs) if rung.eot_samples), None)
+
+    @property
+    def flattering(self) -> Rung | None:
+        """The attacker that sees the noise yet leaves the highest accuracy, where that is above the strongest's beyond chance."""
+        aware = [rung for rung in self.rungs[1:] if rung.eot_samples]
+        weakest = max(aware, key=lambda rung: int(rung.standing.sum()), default=None)
+        return weakest if weakest is not None and weakest.above(self.strongest).low > 0 else None
+
+    @property
+    def worst_case(self) -> Interval:
+        """Share of images that no attacker of the ladder broke."""
+        standing = np.logical_and.reduce([rung.standing for rung in self.rungs])
+        return share_interval(int(standing.sum()), len(standing))
+
+    @property
+    def covering_radius(self) -> float:
+        """Radius of the smallest l2 ball around the threat: epsilon * sqrt(C*H*W) for l-inf, epsilon for l2."""
+        return self.epsilon * math.sqrt(math.prod(self.shape)) if self.norm == "linf" else self.epsilon
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """All that a run folder says; ``certificates`` and ``ladder`` are None until their stage is finished."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    classes: tuple[str, ...]
+    stages: Mapping[str, StageRecord]
+    epochs: tuple[Epoch, ...]
+    certificates: Certificates | None
+    ladder: Ladder | None
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name") or self.folder.name)
+
+    @property
+    def missing(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in STAGES if stage not in self.stages)
+
+    @property
+    def threat_certificates(self) -> Certificates | None:
+        """The certificates of the attacked images, or of all certified images where some attacked one has none."""
+        if self.certificates is None or self.ladder is None:
+            return self.certificates
+        return self.certificates.of(self.ladder.clean.idx) or self.certificates
+
+    def setting(self, *keys: str) -> Any:
+        """The recipe's entry at ``keys``, None where it has none."""
+        entry: Any = self.recipe
+        for key in keys:
+            entry = entry.get(key) if isinstance(entry, Mapping) else None
+        return entry
+
+    def class_name(self, index: int) -> str:
+        return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
+
+    def command(self, stage: str) -> str:
+        return _command(self.folder, stage)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One attacked image: ``clean`` uint8 and ``adversarial`` float32, both (C, H, W)."""
+
+    id: str
+    label: int
+    verdict: str
+    challenger: int
+    clean: np.ndarray
+    adversarial: np.ndarray
+
+
+def read_run(folder: Path | str) -> RunResults:
+    """The results in the run folder ``folder``; stages that are not finished are left out.
+
+    Raises: RunError when ``folder`` is no run folder or one of its files is damaged, naming the file and the remedy.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.json").is_file():
+        raise RunError(
+            f"{folder} is not a run folder: it has no recipe.json. Give the folder that `rush run` wrote (its --out)."
+        )
+    recipe = _read_json(folder / "recipe.json", "restore it from a copy, or start a new run with `rush run`")
+    stages = {stage: _read_stage(folder, stage) for stage in STAGES if (folder / "stages" / f"{stage}.json").exists()}
+    certificates = _read_certificates(folder, stages["certify"]) if "certify" in stages else None
+    return RunResults(
+        folder=folder,
+        recipe=recipe,
+        provenance=_read_provenance(folder),
+        classes=_read_classes(folder, recipe),
+        stages=stages,
+        epochs=_read_epochs(folder / "log.jsonl"),
+        certificates=certificates,
+        ladder=_read_ladder(folder, stages["attack"], certificates) if "attack" in stages else None,
+    )
+
+
+def read_samples(results: RunResults, count: int) -> tuple[Sample, ...]:
+    """At most ``count`` images under the strongest attacker, evenly spaced over the attacked set; none without an attack.
+
+    Raises: RunError when an image file is missing, damaged or does not hold the images of attacks.tsv.
+    """
+    if results.ladder is None:
+        return ()
+    rung, attacks = results.ladder.strongest, results.folder / "attacks"
+    remedy = _redo(results.folder, "attack")
+    stored = _read_arrays(attacks / "images.npz", ("images", "ids"), remedy)
+    changed = _read_arrays(attacks / f"{rung.name}.npz", ("adversarial", "ids"), remedy)
+    if changed["adversarial"].shape[1:] != stored["images"].shape[1:]:
+        raise _damaged(attacks / f"{rung.name}.npz", "its images are not of the shape of those in images.npz", remedy)
+    rows = np.unique(np.linspace(0, len(rung) - 1, min(count, len(rung))).round().astype(int))
+    return tuple(_sample(rung, row, stored, changed, attacks, remedy) for row in rows)
+
+
+def _sample(rung: Rung, row: int, stored: dict, changed: dict, attacks: Path, remedy: str) -> Sample:
+    name = str(rung.ids[row])
+    clean, adversarial = np.flatnonzero(stored["ids"] == name), np.flatnonzero(changed["ids"] == name)
+    if not clean.size or not adversarial.size:
+        file = attacks / ("images.npz" if not clean.size else f"{rung.name}.npz")
+        raise _damaged(file, f"image {name} of attacks.tsv is not in it", remedy)
+    return Sample(
+        id=name,
+        label=int(rung.labels[row]),
+        verdict="broken" if rung.broken[row] else "held" if rung.held[row] else "undecided",
+        challenger=int(rung.challenger[row]),
+        clean=stored["images"][clean[0]],
+        adversarial=changed["adversarial"][adversarial[0]],
+    )
+
+
+def _command(folder: Path, stage: str) -> str:
+    return f"rush {stage} {shlex.quote(str(folder))}"
+
+
+def _redo(folder: Path, stage: str) -> str:
+    return f"delete it and stages/{stage}.json, then run `{_command(folder, stage)}` again"
+
+
+def _damaged(file: Path, what: str, remedy: str) -> RunError:
+    return RunError(f"{file} is damaged: {what}. Remedy: {remedy}.")
+
+
+def _read_text(file: Path, remedy: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RunError(f"{file} is missing. Remedy: {remedy}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(file, str(error), remedy) from error
+
+
+def _read_json(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(file, remedy))
+    except json.JSONDecodeError as error:
+        raise _damaged(file, f"not JSON ({error})", remedy) from error
+    if not isinstance(content, dict):
+        raise _damaged(file, f"it holds a {type(content).__name__}, not an object", remedy)
+    return content
+
+
+def _number(fields: Mapping[str, Any], key: str, file: Path, remedy: str) -> float:
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _damaged(file, f"{key!r} must be a finite number, got {value!r}", remedy)
+    return value
+
+
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    file = folder / "provenance.json"
+    return _read_json(file, "delete it; the report then goes without it") if file.exists() else {}
+
+
+def _read_classes(folder: Path, recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    file = folder / "model" / "model.json"
+    model = (
+        _read_json(file, f"delete the folder model/, then run `{_command(folder, 'finetune')}` again")
+        if file.exists()
+        else {}
+    )
+    data = recipe.get("data")
+    holders = (model, recipe, data if isinstance(data, dict) else {})
+    found = next((holder["classes"] for holder in holders if isinstance(holder.get("classes"), list)), ())
+    return tuple(str(name) for name in found)
+
+
+def _read_stage(folder: Path, stage: Stage) -> StageRecord:
+    file = folder / "stages" / f"{stage}.json"
+    remedy = f"delete it, then run `{_command(folder, stage)}` again"
+    fields = _read_json(file, remedy)
+    return StageRecord(stage, _number(fields, "seconds", file, remedy), str(fields.get("finished", "")), fields)
+
+
+def _read_epochs(file: Path) -> tuple[Epoch, ...]:
+    """Epochs by stage and number, the last record of each; a truncated last line is left out, a broken one elsewhere refused."""
+    remedy = "delete the line; only the training curves lose a point"
+    lines = _read_text(file, remedy).split("\n") if file.exists() else []
+    lines = [line for line in lines if line.strip()]
+    epochs: dict[tuple[str, int], Epoch] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("event") == "epoch":
+                epoch = Epoch(
+                    str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"])
+                )
+                epochs[epoch.stage, epoch.number] = epoch
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise _damaged(file, f"line {number} cannot be read ({error!r})", remedy) from error
+    return tuple(epochs[key] for key in sorted(epochs))
+
+
+def _read_table(file: Path, columns: tuple[str, ...], remedy: str) -> dict[str, list[str]]:
+    lines = _read_text(file, remedy).removesuffix("\n").split("\n")
+    if tuple(lines[0].split("\t")) != columns:
+        raise _damaged(file, f"line 1 must be the tab-separated header {' '.join(columns)}", remedy)
+    rows = [line.split("\t") for line in lines[1:]]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(columns):
+            raise _damaged(file, f"line {number} has {len(row)} fields, expected {len(columns)}", remedy)
+    if not rows:
+        raise _damaged(file, "it holds no image", remedy)
+    return {name: [row[place] for row in rows] for place, name in enumerate(columns)}
+
+
+def _numbers(cells: list[str], kind: Callable[[str], float], column: str, file: Path, remedy: str) -> np.ndarray:
+    for number, cell in enumerate(cells, start=2):
+        try:
+            readable = math.isfinite(kind(cell))
+        except ValueError:
+            readable = False
+        if not readable:
+            raise _damaged(file, f"line {number}, column {column}: {cell!r} is not a finite {kind.__name__}", remedy)
+    return np.array([kind(cell) for cell in cells])
+
+
+def _read_certificates(folder: Path, stage: StageRecord) -> Certificates:
+    file, remedy = folder / "certificates.tsv", _redo(folder, "certify")
+    table = _read_table(file, CERTIFICATE_COLUMNS, remedy)
+    whole = {name: _numbers(table[name], int, name, file, remedy) for name in ("idx", "label", "predict", "correct")}
+    radius = _numbers(table["radius"], float, "radius", file, remedy)
+    wrong_flag = np.flatnonzero(whole["correct"] != (whole["predict"] == whole["label"]))
+    if wrong_flag.size:
+        raise _damaged(file, f"line {wrong_flag[0] + 2}: correct does not agree with predict and label", remedy)
+    wrong_radius = np.flatnonzero((radius < 0) | ((whole["predict"] < 0) & (radius > 0)))
+    if wrong_radius.size:
+        raise _damaged(
+            file, f"line {wrong_radius[0] + 2}: the radius is negative or that of an abstention is not 0", remedy
+        )
+    if len(set(table["idx"])) < len(table["idx"]):
+        raise _damaged(file, "an image (idx) stands in it twice", remedy)
+    said = stage.fields.get("images", len(radius))
+    if said != len(radius):
+        raise _damaged(file, f"it holds {len(radius)} images, stages/certify.json says {said}", remedy)
+    record = folder / "stages" / "certify.json"
+    sigma, alpha, selection, estimation = (
+        _number(stage.fields, key, record, remedy) for key in ("sigma", "alpha", "num_selection", "num_estimation")
+    )
+    if not (sigma > 0 and 0 < alpha < 1 and selection >= 0 and estimation >= 1):
+        raise _damaged(record, "need sigma > 0, 0 < alpha < 1, num_selection >= 0, num_estimation >= 1", remedy)
+    return Certificates(
+        sigma=sigma,
+        alpha=alpha,
+        num_selection=int(selection),
+        num_estimation=int(estimation),
+        idx=whole["idx"],
+        label=whole["label"],
+        predict=whole["predict"],
+        radius=radius,
+        correct=whole["correct"].astype(bool),
+        ids=np.array(table["id"]),
+    )
+
+
+def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | None) -> Ladder:
+    record, remedy = folder / "stages" / "attack.json", _redo(folder, "attack")
+    threat, settings = stage.fields.get("threat"), stage.fields.get("rungs")
+    if not isinstance(threat, dict) or threat.get("norm") not in get_args(Norm):
+        raise _damaged(record, f"'threat' must name a norm ({' or '.join(get_args(Norm))}), got {threat!r}", remedy)
+    named = isinstance(settings, list) and all(
+        isinstance(rung, dict) and isinstance(rung.get("name"), str) for rung in settings
+    )
+    if not named or not settings:
+        raise _damaged(record, "'rungs' must be a list of objects, each with its 'name'", remedy)
+    rungs, inside = _read_rungs(folder / "attacks.tsv", settings, remedy)
+    images = _read_arrays(folder / "attacks" / "images.npz", ("images",), remedy)["images"]
+    epsilon = _number(threat, "epsilon", record, remedy)
+    return Ladder(
+        norm=threat["norm"],
+        epsilon=epsilon,
+        epsilon_text=str(threat.get("epsilon_text", f"{epsilon:g}")),
+        alpha=_number(stage.fields, "alpha", record, remedy),
+        max_votes=int(_number(stage.fields, "max_votes", record, remedy)),
+        shape=images.shape[1:],
+        rungs=rungs,
+        sandwich=_read_sandwich(record, stage, (*rungs, *inside), certificates, remedy),
+    )
+
+
+def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tuple[tuple[Rung, ...], tuple[Rung, ...]]:
+    """The rungs of the ladder, all on the same images, and the sandwich's attack (empty or one) on those it was run on."""
+    table = _read_table(file, ATTACK_COLUMNS, remedy)
+    names = [rung["name"] for rung in settings]
+    for number, (rung, verdict) in enumerate(zip(table["rung"], table["verdict"], strict=True), start=2):
+        if rung not in (*names, SANDWICH) or verdict not in VERDICTS:
+            raise _damaged(file, f"line {number}: unknown rung {rung!r} or verdict {verdict!r}", remedy)
+    arrays = {name: _numbers(table[name], int, name, file, remedy) for name in ("idx", "label", "challenger")}
+    arrays |= {"l2": _numbers(table["l2"], float, "l2", file, remedy)}
+    arrays |= {name: np.array(table[name]) for name in ("rung", "id", "verdict")}
+    rungs = tuple(_rung(arrays, fields) for fields in settings)
+    for rung in rungs:
+        if not len(rung) or not np.array_equal(rung.idx, rungs[0].idx) or len(np.unique(rung.idx)) < len(rung):
+            raise _damaged(file, f"rung {rung.name!r} is not on the same images, each once, as {names[0]!r}", remedy)
+    inside = _rung(arrays, {"name": SANDWICH})
+    return rungs, (inside,) if len(inside) else ()
+
+
+def _rung(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> Rung:
+    rows = np.flatnonzero(arrays["rung"] == fields["name"])
+    rows = rows[np.argsort(arrays["idx"][rows], kind="stable")]
+    return Rung(
+        name=fields["name"],
+        label=str(fields.get("label") or fields["name"]),
+        settings=fields,
+        idx=arrays["idx"][rows],
+        ids=arrays["id"][rows],
+        labels=arrays["label"][rows],
+        broken=arrays["verdict"][rows] == "broken",
+        held=arrays["verdict"][rows] == "held",
+        l2=arrays["l2"][rows],
+        challenger=arrays["challenger"][rows],
+    )
+
+
+def _read_sandwich(
+    record: Path, stage: StageRecord, attacks: tuple[Rung, ...], certificates: Certificates | None, remedy: str
+) -> Sandwich:
+    """The stage's own account, plus every violation that attacks.tsv and certificates.tsv show by themselves."""
+    fields = stage.fields.get("sandwich")
+    if not isinstance(fields, dict) or not isinstance(fields.get("violations"), list):
+        raise _damaged(record, "'sandwich' must be an object with a list 'violations'", remedy)
+    found = {str(name) for name in fields["violations"]}
+    found |= {name for attack in attacks for name in _violations(attack, certificates)}
+    return Sandwich(
+        checked=int(_number(fields, "checked", record, remedy)),
+        violations=tuple(sorted(found)),
+        allowed=int(_number(fields, "allowed", record, remedy)),
+        passes_per_image=float(fields.get("passes_per_image") or 0.0),
+        seconds=float(fields.get("seconds") or 0.0),
+    )
+
+
+def _violations(attack: Rung, certificates: Certificates | None) -> list[str]:
+    if certificates is None:
+        return []
+    proved = {
+        int(i): r
+        for i, r, right in zip(certificates.idx, certificates.radius, certificates.correct, strict=True)
+        if right
+    }
+    rows = zip(attack.idx, attack.ids, attack.broken, attack.l2, strict=True)
+    return [str(name) for i, name, broken, l2 in rows if broken and int(i) in proved and l2 <= proved[int(i)]]
+
+
+def _read_arrays(file: Path, names: tuple[str, ...], remedy: str) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file, never unpickled; image arrays must be (n, C, H, W)."""
+    if not file.exists():
+        raise RunError(f"{file} is missing. Remedy: {remedy}.")
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(file, f"it cannot be read as arrays {', '.join(names)} ({error})", remedy) from error
+    if arrays[names[0]].ndim != 4:
+        raise _damaged(file, f"{names[0]} must be (n, C, H, W), got shape {arrays[names[0]].shape}", remedy)
+    return arrays

@@ -1,0 +1,272 @@
+"""Results as words and table rows: the only place where a fraction becomes a percentage."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rush.evaluation.intervals import Interval
+from rush.options import Stage
+from rush.reporting.results import Ladder, RunResults, Rung
+
+NORM_SIGNS: Mapping[str, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
+_NOT_DONE: Mapping[Stage, str] = {
+    "pretrain": "not pre-trained yet",
+    "finetune": "not fine-tuned yet",
+    "certify": "not certified yet",
+    "attack": "not attacked yet",
+}
+
+
+@dataclass(frozen=True)
+class LadderRow:
+    """One attacker of the ladder as printed; ``share`` fields are None where there is nothing to say."""
+
+    label: str
+    budget: str
+    passes: str
+    seconds: str
+    accuracy: str
+    held: str
+    undecided: str
+    step: str
+    to_last_eot: str
+    strongest: bool
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """A published or own pair of figures and the conditions they hold under; ``own`` marks this run's rows."""
+
+    source: str
+    data: str
+    model: str
+    attack: str
+    clean: str
+    robust: str
+    own: bool
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def bounds(interval: Interval) -> str:
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def share(interval: Interval) -> str:
+    return f"{percent(interval.estimate)} {bounds(interval)}"
+
+
+def points(difference: Interval) -> str:
+    """A difference of two shares in percentage points, with its sign and interval."""
+    low, high = (f"{100 * end:+.1f}" for end in (difference.low, difference.high))
+    return f"{100 * difference.estimate:+.1f} [{low}, {high}]".replace("-", "−")
+
+
+def count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def threat_text(ladder: Ladder) -> str:
+    return f"{NORM_SIGNS[ladder.norm]} {ladder.epsilon_text}"
+
+
+def not_done(results: RunResults) -> tuple[tuple[str, str], ...]:
+    """For every unfinished stage what is missing and the command that makes it."""
+    return tuple((_NOT_DONE[stage], results.command(stage)) for stage in results.missing)
+
+
+def summary_rows(results: RunResults) -> list[tuple[str, str]]:
+    """The run in a few lines of name and value, weakest claim first; unfinished stages say what to run."""
+    rows = [*_certified_rows(results), *_attacked_rows(results)]
+    return rows + [(what, f"`{command}`") for what, command in not_done(results)]
+
+
+def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
+    certificates, ladder = results.certificates, results.ladder
+    if certificates is None:
+        return
+    for radius in (0.0, certificates.sigma / 2):
+        yield f"certified at ℓ2 {radius:g}", f"{share(certificates.accuracy(radius))} (n = {len(certificates):,})"
+    yield "ACR", acr_text(results)
+    proved = results.threat_certificates
+    if ladder is not None and proved is not None:
+        floor = proved.accuracy(ladder.covering_radius)
+        yield f"certified floor at {threat_text(ladder)}", f"{share(floor)} (n = {len(proved):,})"
+
+
+def _attacked_rows(results: RunResults) -> Iterator[tuple[str, str]]:
+    ladder = results.ladder
+    if ladder is None:
+        return
+    size = f"(n = {len(ladder.clean):,})"
+    yield "clean accuracy", f"{share(ladder.clean.accuracy)} {size}"
+    yield f"attacked, {threat_text(ladder)}, {ladder.strongest.label}", f"{share(ladder.strongest.accuracy)} {size}"
+    yield "attacked, worst case of the ladder", f"{share(ladder.worst_case)} {size}"
+    if ladder.flattering is not None:
+        yield f"{ladder.flattering.label} flatters by", f"{points(ladder.flattering.above(ladder.strongest))} points"
+    yield "sandwich", sandwich_text(results)
+
+
+def acr_text(results: RunResults) -> str:
+    certificates = results.certificates
+    return "" if certificates is None else f"{certificates.acr:.3f} (N = {certificates.num_estimation:,})"
+
+
+def sandwich_text(results: RunResults) -> str:
+    if results.ladder is None:
+        return ""
+    sandwich = results.ladder.sandwich
+    return f"{len(sandwich.violations)} violations, {sandwich.checked:,} images checked, {sandwich.allowed} allowed"
+
+
+def ladder_rows(ladder: Ladder) -> list[LadderRow]:
+    """The rungs from weakest to strongest as planned, each with its paired difference to the one before and to the last EOT rung."""
+    before = (None, *ladder.rungs[:-1])
+    return [_ladder_row(ladder, rung, previous) for rung, previous in zip(ladder.rungs, before, strict=True)]
+
+
+def _ladder_row(ladder: Ladder, rung: Rung, previous: Rung | None) -> LadderRow:
+    last = ladder.last_eot
+    return LadderRow(
+        label=rung.label,
+        budget=budget_text(rung),
+        passes=count(float(rung.settings.get("passes_per_image") or 0)),
+        seconds=duration(float(rung.settings.get("seconds") or 0)),
+        accuracy=share(rung.accuracy),
+        held=share(rung.accuracy_lower),
+        undecided=f"{rung.undecided:,}" if rung.undecided else "–",
+        step="–" if previous is None else points(rung.above(previous)),
+        to_last_eot="–" if last is None or last is rung else points(rung.above(last)),
+        strongest=rung is ladder.strongest,
+    )
+
+
+def budget_text(rung: Rung) -> str:
+    """Steps, noise draws per gradient and restarts, as far as the attacker has them."""
+    names = (("steps", "steps"), ("step_size", "of"), ("eot_samples", "EOT"), ("restarts", "restarts"))
+    given = [(name, rung.settings[key]) for key, name in names if rung.settings.get(key)]
+    texts = {"steps": "{} steps", "of": "of {}", "EOT": "EOT {}", "restarts": "restarts {}"}
+    return (
+        ", ".join(texts[name].format(_plain(value)) for name, value in given).replace(" steps, of", " steps of")
+        or "none"
+    )
+
+
+def certified_columns(results: RunResults) -> list[tuple[str, str]]:
+    """Radius and certified accuracy at 0, sigma/2, sigma, ... up to the highest radius that the votes can certify."""
+    certificates = results.certificates
+    if certificates is None:
+        return []
+    radii = [half * certificates.sigma / 2 for half in range(int(2 * certificates.ceiling / certificates.sigma) + 1)]
+    return [(f"{radius:g}", share(certificates.accuracy(radius))) for radius in radii]
+
+
+def comparison_rows(results: RunResults) -> list[ComparisonRow]:
+    """The paper's and the field's best figures beside this run's; the conditions stand in every row."""
+    published = [
+        ComparisonRow(
+            "RUSH abstract (arXiv 2207.05127)", "CIFAR-10", "ResNet-18", "PGD, ℓ∞ 8/255", "87.9 %", "77.8 %", False
+        ),
+        ComparisonRow(
+            "RobustBench, best of its size (Gowal 2021)",
+            "CIFAR-10",
+            "ResNet-18",
+            "AutoAttack, ℓ∞ 8/255",
+            "87.4 %",
+            "58.5 %",
+            False,
+        ),
+        ComparisonRow("RobustBench, best of any size", "CIFAR-10", "any", "AutoAttack, ℓ∞ 8/255", "–", "73.7 %", False),
+    ]
+    return published + list(_own_rows(results))
+
+
+def _own_rows(results: RunResults) -> Iterator[ComparisonRow]:
+    ladder, proved = results.ladder, results.threat_certificates
+    data, model = str(results.setting("data", "name") or "–"), model_text(results)
+    if ladder is None:
+        return
+    clean, threat = share(ladder.clean.accuracy), threat_text(ladder)
+    shown = [rung for rung in (ladder.flattering, ladder.strongest) if rung is not None]
+    for rung in shown:
+        yield ComparisonRow("This run", data, model, f"{rung.label}, {threat}", clean, share(rung.accuracy), True)
+    if proved is not None:
+        floor = share(proved.accuracy(ladder.covering_radius))
+        yield ComparisonRow("This run, certificate", data, model, f"any attack, {threat}", clean, f"≥ {floor}", True)
+
+
+def model_text(results: RunResults) -> str:
+    encoder, width = results.setting("model", "encoder"), results.setting("model", "width")
+    return f"{encoder or '–'}, width {width}" if width else str(encoder or "–")
+
+
+def unequal_conditions(results: RunResults) -> list[str]:
+    """In what this run differs from the paper's stated conditions (CIFAR-10, ResNet-18, l-inf 8/255, the whole test split)."""
+    data, ladder = results.setting("data", "name"), results.ladder
+    checks = [
+        (data == "cifar10", f"data set {data} instead of CIFAR-10"),
+        (
+            results.setting("model", "encoder") == "resnet18" and results.setting("model", "width") in (None, 64),
+            f"model {model_text(results)} instead of ResNet-18 (width 64)",
+        ),
+    ]
+    if ladder is not None:
+        same_threat = ladder.norm == "linf" and math.isclose(ladder.epsilon, 8 / 255)
+        checks.append((same_threat, f"threat {threat_text(ladder)} instead of ℓ∞ 8/255"))
+        checks.append((len(ladder.clean) >= 10_000, f"{len(ladder.clean):,} attacked images instead of 10,000"))
+    return [text for holds, text in checks if not holds]
+
+
+def cost_rows(results: RunResults) -> list[tuple[str, str, str, str]]:
+    """Stage, wall time, forward and backward passes per image, images per second; the last row is the sum of the times."""
+    rows = [
+        (name, duration(stage.seconds), _passes(results, name), _rate(stage.fields.get("images_per_second")))
+        for name, stage in results.stages.items()
+    ]
+    return [*rows, ("all", duration(sum(stage.seconds for stage in results.stages.values())), "–", "–")]
+
+
+def _passes(results: RunResults, name: str) -> str:
+    fields = results.stages[name].fields
+    if name == "certify":
+        return f"{count(float(fields.get('forward_passes_per_image') or 0))} (forward only)"
+    if name == "attack" and results.ladder is not None:
+        ladder = results.ladder
+        per_rung = sum(float(rung.settings.get("passes_per_image") or 0) for rung in ladder.rungs)
+        return count(per_rung + ladder.sandwich.passes_per_image)
+    return count(float(fields.get("passes_per_image") or 0))
+
+
+def _rate(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, int | float) and value >= 10 else f"{value:.2g}" if value else "–"
+
+
+def nested_rows(entries: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every leaf of ``entries`` as dotted key and text, in its own order."""
+    rows: list[tuple[str, str]] = []
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            rows += [(f"{key}.{inner}", text) for inner, text in nested_rows(value)]
+        else:
+            rows.append((str(key), _plain(value)))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(entry) for entry in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

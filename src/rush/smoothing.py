@@ -1,0 +1,187 @@
+"""The smoothed classifier: votes of a base classifier under noise."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rush.binomial import sign_test
+from rush.engine.precision import Execution, check_eval_mode
+from rush.errors import InputError, ModelError
+from rush.inputs import check_pixels, pixel_ids
+from rush.noise import Gaussian
+from rush.randomness import stream
+
+ABSTAIN = -1
+BLOCK = 100  # noise samples that are drawn together, and the unit in which votes are stored
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
+
+
+class SmoothedClassifier:
+    """g(x) = the class c with the largest P(f(x + noise) = c), f the base classifier (Cohen et al. 2019, equation 1).
+
+    classifier: any nn.Module in evaluation mode from pixels (B, C, H, W) to logits (B, num_classes); its logits for one image must
+    not depend on the other images. Pixels are in [0, 1]; noise is added in float32 and not clipped, so the classifier sees values
+    outside that range.
+    sigma: standard deviation of Gaussian noise in pixel units; or give ``noise``.
+    execution: where and in what precision f runs; by default float32 on the device where the classifier's parameters are. Every
+    certified, predicted or judged sample goes through this one forward.
+    Raises: InputError for a bad sigma or number of classes, ModelError when ``classifier`` is no module.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        sigma: float | None = None,
+        num_classes: int | None = None,
+        *,
+        noise: Gaussian | None = None,
+        execution: Execution | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        if not isinstance(classifier, nn.Module):
+            raise ModelError(
+                f"classifier must be a torch.nn.Module from pixels to logits, got {type(classifier).__name__}"
+            )
+        if (sigma is None) == (noise is None):
+            raise InputError("give either sigma or noise")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+            raise InputError(f"num_classes must be an integer >= 2, got {num_classes!r}")
+        if classes is not None and len(classes) != num_classes:
+            raise InputError(f"got {len(classes)} class names for num_classes = {num_classes}")
+        self.classifier = classifier
+        self.noise = noise if noise is not None else Gaussian(sigma)  # type: ignore[arg-type]
+        self.num_classes = num_classes
+        self.classes = tuple(classes) if classes is not None else tuple(str(k) for k in range(num_classes))
+        self.execution = execution or Execution(device=_device_of(classifier))
+
+    @property
+    def sigma(self) -> float:
+        return self.noise.sigma
+
+    def vote_blocks(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """Votes per block of 100 noise samples: int64 (B, ceil(num_samples / 100), K) on the CPU.
+
+        x: (B, C, H, W) float32 in [0, 1]. generators: one an image, on the execution's device; each is advanced by whole blocks, so
+        the votes for an image depend on its pixels and its generator alone. Cost: B x num_samples forward passes, in full tiles.
+        Raises: ModelError when the classifier is in training mode or gives logits of the wrong shape or not finite.
+        """
+        check_eval_mode(self.classifier)
+        blocks = -(-num_samples // BLOCK)
+        votes = torch.zeros(len(x) * blocks * self.num_classes, dtype=torch.int64, device=self.execution.device)
+        waiting: list[tuple[Tensor, int]] = []
+        rows = 0
+        for image, generator in enumerate(generators):
+            pixels = x[image].to(self.execution.device, torch.float32)
+            for block in range(blocks):
+                used = min(BLOCK, num_samples - block * BLOCK)
+                noisy = self.noise.sample((BLOCK, *pixels.shape), generator)[:used].add_(pixels)
+                waiting.append((noisy, image * blocks + block))
+                rows += used
+                if rows >= self.execution.tile:
+                    waiting, rows = self._count_full_tiles(waiting, votes), rows % self.execution.tile
+        self._count(waiting, votes)
+        return votes.view(len(x), blocks, self.num_classes).cpu()
+
+    def counts(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """Votes int64 (B, K) of ``num_samples`` noisy copies of each image; see ``vote_blocks``."""
+        return self.vote_blocks(x, num_samples, generators).sum(1)
+
+    def predict(self, x: Tensor, num_samples: int = 1000, alpha: float = 0.001, seed: int = 0) -> Tensor:
+        """Class of the smoothed classifier, int64 (B,), or ABSTAIN (-1) where ``num_samples`` votes do not decide.
+
+        P(result is neither g(x) nor ABSTAIN) <= alpha for each image: the two-sided binomial test between the two most voted classes
+        (Cohen et al. 2019, proposition 2). Noise comes from ``stream(seed, "predict", hash of the pixels)``.
+        Raises: InputError for bad images or numbers, ModelError like ``vote_blocks``.
+        """
+        check_pixels(x)
+        if num_samples < 1 or not 0 < alpha < 1:
+            raise InputError(f"need num_samples >= 1 and 0 < alpha < 1, got {num_samples} and {alpha}")
+        generators = self.streams(seed, "predict", pixel_ids(x))
+        votes, classes = self.counts(x, num_samples, generators).topk(2, dim=1)
+        p_value = torch.from_numpy(2 * sign_test(votes[:, 0].numpy(), votes[:, 1].numpy()))
+        return torch.where(p_value <= alpha, classes[:, 0], ABSTAIN)
+
+    def log_probs(self, x: Tensor, num_samples: int = 32, generator: Generators | None = None) -> Tensor:
+        """Log of the mean softmax over ``num_samples`` noisy copies, (B, K) float32, differentiable in ``x`` (B, C, H, W).
+
+        The soft surrogate of the vote that attacks climb (Salman et al. 2019, section 3). generator: one for all images or a
+        sequence with one an image; they are advanced.
+        """
+        noise = self.sample_noise(x, num_samples, generator)
+        return self.log_probs_at(x, noise)
+
+    def sample_noise(self, x: Tensor, num_samples: int, generator: Generators | None) -> Tensor:
+        """Noise (B, num_samples, C, H, W) for the images ``x``, from one generator or one an image."""
+        if generator is None:
+            raise InputError(
+                "log_probs draws noise: give generator=rush.randomness.stream(seed, name) or another torch.Generator"
+            )
+        if isinstance(generator, torch.Generator):
+            return self.noise.sample((len(x), num_samples, *x.shape[1:]), generator)
+        return torch.stack([self.noise.sample((num_samples, *x.shape[1:]), own) for own in generator])
+
+    def log_probs_at(self, x: Tensor, noise: Tensor) -> Tensor:
+        """``log_probs`` for given ``noise`` (B, M, C, H, W)."""
+        check_eval_mode(self.classifier)
+        noisy = (x[:, None] + noise.to(x.device)).flatten(0, 1)
+        log_softmax = F.log_softmax(self._logits(noisy), dim=1)
+        return log_softmax.view(len(x), noise.shape[1], -1).logsumexp(1) - torch.tensor(float(noise.shape[1])).log()
+
+    def as_module(self, num_samples: int = 32, generator: torch.Generator | None = None) -> nn.Module:
+        """An nn.Module x -> ``log_probs`` with fresh noise at every call, for attack libraries that take a network."""
+        return _SmoothedModule(self, num_samples, generator)
+
+    def streams(self, seed: int, purpose: str, ids: Sequence[str]) -> list[torch.Generator]:
+        """One generator an image, named by what it serves and the image's id."""
+        return [stream(seed, purpose, own, device=self.execution.device) for own in ids]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return _checked_logits(self.execution.logits(self.classifier, x), len(x), self.num_classes)
+
+    def _count_full_tiles(self, waiting: list[tuple[Tensor, int]], votes: Tensor) -> list[tuple[Tensor, int]]:
+        """Count as many rows as fill whole tiles; returns the rest, at most the tail of the last block."""
+        last, slot = waiting[-1]
+        spare = sum(len(noisy) for noisy, _ in waiting) % self.execution.tile
+        kept = len(last) - spare  # never negative: before the last block came, the rows did not fill a tile
+        self._count([*waiting[:-1], (last[:kept], slot)], votes)
+        return [(last[kept:], slot)] if spare else []
+
+    def _count(self, parts: list[tuple[Tensor, int]], votes: Tensor) -> None:
+        parts = [(noisy, slot) for noisy, slot in parts if len(noisy)]
+        if not parts:
+            return
+        noisy = torch.cat([rows for rows, _ in parts])
+        logits = _checked_logits(self.execution.tiled_logits(self.classifier, noisy), len(noisy), self.num_classes)
+        slots = torch.cat([torch.full((len(rows),), slot, device=votes.device) for rows, slot in parts])
+        votes += torch.bincount(slots * self.num_classes + logits.argmax(1), minlength=len(votes))
+
+
+class _SmoothedModule(nn.Module):
+    def __init__(self, smoothed: SmoothedClassifier, num_samples: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.base = smoothed.classifier
+        self._smoothed, self._num_samples = smoothed, num_samples
+        self._generator = generator
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._smoothed.log_probs(x, self._num_samples, self._generator)
+
+
+def _checked_logits(logits: Tensor, rows: int, num_classes: int) -> Tensor:
+    if logits.shape != (rows, num_classes):
+        raise ModelError(
+            f"the classifier gave logits of shape {tuple(logits.shape)} for {rows} images, expected {(rows, num_classes)}"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
+    return logits
+
+
+def _device_of(module: nn.Module) -> str:
+    parameter = next(module.parameters(), None)
+    return "cpu" if parameter is None else str(parameter.device)
