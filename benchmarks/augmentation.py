@@ -1,10 +1,11 @@
-"""Time of one full SimCLR view (crop, flip, four colour changes, greyscale): rush, kornia and a Pillow loop over images, on the CPU.
+"""Time of one SimCLR view (crop, flip, four colour changes, greyscale) on the CPU: rush, kornia, a Pillow loop.
 
     OMP_NUM_THREADS=1 python benchmarks/augmentation.py --batch 512 --repeats 9
 
-Prints one line per pipeline: median time per image with the least and the greatest of all repeats, images per second, and how many times
-longer it takes than rush. The pipelines take turns, so that a disturbance of the machine meets all of them. Input is random uint8 (B, 3, side,
-side); every pipeline ends with float32 in [0, 1]. kornia is left out when it is not installed.
+Prints one line per pipeline: median time per image with the least and the greatest of all repeats, images per second,
+and how many times longer it takes than rush. The pipelines take turns, so that a disturbance of the machine meets all
+of them. Input is random uint8 (B, 3, side, side); every pipeline ends with float32 in [0, 1]. kornia is left out when
+it is not installed.
 """
 
 import argparse
@@ -117,16 +118,13 @@ def main() -> None:
         "rush, half of the images blurred": rush_pipeline(0.5),
     }
     times = measure({name: run for name, run in candidates.items() if run is not None}, x, arguments.repeats)
-    print(
-        f"SimCLR view of {tuple(x.shape)} uint8, {arguments.threads} thread(s), {arguments.repeats} repeats, torch {torch.__version__}"
-    )
+    print(f"SimCLR view of {tuple(x.shape)} uint8, {arguments.threads} thread(s), {arguments.repeats} repeats")
     print(f"{'pipeline':34s}{'us/image':>10s}{'least':>10s}{'greatest':>10s}{'images/s':>12s}{'x rush':>9s}")
     rush = statistics.median(times["rush"])
     for name, values in times.items():
         median = statistics.median(values)
-        print(
-            f"{name:34s}{median:10.1f}{min(values):10.1f}{max(values):10.1f}{1e6 / median:12,.0f}{median / rush:9.1f}"
-        )
+        spread = f"{min(values):10.1f}{max(values):10.1f}"
+        print(f"{name:34s}{median:10.1f}{spread}{1e6 / median:12,.0f}{median / rush:9.1f}")
 
 
 if __name__ == "__main__":

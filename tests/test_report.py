@@ -38,14 +38,19 @@ def write_json(file: Path, value: object) -> None:
 
 
 def write_run(folder: Path, name: str = "digits", classes: list[str] | None = None) -> Path:
-    """A small synthetic run: 60 certified images, 35 of them right and 10 with a radius above 0.25; the first 40 are attacked."""
+    """A small synthetic run: 60 certified images, 35 right, 10 of these with a radius above 0.25; 40 attacked."""
     write_json(folder / "recipe.json", recipe(name))
-    write_json(folder / "provenance.json", {"seed": 0, "commit": "abc123", "versions": {"torch": "2.13.0"}, "threads": 2})
+    write_json(
+        folder / "provenance.json", {"seed": 0, "commit": "abc123", "versions": {"torch": "2.13.0"}, "threads": 2}
+    )
     write_json(folder / "model" / "model.json", {"classes": classes or [f"digit {k}" for k in range(10)]})
     write_log(folder / "log.jsonl")
     timing = {"seconds": 65.0, "started": "2026-01-01T10:00:00", "finished": "2026-01-01T10:01:05", "commit": "abc123"}
     training = {"epochs": 3, "passes_per_image": 6.0, "images_per_second": 812.0}
-    write_json(folder / "stages" / "pretrain.json", {"stage": "pretrain", **timing, **training, "knn_accuracy": None})
+    write_json(
+        folder / "stages" / "pretrain.json",
+        {"stage": "pretrain", **timing, **training, "knn_accuracy": {"correct": 31, "total": 50}},
+    )
     write_json(folder / "stages" / "finetune.json", {"stage": "finetune", **timing, **training, "mode": "full"})
     write_certificates(folder, timing)
     write_attacks(folder, timing)
@@ -65,7 +70,14 @@ def recipe(name: str) -> dict:
 
 def write_log(file: Path) -> None:
     events = [
-        {"event": "epoch", "stage": stage, "epoch": epoch, "loss": 2.0 / epoch, "seconds": 3.0, "images_per_second": 812.0}
+        {
+            "event": "epoch",
+            "stage": stage,
+            "epoch": epoch,
+            "loss": 2.0 / epoch,
+            "seconds": 3.0,
+            "images_per_second": 812.0,
+        }
         for stage in ("pretrain", "finetune")
         for epoch in (1, 2, 3)
     ]
@@ -74,14 +86,14 @@ def write_log(file: Path) -> None:
 
 
 def write_certificates(folder: Path, timing: dict) -> None:
-    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tid\tp_lower\tnum_samples\tcounts"]
+    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tid\tp_lower\tnum_samples\tcounts\tblocks"]
     for i in range(CERTIFIED):
         label, counts = i % 10, ",".join(["100"] * 10)
         right, abstained = i < 30 or 40 <= i < 45, 30 <= i < 40
         predict = label if right else -1 if abstained else (label + 1) % 10
         radius = 0.9 - 0.05 * i if i < 10 else 0.0 if abstained else max(0.2 - 0.005 * (i - 10), 0.1)
         correct = int(predict == label)
-        rows.append(f"{i}\t{label}\t{predict}\t{radius!r}\t{correct}\t0.01\timg-{i}\t0.9\t1000\t{counts}")
+        rows.append(f"{i}\t{label}\t{predict}\t{radius!r}\t{correct}\t0.01\timg-{i}\t0.9\t1000\t{counts}\teJw=")
     (folder / "certificates.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     fields = {"images": CERTIFIED, "sigma": SIGMA, "alpha": 0.001, "num_selection": 100, "num_estimation": 1000}
     cost = {"forward_passes_per_image": 1100, "images_per_second": 9.5}
@@ -130,9 +142,431 @@ def write_images(folder: Path) -> None:
     sign = np.where(np.arange(8) < 4, 1.0, -1.0)
     adversarial = (images / 255 + EPSILON * sign).astype(np.float32)
     for name in STANDING:
-        np.savez(folder / f"{name}.npz", adversarial=adversarial if name != "clean" else images / np.float32(255), ids=ids)
+        np.savez(
+            folder / f"{name}.npz", adversarial=adversarial if name != "clean" else images / np.float32(255), ids=ids
+        )
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run")
+
+
+class Page(HTMLParser):
+    """What a browser would load, the ids, the images and the visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.pictures: list[np.ndarray] = []
+        self.words: list[str] = []
+        self._silent = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._silent = tag in ("style", "script")
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "poster", "xlink:href", "action"):
+                self.loads.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+            if tag == "img" and name == "src":
+                self.pictures.append(decode(value or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent = self._silent and tag not in ("style", "script")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def decode(uri: str) -> np.ndarray:
+    assert uri.startswith("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))))
+
+
+def page_of(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def edit(file: Path, old: str, new: str, times: int = -1) -> None:
+    content = file.read_text(encoding="utf-8")
+    assert old in content
+    file.write_text(content.replace(old, new, times), encoding="utf-8")
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **changes})
+
+
+def standing(count: int) -> np.ndarray:
+    return np.arange(ATTACKED) < count
+
+
+def test_summary_rows_are_the_counts_in_the_files(run: Path) -> None:
+    """Every row equals the interval of the count that the fixture wrote, none a summary of a stage's."""
+    rows = dict(summary_rows(read_run(run)))
+    assert rows["clean accuracy"] == f"{share(share_interval(36, 40))} (n = 40)"
+    assert rows[f"attacked, ℓ∞ 8/255, {LABELS['eot-16']}"] == f"{share(share_interval(12, 40))} (n = 40)"
+    assert rows["certified at ℓ2 0"] == f"{share(share_interval(35, 60))} (n = 60)"
+    assert rows["certified at ℓ2 0.25"] == f"{share(share_interval(10, 60))} (n = 60)"
+    assert rows["certified floor at ℓ∞ 8/255"] == f"{share(share_interval(10, 40))} (n = 40)"
+    difference = paired_difference(standing(30), standing(12))
+    assert rows[f"{LABELS['frozen']} flatters by"] == f"{points(difference)} points"
+    assert rows["sandwich"] == "0 violations, 30 images checked, 1 allowed"
+    radii = [0.9 - 0.05 * i for i in range(10)] + [max(0.2 - 0.005 * (i - 10), 0.1) for i in range(10, 30)] + [0.1] * 5
+    assert rows["ACR"] == f"{sum(radii) / 60:.3f} (N = 1,000)"
+
+
+def test_figures_are_printed_as_percent_with_both_ends(run: Path) -> None:
+    """Known value: 12 of 40 is 30 %, Clopper-Pearson 16.6 to 46.5 %; a loss of accuracy has a minus sign."""
+    assert share(share_interval(12, 40)) == "30.0 % [16.6, 46.5]"
+    assert points(paired_difference(standing(12), standing(30))).startswith("−45.0 [−")
+    assert read_run(run).certificates is not None
+
+
+def test_changing_a_verdict_changes_the_page(run: Path) -> None:
+    """One more broken image under one attacker: its accuracy, interval and paired difference follow."""
+    before = page_of(run).text
+    edit(run / "attacks.tsv", "eot-1\t16\timg-16\t6\theld", "eot-1\t16\timg-16\t6\tbroken")
+    after = page_of(run).text
+    old, new = share_interval(17, 40), share_interval(16, 40)
+    step = points(paired_difference(standing(16), standing(20)))
+    for text in (percent(new.estimate), bounds(new), f"[{step.split(' [')[1]}"):
+        assert text in after
+        assert text not in before
+    assert bounds(old) in before
+    assert bounds(old) not in after
+
+
+def test_changing_a_radius_changes_the_page(run: Path) -> None:
+    """Image 9 loses its radius: 9 instead of 10 of 60 are certified at sigma/2, and the floor is 9 of 40."""
+    assert bounds(share_interval(10, 60)) in page_of(run).text
+    edit(run / "certificates.tsv", f"9\t9\t9\t{0.9 - 0.05 * 9!r}\t1", "9\t9\t9\t0.01\t1")
+    after = page_of(run).text
+    assert bounds(share_interval(10, 60)) not in after
+    assert bounds(share_interval(9, 60)) in after
+    assert bounds(share_interval(9, 40)) in after
+
+
+def test_equal_files_give_equal_pages_and_no_other_file(run: Path) -> None:
+    """Proves that nothing of the clock or of chance enters the page and that no partial file stays behind."""
+    before = sorted(run.rglob("*"))
+    path = write_report(run)
+    first = path.read_bytes()
+    assert path == run / "report.html"
+    assert write_report(run).read_bytes() == first
+    assert sorted(run.rglob("*")) == sorted([*before, path])
+
+
+def test_page_stands_alone(run: Path) -> None:
+    """Whatever a tag loads is inside the page: data URIs and fragments that exist; no script; every id once."""
+    html = write_report(run).read_text(encoding="utf-8")
+    page = Page(html)
+    assert {load[:5] for load in page.loads if not load.startswith("#")} == {"data:"}
+    assert {load[1:] for load in page.loads if load.startswith("#")} <= set(page.ids)
+    assert {name[0] or name[1] for name in re.findall(r"url\(#([^)]+)\)|url\(([^#][^)]*)\)", html)} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    assert "@import" not in html
+
+
+def test_flattering_evaluation_is_told_in_a_sentence(run: Path) -> None:
+    """The frozen draw leaves 18 more images standing than EOT 16: told with figures; without a lead, not told."""
+    difference = paired_difference(standing(30), standing(12))
+    text = page_of(run).text
+    assert f"An evaluation that stops at “ {LABELS['frozen']} ” would have reported 75.0 %" in text
+    assert f"{100 * difference.estimate:.1f} points too much" in text
+    content = (run / "attacks.tsv").read_text()
+    for rung in ("frozen", "eot-1"):
+        for i in range(12, ATTACKED):
+            content = content.replace(
+                f"{rung}\t{i}\timg-{i}\t{i % 10}\theld", f"{rung}\t{i}\timg-{i}\t{i % 10}\tbroken"
+            )
+    (run / "attacks.tsv").write_text(content)
+    assert "An evaluation that stops at" not in page_of(run).text
+
+
+def test_transfer_attack_is_not_called_noise_aware(run: Path) -> None:
+    """The attacker on the plain classifier leaves more standing than EOT 1, yet does not see the noise."""
+    edit_json(run / "stages" / "attack.json", rungs=[without_noise(rung) for rung in attack_rungs(run)])
+    assert f"An evaluation that stops at “ {LABELS['eot-1']} ” would" in page_of(run).text
+    ladder = read_run(run).ladder
+    assert ladder is not None
+    assert ladder.flattering is not None
+    assert ladder.flattering.name == "eot-1"
+
+
+def attack_rungs(folder: Path) -> list[dict]:
+    return json.loads((folder / "stages" / "attack.json").read_text())["rungs"]
+
+
+def without_noise(rung: dict) -> dict:
+    return {**rung, "eot_samples": None} if rung["name"] == "frozen" else rung
+
+
+def test_weaker_attacker_last_is_not_the_strongest(run: Path) -> None:
+    """The strongest attacker is the one that broke most, not the one that stands last in the ladder."""
+    rungs = attack_rungs(run)
+    edit_json(run / "stages" / "attack.json", rungs=[rungs[0], *reversed(rungs[1:])])
+    ladder = read_run(run).ladder
+    assert ladder is not None
+    assert ladder.strongest.name == "eot-16"
+    assert ladder.rungs[-1].name == "frozen"
+
+
+def test_neighbour_accuracy_is_told_where_it_was_measured(run: Path) -> None:
+    """31 of 50 is 62 %; null says nothing; more right than there are is damage."""
+    assert f"name the right class for {share(share_interval(31, 50))} of the images" in page_of(run).text
+    edit_json(run / "stages" / "pretrain.json", knn_accuracy=None)
+    assert "name the right class" not in page_of(run).text
+    edit_json(run / "stages" / "pretrain.json", knn_accuracy={"correct": 51, "total": 50})
+    with pytest.raises(RunError, match=r"pretrain\.json is damaged: knn_accuracy"):
+        read_run(run)
+
+
+def test_step_size_is_a_share_of_epsilon_or_pixels(run: Path) -> None:
+    """A number is printed as a share of epsilon, a fraction as it stands: the two cannot be mistaken for each other."""
+    assert "20 steps of 2/255, EOT 16" in page_of(run).text
+    rungs = [{**rung, "step_size": 0.25} for rung in attack_rungs(run)]
+    edit_json(run / "stages" / "attack.json", rungs=rungs)
+    assert "20 steps of 0.25 ε, EOT 16" in page_of(run).text
+
+
+def test_worst_case_counts_an_image_that_any_attacker_broke(run: Path) -> None:
+    """Image 3 falls under the weakest attacker alone: the strongest keeps its 12 images, the worst case has 11."""
+    edit(run / "attacks.tsv", "frozen\t3\timg-3\t3\theld", "frozen\t3\timg-3\t3\tbroken")
+    ladder = read_run(run).ladder
+    assert ladder is not None
+    assert ladder.strongest.accuracy == share_interval(12, 40)
+    assert ladder.worst_case == share_interval(11, 40)
+
+
+def test_undecided_counts_as_not_broken_and_not_held(run: Path) -> None:
+    """12 images stand under EOT 16, of which one is undecided: accuracy 12 of 40, lower accuracy 11 of 40."""
+    ladder = read_run(run).ladder
+    assert ladder is not None
+    assert ladder.strongest.undecided == 1
+    assert ladder.strongest.accuracy == share_interval(12, 40)
+    assert ladder.strongest.accuracy_lower == share_interval(11, 40)
+
+
+def test_certificates_match_a_slow_count(run: Path) -> None:
+    """Certified accuracy at any radius equals a loop over the lines, also at and beside a radius in the file."""
+    certificates = read_run(run).certificates
+    assert certificates is not None
+    lines = [line.split("\t") for line in (run / "certificates.tsv").read_text().splitlines()[1:]]
+    for radius in (0.0, 0.1, 0.1 + 1e-9, 0.2, 0.25, 0.9, 0.95):
+        slow = sum(line[1] == line[2] and float(line[3]) >= radius for line in lines)
+        assert certificates.accuracy(radius).estimate == slow / 60
+    # Closed form: p_lower = 0.001^(1/1000) = 0.993116, whose normal quantile is 2.46326.
+    assert certificates.ceiling == pytest.approx(0.5 * 2.46326, abs=1e-5)
+
+
+def test_floor_beyond_the_ceiling_is_explained(run: Path) -> None:
+    """sigma 0.05 cannot certify the ball around the threat, whatever the votes: the page says why the floor is zero."""
+    assert "larger than the ceiling" not in page_of(run).text
+    edit_json(run / "stages" / "certify.json", sigma=0.05)
+    assert "larger than the ceiling" in page_of(run).text
+
+
+def test_violation_is_found_in_the_tables_themselves(run: Path) -> None:
+    """An image broken within its certified radius is told although the stage's own list is empty."""
+    assert "No violation" in page_of(run).text
+    edit(run / "attacks.tsv", "sandwich\t4\timg-4\t4\theld", "sandwich\t4\timg-4\t4\tbroken")
+    edit(run / "attacks.tsv", "sandwich\t5\timg-5\t5\theld", "sandwich\t5\timg-5\t5\tbroken")
+    text = page_of(run).text
+    assert "2 broken within what was proved" in text
+    assert "img-4, img-5" in text
+    assert "more than chance allows" in text
+    assert "Do not trust the figures below" in text
+
+
+def test_digits_are_not_set_beside_cifar_without_a_word(run: Path) -> None:
+    """The page names what differs from the paper's conditions, and only that."""
+    text = page_of(run).text
+    assert "Not a comparison of equals" in text
+    assert "data set digits instead of CIFAR-10" in text
+    assert "instead of ℓ∞ 8/255" not in text
+    resolved = recipe("cifar") | {"data": {"name": "cifar10"}, "model": {"encoder": "resnet18", "width": 64}}
+    write_json(run / "recipe.json", resolved)
+    assert "differs from the paper: 40 attacked images instead of 10,000." in page_of(run).text
+
+
+def test_sample_pictures_decode_to_the_stored_pixels(run: Path) -> None:
+    """Clean and attacked pixels survive bit by bit; the difference is magnified 15 times, 0.5 / (8/255) = 15.9."""
+    page = page_of(run)
+    rows = [int(i) for i in np.linspace(0, 39, 9).round()]
+    assert len(page.pictures) == 27
+    assert "difference times 15" in page.text
+    sign = np.where(np.arange(8) < 4, 1, -1)
+    for place, i in enumerate(rows):
+        clean, adversarial, difference = page.pictures[3 * place : 3 * place + 3]
+        assert (clean == 100 + i).all()
+        assert (adversarial == 100 + i + 8 * sign).all()
+        assert np.abs(difference.astype(int) - (127.5 + 15 * 8 * sign)).max() <= 1
+
+
+def test_colour_pictures_keep_their_channels(run: Path) -> None:
+    """A three-channel image is decoded with its channels in order."""
+    images = np.zeros((ATTACKED, 3, 8, 8), np.uint8) + np.array([10, 120, 230], np.uint8)[:, None, None]
+    ids = np.array([f"img-{i}" for i in range(ATTACKED)])
+    np.savez(run / "attacks" / "images.npz", images=images, labels=np.zeros(ATTACKED), ids=ids)
+    np.savez(run / "attacks" / "eot-16.npz", adversarial=(images / 255).astype(np.float32), ids=ids)
+    assert (page_of(run).pictures[0] == [10, 120, 230]).all()
+
+
+def test_predicted_class_is_the_challenger_where_broken(run: Path) -> None:
+    """Image 39 (label 9) is broken towards class 2, image 5 holds, image 0 is undecided between 0 and 3."""
+    text = page_of(run).text
+    assert "broken label digit 9 predicted digit 2" in text
+    assert "held label digit 5 predicted digit 5" in text
+    assert "undecided label digit 0 predicted digit 0 or digit 3" in text
+
+
+@pytest.mark.parametrize(
+    "hostile", ['<script>alert("x")</script>', "a & b <img src=http://x/y>", "$\\frac{1}{$", "'\"><b>"]
+)
+def test_hostile_names_stay_text(tmp_path: Path, hostile: str) -> None:
+    """Recipe, class and attacker names are shown as written and open no tag, attribute, formula or request."""
+    run = write_run(tmp_path / "run", name=hostile, classes=[f"{hostile}{k}" for k in range(10)])
+    rungs = [{**rung, "label": f"{hostile} {rung['name']}"} for rung in attack_rungs(run)]
+    edit_json(run / "stages" / "attack.json", rungs=rungs)
+    page = page_of(run)
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 27
+    assert not [load for load in page.loads if not load.startswith(("data:", "#"))]
+    assert f"label {' '.join(hostile.split())}5" in page.text
+    assert f"{hostile} eot-16" in page.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence", "kept"),
+    [
+        ("pretrain", "Not pre-trained yet", "What is proved"),
+        ("finetune", "Not fine-tuned yet", "What is proved"),
+        ("certify", "Not certified yet", "under the strongest attack"),
+        ("attack", "Not attacked yet", "Within ℓ2 0.25"),
+    ],
+)
+def test_unfinished_stage_is_named_with_its_command(run: Path, stage: str, sentence: str, kept: str) -> None:
+    """Without the stage's record its half-written table is left alone, the rest stays, the command is told."""
+    (run / "stages" / f"{stage}.json").unlink()
+    for table in {"certify": ["certificates.tsv"], "attack": ["attacks.tsv"]}.get(stage, []):
+        content = (run / table).read_text()
+        (run / table).write_text(content[: len(content) // 2])
+    text = page_of(run).text
+    assert f"{sentence}: rush {stage} {run}" in text
+    assert kept in text
+    assert (sentence[0].lower() + sentence[1:], f"`rush {stage} {run}`") in summary_rows(read_run(run))
+
+
+def test_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    """A folder with nothing but its recipe gives a page that says so, and no figure of its own."""
+    write_json(tmp_path / "recipe.json", recipe("begun"))
+    page = page_of(tmp_path)
+    assert "Nothing is measured yet" in page.text
+    assert len(summary_rows(read_run(tmp_path))) == 4
+    assert "svg" not in page.tags
+    assert "77.8 %" not in page.text
+
+
+def test_training_curves_leave_out_a_truncated_last_line(run: Path) -> None:
+    """A kill cuts the last line only; an epoch that is logged again after a resume counts once, by its last record."""
+    with open(run / "log.jsonl", "a") as file:
+        file.write(
+            '\n{"event": "epoch", "stage": "pretrain", "epoch": 3, "loss": 0.125, "seconds": 1}\n{"event": "epoch", "st'
+        )
+    edit(run / "log.jsonl", '{"event": "epo\n', "")
+    epochs = [epoch for epoch in read_run(run).epochs if epoch.stage == "pretrain"]
+    assert [epoch.loss for epoch in epochs] == [2.0, 1.0, 0.125]
+
+
+DAMAGES = {
+    "recipe.json": lambda file: file.write_text('{"name": '),
+    "provenance.json": lambda file: file.write_text("[1]"),
+    "model/model.json": lambda file: file.write_text("{"),
+    "log.jsonl": lambda file: edit(file, '{"event": "start"}', '{"event": "sta'),
+    "stages/pretrain.json": lambda file: edit_json(file, seconds="soon"),
+    "stages/certify.json": lambda file: edit_json(file, num_estimation=0),
+    "stages/attack.json": lambda file: edit_json(file, threat={"norm": "l7", "epsilon": 1.0}),
+    "certificates.tsv": lambda file: edit(file, "\t1\t0.01\timg-0", "\t0\t0.01\timg-0"),
+    "attacks.tsv": lambda file: edit(file, "frozen\t7\timg-7\t7\theld", "frozen\t7\timg-7\t7\tshaken"),
+    "attacks/images.npz": lambda file: file.write_bytes(file.read_bytes()[:300]),
+    "attacks/eot-16.npz": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_file_is_named_with_its_remedy(run: Path, name: str) -> None:
+    """Each damaged file gives a RunError with its path and what to do, and leaves the report that was there."""
+    (run / "report.html").write_text("the old report")
+    DAMAGES[name](run / name)
+    with pytest.raises(RunError, match=re.escape(name)) as caught:
+        write_report(run)
+    assert "Remedy: " in str(caught.value)
+    assert (run / "report.html").read_text() == "the old report"
+
+
+@pytest.mark.parametrize(
+    ("table", "old", "new", "told"),
+    [
+        ("certificates.tsv", "idx\tlabel", "label\tidx", "line 1"),
+        ("certificates.tsv", "\n1\t1\t1\t", "\n1\t1\t1\tx", "line 3, column radius"),
+        ("certificates.tsv", "\n1\t1\t1\t0.85", "\n1\t1\t1\tnan", "line 3, column radius"),
+        ("certificates.tsv", "\n1\t1\t1\t0.85", "\n1\t1\t1\t-0.85", "line 3: a radius is negative"),
+        ("certificates.tsv", "\n1\t1\t1\t", "\n0\t1\t1\t", "twice"),
+        ("certificates.tsv", "\teJw=\n", "\n", "line 2 has 10 fields, expected 11"),
+        ("attacks.tsv", "frozen\t7\t", "frozen\t8\t", "'frozen' is not on the same images"),
+        ("attacks.tsv", "frozen\t7\t", "thawed\t7\t", "unknown rung 'thawed'"),
+    ],
+)
+def test_damaged_line_is_told(run: Path, table: str, old: str, new: str, told: str) -> None:
+    """The error says where in the table the damage is; no wrong line passes into a figure."""
+    edit(run / table, old, new, 1)
+    with pytest.raises(RunError, match=re.escape(told)):
+        read_run(run)
+
+
+def test_missing_lines_of_a_finished_stage_are_damage(run: Path) -> None:
+    """A certificate table that lost lines after the stage was finished gives no figures on fewer images."""
+    lines = (run / "certificates.tsv").read_text().splitlines(keepends=True)
+    (run / "certificates.tsv").write_text("".join(lines[:-5]))
+    with pytest.raises(RunError, match=r"holds 55 images, stages/certify\.json says 60"):
+        read_run(run)
+
+
+def test_arrays_are_never_unpickled(run: Path) -> None:
+    """An array file that holds Python objects is refused as damaged."""
+    np.savez(run / "attacks" / "images.npz", images=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(RunError, match=r"images\.npz"):
+        read_run(run)
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    """Neither an empty nor a missing folder gives an empty report."""
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(RunError, match="is no run folder"):
+            write_report(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_needs_no_torch_and_no_pyplot(run: Path) -> None:
+    """A fresh interpreter writes the report without importing torch, sklearn, a stage or matplotlib's global state."""
+    code = (
+        "import sys; from rush.reporting.page import write_report\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        f"write_report({str(run)!r})\n"
+        "heavy = {'torch', 'sklearn', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rush.config import Recipe, TrainingConfig
+from rush.attacks.threat import ThreatModel
+from rush.certification.certify import Certificates, certify_groups
+from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates
+from rush.config import AttackConfig, Recipe, TrainingConfig
 from rush.data.images import ImageSet, stratified_subset
 from rush.data.sources import load_images
 from rush.data.views import Views
@@ -15,16 +19,23 @@ from rush.engine.loop import Schedule
 from rush.engine.precision import Execution, decide_execution
 from rush.engine.probes import knn_correct, representations
 from rush.engine.runs import RunFolder
-from rush.errors import DataError
+from rush.errors import ConfigError, DataError, RunError
+from rush.evaluation.ladder import ladder
+from rush.evaluation.robust import AttackResult
+from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
+from rush.evaluation.table import AttackParts, write_attacks
 from rush.finetuning import finetune
+from rush.inputs import LabelledPixels, labelled_pixels
 from rush.models.classifier import Classifier
-from rush.models.saved import ClassifierSpec, load_weights, save_smoothed, save_weights
+from rush.models.saved import ClassifierSpec, load_smoothed, load_weights, save_smoothed, save_weights
 from rush.noise import Gaussian
 from rush.pretraining import channel_statistics, pretrain
-from rush.options import Stage
+from rush.options import Stage, parse_fraction
 from rush.randomness import seeded_init, stream
+from rush.smoothing import SmoothedClassifier
 
 ENCODER = Path("checkpoints/encoder.safetensors")
+CERTIFICATES = Path("certificates.tsv")
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,19 @@ class Conditions:
             {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}},
         )
         return images
+
+    def evaluation_images(self, count: int | None, num_classes: int) -> tuple[list[int], LabelledPixels]:
+        """The first ``count`` test images (all for None) of one seeded order, with their positions in the split.
+
+        Certification and attacks take the beginning of the same order: whatever their numbers, they speak of the same images.
+        """
+        test = self.images("test")
+        if count is not None and count > len(test):
+            raise ConfigError(
+                f"the recipe asks for {count} test images, {test.name} has {len(test)}; lower certify.images, attack.images"
+            )
+        order = torch.randperm(len(test), generator=stream(self.recipe.seed, "evaluation", "order"))[:count].tolist()
+        return order, labelled_pixels(test[order], num_classes)
 
 
 def run_pretrain(run: RunFolder) -> None:
@@ -107,6 +131,124 @@ def run_finetune(run: RunFolder) -> None:
     )
     figures = _training_figures(run, "finetune", len(labelled), passes=config.epochs)
     run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled))
+
+
+def run_certify(run: RunFolder) -> None:
+    """Certify the evaluation images, group by group into ``certificates.tsv``; goes on behind the last whole line."""
+    if run.finished("certify"):
+        return
+    run.require("finetune")
+    here = Conditions.of(run)
+    smoothed = load_smoothed(run.path / "model", here.execution)
+    config = here.recipe.certify
+    indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
+    run.begin("certify")
+    table = run.path / CERTIFICATES
+    drop_unfinished_line(table)
+    parameters = config.model_dump(exclude={"images"})
+    before = read_certificates(table, sigma=smoothed.sigma, **parameters)
+    done = before.ids if before else ()
+    if done != pixels.ids[: len(done)]:
+        raise RunError(f"{table} holds other images than this recipe certifies; move the file away and certify again")
+    start = len(done)
+    for part in certify_groups(smoothed, pixels, **parameters, seed=here.recipe.seed, start=start):
+        append_certificates(table, part, indices[start : start + len(part)])
+        start += len(part)
+    certificates = _read_certificates(here, smoothed)
+    seconds = float(certificates.seconds.sum())
+    run.finish(
+        "certify",
+        seconds=seconds,
+        images=len(certificates),
+        sigma=smoothed.sigma,
+        **parameters,
+        forward_passes_per_image=config.num_selection + config.num_estimation,
+        images_per_second=len(certificates) / seconds,
+    )
+
+
+def run_attack(run: RunFolder) -> None:
+    """Climb the ladder and attack inside every certified ball; a group of images that was judged before is not attacked again.
+
+    Raises: SandwichError when certified images are broken inside their radius more often than chance explains; the results are kept.
+    """
+    if run.finished("attack"):
+        return
+    run.require("certify")
+    here = Conditions.of(run)
+    smoothed = load_smoothed(run.path / "model", here.execution)
+    certificates = _read_certificates(here, smoothed)
+    config = here.recipe.attack
+    indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
+    run.begin("attack")
+    threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
+    plans = ladder(
+        config.steps,
+        parse_fraction(config.step_size) / parse_fraction(config.epsilon),
+        config.restarts,
+        config.eot_samples,
+    )
+    level = config.alpha / (len(plans) + 1)
+    parts = AttackParts(
+        run.path / "attacks/parts", smoothed, level=level, max_votes=config.max_votes, seed=here.recipe.seed
+    )
+    results = [parts.run(plan, pixels, threat) for plan in plans]
+    positions = sandwich_positions(certificates, pixels.ids)
+    if positions:
+        inside = pixels.select(positions)
+        plan = sandwich_plan(
+            config.steps, max(own for own in config.eot_samples if own <= 16 or own == config.eot_samples[0])
+        )
+        results.append(parts.run(plan, inside, sandwich_threat(certificates, inside.ids)))
+    sandwich = check_sandwich(certificates, results, config.alpha)
+    write_attacks(run.path, results, dict(zip(pixels.ids, indices, strict=True)), pixels)
+    run.finish("attack", **_attack_figures(config, level, results, sandwich))
+    sandwich.require()
+
+
+def _attack_figures(
+    config: AttackConfig, level: float, results: list[AttackResult], sandwich: Sandwich
+) -> dict[str, Any]:
+    rungs = [_rung_figures(result) for result in results]
+    return {
+        "seconds": sum(rung["seconds"] for rung in rungs),
+        "threat": {"norm": config.norm, "epsilon": parse_fraction(config.epsilon), "epsilon_text": config.epsilon},
+        "alpha": config.alpha,
+        "level": level,
+        "num_verdicts": len(results),
+        "max_votes": config.max_votes,
+        "rungs": [rung for rung in rungs if rung["name"] != "sandwich"],
+        "sandwich": {
+            **next((rung for rung in rungs if rung["name"] == "sandwich"), {}),
+            "checked": sandwich.checked,
+            "violations": list(sandwich.violations),
+            "allowed": sandwich.allowed,
+        },
+    }
+
+
+def _rung_figures(result: AttackResult) -> dict[str, Any]:
+    plan = result.plan
+    return {
+        "name": plan.name,
+        "label": plan.label,
+        "steps": plan.steps,
+        "step_size": plan.step_size,
+        "restarts": plan.restarts,
+        "eot_samples": plan.eot_samples,
+        **result.budget,
+        "seconds": float(result.seconds.sum()),
+    }
+
+
+def _read_certificates(here: Conditions, smoothed: SmoothedClassifier) -> Certificates:
+    parameters = here.recipe.certify.model_dump(exclude={"images"})
+    certificates = read_certificates(here.run.path / CERTIFICATES, sigma=smoothed.sigma, **parameters)
+    if certificates is None:
+        raise RunError(
+            f"{here.run.path / CERTIFICATES} is missing or empty; remove stages/certify.json and run `rush certify` again"
+        )
+    return certificates
 
 
 def _spec(recipe: Recipe, train: ImageSet) -> ClassifierSpec:

@@ -1,7 +1,9 @@
 """``certificates.tsv``: one line an image, written as it is certified, read back to the same bits."""
 
 import base64
+import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,19 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def append_certificates(path: Path, part: Certificates, first_index: int) -> None:
-    """Append the lines of ``part``, whose first image is number ``first_index``; writes the header into a new file.
+def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) -> None:
+    """Append the lines of ``part``, whose images have these ``indices`` in their split; writes the header into a new file.
 
     Radii have six decimals, rounded toward zero already; ``p_lower`` is written so that it reads back exactly; ``blocks`` holds the
     votes by blocks of 100 noise samples, uint8 (blocks, K), compressed by zlib, in base64.
     """
-    lines = [_line(part, row, first_index + row) for row in range(len(part))]
+    lines = [_line(part, row, index) for row, index in enumerate(indices)]
     with open(path, "a", encoding="utf-8") as file:
         if file.tell() == 0:
             file.write("\t".join(COLUMNS) + "\n")
         file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_certificates(

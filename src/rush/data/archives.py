@@ -1,4 +1,4 @@
-"""Official archives and their extracted folders: found on disk or downloaded, hash-checked, and read without extracting."""
+"""Official archives and their extracted folders: found or downloaded, hash-checked, and read without extracting."""
 
 import tarfile
 import zlib
@@ -26,9 +26,10 @@ class Archive:
 
 
 def locate(archives: Sequence[Archive], root: Path, name: str) -> tuple[Archive, Path] | None:
-    """The first archive of ``archives``, else the first extracted folder, in ``root`` or ``root``/``name``; None without any.
+    """The first archive, else the first extracted folder, that lies in ``root`` or ``root``/``name``; None without any.
 
-    ``root`` may also be the extracted folder itself. Archives are hash-checked, folders are not (their readers check sizes).
+    ``root`` may also be the extracted folder itself. Archives are hash-checked, folders are not (their readers check
+    sizes).
     Raises: DataError for an archive whose hash is wrong.
     """
     for base in (root, root / name):

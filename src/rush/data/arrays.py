@@ -14,11 +14,13 @@ Arrays = dict[str, np.ndarray]
 
 
 def load_npz(path: Path, split: str) -> ImageSet:
-    """The images of ``path``: arrays ``x_<split>`` and ``y_<split>``, else ``images`` and ``labels``, which serve any split.
+    """The arrays ``x_<split>`` and ``y_<split>`` of ``path``, else ``images`` and ``labels``, which serve any split.
 
-    Images: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C in 1, 3. ``classes`` and, for an unnamed split, ``ids`` are used
-    where present; else the classes are "0".."K-1" with K - 1 the largest label in the file, and the ids "<split>-<row>".
-    Raises: DataError naming the file when it is damaged, lacks the split, or holds another type, shape or label. Never unpickles.
+    Images: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C in 1, 3. ``classes`` and, for an unnamed split, ``ids``
+    are used where present; else the classes are "0".."K-1" with K - 1 the largest label in the file, and the ids
+    "<split>-<row>".
+    Raises: DataError naming the file when it is damaged, lacks the split, or holds another type, shape or label. Never
+    unpickles.
     """
     pixels, labels = f"x_{split}", f"y_{split}"
     arrays, names = _read(path, pixels)

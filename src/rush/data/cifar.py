@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ _PIXELS = 3 * 32 * 32
 class CifarVersion:
     """How one official archive stores a data set.
 
-    ``files``: member names by split, in official order; ``rows``: images in each of them. ``names_file``: the member with the class
-    names. ``labels_key``, ``names_key``: keys of the pickled dictionaries; None in the binary version, whose records are
-    ``label_bytes`` bytes, the last being the label, and 3,072 pixels.
+    ``files``: member names by split, in official order; ``rows``: images in each of them. ``names_file``: the member
+    with the class names. ``labels_key``, ``names_key``: keys of the pickled dictionaries; None in the binary version,
+    whose records are ``label_bytes`` bytes, the last being the label, and 3,072 pixels.
     """
 
     archive: Archive
@@ -102,9 +102,10 @@ def read_cifar(name: str, version: CifarVersion, path: Path, split: str) -> Imag
 def _read_pickled(version: CifarVersion, rows: int, file: IO[bytes], where: str) -> tuple[np.ndarray, torch.Tensor]:
     content = read_plain_pickle(file, where)
     pixels, labels = content.get("data"), content.get(version.labels_key)
-    if not isinstance(pixels, np.ndarray) or not isinstance(labels, list):
+    if not isinstance(pixels, np.ndarray) or not _is_list_of(labels, int):
         raise DataError(
-            f"{where} has the keys {sorted(content)}, needs an array 'data' and a list '{version.labels_key}'; {_again(version)}"
+            f"{where} has the keys {sorted(content)}, needs an array 'data' and integers '{version.labels_key}'; "
+            f"{_again(version)}"
         )
     if pixels.shape != (rows, _PIXELS):
         raise DataError(f"{where} holds pixels of shape {pixels.shape}, expected {(rows, _PIXELS)}; {_again(version)}")
@@ -125,19 +126,24 @@ def _read_binary(version: CifarVersion, rows: int, file: IO[bytes], where: str) 
 
 
 def _read_pickled_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
-    listed = read_plain_pickle(file, where).get(version.names_key, [])
-    names = [name.decode() if isinstance(name, bytes) else name for name in listed]
-    return _checked_names(version, names, where)
+    listed = read_plain_pickle(file, where).get(version.names_key)
+    if listed is not None and _is_list_of(listed, bytes):
+        listed = [name.decode("latin1") for name in listed]
+    return _checked_names(version, listed, where)
 
 
 def _read_listed_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
     return _checked_names(version, file.read().decode("latin1").split(), where)
 
 
-def _checked_names(version: CifarVersion, names: list[str], where: str) -> tuple[str, ...]:
-    if len(names) != version.num_classes:
-        raise DataError(f"{where} names {len(names)} classes, expected {version.num_classes}; {_again(version)}")
+def _checked_names(version: CifarVersion, names: Any, where: str) -> tuple[str, ...]:
+    if not _is_list_of(names, str) or len(names) != version.num_classes:
+        raise DataError(f"{where} names the classes {names}, expected {version.num_classes} of them; {_again(version)}")
     return tuple(names)
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def _again(version: CifarVersion) -> str:

@@ -25,7 +25,8 @@ def decode_images(encoded: Iterable[Encoded], total: int) -> torch.Tensor:
     """uint8 (N, C, H, W) of the N = ``total`` images in ``encoded``, in order; C is 1 if all are greyscale, else 3.
 
     Greyscale among RGB is repeated over the channels; palettes become RGB; a fully opaque alpha channel is dropped.
-    Raises: DataError naming the first image that cannot be decoded, has transparency or more than 8 bits, or another size.
+    Raises: DataError naming the first image that cannot be decoded, has transparency or more than 8 bits, or another
+    size.
     """
     images: np.ndarray | None = None
     first = ""

@@ -12,10 +12,10 @@ _LARGEST = 16  # scikit-learn's pixels are whole numbers 0..16
 
 
 def load_digits(split: str) -> ImageSet:
-    """The "train" (1,397) or "test" (400) images, uint8 (N, 1, 8, 8), labels 0..9; ids are positions in scikit-learn's order.
+    """The "train" (1,397) or "test" (400) images, uint8 (N, 1, 8, 8), labels 0..9; ids are scikit-learn's positions.
 
-    The split is stratified and fixed for good: of each class the images whose salted SHA-256 of the id is smallest are the test
-    images, so that it depends on no library's random numbers.
+    The split is stratified and fixed for good: of each class the images whose salted SHA-256 of the id is smallest are
+    the test images, so that it depends on no library's random numbers.
     """
     from sklearn import datasets
 

@@ -1,7 +1,9 @@
 """Downloads that are checked against a known hash and go on where they were cut off."""
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -18,8 +20,9 @@ Advance = Callable[[int, int | None], None]
 def fetch(url: str, known_hash: str, target: Path, attempts: int = 5, pause: float = 1.0) -> Path:
     """``target``, downloaded from ``url`` and checked against ``known_hash`` (pooch's form, e.g. "md5:...").
 
-    Bytes go to ``target`` + ".part" first. A lost connection is taken up again there (HTTP Range), and so is the part that an
-    earlier, killed process left. ``attempts``: tries in a row that bring no byte before giving up, ``pause`` seconds apart.
+    Bytes go to ``target`` + ".part" first. A lost connection is taken up again there (HTTP Range), and so is the part
+    that an earlier, killed process left. ``attempts``: tries in a row that bring no byte before giving up, ``pause``
+    seconds apart.
     Raises: DataError when the server cannot be reached, refuses, or sends other bytes than the hash says.
     """
     import pooch
@@ -28,7 +31,8 @@ def fetch(url: str, known_hash: str, target: Path, attempts: int = 5, pause: flo
     downloader = _Resuming(part, attempts, pause)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        pooch.retrieve(url, known_hash, fname=target.name, path=target.parent, downloader=downloader)
+        with _alone(target):
+            pooch.retrieve(url, known_hash, fname=target.name, path=target.parent, downloader=downloader)
     except (OSError, HTTPException) as error:
         raise DataError(
             f"could not download {url}: {error}; run again to go on from {part}, or put the file at {target} yourself"
@@ -38,6 +42,19 @@ def fetch(url: str, known_hash: str, target: Path, attempts: int = 5, pause: flo
             f"{url} for {target}: {error} Run again to download it anew, or get the file elsewhere"
         ) from error
     return target
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One process at a time for ``target``, where the system has file locks (not on Windows); the others wait."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with target.with_name(target.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -72,13 +89,13 @@ class _Resuming:
         self.part.replace(output_file)
 
     def _persist(self, url: str, advance: Advance) -> None:
-        fruitless = 0
+        fruitless, best = 0, _size(self.part)
         while True:
-            before = _size(self.part)
             try:
                 return _receive(url, self.part, advance)
             except (OSError, HTTPException) as error:
-                fruitless = 0 if _size(self.part) > before else fruitless + 1
+                fruitless = 0 if _size(self.part) > best else fruitless + 1
+                best = max(best, _size(self.part))
                 if fruitless == self.attempts or _is_refusal(error):
                     raise
             time.sleep(self.pause)

@@ -14,16 +14,18 @@ SPLIT_FOLDERS = ("train", "val", "validation", "test", "unlabeled")
 
 
 def load_folder(folder: Path, split: str) -> ImageSet:
-    """The images below ``folder``/``split`` if ``folder`` is divided into splits, else those below ``folder`` (any split).
+    """The images below ``folder``/``split`` if ``folder`` is divided into splits, else all below it (for any split).
 
-    Classes are the sorted names of the class folders over all splits; a folder that holds images and no folders is unlabelled.
-    ids: the path relative to ``folder``, with "/"; order: by class, then id.
-    Raises: DataError when the split is missing, a class or everything is empty, or an image is damaged or of another size.
+    Classes are the sorted names of the class folders over all splits; a folder that holds images and no folders is
+    unlabelled. ids: the path relative to ``folder``, with "/"; order: by class, then id.
+    Raises: DataError when the split is missing, a class or everything is empty, or an image is damaged or of another
+    size.
     """
     splits = _split_folders(folder)
     if splits and folder / split not in splits:
         raise DataError(
-            f"{folder} has no split {split!r}, only {', '.join(path.name for path in splits)}; ask for one of them or add the folder"
+            f"{folder} has no split {split!r}, only {', '.join(path.name for path in splits)}; "
+            "ask for one of them or add the folder"
         )
     top = folder / split if splits else folder
     class_folders = _subfolders(top)
@@ -45,7 +47,7 @@ def load_folder(folder: Path, split: str) -> ImageSet:
 
 
 def _split_folders(folder: Path) -> list[Path]:
-    """The sub-folders that are splits: named like one and, unlike a class of that name, holding folders (or unlabelled images)."""
+    """The sub-folders that are splits: named like one and, unlike a class of that name, holding folders."""
     named = [folder / name for name in SPLIT_FOLDERS if (folder / name).is_dir()]
     return [path for path in named if path.name == "unlabeled" or _subfolders(path)]
 
@@ -58,12 +60,13 @@ def _image_files(folder: Path) -> list[Path]:
     """Every image file at any depth below ``folder``, sorted by its path. Raises: DataError without any."""
     found = [
         Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
+        for parent, _, names in os.walk(folder)
         for name in names
         if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
     ]
     if not found:
         raise DataError(
-            f"{folder} is empty: it holds no image file ({', '.join(sorted(SUFFIXES))}); add images or remove the folder"
+            f"{folder} is empty: it holds no image file ({', '.join(sorted(SUFFIXES))}); "
+            "add images or remove the folder"
         )
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())

@@ -1,26 +1,25 @@
-"""The one form that images take in this library: 8-bit pixels with labels, class names and identifiers that survive subsetting."""
+"""The one form that images take in this library: 8-bit pixels with labels, class names and ids, kept by subsetting."""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from rush.data.indexing import Index, positions
 from rush.errors import DataError, InputError
-
-Index = slice | Sequence[int] | Sequence[bool] | np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
     """One split of a data set, on the CPU.
 
-    images: uint8 (N, C, H, W). labels: int64 (N,) in 0..K-1, or None. classes: the K class names. ids: text (N,), unique.
-    ``images[index]`` takes a slice, integers or a boolean mask and keeps ids and labels with their pixels.
-    Raises: DataError when a field has another type or shape, lengths differ, a label is out of range, an id repeats or N is 0.
+    images: uint8 (N, C, H, W). labels: int64 (N,) in 0..K-1, or None. classes: the K class names. ids: text (N,),
+    unique. ``images[index]`` takes a slice, integers or a boolean mask and keeps ids and labels with their pixels.
+    Raises: DataError when a field has another type or shape, lengths differ, a label is out of range, an id repeats or
+    N is 0.
     """
 
     images: torch.Tensor
@@ -48,8 +47,8 @@ class ImageSet:
         return f"ImageSet({self.name}/{self.split}: {len(self)} images of {shape}, {labelled})"
 
     def __getitem__(self, index: Index) -> "ImageSet":
-        """The chosen images with their ids and labels. Raises: InputError for an index that is not allowed or selects nothing."""
-        chosen = _positions(index, len(self))
+        """The chosen images with ids and labels. Raises: InputError for an index that is wrong or selects nothing."""
+        chosen = positions(index, len(self))
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, images=self.images[chosen], labels=labels, ids=self.ids[chosen])
 
@@ -58,14 +57,14 @@ class ImageSet:
         return len(self.classes)
 
     def pixels(self, indices: Index | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        """float32 (n, C, H, W) in [0, 1]: ``images.float() / 255`` of all or of the chosen images, rounded alike on every device."""
-        chosen = self.images if indices is None else self.images[_positions(indices, len(self))]
-        # A Python scalar would become a multiplication by 1/255 on CUDA, which rounds differently from the CPU's division.
+        """float32 (n, C, H, W) in [0, 1]: ``images.float() / 255`` of all or of the chosen images, on ``device``."""
+        chosen = self.images if indices is None else self.images[positions(indices, len(self))]
+        # CUDA would turn a Python scalar into a multiplication by 1/255, which rounds differently from a division.
         return chosen.to(device).float().div_(torch.tensor(255.0, device=device))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over ids, shape, pixels and labels, in this order; class names and the set's own name do not enter."""
+        """SHA-256 (hex) over ids, shape, pixels and labels, in this order (not class names, nor the set's name)."""
         digest = hashlib.sha256(json.dumps([self.ids.tolist(), list(self.images.shape)]).encode())
         digest.update(self.images.contiguous().numpy().data)
         digest.update(b"unlabelled" if self.labels is None else self.labels.numpy().astype("<i8").tobytes())
@@ -77,17 +76,18 @@ class ImageSet:
 
 
 def check_labels(labels: np.ndarray, num_images: int, num_classes: int, where: str) -> torch.Tensor:
-    """``labels`` as int64 (N,). Raises: DataError naming ``where`` unless there are N = ``num_images`` integers in 0..K-1."""
+    """``labels`` as int64 (N,). Raises: DataError naming ``where`` unless they are N integers in 0..K-1."""
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(
-            f"{where}: labels must be integers of shape (N,), got {labels.dtype} {labels.shape}; store one class index per image"
+            f"{where}: labels must be integers of shape (N,), got {labels.dtype} {labels.shape}; "
+            "store one class index per image"
         )
     if len(labels) != num_images:
         raise DataError(f"{where}: {len(labels)} labels for {num_images} images; store exactly one label per image")
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise DataError(
-            f"{where}: row {wrong[0]} has label {labels[wrong[0]]}, allowed are 0..{num_classes - 1} ({num_classes} classes); "
+            f"{where}: row {wrong[0]} has label {labels[wrong[0]]}, allowed are 0..{num_classes - 1}; "
             f"{wrong.size} of {num_images} labels are out of range: correct them, name every class, or drop the labels"
         )
     return torch.from_numpy(labels.astype(np.int64))
@@ -96,9 +96,9 @@ def check_labels(labels: np.ndarray, num_images: int, num_classes: int, where: s
 def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: torch.Generator) -> ImageSet:
     """A random subset in which every class present keeps its share, in the original order.
 
-    ``n_or_fraction``: a number of images (int, 1..N) or a share of them (float, in (0, 1], rounded to whole images). Shares are
-    rounded by largest remainder, so that balanced classes differ by at most one; every class present gets at least one image.
-    Random: which images of a class are drawn, from ``generator``.
+    ``n_or_fraction``: a number of images (int, 1..N) or a share of them (float, in (0, 1], rounded to whole images).
+    Shares are rounded by largest remainder, so that balanced classes differ by at most one; every class present gets at
+    least one image. Random: which images of a class are drawn, from ``generator``.
     Raises: InputError without labels, for a size out of range or smaller than the number of classes present.
     """
     if images.labels is None:
@@ -120,7 +120,7 @@ def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: t
 
 
 def stratified_counts(counts: np.ndarray, size: int) -> np.ndarray:
-    """How many of ``size`` each class gets, in proportion to its positive ``counts`` (largest remainder) and at least one.
+    """How many of ``size`` each class gets: in proportion to its positive ``counts`` (largest remainder), at least one.
 
     Exact in integers; ties go to the earlier class. Needs len(counts) <= size <= counts.sum().
     """
@@ -142,38 +142,10 @@ def _subset_size(n_or_fraction: int | float, total: int, num_present: int) -> in
     size = int(n_or_fraction) if is_count else round(n_or_fraction * total)
     if size < num_present:
         raise InputError(
-            f"{n_or_fraction!r} of {total} images is {size}, fewer than the {num_present} classes present; ask for at least {num_present}"
+            f"{n_or_fraction!r} of {total} images is {size}, fewer than the {num_present} classes present; "
+            f"ask for at least {num_present} images"
         )
     return size
-
-
-def _positions(index: Index, total: int) -> slice | np.ndarray:
-    if isinstance(index, slice):
-        chosen = range(total)[index]
-        if not chosen:
-            raise InputError(f"{index} selects none of {total} images")
-        return index if chosen.step > 0 else np.array(chosen)
-    array = index.detach().cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index)
-    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iub":
-        raise InputError(
-            f"index must be a slice, a non-empty 1-d list of integers or a boolean mask of {total}, "
-            f"got {type(index).__name__} of shape {array.shape}, {array.dtype}; for one image use images[i : i + 1]"
-        )
-    if array.dtype.kind == "b":
-        return _masked(array, total)
-    if array.min() < -total or array.max() >= total:
-        raise InputError(
-            f"index must lie in {-total}..{total - 1} for {total} images, got {array.min()}..{array.max()}"
-        )
-    return array.astype(np.int64) % total
-
-
-def _masked(mask: np.ndarray, total: int) -> np.ndarray:
-    if len(mask) != total or not mask.any():
-        raise InputError(
-            f"a boolean mask must have {total} entries and select at least one, got {len(mask)} with {int(mask.sum())} true"
-        )
-    return np.flatnonzero(mask)
 
 
 def _check_images(images: torch.Tensor, where: str) -> None:
@@ -189,7 +161,8 @@ def _check_images(images: torch.Tensor, where: str) -> None:
             else type(images).__name__
         )
         raise DataError(
-            f"{where}: images must be a torch.uint8 tensor (N, C, H, W) with values 0..255 on the cpu, got {kind}; convert it first"
+            f"{where}: images must be a torch.uint8 tensor (N, C, H, W) with values 0..255 on the cpu, got {kind}; "
+            "convert it first"
         )
     if images.numel() == 0:
         raise DataError(
@@ -210,12 +183,14 @@ def _check_ids(ids: np.ndarray, num_images: int, where: str) -> None:
     if not isinstance(ids, np.ndarray) or ids.dtype.kind != "U" or ids.shape != (num_images,):
         kind = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
         raise DataError(
-            f"{where}: ids must be a numpy array of str of shape ({num_images},), got {kind}; use np.array([...], dtype=str)"
+            f"{where}: ids must be a numpy array of str of shape ({num_images},), got {kind}; "
+            "use np.array([...], dtype=str)"
         )
     if len(set(ids.tolist())) != num_images:
         names, counts = np.unique(ids, return_counts=True)
         raise DataError(
-            f"{where}: ids must be unique, {names[counts.argmax()]!r} occurs {counts.max()} times; select or name each image once"
+            f"{where}: ids must be unique, {str(names[counts.argmax()])!r} occurs {counts.max()} times; "
+            "select or name each image once"
         )
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face style parquet shards: an image column of encoded files, a label column, class names in the schema metadata."""
+"""Hugging Face style parquet shards: a column of encoded images, a label column, class names in the schema metadata."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rush.data.decoding import Encoded, decode_images
 from rush.data.images import ImageSet, check_labels
@@ -21,71 +22,55 @@ _BATCH = 1024
 
 
 def parquet_folder(folder: Path) -> Path | None:
-    """``folder`` or the one sub-folder of it (such as ``data``) that holds .parquet files; None without any.
-
-    Raises: DataError when several sub-folders do.
-    """
-    if any(folder.glob("*.parquet")):
-        return folder
-    holding = sorted({path.parent for path in folder.glob("*/*.parquet")})
-    if len(holding) > 1:
-        raise DataError(
-            f"{folder} has parquet files in {', '.join(path.name for path in holding)}; give the one you mean, e.g. {holding[0]}"
-        )
-    return holding[0] if holding else None
+    """Where shards lie: ``folder``, or the sub-folder data, plain_text or of its own name; None without any."""
+    candidates = (folder, folder / "data", folder / "plain_text", folder / folder.name)
+    return next((path for path in candidates if any(path.glob("*.parquet"))), None)
 
 
 def load_parquet(folder: Path, split: str, name: str) -> ImageSet:
     """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folder``, in order.
 
-    ids: the ``path`` beside the image bytes where every row has one and all differ, else "<split>-<row>". Without class names in
-    the metadata the classes are "0".."K-1" with K - 1 the largest label; without a label column labels are None.
+    ids: the ``path`` beside the image bytes where every row has one and all differ, else "<split>-<row>". Without class
+    names in the metadata the classes are "0".."K-1" with K - 1 the largest label; without a label column labels are
+    None.
     Raises: DataError naming the shard that is missing, damaged, empty, mislabelled or of another layout.
     """
     shards = [_open_shard(path) for path in find_shards(folder, split)]
-    odd = next(
-        (shard for shard in shards if (shard.label, shard.classes) != (shards[0].label, shards[0].classes)), None
-    )
-    if odd is not None:
-        raise DataError(
-            f"{odd.path} has another label column or other class names than {shards[0].path}; get both from one source"
-        )
-    labels = [_labels(shard) for shard in shards] if shards[0].label else None
+    for shard in shards:
+        if (shard.label, shard.classes) != (shards[0].label, shards[0].classes):
+            raise DataError(
+                f"{shard.path} has another label column or other classes than {shards[0].path}; use one source"
+            )
+    labels = [_labels(shard) for shard in shards] if shards[0].label else []
     classes = shards[0].classes or _numbered(labels)
-    checked = None
-    if labels is not None:
-        for shard, values in zip(shards, labels, strict=True):
-            check_labels(values, shard.rows, len(classes), str(shard.path))
-        checked = check_labels(np.concatenate(labels), sum(shard.rows for shard in shards), len(classes), str(folder))
-    images = decode_images((item for shard in shards for item in _encoded(shard)), sum(shard.rows for shard in shards))
-    return ImageSet(images, checked, classes, _ids(shards, split), name, split)
+    checked = [
+        check_labels(values, shard.rows, len(classes), str(shard.path))
+        for shard, values in zip(shards, labels, strict=bool(labels))
+    ]
+    total = sum(shard.rows for shard in shards)
+    images = decode_images((item for shard in shards for item in _encoded(shard)), total)
+    return ImageSet(images, torch.cat(checked) if checked else None, classes, _ids(shards, split), name, split)
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of ``split`` in ``folder``, in order. Raises: DataError without any, or naming the missing one of a series."""
+    """The shards of ``split`` in ``folder``, in order. Raises: DataError without any, or naming a missing one."""
     shards = sorted(folder.glob(f"{split}-*.parquet")) or sorted(folder.glob(f"{split}.parquet"))
     if not shards:
         splits = sorted({re.split(r"[-.]", path.name)[0] for path in folder.glob("*.parquet")})
         raise DataError(
-            f"{folder} has no shard {split}-*.parquet, only of {', '.join(splits)}; ask for one of these splits or add the shard"
+            f"{folder} has no shard {split}-*.parquet, only of {', '.join(splits)}; "
+            "ask for one of these splits or add the shard"
         )
     series = [match for match in (_SERIES.search(path.name) for path in shards) if match]
-    for total in {match[2] for match in series}:
-        present = {int(match[1]) for match in series if match[2] == total}
-        missing = [number for number in range(int(total)) if number not in present]
+    totals = {match[2] for match in series}
+    numbers = {int(match[1]) for match in series}
+    if len(totals) > 1 or len(series) not in (0, len(shards)) or len(numbers) < len(series):
+        raise DataError(f"{folder} mixes several series: {', '.join(path.name for path in shards)}; keep one of them")
+    for total in totals:
+        missing = [number for number in range(int(total)) if number not in numbers]
         if missing:
-            name = f"{split}-{missing[0]:0{len(total)}d}-of-{total}.parquet"
-            raise DataError(
-                f"{folder / name} is missing ({len(missing)} of {int(total)} shards of split {split!r} are); get it again"
-            )
-    if (
-        len(series) not in (0, len(shards))
-        or len({match[2] for match in series}) > 1
-        or len({match[1] for match in series}) < len(series)
-    ):
-        raise DataError(
-            f"{folder} mixes several series of shards: {', '.join(path.name for path in shards)}; keep one of them"
-        )
+            lost = folder / f"{split}-{missing[0]:0{len(total)}d}-of-{total}.parquet"
+            raise DataError(f"{lost} is missing ({len(missing)} of the {int(total)} shards are); get it again")
     return shards
 
 
@@ -100,26 +85,28 @@ class _Shard:
 
 
 def _open_shard(path: Path) -> _Shard:
-    import pyarrow as pa
-
     with _parquet(path) as file:
         schema, rows = file.schema_arrow, file.metadata.num_rows
-    image = next((column for column in IMAGE_COLUMNS if column in schema.names), None)
-    kind = schema.field(image).type if image else None
-    if image is None or not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise DataError(
-            f"{path} has the columns {dict(zip(schema.names, map(str, schema.types), strict=True))}; it needs 'img' or 'image', a struct of bytes and path"
-        )
+    image = _image_column(schema, path)
     label = next((column for column in LABEL_COLUMNS if column in schema.names), None)
     if label is None and any("label" in column for column in schema.names):
-        raise DataError(
-            f"{path} has the columns {schema.names}; name its label column 'label' or 'fine_label', or remove it"
-        )
+        raise DataError(f"{path} has the columns {schema.names}; name its label column 'label' or 'fine_label'")
     if rows == 0:
         raise DataError(f"{path} is empty; get it again or remove it")
-    return _Shard(
-        path, rows, image, label, _class_names(schema.metadata or {}, label, path), kind.get_field_index("path") >= 0
-    )
+    has_paths = schema.field(image).type.get_field_index("path") >= 0
+    return _Shard(path, rows, image, label, _class_names(schema.metadata or {}, label, path), has_paths)
+
+
+def _image_column(schema: Any, path: Path) -> str:
+    import pyarrow as pa
+
+    for column in IMAGE_COLUMNS:
+        if column in schema.names:
+            kind = schema.field(column).type
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                return column
+    found = ", ".join(f"{name}: {kind}" for name, kind in zip(schema.names, schema.types, strict=True))
+    raise DataError(f"{path} has the columns {found}; it needs 'img' or 'image', a struct of bytes and path")
 
 
 @contextmanager
@@ -149,8 +136,8 @@ def _class_names(metadata: dict[bytes, bytes], label: str | None, path: Path) ->
     return tuple(names) if names else None
 
 
-def _numbered(labels: list[np.ndarray] | None) -> tuple[str, ...]:
-    return tuple(str(label) for label in range(max(int(values.max()) for values in labels) + 1)) if labels else ()
+def _numbered(labels: list[np.ndarray]) -> tuple[str, ...]:
+    return tuple(str(label) for label in range(max((int(values.max()) for values in labels), default=-1) + 1))
 
 
 def _labels(shard: _Shard) -> np.ndarray:

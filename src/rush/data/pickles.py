@@ -11,8 +11,8 @@ from rush.errors import DataError
 def read_plain_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
     """The dictionary in ``file``, its keys as text; byte arrays come back as NumPy uint8 arrays.
 
-    Nothing named in the file is imported: the few names by which a pickle rebuilds a NumPy array stand for inert classes of this
-    module, and every other name is refused before it is looked up.
+    Nothing named in the file is imported: the few names by which a pickle rebuilds a NumPy array stand for inert
+    classes of this module, and every other name is refused before it is looked up.
     Raises: DataError naming ``where`` for a refused name, a truncated file or anything but a dictionary.
     """
     try:
@@ -30,6 +30,7 @@ def read_plain_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
         IndexError,
         AttributeError,
         OverflowError,
+        MemoryError,
     ) as error:
         raise DataError(f"{where} is damaged or truncated ({error}); delete it and get it again") from error
     if not isinstance(content, dict):
@@ -41,6 +42,10 @@ def read_plain_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
 
 class _Refused(Exception):
     """A name that a plain pickle has no need of."""
+
+
+class _Prototype:
+    """Stands for numpy.ndarray, which is named but never made."""
 
 
 class _Dtype:
@@ -81,7 +86,7 @@ class _PlainUnpickler(pickle.Unpickler):
             case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct"):
                 return _Array
             case ("numpy", "ndarray"):
-                return np.ndarray
+                return _Prototype
             case ("numpy", "dtype"):
                 return _Dtype
             case ("_codecs", "encode"):

@@ -36,14 +36,14 @@ def load_images(
 ) -> ImageSet:
     """The ``split`` of a data set known by name, or of the images at a path.
 
-    Names: "digits" (embedded in scikit-learn), "cifar10", "cifar100" (fine labels), "stl10" (also split "unlabeled"). The last
-    three are read from the official archives, their extracted folders or Hugging Face style parquet shards in ``root`` or
-    ``root``/name; where there is nothing and ``download`` is true, the official archive is downloaded to ``root``. ``root``
-    defaults to the environment variable RUSH_DATA, else to the user's cache folder.
-    Paths (relative ones are looked up in ``root`` if given): a folder of class folders, a folder of parquet shards, an .npz file.
+    Names: "digits" (embedded in scikit-learn), "cifar10", "cifar100" (fine labels), "stl10" (also split "unlabeled").
+    The last three are read from the official archives, their extracted folders or Hugging Face style parquet shards in
+    ``root`` or ``root``/name; where there is nothing and ``download`` is true, the official archive is downloaded to
+    ``root``. ``root`` defaults to the environment variable RUSH_DATA, else to the user's cache folder. Paths (relative
+    ones are looked up in ``root`` if given): a folder of class folders, a folder of parquet shards, an .npz file.
 
-    Raises: DataError, naming the file and the remedy, when the name or split is unknown, or the data are missing, truncated,
-    altered, of a wrong shape, mislabelled or empty.
+    Raises: DataError, naming the file and the remedy, when the name or split is unknown, or the data are missing,
+    truncated, altered, of a wrong shape, mislabelled or empty.
     """
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and name in SPLITS:
@@ -60,9 +60,9 @@ def load_images(
 
 def _root(root: str | os.PathLike[str] | None) -> Path:
     if root is not None:
-        return Path(root).expanduser()
+        return Path(root).expanduser().absolute()
     if os.environ.get(ROOT_VARIABLE):
-        return Path(os.environ[ROOT_VARIABLE]).expanduser()
+        return Path(os.environ[ROOT_VARIABLE]).expanduser().absolute()
     import pooch
 
     return Path(pooch.os_cache("rush"))

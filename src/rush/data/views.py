@@ -1,28 +1,34 @@
-"""Views: random augmentations of a whole batch at once, on the device of the images, every image with parameters of its own.
+"""Views: random augmentations of a whole batch at once, on its device, every image with parameters of its own.
 
-Two layers. The *operations* (``crop_resize``, ``adjust_*``, ``greyscale``, ``gaussian_blur``, ``gaussian_noise``) are pure functions
-of images and explicit parameters. ``Views`` is the *distribution*: it draws the parameters from a generator and applies the
-operations in one fixed order: crop and flip, brightness, contrast, saturation, hue, greyscale, blur, noise. Nothing loops over images,
-nothing waits for the device, no gradients flow, and an image's view depends on its own parameters only. Every output is clipped to [0, 1],
-except for the noise.
+Two layers. The *operations* (``crop_resize``, ``adjust_*``, ``greyscale``, ``gaussian_blur``, ``gaussian_noise``) are
+pure functions of images and explicit parameters. ``Views`` is the *distribution*: it draws the parameters from a
+generator and applies the operations in one fixed order: crop and flip, brightness, contrast, saturation, hue,
+greyscale, blur, noise. Nothing loops over images, nothing waits for the device, no gradients flow, and an image's view
+depends on its own parameters only. Every view is clipped to [0, 1], except for the noise.
 
-Semantics are those of torchvision (``RandomResizedCrop``, ``RandomHorizontalFlip``, ``ColorJitter``, ``RandomGrayscale``, ``GaussianBlur``)
-and of the operations of the same meaning in kornia, except for:
+Semantics are those of torchvision (``RandomResizedCrop``, ``RandomHorizontalFlip``, ``ColorJitter``,
+``RandomGrayscale``, ``GaussianBlur``) and of the operations of the same meaning in kornia, except for:
 
-- the order of the four colour changes is fixed (above); torchvision and SimCLR shuffle it for each image, kornia for each batch;
-- luma is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as kornia; torchvision rounds 0.2989), so that grey stays what it is;
-- contrast blends with the mean luma itself (as kornia and torchvision on float images; on uint8 torchvision rounds that mean);
-- the output has the size of the input, so a crop is only ever enlarged and antialiasing has no part;
-- crop boxes are drawn by ten attempts made at once, of which the first that fits is taken: the same distribution, other draws;
-- an image that is not jittered still goes through HSV when ``Views`` jitters at all, which moves its pixels by less than 2e-6.
+- the order of the four colour changes is fixed (above); torchvision and SimCLR shuffle it for each image, kornia for
+  each batch;
+- luma is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as kornia; torchvision rounds 0.2989), so that grey stays what it
+  is;
+- pixels are float32 throughout, as in kornia; Pillow and torchvision on uint8 round after every operation;
+- resizing is bilinear at half-pixel centres (align_corners=False), where kornia's RandomResizedCrop aligns corners by
+  default; the output has the size of the input, so that a crop is only ever enlarged and antialiasing has no part;
+- crop boxes are drawn by ten attempts made at once, of which the first that fits is taken: the same distribution,
+  other draws;
+- an image that is not jittered still goes through HSV when ``Views`` jitters at all, which moves its pixels by less
+  than 2e-6.
 
-Sources: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", appendix A (the operations) and B.9 (CIFAR-10:
-colour strength 0.5, no blur); crops: Szegedy et al. 2015, "Going Deeper with Convolutions", section 6.
+Sources: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", appendix A (the
+operations) and B.9 (CIFAR-10: colour strength 0.5, no blur); crops: Szegedy et al. 2015, "Going Deeper with
+Convolutions", section 6.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +49,13 @@ _SHIFT = slice(31, 33)
 _DRAWS = 33
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ViewParameters:
     """What is done to each image of a batch; None leaves an operation out for all of them.
 
     boxes: (B, 4) float32, top, left, height and width in pixels (see ``crop_resize``); flip: (B,) bool;
-    brightness, contrast, saturation: (B,) factors, 1 changes nothing; hue: (B,) turns in [-0.5, 0.5], 0 changes nothing;
-    greyscale: (B,) bool; blur_sigma: (B,) in pixels, 0 changes nothing.
+    brightness, contrast, saturation: (B,) factors >= 0, 1 changes nothing; hue: (B,) turns in [-0.5, 0.5], 0 changes
+    nothing; greyscale: (B,) bool; blur_sigma: (B,) in pixels, 0 changes nothing.
     """
 
     boxes: Tensor | None = None
@@ -63,24 +69,23 @@ class ViewParameters:
 
     def __getitem__(self, samples: slice) -> "ViewParameters":
         """The parameters of some of the samples."""
-        return ViewParameters(*(None if value is None else value[samples] for value in self._values()))
-
-    def _values(self) -> list[Tensor | None]:
-        return [getattr(self, field.name) for field in fields(self)]
+        values = [getattr(self, field.name) for field in fields(self)]
+        return ViewParameters(*(None if value is None else value[samples] for value in values))
 
 
 @dataclass(frozen=True)
 class Views:
     """The distribution of random views; calling it draws one view of every image of a batch.
 
-    The defaults are SimCLR's for CIFAR-10 (colour strength 0.5, no blur) with crops from 0.2 of the area on, where SimCLR has 0.08.
-    ``Views.weak()`` is the usual augmentation of supervised training: a small shift and a flip.
+    The defaults are SimCLR's for CIFAR-10 (colour strength 0.5, no blur) with crops from 0.2 of the area on, where
+    SimCLR has 0.08. ``Views.weak()`` is the usual augmentation of supervised training: a small shift and a flip.
 
     crop_scale: least and greatest area of the crop, as a share of the image; (1, 1) leaves the crop out.
     crop_ratio: least and greatest width / height of the crop, uniform in its logarithm.
-    shift_pad: greatest shift in pixels along each axis, what comes in is black (pad and crop); not together with a crop.
+    shift_pad: greatest shift in pixels along each axis, over black borders (pad and crop); not together with a crop.
     flip, jitter, greyscale, blur: probabilities of the horizontal flip, the colour change, the greyscale and the blur.
-    brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value]; hue: uniform in +-value, in turns.
+    brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value]; hue: uniform in
+    +-value, in turns.
     blur_sigma: least and greatest sigma of the blur in pixels; its kernel is ``blur_kernel_size`` wide.
     noise_sigma: standard deviation of the Gaussian noise added last, in units of [0, 1] pixels; never clipped.
 
@@ -120,18 +125,20 @@ class Views:
 
     @classmethod
     def weak(cls, shift_pad: int = 4, flip: float = 0.5, noise_sigma: float = 0.0) -> "Views":
-        """Random shift over black borders and horizontal flip, the weak augmentation of supervised training on CIFAR."""
+        """Random shift over black borders and horizontal flip: the weak augmentation of supervised training."""
         return cls((1.0, 1.0), shift_pad=shift_pad, flip=flip, jitter=0.0, greyscale=0.0, noise_sigma=noise_sigma)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """One random view of every image: float32 of the shape of ``x``, in [0, 1] except for the noise; no gradients flow.
+        """One random view of every image: float32 of the shape of ``x``, in [0, 1] except for the noise.
 
-        Drawn from ``generator`` in this order: one uniform matrix with a row per sample (``draw``), then, where noise_sigma > 0,
-        one standard normal value per pixel. The same generator state gives the same bits.
+        Drawn from ``generator`` in this order: one uniform matrix with a row per sample (``draw``), then, where
+        noise_sigma > 0, one standard normal value per pixel. The same generator state gives the same bits.
 
-        x: (B, C, H, W) with C 1 or 3; float32 in [0, 1] (not checked, that would wait for the device) or uint8, which is divided by 255.
-        Raises: InputError when ``x`` is of another shape or type, or ``generator`` is missing or on another type of device.
+        x: (B, C, H, W) with C 1 or 3; float32 in [0, 1] (not checked, that would wait for the device) or uint8, which
+        is divided by 255.
+        Raises: InputError when ``x`` is of another shape or type, or ``generator`` is missing or on another type of
+        device.
         """
         _check_images(x)
         _check_generator(generator, x.device)
@@ -142,9 +149,10 @@ class Views:
     def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> ViewParameters:
         """The parameters of one view each of ``batch`` images of ``size`` (height, width), on the generator's device.
 
-        Takes ``torch.rand(batch, 33)`` from ``generator`` whatever the options are, so that no option moves another one's draws. A row
-        is a sample; its columns are the areas of ten crop attempts (0-9) and their ratios (10-19), the crop's top and left, flip, whether
-        jittered, brightness, contrast, saturation, hue, greyscale, whether blurred, blur sigma (20-30), shift down and right (31-32).
+        Takes ``torch.rand(batch, 33)`` from ``generator`` whatever the options are, so that no option moves another
+        one's draws. A row is a sample; its columns are the areas of ten crop attempts (0-9) and their ratios (10-19),
+        the crop's top and left, flip, whether jittered, brightness, contrast, saturation, hue, greyscale, whether
+        blurred, blur sigma (20-30), shift down and right (31-32).
         """
         _check_generator(generator)
         uniform = torch.rand(batch, _DRAWS, generator=generator, device=generator.device)
@@ -212,8 +220,9 @@ def apply_view(x: Tensor, parameters: ViewParameters) -> Tensor:
 def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
     """Each image's box enlarged to the whole image, then mirrored left to right where ``flip`` says so.
 
-    Bilinear with pixel centres at half-integers (align_corners=False); what lies inside the image but outside the box has no influence, what
-    lies outside the image is black. A box of the image's own size at an integer offset is a shift.
+    Bilinear with pixel centres at half-integers (align_corners=False); what lies inside the image but outside the box
+    has no influence, what lies outside the image is black. A box of the image's own size at an integer offset is a
+    shift.
 
     x: (B, C, H, W) float32. boxes: (B, 4) float32, top, left, height, width in pixels. flip: (B,) bool or None.
     Raises: InputError when shapes do not fit.
@@ -245,7 +254,7 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Each image moved toward (factor < 1) or away from (> 1) its mean luma m: factor x + (1 - factor) m, clipped to [0, 1]. factor: (B,)."""
+    """factor x + (1 - factor) m, with m the mean luma of the whole image, clipped to [0, 1]. factor: (B,) >= 0."""
     _check_images(x)
     x, factor = unit_float(x), _per_sample("factor", factor, len(x))
     mean = _luma(x.mean((2, 3), keepdim=True))
@@ -253,18 +262,18 @@ def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Each pixel moved toward (factor < 1) or away from (> 1) its luma, clipped to [0, 1]; unchanged when C = 1. factor: (B,)."""
+    """factor x + (1 - factor) times each pixel's luma, clipped to [0, 1]; unchanged if C = 1. factor: (B,) >= 0."""
     _check_images(x)
     x, factor = unit_float(x), _per_sample("factor", factor, len(x))
     return x if x.shape[1] == 1 else torch.lerp(_luma(x), x, factor).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Each pixel's hue turned by ``turns`` in HSV, value and saturation kept (to 2e-6, also at 0 turns); unchanged when C = 1.
+    """Images with every pixel's hue turned in HSV, to 2e-6 (0 turns included); unchanged when C = 1.
 
-    HSV is the hexcone model (Smith 1978, "Color Gamut Transform Pairs"), written without branches. With v the greatest, w the least
-    channel and c = v - w, the hue in sextants is sign(G - B) (1 + (G + B - R - w) / c), modulo 6, and a channel that the hexcone has
-    at n in (5, 3, 1) is v - c clip(2 - |k - 2|, 0, 1) where k = (n + hue) mod 6.
+    HSV is the hexcone model (Smith 1978, "Color Gamut Transform Pairs"), here without branches. With v the greatest and
+    w the least channel of a pixel and c = v - w, its hue in sextants is sign(G - B) (1 + (G + B - R - w) / c) modulo 6,
+    and back: R, G, B are v - c clip(2 - |k - 2|, 0, 1) with k = (n + hue) mod 6 and n = 5, 3, 1.
 
     turns: (B,) in [-0.5, 0.5], 1 being the full circle (kornia's factor / 2 pi, torchvision's factor).
     """
@@ -276,11 +285,9 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - least
-    sextants = (
-        (chroma - least).add_(green).add_(blue).sub_(red)
-    )  # times the chroma, from red towards green and from red towards blue
     six_chroma = chroma * 6
-    hue = sextants.div_(six_chroma.clamp(min=_TINY_CHROMA)).copysign_(green - blue)
+    hue = (chroma - least).add_(green).add_(blue).sub_(red)
+    hue.div_(six_chroma.clamp(min=_TINY_CHROMA)).copysign_(green - blue)  # in turns, from -1/2 to 1/2
     # phase is k / 6: six sixths (a whole turn) are added to n because frac needs a positive argument
     offset = torch.arange(11, 6, -2, device=x.device).view(1, 3, 1, 1) / 6
     phase = (hue + (turns + offset)).frac_()
@@ -290,7 +297,7 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def greyscale(x: Tensor, selected: Tensor) -> Tensor:
-    """The images that are ``selected`` (B,) with all channels set to their luma, the others as they are; unchanged when C = 1."""
+    """Images with all channels set to their luma where ``selected`` (B,) is true; unchanged when C = 1."""
     _check_images(x)
     x, selected = unit_float(x), _per_sample("selected", selected, len(x))
     # weights of exactly 0 and 1 select as torch.where does, and run several times faster on a CPU
@@ -298,7 +305,7 @@ def greyscale(x: Tensor, selected: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Each image convolved with a Gaussian of its own sigma, cut to ``kernel_size`` and normalised; borders are reflected.
+    """Each image convolved with a normalised Gaussian of its own sigma, ``kernel_size`` wide; borders are reflected.
 
     x: (B, C, H, W). sigma: (B,) >= 0 in pixels, 0 leaves the image as it is. kernel_size: odd, at most 2 min(H, W) - 1.
     Cost: 2 kernel_size passes over the images. Raises: InputError for another kernel_size.
@@ -319,12 +326,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 def blur_kernel_size(side: int) -> int:
-    """The odd number next to, but not above, a tenth of the image's side, at least 3 (SimCLR blurs with a tenth of the side)."""
+    """The greatest odd number up to a tenth of the image's side, at least 3 (SimCLR takes a tenth of the side)."""
     return max(3, (side // 10 - 1) // 2 * 2 + 1)
 
 
 def gaussian_noise(x: Tensor, sigma: float | Tensor, generator: torch.Generator) -> Tensor:
-    """x + sigma * standard normal noise from ``generator``, float32, *not* clipped. sigma: a number or (B,), in pixel units."""
+    """x + sigma times standard normal noise, float32, *not* clipped. sigma: a number or (B,), in pixel units."""
     _check_images(x)
     _check_generator(generator, x.device)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
@@ -362,7 +369,7 @@ def _apply_to_chunk(x: Tensor, parameters: ViewParameters) -> Tensor:
 def _crop_boxes(
     uniform: Tensor, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
-    """(B, 4) boxes: the first of ten attempts that fits into the image, at a uniform offset; else the fallback in the centre."""
+    """(B, 4) boxes: the first of ten attempts that fits, at a uniform offset; else the fallback in the centre."""
     height, width = size
     area = (scale[0] + (scale[1] - scale[0]) * uniform[:, _AREA]) * (height * width)
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -401,7 +408,7 @@ def _shift_boxes(uniform: Tensor, size: tuple[int, int], pad: int) -> Tensor:
 
 
 def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
-    """(B, side): where along an axis each output pixel reads, inside its box, in grid_sample's units (-1 and 1 are the image's edges)."""
+    """(B, side): where each output pixel reads along an axis, in grid_sample's units (-1 and 1 are the edges)."""
     share = torch.arange(0.5, side, device=start.device) / side
     place = torch.clamp(start + length * share - 0.5, min=start, max=start + length - 1)
     return (2 * place + 1) / side - 1

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from rush.evaluation.intervals import Interval
+from rush.evaluation.intervals import Interval, share_interval
 from rush.reporting import plots, tables
 from rush.reporting.results import RunResults, Sample, read_run, read_samples
 
@@ -51,7 +51,7 @@ class Bar:
 
 
 def write_report(folder: Path | str) -> Path:
-    """Write ``report.html`` into the run folder ``folder`` and return its path; the old report stays until the new one is whole.
+    """Write ``report.html`` into the run folder ``folder`` and return its path. A kill leaves the old report.
 
     Equal files give an equal page. Stages that are not finished are named with the command that makes them.
     Raises: RunError when ``folder`` is no run folder or one of its files is damaged.
@@ -95,7 +95,7 @@ def png_uri(image: np.ndarray) -> str:
 
 
 def magnification(samples: tuple[Sample, ...]) -> int:
-    """The largest whole factor by which every pixel difference of ``samples`` still fits the range around mid-grey; >= 1."""
+    """The largest whole factor, at least 1, with which every pixel difference still fits the range around mid-grey."""
     largest = max((float(np.abs(_difference(sample)).max()) for sample in samples), default=0.0)
     return max(1, int(0.5 / largest + 1e-3)) if largest > 0 else 1
 
@@ -108,6 +108,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "certificates": results.certificates,
         "ladder": results.ladder,
         "floor": _floor(results),
+        "proved_on": len(results.threat_certificates) if results.threat_certificates else 0,
         "inner": _inner(results),
         "bar": _bar(results),
         "threat": tables.threat_text(results.ladder) if results.ladder else "",
@@ -123,6 +124,8 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "unequal": tables.unequal_conditions(results),
         "pictures": [_picture(results, sample, factor) for sample in samples],
         "factor": factor,
+        "knn": _knn(results),
+        "votes": results.ladder.votes_per_image if results.ladder else 0.0,
         "training": _training_plots(results),
         "cost": tables.cost_rows(results),
         "recipe": tables.nested_rows(results.recipe),
@@ -131,7 +134,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
 
 
 def _floor(results: RunResults) -> Interval | None:
-    """Certified accuracy at the smallest l2 ball around the threat: no attack within the threat can push accuracy below it."""
+    """Certified accuracy at the smallest l2 ball around the threat: no attack within the threat leaves less."""
     proved = results.threat_certificates
     return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.covering_radius)
 
@@ -176,6 +179,12 @@ def _training_plots(results: RunResults) -> list[Markup]:
         if epochs:
             shown.append(plots.training_curve(epochs, title, f"loss-{stage}", "narrow"))
     return shown
+
+
+def _knn(results: RunResults) -> Interval | None:
+    """Accuracy of nearest neighbours on the pre-trained encoder's representations, None where it was not measured."""
+    found = results.stages["pretrain"].fields.get("knn_accuracy") if "pretrain" in results.stages else None
+    return share_interval(found["correct"], found["total"]) if found else None
 
 
 def _picture(results: RunResults, sample: Sample, factor: int) -> Picture:

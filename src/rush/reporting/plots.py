@@ -1,4 +1,4 @@
-"""Plots as inline SVG text: real text, colours from the page's variables, so that they follow its light or dark scheme."""
+"""Plots as inline SVG text: real text, and colours that follow the page's light or dark scheme."""
 
 import io
 import re
@@ -25,7 +25,7 @@ _POINTS = 400  # more steps than pixels are of no use
 
 
 def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str, form: Format) -> Markup:
-    """Certified accuracy over the l2 radius as a step curve with its pointwise 95 % band; sigma/2, threat and ceiling marked."""
+    """Certified accuracy over the l2 radius with its pointwise 95 % band; sigma/2, threat and ceiling marked."""
     figure, axes = _figure(form, height=3.3)
     end = certificates.ceiling * 1.04
     radii = _curve_radii(certificates, end)
@@ -63,13 +63,13 @@ def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format)
     rows[0] = (*rows[0][:3], _INK)
     if floor is not None:
         rows.append(("certificate: floor for any attack", floor, None, _PROOF))
-    figure, axes = _figure(form, height=0.6 + len(rows) * (0.5 if form == "narrow" else 0.36))
+    figure, axes = _figure(form, height=0.6 + len(rows) * (0.58 if form == "narrow" else 0.36))
     if floor is not None and floor.estimate > 0:
         axes.axvspan(0, floor.estimate, color=_PROOF, alpha=0.1, linewidth=0)
     for place, (label, accuracy, held, colour) in enumerate(rows):
         _ladder_mark(axes, place, accuracy, held, colour)
         if form == "narrow":
-            axes.annotate(label, (0, place - 0.36), annotation_clip=False, va="center", color=_INK)
+            axes.annotate(label, (0, place - 0.38), annotation_clip=False, va="center", color=_INK)
     wrapped = [textwrap.shorten(label, 44, placeholder=" …") for label, *_ in rows]
     axes.set_yticks(range(len(rows)), [] if form == "narrow" else wrapped)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.75 if form == "narrow" else -0.5), xlabel="accuracy")
@@ -101,7 +101,7 @@ def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Forma
 
 
 def _curve_radii(certificates: Certificates, end: float) -> np.ndarray:
-    """Ascending radii at which a curve drawn ``steps-pre`` is exact, or never above the truth where there are too many steps."""
+    """Ascending radii at which a curve drawn ``steps-pre`` is exact, or too low where they are too many."""
     radii = np.unique(np.concatenate([[0.0, end], certificates.radius[certificates.correct]]))
     return radii if radii.size <= _POINTS else np.linspace(0, radii[-1], _POINTS)
 
@@ -117,7 +117,7 @@ def _ladder_mark(axes: "Axes", place: int, accuracy: Interval, held: Interval | 
     axes.plot(
         [accuracy.low, accuracy.high], [place, place], color=colour, linewidth=2.2, alpha=0.45, solid_capstyle="butt"
     )
-    axes.plot([accuracy.estimate], [place], "o", color=colour, markersize=6)
+    axes.plot([accuracy.estimate], [place], "o", color=colour, markersize=6, clip_on=False)
     if held is not None:
         axes.plot([held.estimate], [place], "o", markerfacecolor="none", markeredgecolor=colour, markersize=6)
     right = accuracy.high < 0.86
@@ -158,14 +158,14 @@ def _figure(form: Format, height: float) -> "tuple[Figure, Axes]":
 
 
 def _svg(figure: "Figure", name: str, description: str) -> Markup:
-    """``figure`` as an <svg> element: ids made unique by ``name``, colours as variables, ``description`` for who cannot see it."""
+    """``figure`` as an <svg> element: ids unique by ``name``, colours as variables, ``description`` as its label."""
     import matplotlib
 
-    size = figure.axes[0].xaxis.label.get_size()
+    size = figure.axes[0].xaxis.label.get_fontsize()
     for text in figure.axes[0].texts:
         text.set_fontsize(size)
     buffer = io.StringIO()
-    # Text stays text, and a dollar sign in a name is no formula; marker ids follow from the name, so equal runs give equal bytes.
+    # Text stays text; a dollar sign in a name is no formula; ids follow from the name, so equal runs give equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text, with its own fonts
         for text in figure.findobj(matplotlib.text.Text):

@@ -1,7 +1,8 @@
-"""A run folder read into frozen dataclasses: the report's only source. No torch, no model, nothing is recomputed but shares."""
+"""A run folder read into frozen dataclasses: the report's only source. No torch, no model; only shares are computed."""
 
 import json
 import math
+import re
 import shlex
 import zipfile
 import zlib
@@ -17,11 +18,12 @@ from rush.errors import RunError
 from rush.evaluation.intervals import Interval, paired_difference, share_interval
 from rush.options import STAGES, Norm, Stage
 
-CERTIFICATE_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "id", "p_lower", "num_samples", "counts")
-ATTACK_COLUMNS = (
-    *("rung", "idx", "id", "label", "verdict", "linf", "l2"),
-    *("challenger", "votes", "votes_label", "votes_challenger"),
-)
+# What the tables open with and the report reads; later columns are their writers' own.
+CERTIFICATE_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "id")
+ATTACK_COLUMNS = ("rung", "idx", "id", "label", "verdict", "linf", "l2", "challenger")
+# Numbers that a stage, a rung or the sandwich may give or leave out.
+_COST_FIELDS = ("passes_per_image", "forward_passes_per_image", "images_per_second", "votes_per_image")
+_RUNG_FIELDS = ("eot_samples", "passes_per_image", "seconds")
 VERDICTS = ("broken", "held", "undecided")
 SANDWICH = "sandwich"
 
@@ -65,7 +67,7 @@ class Certificates:
         return len(self.idx)
 
     def accuracy(self, radius: float) -> Interval:
-        """Certified accuracy at ``radius``: share of images predicted correctly with a certified radius >= it, 95 % interval."""
+        """Share of images whose class is right and whose certified radius is >= ``radius``, with its 95 % interval."""
         return share_interval(int((self.correct & (self.radius >= radius)).sum()), len(self))
 
     @property
@@ -79,7 +81,7 @@ class Certificates:
 
     @property
     def ceiling(self) -> float:
-        """The radius when all ``num_estimation`` votes agree: sigma times the normal quantile of alpha^(1/N) (Cohen et al. 2019)."""
+        """The radius when all N estimation votes agree: sigma * Phi^-1(alpha^(1/N)) (Cohen et al. 2019)."""
         return self.sigma * NormalDist().inv_cdf(self.alpha ** (1 / self.num_estimation))
 
     def of(self, idx: np.ndarray) -> "Certificates | None":
@@ -150,13 +152,14 @@ class Sandwich:
 
 @dataclass(frozen=True)
 class Ladder:
-    """One threat model, the attackers from weakest to strongest as planned (the first is no attack), and the sandwich."""
+    """One threat model, its attackers from weakest to strongest as planned (the first is no attack), the sandwich."""
 
     norm: Norm
     epsilon: float
     epsilon_text: str
     alpha: float
     max_votes: int
+    votes_per_image: float
     shape: tuple[int, int, int]
     rungs: tuple[Rung, ...]
     sandwich: Sandwich
@@ -177,7 +180,7 @@ class Ladder:
 
     @property
     def flattering(self) -> Rung | None:
-        """The attacker that sees the noise yet leaves the highest accuracy, where that is above the strongest's beyond chance."""
+        """The noise-aware attacker that leaves most images standing, if beyond chance above the strongest."""
         aware = [rung for rung in self.rungs[1:] if rung.eot_samples]
         weakest = max(aware, key=lambda rung: int(rung.standing.sum()), default=None)
         return weakest if weakest is not None and weakest.above(self.strongest).low > 0 else None
@@ -202,7 +205,7 @@ class RunResults:
     recipe: Mapping[str, Any]
     provenance: Mapping[str, Any]
     classes: tuple[str, ...]
-    stages: Mapping[str, StageRecord]
+    stages: Mapping[Stage, StageRecord]
     epochs: tuple[Epoch, ...]
     certificates: Certificates | None
     ladder: Ladder | None
@@ -256,7 +259,7 @@ def read_run(folder: Path | str) -> RunResults:
     folder = Path(folder)
     if not (folder / "recipe.json").is_file():
         raise RunError(
-            f"{folder} is not a run folder: it has no recipe.json. Give the folder that `rush run` wrote (its --out)."
+            f"{folder} is no run folder: it has no recipe.json. Give the folder that `rush run` wrote (its --out)."
         )
     recipe = _read_json(folder / "recipe.json", "restore it from a copy, or start a new run with `rush run`")
     stages = {stage: _read_stage(folder, stage) for stage in STAGES if (folder / "stages" / f"{stage}.json").exists()}
@@ -274,7 +277,7 @@ def read_run(folder: Path | str) -> RunResults:
 
 
 def read_samples(results: RunResults, count: int) -> tuple[Sample, ...]:
-    """At most ``count`` images under the strongest attacker, evenly spaced over the attacked set; none without an attack.
+    """At most ``count`` images under the strongest attacker, evenly spaced over the attacked set; () without attack.
 
     Raises: RunError when an image file is missing, damaged or does not hold the images of attacks.tsv.
     """
@@ -344,6 +347,19 @@ def _number(fields: Mapping[str, Any], key: str, file: Path, remedy: str) -> flo
     return value
 
 
+def _check_optional(fields: Mapping[str, Any], keys: tuple[str, ...], file: Path, remedy: str) -> None:
+    for key in keys:
+        if fields.get(key) is not None:
+            _number(fields, key, file, remedy)
+
+
+def _check_share(share: Any, file: Path, remedy: str) -> None:
+    counts = (share.get("correct"), share.get("total")) if isinstance(share, dict) else (None, None)
+    right, total = counts
+    if share is not None and not (isinstance(right, int) and isinstance(total, int) and 0 <= right <= total > 0):
+        raise _damaged(file, f"knn_accuracy must be null or counts 'correct' <= 'total', got {share!r}", remedy)
+
+
 def _read_provenance(folder: Path) -> dict[str, Any]:
     file = folder / "provenance.json"
     return _read_json(file, "delete it; the report then goes without it") if file.exists() else {}
@@ -351,11 +367,8 @@ def _read_provenance(folder: Path) -> dict[str, Any]:
 
 def _read_classes(folder: Path, recipe: Mapping[str, Any]) -> tuple[str, ...]:
     file = folder / "model" / "model.json"
-    model = (
-        _read_json(file, f"delete the folder model/, then run `{_command(folder, 'finetune')}` again")
-        if file.exists()
-        else {}
-    )
+    remedy = f"delete the folder model/ and stages/finetune.json, then run `{_command(folder, 'finetune')}` again"
+    model = _read_json(file, remedy) if file.exists() else {}
     data = recipe.get("data")
     holders = (model, recipe, data if isinstance(data, dict) else {})
     found = next((holder["classes"] for holder in holders if isinstance(holder.get("classes"), list)), ())
@@ -366,11 +379,13 @@ def _read_stage(folder: Path, stage: Stage) -> StageRecord:
     file = folder / "stages" / f"{stage}.json"
     remedy = f"delete it, then run `{_command(folder, stage)}` again"
     fields = _read_json(file, remedy)
+    _check_optional(fields, _COST_FIELDS, file, remedy)
+    _check_share(fields.get("knn_accuracy"), file, remedy)
     return StageRecord(stage, _number(fields, "seconds", file, remedy), str(fields.get("finished", "")), fields)
 
 
 def _read_epochs(file: Path) -> tuple[Epoch, ...]:
-    """Epochs by stage and number, the last record of each; a truncated last line is left out, a broken one elsewhere refused."""
+    """Epochs by stage and number, the last record of each; a truncated last line is left out."""
     remedy = "delete the line; only the training curves lose a point"
     lines = _read_text(file, remedy).split("\n") if file.exists() else []
     lines = [line for line in lines if line.strip()]
@@ -390,13 +405,14 @@ def _read_epochs(file: Path) -> tuple[Epoch, ...]:
 
 
 def _read_table(file: Path, columns: tuple[str, ...], remedy: str) -> dict[str, list[str]]:
-    lines = _read_text(file, remedy).removesuffix("\n").split("\n")
-    if tuple(lines[0].split("\t")) != columns:
-        raise _damaged(file, f"line 1 must be the tab-separated header {' '.join(columns)}", remedy)
-    rows = [line.split("\t") for line in lines[1:]]
+    header, *lines = _read_text(file, remedy).removesuffix("\n").split("\n")
+    width = len(header.split("\t"))
+    if tuple(header.split("\t"))[: len(columns)] != columns:
+        raise _damaged(file, f"line 1 must open with the tab-separated columns {' '.join(columns)}", remedy)
+    rows = [line.split("\t") for line in lines]
     for number, row in enumerate(rows, start=2):
-        if len(row) != len(columns):
-            raise _damaged(file, f"line {number} has {len(row)} fields, expected {len(columns)}", remedy)
+        if len(row) != width:
+            raise _damaged(file, f"line {number} has {len(row)} fields, expected {width}", remedy)
     if not rows:
         raise _damaged(file, "it holds no image", remedy)
     return {name: [row[place] for row in rows] for place, name in enumerate(columns)}
@@ -423,9 +439,7 @@ def _read_certificates(folder: Path, stage: StageRecord) -> Certificates:
         raise _damaged(file, f"line {wrong_flag[0] + 2}: correct does not agree with predict and label", remedy)
     wrong_radius = np.flatnonzero((radius < 0) | ((whole["predict"] < 0) & (radius > 0)))
     if wrong_radius.size:
-        raise _damaged(
-            file, f"line {wrong_radius[0] + 2}: the radius is negative or that of an abstention is not 0", remedy
-        )
+        raise _damaged(file, f"line {wrong_radius[0] + 2}: a radius is negative, or not 0 at an abstention", remedy)
     if len(set(table["idx"])) < len(table["idx"]):
         raise _damaged(file, "an image (idx) stands in it twice", remedy)
     said = stage.fields.get("images", len(radius))
@@ -456,11 +470,10 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
     threat, settings = stage.fields.get("threat"), stage.fields.get("rungs")
     if not isinstance(threat, dict) or threat.get("norm") not in get_args(Norm):
         raise _damaged(record, f"'threat' must name a norm ({' or '.join(get_args(Norm))}), got {threat!r}", remedy)
-    named = isinstance(settings, list) and all(
-        isinstance(rung, dict) and isinstance(rung.get("name"), str) for rung in settings
-    )
-    if not named or not settings:
-        raise _damaged(record, "'rungs' must be a list of objects, each with its 'name'", remedy)
+    if not isinstance(settings, list) or not settings or not all(_is_named(rung) for rung in settings):
+        raise _damaged(record, "'rungs' must be a list of objects, each with a 'name' that is good for a file", remedy)
+    for rung in settings:
+        _check_optional(rung, _RUNG_FIELDS, record, remedy)
     rungs, inside = _read_rungs(folder / "attacks.tsv", settings, remedy)
     images = _read_arrays(folder / "attacks" / "images.npz", ("images",), remedy)["images"]
     epsilon = _number(threat, "epsilon", record, remedy)
@@ -470,14 +483,19 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
         epsilon_text=str(threat.get("epsilon_text", f"{epsilon:g}")),
         alpha=_number(stage.fields, "alpha", record, remedy),
         max_votes=int(_number(stage.fields, "max_votes", record, remedy)),
+        votes_per_image=stage.fields.get("votes_per_image") or 0.0,
         shape=images.shape[1:],
         rungs=rungs,
         sandwich=_read_sandwich(record, stage, (*rungs, *inside), certificates, remedy),
     )
 
 
+def _is_named(rung: Any) -> bool:
+    return isinstance(rung, dict) and re.fullmatch(r"\w[\w.+-]*", str(rung.get("name"))) is not None
+
+
 def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tuple[tuple[Rung, ...], tuple[Rung, ...]]:
-    """The rungs of the ladder, all on the same images, and the sandwich's attack (empty or one) on those it was run on."""
+    """The rungs of the ladder, all on the same images, and the sandwich's attack if there is one."""
     table = _read_table(file, ATTACK_COLUMNS, remedy)
     names = [rung["name"] for rung in settings]
     for number, (rung, verdict) in enumerate(zip(table["rung"], table["verdict"], strict=True), start=2):
@@ -487,9 +505,9 @@ def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tupl
     arrays |= {"l2": _numbers(table["l2"], float, "l2", file, remedy)}
     arrays |= {name: np.array(table[name]) for name in ("rung", "id", "verdict")}
     rungs = tuple(_rung(arrays, fields) for fields in settings)
-    for rung in rungs:
-        if not len(rung) or not np.array_equal(rung.idx, rungs[0].idx) or len(np.unique(rung.idx)) < len(rung):
-            raise _damaged(file, f"rung {rung.name!r} is not on the same images, each once, as {names[0]!r}", remedy)
+    for one in rungs:
+        if not len(one) or not np.array_equal(one.idx, rungs[0].idx) or len(np.unique(one.idx)) < len(one):
+            raise _damaged(file, f"rung {one.name!r} is not on the same images, each once, as {names[0]!r}", remedy)
     inside = _rung(arrays, {"name": SANDWICH})
     return rungs, (inside,) if len(inside) else ()
 
@@ -518,6 +536,7 @@ def _read_sandwich(
     fields = stage.fields.get("sandwich")
     if not isinstance(fields, dict) or not isinstance(fields.get("violations"), list):
         raise _damaged(record, "'sandwich' must be an object with a list 'violations'", remedy)
+    _check_optional(fields, _RUNG_FIELDS, record, remedy)
     found = {str(name) for name in fields["violations"]}
     found |= {name for attack in attacks for name in _violations(attack, certificates)}
     return Sandwich(
@@ -532,11 +551,8 @@ def _read_sandwich(
 def _violations(attack: Rung, certificates: Certificates | None) -> list[str]:
     if certificates is None:
         return []
-    proved = {
-        int(i): r
-        for i, r, right in zip(certificates.idx, certificates.radius, certificates.correct, strict=True)
-        if right
-    }
+    right = certificates.correct & (certificates.radius > 0)
+    proved = dict(zip(certificates.idx[right].tolist(), certificates.radius[right].tolist(), strict=True))
     rows = zip(attack.idx, attack.ids, attack.broken, attack.l2, strict=True)
     return [str(name) for i, name, broken, l2 in rows if broken and int(i) in proved and l2 <= proved[int(i)]]
 
@@ -546,7 +562,7 @@ def _read_arrays(file: Path, names: tuple[str, ...], remedy: str) -> dict[str, n
     if not file.exists():
         raise RunError(f"{file} is missing. Remedy: {remedy}.")
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(file, f"it cannot be read as arrays {', '.join(names)} ({error})", remedy) from error

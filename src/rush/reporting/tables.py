@@ -7,7 +7,7 @@ from typing import Any
 
 from rush.evaluation.intervals import Interval
 from rush.options import Stage
-from rush.reporting.results import Ladder, RunResults, Rung
+from rush.reporting.results import Ladder, Rung, RunResults
 
 NORM_SIGNS: Mapping[str, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
 _NOT_DONE: Mapping[Stage, str] = {
@@ -130,7 +130,7 @@ def sandwich_text(results: RunResults) -> str:
 
 
 def ladder_rows(ladder: Ladder) -> list[LadderRow]:
-    """The rungs from weakest to strongest as planned, each with its paired difference to the one before and to the last EOT rung."""
+    """The rungs in their order, each with its paired difference to the one before and to the last EOT rung."""
     before = (None, *ladder.rungs[:-1])
     return [_ladder_row(ladder, rung, previous) for rung, previous in zip(ladder.rungs, before, strict=True)]
 
@@ -153,13 +153,17 @@ def _ladder_row(ladder: Ladder, rung: Rung, previous: Rung | None) -> LadderRow:
 
 def budget_text(rung: Rung) -> str:
     """Steps, noise draws per gradient and restarts, as far as the attacker has them."""
-    names = (("steps", "steps"), ("step_size", "of"), ("eot_samples", "EOT"), ("restarts", "restarts"))
-    given = [(name, rung.settings[key]) for key, name in names if rung.settings.get(key)]
-    texts = {"steps": "{} steps", "of": "of {}", "EOT": "EOT {}", "restarts": "restarts {}"}
-    return (
-        ", ".join(texts[name].format(_plain(value)) for name, value in given).replace(" steps, of", " steps of")
-        or "none"
-    )
+    settings = rung.settings
+    size = f" of {_step_text(settings['step_size'])}" if settings.get("step_size") else ""
+    parts = [f"{settings['steps']} steps{size}"] if settings.get("steps") else []
+    parts += [f"EOT {settings['eot_samples']}"] if settings.get("eot_samples") else []
+    parts += [f"{settings['restarts']} restarts"] if (settings.get("restarts") or 1) != 1 else []
+    return ", ".join(parts)
+
+
+def _step_text(step_size: float | str) -> str:
+    """A number is a share of epsilon, a text such as 2/255 is in pixels."""
+    return step_size if isinstance(step_size, str) else f"{step_size:g} ε"
 
 
 def certified_columns(results: RunResults) -> list[tuple[str, str]]:
@@ -173,20 +177,12 @@ def certified_columns(results: RunResults) -> list[tuple[str, str]]:
 
 def comparison_rows(results: RunResults) -> list[ComparisonRow]:
     """The paper's and the field's best figures beside this run's; the conditions stand in every row."""
+    robustbench, pgd = "AutoAttack, ℓ∞ 8/255", "PGD, ℓ∞ 8/255"
+    best_of_size = "RobustBench, best of its size (Gowal 2021, generated data)"
     published = [
-        ComparisonRow(
-            "RUSH abstract (arXiv 2207.05127)", "CIFAR-10", "ResNet-18", "PGD, ℓ∞ 8/255", "87.9 %", "77.8 %", False
-        ),
-        ComparisonRow(
-            "RobustBench, best of its size (Gowal 2021)",
-            "CIFAR-10",
-            "ResNet-18",
-            "AutoAttack, ℓ∞ 8/255",
-            "87.4 %",
-            "58.5 %",
-            False,
-        ),
-        ComparisonRow("RobustBench, best of any size", "CIFAR-10", "any", "AutoAttack, ℓ∞ 8/255", "–", "73.7 %", False),
+        ComparisonRow("RUSH abstract (arXiv 2207.05127)", "CIFAR-10", "ResNet-18", pgd, "87.9 %", "77.8 %", False),
+        ComparisonRow(best_of_size, "CIFAR-10", "ResNet-18", robustbench, "87.4 %", "58.5 %", False),
+        ComparisonRow("RobustBench, best of any size", "CIFAR-10", "any", robustbench, "–", "73.7 %", False),
     ]
     return published + list(_own_rows(results))
 
@@ -211,7 +207,7 @@ def model_text(results: RunResults) -> str:
 
 
 def unequal_conditions(results: RunResults) -> list[str]:
-    """In what this run differs from the paper's stated conditions (CIFAR-10, ResNet-18, l-inf 8/255, the whole test split)."""
+    """In what this run differs from the paper's conditions: CIFAR-10, ResNet-18, l-inf 8/255, the whole test split."""
     data, ladder = results.setting("data", "name"), results.ladder
     checks = [
         (data == "cifar10", f"data set {data} instead of CIFAR-10"),
@@ -228,7 +224,7 @@ def unequal_conditions(results: RunResults) -> list[str]:
 
 
 def cost_rows(results: RunResults) -> list[tuple[str, str, str, str]]:
-    """Stage, wall time, forward and backward passes per image, images per second; the last row is the sum of the times."""
+    """Stage, wall time, forward and backward passes per image, images per second; the last row sums the times."""
     rows = [
         (name, duration(stage.seconds), _passes(results, name), _rate(stage.fields.get("images_per_second")))
         for name, stage in results.stages.items()
@@ -236,7 +232,7 @@ def cost_rows(results: RunResults) -> list[tuple[str, str, str, str]]:
     return [*rows, ("all", duration(sum(stage.seconds for stage in results.stages.values())), "–", "–")]
 
 
-def _passes(results: RunResults, name: str) -> str:
+def _passes(results: RunResults, name: Stage) -> str:
     fields = results.stages[name].fields
     if name == "certify":
         return f"{count(float(fields.get('forward_passes_per_image') or 0))} (forward only)"

@@ -1,0 +1,164 @@
+"""ImageSet keeps pixels, labels and ids together, and refuses what is not one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rush.data.images import ImageSet, stratified_subset
+from rush.errors import DataError, InputError
+from rush.randomness import stream
+
+
+def numbered(n: int = 6, labels: list[int] | None = None, classes: int = 3) -> ImageSet:
+    """Image i is filled with the value 10 i, so that a row can be told by its pixels."""
+    images = (torch.arange(n) * 10 % 256).to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2).clone()
+    given = torch.tensor(labels if labels is not None else [i % classes for i in range(n)])
+    return ImageSet(
+        images, given, tuple("abcdefghij"[:classes]), np.array([f"id-{i}" for i in range(n)]), "set", "test"
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        (slice(1, 4), [1, 2, 3]),
+        (slice(None, None, -2), [5, 3, 1]),
+        ([4, 0, -1], [4, 0, 5]),
+        (np.array([2, 1]), [2, 1]),
+        (torch.tensor([3, 5]), [3, 5]),
+        (range(2, 4), [2, 3]),
+        (np.array([True, False, False, True, False, False]), [0, 3]),
+        (torch.tensor([False, False, True, False, False, True]), [2, 5]),
+        ([True, False, False, False, False, True], [0, 5]),
+    ],
+)
+def test_every_index_keeps_pixels_labels_and_ids_of_the_same_rows(index: object, rows: list[int]) -> None:
+    chosen = numbered()[index]
+    assert chosen.images[:, 0, 0, 0].tolist() == [10 * row for row in rows]
+    assert chosen.labels.tolist() == [row % 3 for row in rows]
+    assert chosen.ids.tolist() == [f"id-{row}" for row in rows]
+    assert len(chosen) == len(rows)
+
+
+def test_ids_survive_a_subset_of_a_subset() -> None:
+    assert numbered()[[5, 4, 3, 1]][1:3].ids.tolist() == ["id-4", "id-3"]
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        (3, r"images\[i : i \+ 1\]"),
+        ([6], r"-6\.\.5 for 6 images, got 6\.\.6"),
+        ([-7], r"got -7\.\.-7"),
+        ([0.5], "float64"),
+        ([], "non-empty"),
+        (slice(4, 4), "selects none of 6"),
+        ([True, False], "must have 6 entries and select at least one, got 2"),
+        (np.zeros(6, bool), "got 6 with 0 true"),
+    ],
+)
+def test_a_wrong_index_is_named(index: object, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        numbered()[index]
+
+
+def test_pixels_are_the_division_by_255_to_the_last_bit() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    images = ImageSet(every, None, (), np.array(["a"]), "set", "test")
+    expected = np.arange(256, dtype=np.float32) / np.float32(255)
+    assert images.pixels().flatten().tolist() == expected.tolist()
+    assert images.pixels().equal(every.float() / 255)
+    assert numbered().pixels([4, 1])[:, 0, 0, 0].tolist() == [
+        np.float32(40) / np.float32(255),
+        np.float32(10) / np.float32(255),
+    ]
+
+
+def test_fingerprint_changes_with_each_part_it_covers_and_with_nothing_else() -> None:
+    images = numbered()
+    pixels = images.images.clone()
+    pixels[5, 0, 1, 1] += 1
+    others = [
+        replace(images, images=pixels),
+        replace(images, images=images.images.reshape(6, 1, 1, 4)),
+        replace(images, labels=torch.tensor([0, 1, 2, 0, 1, 1])),
+        replace(images, ids=np.array([f"id-{i}" for i in (0, 1, 2, 3, 4, 6)])),
+        images.without_labels(),
+        images[:5],
+    ]
+    assert len({other.fingerprint for other in others} | {images.fingerprint}) == 7
+    assert replace(images, name="other", classes=("x", "y", "z")).fingerprint == images.fingerprint
+    assert images[[1, 0, 2]][[1, 0, 2]].fingerprint == images[:3].fingerprint
+
+
+def test_without_labels_drops_the_labels_alone() -> None:
+    images = numbered()
+    bare = images.without_labels()
+    assert bare.labels is None
+    assert bare[2:4].labels is None
+    assert bare.images.equal(images.images)
+    assert bare.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"images": torch.zeros(6, 1, 2, 2)}, r"torch\.uint8 tensor \(N, C, H, W\).*torch\.float32 \(6, 1, 2, 2\)"),
+        ({"images": torch.zeros(6, 2, 2, dtype=torch.uint8)}, r"got torch\.uint8 \(6, 2, 2\)"),
+        ({"images": np.zeros((6, 1, 2, 2), np.uint8)}, "got ndarray"),
+        ({"images": torch.zeros(0, 1, 2, 2, dtype=torch.uint8)}, "empty"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, "5 labels for 6 images"),
+        ({"labels": torch.zeros(6, dtype=torch.int32)}, r"torch\.int64 tensor.*got torch\.int32"),
+        ({"labels": torch.tensor([0, 1, 2, 3, 4, 0])}, r"row 3 has label 3, allowed are 0\.\.2; 2 of 6 labels"),
+        ({"labels": torch.tensor([0, -1, 2, 0, 1, 0])}, "row 1 has label -1"),
+        ({"ids": np.array(["a", "b", "a", "c", "d", "e"])}, "'a' occurs 2 times"),
+        ({"ids": np.arange(6)}, r"array of str of shape \(6,\), got int64"),
+        ({"ids": np.array(["a"])}, r"\(1,\)"),
+        ({"classes": ["a", "b", "c"]}, "tuple of different names"),
+        ({"classes": ("a", "b", "a")}, "tuple of different names"),
+    ],
+)
+def test_what_is_not_an_image_set_is_refused_with_its_name_and_what_was_given(change: dict, text: str) -> None:
+    with pytest.raises(DataError, match=f"set/test: .*{text}"):
+        replace(numbered(), **change)
+
+
+def test_stratified_subset_of_balanced_classes_differs_by_at_most_one() -> None:
+    images = numbered(60, classes=10)
+    for size in (10, 17, 25, 59, 60):
+        counts = np.bincount(stratified_subset(images, size, stream(0, "a")).labels.numpy(), minlength=10)
+        assert counts.sum() == size
+        assert counts.max() - counts.min() <= 1
+
+
+def test_stratified_subset_keeps_shares_and_gives_every_class_at_least_one() -> None:
+    images = numbered(100, labels=[0] * 80 + [1] * 18 + [2] * 2)
+    assert np.bincount(stratified_subset(images, 0.5, stream(0, "a")).labels.numpy()).tolist() == [40, 9, 1]
+    assert np.bincount(stratified_subset(images, 10, stream(0, "a")).labels.numpy()).tolist() == [8, 1, 1]
+    assert np.bincount(stratified_subset(images, 3, stream(0, "a")).labels.numpy()).tolist() == [1, 1, 1]
+
+
+def test_stratified_subset_follows_its_generator_and_keeps_the_order() -> None:
+    images = numbered(60, classes=10)
+    first, again = (stratified_subset(images, 20, stream(7, "subset")) for _ in range(2))
+    assert first.fingerprint == again.fingerprint
+    # The same subset by chance: (1 / C(6, 2)) ** 10, below 1e-11.
+    assert first.ids.tolist() != stratified_subset(images, 20, stream(8, "subset")).ids.tolist()
+    rows = [int(name.removeprefix("id-")) for name in first.ids]
+    assert rows == sorted(rows)
+    assert first.labels.tolist() == [row % 10 for row in rows]
+
+
+@pytest.mark.parametrize("size", [0, 7, 2, 0.0, 1.5, 0.1, True, "3"])
+def test_an_impossible_subset_is_refused(size: object) -> None:
+    with pytest.raises(InputError, match=r"subset size must be|fewer than the 3 classes"):
+        stratified_subset(numbered(), size, stream(0, "a"))
+
+
+def test_a_subset_needs_labels_and_a_generator() -> None:
+    with pytest.raises(InputError, match="has no labels"):
+        stratified_subset(numbered().without_labels(), 3, stream(0, "a"))
+    with pytest.raises(InputError, match=r"torch\.Generator"):
+        stratified_subset(numbered(), 3, None)

@@ -1,0 +1,160 @@
+"""Images from Hugging Face style parquet shards."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rush.data.sources import load_images
+from rush.errors import DataError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(
+    path: Path,
+    rows: range,
+    labels: list[Any] | None,
+    image: str = "img",
+    label: str = "label",
+    names: list[str] | None = None,
+    paths: list[str | None] | None = None,
+    contents: list[bytes | None] | None = None,
+) -> Path:
+    contents = contents or [encoded(PIXELS[row]) for row in rows]
+    paths = paths or [f"image-{row}.png" for row in rows]
+    structs = [{"bytes": content, "path": name} for content, name in zip(contents, paths, strict=True)]
+    columns: dict[str, Any] = {image: pa.array(structs, pa.struct({"bytes": pa.binary(), "path": pa.string()}))}
+    if labels is not None:
+        columns[label] = labels
+    table = pa.table(columns)
+    if names is not None:
+        info = {"info": {"features": {label: {"_type": "ClassLabel", "names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("folder", [".", "data"])
+@pytest.mark.parametrize(("image", "label"), [("img", "label"), ("image", "fine_label")])
+def test_shards_are_joined_in_order(tmp_path: Path, folder: str, image: str, label: str) -> None:
+    base = tmp_path / folder
+    write(base / "train-00001-of-00002.parquet", range(4, 6), [2, 0], image, label, ["a", "b", "c"])
+    write(base / "train-00000-of-00002.parquet", range(4), [0, 1, 2, 1], image, label, ["a", "b", "c"])
+    write(base / "test-00000-of-00001.parquet", range(1), [0], image, label, ["a", "b", "c"])
+    images = load_images(tmp_path, "train")
+    assert images.images.numpy().tolist() == PIXELS.transpose(0, 3, 1, 2).tolist()
+    assert images.labels.tolist() == [0, 1, 2, 1, 2, 0]
+    assert images.classes == ("a", "b", "c")
+    assert images.ids.tolist() == [f"image-{row}.png" for row in range(6)]
+    assert len(load_images(tmp_path, "test")) == 1
+
+
+@pytest.mark.parametrize("paths", [["a.png", "a.png", "b.png"], ["a.png", None, "b.png"]])
+def test_without_unique_paths_rows_are_the_ids_and_without_names_numbers_the_classes(
+    tmp_path: Path, paths: list
+) -> None:
+    write(tmp_path / "test-00000-of-00001.parquet", range(3), [0, 2, 1], paths=paths)
+    images = load_images(tmp_path)
+    assert images.ids.tolist() == ["test-00000", "test-00001", "test-00002"]
+    assert images.classes == ("0", "1", "2")
+
+
+def test_no_label_column_means_unlabelled(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00001.parquet", range(3), None)
+    assert load_images(tmp_path, "train").labels is None
+
+
+def test_a_known_name_takes_shards_where_there_is_no_archive(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(10)]
+    write(tmp_path / "cifar10/test-00000-of-00001.parquet", range(6), list(range(6)), names=names)
+    for root in (tmp_path, tmp_path / "cifar10"):
+        images = load_images("cifar10", root=root, download=False)
+        assert (images.name, images.labels.tolist(), images.num_classes) == ("cifar10", list(range(6)), 10)
+    with pytest.raises(DataError, match=r"3, 32, 32\) in 10 classes, but cifar100 has .* in 100"):
+        load_images("cifar100", root=tmp_path / "cifar10", download=False)
+    with pytest.raises(DataError, match="holds no stl10"):
+        load_images("stl10", root=tmp_path, download=False)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00003.parquet", range(2), [0, 1])
+    write(tmp_path / "train-00002-of-00003.parquet", range(2), [0, 1])
+    with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet is missing \(1 of the 3"):
+        load_images(tmp_path, "train")
+    with pytest.raises(DataError, match=r"no shard test-\*\.parquet, only of train"):
+        load_images(tmp_path, "test")
+
+
+def test_two_series_are_not_mixed(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00001.parquet", range(2), [0, 1])
+    write(tmp_path / "train-00000-of-00002.parquet", range(2), [0, 1])
+    write(tmp_path / "train-00001-of-00002.parquet", range(2), [0, 1])
+    with pytest.raises(DataError, match="mixes several series"):
+        load_images(tmp_path, "train")
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "test-00000-of-00001.parquet", range(3), [0, 1, 2])
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet cannot be read"):
+        load_images(tmp_path)
+    path.write_bytes(content[:40] + bytes(2000) + content[2040:])  # whole footer, damaged pages
+    with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"labels": [0, 1, 3], "names": ["a", "b", "c"]}, r"row 2 has label 3, allowed are 0\.\.2"),
+        ({"labels": [0, -1, 1], "names": ["a", "b", "c"]}, "row 1 has label -1"),
+        ({"labels": [0, None, 1]}, "1 rows without a label"),
+        ({"labels": [0, 1, 1], "label": "labels"}, "name its label column"),
+        ({"labels": [0, 1, 1], "image": "picture"}, "picture: struct.*needs 'img' or 'image'"),
+        ({"labels": [0, 1, 1], "contents": [encoded(PIXELS[0]), None, b""]}, "row 1 has no image bytes"),
+        (
+            {"labels": [0, 1, 1], "contents": [encoded(PIXELS[0])] * 2 + [encoded(PIXELS[2])[:-500]]},
+            "row 2 cannot be decoded",
+        ),
+        (
+            {"labels": [0, 1, 1], "contents": [encoded(PIXELS[0])] * 2 + [encoded(PIXELS[2, :9])]},
+            "row 2 is 32x9, but .*row 0 is 32x32",
+        ),
+    ],
+)
+def test_each_fault_is_named_with_its_shard(tmp_path: Path, given: dict, text: str) -> None:
+    write(tmp_path / "test-00000-of-00001.parquet", range(3), **given)
+    with pytest.raises(DataError, match=rf"test-00000-of-00001\.parquet.*{text}"):
+        load_images(tmp_path)
+
+
+def test_empty_and_unlike_shards_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "test-00000-of-00001.parquet", range(0), [])
+    with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet is empty"):
+        load_images(tmp_path)
+    write(tmp_path / "train-00000-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
+    write(tmp_path / "train-00001-of-00002.parquet", range(2), [0, 1], names=["b", "a"])
+    with pytest.raises(DataError, match=r"train-00001-of-00002\.parquet has another label column or other classes"):
+        load_images(tmp_path, "train")
+
+
+def test_metadata_that_is_not_hugging_faces_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "test-00000-of-00001.parquet", range(2), [0, 1])
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": "{}"}), path)
+    with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet: the schema metadata 'huggingface'"):
+        load_images(tmp_path)

@@ -1,0 +1,102 @@
+"""Names, roots and the embedded digits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rush.data.sources import load_images
+from rush.errors import DataError
+
+
+def test_digits_are_scikit_learns_pixels_in_two_disjoint_stratified_splits() -> None:
+    from sklearn import datasets
+
+    source = datasets.load_digits()
+    train, test = load_images("digits", "train"), load_images("digits", "test")
+    assert (len(train), len(test)) == (1397, 400)
+    assert set(train.ids) | set(test.ids) == {f"digits-{row:04d}" for row in range(1797)}
+    for part in (train, test):
+        rows = [int(name.removeprefix("digits-")) for name in part.ids]
+        assert part.labels.tolist() == source.target[rows].tolist()
+        assert np.abs(part.images[:, 0].numpy() - source.images[rows] * 255 / 16).max() <= 0.5
+    shares = np.bincount(test.labels.numpy()) / np.bincount(source.target)
+    assert np.abs(shares * np.bincount(source.target) - np.bincount(source.target) * 400 / 1797).max() < 1
+
+
+def test_the_split_of_the_digits_never_changes() -> None:
+    """A model trained on one version must not meet its training images in the test split of another."""
+    assert (
+        load_images("digits", "test").fingerprint == "4a3f11f1285d116304f6856bc095d47c8e5e451ff8e4976db7c0c8e9ff638b21"
+    )
+
+
+def test_an_unknown_name_lists_the_names_and_the_nearest() -> None:
+    with pytest.raises(DataError, match=r"digits, cifar10, cifar100, stl10.*did you mean 'cifar10'"):
+        load_images("CIFAR-10")
+
+
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.npz does not exist"):
+        load_images(tmp_path / "nothing.npz")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "images.csv").write_text("1,2")
+    with pytest.raises(DataError, match=r"images\.csv is a \.csv file; allowed are digits"):
+        load_images(tmp_path / "images.csv")
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("digits", "train, test"), ("stl10", "train, test, unlabeled")])
+def test_an_unknown_split_lists_the_splits(name: str, allowed: str) -> None:
+    with pytest.raises(DataError, match=f"no split 'dev'; allowed are {allowed}"):
+        load_images(name, "dev")
+
+
+def test_without_download_an_empty_root_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz, cifar-10-batches-py.*parquet") as caught:
+        load_images("cifar10", root=tmp_path, download=False)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_root_comes_from_the_argument_then_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUSH_DATA", str(tmp_path / "environment"))
+    with pytest.raises(DataError, match="environment holds no cifar10"):
+        load_images("cifar10", download=False)
+    with pytest.raises(DataError, match="argument holds no cifar10"):
+        load_images("cifar10", root=tmp_path / "argument", download=False)
+
+
+def test_relative_paths_are_looked_up_in_the_root(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", images=np.full((2, 4, 4), 7, np.uint8))
+    assert load_images("mine.npz", root=tmp_path).images.unique().tolist() == [7]
+
+
+def test_importing_the_loaders_imports_no_decoder() -> None:
+    """The readers' libraries are loaded when a file needs them, so that digits never wait for parquet."""
+    code = (
+        "import sys, rush.data.sources; "
+        "print([name for name in ('pyarrow', 'sklearn', 'PIL', 'pooch', 'rich') if name in sys.modules])"
+    )
+    path = str(Path(__file__).parents[1] / "src")
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": path}
+    )
+    assert result.stdout.strip() == "[]"
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs CIFAR-10 in parquet beside the project")
+def test_real_cifar10_from_parquet_by_name_and_by_path() -> None:
+    images = load_images("cifar10", "test", root=SHARED)
+    assert images.images.shape == (10000, 3, 32, 32)
+    assert images.labels.bincount().tolist() == [1000] * 10
+    assert images.classes[0] == "airplane"
+    mean = images.images.double().mean((0, 2, 3)) / 255
+    assert torch.allclose(mean, torch.tensor([0.4942, 0.4851, 0.4504], dtype=torch.float64), atol=5e-4)
+    assert load_images("cifar10", "test", root=SHARED.parent)[:50].fingerprint == images[:50].fingerprint
