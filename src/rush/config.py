@@ -201,6 +201,11 @@ def recipe_text(name_or_path: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def recipe_headline(name: str) -> str:
+    """The first comment line of a shipped recipe: what it is, in one sentence."""
+    return recipe_text(name).splitlines()[0].removeprefix("#").strip()
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | None = None) -> Recipe:
     """The validated recipe; ``overrides`` are ``section.field=value`` texts, ``data`` replaces where the images lie.
 

@@ -15,9 +15,19 @@ def load(folder: str | PathLike[str], device: str = "auto") -> SmoothedClassifie
     It runs in the precision and tile that it was trained and certified with, on ``device``. Nothing is unpickled.
     Raises: RunError when there is no model, or its files are damaged; ConfigError when the device is not there.
     """
+    model = _model_folder(folder)
+    recorded = read_description(model)["execution"]
+    return load_smoothed(model, decide_execution(device, recorded["precision"], recorded["tile"]))
+
+
+def image_shape(folder: str | PathLike[str]) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that the model in ``folder`` was trained on."""
+    channels, height, width = read_description(_model_folder(folder))["image_shape"]
+    return channels, height, width
+
+
+def _model_folder(folder: str | PathLike[str]) -> Path:
     path = Path(folder)
     if not path.is_dir():
         raise RunError(f"{path} is no folder; give a run folder such as runs/digits")
-    model = path / "model" if (path / "model").is_dir() else path
-    recorded = read_description(model)["execution"]
-    return load_smoothed(model, decide_execution(device, recorded["precision"], recorded["tile"]))
+    return path / "model" if (path / "model").is_dir() else path

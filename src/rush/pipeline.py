@@ -29,8 +29,8 @@ from rush.inputs import LabelledPixels, labelled_pixels
 from rush.models.classifier import Classifier
 from rush.models.saved import ClassifierSpec, load_smoothed, load_weights, save_smoothed, save_weights
 from rush.noise import Gaussian
-from rush.pretraining import channel_statistics, pretrain
 from rush.options import Stage, parse_fraction
+from rush.pretraining import channel_statistics, pretrain
 from rush.randomness import seeded_init, stream
 from rush.smoothing import SmoothedClassifier
 
@@ -204,6 +204,11 @@ def run_attack(run: RunFolder) -> None:
     write_attacks(run.path, results, dict(zip(pixels.ids, indices, strict=True)), pixels)
     run.finish("attack", **_attack_figures(config, level, results, sandwich))
     sandwich.require()
+
+
+def run_stage(run: RunFolder, stage: Stage) -> None:
+    """Run one stage by its name; a finished one is kept as it is."""
+    {"pretrain": run_pretrain, "finetune": run_finetune, "certify": run_certify, "attack": run_attack}[stage](run)
 
 
 def _attack_figures(

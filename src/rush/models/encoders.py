@@ -2,31 +2,32 @@
 
 from typing import get_args
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rush.errors import ConfigError
 from rush.models.resnet import ResNet
 from rush.options import EncoderName
 
-
 _RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
 
 class SmallEncoder(nn.Module):
-    """Three 3x3 convolutions for images of about 8x8: (B, C, H, W) -> (B, features) with ``features`` = 4 * width.
+    """Three 3x3 convolutions for images of about 8x8: (B, C, H, W) -> (B, features) with ``features`` = 16 * width.
 
-    The last map is flattened by a mean over space. Each convolution but the first halves the side.
+    The second and third halve the side; the last map is pooled to 2x2 and flattened, so that the representation knows where.
     """
 
     def __init__(self, width: int = 16, in_channels: int = 1) -> None:
         super().__init__()
-        self.features = 4 * width
+        self.features = 16 * width
         self.layers = nn.Sequential(
             *_conv(in_channels, width, 1), *_conv(width, 2 * width, 2), *_conv(2 * width, 4 * width, 2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).mean((2, 3))
+        return torch.flatten(F.adaptive_avg_pool2d(self.layers(x), 2), 1)
 
 
 def build_encoder(name: EncoderName, width: int, in_channels: int) -> nn.Module:

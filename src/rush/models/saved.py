@@ -68,6 +68,7 @@ def save_smoothed(
         "classifier": asdict(spec),
         "noise": {"name": "gaussian", "sigma": sigma},
         "execution": {"precision": execution.precision, "tile": execution.tile},
+        "image_shape": list(image_shape),
         "classes": list(spec.classes),
     }
     write_json(folder / "model.json", description)
@@ -106,7 +107,12 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise RunError(
                 f"{file} has format {description['format']}, this version reads {FORMAT}; update rush-smoothing"
             )
-        _ = description["classifier"], description["noise"]["sigma"], description["execution"]
+        _ = (
+            description["classifier"],
+            description["noise"]["sigma"],
+            description["execution"],
+            description["image_shape"],
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from error
     return description

@@ -1,0 +1,252 @@
+"""The command line. Imports of torch wait inside the commands, so that help and config errors come at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from rush.errors import ConfigError
+from rush.options import STAGES, Stage
+
+if TYPE_CHECKING:
+    from rush.config import Recipe
+    from rush.engine.runs import RunFolder
+
+app = App(
+    name="rush",
+    help="Robust image classifiers: pre-trained by contrast, smoothed by noise, certified soundly and attacked honestly.",
+    help_format="plaintext",
+    version=lambda: _version(),
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--set", help="Override one recipe field, e.g. pretrain.epochs=10; may be given often.", negative=()
+    ),
+]
+Data = Annotated[Path | None, Parameter(help="Folder that holds the data set's archives or shards.")]
+Out = Annotated[Path | None, Parameter(help="Run folder; runs/RECIPE by default.")]
+
+
+@app.command
+def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides = None) -> None:
+    """Do everything: pre-train, fine-tune, certify, attack, report. Started again, it goes on where it stopped.
+
+    Parameters
+    ----------
+    recipe: str
+        Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
+    """
+    folder = _create(recipe, out, data, overrides)
+    _report_on(folder, STAGES)
+
+
+@app.command
+def pretrain(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides = None) -> None:
+    """Pre-train the encoder of a recipe in a new or existing run folder.
+
+    Parameters
+    ----------
+    recipe: str
+        Name of a shipped recipe, path of a .toml file, or an existing run folder.
+    """
+    _do(_create(recipe, out, data, overrides), ("pretrain",))
+
+
+@app.command
+def finetune(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
+    """Fine-tune the pre-trained encoder of a run under noise.
+
+    Parameters
+    ----------
+    folder: Path
+        Run folder.
+    """
+    _do(_reopen(folder, data, overrides), ("finetune",))
+
+
+@app.command
+def certify(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
+    """Certify test images of a run.
+
+    Parameters
+    ----------
+    folder: Path
+        Run folder.
+    """
+    _do(_reopen(folder, data, overrides), ("certify",))
+
+
+@app.command
+def attack(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
+    """Attack test images of a run with the ladder of attackers, and inside every certified ball.
+
+    Parameters
+    ----------
+    folder: Path
+        Run folder.
+    """
+    _do(_reopen(folder, data, overrides), ("attack",))
+
+
+@app.command
+def report(folder: Path) -> None:
+    """Write report.html from the files of a run and print its summary.
+
+    Parameters
+    ----------
+    folder: Path
+        Run folder.
+    """
+    _reopen(folder, None, None)
+    _print_report(folder)
+
+
+@app.command
+def predict(
+    folder: Path,
+    images: list[Path],
+    *,
+    num_samples: int = 1000,
+    alpha: float = 0.001,
+    seed: int = 0,
+    resize: bool = False,
+) -> None:
+    """Predict the class of image files with the smoothed classifier of a run.
+
+    Parameters
+    ----------
+    folder: Path
+        Run folder, or a folder with model.json and model.safetensors.
+    images: list[Path]
+        Image files of the size the model was trained on.
+    num_samples: int
+        Noisy copies that vote on each image.
+    alpha: float
+        Probability of a wrong answer, for each image; where the votes do not decide, the answer is "abstain".
+    seed: int
+        Seed of the noise.
+    resize: bool
+        Resize images of another size instead of refusing them.
+    """
+    from rush.prediction import predict_files
+
+    rows = predict_files(folder, images, num_samples=num_samples, alpha=alpha, seed=seed, resize=resize)
+    _print_table(("image", "class"), rows)
+
+
+@app.command
+def recipes() -> None:
+    """List the shipped recipes."""
+    from rush.config import recipe_headline, recipe_names
+
+    _print_table(("recipe", "about"), [(name, recipe_headline(name)) for name in recipe_names()])
+
+
+@app.command
+def info(folder: Path) -> None:
+    """Show the state of a run: recipe, finished stages, figures.
+
+    Parameters
+    ----------
+    folder: Path
+        Run folder.
+    """
+    from rush.reporting.results import read_run
+    from rush.reporting.tables import summary_rows
+
+    opened = _reopen(folder, None, None)
+    states = [(stage, "finished" if opened.finished(stage) else "not finished") for stage in STAGES]
+    _print_table((f"{opened.recipe.name}: {folder}", ""), [*states, *summary_rows(read_run(folder))])
+
+
+def _version() -> str:
+    from rush import __version__
+
+    return __version__
+
+
+def _create(recipe: str, out: Path | None, data: Path | None, overrides: list[str] | None) -> RunFolder:
+    from rush.config import load_recipe
+    from rush.engine.runs import RunFolder
+
+    if Path(recipe, "recipe.json").is_file():
+        if out is not None:
+            raise ConfigError(f"{recipe} is a run folder already; leave --out {out} away or give a recipe")
+        return _reopen(Path(recipe), data, overrides)
+    resolved = load_recipe(recipe, overrides or (), _text(data))
+    return RunFolder.create(out or Path("runs") / resolved.name, resolved)
+
+
+def _reopen(folder: Path, data: Path | None, overrides: list[str] | None) -> RunFolder:
+    from rush.config import build_recipe
+    from rush.engine.runs import RunFolder
+
+    opened = RunFolder.open(folder)
+    if data is None and not overrides:
+        return opened
+    changed: Recipe = build_recipe(
+        opened.recipe.model_dump(mode="json"), overrides or (), _text(data), str(folder / "recipe.json")
+    )
+    return RunFolder.create(folder, changed)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _do(folder: RunFolder, stages: Iterable[Stage]) -> None:
+    from rich.console import Console
+
+    from rush.pipeline import run_stage
+
+    console = Console(stderr=True)
+    for stage in stages:
+        if folder.finished(stage):
+            console.print(f"{stage}: finished before, kept", highlight=False)
+            continue
+        console.print(f"{stage} ...", highlight=False)
+        run_stage(folder, stage)
+        console.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
+
+
+def _report_on(folder: RunFolder, stages: Iterable[Stage]) -> None:
+    """Run the stages, then report; also when the sandwich is violated, so that the report says so."""
+    from rush.errors import SandwichError
+
+    try:
+        _do(folder, stages)
+    except SandwichError:
+        _print_report(folder.path)
+        raise
+    _print_report(folder.path)
+
+
+def _print_report(folder: Path) -> None:
+    from rush.reporting.page import write_report
+    from rush.reporting.results import read_run
+    from rush.reporting.tables import summary_rows
+
+    page = write_report(folder)
+    _print_table(("", str(folder)), summary_rows(read_run(folder)))
+    _console().print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def _print_table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*(Text(title) for title in head), show_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    _console().print(table)
+
+
+def _console():  # type: ignore[no-untyped-def]  # rich is imported late
+    from rich.console import Console
+
+    return Console()
