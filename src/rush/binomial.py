@@ -6,16 +6,17 @@ from scipy import special
 
 from rush.errors import InputError
 
-# scipy.special's incomplete beta functions are good to about 1e-14 relative error for counts up to 1e8; every bound and p-value
-# is moved to the safe side by far more than that.
+# scipy.special's incomplete beta functions are good to about 1e-13 relative error for counts up to 1e8; every bound
+# and p-value is moved to the safe side by far more than that.
 SAFETY = 1e-10
 
 
 def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
-    """One-sided Clopper-Pearson bound: P(bound > p) <= alpha for successes ~ Binomial(trials, p) (Clopper and Pearson 1934).
+    """One-sided Clopper-Pearson bound: P(bound > p) <= alpha for successes ~ Binomial(trials, p) (Clopper and Pearson
+    1934).
 
-    It is the p at which P(X >= successes) = alpha, i.e. the alpha quantile of Beta(successes, trials - successes + 1), multiplied by
-    (1 - 1e-10) so that rounding cannot lift it; 0 where there was no success.
+    It is the p at which P(X >= successes) = alpha, i.e. the alpha quantile of Beta(successes, trials - successes + 1),
+    multiplied by (1 - 1e-10) so that rounding cannot lift it; 0 where there was no success.
     Raises: InputError unless 0 <= successes <= trials, trials >= 1 and 0 < alpha < 1.
     """
     k, n = _counts(successes, trials)
@@ -26,10 +27,11 @@ def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArra
 
 
 def sign_test(wins: ArrayLike, losses: ArrayLike) -> NDArray[np.float64]:
-    """One-sided p-value of "wins are not likelier than losses": P(Binomial(wins + losses, 1/2) >= wins), rounded up; 1 without votes.
+    """One-sided p-value of "wins are not likelier than losses": P(Binomial(wins + losses, 1/2) >= wins), rounded up; 1
+    without votes.
 
-    Valid for votes among several classes too: given the number of votes for either of two classes, the split between them is
-    binomial.
+    Valid for votes among several classes too: given the number of votes for either of two classes, the split between
+    them is binomial.
     """
     k = np.asarray(wins, np.float64)
     _, n = _counts(k, k + np.asarray(losses, np.float64), empty_ok=True)
@@ -50,5 +52,7 @@ def _counts(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     k, n = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(trials, np.float64))
     if not ((k >= 0) & (k <= n) & (n >= (0 if empty_ok else 1))).all():
-        raise InputError(f"need 0 <= successes <= trials and trials >= 1, got successes {successes} of trials {trials}")
+        raise InputError(
+            f"need 0 <= successes <= trials and trials >= 1, got successes {k.tolist()} of trials {n.tolist()}"
+        )
     return k, n

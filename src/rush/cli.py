@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = App(
     name="rush",
-    help="Robust image classifiers: pre-trained by contrast, smoothed by noise, certified soundly and attacked honestly.",
+    help="Robust image classifiers: pre-trained by contrast, smoothed by noise, certified soundly, attacked honestly.",
     help_format="plaintext",
     version=lambda: _version(),
 )
@@ -240,7 +240,7 @@ def _print_table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*(Text(title) for title in head), show_edge=False)
+    table = Table(*head, show_edge=False)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     _console().print(table)

@@ -55,7 +55,8 @@ class ExecutionConfig(Section):
 
 
 class ViewsConfig(Section):
-    """Distribution of one contrastive view; probabilities and strengths as in SimCLR (Chen et al. 2020, appendix A and B.9)."""
+    """Distribution of one contrastive view; probabilities and strengths as in SimCLR (Chen et al. 2020, appendix A and
+    B.9)."""
 
     crop_scale: tuple[Positive, Positive] = (0.2, 1.0)
     crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
@@ -94,7 +95,8 @@ class PretrainConfig(TrainingConfig):
 
 
 class FinetuneConfig(TrainingConfig):
-    """Supervised training under Gaussian noise of ``smoothing.sigma``; ``linear`` trains the head on a frozen encoder."""
+    """Supervised training under Gaussian noise of ``smoothing.sigma``; ``linear`` trains the head on a frozen
+    encoder."""
 
     epochs: Count
     mode: FinetuneMode = "full"

@@ -32,8 +32,9 @@ def finetune(
 ) -> None:
     """Train ``classifier`` in place by cross-entropy on noisy images (Cohen et al. 2019, section 3.3).
 
-    ``full`` trains every weight, ``linear`` the head alone on the encoder as it is, in evaluation mode. ``views`` is the weak
-    augmentation before the noise. The classifier comes back in evaluation mode. Cost: one forward+backward pass per image and epoch.
+    ``full`` trains every weight, ``linear`` the head alone on the encoder as it is, in evaluation mode. ``views`` is
+    the weak augmentation before the noise. The classifier comes back in evaluation mode. Cost: one forward+backward
+    pass per image and epoch.
     Raises: DataError when the images carry no labels.
     """
     if images.labels is None:

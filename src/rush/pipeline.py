@@ -1,4 +1,5 @@
-"""The stages of a run: each reads what the stage before left in the run folder, hands plain arguments on and writes its own part."""
+"""The stages of a run: each reads what the stage before left in the run folder, hands plain arguments on and writes its
+own part."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,19 +64,22 @@ class Conditions:
     def evaluation_images(self, count: int | None, num_classes: int) -> tuple[list[int], LabelledPixels]:
         """The first ``count`` test images (all for None) of one seeded order, with their positions in the split.
 
-        Certification and attacks take the beginning of the same order: whatever their numbers, they speak of the same images.
+        Certification and attacks take the beginning of the same order: whatever their numbers, they speak of the same
+        images.
         """
         test = self.images("test")
         if count is not None and count > len(test):
             raise ConfigError(
-                f"the recipe asks for {count} test images, {test.name} has {len(test)}; lower certify.images, attack.images"
+                f"the recipe asks for {count} test images, {test.name} has {len(test)}; "
+                "lower certify.images and attack.images"
             )
         order = torch.randperm(len(test), generator=stream(self.recipe.seed, "evaluation", "order"))[:count].tolist()
         return order, labelled_pixels(test[order], num_classes)
 
 
 def run_pretrain(run: RunFolder) -> None:
-    """Pre-train the encoder on the training images without their labels, then its kNN accuracy on the test images, once."""
+    """Pre-train the encoder on the training images without their labels, then its kNN accuracy on the test images,
+    once."""
     if run.finished("pretrain"):
         return
     here = Conditions.of(run)
@@ -126,9 +130,8 @@ def run_finetune(run: RunFolder) -> None:
         checkpoint=TrainingCheckpoint(run.path / "checkpoints/finetune.pt", run.fingerprint("finetune")),
         log=run.log,
     )
-    save_smoothed(
-        run.path / "model", classifier, _spec(here.recipe, train), here.recipe.smoothing.sigma, here.execution
-    )
+    spec, sigma = _spec(here.recipe, train), here.recipe.smoothing.sigma
+    save_smoothed(run.path / "model", classifier, spec, sigma, here.execution, train.images.shape[1:])
     figures = _training_figures(run, "finetune", len(labelled), passes=config.epochs)
     run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled))
 
@@ -168,9 +171,11 @@ def run_certify(run: RunFolder) -> None:
 
 
 def run_attack(run: RunFolder) -> None:
-    """Climb the ladder and attack inside every certified ball; a group of images that was judged before is not attacked again.
+    """Climb the ladder and attack inside every certified ball; a group of images that was judged before is not attacked
+    again.
 
-    Raises: SandwichError when certified images are broken inside their radius more often than chance explains; the results are kept.
+    Raises: SandwichError when certified images are broken inside their radius more often than chance explains; the
+    results are kept.
     """
     if run.finished("attack"):
         return
@@ -251,7 +256,8 @@ def _read_certificates(here: Conditions, smoothed: SmoothedClassifier) -> Certif
     certificates = read_certificates(here.run.path / CERTIFICATES, sigma=smoothed.sigma, **parameters)
     if certificates is None:
         raise RunError(
-            f"{here.run.path / CERTIFICATES} is missing or empty; remove stages/certify.json and run `rush certify` again"
+            f"{here.run.path / CERTIFICATES} is missing or empty; "
+            "remove stages/certify.json and run `rush certify` again"
         )
     return certificates
 
@@ -273,7 +279,8 @@ def _schedule(config: TrainingConfig) -> Schedule:
 
 
 def _labelled(train: ImageSet, recipe: Recipe) -> ImageSet:
-    """The training images whose labels fine-tuning may read: all, a fraction or so many a class, stratified and seeded."""
+    """The training images whose labels fine-tuning may read: all, a fraction or so many a class, stratified and
+    seeded."""
     config = recipe.finetune
     if train.labels is None:
         raise DataError(f"{train.name} (train) has no labels; fine-tuning needs them")

@@ -43,10 +43,11 @@ def pretrain(
     checkpoint: TrainingCheckpoint | None = None,
     log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
-    """Train ``encoder`` in place by SimCLR (Chen et al. 2020): two views of each image, NT-Xent between their projections.
+    """Train ``encoder`` in place by SimCLR (Chen et al. 2020): two views of each image, NT-Xent between their
+    projections.
 
-    The projector is drawn from ``stream(seed, "pretrain", "projector")``, trained along and dropped. The encoder comes back in
-    evaluation mode. Cost: two forward+backward passes per image and epoch.
+    The projector is drawn from ``stream(seed, "pretrain", "projector")``, trained along and dropped. The encoder comes
+    back in evaluation mode. Cost: two forward+backward passes per image and epoch.
     """
     features = encoder.features
     assert isinstance(features, int)

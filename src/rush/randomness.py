@@ -16,10 +16,10 @@ _CPU_STATE_OFFSET = 24  # the words follow the 64-bit seed, two 32-bit counters 
 def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator that depends on nothing but ``seed``, ``names`` and the type of ``device``.
 
-    Streams are named by what they serve, e.g. ``stream(seed, "certify", image_id)``, so that no result depends on order, batch or
-    process. The key is SHA-256 of seed and names. On the CPU all 624 words of the Mersenne Twister are filled from 256 bits of
-    that key (``Generator.manual_seed`` would keep 32 bits, and a few ten thousand streams would already collide); elsewhere the
-    generator's 64-bit seed is set. NumPy's SeedSequence does the filling.
+    Streams are named by what they serve, e.g. ``stream(seed, "certify", image_id)``, so that no result depends on
+    order, batch or process. The key is SHA-256 of seed and names. On the CPU all 624 words of the Mersenne Twister are
+    filled from 256 bits of that key (``Generator.manual_seed`` would keep 32 bits, and a few ten thousand streams would
+    already collide); elsewhere the generator's 64-bit seed is set. NumPy's SeedSequence does the filling.
 
     Raises: InputError when ``seed`` is not a non-negative integer or a name is neither text nor integer.
     """
@@ -37,10 +37,11 @@ def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> 
 
 
 def seeded_init(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """``module`` with every convolution and linear layer drawn anew from ``generator`` (on the CPU), in the order of their names.
+    """``module`` with every convolution and linear layer drawn anew from ``generator`` (on the CPU), in the order of
+    their names.
 
-    Kaiming normal, fan out, for convolutions (He et al. 2015); uniform in +-1/sqrt(fan in) for linear layers, which is torch's
-    own default; normalization layers start as the identity.
+    Kaiming normal, fan out, for convolutions (He et al. 2015); uniform in +-1/sqrt(fan in) for linear layers, which is
+    torch's own default; normalization layers start as the identity.
     """
     for _, layer in sorted(module.named_modules()):
         if isinstance(layer, nn.Conv2d):

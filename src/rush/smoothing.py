@@ -23,12 +23,12 @@ Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 class SmoothedClassifier:
     """g(x) = the class c with the largest P(f(x + noise) = c), f the base classifier (Cohen et al. 2019, equation 1).
 
-    classifier: any nn.Module in evaluation mode from pixels (B, C, H, W) to logits (B, num_classes); its logits for one image must
-    not depend on the other images. Pixels are in [0, 1]; noise is added in float32 and not clipped, so the classifier sees values
-    outside that range.
+    classifier: any nn.Module in evaluation mode from pixels (B, C, H, W) to logits (B, num_classes); its logits for one
+    image must not depend on the other images. Pixels are in [0, 1]; noise is added in float32 and not clipped, so the
+    classifier sees values outside that range.
     sigma: standard deviation of Gaussian noise in pixel units; or give ``noise``.
-    execution: where and in what precision f runs; by default float32 on the device where the classifier's parameters are. Every
-    certified, predicted or judged sample goes through this one forward.
+    execution: where and in what precision f runs; by default float32 on the device where the classifier's parameters
+    are. Every certified, predicted or judged sample goes through this one forward.
     Raises: InputError for a bad sigma or number of classes, ModelError when ``classifier`` is no module.
     """
 
@@ -65,8 +65,9 @@ class SmoothedClassifier:
     def vote_blocks(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Votes per block of 100 noise samples: int64 (B, ceil(num_samples / 100), K) on the CPU.
 
-        x: (B, C, H, W) float32 in [0, 1]. generators: one an image, on the execution's device; each is advanced by whole blocks, so
-        the votes for an image depend on its pixels and its generator alone. Cost: B x num_samples forward passes, in full tiles.
+        x: (B, C, H, W) float32 in [0, 1]. generators: one an image, on the execution's device; each is advanced by
+        whole blocks, so the votes for an image depend on its pixels and its generator alone. Cost: B x num_samples
+        forward passes, in full tiles.
         Raises: ModelError when the classifier is in training mode or gives logits of the wrong shape or not finite.
         """
         check_eval_mode(self.classifier)
@@ -93,8 +94,9 @@ class SmoothedClassifier:
     def predict(self, x: Tensor, num_samples: int = 1000, alpha: float = 0.001, seed: int = 0) -> Tensor:
         """Class of the smoothed classifier, int64 (B,), or ABSTAIN (-1) where ``num_samples`` votes do not decide.
 
-        P(result is neither g(x) nor ABSTAIN) <= alpha for each image: the two-sided binomial test between the two most voted classes
-        (Cohen et al. 2019, proposition 2). Noise comes from ``stream(seed, "predict", hash of the pixels)``.
+        P(result is neither g(x) nor ABSTAIN) <= alpha for each image: the two-sided binomial test between the two most
+        voted classes (Cohen et al. 2019, proposition 2). Noise comes from ``stream(seed, "predict", hash of the
+        pixels)``.
         Raises: InputError for bad images or numbers, ModelError like ``vote_blocks``.
         """
         check_pixels(x)
@@ -106,10 +108,11 @@ class SmoothedClassifier:
         return torch.where(p_value <= alpha, classes[:, 0], ABSTAIN)
 
     def log_probs(self, x: Tensor, num_samples: int = 32, generator: Generators | None = None) -> Tensor:
-        """Log of the mean softmax over ``num_samples`` noisy copies, (B, K) float32, differentiable in ``x`` (B, C, H, W).
+        """Log of the mean softmax over ``num_samples`` noisy copies, (B, K) float32, differentiable in ``x`` (B, C, H,
+        W).
 
-        The soft surrogate of the vote that attacks climb (Salman et al. 2019, section 3). generator: one for all images or a
-        sequence with one an image; they are advanced.
+        The soft surrogate of the vote that attacks climb (Salman et al. 2019, section 3). generator: one for all images
+        or a sequence with one an image; they are advanced.
         """
         noise = self.sample_noise(x, num_samples, generator)
         return self.log_probs_at(x, noise)
@@ -175,7 +178,8 @@ class _SmoothedModule(nn.Module):
 def _checked_logits(logits: Tensor, rows: int, num_classes: int) -> Tensor:
     if logits.shape != (rows, num_classes):
         raise ModelError(
-            f"the classifier gave logits of shape {tuple(logits.shape)} for {rows} images, expected {(rows, num_classes)}"
+            f"the classifier gave logits of shape {tuple(logits.shape)} for {rows} images, "
+            f"expected {(rows, num_classes)}"
         )
     if not bool(logits.isfinite().all()):
         raise ModelError("the classifier gave logits that are not finite; such a vote has no class")

@@ -8,6 +8,7 @@ from rush.attacks.threat import ThreatModel
 
 
 def fgsm(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, loss: Loss = cross_entropy) -> Tensor:
-    """Points (B, C, H, W) one step of size epsilon along the steepest ascent of ``loss`` away from ``x``, kept in the ball and [0, 1]."""
+    """Points (B, C, H, W) one step of size epsilon along the steepest ascent of ``loss`` away from ``x``, kept in the
+    ball and [0, 1]."""
     _, gradient = loss_and_gradient(log_probs, x, y, loss)
     return threat.project(x + threat.step(gradient, 1.0), x)

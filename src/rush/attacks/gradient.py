@@ -20,7 +20,8 @@ def plain(model: nn.Module, execution: Execution) -> LogProbs:
 
 
 def fresh_noise(smoothed: SmoothedClassifier, eot_samples: int, generators: Sequence[torch.Generator]) -> LogProbs:
-    """The smoothed classifier with ``eot_samples`` new noise draws an image at every call, one generator an image (EOT)."""
+    """The smoothed classifier with ``eot_samples`` new noise draws an image at every call, one generator an image
+    (EOT)."""
     return lambda x: smoothed.log_probs(x, eot_samples, generators)
 
 
@@ -29,7 +30,8 @@ def frozen_noise(
 ) -> LogProbs:
     """The smoothed classifier with noise drawn once for the images ``x`` and kept for all calls.
 
-    An attack on it fits those draws: it flatters the defence. It is the first form of the first author's published attack.
+    An attack on it fits those draws: it flatters the defence. It is the first form of the first author's published
+    attack.
     """
     noise = smoothed.sample_noise(x, eot_samples, generators)
     return lambda points: smoothed.log_probs_at(points, noise)

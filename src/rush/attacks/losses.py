@@ -15,7 +15,8 @@ def cross_entropy(log_probs: Tensor, y: Tensor) -> Tensor:
 
 
 def margin(log_probs: Tensor, y: Tensor) -> Tensor:
-    """Largest other log-probability minus the label's, (B,): positive exactly where the label is not the most probable class."""
+    """Largest other log-probability minus the label's, (B,): positive exactly where the label is not the most probable
+    class."""
     own = log_probs.gather(1, y[:, None])[:, 0]
     others = log_probs.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - own

@@ -21,12 +21,13 @@ def pgd(
 ) -> tuple[Tensor, Tensor]:
     """Two candidates for each image, (best, last), both (B, C, H, W) in the ball and in [0, 1].
 
-    ``steps`` steps of ``step_size`` x epsilon along the steepest ascent of ``loss``, projected after each. ``best`` is the iterate, start
-    included, with the largest loss that was measured; ``last`` is the final one. On a random ``log_probs`` a measured maximum may be
-    luck, so the caller compares the two on other noise.
+    ``steps`` steps of ``step_size`` x epsilon along the steepest ascent of ``loss``, projected after each. ``best`` is
+    the iterate, start included, with the largest loss that was measured; ``last`` is the final one. On a random
+    ``log_probs`` a measured maximum may be luck, so the caller compares the two on other noise.
 
     x: (B, C, H, W) in [0, 1]; y: (B,); start: where to begin, ``x`` by default. step_size: share of epsilon.
-    Cost: steps + 1 forward and ``steps`` backward passes through ``log_probs``. Nothing here is random but ``log_probs``.
+    Cost: steps + 1 forward and ``steps`` backward passes through ``log_probs``. Nothing here is random but
+    ``log_probs``.
     """
     adversarial = x if start is None else threat.project(start, x)
     best, best_loss = adversarial, torch.full((len(x),), -torch.inf, device=x.device)

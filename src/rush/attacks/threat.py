@@ -15,8 +15,8 @@ from rush.options import Norm
 class ThreatModel:
     """All x' in [0, 1] with ||x' - x|| <= epsilon, in [0, 1] pixel units.
 
-    norm: "linf" or "l2". epsilon: one number for all images, or a float tensor (N,) with one an image; an l-inf epsilon is n/255, so
-    8/255 and not 8. Raises: InputError for an unknown norm, epsilon <= 0, not finite, or > 1 for l-inf.
+    norm: "linf" or "l2". epsilon: one number for all images, or a float tensor (N,) with one an image; an l-inf epsilon
+    is n/255, so 8/255 and not 8. Raises: InputError for an unknown norm, epsilon <= 0, not finite, or > 1 for l-inf.
     """
 
     norm: Norm
@@ -39,7 +39,8 @@ class ThreatModel:
         return ThreatModel(self.norm, self.epsilon[indices]) if isinstance(self.epsilon, Tensor) else self
 
     def project(self, adversarial: Tensor, x: Tensor) -> Tensor:
-        """The points (B, C, H, W) moved into the ball around ``x`` and then into [0, 1], which keeps them in the ball."""
+        """The points (B, C, H, W) moved into the ball around ``x`` and then into [0, 1], which keeps them in the
+        ball."""
         delta, epsilon = adversarial - x, self._per_image(x)
         if self.norm == "linf":
             delta = torch.minimum(torch.maximum(delta, -epsilon), epsilon)
@@ -48,7 +49,8 @@ class ThreatModel:
         return (x + delta).clamp(0.0, 1.0)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """Direction of steepest ascent of unit norm: the sign for l-inf, the normalised gradient for l2; 0 where it is 0."""
+        """Direction of steepest ascent of unit norm: the sign for l-inf, the normalised gradient for l2; 0 where it is
+        0."""
         return gradient.sign() if self.norm == "linf" else gradient / _l2(gradient).clamp(min=1e-12)
 
     def random_start(self, x: Tensor, generators: list[torch.Generator]) -> Tensor:

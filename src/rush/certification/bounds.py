@@ -1,13 +1,13 @@
 """The theorem: from vote counts to a certified class and radius.
 
-Let f be the base classifier, p_c = P(f(x + N(0, sigma^2 I)) = c) and g(x) = argmax p_c. If p_A >= p_lower > 1/2 for a class A, then
-g(x + delta) = A for every delta with ||delta||_2 < sigma * Phi^-1(p_lower) (Cohen et al. 2019, theorem 1 with the runner-up bounded by
-1 - p_lower).
+Let f be the base classifier, p_c = P(f(x + N(0, sigma^2 I)) = c) and g(x) = argmax p_c. If p_A >= p_lower > 1/2 for a
+class A, then g(x + delta) = A for every delta with ||delta||_2 < sigma * Phi^-1(p_lower) (Cohen et al. 2019, theorem 1
+with the runner-up bounded by 1 - p_lower).
 
-Certification draws two independent sets of votes. The first only selects A. On the second, A's count is Binomial(num_estimation, p_A)
-given A, so the Clopper-Pearson bound holds with probability >= 1 - alpha whatever A the first set selected. Hence, for each image by
-itself, P(a radius is certified that is too large, or for a class other than g(x)) <= alpha. Where p_lower <= 1/2 nothing is certified:
-ABSTAIN, radius 0.
+Certification draws two independent sets of votes. The first only selects A. On the second, A's count is
+Binomial(num_estimation, p_A) given A, so the Clopper-Pearson bound holds with probability >= 1 - alpha whatever A the
+first set selected. Hence, for each image by itself, P(a radius is certified that is too large, or for a class other
+than g(x)) <= alpha. Where p_lower <= 1/2 nothing is certified: ABSTAIN, radius 0.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ RADIUS_DIGITS = 6
 
 @dataclass(frozen=True)
 class Certified:
-    """prediction int64 (N,), ABSTAIN where nothing is certified; radius float64 (N,), 0.0 there; p_lower float64 (N,)."""
+    """prediction int64 (N,), ABSTAIN where nothing is certified; radius float64 (N,), 0.0 there; p_lower float64
+    (N,)."""
 
     prediction: NDArray[np.int64]
     radius: NDArray[np.float64]
@@ -34,7 +35,8 @@ class Certified:
 def certify_counts(
     selection: NDArray[np.int64], estimation: NDArray[np.int64], sigma: float, alpha: float
 ) -> Certified:
-    """The certificate of the module's docstring, for votes ``selection`` and ``estimation``, both int (N, K), each at level ``alpha``."""
+    """The certificate of the module's docstring, for votes ``selection`` and ``estimation``, both int (N, K), each at
+    level ``alpha``."""
     top = selection.argmax(1)
     count = np.take_along_axis(estimation, top[:, None], 1)[:, 0]
     p_lower = lower_bound(count, estimation.sum(1), alpha)
@@ -45,8 +47,8 @@ def certify_counts(
 def certified_radius(p_lower: ArrayLike, sigma: float) -> NDArray[np.float64]:
     """sigma * Phi^-1(p_lower) where p_lower > 1/2, else 0; rounded toward zero to six decimals, in pixel units.
 
-    Before rounding it is multiplied by (1 - 1e-10), far more than the normal quantile's error, so that what is returned and what is
-    written as text is never above the true value.
+    Before rounding it is multiplied by (1 - 1e-10), far more than the normal quantile's error, so that what is returned
+    and what is written as text is never above the true value.
     """
     p = np.asarray(p_lower, np.float64)
     exact = sigma * special.ndtri(np.clip(p, 0.5, 1.0)) * (1 - SAFETY)
@@ -55,5 +57,6 @@ def certified_radius(p_lower: ArrayLike, sigma: float) -> NDArray[np.float64]:
 
 
 def largest_radius(num_estimation: int, sigma: float, alpha: float) -> float:
-    """The radius that is certified when all ``num_estimation`` votes agree: no run with so many samples certifies more."""
+    """The radius that is certified when all ``num_estimation`` votes agree: no run with so many samples certifies
+    more."""
     return float(certified_radius(lower_bound(num_estimation, num_estimation, alpha), sigma))

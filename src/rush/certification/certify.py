@@ -23,9 +23,10 @@ _GROUP_SAMPLES = 50_000  # images are certified in groups of about so many sampl
 class Certificates:
     """Certificates of N images, each valid with probability >= 1 - alpha by itself (``certification.bounds``).
 
-    prediction int64 (N,), ABSTAIN (-1) where nothing is certified; radius float64 (N,) in pixel units, 0.0 there; p_lower (N,);
-    num_samples int64 (N,), selection and estimation together; counts int64 (N, K) of the estimation votes; blocks uint8
-    (N, num_estimation / 100, K), the same by blocks of 100; selection int64 (N, K); seconds (N,); labels int64 (N,); ids.
+    prediction int64 (N,), ABSTAIN (-1) where nothing is certified; radius float64 (N,) in pixel units, 0.0 there;
+    p_lower (N,); num_samples int64 (N,), selection and estimation together; counts int64 (N, K) of the estimation
+    votes; blocks uint8 (N, num_estimation / 100, K), the same by blocks of 100; selection int64 (N, K); seconds (N,);
+    labels int64 (N,); ids.
     """
 
     prediction: NDArray[np.int64]
@@ -57,7 +58,8 @@ class Certificates:
 
     @property
     def acr(self) -> float:
-        """Average certified radius, wrong and abstained images counting 0; depends on ``num_estimation``, print both together."""
+        """Average certified radius, wrong and abstained images counting 0; depends on ``num_estimation``, print both
+        together."""
         return float(np.where(self.correct, self.radius, 0.0).mean())
 
     @property
@@ -79,8 +81,8 @@ def certify(
 
     images: an ImageSet with labels, or a pair (float images (N, C, H, W) in [0, 1], labels (N,)).
     The class is selected on ``num_selection`` votes and bounded on ``num_estimation`` others. Noise comes from
-    ``stream(seed, "certify-selection", id)`` and ``stream(seed, "certify-estimation", id)``: a certificate depends neither on the other
-    images nor on their order. Cost: num_selection + num_estimation forward passes an image.
+    ``stream(seed, "certify-selection", id)`` and ``stream(seed, "certify-estimation", id)``: a certificate depends
+    neither on the other images nor on their order. Cost: num_selection + num_estimation forward passes an image.
     Raises: InputError for bad images, labels or numbers; ModelError for a classifier that cannot be certified.
     """
     pixels = labelled_pixels(images, smoothed.num_classes)
@@ -113,7 +115,8 @@ def certify_groups(
     start: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Certificates]:
-    """Certificates group by group from image ``start`` on, as soon as each group is done; the checked inside of ``certify``."""
+    """Certificates group by group from image ``start`` on, as soon as each group is done; the checked inside of
+    ``certify``."""
     size = max(1, _GROUP_SAMPLES // (num_selection + num_estimation))
     with progress("certify", len(pixels), start=start) as advance:
         for first in range(start, len(pixels), size):

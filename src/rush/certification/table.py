@@ -22,10 +22,11 @@ COLUMNS = (
 
 
 def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) -> None:
-    """Append the lines of ``part``, whose images have these ``indices`` in their split; writes the header into a new file.
+    """Append the lines of ``part``, whose images have these ``indices`` in their split; writes the header into a new
+    file.
 
-    Radii have six decimals, rounded toward zero already; ``p_lower`` is written so that it reads back exactly; ``blocks`` holds the
-    votes by blocks of 100 noise samples, uint8 (blocks, K), compressed by zlib, in base64.
+    Radii have six decimals, rounded toward zero already; ``p_lower`` is written so that it reads back exactly;
+    ``blocks`` holds the votes by blocks of 100 noise samples, uint8 (blocks, K), compressed by zlib, in base64.
     """
     lines = [_line(part, row, index) for row, index in enumerate(indices)]
     with open(path, "a", encoding="utf-8") as file:
@@ -55,7 +56,8 @@ def read_certificates(
         fields = line.split("\t")
         if len(fields) != len(COLUMNS):
             raise RunError(
-                f"{path}, line {number}: {len(fields)} fields instead of {len(COLUMNS)}; delete the line and certify again"
+                f"{path}, line {number}: {len(fields)} fields instead of {len(COLUMNS)}; "
+                "delete the line and certify again"
             )
         rows.append(dict(zip(COLUMNS, fields, strict=True)))
     return _certificates(rows, path, sigma, alpha, num_selection, num_estimation)
@@ -99,7 +101,8 @@ def _certificates(
         or (counts.sum(1) != num_estimation).any()
     ):
         raise RunError(
-            f"{path}: its votes do not add up to num_estimation = {num_estimation}; move the file away and certify again"
+            f"{path}: its votes do not add up to num_estimation = {num_estimation}; "
+            "move the file away and certify again"
         )
     return Certificates(
         prediction=np.array([int(row["predict"]) for row in rows], np.int64),

@@ -18,7 +18,8 @@ def batches_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 def shuffled_batches(num_images: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index tensors (batch_size,) int64 that visit the images in random order once; the incomplete last batch is dropped."""
+    """Index tensors (batch_size,) int64 that visit the images in random order once; the incomplete last batch is
+    dropped."""
     order = torch.randperm(num_images, generator=generator)
     for batch in range(batches_per_epoch(num_images, batch_size)):
         yield order[batch * batch_size : (batch + 1) * batch_size]

@@ -13,7 +13,8 @@ from rush.errors import CheckpointError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary neighbour of ``path``, flush it to the disk and rename it: a kill leaves the old file or the new one."""
+    """Call ``write`` on a temporary neighbour of ``path``, flush it to the disk and rename it: a kill leaves the old
+    file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -27,7 +28,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
-    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8") and None)
+
+    def write(target: Path) -> None:
+        target.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,7 +43,8 @@ def write_json(path: Path, value: Any) -> None:
 class TrainingCheckpoint:
     """The resumable state of one training in one file: weights, optimizer and number of finished epochs.
 
-    Random streams are named by epoch and step and need no saving. The file is read with ``weights_only=True``: nothing in it runs.
+    Random streams are named by epoch and step and need no saving. The file is read with ``weights_only=True``: nothing
+    in it runs.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -66,7 +72,8 @@ class TrainingCheckpoint:
             fingerprint = state["fingerprint"]
         except Exception as error:
             raise CheckpointError(
-                f"checkpoint {self.path} cannot be read ({type(error).__name__}: {error}); delete it to start this stage again"
+                f"checkpoint {self.path} cannot be read ({type(error).__name__}: {error}); "
+                "delete it to start this stage again"
             ) from error
         if fingerprint != self.fingerprint:
             raise CheckpointError(

@@ -36,7 +36,8 @@ class _Gather(torch.autograd.Function):
 def gather(x: Tensor) -> Tensor:
     """Rows of all ranks in rank order, (world * B, ...), differentiable; ``x`` itself with one process.
 
-    The gradient of ``x`` is that of the *sum* of the ranks' losses. DistributedDataParallel then takes the mean over ranks, so a
-    loss that is a mean over local rows ends as the mean over the global batch. Every rank must hold equally many rows.
+    The gradient of ``x`` is that of the *sum* of the ranks' losses. DistributedDataParallel then takes the mean over
+    ranks, so a loss that is a mean over local rows ends as the mean over the global batch. Every rank must hold equally
+    many rows.
     """
     return _Gather.apply(x) if world_size() > 1 else x

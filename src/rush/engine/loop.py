@@ -52,8 +52,8 @@ def train(
     """Train ``module`` in place by ``schedule``; goes on from ``checkpoint`` and saves there after every epoch.
 
     The order of an epoch comes from ``stream(seed, name, "order", epoch)``, the step's randomness from
-    ``stream(seed, name, "step", number)``: a resumed training ends with the same bits. ``log("epoch", ...)`` is called once an epoch
-    with mean loss, seconds and images per second.
+    ``stream(seed, name, "step", number)``: a resumed training ends with the same bits. ``log("epoch", ...)`` is called
+    once an epoch with mean loss, seconds and images per second.
     Raises: RushError on a non-finite loss, naming epoch and batch.
     """
     optimizer = build_optimizer(
@@ -103,7 +103,8 @@ def _finite_mean(losses: list[Tensor], name: str, epoch: int) -> float:
     if not math.isfinite(mean):
         first = int((~values.isfinite()).nonzero()[0])
         raise RushError(
-            f"{name}: loss is not finite from batch {first} of epoch {epoch + 1} on; the checkpoint of the last good epoch is kept. "
+            f"{name}: loss is not finite from batch {first} of epoch {epoch + 1} on; "
+            "the checkpoint of the last good epoch is kept. "
             f'Lower {name}.learning_rate or use execution.precision = "float32"'
         )
     return mean

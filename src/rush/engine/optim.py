@@ -13,7 +13,8 @@ from rush.options import OptimizerName
 def build_optimizer(
     module: nn.Module, name: OptimizerName, learning_rate: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Optimizer over the parameters of ``module`` that require gradients; biases and normalization layers are not decayed.
+    """Optimizer over the parameters of ``module`` that require gradients; biases and normalization layers are not
+    decayed.
 
     Raises: ConfigError for an unknown name.
     """
@@ -30,7 +31,8 @@ def build_optimizer(
 
 
 def cosine_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor on the peak learning rate at ``step`` (0-based): linear warm-up, then half a cosine down to zero at ``total_steps``."""
+    """Factor on the peak learning rate at ``step`` (0-based): linear warm-up, then half a cosine down to zero at
+    ``total_steps``."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)

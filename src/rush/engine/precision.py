@@ -14,8 +14,9 @@ from rush.options import Precision, PrecisionChoice
 class Execution:
     """The one forward of a run.
 
-    device: where tensors live. precision: what autocast computes in; float32 is no autocast. channels_last: memory layout of 4-d
-    tensors. tile: fixed number of rows of every judged batch, the last one padded. threads: CPU threads when it was decided.
+    device: where tensors live. precision: what autocast computes in; float32 is no autocast. channels_last: memory
+    layout of 4-d tensors. tile: fixed number of rows of every judged batch, the last one padded. threads: CPU threads
+    when it was decided.
     """
 
     device: str = "cpu"
@@ -27,7 +28,7 @@ class Execution:
     def place(self, module: nn.Module) -> nn.Module:
         """``module`` moved to the device and layout."""
         module = module.to(self.device)
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
 
     def layout(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) on the device in the run's layout; values unchanged."""
@@ -45,7 +46,8 @@ class Execution:
             return classifier(self.layout(x)).float()
 
     def tiled_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
-        """Logits (B, K) without gradients, computed ``tile`` rows at a time, the last tile padded with its first row."""
+        """Logits (B, K) without gradients, computed ``tile`` rows at a time, the last tile padded with its first
+        row."""
         rows = []
         with torch.inference_mode():
             for part in x.split(self.tile):
@@ -70,7 +72,8 @@ def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", 
 
 
 def check_eval_mode(module: nn.Module) -> None:
-    """Raises ModelError when some layer of ``module`` is in training mode, where outputs depend on neighbours or chance."""
+    """Raises ModelError when some layer of ``module`` is in training mode, where outputs depend on neighbours or
+    chance."""
     training = [name or "(the module itself)" for name, layer in module.named_modules() if layer.training]
     if training:
         raise ModelError(

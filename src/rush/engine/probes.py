@@ -22,7 +22,8 @@ def knn_correct(
 ) -> int:
     """Number of ``queries`` (M, D) whose weighted nearest-neighbour vote over ``bank`` (N, D) gives their label.
 
-    The ``neighbours`` of largest cosine similarity s vote with weight exp(s / temperature) (Wu et al. 2018, section 3.4).
+    The ``neighbours`` of largest cosine similarity s vote with weight exp(s / temperature) (Wu et al. 2018, section
+    3.4).
     """
     bank, num_classes = F.normalize(bank, dim=1), int(bank_labels.max()) + 1
     correct = 0

@@ -22,8 +22,8 @@ _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "sa
 class RunFolder:
     """A folder that holds everything about one run of one recipe.
 
-    ``recipe.json`` is the resolved recipe, ``provenance.json`` what the result depends on besides it, ``log.jsonl`` the events,
-    ``stages/<stage>.json`` a finished stage's figures (its presence says that the stage is finished).
+    ``recipe.json`` is the resolved recipe, ``provenance.json`` what the result depends on besides it, ``log.jsonl`` the
+    events, ``stages/<stage>.json`` a finished stage's figures (its presence says that the stage is finished).
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -34,8 +34,8 @@ class RunFolder:
     def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
         """The run of ``recipe`` in ``path``, new or gone on with.
 
-        Fields of stages that have not begun may still change. Raises: RunError when a stage that has begun was made with other
-        values, or when ``path`` is a file, is not writable or holds something that is no run.
+        Fields of stages that have not begun may still change. Raises: RunError when a stage that has begun was made
+        with other values, or when ``path`` is a file, is not writable or holds something that is no run.
         """
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --out")
@@ -65,7 +65,8 @@ class RunFolder:
         return cls(path, build_recipe(values, source=str(file)))
 
     def fingerprint(self, stage: Stage) -> str:
-        """JSON text of every recipe field that decides what ``stage`` computes, its own and those of the stages before it."""
+        """JSON text of every recipe field that decides what ``stage`` computes, its own and those of the stages before
+        it."""
         return _sections_until(self.recipe, stage)
 
     def log(self, event: str, **values: Any) -> None:
@@ -94,7 +95,8 @@ class RunFolder:
         return [entry for entry in map(json.loads, lines) if entry["event"] == event and entry.get("stage") == stage]
 
     def finish(self, stage: Stage, seconds: float, **figures: Any) -> None:
-        """Record that ``stage`` is finished, with its figures; ``seconds`` is the time its parts took, over all attempts."""
+        """Record that ``stage`` is finished, with its figures; ``seconds`` is the time its parts took, over all
+        attempts."""
         started = self.events("started", stage)[0]["time"]
         values = {
             "stage": stage,
@@ -117,7 +119,8 @@ class RunFolder:
     def record_provenance(self, execution: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         """Write ``provenance.json`` once; afterwards refuse to go on where execution or input images differ.
 
-        Raises: RunError naming what differs: a finished part and a part still to come must be computed by one forward on one data set.
+        Raises: RunError naming what differs: a finished part and a part still to come must be computed by one forward
+        on one data set.
         """
         file = self.path / "provenance.json"
         current = {"seed": self.recipe.seed, **execution, "data": dict(data)}

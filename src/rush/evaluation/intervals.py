@@ -38,8 +38,8 @@ def share_interval(successes: int, total: int, confidence: float = 0.95) -> Inte
 def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> Interval:
     """Share of ``first`` minus share of ``second``, both boolean (N,) on the same images, with a paired interval.
 
-    The interval is Agresti and Min's (2005): a Wald interval after adding 1/2 to each of the four cells, which keeps close to its
-    level also where few images differ. The estimate is the plain difference.
+    The interval is Agresti and Min's (2005): a Wald interval after adding 1/2 to each of the four cells, which keeps
+    close to its level also where few images differ. The estimate is the plain difference.
     Raises: InputError when the arrays are empty or of unequal length.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)

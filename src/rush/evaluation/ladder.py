@@ -8,8 +8,9 @@ from rush.evaluation.robust import Plan
 def ladder(steps: int, step_size: float, restarts: int, eot_samples: Sequence[int]) -> list[Plan]:
     """Rungs from the weakest attacker to the strongest, the first one being no attack.
 
-    The noise-free base network, transferred; one noise draw frozen before the loop; fresh draws at every step, ``eot_samples`` of
-    them. All are PGD with random start and the same ``steps``, ``step_size`` (share of epsilon) and ``restarts``.
+    The noise-free base network, transferred; one noise draw frozen before the loop; fresh draws at every step,
+    ``eot_samples`` of them. All are PGD with random start and the same ``steps``, ``step_size`` (share of epsilon) and
+    ``restarts``.
     """
     budget = {"steps": steps, "step_size": step_size, "restarts": restarts}
     rungs = [

@@ -35,8 +35,9 @@ GROUP = 64  # images that are attacked and judged together: the unit of progress
 class Plan:
     """One attacker with its budget.
 
-    gradient: what is differentiated of a smoothed model: "fresh" noise at every call, noise "frozen" before the loop, or "transfer",
-    the base network without noise. step_size: share of epsilon. eot_samples: noise draws a gradient, 0 where there is no noise.
+    gradient: what is differentiated of a smoothed model: "fresh" noise at every call, noise "frozen" before the loop,
+    or "transfer", the base network without noise. step_size: share of epsilon. eot_samples: noise draws a gradient, 0
+    where there is no noise.
     """
 
     name: str
@@ -54,7 +55,8 @@ class Plan:
         return self.restarts * self.steps * max(1, self.eot_samples)
 
     def forward_passes_per_image(self, random: bool) -> int:
-        """Forward passes beyond those: PGD's last loss, and for a random model the votes that choose among the candidates."""
+        """Forward passes beyond those: PGD's last loss, and for a random model the votes that choose among the
+        candidates."""
         if self.method != "pgd":
             return 0
         return self.restarts * (max(1, self.eot_samples) + (2 * BLOCK if random else 2))
@@ -64,8 +66,9 @@ class Plan:
 class AttackResult:
     """One attacker's points and their verdicts on N images.
 
-    adversarial: float32 (N, C, H, W); verdict uint8 (N,); challenger int64 (N,): the class the label was tried against; counts int64
-    (N, K): judging votes; votes int64 (N,): all votes the verdict took; linf, l2: float64 (N,) sizes of the change; seconds (N,).
+    adversarial: float32 (N, C, H, W); verdict uint8 (N,); challenger int64 (N,): the class the label was tried against;
+    counts int64 (N, K): judging votes; votes int64 (N,): all votes the verdict took; linf, l2: float64 (N,) sizes of
+    the change; seconds (N,).
     level: bound on the probability of a false verdict, for each image.
     """
 
@@ -115,7 +118,8 @@ class AttackResult:
 
     @property
     def budget(self) -> dict[str, float]:
-        """Passes through the base network an image: of the attack, forward alone in the attack, and the verdict's votes on average."""
+        """Passes through the base network an image: of the attack, forward alone in the attack, and the verdict's votes
+        on average."""
         random = self.counts.sum(1).max() > 1
         return {
             "passes_per_image": self.plan.passes_per_image,
@@ -140,12 +144,14 @@ def attack(
 ) -> AttackResult:
     """Attack every image and judge the points (``evaluation.verdict``; a plain network by its class at the point).
 
-    model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels to logits taken as deterministic. images: an ImageSet with labels or
-    a pair (float images, labels). method: "none" judges the images themselves; "fgsm" is one step of size epsilon; "pgd" has ``steps``
-    20, ``step_size`` epsilon / 4, random starts, ``restarts`` 1 and, on a smoothed model, ``eot_samples`` 16 by default.
-    step_size is in pixel units. alpha: probability of a false verdict, for each image.
-    Attack noise comes from streams named "attack/...", the choice among candidates and the verdict from others.
-    Raises: InputError for bad images or numbers, or an argument the method does not take; ModelError for an unusable model.
+    model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels to logits taken as deterministic. images: an
+    ImageSet with labels or a pair (float images, labels). method: "none" judges the images themselves; "fgsm" is one
+    step of size epsilon; "pgd" has ``steps`` 20, ``step_size`` epsilon / 4, random starts, ``restarts`` 1 and, on a
+    smoothed model, ``eot_samples`` 16 by default. step_size is in pixel units. alpha: probability of a false verdict,
+    for each image. Attack noise comes from streams named "attack/...", the choice among candidates and the verdict from
+    others.
+    Raises: InputError for bad images or numbers, or an argument the method does not take; ModelError for an unusable
+    model.
     """
     smoothed = model if isinstance(model, SmoothedClassifier) else None
     pixels = labelled_pixels(images, smoothed.num_classes if smoothed else None)
@@ -266,7 +272,8 @@ def _judge_plain(model: nn.Module, points: LabelledPixels) -> Verdicts:
 
 
 def _attacked(model: Model, group: LabelledPixels, threat: ThreatModel, plan: Plan, seed: int) -> Tensor:
-    """The best point for each image, (N, C, H, W) on the CPU; batches are of one size, the last one padded with its last image."""
+    """The best point for each image, (N, C, H, W) on the CPU; batches are of one size, the last one padded with its
+    last image."""
     execution = _execution_of(model)
     size = min(GROUP, max(1, execution.tile // max(1, plan.eot_samples)))
     found = []
@@ -309,8 +316,8 @@ def _target(model: Model, x: Tensor, plan: Plan, generators: list[torch.Generato
 def _most_harmful(model: Model, batch: LabelledPixels, candidates: list[Tensor], plan: Plan, seed: int) -> Tensor:
     """For each image the candidate with the largest margin against its label, on 100 votes common to all candidates.
 
-    Those votes come from a stream of their own, so that neither the attack's luck nor the verdict's noise chooses. For a plain model
-    the margin is that of the log-probabilities.
+    Those votes come from a stream of their own, so that neither the attack's luck nor the verdict's noise chooses. For
+    a plain model the margin is that of the log-probabilities.
     """
     scores = torch.stack([_harm(model, point, batch, plan, seed) for point in candidates])
     chosen = scores.argmax(0)

@@ -1,9 +1,10 @@
 """The sandwich: no point inside a certified ball may be broken.
 
-Every image that is certified with its label's class is attacked in l2 at 0.99 of its own radius, so that the check has power, and every
-other broken point of the run whose l2 change is within the radius counts as well. A violation is an error of the certificate
-(probability <= alpha) or of a verdict (probability <= the verdicts' level), so for n images their number is at most
-Binomial(n, alpha + level) in law; more than its 1 - 1e-6 quantile is an error of the software or of the model's use.
+Every image that is certified with its label's class is attacked in l2 at 0.99 of its own radius, so that the check has
+power, and every other broken point of the run whose l2 change is within the radius counts as well. A violation is an
+error of the certificate (probability <= alpha) or of a verdict (probability <= the verdicts' level), so for n images
+their number is at most Binomial(n, alpha + level) in law; more than its 1 - 1e-6 quantile is an error of the software
+or of the model's use.
 """
 
 from collections.abc import Sequence
@@ -34,8 +35,9 @@ class Sandwich:
         """Raises SandwichError when there are more violations than chance explains."""
         if len(self.violations) > self.allowed:
             raise SandwichError(
-                f"{len(self.violations)} of {self.checked} certified images are broken inside their radius, at most {self.allowed} can be "
-                f"chance: {', '.join(self.violations[:10])}. The certificate or the verdict is wrong; do not rely on either"
+                f"{len(self.violations)} of {self.checked} certified images are broken inside their radius, "
+                f"at most {self.allowed} can be chance: {', '.join(self.violations[:10])}. "
+                "The certificate or the verdict is wrong; do not rely on either"
             )
 
 

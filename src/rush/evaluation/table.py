@@ -1,4 +1,5 @@
-"""Attack results on disk: one file a judged group while the stage runs, ``attacks.tsv`` and one archive a rung when it ends."""
+"""Attack results on disk: one file a judged group while the stage runs, ``attacks.tsv`` and one archive a rung when it
+ends."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,15 @@ from rush.inputs import LabelledPixels
 from rush.smoothing import SmoothedClassifier
 
 COLUMNS = (
-    "rung", "idx", "id", "label", "verdict", "linf", "l2", "challenger", "votes", "votes_label", "votes_challenger", "time",
+    "rung", "idx", "id", "label", "verdict", "linf", "l2",
+    "challenger", "votes", "votes_label", "votes_challenger", "time",
 )  # fmt: skip
 _ARRAYS = ("labels", "verdict", "challenger", "counts", "votes", "linf", "l2", "seconds")
 
 
 class AttackParts:
-    """Runs attackers group by group, each finished group in a file of its own, so that a killed stage repeats one group at most."""
+    """Runs attackers group by group, each finished group in a file of its own, so that a killed stage repeats one group
+    at most."""
 
     def __init__(self, folder: Path, smoothed: SmoothedClassifier, *, level: float, max_votes: int, seed: int) -> None:
         self.folder = folder
@@ -73,7 +76,8 @@ class AttackParts:
 def write_attacks(
     run: Path, results: Sequence[AttackResult], index_of: Mapping[str, int], clean: LabelledPixels
 ) -> None:
-    """Write ``attacks.tsv``, ``attacks/<rung>.npz`` (adversarial float32, ids) and ``attacks/images.npz`` (uint8 images, labels, ids)."""
+    """Write ``attacks.tsv``, ``attacks/<rung>.npz`` (adversarial float32, ids) and ``attacks/images.npz`` (uint8
+    images, labels, ids)."""
     for result in results:
         _save_arrays(
             run / f"attacks/{result.plan.name}.npz", adversarial=result.adversarial.numpy(), ids=np.array(result.ids)
@@ -129,6 +133,6 @@ def _load_result(path: Path, plan: Plan, threat: ThreatModel, level: float) -> A
 def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
     def write(target: Path) -> None:
         with open(target, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
 
     write_atomically(path, write)

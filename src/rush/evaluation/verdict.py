@@ -1,12 +1,13 @@
 """The verdict: is a point broken or held? Decided by exact tests on fresh votes, never by one stochastic pass.
 
-A point (x, y) is *broken* when some class c != y is shown to beat y, P(f(x + noise) = c) > P(f(x + noise) = y), *held* when y is shown
-to beat every other class, else *undecided* at the cap of votes.
+A point (x, y) is *broken* when some class c != y is shown to beat y, P(f(x + noise) = c) > P(f(x + noise) = y), *held*
+when y is shown to beat every other class, else *undecided* at the cap of votes.
 
-Level. The challenger c is chosen on 100 votes of its own. Votes are then looked at after 100, 400, 1,600, ... and at the cap, each look at
-level / (number of looks). *broken* is one sign test of c against y. *held* rejects, for every c, that c is at least as likely as y: an
-intersection-union test, each part at the full level of the look. If y really is the top class only *broken* can be wrong, otherwise only
-*held*; hence, by the union bound over the looks, P(a false verdict) <= level.
+Level. The challenger c is chosen on 100 votes of its own. Votes are then looked at after 100, 400, 1,600, ... and at
+the cap, each look at level / (number of looks). *broken* is one sign test of c against y. *held* rejects, for every c,
+that c is at least as likely as y: an intersection-union test, each part at the full level of the look. If y really is
+the top class only *broken* can be wrong, otherwise only *held*; hence, by the union bound over the looks, P(a false
+verdict) <= level.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ BROKEN, HELD, UNDECIDED = range(3)
 
 @dataclass(frozen=True)
 class Verdicts:
-    """verdict uint8 (N,): index into ``VERDICTS``; challenger int64 (N,); counts int64 (N, K) of the judging votes; votes int64 (N,) in all."""
+    """verdict uint8 (N,): index into ``VERDICTS``; challenger int64 (N,); counts int64 (N, K) of the judging votes;
+    votes int64 (N,) in all."""
 
     verdict: NDArray[np.uint8]
     challenger: NDArray[np.int64]
@@ -37,7 +39,8 @@ class Verdicts:
 
 
 def looks(max_votes: int) -> list[int]:
-    """Numbers of votes at which a verdict is tried: 100, 400, 1,600, ... and ``max_votes``, all multiples of 100 but the last."""
+    """Numbers of votes at which a verdict is tried: 100, 400, 1,600, ... and ``max_votes``, all multiples of 100 but
+    the last."""
     found = []
     votes = BLOCK
     while votes < max_votes:
@@ -51,8 +54,8 @@ def judge(
 ) -> Verdicts:
     """Verdicts on ``points``, each wrong with probability <= ``level`` (see the module).
 
-    Noise comes from ``stream(seed, "challenger/<purpose>", id)`` and ``stream(seed, "verdict/<purpose>", id)``: other streams than any
-    attack's. Cost: 200 to 100 + ``max_votes`` forward passes a point.
+    Noise comes from ``stream(seed, "challenger/<purpose>", id)`` and ``stream(seed, "verdict/<purpose>", id)``: other
+    streams than any attack's. Cost: 200 to 100 + ``max_votes`` forward passes a point.
     """
     challenger = _challengers(smoothed, points, purpose, seed)
     generators = smoothed.streams(seed, f"verdict/{purpose}", points.ids)
@@ -71,7 +74,8 @@ def judge(
 
 
 def judge_deterministic(logits: Tensor, y: Tensor) -> Verdicts:
-    """Verdicts on points of a deterministic classifier from its ``logits`` (N, K): broken exactly where its class is not ``y``."""
+    """Verdicts on points of a deterministic classifier from its ``logits`` (N, K): broken exactly where its class is
+    not ``y``."""
     top = logits.argmax(1)
     others = logits.scatter(1, y[:, None], -torch.inf).argmax(1)
     verdict = torch.where(top == y, HELD, BROKEN).to(torch.uint8)

@@ -16,7 +16,8 @@ _RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 class SmallEncoder(nn.Module):
     """Three 3x3 convolutions for images of about 8x8: (B, C, H, W) -> (B, features) with ``features`` = 16 * width.
 
-    The second and third halve the side; the last map is pooled to 2x2 and flattened, so that the representation knows where.
+    The second and third halve the side; the last map is pooled to 2x2 and flattened, so that the representation knows
+    where.
     """
 
     def __init__(self, width: int = 16, in_channels: int = 1) -> None:
@@ -31,7 +32,8 @@ class SmallEncoder(nn.Module):
 
 
 def build_encoder(name: EncoderName, width: int, in_channels: int) -> nn.Module:
-    """The encoder called ``name`` with attribute ``features``, uninitialised beyond torch's defaults (see ``seeded_init``).
+    """The encoder called ``name`` with attribute ``features``, uninitialised beyond torch's defaults (see
+    ``seeded_init``).
 
     Raises: ConfigError for an unknown name.
     """

@@ -4,7 +4,8 @@ from torch import nn
 
 
 def projector(features: int, hidden: int, out: int) -> nn.Module:
-    """Two-layer projector (B, features) -> (B, out) with BatchNorm and ReLU between (Chen et al. 2020, appendix B.9)."""
+    """Two-layer projector (B, features) -> (B, out) with BatchNorm and ReLU between (Chen et al. 2020, appendix
+    B.9)."""
     return nn.Sequential(
         nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out, bias=False)
     )

@@ -32,9 +32,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Encoder: normalized images (B, C, H, W) -> representations (B, features) with ``features`` = 8 * width.
 
-    ``blocks`` per stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34. ``width`` is the first stage's number of channels; 64 is
-    the published network. The ``small`` stem is one 3x3 convolution without pooling (the custom at 32x32), the ``standard`` one
-    7x7 stride 2 with pooling.
+    ``blocks`` per stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34. ``width`` is the first stage's number of
+    channels; 64 is the published network. The ``small`` stem is one 3x3 convolution without pooling (the custom at
+    32x32), the ``standard`` one 7x7 stride 2 with pooling.
     """
 
     def __init__(

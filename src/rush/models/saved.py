@@ -59,9 +59,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def save_smoothed(
-    folder: Path, classifier: Classifier, spec: ClassifierSpec, sigma: float, execution: Execution
+    folder: Path,
+    classifier: Classifier,
+    spec: ClassifierSpec,
+    sigma: float,
+    execution: Execution,
+    image_shape: Sequence[int],
 ) -> None:
-    """Write ``model.safetensors`` and ``model.json`` into ``folder``; the JSON last, so that it says the model is whole."""
+    """Write ``model.safetensors`` and ``model.json`` into ``folder``; the JSON last, so that it says the model is
+    whole."""
     save_weights(classifier, folder / "model.safetensors")
     description = {
         "format": FORMAT,

@@ -11,8 +11,8 @@ from rush.errors import InputError
 def nt_xent(view_a: Tensor, view_b: Tensor, temperature: float = 0.5) -> Tensor:
     """Normalized temperature-scaled cross-entropy over the global batch (Chen et al. 2020, equation 1 and algorithm 1).
 
-    For every view i with partner j: -log(exp(s_ij / t) / sum over k != i of exp(s_ik / t)), s the cosine similarity; the mean over
-    the 2 B local views, each against all 2 B x world views of all processes.
+    For every view i with partner j: -log(exp(s_ij / t) / sum over k != i of exp(s_ik / t)), s the cosine similarity;
+    the mean over the 2 B local views, each against all 2 B x world views of all processes.
 
     view_a, view_b: projections (B, D) of two views of the same B images, row by row; float. temperature: > 0.
     Returns: scalar. Gradients flow through both views, across processes too (see ``gather``).
