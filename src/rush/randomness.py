@@ -28,7 +28,9 @@ def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> 
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise InputError(f"stream names must be str or int, got {name!r} of type {type(name).__name__}")
-    key = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    # NumPy's text and enumerations print themselves in ways of their own; they name the stream of their plain value.
+    plain = (seed, *(str(name) if isinstance(name, str) else int(name) for name in names))
+    key = hashlib.sha256(repr(plain).encode()).digest()
     generator = torch.Generator(device=device)
     generator.manual_seed(int.from_bytes(key[:8], "little"))
     if generator.device.type == "cpu":

@@ -1,0 +1,54 @@
+"""What every test runs under, and what several files share: a network, a finished run, cheap child processes."""
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import run_tiny
+from torch import nn
+
+from rush.data.sources import load_images
+from rush.models.classifier import Classifier, Normalize
+from rush.models.encoders import SmallEncoder
+from rush.models.heads import linear_head
+from rush.randomness import seeded_init, stream
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits_network() -> nn.Module:
+    """A small convolutional network in evaluation mode, trained on the digits for a few seconds without noise."""
+    generator = stream(0, "test network")
+    encoder = SmallEncoder(width=8)
+    network = Classifier(Normalize((0.3,), (0.38,)), encoder, linear_head(encoder.features, 10))
+    seeded_init(network, generator).train()
+    images = load_images("digits", split="train")
+    assert images.labels is not None
+    x, y = images.pixels(), images.labels
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    for _ in range(8):
+        for batch in torch.randperm(len(x), generator=generator).split(128):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(x[batch]), y[batch]).backward()
+            optimizer.step()
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished, undisturbed run of the tiny recipe; tests read it or work on a copy."""
+    return run_tiny(tmp_path_factory.mktemp("tiny")).path
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Where child processes come from: a server that has imported the library once and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rush.pipeline", "torch.distributed", "pytest"])
+    return context

@@ -1,0 +1,93 @@
+"""A recipe whose whole run takes some seconds, and what must be the same bits in two runs of it."""
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from rush.config import Recipe, load_recipe
+from rush.engine.runs import RunFolder
+from rush.options import STAGES, Stage
+from rush.pipeline import run_stage
+
+TINY = """\
+name = "tiny"
+[data]
+name = "digits"
+[model]
+encoder = "small"
+width = 4
+[smoothing]
+sigma = 0.25
+[execution]
+device = "cpu"
+precision = "float32"
+tile = 100
+[pretrain]
+epochs = 2
+batch_size = 128
+learning_rate = 0.05
+projector_hidden = 16
+projector_out = 8
+knn_neighbours = 5
+[pretrain.views]
+crop_scale = [0.5, 1.0]
+flip = 0.0
+greyscale = 0.0
+[finetune]
+epochs = 2
+batch_size = 128
+learning_rate = 0.1
+flip = 0.0
+shift = 1
+[certify]
+images = 20
+num_estimation = 200
+[attack]
+images = 20
+steps = 3
+eot_samples = [1, 2]
+max_votes = 400
+"""
+
+
+def tiny(folder: Path, *overrides: str) -> Recipe:
+    """The tiny recipe with single fields changed; its file is written into ``folder``."""
+    return load_recipe(str(write_tiny(folder)), overrides)
+
+
+def write_tiny(folder: Path) -> Path:
+    """The tiny recipe as a file in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "tiny.toml"
+    file.write_text(TINY)
+    return file
+
+
+def run_tiny(folder: Path, *overrides: str, stages: tuple[Stage, ...] = STAGES) -> RunFolder:
+    """The run of the tiny recipe in ``folder``/run with these stages done."""
+    run = RunFolder.create(folder / "run", tiny(folder, *overrides))
+    for stage in stages:
+        run_stage(run, stage)
+    return run
+
+
+def results(folder: Path) -> dict[str, object]:
+    """Everything of a run that depends on nothing but recipe and machine: weights, votes, points; no times."""
+    found: dict[str, object] = {}
+    for name in ("checkpoints/encoder.safetensors", "model/model.safetensors"):
+        found[name] = {key: (str(a.dtype), a.shape, a.tobytes()) for key, a in load_file(folder / name).items()}
+    for name in ("certificates.tsv", "attacks.tsv"):
+        found[name] = _without_time((folder / name).read_text())
+    for file in sorted((folder / "attacks").glob("*.npz")):
+        with np.load(file) as stored:
+            found[f"attacks/{file.name}"] = {
+                key: (str(stored[key].dtype), stored[key].shape, stored[key].tobytes()) for key in stored.files
+            }
+    return found
+
+
+def _without_time(table: str) -> list[list[str]]:
+    lines = [line.split("\t") for line in table.splitlines()]
+    time = lines[0].index("time")
+    return [line[:time] + line[time + 1 :] for line in lines]
