@@ -20,6 +20,7 @@ app = App(
     help="Robust image classifiers: pre-trained by contrast, smoothed by noise, certified soundly, attacked honestly.",
     help_format="plaintext",
     version=lambda: _version(),
+    suppress_keyboard_interrupt=False,
 )
 
 Overrides = Annotated[

@@ -11,7 +11,16 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rush.errors import ConfigError
-from rush.options import EncoderName, FinetuneMode, Norm, OptimizerName, PrecisionChoice, Stage, parse_fraction
+from rush.options import (
+    EncoderName,
+    FinetuneMode,
+    Norm,
+    OptimizerName,
+    PrecisionChoice,
+    Stage,
+    fewest_samples,
+    parse_fraction,
+)
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -23,7 +32,7 @@ Level = Annotated[float, Field(gt=0, lt=0.5)]
 class Section(BaseModel):
     """A part of a recipe: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -119,6 +128,13 @@ class CertifyConfig(Section):
     num_selection: Count = 100
     num_estimation: Count = 10_000
     alpha: Level = 0.001
+
+    @model_validator(mode="after")
+    def _can_certify(self) -> "CertifyConfig":
+        fewest = fewest_samples(self.alpha)
+        if self.num_estimation < fewest:
+            raise ValueError(f"num_estimation must be at least {fewest} to certify anything at alpha = {self.alpha}")
+        return self
 
 
 class AttackConfig(Section):

@@ -1,5 +1,6 @@
 """The closed sets of string options, free of heavy imports so that the command line can show them at once."""
 
+import math
 from fractions import Fraction
 from typing import Literal
 
@@ -20,3 +21,8 @@ def parse_fraction(text: str | float) -> float:
         return float(Fraction(text)) if isinstance(text, str) else float(text)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{text!r} is not a number or a fraction such as 8/255") from None
+
+
+def fewest_samples(alpha: float) -> int:
+    """Fewest votes that can certify at level ``alpha``: all agreeing, their lower bound alpha^(1/n) must exceed 1/2."""
+    return math.floor(math.log2(1 / alpha)) + 1

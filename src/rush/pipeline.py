@@ -50,6 +50,7 @@ class Conditions:
     @classmethod
     def of(cls, run: RunFolder) -> "Conditions":
         wanted = run.recipe.execution
+        torch.set_num_threads(run.recorded("threads") or torch.get_num_threads())
         return cls(run, run.recipe, decide_execution(wanted.device, wanted.precision, wanted.tile))
 
     def images(self, split: str) -> ImageSet:
@@ -201,9 +202,7 @@ def run_attack(run: RunFolder) -> None:
     positions = sandwich_positions(certificates, pixels.ids)
     if positions:
         inside = pixels.select(positions)
-        plan = sandwich_plan(
-            config.steps, max(own for own in config.eot_samples if own <= 16 or own == config.eot_samples[0])
-        )
+        plan = sandwich_plan(config.steps)
         results.append(parts.run(plan, inside, sandwich_threat(certificates, inside.ids)))
     sandwich = check_sandwich(certificates, results, config.alpha)
     write_attacks(run.path, results, dict(zip(pixels.ids, indices, strict=True)), pixels)

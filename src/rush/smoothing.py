@@ -166,6 +166,7 @@ class SmoothedClassifier:
 class _SmoothedModule(nn.Module):
     def __init__(self, smoothed: SmoothedClassifier, num_samples: int, generator: torch.Generator | None) -> None:
         super().__init__()
+        check_eval_mode(smoothed.classifier)
         self.base = smoothed.classifier
         self._smoothed, self._num_samples = smoothed, num_samples
         self._generator = generator

@@ -13,7 +13,7 @@ from rush.options import Norm
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """All x' in [0, 1] with ||x' - x|| <= epsilon, in [0, 1] pixel units.
+    """All x' in [0, 1] with ||x' - x|| <= epsilon, in [0, 1] pixel units, up to float32 rounding (6e-8 a pixel).
 
     norm: "linf" or "l2". epsilon: one number for all images, or a float tensor (N,) with one an image; an l-inf epsilon
     is n/255, so 8/255 and not 8. Raises: InputError for an unknown norm, epsilon <= 0, not finite, or > 1 for l-inf.

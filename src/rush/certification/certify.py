@@ -12,6 +12,7 @@ from rush.certification.bounds import certify_counts, largest_radius
 from rush.engine.progress import progress
 from rush.errors import InputError
 from rush.inputs import Images, LabelledPixels, labelled_pixels
+from rush.options import fewest_samples
 from rush.smoothing import SmoothedClassifier
 
 CertifyMethod = Literal["clopper-pearson"]
@@ -102,6 +103,11 @@ def check_certify_arguments(method: str, num_selection: int, num_estimation: int
             raise InputError(f"{name} must be an integer >= 1, got {value!r}")
     if not 0 < alpha < 0.5:
         raise InputError(f"alpha must lie in (0, 0.5), got {alpha!r}")
+    if num_estimation < fewest_samples(alpha):
+        raise InputError(
+            f"num_estimation = {num_estimation} certifies nothing at alpha = {alpha}, even when all votes agree; "
+            f"give at least {fewest_samples(alpha)}"
+        )
 
 
 def certify_groups(

@@ -71,14 +71,20 @@ class TrainingCheckpoint:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
             fingerprint = state["fingerprint"]
         except Exception as error:
-            raise CheckpointError(
-                f"checkpoint {self.path} cannot be read ({type(error).__name__}: {error}); "
-                "delete it to start this stage again"
-            ) from error
+            raise self._unreadable(error) from error
         if fingerprint != self.fingerprint:
             raise CheckpointError(
                 f"checkpoint {self.path} belongs to another recipe; use another --out folder or delete it"
             )
-        module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["epochs_done"])
+        try:
+            module.load_state_dict(state["module"])
+            optimizer.load_state_dict(state["optimizer"])
+            return int(state["epochs_done"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        # torch's own text is left out: it advises to switch off weights_only, which would run what is in the file.
+        return CheckpointError(
+            f"checkpoint {self.path} cannot be read ({type(error).__name__}); delete it to start this stage again"
+        )

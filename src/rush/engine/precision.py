@@ -56,8 +56,8 @@ class Execution:
             return torch.cat(rows)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for ``provenance.json``."""
-        return asdict(self)
+        """Plain values for ``provenance.json``; torch's version is among them, another one may compute other bits."""
+        return {**asdict(self), "torch": torch.__version__}
 
 
 def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", tile: int = 256) -> Execution:

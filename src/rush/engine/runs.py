@@ -128,7 +128,7 @@ class RunFolder:
             before = json.loads(file.read_text(encoding="utf-8"))
             seen = before["data"]
             before["data"] = {split: seen.get(split, found) for split, found in data.items()}
-            differing = [key for key in current if before.get(key) != current[key]]
+            differing = [key for key, value in current.items() if before.get(key, value) != value]
             if differing:
                 told = "; ".join(f"{key}: was {before.get(key)}, now {current[key]}" for key in differing)
                 raise RunError(
@@ -136,6 +136,11 @@ class RunFolder:
                 )
             current["data"] = {**seen, **data}
         write_json(file, {"commit": commit(), "versions": versions(), "machine": machine(), **current})
+
+    def recorded(self, name: str) -> Any:
+        """A value of ``provenance.json``; None before the first stage has written it."""
+        file = self.path / "provenance.json"
+        return json.loads(file.read_text(encoding="utf-8")).get(name) if file.exists() else None
 
     def _check_unchanged(self, before: Recipe) -> None:
         for stage in STAGES:

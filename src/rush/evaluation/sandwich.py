@@ -41,7 +41,7 @@ class Sandwich:
             )
 
 
-def sandwich_plan(steps: int, eot_samples: int) -> Plan:
+def sandwich_plan(steps: int, eot_samples: int = 16) -> Plan:
     """PGD in l2 with ``steps`` steps of 2.5 / steps of the ball, ``eot_samples`` fresh draws each."""
     return Plan("sandwich", "l2 at 0.99 of the certified radius", "pgd", "fresh", eot_samples, steps, 2.5 / steps)
 

@@ -16,6 +16,7 @@ from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
+from rush.noise import Gaussian
 from rush.options import EncoderName
 from rush.smoothing import SmoothedClassifier
 
@@ -86,16 +87,18 @@ def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
     Raises: RunError when a file is missing, damaged or written by a newer version.
     """
     description = read_description(folder)
-    spec = ClassifierSpec(**description["classifier"])
     try:
-        classifier = spec.build()
+        spec = ClassifierSpec(**description["classifier"])
+        classifier, noise = spec.build(), Gaussian(description["noise"]["sigma"])
     except ConfigError as error:
         raise RunError(f"{folder / 'model.json'}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(folder / "model.json", error) from error
     load_weights(classifier, folder / "model.safetensors")
     placed = execution.place(classifier).eval()
     return SmoothedClassifier(
         placed,
-        sigma=description["noise"]["sigma"],
+        noise=noise,
         num_classes=len(spec.classes),
         execution=execution,
         classes=spec.classes,
@@ -116,9 +119,14 @@ def read_description(folder: Path) -> dict[str, Any]:
         _ = (
             description["classifier"],
             description["noise"]["sigma"],
-            description["execution"],
+            description["execution"]["precision"],
+            description["execution"]["tile"],
             description["image_shape"],
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RunError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, error) from error
     return description
+
+
+def _damaged(file: Path, error: Exception) -> RunError:
+    return RunError(f"{file} is damaged ({type(error).__name__}: {error}); restore it or fine-tune again")
