@@ -80,6 +80,20 @@ class ViewsConfig(Section):
     blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
     noise_sigma: NonNegative = 0.0
 
+    @field_validator("crop_scale", "crop_ratio", "blur_sigma")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"must be (least, greatest), got {list(value)}")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _share_of_the_image(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[1] > 1:
+            raise ValueError(f"is a share of the image's area and at most 1, got {list(value)}")
+        return value
+
 
 class TrainingConfig(Section):
     """What both trainings share."""
@@ -216,7 +230,10 @@ def recipe_text(name_or_path: str) -> str:
         raise ConfigError(
             f"no recipe {name_or_path!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a .toml file"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}; it must be a text file in UTF-8") from error
 
 
 def recipe_headline(name: str) -> str:
@@ -242,8 +259,8 @@ def build_recipe(
     """The validated recipe of plain ``values`` with ``overrides`` applied; raises ConfigError like ``load_recipe``."""
     for override in overrides:
         _apply(values, override)
-    if data is not None:
-        values.setdefault("data", {})["root"] = str(Path(data).expanduser().resolve())
+    if data is not None and isinstance(values.setdefault("data", {}), dict):
+        values["data"]["root"] = str(Path(data).expanduser().resolve())
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

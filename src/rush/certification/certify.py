@@ -1,7 +1,7 @@
 """Certification of a data set with a fixed number of samples an image."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -119,7 +119,6 @@ def certify_groups(
     alpha: float,
     seed: int,
     start: int = 0,
-    on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Certificates]:
     """Certificates group by group from image ``start`` on, as soon as each group is done; the checked inside of
     ``certify``."""
@@ -128,7 +127,7 @@ def certify_groups(
         for first in range(start, len(pixels), size):
             group = pixels.select(list(range(first, min(first + size, len(pixels)))))
             yield _certify_group(smoothed, group, num_selection, num_estimation, alpha, seed)
-            (on_progress or advance)(len(group))
+            advance(len(group))
 
 
 def join_certificates(parts: list[Certificates]) -> Certificates:

@@ -16,7 +16,6 @@ def progress(description: str, total: int, unit: str = "images", start: int = 0)
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
@@ -29,7 +28,6 @@ def progress(description: str, total: int, unit: str = "images", start: int = 0)
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(f"{{task.fields[rate]}} {unit}/s"),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
@@ -39,6 +37,7 @@ def progress(description: str, total: int, unit: str = "images", start: int = 0)
             bar.advance(task, done)
             elapsed = bar.tasks[0].elapsed or 0.0
             if elapsed > 0:
-                bar.update(task, rate=f"{(bar.tasks[0].completed - start) / elapsed:,.0f}")
+                rate = (bar.tasks[0].completed - start) / elapsed
+                bar.update(task, rate=f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}")
 
         yield advance

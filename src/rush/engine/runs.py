@@ -39,7 +39,7 @@ class RunFolder:
         """
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --out")
-        if path.is_dir() and not (path / "recipe.json").exists() and any(path.iterdir()):
+        if path.is_dir() and not (path / "recipe.json").exists() and any(map(_not_ours, path.iterdir())):
             raise RunError(f"{path} is not empty and holds no recipe.json, so it is no run folder; give another --out")
         run = cls(path, recipe)
         if (path / "recipe.json").exists():
@@ -60,7 +60,9 @@ class RunFolder:
             )
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            if not isinstance(values, dict):
+                raise ValueError(f"expected an object, found {type(values).__name__}")
+        except ValueError as error:
             raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
         return cls(path, build_recipe(values, source=str(file)))
 
@@ -70,8 +72,9 @@ class RunFolder:
         return _sections_until(self.recipe, stage)
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one event to ``log.jsonl`` and flush it."""
+        """Append one event to ``log.jsonl`` and flush it; what a kill has left of a line is cut off before."""
         self.path.mkdir(parents=True, exist_ok=True)
+        _mend_last_line(self.path / "log.jsonl")
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, "time": now(), **values}) + "\n")
             file.flush()
@@ -91,8 +94,9 @@ class RunFolder:
         file = self.path / "log.jsonl"
         if not file.exists():
             return []
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-        return [entry for entry in map(json.loads, lines) if entry["event"] == event and entry.get("stage") == stage]
+        lines = file.read_text(encoding="utf-8").split("\n")
+        whole = lines if _is_json(lines[-1]) else lines[:-1]
+        return [entry for entry in map(json.loads, whole) if entry["event"] == event and entry.get("stage") == stage]
 
     def finish(self, stage: Stage, seconds: float, **figures: Any) -> None:
         """Record that ``stage`` is finished, with its figures; ``seconds`` is the time its parts took, over all
@@ -160,6 +164,33 @@ class RunFolder:
             "attack": ("attacks",),
         }[stage]
         return self.finished(stage) is not None or any((self.path / trace).exists() for trace in traces)
+
+
+def _not_ours(entry: Path) -> bool:
+    """Whether ``entry`` is something else than what a kill has left of the first ``write_atomically``."""
+    return not (entry.name.startswith(".recipe.json.") and entry.name.endswith(".partial"))
+
+
+def _mend_last_line(file: Path) -> None:
+    """End ``file`` with a line feed: completed where the last line is whole, cut back where it is not."""
+    content = file.read_bytes() if file.exists() else b""
+    last = content[content.rfind(b"\n") + 1 :]
+    if not last:
+        return
+    with open(file, "r+b") as opened:
+        if _is_json(last):
+            opened.seek(0, os.SEEK_END)
+            opened.write(b"\n")
+        else:
+            opened.truncate(len(content) - len(last))
+
+
+def _is_json(text: str | bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def now() -> str:

@@ -1,7 +1,7 @@
 """Attack a data set and judge every returned point on fresh noise."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -120,10 +120,10 @@ class AttackResult:
     def budget(self) -> dict[str, float]:
         """Passes through the base network an image: of the attack, forward alone in the attack, and the verdict's votes
         on average."""
-        random = self.counts.sum(1).max() > 1
+        voted = bool(self.counts.sum(1).max() > 1)  # a plain network is judged by one output
         return {
             "passes_per_image": self.plan.passes_per_image,
-            "forward_passes_per_image": self.plan.forward_passes_per_image(random),
+            "forward_passes_per_image": self.plan.forward_passes_per_image(voted),
             "votes_per_image": float(self.votes.mean()),
         }
 
@@ -160,12 +160,11 @@ def attack(
     if isinstance(threat.epsilon, Tensor) and threat.epsilon.shape != (len(pixels),):
         raise InputError(f"epsilon has shape {tuple(threat.epsilon.shape)}, expected one number or ({len(pixels)},)")
     plan = _plan(method, gradient, smoothed is not None, threat, steps, step_size, restarts, eot_samples)
-    with progress(f"attack: {plan.label}", len(pixels)) as advance:
-        parts = []
-        for part in attack_groups(model, pixels, threat, plan, level=alpha, max_votes=max_votes, seed=seed):
-            parts.append(part)
-            advance(len(part))
-    return join_results(parts, threat)
+    with progress(f"attack {plan.name}", len(pixels)) as advance:
+        groups = attack_groups(
+            model, pixels, threat, plan, level=alpha, max_votes=max_votes, seed=seed, advance=advance
+        )
+        return join_results(list(groups), threat)
 
 
 def attack_groups(
@@ -178,14 +177,19 @@ def attack_groups(
     max_votes: int,
     seed: int,
     start: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[AttackResult]:
-    """Results of one attacker in groups of 64 images from image ``start`` on; the checked inside of ``attack``."""
+    """Results of one attacker in groups of 64 images from image ``start`` on; the checked inside of ``attack``.
+
+    ``advance`` is called with the number of images whenever some have been attacked.
+    """
     if not isinstance(model, SmoothedClassifier) and not isinstance(model, nn.Module):
         raise ModelError(f"model must be a SmoothedClassifier or a torch.nn.Module, got {type(model).__name__}")
     check_eval_mode(model.classifier if isinstance(model, SmoothedClassifier) else model)
     for first in range(start, len(pixels), GROUP):
         members = list(range(first, min(first + GROUP, len(pixels))))
-        yield _attack_group(model, pixels.select(members), threat.select(members), plan, level, max_votes, seed)
+        group = pixels.select(members)
+        yield _attack_group(model, group, threat.select(members), plan, level, max_votes, seed, advance)
 
 
 def join_results(parts: list[AttackResult], threat: ThreatModel) -> AttackResult:
@@ -237,10 +241,17 @@ def _plan(
 
 
 def _attack_group(
-    model: Model, group: LabelledPixels, threat: ThreatModel, plan: Plan, level: float, max_votes: int, seed: int
+    model: Model,
+    group: LabelledPixels,
+    threat: ThreatModel,
+    plan: Plan,
+    level: float,
+    max_votes: int,
+    seed: int,
+    advance: Callable[[int], None],
 ) -> AttackResult:
     started = time.perf_counter()
-    adversarial = group.x if plan.method == "none" else _attacked(model, group, threat, plan, seed)
+    adversarial = _attacked(model, group, threat, plan, seed, advance)
     points = LabelledPixels(adversarial, group.y, group.ids)
     if isinstance(model, SmoothedClassifier):
         verdicts = judge(model, points, purpose=plan.name, level=level, max_votes=max_votes, seed=seed)
@@ -271,9 +282,19 @@ def _judge_plain(model: nn.Module, points: LabelledPixels) -> Verdicts:
     return judge_deterministic(logits, points.y)
 
 
-def _attacked(model: Model, group: LabelledPixels, threat: ThreatModel, plan: Plan, seed: int) -> Tensor:
+def _attacked(
+    model: Model,
+    group: LabelledPixels,
+    threat: ThreatModel,
+    plan: Plan,
+    seed: int,
+    advance: Callable[[int], None],
+) -> Tensor:
     """The best point for each image, (N, C, H, W) on the CPU; batches are of one size, the last one padded with its
     last image."""
+    if plan.method == "none":
+        advance(len(group))
+        return group.x
     execution = _execution_of(model)
     size = min(GROUP, max(1, execution.tile // max(1, plan.eot_samples)))
     found = []
@@ -282,6 +303,7 @@ def _attacked(model: Model, group: LabelledPixels, threat: ThreatModel, plan: Pl
         padded = members + [members[-1]] * (size - len(members))
         points = _attacked_batch(model, group.select(padded), threat.select(padded), plan, execution, seed)
         found.append(points[: len(members)].cpu())
+        advance(len(members))
     return torch.cat(found)
 
 

@@ -40,7 +40,7 @@ class AttackParts:
         """The result of one attacker on all images, from the files that are there and new groups for the rest."""
         parts = self._finished(plan, pixels, threat)
         start = GROUP * len(parts)
-        with progress(f"attack: {plan.label}", len(pixels), start=min(start, len(pixels))) as advance:
+        with progress(f"attack {plan.name}", len(pixels), start=min(start, len(pixels))) as advance:
             groups = attack_groups(
                 self.smoothed,
                 pixels,
@@ -50,11 +50,11 @@ class AttackParts:
                 max_votes=self.max_votes,
                 seed=self.seed,
                 start=start,
+                advance=advance,
             )
             for part in groups:
                 _save_result(self._file(plan, len(parts)), part)
                 parts.append(part)
-                advance(len(part))
         return join_results(parts, threat)
 
     def _finished(self, plan: Plan, pixels: LabelledPixels, threat: ThreatModel) -> list[AttackResult]:
