@@ -16,7 +16,7 @@ from PIL import Image
 from rush.errors import RunError
 from rush.evaluation.intervals import paired_difference, share_interval
 from rush.reporting.page import write_report
-from rush.reporting.results import read_run
+from rush.reporting.reading import read_run
 from rush.reporting.tables import bounds, percent, points, share, summary_rows
 
 CERTIFIED, ATTACKED, SIGMA, EPSILON = 60, 40, 0.5, 8 / 255

@@ -157,7 +157,7 @@ def info(folder: Path) -> None:
     folder: Path
         Run folder.
     """
-    from rush.reporting.results import read_run
+    from rush.reporting.reading import read_run
     from rush.reporting.tables import summary_rows
 
     opened = _reopen(folder, None, None)
@@ -229,7 +229,7 @@ def _report_on(folder: RunFolder, stages: Iterable[Stage]) -> None:
 
 def _print_report(folder: Path) -> None:
     from rush.reporting.page import write_report
-    from rush.reporting.results import read_run
+    from rush.reporting.reading import read_run
     from rush.reporting.tables import summary_rows
 
     page = write_report(folder)

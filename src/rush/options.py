@@ -11,7 +11,9 @@ OptimizerName = Literal["sgd", "adamw"]
 Precision = Literal["float32", "bfloat16"]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 Stage = Literal["pretrain", "finetune", "certify", "attack"]
+Verdict = Literal["broken", "held", "undecided"]
 
+VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rush.certification.bounds import RADIUS_DIGITS
-from rush.certification.certify import Certificates
+from rush.certification.certify import Certificates, join_certificates
 from rush.errors import RunError
 from rush.smoothing import BLOCK
 
@@ -51,16 +51,13 @@ def read_certificates(
         raise RunError(
             f"{path}, line 1: expected the columns {' '.join(COLUMNS)}; move the file away and certify again"
         )
-    rows = []
+    parts = []
     for number, line in enumerate(lines[1:], start=2):
-        fields = line.split("\t")
-        if len(fields) != len(COLUMNS):
-            raise RunError(
-                f"{path}, line {number}: {len(fields)} fields instead of {len(COLUMNS)}; "
-                "delete the line and certify again"
-            )
-        rows.append(dict(zip(COLUMNS, fields, strict=True)))
-    return _certificates(rows, path, sigma, alpha, num_selection, num_estimation)
+        try:
+            parts.append(_certificate(line.split("\t"), sigma, alpha, num_selection, num_estimation))
+        except (ValueError, OverflowError, zlib.error) as error:
+            raise RunError(f"{path}, line {number}: {error}; move the file away and certify again") from error
+    return join_certificates(parts)
 
 
 def drop_unfinished_line(path: Path) -> None:
@@ -69,7 +66,7 @@ def drop_unfinished_line(path: Path) -> None:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) != len(content):
-            path.write_bytes(whole)
+            os.truncate(path, len(whole))
 
 
 def _line(part: Certificates, row: int, index: int) -> str:
@@ -90,31 +87,31 @@ def _line(part: Certificates, row: int, index: int) -> str:
     return "\t".join(str(field) for field in fields) + "\n"
 
 
-def _certificates(
-    rows: list[dict[str, str]], path: Path, sigma: float, alpha: float, num_selection: int, num_estimation: int
+def _certificate(
+    fields: list[str], sigma: float, alpha: float, num_selection: int, num_estimation: int
 ) -> Certificates:
-    counts = np.array([_numbers(row["counts"]) for row in rows])
-    blocks = np.stack([_blocks(row["blocks"], counts.shape[1]) for row in rows])
-    if (
-        blocks.shape[1] != -(-num_estimation // BLOCK)
-        or (blocks.sum(1) != counts).any()
-        or (counts.sum(1) != num_estimation).any()
-    ):
-        raise RunError(
-            f"{path}: its votes do not add up to num_estimation = {num_estimation}; "
-            "move the file away and certify again"
-        )
+    """The certificate of one image; ValueError when a field is damaged or the votes do not add up."""
+    if len(fields) != len(COLUMNS):
+        raise ValueError(f"{len(fields)} fields instead of {len(COLUMNS)}")
+    row = dict(zip(COLUMNS, fields, strict=True))
+    counts, selection = _numbers(row["counts"]), _numbers(row["selection"])
+    blocks = _blocks(row["blocks"], len(counts))
+    whole = len(blocks) == -(-num_estimation // BLOCK) and (blocks.sum(0, dtype=np.int64) == counts).all()
+    if not whole or counts.sum() != num_estimation:
+        raise ValueError(f"its votes do not add up to num_estimation = {num_estimation}")
+    if len(selection) != len(counts) or selection.sum() != num_selection:
+        raise ValueError(f"its votes do not add up to num_selection = {num_selection}")
     return Certificates(
-        prediction=np.array([int(row["predict"]) for row in rows], np.int64),
-        radius=np.array([float(row["radius"]) for row in rows]),
-        p_lower=np.array([float(row["p_lower"]) for row in rows]),
-        num_samples=np.array([int(row["num_samples"]) for row in rows], np.int64),
-        counts=counts,
-        blocks=blocks,
-        selection=np.array([_numbers(row["selection"]) for row in rows]),
-        seconds=np.array([float(row["time"]) for row in rows]),
-        labels=np.array([int(row["label"]) for row in rows], np.int64),
-        ids=tuple(row["id"] for row in rows),
+        prediction=_numbers(row["predict"]),
+        radius=np.array([float(row["radius"])]),
+        p_lower=np.array([float(row["p_lower"])]),
+        num_samples=_numbers(row["num_samples"]),
+        counts=counts[None],
+        blocks=blocks[None],
+        selection=selection[None],
+        seconds=np.array([float(row["time"])]),
+        labels=_numbers(row["label"]),
+        ids=(row["id"],),
         sigma=sigma,
         alpha=alpha,
         num_selection=num_selection,

@@ -14,8 +14,8 @@ from rush.engine.checkpoint import write_atomically, write_text
 from rush.engine.progress import progress
 from rush.errors import RunError
 from rush.evaluation.robust import GROUP, AttackResult, Plan, attack_groups, join_results
-from rush.evaluation.verdict import VERDICTS
 from rush.inputs import LabelledPixels
+from rush.options import VERDICTS
 from rush.smoothing import SmoothedClassifier
 
 COLUMNS = (

@@ -11,7 +11,6 @@ verdict) <= level.
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from rush.binomial import sign_test
 from rush.inputs import LabelledPixels
+from rush.options import VERDICTS
 from rush.smoothing import BLOCK, SmoothedClassifier
 
-VerdictName: TypeAlias = Literal["broken", "held", "undecided"]
-VERDICTS: tuple[VerdictName, ...] = ("broken", "held", "undecided")
-BROKEN, HELD, UNDECIDED = range(3)
+BROKEN, HELD, UNDECIDED = range(len(VERDICTS))
 
 
 @dataclass(frozen=True)

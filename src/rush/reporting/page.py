@@ -15,7 +15,8 @@ from PIL import Image
 
 from rush.evaluation.intervals import Interval, share_interval
 from rush.reporting import plots, tables
-from rush.reporting.results import RunResults, Sample, read_run, read_samples
+from rush.reporting.reading import read_run, read_samples
+from rush.reporting.results import RunResults, Sample
 
 SAMPLE_COUNT = 9
 

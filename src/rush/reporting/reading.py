@@ -1,0 +1,350 @@
+"""The files of a run folder, checked and read into the results that a report shows."""
+
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from rush.errors import RunError
+from rush.options import STAGES, VERDICTS, Norm, Stage
+from rush.reporting.results import (
+    SANDWICH,
+    Certificates,
+    Epoch,
+    Ladder,
+    Rung,
+    RunResults,
+    Sample,
+    Sandwich,
+    StageRecord,
+    stage_command,
+)
+
+# What the tables open with and the report reads; later columns are their writers' own.
+CERTIFICATE_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "id")
+ATTACK_COLUMNS = ("rung", "idx", "id", "label", "verdict", "linf", "l2", "challenger")
+# Numbers that a stage, a rung or the sandwich may give or leave out.
+_COST_FIELDS = ("passes_per_image", "forward_passes_per_image", "images_per_second", "votes_per_image")
+_RUNG_FIELDS = ("eot_samples", "passes_per_image", "seconds")
+
+
+def read_run(folder: Path | str) -> RunResults:
+    """The results in the run folder ``folder``; stages that are not finished are left out.
+
+    Raises: RunError when ``folder`` is no run folder or one of its files is damaged, naming the file and the remedy.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.json").is_file():
+        raise RunError(
+            f"{folder} is no run folder: it has no recipe.json. Give the folder that `rush run` wrote (its --out)."
+        )
+    recipe = _read_json(folder / "recipe.json", "restore it from a copy, or start a new run with `rush run`")
+    stages = {stage: _read_stage(folder, stage) for stage in STAGES if (folder / "stages" / f"{stage}.json").exists()}
+    certificates = _read_certificates(folder, stages["certify"]) if "certify" in stages else None
+    return RunResults(
+        folder=folder,
+        recipe=recipe,
+        provenance=_read_provenance(folder),
+        classes=_read_classes(folder, recipe),
+        stages=stages,
+        epochs=_read_epochs(folder / "log.jsonl"),
+        certificates=certificates,
+        ladder=_read_ladder(folder, stages["attack"], certificates) if "attack" in stages else None,
+    )
+
+
+def read_samples(results: RunResults, count: int) -> tuple[Sample, ...]:
+    """At most ``count`` images under the strongest attacker, evenly spaced over the attacked set; () without attack.
+
+    Raises: RunError when an image file is missing, damaged or does not hold the images of attacks.tsv.
+    """
+    if results.ladder is None:
+        return ()
+    rung, attacks = results.ladder.strongest, results.folder / "attacks"
+    remedy = _redo(results.folder, "attack")
+    stored = _read_arrays(attacks / "images.npz", ("images", "ids"), remedy)
+    changed = _read_arrays(attacks / f"{rung.name}.npz", ("adversarial", "ids"), remedy)
+    if changed["adversarial"].shape[1:] != stored["images"].shape[1:]:
+        raise _damaged(attacks / f"{rung.name}.npz", "its images are not of the shape of those in images.npz", remedy)
+    rows = np.unique(np.linspace(0, len(rung) - 1, min(count, len(rung))).round().astype(int))
+    return tuple(_sample(rung, row, stored, changed, attacks, remedy) for row in rows)
+
+
+def _sample(rung: Rung, row: int, stored: dict, changed: dict, attacks: Path, remedy: str) -> Sample:
+    name = str(rung.ids[row])
+    clean, adversarial = np.flatnonzero(stored["ids"] == name), np.flatnonzero(changed["ids"] == name)
+    if not clean.size or not adversarial.size:
+        file = attacks / ("images.npz" if not clean.size else f"{rung.name}.npz")
+        raise _damaged(file, f"image {name} of attacks.tsv is not in it", remedy)
+    return Sample(
+        id=name,
+        label=int(rung.labels[row]),
+        verdict="broken" if rung.broken[row] else "held" if rung.held[row] else "undecided",
+        challenger=int(rung.challenger[row]),
+        clean=stored["images"][clean[0]],
+        adversarial=changed["adversarial"][adversarial[0]],
+    )
+
+
+def _redo(folder: Path, stage: str) -> str:
+    return f"delete it and stages/{stage}.json, then run `{stage_command(folder, stage)}` again"
+
+
+def _damaged(file: Path, what: str, remedy: str) -> RunError:
+    return RunError(f"{file} is damaged: {what}. Remedy: {remedy}.")
+
+
+def _read_text(file: Path, remedy: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RunError(f"{file} is missing. Remedy: {remedy}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(file, str(error), remedy) from error
+
+
+def _read_json(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(file, remedy))
+    except json.JSONDecodeError as error:
+        raise _damaged(file, f"not JSON ({error})", remedy) from error
+    if not isinstance(content, dict):
+        raise _damaged(file, f"it holds a {type(content).__name__}, not an object", remedy)
+    return content
+
+
+def _number(fields: Mapping[str, Any], key: str, file: Path, remedy: str) -> float:
+    value = fields.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _damaged(file, f"{key!r} must be a finite number, got {value!r}", remedy)
+    return value
+
+
+def _check_optional(fields: Mapping[str, Any], keys: tuple[str, ...], file: Path, remedy: str) -> None:
+    for key in keys:
+        if fields.get(key) is not None:
+            _number(fields, key, file, remedy)
+
+
+def _check_share(share: Any, file: Path, remedy: str) -> None:
+    counts = (share.get("correct"), share.get("total")) if isinstance(share, dict) else (None, None)
+    right, total = counts
+    if share is not None and not (isinstance(right, int) and isinstance(total, int) and 0 <= right <= total > 0):
+        raise _damaged(file, f"knn_accuracy must be null or counts 'correct' <= 'total', got {share!r}", remedy)
+
+
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    file = folder / "provenance.json"
+    return _read_json(file, "delete it; the report then goes without it") if file.exists() else {}
+
+
+def _read_classes(folder: Path, recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    file = folder / "model" / "model.json"
+    remedy = f"delete the folder model/ and stages/finetune.json, then run `{stage_command(folder, 'finetune')}` again"
+    model = _read_json(file, remedy) if file.exists() else {}
+    data = recipe.get("data")
+    holders = (model, recipe, data if isinstance(data, dict) else {})
+    found = next((holder["classes"] for holder in holders if isinstance(holder.get("classes"), list)), ())
+    return tuple(str(name) for name in found)
+
+
+def _read_stage(folder: Path, stage: Stage) -> StageRecord:
+    file = folder / "stages" / f"{stage}.json"
+    remedy = f"delete it, then run `{stage_command(folder, stage)}` again"
+    fields = _read_json(file, remedy)
+    _check_optional(fields, _COST_FIELDS, file, remedy)
+    _check_share(fields.get("knn_accuracy"), file, remedy)
+    return StageRecord(stage, _number(fields, "seconds", file, remedy), str(fields.get("finished", "")), fields)
+
+
+def _read_epochs(file: Path) -> tuple[Epoch, ...]:
+    """Epochs by stage and number, the last record of each; a truncated last line is left out."""
+    remedy = "delete the line; only the training curves lose a point"
+    lines = _read_text(file, remedy).split("\n") if file.exists() else []
+    lines = [line for line in lines if line.strip()]
+    epochs: dict[tuple[str, int], Epoch] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("event") == "epoch":
+                epoch = Epoch(
+                    str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"])
+                )
+                epochs[epoch.stage, epoch.number] = epoch
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise _damaged(file, f"line {number} cannot be read ({error!r})", remedy) from error
+    return tuple(epochs[key] for key in sorted(epochs))
+
+
+def _read_table(file: Path, columns: tuple[str, ...], remedy: str) -> dict[str, list[str]]:
+    header, *lines = _read_text(file, remedy).removesuffix("\n").split("\n")
+    width = len(header.split("\t"))
+    if tuple(header.split("\t"))[: len(columns)] != columns:
+        raise _damaged(file, f"line 1 must open with the tab-separated columns {' '.join(columns)}", remedy)
+    rows = [line.split("\t") for line in lines]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != width:
+            raise _damaged(file, f"line {number} has {len(row)} fields, expected {width}", remedy)
+    if not rows:
+        raise _damaged(file, "it holds no image", remedy)
+    return {name: [row[place] for row in rows] for place, name in enumerate(columns)}
+
+
+def _numbers(cells: list[str], kind: Callable[[str], float], column: str, file: Path, remedy: str) -> np.ndarray:
+    for number, cell in enumerate(cells, start=2):
+        try:
+            readable = math.isfinite(kind(cell))
+        except ValueError:
+            readable = False
+        if not readable:
+            raise _damaged(file, f"line {number}, column {column}: {cell!r} is not a finite {kind.__name__}", remedy)
+    return np.array([kind(cell) for cell in cells])
+
+
+def _read_certificates(folder: Path, stage: StageRecord) -> Certificates:
+    file, remedy = folder / "certificates.tsv", _redo(folder, "certify")
+    table = _read_table(file, CERTIFICATE_COLUMNS, remedy)
+    whole = {name: _numbers(table[name], int, name, file, remedy) for name in ("idx", "label", "predict", "correct")}
+    radius = _numbers(table["radius"], float, "radius", file, remedy)
+    wrong_flag = np.flatnonzero(whole["correct"] != (whole["predict"] == whole["label"]))
+    if wrong_flag.size:
+        raise _damaged(file, f"line {wrong_flag[0] + 2}: correct does not agree with predict and label", remedy)
+    wrong_radius = np.flatnonzero((radius < 0) | ((whole["predict"] < 0) & (radius > 0)))
+    if wrong_radius.size:
+        raise _damaged(file, f"line {wrong_radius[0] + 2}: a radius is negative, or not 0 at an abstention", remedy)
+    if len(set(table["idx"])) < len(table["idx"]):
+        raise _damaged(file, "an image (idx) stands in it twice", remedy)
+    said = stage.fields.get("images", len(radius))
+    if said != len(radius):
+        raise _damaged(file, f"it holds {len(radius)} images, stages/certify.json says {said}", remedy)
+    record = folder / "stages" / "certify.json"
+    sigma, alpha, selection, estimation = (
+        _number(stage.fields, key, record, remedy) for key in ("sigma", "alpha", "num_selection", "num_estimation")
+    )
+    if not (sigma > 0 and 0 < alpha < 1 and selection >= 0 and estimation >= 1):
+        raise _damaged(record, "need sigma > 0, 0 < alpha < 1, num_selection >= 0, num_estimation >= 1", remedy)
+    return Certificates(
+        sigma=sigma,
+        alpha=alpha,
+        num_selection=int(selection),
+        num_estimation=int(estimation),
+        idx=whole["idx"],
+        label=whole["label"],
+        predict=whole["predict"],
+        radius=radius,
+        correct=whole["correct"].astype(bool),
+        ids=np.array(table["id"]),
+    )
+
+
+def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | None) -> Ladder:
+    record, remedy = folder / "stages" / "attack.json", _redo(folder, "attack")
+    threat, settings = stage.fields.get("threat"), stage.fields.get("rungs")
+    if not isinstance(threat, dict) or threat.get("norm") not in get_args(Norm):
+        raise _damaged(record, f"'threat' must name a norm ({' or '.join(get_args(Norm))}), got {threat!r}", remedy)
+    if not isinstance(settings, list) or not settings or not all(_is_named(rung) for rung in settings):
+        raise _damaged(record, "'rungs' must be a list of objects, each with a 'name' that is good for a file", remedy)
+    for rung in settings:
+        _check_optional(rung, _RUNG_FIELDS, record, remedy)
+    rungs, inside = _read_rungs(folder / "attacks.tsv", settings, remedy)
+    images = _read_arrays(folder / "attacks" / "images.npz", ("images",), remedy)["images"]
+    epsilon = _number(threat, "epsilon", record, remedy)
+    return Ladder(
+        norm=threat["norm"],
+        epsilon=epsilon,
+        epsilon_text=str(threat.get("epsilon_text", f"{epsilon:g}")),
+        alpha=_number(stage.fields, "alpha", record, remedy),
+        max_votes=int(_number(stage.fields, "max_votes", record, remedy)),
+        votes_per_image=stage.fields.get("votes_per_image") or 0.0,
+        shape=images.shape[1:],
+        rungs=rungs,
+        sandwich=_read_sandwich(record, stage, (*rungs, *inside), certificates, remedy),
+    )
+
+
+def _is_named(rung: Any) -> bool:
+    return isinstance(rung, dict) and re.fullmatch(r"\w[\w.+-]*", str(rung.get("name"))) is not None
+
+
+def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tuple[tuple[Rung, ...], tuple[Rung, ...]]:
+    """The rungs of the ladder, all on the same images, and the sandwich's attack if there is one."""
+    table = _read_table(file, ATTACK_COLUMNS, remedy)
+    names = [rung["name"] for rung in settings]
+    for number, (rung, verdict) in enumerate(zip(table["rung"], table["verdict"], strict=True), start=2):
+        if rung not in (*names, SANDWICH) or verdict not in VERDICTS:
+            raise _damaged(file, f"line {number}: unknown rung {rung!r} or verdict {verdict!r}", remedy)
+    arrays = {name: _numbers(table[name], int, name, file, remedy) for name in ("idx", "label", "challenger")}
+    arrays |= {"l2": _numbers(table["l2"], float, "l2", file, remedy)}
+    arrays |= {name: np.array(table[name]) for name in ("rung", "id", "verdict")}
+    rungs = tuple(_rung(arrays, fields) for fields in settings)
+    for one in rungs:
+        if not len(one) or not np.array_equal(one.idx, rungs[0].idx) or len(np.unique(one.idx)) < len(one):
+            raise _damaged(file, f"rung {one.name!r} is not on the same images, each once, as {names[0]!r}", remedy)
+    inside = _rung(arrays, {"name": SANDWICH})
+    return rungs, (inside,) if len(inside) else ()
+
+
+def _rung(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> Rung:
+    rows = np.flatnonzero(arrays["rung"] == fields["name"])
+    rows = rows[np.argsort(arrays["idx"][rows], kind="stable")]
+    return Rung(
+        name=fields["name"],
+        label=str(fields.get("label") or fields["name"]),
+        settings=fields,
+        idx=arrays["idx"][rows],
+        ids=arrays["id"][rows],
+        labels=arrays["label"][rows],
+        broken=arrays["verdict"][rows] == "broken",
+        held=arrays["verdict"][rows] == "held",
+        l2=arrays["l2"][rows],
+        challenger=arrays["challenger"][rows],
+    )
+
+
+def _read_sandwich(
+    record: Path, stage: StageRecord, attacks: tuple[Rung, ...], certificates: Certificates | None, remedy: str
+) -> Sandwich:
+    """The stage's own account, plus every violation that attacks.tsv and certificates.tsv show by themselves."""
+    fields = stage.fields.get("sandwich")
+    if not isinstance(fields, dict) or not isinstance(fields.get("violations"), list):
+        raise _damaged(record, "'sandwich' must be an object with a list 'violations'", remedy)
+    _check_optional(fields, _RUNG_FIELDS, record, remedy)
+    found = {str(name) for name in fields["violations"]}
+    found |= {name for attack in attacks for name in _violations(attack, certificates)}
+    return Sandwich(
+        checked=int(_number(fields, "checked", record, remedy)),
+        violations=tuple(sorted(found)),
+        allowed=int(_number(fields, "allowed", record, remedy)),
+        passes_per_image=float(fields.get("passes_per_image") or 0.0),
+        seconds=float(fields.get("seconds") or 0.0),
+    )
+
+
+def _violations(attack: Rung, certificates: Certificates | None) -> list[str]:
+    if certificates is None:
+        return []
+    right = certificates.correct & (certificates.radius > 0)
+    proved = dict(zip(certificates.idx[right].tolist(), certificates.radius[right].tolist(), strict=True))
+    rows = zip(attack.idx, attack.ids, attack.broken, attack.l2, strict=True)
+    return [str(name) for i, name, broken, l2 in rows if broken and int(i) in proved and l2 <= proved[int(i)]]
+
+
+def _read_arrays(file: Path, names: tuple[str, ...], remedy: str) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file, never unpickled; image arrays must be (n, C, H, W)."""
+    if not file.exists():
+        raise RunError(f"{file} is missing. Remedy: {remedy}.")
+    try:
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(file, f"it cannot be read as arrays {', '.join(names)} ({error})", remedy) from error
+    if arrays[names[0]].ndim != 4:
+        raise _damaged(file, f"{names[0]} must be (n, C, H, W), got shape {arrays[names[0]].shape}", remedy)
+    return arrays
