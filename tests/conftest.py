@@ -50,5 +50,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processes() -> ForkServerContext:
     """Where child processes come from: a server that has imported the library once and forks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rush.pipeline", "torch.distributed", "pytest"])
+    context.set_forkserver_preload(["rush.pipeline", "sklearn.datasets", "torch.distributed", "torch._dynamo", "pytest"])
     return context

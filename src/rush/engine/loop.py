@@ -79,8 +79,6 @@ def train(
                 advance(schedule.batch_size)
             mean_loss = _finite_mean(losses, name, epoch)
             seconds = time.perf_counter() - started
-            if checkpoint:
-                checkpoint.save(module, optimizer, epoch + 1)
             log(
                 "epoch",
                 stage=name,
@@ -89,6 +87,9 @@ def train(
                 seconds=seconds,
                 images_per_second=images_per_epoch / seconds,
             )
+            # After the log: a kill between the two repeats the epoch and its event, and none is missing.
+            if checkpoint:
+                checkpoint.save(module, optimizer, epoch + 1)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, number: int, per_epoch: int) -> None:

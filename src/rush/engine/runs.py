@@ -58,13 +58,7 @@ class RunFolder:
             raise RunError(
                 f"{path} holds no recipe.json, so it is no run folder; start one with `rush run RECIPE --out {path}`"
             )
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError(f"expected an object, found {type(values).__name__}")
-        except ValueError as error:
-            raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
-        return cls(path, build_recipe(values, source=str(file)))
+        return cls(path, build_recipe(_read_object(file), source=str(file)))
 
     def fingerprint(self, stage: Stage) -> str:
         """JSON text of every recipe field that decides what ``stage`` computes, its own and those of the stages before
@@ -83,7 +77,7 @@ class RunFolder:
     def finished(self, stage: Stage) -> dict[str, Any] | None:
         """The figures of ``stage`` if it is finished, else None."""
         file = self.path / "stages" / f"{stage}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return _read_object(file) if file.exists() else None
 
     def begin(self, stage: Stage) -> None:
         """Log that an attempt at ``stage`` begins."""
@@ -129,7 +123,7 @@ class RunFolder:
         file = self.path / "provenance.json"
         current = {"seed": self.recipe.seed, **execution, "data": dict(data)}
         if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = _read_object(file)
             seen = before["data"]
             before["data"] = {split: seen.get(split, found) for split, found in data.items()}
             differing = [key for key, value in current.items() if before.get(key, value) != value]
@@ -144,7 +138,7 @@ class RunFolder:
     def recorded(self, name: str) -> Any:
         """A value of ``provenance.json``; None before the first stage has written it."""
         file = self.path / "provenance.json"
-        return json.loads(file.read_text(encoding="utf-8")).get(name) if file.exists() else None
+        return _read_object(file).get(name) if file.exists() else None
 
     def _check_unchanged(self, before: Recipe) -> None:
         for stage in STAGES:
@@ -169,6 +163,17 @@ class RunFolder:
 def _not_ours(entry: Path) -> bool:
     """Whether ``entry`` is something else than what a kill has left of the first ``write_atomically``."""
     return not (entry.name.startswith(".recipe.json.") and entry.name.endswith(".partial"))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; RunError when it is damaged."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, found {type(values).__name__}")
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
+    return values
 
 
 def _mend_last_line(file: Path) -> None:

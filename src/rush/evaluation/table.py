@@ -114,9 +114,10 @@ def _save_result(path: Path, result: AttackResult) -> None:
 
 def _load_result(path: Path, plan: Plan, threat: ThreatModel, level: float) -> AttackResult:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # opened here, since numpy leaves a damaged file open
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and attack again") from error
     adversarial, ids = torch.from_numpy(arrays.pop("adversarial")), tuple(str(own) for own in arrays.pop("ids"))
     known = {field.name for field in fields(AttackResult)}
