@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import run_tiny
 from torch import nn
 
 from rush.data.sources import load_images
@@ -14,6 +13,7 @@ from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
 from rush.randomness import seeded_init, stream
+from tiny import run_tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,5 +50,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processes() -> ForkServerContext:
     """Where child processes come from: a server that has imported the library once and forks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rush.pipeline", "sklearn.datasets", "torch.distributed", "torch._dynamo", "pytest"])
+    context.set_forkserver_preload(
+        ["rush.pipeline", "sklearn.datasets", "torch.distributed", "torch._dynamo", "pytest"]
+    )
     return context

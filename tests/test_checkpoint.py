@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from rush.engine.checkpoint import TrainingCheckpoint, write_atomically, write_json
+from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.files import write_atomically, write_json
 from rush.engine.optim import build_optimizer
 from rush.errors import CheckpointError
 from rush.randomness import seeded_init, stream
@@ -77,13 +78,17 @@ def test_weights_statistics_and_optimizer_come_back_to_the_same_bits(tmp_path: P
     assert flat(other.state_dict()) == flat(module.state_dict())
     before, after = optimizer.state_dict(), other_optimizer.state_dict()
     assert before["param_groups"] == after["param_groups"]
-    assert [flat(before["state"][key]) for key in before["state"]] == [flat(after["state"][key]) for key in after["state"]]
+    assert [flat(before["state"][key]) for key in before["state"]] == [
+        flat(after["state"][key]) for key in after["state"]
+    ]
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_and_loads_nothing(tmp_path: Path) -> None:
     TrainingCheckpoint(tmp_path / "state.pt", "recipe").save(*trained(0), 5)
     module, optimizer = trained(1)
-    with pytest.raises(CheckpointError, match=r"state\.pt belongs to another recipe; use another --out folder or delete"):
+    with pytest.raises(
+        CheckpointError, match=r"state\.pt belongs to another recipe; use another --out folder or delete"
+    ):
         TrainingCheckpoint(tmp_path / "state.pt", "recipe, changed").restore(module, optimizer)
     assert flat(module.state_dict()) == flat(trained(1)[0].state_dict())
 
@@ -122,9 +127,7 @@ def another_optimizer(path: Path) -> None:
     torch.save(state, path)
 
 
-@pytest.mark.parametrize(
-    "damage", [halved, emptied, text, a_list, without_weights, another_network, another_optimizer]
-)
+@pytest.mark.parametrize("damage", [halved, emptied, text, a_list, without_weights, another_network, another_optimizer])
 def test_a_damaged_checkpoint_is_refused_with_its_name_and_the_remedy(
     damage: Callable[[Path], None], tmp_path: Path
 ) -> None:

@@ -40,7 +40,9 @@ def textbook(view_a: Tensor, view_b: Tensor, temperature: float) -> float:
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_nt_xent_is_the_papers_double_loop(rows: int, temperature: float) -> None:
     view_a, view_b = pair(rows)
-    assert nt_xent(view_a, view_b, temperature).item() == pytest.approx(textbook(view_a, view_b, temperature), abs=1e-12)
+    assert nt_xent(view_a, view_b, temperature).item() == pytest.approx(
+        textbook(view_a, view_b, temperature), abs=1e-12
+    )
 
 
 def test_nt_xent_is_that_of_pytorch_metric_learning_in_value_and_gradient() -> None:

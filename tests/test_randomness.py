@@ -13,7 +13,6 @@ from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head, projector
 from rush.randomness import seeded_init, stream
 
-
 GOLDEN = [229167, 447017, 161932, 65489]
 
 

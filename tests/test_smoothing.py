@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact_models import Bins, HalfSpace, Recorder, bins_with, square_half_space, square_images
 from scipy import stats
 from torch import Tensor, nn
 
+from exact_models import Bins, HalfSpace, Recorder, bins_with, square_half_space, square_images
 from rush.data.images import ImageSet
 from rush.engine.precision import Execution
 from rush.errors import InputError, ModelError
@@ -141,7 +141,9 @@ def test_the_share_of_votes_is_the_probability_in_pixel_units_even_at_the_edge_o
     share = smoothed.counts(x, 40_000, smoothed.streams(0, "test", ["a"]))[0, 1].item() / 40_000
     assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / 40_000)
     assert expected - 0.5 > 15 * math.sqrt(0.25 / 40_000)
-    one_sided = HalfSpace(torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), 0.02)  # class 0 where a black pixel falls below -0.02
+    one_sided = HalfSpace(
+        torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), 0.02
+    )  # class 0 where a black pixel falls below -0.02
     below = _smoothed(one_sided, 2, sigma=0.1).counts(x, 40_000, smoothed.streams(0, "test", ["b"]))
     expected = 0.5 * (1 + math.erf(0.2 / math.sqrt(2)))
     assert abs(below[0, 1].item() / 40_000 - expected) < 5 * math.sqrt(0.25 / 40_000)

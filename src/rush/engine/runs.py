@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rush.config import STAGE_SECTIONS, Recipe, build_recipe
-from rush.engine.checkpoint import write_json, write_text
+from rush.engine.files import write_json, write_text
 from rush.errors import RunError
 from rush.options import STAGES, Stage
 

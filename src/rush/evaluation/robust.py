@@ -20,7 +20,7 @@ from rush.engine.progress import progress
 from rush.errors import InputError, ModelError
 from rush.evaluation.intervals import Interval, share_interval
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, judge, judge_deterministic
-from rush.inputs import Images, LabelledPixels, labelled_pixels
+from rush.inputs import Images, LabelledPixels, check_labels, labelled_pixels
 from rush.randomness import stream
 from rush.smoothing import BLOCK, SmoothedClassifier
 
@@ -154,7 +154,10 @@ def attack(
     model.
     """
     smoothed = model if isinstance(model, SmoothedClassifier) else None
+    _check_model(model)
     pixels = labelled_pixels(images, smoothed.num_classes if smoothed else None)
+    if smoothed is None:
+        check_labels(pixels.y, len(pixels), _plain_logits(model, pixels.x[:1]).shape[1])  # type: ignore[arg-type]
     if not 0 < alpha < 0.5 or max_votes < BLOCK:
         raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
     if isinstance(threat.epsilon, Tensor) and threat.epsilon.shape != (len(pixels),):
@@ -183,13 +186,17 @@ def attack_groups(
 
     ``advance`` is called with the number of images whenever some have been attacked.
     """
-    if not isinstance(model, SmoothedClassifier) and not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a SmoothedClassifier or a torch.nn.Module, got {type(model).__name__}")
-    check_eval_mode(model.classifier if isinstance(model, SmoothedClassifier) else model)
+    _check_model(model)
     for first in range(start, len(pixels), GROUP):
         members = list(range(first, min(first + GROUP, len(pixels))))
         group = pixels.select(members)
         yield _attack_group(model, group, threat.select(members), plan, level, max_votes, seed, advance)
+
+
+def _check_model(model: Model) -> None:
+    if not isinstance(model, SmoothedClassifier) and not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a SmoothedClassifier or a torch.nn.Module, got {type(model).__name__}")
+    check_eval_mode(model.classifier if isinstance(model, SmoothedClassifier) else model)
 
 
 def join_results(parts: list[AttackResult], threat: ThreatModel) -> AttackResult:
@@ -276,10 +283,19 @@ def _attack_group(
 
 
 def _judge_plain(model: nn.Module, points: LabelledPixels) -> Verdicts:
-    logits = _execution_of(model).tiled_logits(model, points.x).cpu()
+    return judge_deterministic(_plain_logits(model, points.x), points.y)
+
+
+def _plain_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (N, K) of a plain model on the CPU; ModelError when they have another shape or are not finite."""
+    logits = _execution_of(model).tiled_logits(model, x).cpu()
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise ModelError(
+            f"the model gave outputs of shape {tuple(logits.shape)} for {len(x)} images, expected (N, classes)"
+        )
     if not bool(logits.isfinite().all()):
         raise ModelError("the model gave outputs that are not finite; such an output has no class")
-    return judge_deterministic(logits, points.y)
+    return logits
 
 
 def _attacked(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rush.attacks.threat import ThreatModel
-from rush.engine.checkpoint import write_atomically, write_text
+from rush.engine.files import write_atomically, write_text
 from rush.engine.progress import progress
 from rush.errors import RunError
 from rush.evaluation.robust import GROUP, AttackResult, Plan, attack_groups, join_results

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rush.engine.checkpoint import write_atomically, write_json
+from rush.engine.files import write_atomically, write_json
 from rush.engine.precision import Execution
 from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from rush.engine.files import write_text
 from rush.evaluation.intervals import Interval, share_interval
 from rush.reporting import plots, tables
 from rush.reporting.reading import read_run, read_samples
@@ -60,12 +60,7 @@ def write_report(folder: Path | str) -> Path:
     results = read_run(folder)
     page = render(results)
     path = results.folder / "report.html"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, page)
     return path
 
 

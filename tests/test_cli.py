@@ -1,0 +1,297 @@
+"""The command line: what it prints and where, how it exits, and what a kill of the whole process leaves.
+
+Every call is a process of its own and costs seconds; calls that need no torch are cheap.
+"""
+
+import os
+import pty
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rush.data.sources import load_images
+from rush.loading import load
+from tiny import results, write_tiny
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "xterm"}
+
+
+def rush(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rush", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200)
+
+
+def error_of(*arguments: object) -> str:
+    """The one line that a refused command leaves on standard error."""
+    done = rush(*arguments)
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("rush: ")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """Names of the modules that the command had imported when it ended."""
+    code = """
+import atexit, sys
+atexit.register(lambda: sys.stderr.write("\\nMODULES " + " ".join(sys.modules)))
+from rush.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    return set(done.stderr.split("\nMODULES ")[1].split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("run", "--help"),
+        ("--version",),
+        ("recipes",),
+        ("run", "digit"),
+        ("run", "digits", "--set", "pretrain.epoch=3"),
+        ("certify", "/nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_help_and_refused_recipes_do_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
+    modules = modules_after(*arguments)
+    assert "rush.cli" in modules
+    if arguments[0] == "certify":
+        return  # RunFolder shares a file with checkpoints; it is no recipe error
+    assert "torch" not in modules
+
+
+def test_help_names_every_command_of_the_flow() -> None:
+    told = rush("--help").stdout
+    for command in ("run", "pretrain", "finetune", "certify", "attack", "report", "predict", "recipes", "info"):
+        assert f"{command} " in told
+
+
+def test_an_unknown_recipe_is_one_line_on_standard_error(tmp_path: Path) -> None:
+    assert "no recipe 'digit', did you mean 'digits'?" in error_of("run", "digit", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_override_is_told_before_a_folder_is_made(tmp_path: Path) -> None:
+    told = error_of("run", "digits", "--out", tmp_path / "run", "--set", "pretrain.epoch=3")
+    assert "pretrain.epoch: unknown key, did you mean 'epochs'?" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_listed_with_what_they_are() -> None:
+    done = rush("recipes")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for name in ("cifar10", "cifar10-small", "digits"):
+        assert f" {name} " in done.stdout
+
+
+def test_an_unknown_command_and_a_missing_argument_fail_without_a_traceback() -> None:
+    for arguments in (("certfy", "x"), ("certify",), ("run", "digits", "--sett", "a=1")):
+        done = rush(*arguments)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_folder_that_is_no_run_is_refused_by_every_command_that_takes_one(tmp_path: Path) -> None:
+    for command in ("finetune", "info"):
+        assert "holds no recipe.json, so it is no run folder; start one with `rush run RECIPE" in error_of(
+            command, tmp_path
+        )
+
+
+def kill_when(ready: Callable[[], bool], *arguments: object) -> None:
+    """Start the command, wait until ``ready`` and kill it at once; an error when it ends by itself before."""
+    command = [sys.executable, "-m", "rush", *map(str, arguments)]
+    child = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not ready():
+        assert child.poll() is None, f"ended with {child.returncode} before it could be killed"
+        time.sleep(0.002)
+    child.kill()
+    child.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The run folder of `rush run`, killed once in its pre-training, and what the second start of the command said."""
+    folder = tmp_path_factory.mktemp("command")
+    arguments = ("run", write_tiny(folder), "--out", folder / "run")
+    kill_when(lambda: (folder / "run/checkpoints/pretrain.pt").exists(), *arguments)
+    return folder / "run", rush(*arguments)
+
+
+def test_a_killed_run_goes_on_by_the_same_command_and_ends_with_the_bits_of_the_library(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tiny_run: Path
+) -> None:
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    expected, found = results(tiny_run), results(folder)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], f"{name} differs"
+
+
+def test_a_run_says_its_stages_on_standard_error_and_its_report_on_standard_output(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = finished
+    assert f"report: {folder}/report.html" in done.stdout
+    assert (folder / "report.html").stat().st_size > 10_000
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.endswith("...")] == [
+        "pretrain ...",
+        "finetune ...",
+        "certify ...",
+        "attack ...",
+    ]
+    assert len(lines) == 8
+    for line in lines[1::2]:
+        assert line.endswith(" s")
+
+
+def test_nothing_is_coloured_or_animated_where_nobody_watches(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, done = finished
+    for text in (done.stdout, done.stderr):
+        assert "\x1b" not in text
+        assert "\r" not in text
+    assert "images/s" not in done.stderr
+
+
+def test_stages_one_by_one_are_the_same_run(tiny_run: Path, tmp_path: Path) -> None:
+    recipe, folder = write_tiny(tmp_path), tmp_path / "run"
+    assert rush("pretrain", recipe, "--out", folder).returncode == 0
+    told = error_of("certify", folder)
+    assert f"stage finetune is not finished; run `rush finetune {folder}` first" in told
+    for command in ("finetune", "certify", "attack"):
+        done = rush(command, folder)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith(f"{command} ...\n{command}: ")
+    assert results(folder) == results(tiny_run)
+
+
+def test_a_finished_run_is_kept_and_reported_again(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, first = finished
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    again = rush("run", folder)
+    assert again.stderr.splitlines() == [
+        f"{stage}: finished before, kept" for stage in ("pretrain", "finetune", "certify", "attack")
+    ]
+    assert again.stdout == first.stdout
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
+
+
+def test_a_changed_field_of_a_finished_stage_is_refused(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    recipe = (folder / "recipe.json").read_bytes()
+    told = error_of("run", folder, "--set", "smoothing.sigma=0.5")
+    assert "already holds stage finetune made with other values of smoothing.sigma" in told
+    assert (folder / "recipe.json").read_bytes() == recipe
+
+
+def test_info_tells_state_and_figures(tiny_run: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(tiny_run, half, ignore=shutil.ignore_patterns("attack.json", "attacks", "attacks.tsv"))
+    told = [line.split("│") for line in rush("info", half).stdout.splitlines()]
+    states = {cells[0].strip(): cells[1].strip() for cells in told if len(cells) == 2}
+    assert [states[stage] for stage in ("pretrain", "finetune", "certify", "attack")] == [
+        "finished",
+        "finished",
+        "finished",
+        "not finished",
+    ]
+    assert states["ACR"].endswith("(N = 200)")
+
+
+def test_predict_answers_like_the_library_for_every_file(tiny_run: Path, tmp_path: Path) -> None:
+    images = load_images("digits", "test")[slice(6)]
+    files = []
+    for number, image in enumerate(images.images):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(image[0].numpy()).save(files[-1])
+    done = rush("predict", tiny_run, *files, "--num-samples", 400, "--seed", 5)
+    assert done.returncode == 0, done.stderr
+    expected = load(tiny_run, device="cpu").predict(images.pixels(), num_samples=400, seed=5).tolist()
+    assert len(set(expected)) > 1
+    answers = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "│" in line]
+    assert answers == ["abstain" if own == -1 else str(own) for own in expected]
+
+
+def test_predict_refuses_another_size_unless_told_to_resize(tiny_run: Path, tmp_path: Path) -> None:
+    image = load_images("digits", "test").images[0, 0].numpy()
+    large = np.kron(image, np.ones((3, 3), np.uint8))
+    file = tmp_path / "large.png"
+    Image.fromarray(large).save(file)
+    told = error_of("predict", tiny_run, file)
+    assert f"{file} is 24x24, the model takes 8x8; give --resize" in told
+    done = rush("predict", tiny_run, file, "--resize", "--num-samples", 100)
+    assert done.returncode == 0, done.stderr
+    answer = next(line for line in done.stdout.splitlines() if "│" in line).split("│")[1].strip()
+    assert answer in {"abstain", *map(str, range(10))}
+
+
+def test_predict_names_the_file_that_is_no_image(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    assert f"{tmp_path}/text.png cannot be read as an image" in error_of("predict", tiny_run, tmp_path / "text.png")
+    assert "is no folder; give a run folder" in error_of("predict", tmp_path / "none", tmp_path / "text.png")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_of_the_whole_command_change_no_bit(tiny_run: Path, tmp_path: Path) -> None:
+    """Killed after a random time, whatever it is doing, imports included; finished by the command itself."""
+    chance = random.Random(0)
+    arguments = ("run", write_tiny(tmp_path), "--out", tmp_path / "run")
+    started = time.monotonic()
+    assert rush(*arguments[:2], "--out", tmp_path / "timing").returncode == 0
+    whole = time.monotonic() - started
+    for _ in range(20):
+        due = time.monotonic() + chance.uniform(0.3, 0.9) * whole
+        command = [sys.executable, "-m", "rush", *map(str, arguments)]
+        child = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while time.monotonic() < due and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert rush(*arguments).returncode == 0
+    assert results(tmp_path / "run") == results(tiny_run)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_a_progress_bar_with_rate(tmp_path: Path) -> None:
+    """The counterpart of the silent run: without it, that test would pass with progress broken."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "rush", "pretrain", str(write_tiny(tmp_path)), "--out", str(tmp_path / "run")]
+    child = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=slave)
+    os.close(slave)
+    shown = bytearray()
+    try:
+        while part := os.read(master, 65536):
+            shown += part
+    except OSError:  # Linux ends a pseudo-terminal so
+        pass
+    os.close(master)
+    assert child.wait() == 0
+    text = shown.decode()
+    assert "images/s" in text
+    assert "2560/2560" in text  # two epochs of ten batches of 128

@@ -1,0 +1,238 @@
+"""Recipes: what is refused and how it is told, what an override may be, and what the shipped ones say of themselves."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from rush.config import build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
+from rush.errors import ConfigError
+from rush.options import parse_fraction
+from tiny import TINY, tiny, write_tiny
+
+
+def values() -> dict[str, Any]:
+    return tomllib.loads(TINY)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("pretrain.epoch=3", r"pretrain\.epoch: unknown key, did you mean 'epochs'\?; allowed: batch_size, epochs,"),
+        ("sede=3", r"sede: unknown key, did you mean 'seed'\?; allowed: attack, certify, data,"),
+        ("pretrain.views.jiter=0.1", r"pretrain\.views\.jiter: unknown key, did you mean 'jitter'\?"),
+        ("certify.zzz=1", r"certify\.zzz: unknown key; allowed: alpha, images, num_estimation, num_selection"),
+        ("certify.alpha=0.5", r"certify\.alpha: .*less than 0\.5 \(given: 0\.5\)"),
+        ("certify.alpha=0", r"certify\.alpha: .*greater than 0"),
+        ("certify.num_estimation=0", r"certify\.num_estimation: .*\(given: 0\)"),
+        ("certify.images=0", r"certify\.images"),
+        ("smoothing.sigma=0", r"smoothing\.sigma"),
+        ("smoothing.sigma=-0.25", r"smoothing\.sigma"),
+        ("smoothing.sigma=inf", r"smoothing\.sigma"),
+        ("smoothing.sigma=nan", r"smoothing\.sigma"),
+        ("pretrain.learning_rate=inf", r"pretrain\.learning_rate"),
+        ("pretrain.temperature=0", r"pretrain\.temperature"),
+        ("pretrain.epochs=-1", r"pretrain\.epochs"),
+        ("pretrain.epochs=ten", r"pretrain\.epochs: .*\(given: 'ten'\)"),
+        ("pretrain.epochs=2.5", r"pretrain\.epochs: .*\(given: 2\.5\)"),
+        ("pretrain.batch_size=1", r"pretrain\.batch_size"),
+        ("pretrain.views.flip=1.5", r"pretrain\.views\.flip"),
+        ("pretrain.views.hue=0.6", r"pretrain\.views\.hue"),
+        ("pretrain.views.crop_scale=[0.5, 1.5]", r"pretrain\.views"),
+        ("pretrain.views.crop_scale=[0.9, 0.5]", r"pretrain\.views"),
+        ("pretrain.views.blur_sigma=[2.0, 1.0]", r"pretrain\.views"),
+        ("pretrain.views.crop_scale=0.5", r"pretrain\.views\.crop_scale"),
+        ("pretrain.optimizer=lars", r"pretrain\.optimizer: .*'sgd' or 'adamw' \(given: 'lars'\)"),
+        ("model.encoder=resnet50", r"model\.encoder: .*'resnet18'"),
+        ("model.width=0", r"model\.width"),
+        ("execution.precision=float16", r"execution\.precision"),
+        ("execution.tile=0", r"execution\.tile"),
+        ("finetune.epochs=0", r"finetune\.epochs"),
+        ("finetune.label_fraction=0", r"finetune\.label_fraction"),
+        ("attack.epsilon=8", r"attack: epsilon = 8 exceeds the pixel range \[0, 1\]; did you mean 8/255\?"),
+        ("attack.epsilon=8/0", r"attack\.epsilon: '8/0' is not a number or a fraction such as 8/255"),
+        ("attack.epsilon=8/", r"attack\.epsilon: '8/' is not a number"),
+        ("attack.epsilon=-8/255", r"attack\.epsilon: must be > 0, got -8/255"),
+        ("attack.epsilon=true", r"attack\.epsilon"),
+        ("attack.step_size=0", r"attack\.step_size: must be > 0"),
+        ("attack.norm=l1", r"attack\.norm: .*'linf' or 'l2' \(given: 'l1'\)"),
+        ("attack.eot_samples=[4, 1]", r"attack: eot_samples must be ascending and distinct, got \[4, 1\]"),
+        ("attack.eot_samples=[1, 1]", r"ascending and distinct"),
+        ("attack.eot_samples=[]", r"eot_samples"),
+        ("attack.eot_samples=[0]", r"attack\.eot_samples\.0"),
+        ("attack.max_votes=99", r"attack\.max_votes"),
+        ("name=../up", r"name: .*\(given: '\.\./up'\)"),
+        ("seed=-1", r"seed: .*\(given: -1\)"),
+        ("data=digits", r"data: .*\(given: 'digits'\)"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_told_with_its_place_and_what_was_given(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        build_recipe(values(), [override])
+    assert "pydantic" not in str(caught.value)
+
+
+def test_every_wrong_value_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"model\.width: .*; smoothing\.sigma: .*; pretrain\.epoch: "):
+        build_recipe(values(), ["pretrain.epoch=3", "smoothing.sigma=0", "model.width=0"])
+
+
+def test_a_missing_field_is_named() -> None:
+    given = values()
+    del given["smoothing"], given["model"]["encoder"]
+    with pytest.raises(ConfigError, match=r"model\.encoder: Field required; smoothing: Field required"):
+        build_recipe(given)
+
+
+def test_two_ways_to_choose_labels_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="give label_fraction or labels_per_class, not both"):
+        build_recipe(values(), ["finetune.label_fraction=0.5", "finetune.labels_per_class=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pretrain.epochs=7", 7),
+        ("pretrain.learning_rate=2e-3", 0.002),
+        ("pretrain.epochs = 7", 7),
+        ("pretrain.views.crop_scale=[0.3, 0.9]", (0.3, 0.9)),
+        ("attack.eot_samples=[1, 8]", (1, 8)),
+        ("finetune.mode=linear", "linear"),
+        ('finetune.mode="linear"', "linear"),
+        ("attack.epsilon=16/255", "16/255"),
+        ("attack.epsilon=0.125", "0.125"),
+        ("data.name=some/folder=with.signs", "some/folder=with.signs"),
+        ("certify.images=5", 5),
+        ("seed=9", 9),
+    ],
+)
+def test_an_override_sets_its_field_and_no_other(override: str, expected: object) -> None:
+    path = override.split("=")[0].strip().split(".")
+    changed, plain = build_recipe(values(), [override]), build_recipe(values())
+    found: Any = changed
+    for part in path:
+        found = getattr(found, part)
+    assert found == expected
+    given, usual = changed.model_dump(), plain.model_dump()
+    for tree in (given, usual):
+        section = tree
+        for part in path[:-1]:
+            section = section[part]
+        del section[path[-1]]
+    assert given == usual
+
+
+def test_the_last_of_several_overrides_wins() -> None:
+    assert build_recipe(values(), ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("pretrain.epochs", "must read section.field=value, e.g. pretrain.epochs=10"),
+        ("=3", "must read section.field=value"),
+        ("pretrain..epochs=3", "must read section.field=value"),
+        ("seed.value=3", "seed is a single value, it has no fields"),
+        ("pretrain.epochs.first=3", "epochs is a single value, it has no fields"),
+    ],
+)
+def test_an_override_that_names_no_field_is_refused(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        build_recipe({**values(), "seed": 0}, [override])
+
+
+def test_the_data_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert build_recipe(values(), data="archives").data.root == str(tmp_path / "archives")
+
+
+def test_a_data_section_that_is_none_is_told_even_with_a_data_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data: "):
+        build_recipe({**values(), "data": "digits"}, data=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("8/255", 8 / 255), ("0.5", 0.5), (0.5, 0.5), ("1e-2", 0.01), (" 16/255 ", 16 / 255)]
+)
+def test_fractions_are_the_numbers_they_say(text: str | float, number: float) -> None:
+    assert parse_fraction(text) == number
+
+
+@pytest.mark.parametrize("text", ["8/0", "", "x", "8/255/2", "nan", "inf"])
+def test_text_that_is_no_fraction_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a number or a fraction such as 8/255"):
+        parse_fraction(text)
+
+
+def test_a_recipe_that_is_no_toml_is_told_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('name = "mine\n')
+    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML: .*line 1"):
+        load_recipe(str(tmp_path / "mine.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfename")
+    with pytest.raises(ConfigError, match=r"binary\.toml"):
+        load_recipe(str(tmp_path / "binary.toml"))
+
+
+def test_an_unknown_recipe_is_told_with_the_closest_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'digit', did you mean 'digits'\?; shipped: .*or give the path"):
+        load_recipe("digit")
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match="no recipe"):
+            load_recipe(str(path))
+
+
+def test_a_recipe_is_frozen(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.pretrain.epochs = 100  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.pretrain.views.flip = 0.1  # type: ignore[misc]
+
+
+def test_the_json_of_a_recipe_is_the_recipe_with_every_default_written_out(tmp_path: Path) -> None:
+    recipe = load_recipe(str(write_tiny(tmp_path)), ["attack.epsilon=0.1", "certify.images=7"])
+    written = json.loads(recipe.to_json())
+    assert build_recipe(written) == recipe
+    assert written["certify"] == {"images": 7, "num_selection": 100, "num_estimation": 200, "alpha": 0.001}
+    assert written["pretrain"]["views"]["blur_sigma"] == [0.1, 2.0]
+
+
+def test_recipes_are_shipped() -> None:
+    assert {"cifar10", "cifar10-small", "digits"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_is_valid_and_opens_with_what_to_expect_of_it(name: str) -> None:
+    assert load_recipe(name).name == name
+    lines = recipe_text(name).splitlines()
+    head = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        head.append(line.removeprefix("#").strip())
+    told = "\n".join(head).lower()
+    assert recipe_headline(name) == head[0]
+    assert len(head[0]) > 20
+    for word in ("source:", "literature:", "command:"):
+        assert word in told, f"{name}.toml does not say its {word.removesuffix(':')}"
+    assert "measured:" in told or "not run" in told
+    assert f"rush run {name}" in told
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_writes_down_no_number_that_cannot_run(name: str) -> None:
+    """Every field in the file survives the round trip: nothing is silently clipped or renamed."""
+    resolved = json.loads(load_recipe(name).to_json())
+
+    def check(given: dict[str, Any], found: dict[str, Any], where: str) -> None:
+        for key, value in given.items():
+            if isinstance(value, dict):
+                check(value, found[key], f"{where}{key}.")
+            else:
+                assert found[key] == value, f"{where}{key}"
+
+    check(tomllib.loads(recipe_text(name)), resolved, "")

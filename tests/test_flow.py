@@ -1,0 +1,148 @@
+"""One way only: no module imports a later stage, nothing imports in a circle, and ``import rush`` is light."""
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import rush
+
+SOURCE = Path(rush.__file__).parent
+
+# From the first to the last; a module may import from its own level and from those before. The longest prefix counts.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "options", "randomness", "config"),
+    ("data", "noise", "binomial"),
+    ("engine", "models", "objectives"),
+    ("pretraining", "finetuning", "inputs", "smoothing", "models.saved"),  # saved models are smoothed classifiers
+    ("certification",),
+    ("attacks",),
+    ("evaluation",),
+    ("reporting",),
+    ("pipeline", "loading", "prediction"),
+    ("cli",),
+    ("__main__",),
+)
+TEST_ORACLES = ("torchvision", "timm", "kornia", "foolbox", "pytorch_metric_learning", "art", "statsmodels", "pytest")
+
+
+def module_name(path: Path) -> str:
+    """Name below ``rush``, e.g. ``engine.loop``; a package has the name of its folder, ``rush`` itself the empty one."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def imported(code: str, late: bool = True) -> set[str]:
+    """Full names of what ``code`` imports, wherever it does; without ``late`` only what is imported at once."""
+    tree = ast.parse(code)
+    found = set()
+    for node in ast.walk(tree) if late else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the flow"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(code: str, late: bool = True) -> set[str]:
+    """Modules of this package that ``code`` imports, by their names below ``rush``."""
+    found = set()
+    for name in imported(code, late):
+        parts = name.split(".")
+        if parts[0] != "rush":
+            continue
+        below = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
+        found.add(next((name for name in below if name in MODULES), ""))
+    return found - {""}
+
+
+def level(module: str) -> int:
+    matches = [
+        (len(prefix), number)
+        for number, prefixes in enumerate(LEVELS)
+        for prefix in prefixes
+        if module == prefix or module.startswith(f"{prefix}.")
+    ]
+    assert matches, f"rush.{module} has no place in the flow; give it one in LEVELS"
+    return max(matches)[1]
+
+
+def test_the_reader_of_imports_sees_every_form() -> None:
+    code = """
+import rush.engine.loop
+from rush.data import images, views
+from rush import cli
+def later():
+    from rush.pipeline import run_stage
+    import torch.nn as nn
+if TYPE_CHECKING:
+    from rush.smoothing import ABSTAIN
+"""
+    assert own_imports(code) == {"engine.loop", "data.images", "data.views", "cli", "pipeline", "smoothing"}
+    assert "torch.nn" in imported(code)
+    assert own_imports(code, late=False) == {"engine.loop", "data.images", "data.views", "cli"}
+    assert [level(name) for name in ("models.resnet", "models.saved", "cli")] == [2, 3, 9]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_no_module_imports_a_later_stage(module: str) -> None:
+    found = own_imports(MODULES[module].read_text(encoding="utf-8"))
+    later = sorted(name for name in found if level(name) > level(module))
+    assert not later, f"rush.{module} imports {', '.join(later)} of a later stage"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    graph = {name: own_imports(path.read_text(encoding="utf-8")) for name, path in MODULES.items() if name}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
+
+
+def test_reporting_reads_run_folders_and_runs_no_model() -> None:
+    allowed = {"errors", "options", "engine.files", "evaluation.intervals"}
+    for module, path in MODULES.items():
+        if module == "reporting" or module.startswith("reporting."):
+            code = path.read_text(encoding="utf-8")
+            foreign = {name for name in own_imports(code) if not name.startswith("reporting")} - allowed
+            assert not foreign, f"rush.{module} imports {foreign}"
+            assert not {name for name in imported(code) if name.split(".")[0] == "torch"}, (
+                f"rush.{module} imports torch"
+            )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_needs_what_is_no_dependency(module: str) -> None:
+    found = {name.split(".")[0] for name in imported(MODULES[module].read_text(encoding="utf-8"))}
+    assert not found & set(TEST_ORACLES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_library_does_not_print(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert "print" not in calls
+
+
+def test_importing_rush_loads_neither_torch_nor_numpy() -> None:
+    code = "import sys, rush, rush.cli, rush.config; print(*sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.split() == []
+
+
+def test_every_public_name_is_there() -> None:
+    assert len(rush.__all__) == len(set(rush.__all__))
+    assert set(rush.__all__) <= set(dir(rush))
+    for name in rush.__all__:
+        assert getattr(rush, name) is not None
+    assert rush.load.__module__ == "rush.loading"
+    assert rush.ABSTAIN == -1
+    with pytest.raises(AttributeError, match=r"no attribute 'certfy'; public names: ABSTAIN, "):
+        rush.certfy  # noqa: B018

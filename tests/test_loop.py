@@ -1,0 +1,391 @@
+"""The training loop visits, steps and resumes as it says; the two trainings touch what they may and nothing else."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rush.config import load_recipe
+from rush.data.images import ImageSet, stratified_subset
+from rush.data.sources import load_images
+from rush.data.views import Views
+from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.loop import Schedule, train
+from rush.engine.optim import build_optimizer, cosine_factor
+from rush.engine.precision import Execution
+from rush.errors import CheckpointError, ConfigError, DataError, RushError
+from rush.finetuning import finetune
+from rush.models.classifier import Classifier, Normalize
+from rush.models.encoders import SmallEncoder
+from rush.models.heads import linear_head
+from rush.noise import Gaussian
+from rush.options import FinetuneMode, OptimizerName
+from rush.pretraining import channel_statistics, pretrain
+from rush.randomness import seeded_init, stream
+
+SCHEDULE = Schedule(
+    epochs=3, batch_size=8, optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-3, warmup_epochs=1
+)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [(0, 0.25), (1, 0.5), (3, 1.0), (4, 1.0), (7, 0.75), (8.5, 0.5), (10, 0.25), (13, 0.0), (20, 0.0)],
+)
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_along_half_a_cosine(step: int, factor: float) -> None:
+    # 4 steps of warm-up, then 9: at a third of them 0.5 (1 + cos 60 degrees) = 0.75
+    assert cosine_factor(step, total_steps=13, warmup_steps=4) == pytest.approx(factor, abs=1e-12)
+
+
+def test_without_warm_up_the_first_step_has_the_whole_learning_rate() -> None:
+    assert cosine_factor(0, 10, 0) == 1.0
+    assert cosine_factor(0, 0, 0) == 1.0
+
+
+def test_biases_and_normalization_are_not_decayed_and_frozen_weights_are_left_out() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2), nn.Linear(2, 2))
+    module[3].requires_grad_(False)
+    for name in ("sgd", "adamw"):
+        optimizer = build_optimizer(module, name, 0.1, 0.9, 0.01)  # type: ignore[arg-type]
+        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        expected = {"0.weight": 0.01, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.01, "2.bias": 0.0}
+        assert {own: decays.get(id(p)) for own, p in module.named_parameters()} == {
+            **expected,
+            "3.weight": None,
+            "3.bias": None,
+        }
+    with pytest.raises(ConfigError, match=r"unknown optimizer 'lars'; allowed: sgd, adamw"):
+        build_optimizer(module, "lars", 0.1, 0.9, 0.01)  # type: ignore[arg-type]
+
+
+class Scale(nn.Module):
+    """One weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1, dtype=torch.float64))
+
+
+def test_every_step_is_taken_with_the_learning_rate_of_its_number() -> None:
+    """A constant gradient of 1 moves the weight by the sum of all learning rates."""
+    module, schedule = Scale(), replace(SCHEDULE, momentum=0.0, weight_decay=0.0, warmup_epochs=1.5)
+    train(module, lambda *_: module.weight.sum(), name="test", num_images=35, schedule=schedule, seed=0)
+    rates = [0.1 * cosine_factor(number, 3 * 4, 6) for number in range(3 * 4)]
+    assert module.weight.item() == pytest.approx(1 - math.fsum(rates), abs=1e-12)
+
+
+def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
+    seen: list[list[int]] = []
+    numbers: list[float] = []
+    module = Scale()
+
+    def step(indices: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(indices.tolist())
+        numbers.append(float(torch.rand(1, generator=generator)))
+        return module.weight.sum()
+
+    train(module, step, name="test", num_images=43, schedule=SCHEDULE, seed=0)
+    assert [len(batch) for batch in seen] == [8] * 15
+    epochs = [[index for batch in seen[5 * epoch : 5 * epoch + 5] for index in batch] for epoch in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 40  # three of 43 images do not fill a batch
+        assert set(epoch) <= set(range(43))
+    # by chance two orders of 40 agree in 20 places with odds below 1e-18
+    assert all(sum(a == b for a, b in zip(epochs[i], epochs[j], strict=True)) < 20 for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert len(set(numbers)) == 15  # every step has randomness of its own
+
+
+def test_fewer_images_than_a_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size = 8 exceeds the 7 training images; lower it to at most 7"):
+        train(Scale(), lambda *_: torch.zeros(()), name="test", num_images=7, schedule=SCHEDULE, seed=0)
+
+
+X = torch.randn(40, 6, generator=stream(0, "x"))
+Y = torch.randint(0, 3, (40,), generator=stream(0, "y"))
+
+
+def network(seed: int = 0) -> nn.Module:
+    """With BatchNorm, whose statistics must be resumed too."""
+    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    return seeded_init(module, stream(seed, "weights")).train()
+
+
+def noisy_step(module: nn.Module, fail_at: int = -1) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Cross-entropy under noise of the step's own stream; raises at the call number ``fail_at``."""
+    calls = iter(range(10_000))
+
+    def step(indices: Tensor, generator: torch.Generator) -> Tensor:
+        if next(calls) == fail_at:
+            raise KeyboardInterrupt
+        x = X[indices] + torch.randn(len(indices), 6, generator=generator)
+        return nn.functional.cross_entropy(module(x), Y[indices])
+
+    return step
+
+
+def bits(module: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
+
+
+def trained(
+    optimizer: OptimizerName = "sgd", seed: int = 0, fail_at: int = -1, checkpoint: TrainingCheckpoint | None = None
+) -> nn.Module:
+    module, schedule = network(), replace(SCHEDULE, optimizer=optimizer)
+    step = noisy_step(module, fail_at)
+    train(module, step, name="test", num_images=40, schedule=schedule, seed=seed, checkpoint=checkpoint)
+    return module
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_training_interrupted_in_any_epoch_ends_with_the_same_bits(optimizer: OptimizerName, tmp_path: Path) -> None:
+    undisturbed = bits(trained(optimizer))
+    for fail_at in (2, 5, 7, 14):  # five steps an epoch
+        checkpoint = TrainingCheckpoint(tmp_path / f"{fail_at}.pt", "recipe")
+        with pytest.raises(KeyboardInterrupt):
+            trained(optimizer, fail_at=fail_at, checkpoint=checkpoint)
+        assert checkpoint.path.exists() == (fail_at >= 5)
+        # the rest alone is left to do: two steps fewer for each finished epoch would raise here
+        left = 15 - 5 * (fail_at // 5)
+        assert bits(trained(optimizer, fail_at=left, checkpoint=checkpoint)) == undisturbed
+    assert bits(trained(optimizer, seed=1)) != undisturbed
+
+
+def test_a_finished_training_is_not_taken_up_again(tmp_path: Path) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
+    done = bits(trained(checkpoint=checkpoint))
+    assert bits(trained(fail_at=0, checkpoint=checkpoint)) == done
+
+
+def test_the_checkpoint_of_another_recipe_stops_the_training_before_its_first_step(tmp_path: Path) -> None:
+    trained(checkpoint=TrainingCheckpoint(tmp_path / "state.pt", "recipe"))
+    with pytest.raises(CheckpointError, match="belongs to another recipe"):
+        trained(fail_at=0, checkpoint=TrainingCheckpoint(tmp_path / "state.pt", "another"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_last_good_epoch(bad: float, tmp_path: Path) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
+    module, calls, losses = network(), iter(range(100)), []
+    usual = noisy_step(module)
+
+    def step(indices: Tensor, generator: torch.Generator) -> Tensor:
+        return usual(indices, generator) * (bad if next(calls) == 8 else 1.0)
+
+    def log(_event: str, **values: Any) -> None:
+        losses.append(values["loss"])
+
+    told = r"pretrain: loss is not finite from batch 3 of epoch 2 on; .* Lower pretrain\.learning_rate"
+    with pytest.raises(RushError, match=told):
+        train(module, step, name="pretrain", num_images=40, schedule=SCHEDULE, seed=0, checkpoint=checkpoint, log=log)
+    assert len(losses) == 1
+    kept = network()
+    assert checkpoint.restore(kept, build_optimizer(kept, "sgd", 0.1, 0.9, 1e-3)) == 1
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.state_dict().values())
+
+
+def test_every_epoch_is_logged_with_the_mean_of_its_losses() -> None:
+    events: list[dict[str, Any]] = []
+    module, losses = network(), []
+    usual = noisy_step(module)
+
+    def step(indices: Tensor, generator: torch.Generator) -> Tensor:
+        loss = usual(indices, generator)
+        losses.append(float(loss.detach()))
+        return loss
+
+    def log(event: str, **values: Any) -> None:
+        events.append({"event": event, **values})
+
+    train(module, step, name="test", num_images=40, schedule=SCHEDULE, seed=0, log=log)
+    assert [(own["event"], own["stage"], own["epoch"]) for own in events] == [("epoch", "test", n) for n in (1, 2, 3)]
+    for number, own in enumerate(events):
+        assert own["loss"] == pytest.approx(np.mean(losses[5 * number : 5 * number + 5]), rel=1e-6)
+        assert own["images_per_second"] == pytest.approx(40 / own["seconds"])
+
+
+def digits(rows: int = 64) -> ImageSet:
+    return load_images("digits", "train")[slice(rows)]
+
+
+def classifier(seed: int = 0) -> Classifier:
+    encoder = SmallEncoder(width=4)
+    built = Classifier(Normalize([0.3], [0.38]), encoder, linear_head(encoder.features, 10))
+    seeded_init(built, stream(seed, "weights"))
+    return built
+
+
+def pretrained(images: ImageSet, seed: int = 0, epochs: int = 2) -> Classifier:
+    own = classifier()
+    pretrain(
+        images,
+        own.encoder,
+        own.normalize,
+        views=Views(crop_scale=(0.5, 1.0), greyscale=0.0),
+        schedule=replace(SCHEDULE, epochs=epochs, batch_size=32),
+        temperature=0.5,
+        projector_hidden=16,
+        projector_out=8,
+        seed=seed,
+        execution=Execution(),
+    )
+    return own
+
+
+def test_pre_training_never_reads_labels() -> None:
+    images = digits()
+    assert images.labels is not None
+    found = bits(pretrained(images))
+    assert found != bits(classifier())
+    assert bits(pretrained(images.without_labels())) == found
+    assert bits(pretrained(replace(images, labels=images.labels.flip(0)))) == found
+    assert bits(pretrained(images, seed=1)) != found
+
+
+def test_pre_training_for_no_epochs_leaves_the_encoder_as_it_was() -> None:
+    own = pretrained(digits(), epochs=0)
+    assert bits(own) == bits(classifier())
+    assert not own.encoder.training
+
+
+def finetuned(
+    images: ImageSet, mode: FinetuneMode, start: Classifier | None = None, sigma: float = 0.25, seed: int = 0
+) -> Classifier:
+    own = start or classifier()
+    finetune(
+        images,
+        own,
+        noise=Gaussian(sigma),
+        mode=mode,
+        views=Views.weak(shift_pad=1, flip=0.0),
+        schedule=replace(SCHEDULE, batch_size=32),
+        seed=seed,
+        execution=Execution(),
+    )
+    return own
+
+
+def test_linear_fine_tuning_trains_the_head_and_touches_neither_weights_nor_statistics_of_the_encoder() -> None:
+    before, own = classifier(), finetuned(digits(), "linear")
+    assert bits(own.encoder) == bits(before.encoder)
+    assert bits(own.normalize) == bits(before.normalize)
+    after, usual = bits(own.head), bits(before.head)
+    assert after["weight"] != usual["weight"]
+    assert after["bias"] != usual["bias"]
+    assert not own.training
+    assert not own.encoder.training
+    assert all(parameter.requires_grad for parameter in own.parameters())
+
+
+def test_full_fine_tuning_trains_every_weight_and_statistic() -> None:
+    before, own = bits(classifier()), finetuned(digits(), "full")
+    changed = {name for name, value in bits(own).items() if value != before[name]}
+    assert changed == set(before) - {"normalize.mean", "normalize.std"}
+    assert not any(layer.training for layer in own.modules())
+
+
+def test_fine_tuning_sees_noise_of_its_sigma() -> None:
+    """The pixels that reach the classifier spread by sigma around the clean ones, and are not clipped."""
+    images, seen = digits(), []
+    own = classifier()
+    own.normalize.register_forward_pre_hook(lambda _module, given: seen.append(given[0].detach()))
+    finetune(
+        images,
+        own,
+        noise=Gaussian(0.5),
+        mode="full",
+        views=Views.weak(shift_pad=0, flip=0.0),
+        schedule=replace(SCHEDULE, epochs=1, batch_size=64),
+        seed=0,
+        execution=Execution(),
+    )
+    order = torch.randperm(64, generator=stream(0, "finetune", "order", 0))
+    noise = seen[0] - images.pixels()[order]
+    # 4,096 draws: the standard error of the standard deviation is 0.0055, of the mean 0.0078; five of them: odds 1e-6
+    assert float(noise.std()) == pytest.approx(0.5, abs=0.028)
+    assert float(noise.mean()) == pytest.approx(0.0, abs=0.039)
+    assert float(seen[0].min()) < -0.5
+
+
+def test_fine_tuning_needs_labels() -> None:
+    with pytest.raises(DataError, match="has no labels; fine-tuning needs a labelled training split"):
+        finetuned(digits().without_labels(), "full")
+
+
+def test_channel_statistics_are_those_of_all_pixels() -> None:
+    pixels = torch.randint(0, 256, (1003, 3, 4, 5), generator=stream(0, "pixels")).to(torch.uint8)
+    pixels[:, 2] = 7  # a constant channel is not divided by zero
+    images = ImageSet(pixels, None, ("a",), np.array([str(i) for i in range(1003)]), "random", "train")
+    mean, std = channel_statistics(images)
+    whole = pixels.double() / 255
+    np.testing.assert_allclose(mean, whole.mean((0, 2, 3)), atol=1e-12)
+    np.testing.assert_allclose(std[:2], whole.std((0, 2, 3), correction=0)[:2], atol=1e-9)
+    assert std[2] == 1.0
+
+
+RECIPE = load_recipe("digits")
+
+
+def frozen_encoder_accuracy(epochs: int, labelled: ImageSet) -> float:
+    """Test accuracy of a linear head on the digits recipe's encoder, pre-trained for ``epochs`` and frozen, by the
+    vote of 16 noisy copies."""
+    train_images, test = load_images("digits", "train"), load_images("digits", "test")
+    config = RECIPE.pretrain
+    encoder = SmallEncoder(RECIPE.model.width)
+    own = Classifier(Normalize(*channel_statistics(train_images)), encoder, linear_head(encoder.features, 10))
+    seeded_init(own, stream(RECIPE.seed, "classifier", "weights"))
+    schedule = Schedule(**config.model_dump(include=set(Schedule.__dataclass_fields__)))
+    pretrain(
+        train_images.without_labels(),
+        own.encoder,
+        own.normalize,
+        views=Views(**config.views.model_dump()),
+        schedule=replace(schedule, epochs=epochs),
+        temperature=config.temperature,
+        projector_hidden=config.projector_hidden,
+        projector_out=config.projector_out,
+        seed=RECIPE.seed,
+        execution=Execution(),
+    )
+    noise = Gaussian(RECIPE.smoothing.sigma)
+    finetune(
+        labelled,
+        own,
+        noise=noise,
+        mode="linear",
+        views=Views.weak(shift_pad=1, flip=0.0),
+        schedule=Schedule(150, 50, "adamw", 4e-3, 0.9, 1e-3, 1.0),
+        seed=RECIPE.seed,
+        execution=Execution(),
+    )
+    return vote_accuracy(own, test, noise)
+
+
+def vote_accuracy(own: nn.Module, test: ImageSet, noise: Gaussian) -> float:
+    """Share of ``test`` whose label wins the vote of 16 noisy copies."""
+    assert test.labels is not None
+    draws = stream(0, "vote")
+    with torch.no_grad():
+        logits = [own(test.pixels() + noise.sample(test.images.shape, draws)) for _ in range(16)]
+    votes = torch.stack([nn.functional.one_hot(own.argmax(1), 10) for own in logits]).sum(0)
+    return float((votes.argmax(1) == test.labels).double().mean())
+
+
+@pytest.mark.timeout(280)
+def test_contrastive_pre_training_is_worth_points_of_accuracy(
+    record_testsuite_property: Callable[[str, object], None],
+) -> None:
+    """With ten labels a class, a linear head does better on the pre-trained encoder than on the untrained one.
+
+    Nothing here is left to chance: on one machine and version of torch both figures are the same every time.
+    """
+    labelled = stratified_subset(load_images("digits", "train"), 100, stream(0, "labels"))
+    untrained = frozen_encoder_accuracy(0, labelled)
+    contrastive = frozen_encoder_accuracy(RECIPE.pretrain.epochs, labelled)
+    record_testsuite_property("accuracy with untrained and with pre-trained encoder", (untrained, contrastive))
+    assert contrastive - untrained >= 0.05, f"untrained {untrained:.1%}, pre-trained {contrastive:.1%}"

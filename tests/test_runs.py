@@ -1,0 +1,239 @@
+"""The run folder: what may change in it, what is refused, and what a kill may leave behind."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rush.config import Recipe
+from rush.engine.runs import RunFolder
+from rush.errors import ConfigError, RunError
+from rush.options import STAGES, Stage
+from tiny import tiny
+
+EXECUTION = {"device": "cpu", "precision": "float32", "channels_last": False, "tile": 100, "threads": 1}
+DATA = {"train": {"name": "digits", "images": 1397, "fingerprint": "aa"}}
+
+
+def new_run(tmp_path: Path, *overrides: str) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", tiny(tmp_path, *overrides))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# What each stage leaves first, long before it is finished.
+FIRST_TRACES: dict[Stage, str] = {
+    "pretrain": "checkpoints/pretrain.pt",
+    "finetune": "checkpoints/finetune.pt",
+    "certify": "certificates.tsv",
+    "attack": "attacks/parts/clean-0000.npz",
+}
+
+
+def begun(tmp_path: Path, stage: Stage) -> RunFolder:
+    """A run in which the stages before ``stage`` are finished and it has begun."""
+    run = new_run(tmp_path)
+    for own in STAGES[: STAGES.index(stage) + 1]:
+        trace = run.path / FIRST_TRACES[own]
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.write_text("first trace")
+        if own != stage:
+            run.begin(own)
+            run.finish(own, seconds=1.0)
+    return run
+
+
+FIELDS: list[tuple[str, Stage]] = [
+    ("seed=1", "pretrain"),
+    ("data.name=cifar10", "pretrain"),
+    ("model.width=8", "pretrain"),
+    ("execution.tile=10", "pretrain"),
+    ("pretrain.epochs=3", "pretrain"),
+    ("pretrain.views.flip=0.5", "pretrain"),
+    ("smoothing.sigma=0.5", "finetune"),
+    ("finetune.shift=2", "finetune"),
+    ("certify.alpha=0.01", "certify"),
+    ("attack.max_votes=800", "attack"),
+]
+
+
+@pytest.mark.parametrize(("change", "decides"), FIELDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_field_may_change_until_the_stage_it_decides_has_begun(
+    stage: Stage, change: str, decides: Stage, tmp_path: Path
+) -> None:
+    run = begun(tmp_path, stage)
+    before = files(run.path)
+    changed = tiny(tmp_path, change)
+    if STAGES.index(decides) > STAGES.index(stage):
+        RunFolder.create(run.path, changed)
+        assert RunFolder.open(run.path).recipe == changed
+        return
+    field = change.split("=")[0].replace("views.flip", "views")
+    with pytest.raises(
+        RunError, match=rf"already holds stage \w+ made with other values of {re.escape(field)}; nothing"
+    ):
+        RunFolder.create(run.path, changed)
+    assert files(run.path) == before
+
+
+def test_all_differing_fields_are_named(tmp_path: Path) -> None:
+    run = begun(tmp_path, "finetune")
+    with pytest.raises(RunError, match=r"other values of seed, pretrain\.epochs, pretrain\.temperature"):
+        RunFolder.create(run.path, tiny(tmp_path, "seed=4", "pretrain.epochs=9", "pretrain.temperature=0.1"))
+
+
+def test_the_place_of_the_data_may_change_at_any_time(tmp_path: Path) -> None:
+    run = begun(tmp_path, "attack")
+    moved = RunFolder.create(run.path, tiny(tmp_path, f"data.root={tmp_path}"))
+    assert RunFolder.open(run.path).recipe.data.root == str(tmp_path)
+    assert [moved.fingerprint(stage) for stage in STAGES] == [run.fingerprint(stage) for stage in STAGES]
+
+
+def test_a_fingerprint_holds_the_fields_of_its_stage_and_of_those_before(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    for change, decides in FIELDS:
+        other = RunFolder(run.path, tiny(tmp_path, change))
+        differing = [stage for stage in STAGES if other.fingerprint(stage) != run.fingerprint(stage)]
+        assert differing == list(STAGES[STAGES.index(decides) :]), change
+
+
+def test_the_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    run = new_run(tmp_path, "attack.epsilon=0.1", "finetune.labels_per_class=10")
+    assert RunFolder.open(run.path).recipe == run.recipe
+    assert isinstance(run.recipe, Recipe)
+
+
+def test_a_file_or_a_foreign_folder_in_the_place_of_the_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="is a file; give a folder with --out"):
+        RunFolder.create(tmp_path / "file", tiny(tmp_path))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match=r"holds no recipe\.json, so it is no run folder; give another --out"):
+        RunFolder.create(tmp_path / "foreign", tiny(tmp_path))
+    assert files(tmp_path / "foreign") == {"thesis.tex": b"mine"}
+    (tmp_path / "empty").mkdir()
+    RunFolder.create(tmp_path / "empty", tiny(tmp_path))
+
+
+def test_a_path_below_a_file_is_refused_as_a_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="cannot be written: .*; give another --out"):
+        RunFolder.create(tmp_path / "file/run", tiny(tmp_path))
+
+
+def test_opening_what_is_no_run_names_the_command_that_starts_one(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(RunError, match=rf"holds no recipe\.json.*`rush run RECIPE --out {path}`"):
+            RunFolder.open(path)
+
+
+@pytest.mark.parametrize("content", [b'{"name": "ti', b"", b"\xff\xfe", b"[]", b"3"])
+def test_a_damaged_recipe_is_refused_by_its_name(content: bytes, tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    (run.path / "recipe.json").write_bytes(content)
+    with pytest.raises((RunError, ConfigError), match=r"recipe\.json"):
+        RunFolder.open(run.path)
+
+
+def test_a_kill_during_the_very_first_write_does_not_block_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.recipe.json.4711.partial").write_text('{"name": "ti')
+    assert new_run(tmp_path).recipe.name == "tiny"
+
+
+def changed(values: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**values, **fields}
+
+
+@pytest.mark.parametrize(
+    ("execution", "data", "told"),
+    [
+        (changed(EXECUTION, threads=4), DATA, "threads: was 1, now 4"),
+        (changed(EXECUTION, precision="bfloat16"), DATA, "precision: was float32, now bfloat16"),
+        (changed(EXECUTION, device="cuda"), DATA, "device: was cpu, now cuda"),
+        (changed(EXECUTION, tile=7), DATA, "tile: was 100, now 7"),
+        (EXECUTION, {"train": changed(DATA["train"], fingerprint="bb")}, "data: was .*aa.*, now .*bb"),
+    ],
+)
+def test_a_run_does_not_go_on_under_other_conditions(
+    execution: dict[str, Any], data: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    run = new_run(tmp_path)
+    run.record_provenance(EXECUTION, DATA)
+    before = files(run.path)
+    with pytest.raises(
+        RunError, match=rf"begun under other conditions \({told}.*\); restore them or use another --out"
+    ):
+        run.record_provenance(execution, data)
+    assert files(run.path) == before
+
+
+def test_provenance_gathers_the_splits_and_says_what_the_result_depends_on(tmp_path: Path) -> None:
+    run = new_run(tmp_path, "seed=3")
+    test = {"test": {"name": "digits", "images": 400, "fingerprint": "cc"}}
+    for data in (DATA, test, DATA, test):
+        run.record_provenance(EXECUTION, data)
+    found = json.loads((run.path / "provenance.json").read_text())
+    assert found["data"] == {**DATA, **test}
+    assert {key: found[key] for key in EXECUTION} == EXECUTION
+    assert found["seed"] == 3
+    assert {"python", "torch", "numpy", "rush-smoothing"} <= set(found["versions"])
+
+
+def test_a_stage_that_is_not_finished_is_asked_for_by_its_command(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    with pytest.raises(RunError, match=rf"stage finetune is not finished; run `rush finetune {run.path}` first"):
+        run.require("finetune")
+    run.begin("finetune")
+    assert run.finished("finetune") is None
+    run.finish("finetune", seconds=2.5, mode="full")
+    figures = run.require("finetune")
+    assert (figures["stage"], figures["seconds"], figures["mode"]) == ("finetune", 2.5, "full")
+    assert figures["started"] <= figures["finished"]
+
+
+def test_events_are_told_apart_by_kind_and_stage(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    assert run.events("epoch", "pretrain") == []
+    run.log("epoch", stage="pretrain", epoch=1)
+    run.log("epoch", stage="finetune", epoch=1)
+    run.log("note")
+    run.log("epoch", stage="pretrain", epoch=2)
+    assert [event["epoch"] for event in run.events("epoch", "pretrain")] == [1, 2]
+
+
+LINE = '{"event": "epoch", "stage": "pretrain", "epoch": 2, "views": {"a": {}}}\n'
+
+
+def test_a_line_cut_off_by_a_kill_is_passed_over_and_the_next_one_is_read(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    for kept in range(1, len(LINE)):
+        run = RunFolder(tmp_path / str(kept), recipe)
+        run.log("epoch", stage="pretrain", epoch=1)
+        with open(run.path / "log.jsonl", "a") as file:
+            file.write(LINE[:kept])
+        whole = kept == len(LINE) - 1  # only the line feed is missing: nothing is lost
+        assert [event["epoch"] for event in run.events("epoch", "pretrain")] == [1, 2][: 1 + whole], kept
+        run.log("epoch", stage="pretrain", epoch=3)
+        assert [event["epoch"] for event in run.events("epoch", "pretrain")] == ([1, 2, 3] if whole else [1, 3]), kept
+
+
+def test_the_log_is_on_the_disk_when_the_call_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    sync: Callable[[int], None] = os.fsync
+
+    def watched(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    RunFolder(tmp_path, tiny(tmp_path)).log("note")
+    assert sizes == [(tmp_path / "log.jsonl").stat().st_size]
