@@ -43,8 +43,8 @@ def test_the_lower_bound_is_statsmodels_clopper_pearson_never_above_it(trials: i
 def test_the_lower_bound_keeps_its_level_by_the_binomial_itself(trials: int, alpha: float) -> None:
     k = _successes(trials)[1:]  # without a success the bound is 0, which is above no probability
     bound = lower_bound(k, trials, alpha)
-    assert (stats.binom.sf(k - 1, trials, bound) <= alpha).all()
-    assert (stats.binom.sf(k - 1, trials, bound * (1 + 1e-8)) > alpha).all()  # and no tighter bound does
+    assert np.all(stats.binom.sf(k - 1, trials, bound) <= alpha)
+    assert np.all(stats.binom.sf(k - 1, trials, bound * (1 + 1e-8)) > alpha)  # and no tighter bound does
 
 
 @pytest.mark.parametrize("alpha", [0.05, 1e-3, 1e-9])

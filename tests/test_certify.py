@@ -4,7 +4,9 @@ import re
 from dataclasses import fields, replace
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,7 @@ class Coverage:
 def _hard_margins(count: int, num_estimation: int) -> NDArray[np.float64]:
     """Margins whose probability is a hair below a value that the bound can take, so that it fails at its full level."""
     k = np.arange(int(0.6 * num_estimation), num_estimation + 1)
-    bounds = stats.beta.ppf(ALPHA, k, num_estimation - k + 1)
+    bounds = np.asarray(stats.beta.ppf(ALPHA, k, num_estimation - k + 1))
     bounds = bounds[(bounds > 0.55) & (bounds < 0.995)]
     margins = SIGMA * stats.norm.ppf(np.resize(bounds, count) - 2e-6)
     return margins * np.where(np.arange(count) % 2, 1, -1)
@@ -110,7 +112,7 @@ def test_a_bound_at_twice_the_level_is_caught(coverages: list[Coverage]) -> None
         p = np.maximum(coverage.probability_of_1, 1 - coverage.probability_of_1)
         k = np.arange(1, n + 1)
         fewest = np.searchsorted(stats.beta.ppf(2 * ALPHA, k, n - k + 1), p, side="right") + 1
-        chance = stats.binom.sf(fewest - 1, n, p)
+        chance = np.asarray(stats.binom.sf(fewest - 1, n, p))
         assert (chance <= 2 * ALPHA).all()
         expected, variance = expected + chance.sum(), variance + (chance * (1 - chance)).sum()
         failed, total = failed + coverage.failures(2 * ALPHA), total + len(p)
@@ -305,7 +307,9 @@ def written(digits_network: nn.Module, tmp_path: Path) -> tuple[Path, Certificat
 
 def _rows(certificates: Certificates, first: int, last: int) -> Certificates:
     arrays = {f.name: getattr(certificates, f.name) for f in fields(Certificates)}
-    cut = {name: value[first:last] for name, value in arrays.items() if isinstance(value, np.ndarray | tuple)}
+    cut: dict[str, Any] = {
+        name: value[first:last] for name, value in arrays.items() if isinstance(value, np.ndarray | tuple)
+    }
     return replace(certificates, **cut)
 
 
@@ -340,8 +344,6 @@ def test_the_table_opens_with_the_columns_of_the_field(written: tuple[Path, Cert
 def test_no_radius_is_written_above_the_truth(tmp_path: Path, coverages: list[Coverage]) -> None:
     """The text, where published logs with three significant digits round up: for every line Phi(text / sigma) is at
     most ``p_lower``, in 40 digits."""
-    import mpmath
-
     certificates = _rows(coverages[2].certificates, 0, 400)
     append_certificates(tmp_path / "table.tsv", certificates, range(400))
     with mpmath.workdps(40):

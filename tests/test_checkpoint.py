@@ -47,7 +47,11 @@ def test_the_name_changes_hands_only_after_the_bytes_are_on_the_disk(
 
     monkeypatch.setattr(os, "fsync", watched_sync)
     monkeypatch.setattr(os, "replace", watched_replace)
-    write_atomically(path, lambda target: target.write_bytes(b"12345") and None)
+
+    def write(target: Path) -> None:
+        target.write_bytes(b"12345")
+
+    write_atomically(path, write)
     assert seen == ["sync 5 bytes, target there: False", "replace"]
     assert path.read_bytes() == b"12345"
 

@@ -1,4 +1,4 @@
-"""NT-Xent against the paper's formula written slowly, its symmetries, another library, and itself over two processes."""
+"""NT-Xent against the paper's formula written slowly, its symmetries, another library, and itself in two processes."""
 
 import math
 import os

@@ -30,7 +30,7 @@ TEST_ORACLES = ("torchvision", "timm", "kornia", "foolbox", "pytorch_metric_lear
 
 
 def module_name(path: Path) -> str:
-    """Name below ``rush``, e.g. ``engine.loop``; a package has the name of its folder, ``rush`` itself the empty one."""
+    """Name below ``rush``, e.g. ``engine.loop``; a package is named as its folder, ``rush`` itself is empty."""
     parts = path.relative_to(SOURCE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

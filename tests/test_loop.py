@@ -16,7 +16,7 @@ from rush.data.images import ImageSet, stratified_subset
 from rush.data.sources import load_images
 from rush.data.views import Views
 from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.loop import Schedule, train
+from rush.engine.loop import Schedule, Step, train
 from rush.engine.optim import build_optimizer, cosine_factor
 from rush.engine.precision import Execution
 from rush.errors import CheckpointError, ConfigError, DataError, RushError
@@ -52,7 +52,7 @@ def test_biases_and_normalization_are_not_decayed_and_frozen_weights_are_left_ou
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2), nn.Linear(2, 2))
     module[3].requires_grad_(False)
     for name in ("sgd", "adamw"):
-        optimizer = build_optimizer(module, name, 0.1, 0.9, 0.01)  # type: ignore[arg-type]
+        optimizer = build_optimizer(module, name, 0.1, 0.9, 0.01)
         decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         expected = {"0.weight": 0.01, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.01, "2.bias": 0.0}
         assert {own: decays.get(id(p)) for own, p in module.named_parameters()} == {
@@ -116,7 +116,7 @@ def network(seed: int = 0) -> nn.Module:
     return seeded_init(module, stream(seed, "weights")).train()
 
 
-def noisy_step(module: nn.Module, fail_at: int = -1) -> Callable[[Tensor, torch.Generator], Tensor]:
+def noisy_step(module: nn.Module, fail_at: int = -1) -> Step:
     """Cross-entropy under noise of the step's own stream; raises at the call number ``fail_at``."""
     calls = iter(range(10_000))
 

@@ -65,7 +65,7 @@ def test_networks_have_the_published_number_of_parameters(name: EncoderName, wid
 @pytest.mark.parametrize("side", [8, 28, 32, 64, 96])
 def test_representations_are_features_wide_at_every_image_size(side: int) -> None:
     for name in ("small", "resnet18"):
-        encoder = build_encoder(name, 4, 3).eval()  # type: ignore[arg-type]
+        encoder = build_encoder(name, 4, 3).eval()
         assert encoder(pixels(2, 3, side)).shape == (2, encoder.features)
 
 
@@ -149,7 +149,10 @@ def removed(name: str) -> Callable[[Path], None]:
 
 
 def replaced(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
 
 
 @pytest.mark.parametrize(

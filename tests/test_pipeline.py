@@ -168,6 +168,7 @@ def check_killed(
 ) -> dict[Stage, int]:
     happened = killed_run(processes, tmp_path, kills, random.Random(seed))
     found = results(tmp_path / "run")
+    assert not list(tmp_path.rglob("*.partial")), "what a kill leaves half written is litter"
     assert found.keys() == undisturbed.keys()
     for name in undisturbed:
         assert found[name] == undisturbed[name], f"{name} differs after the kills {happened}"

@@ -29,7 +29,7 @@ def test_a_stream_is_the_mersenne_twister_whose_words_numpy_fills_from_sha256_of
     name: tuple[int, str | int],
 ) -> None:
     twister = np.random.MT19937()
-    words = np.random.SeedSequence(int.from_bytes(key(*name), "little")).generate_state(624)
+    words = np.random.SeedSequence(int.from_bytes(key(*name), "little")).generate_state(624).astype(np.uint32)
     twister.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
     # 2,000 numbers: three refills of the 624 words
     assert numbers(*name, count=2000) == (twister.random_raw(2000) % 2**20).tolist()

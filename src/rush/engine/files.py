@@ -9,9 +9,13 @@ from typing import Any
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` on a temporary neighbour of ``path``, flush it to the disk and rename it: a kill leaves the old
-    file or the new one."""
+    file or the new one.
+
+    The neighbour's name is always the same, so that what a kill has left of it is written over by the next attempt. One
+    process at a time may write ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:

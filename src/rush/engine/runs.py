@@ -162,7 +162,7 @@ class RunFolder:
 
 def _not_ours(entry: Path) -> bool:
     """Whether ``entry`` is something else than what a kill has left of the first ``write_atomically``."""
-    return not (entry.name.startswith(".recipe.json.") and entry.name.endswith(".partial"))
+    return entry.name != ".recipe.json.partial"
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -156,8 +156,8 @@ def attack(
     smoothed = model if isinstance(model, SmoothedClassifier) else None
     _check_model(model)
     pixels = labelled_pixels(images, smoothed.num_classes if smoothed else None)
-    if smoothed is None:
-        check_labels(pixels.y, len(pixels), _plain_logits(model, pixels.x[:1]).shape[1])  # type: ignore[arg-type]
+    if not isinstance(model, SmoothedClassifier):
+        check_labels(pixels.y, len(pixels), _plain_logits(model, pixels.x[:1]).shape[1])
     if not 0 < alpha < 0.5 or max_votes < BLOCK:
         raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
     if isinstance(threat.epsilon, Tensor) and threat.epsilon.shape != (len(pixels),):

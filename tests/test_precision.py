@@ -1,0 +1,131 @@
+"""The one forward: a sample's logits depend on neither its row nor its neighbours, in any precision."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exact_models import Recorder
+from rush.engine.precision import Execution, check_eval_mode, decide_execution
+from rush.errors import ConfigError, ModelError
+from rush.models.classifier import Classifier, Normalize
+from rush.models.encoders import build_encoder
+from rush.models.heads import linear_head
+from rush.options import EncoderName, Precision
+from rush.randomness import seeded_init, stream
+from rush.smoothing import SmoothedClassifier
+
+TILE = 64
+
+
+def _classifier(name: EncoderName, execution: Execution) -> nn.Module:
+    encoder = build_encoder(name, 8, 3)
+    network = Classifier(Normalize([0.5] * 3, [0.25] * 3), encoder, linear_head(encoder.features, 10))  # type: ignore[arg-type]
+    seeded_init(network, stream(0, "precision", name))
+    return execution.place(network).eval()
+
+
+def _images(count: int) -> Tensor:
+    return torch.rand((count, 3, 16, 16), generator=stream(0, "precision images"))
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def execution(request: pytest.FixtureRequest) -> Execution:
+    """Both precisions run on every processor; where bfloat16 is not native it is emulated."""
+    precision: Precision = request.param
+    return Execution(precision=precision, channels_last=precision == "bfloat16", tile=TILE)
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18"])
+def test_logits_depend_on_neither_row_nor_neighbours_nor_padding(name: EncoderName, execution: Execution) -> None:
+    """To the bit: alone in a padded tile, at any row of a full one, among others, in the last unfinished tile."""
+    network, x = _classifier(name, execution), _images(150)
+    whole = execution.tiled_logits(network, x)
+    assert len(whole.unique(dim=0)) == 150
+    order = torch.randperm(150, generator=stream(0, "order"))
+    assert torch.equal(execution.tiled_logits(network, x[order]), whole[order])
+    for row in (0, 17, 63, 64, 149):
+        assert torch.equal(execution.tiled_logits(network, x[row : row + 1]), whole[row : row + 1])
+    copies = x[3:4].expand(TILE, -1, -1, -1)
+    assert torch.equal(execution.tiled_logits(network, copies), whole[3:4].expand(TILE, -1))
+    assert torch.equal(execution.tiled_logits(network, x[5:42]), whole[5:42])
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18"])
+def test_votes_depend_on_no_tile_mate(name: EncoderName, execution: Execution) -> None:
+    smoothed = SmoothedClassifier(_classifier(name, execution), 0.5, 10, execution=execution)
+    x, ids = _images(5), list("abcde")
+    whole = smoothed.vote_blocks(x, 130, smoothed.streams(0, "test", ids))
+    assert (whole.sum((0, 1)) > 0).sum() > 1
+    for chosen in ([2], [4, 1]):
+        part = smoothed.vote_blocks(x[chosen], 130, smoothed.streams(0, "test", [ids[i] for i in chosen]))
+        assert torch.equal(part, whole[chosen])
+
+
+def test_the_last_tile_is_filled_and_its_padding_dropped() -> None:
+    recorder = Recorder(nn.Flatten())
+    x = _images(10)
+    logits = Execution(tile=4).tiled_logits(recorder, x)
+    assert [len(batch) for batch in recorder.inputs] == [4, 4, 4]
+    assert torch.equal(logits, x.flatten(1))
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32() -> None:
+    x = _images(8)
+    exact = Execution().tiled_logits(_classifier("small", Execution()), x)
+    half = Execution(precision="bfloat16")
+    rounded = half.tiled_logits(_classifier("small", half), x)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+
+
+def test_tiled_logits_are_those_that_gradients_flow_through(execution: Execution) -> None:
+    network, x = _classifier("small", execution), _images(TILE)
+    leaf = x.clone().requires_grad_(True)
+    logits = execution.logits(network, leaf)
+    assert logits.requires_grad
+    torch.testing.assert_close(logits.detach(), execution.tiled_logits(network, x), rtol=0.02, atol=0.02)
+    assert not execution.tiled_logits(network, leaf).requires_grad
+    (gradient,) = torch.autograd.grad(logits.sum(), leaf)
+    assert gradient.dtype == torch.float32
+    assert gradient.abs().amax((1, 2, 3)).min() > 0
+
+
+def test_the_layout_changes_no_value() -> None:
+    x = _images(2)
+    laid = Execution(channels_last=True).layout(x)
+    assert laid.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(laid, x)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    absent = "cuda:99" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(ConfigError, match=f"device '{absent}' cannot be used.*use auto, cpu, cuda or mps"):
+        decide_execution(absent)
+    with pytest.raises(ConfigError, match="device 'gpu' cannot be used"):
+        decide_execution("gpu")
+
+
+def test_what_is_asked_for_is_decided_and_recorded() -> None:
+    decided = decide_execution("cpu", "bfloat16", tile=32)
+    assert (decided.device, decided.precision, decided.tile) == ("cpu", "bfloat16", 32)
+    assert decided.threads == torch.get_num_threads()
+    recorded = decided.as_dict()
+    assert {name: recorded[name] for name in ("device", "precision", "tile", "threads")} == {
+        "device": "cpu",
+        "precision": "bfloat16",
+        "tile": 32,
+        "threads": torch.get_num_threads(),
+    }
+    assert decide_execution("cpu", "float32").precision == "float32"
+
+
+def test_a_layer_in_training_mode_is_named() -> None:
+    network = _classifier("resnet18", Execution())
+    check_eval_mode(network)
+    network.get_submodule("encoder.stages.2.norm1").train()
+    with pytest.raises(ModelError, match=r"encoder\.stages\.2\.norm1, 1 in all.*call classifier\.eval\(\) first"):
+        check_eval_mode(network)
+    with pytest.raises(ModelError, match=r"\(the module itself\)"):
+        check_eval_mode(nn.Identity())

@@ -1,0 +1,187 @@
+"""The sandwich: silent where certificates are honest, loud where they are not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+import rush
+from exact_models import square_half_space, square_images
+from rush.attacks.threat import ThreatModel
+from rush.certification.certify import Certificates
+from rush.errors import SandwichError
+from rush.evaluation.robust import AttackResult, Plan, attack_groups, join_results
+from rush.evaluation.sandwich import (
+    SHARE_OF_RADIUS,
+    Sandwich,
+    check_sandwich,
+    sandwich_plan,
+    sandwich_positions,
+    sandwich_threat,
+)
+from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
+from rush.inputs import labelled_pixels
+from rush.noise import Gaussian
+from rush.smoothing import ABSTAIN, SmoothedClassifier
+
+SIGMA, LEVEL = 0.25, 0.001
+SMOOTHED = SmoothedClassifier(square_half_space(), SIGMA, 2)
+
+
+def _certified(margins: NDArray[np.float64]) -> tuple[Tensor, Tensor, Certificates]:
+    x = square_images(margins, seed=0)
+    y = torch.from_numpy((margins > 0).astype(np.int64))
+    return x, y, rush.certify(SMOOTHED, (x, y), num_estimation=10_000, alpha=0.001)
+
+
+@pytest.fixture(scope="module")
+def certified() -> tuple[Tensor, Tensor, Certificates]:
+    """60 images at 0.3 to 1.6 sigma on their class's side of the plane; all certified to 0.9 of their distance."""
+    margins = np.linspace(0.075, 0.4, 60) * np.where(np.arange(60) % 2, 1, -1)
+    return _certified(margins)
+
+
+def _attacked(x: Tensor, y: Tensor, certificates: Certificates) -> AttackResult:
+    """The run's own sandwich attack, at 0.99 of each certified radius."""
+    pixels = labelled_pixels((x, y))
+    positions = sandwich_positions(certificates, pixels.ids)
+    chosen = pixels.select(positions)
+    threat = sandwich_threat(certificates, chosen.ids)
+    groups = attack_groups(
+        SMOOTHED, chosen, threat, sandwich_plan(steps=10, eot_samples=4), level=LEVEL, max_votes=10_000, seed=0
+    )
+    return join_results(list(groups), threat)
+
+
+def test_honest_certificates_are_not_broken(certified: tuple[Tensor, Tensor, Certificates]) -> None:
+    """Odds of failing by chance: at most 60 x (alpha + level) = 0.12 by the levels; in truth a bound would have to be
+    wrong by the 1 % that the attack stays inside, < 60 x 1e-4, and the verdict then at fault as well."""
+    x, y, certificates = certified
+    assert (certificates.radius > 0.85 * np.abs(square_half_space().margins(x))).mean() > 0.9
+    result = _attacked(x, y, certificates)
+    np.testing.assert_allclose(result.l2, SHARE_OF_RADIUS * certificates.radius, rtol=1e-3)  # the attack went there
+    sandwich = check_sandwich(certificates, [result], LEVEL)
+    assert sandwich == Sandwich(60, (), sandwich.allowed)
+    assert sandwich.allowed == stats.binom.isf(1e-6, 60, 0.002)
+    sandwich.require()
+
+
+def test_radii_inflated_by_a_half_are_an_error(certified: tuple[Tensor, Tensor, Certificates]) -> None:
+    """The check has power: nearly every image is broken inside a radius that is 1.5 times too large."""
+    x, y, certificates = certified
+    inflated = replace(certificates, radius=1.5 * certificates.radius)
+    sandwich = check_sandwich(inflated, [_attacked(x, y, inflated)], LEVEL)
+    assert sandwich.checked == 60
+    assert len(sandwich.violations) > 50
+    with pytest.raises(SandwichError, match=r"\d+ of 60 certified images are broken.*do not rely on either") as caught:
+        sandwich.require()
+    assert sandwich.violations[0] in str(caught.value)
+
+
+def test_radii_inflated_by_a_half_are_caught_by_no_attack_that_does_nothing(
+    certified: tuple[Tensor, Tensor, Certificates],
+) -> None:
+    """So the violations above are the attack's work, and not that of the comparison."""
+    x, y, certificates = certified
+    inflated = replace(certificates, radius=1.5 * certificates.radius)
+    clean = rush.attack(SMOOTHED, (x, y), ThreatModel("l2", 1), "none", alpha=LEVEL)
+    check_sandwich(inflated, [clean], LEVEL).require()
+
+
+def test_certificates_from_noise_smaller_than_stated_are_an_error(
+    certified: tuple[Tensor, Tensor, Certificates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when noise is added in other units than sigma's: votes at half the deviation give radii twice too large."""
+    x, y, _ = certified
+    sample = Gaussian.sample
+    with monkeypatch.context() as patched:
+        patched.setattr(Gaussian, "sample", lambda *arguments: sample(*arguments) / 2)
+        wrong = rush.certify(SMOOTHED, (x, y), num_estimation=1000)
+    with pytest.raises(SandwichError):
+        check_sandwich(wrong, [_attacked(x, y, wrong)], LEVEL).require()
+
+
+def _result(ids: list[str], verdict: list[int], l2: list[float]) -> AttackResult:
+    n = len(ids)
+    zeros = np.zeros(n, np.int64)
+    return AttackResult(
+        plan=Plan("crafted", "crafted", "none"),
+        threat=ThreatModel("l2", 1.0),
+        adversarial=torch.zeros(n, 1, 1, 1),
+        labels=zeros,
+        ids=tuple(ids),
+        verdict=np.array(verdict, np.uint8),
+        challenger=zeros,
+        counts=np.zeros((n, 2), np.int64),
+        votes=zeros,
+        linf=np.array(l2),
+        l2=np.array(l2),
+        seconds=np.zeros(n),
+        level=LEVEL,
+    )
+
+
+@pytest.fixture
+def crafted(certified: tuple[Tensor, Tensor, Certificates]) -> Certificates:
+    """Five images: a right certificate of 0.3, a right one of 0.1, a wrong class, an abstention, a right one of 0.2."""
+    _, _, certificates = certified
+    cut = {
+        name: getattr(certificates, name)[:5]
+        for name in ("p_lower", "num_samples", "counts", "blocks", "selection", "seconds")
+    }
+    return replace(
+        certificates,
+        **cut,
+        ids=tuple("abcde"),
+        labels=np.array([0, 1, 1, 0, 1]),
+        prediction=np.array([0, 1, 0, ABSTAIN, 1]),
+        radius=np.array([0.3, 0.1, 0.5, 0.0, 0.2]),
+    )
+
+
+def test_only_broken_points_within_the_radius_of_a_right_certificate_are_violations(crafted: Certificates) -> None:
+    result = _result(
+        list("abcdez"),
+        [BROKEN, BROKEN, BROKEN, BROKEN, HELD, BROKEN],
+        [0.29, 0.11, 0.01, 0.0, 0.01, 0.01],  # inside, outside, wrong class, abstained, held, no certificate
+    )
+    sandwich = check_sandwich(crafted, [result], LEVEL)
+    assert sandwich.violations == ("a",)
+    assert sandwich.checked == 3
+
+
+def test_the_edge_of_the_ball_belongs_to_it_and_undecided_points_break_nothing(crafted: Certificates) -> None:
+    result = _result(["a", "b", "e"], [BROKEN, UNDECIDED, BROKEN], [0.3, 0.05, 0.2001])
+    assert check_sandwich(crafted, [result], LEVEL).violations == ("a",)
+
+
+def test_an_image_counts_once_however_many_attacks_break_it(crafted: Certificates) -> None:
+    results = [_result(["a", "b"], [BROKEN, HELD], [0.2, 0.05]), _result(["b", "a"], [BROKEN, BROKEN], [0.05, 0.1])]
+    sandwich = check_sandwich(crafted, results, LEVEL)
+    assert sandwich.violations == ("a", "b")
+    assert sandwich.checked == 2
+
+
+def test_nothing_attacked_is_nothing_checked(crafted: Certificates) -> None:
+    sandwich = check_sandwich(crafted, [_result(["c", "z"], [BROKEN, BROKEN], [0.0, 0.0])], LEVEL)
+    assert sandwich == Sandwich(0, (), 0)
+    sandwich.require()
+
+
+def test_as_many_violations_as_chance_explains_pass_and_one_more_does_not() -> None:
+    Sandwich(1000, ("a", "b"), 2).require()
+    with pytest.raises(SandwichError, match=r"3 of 1000 .* at most 2 can be chance: a, b, c"):
+        Sandwich(1000, ("a", "b", "c"), 2).require()
+
+
+def test_the_attack_is_given_exactly_the_right_certificates_and_their_radii(crafted: Certificates) -> None:
+    ids = ["e", "z", "c", "a", "d", "b"]
+    positions = sandwich_positions(crafted, ids)
+    assert positions == [0, 3, 5]
+    threat = sandwich_threat(crafted, [ids[i] for i in positions])
+    assert threat.norm == "l2"
+    np.testing.assert_allclose(threat.epsilon, 0.99 * np.array([0.2, 0.3, 0.1]))
