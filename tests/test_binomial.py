@@ -5,11 +5,11 @@ from decimal import Decimal
 from fractions import Fraction
 from math import comb
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import proportion_confint  # type: ignore[import-untyped]
 
 from rush.binomial import lower_bound, sign_test, upper_quantile
 from rush.certification.bounds import RADIUS_DIGITS, certified_radius, certify_counts, largest_radius

@@ -365,10 +365,28 @@ def test_ids_are_a_function_of_the_pixels_alone() -> None:
     assert labelled_pixels((x.view(20, 1, 1, 4), labels)).ids[0] != ids[0]
 
 
-@pytest.mark.parametrize(("num_samples", "alpha"), [(0, 0.1), (-5, 0.1), (10, 0.0), (10, 1.0), (10, math.nan)])
+@pytest.mark.parametrize(
+    ("num_samples", "alpha"),
+    [(0, 0.1), (-5, 0.1), (10.5, 0.1), (True, 0.1), (10, 0.0), (10, 1.0), (10, math.nan)],
+)
 def test_numbers_that_predict_cannot_use_are_refused(num_samples: int, alpha: float) -> None:
-    with pytest.raises(InputError, match="num_samples >= 1 and 0 < alpha < 1"):
+    with pytest.raises(InputError, match=r"num_samples must be an integer >= 1|alpha must lie in \(0, 1\)"):
         _smoothed(square_half_space(), 2).predict(_images(1), num_samples, alpha)
+
+
+def test_a_generator_too_few_is_refused_and_never_shared() -> None:
+    smoothed, x = _smoothed(Smooth(), 3), _images(2)
+    for call in (smoothed.log_probs, smoothed.vote_blocks):
+        with pytest.raises(InputError, match="got 1 generators for 2 images; give one an image"):
+            call(x, 4, smoothed.streams(0, "test", ["a"]))
+    with pytest.raises(InputError, match="num_samples must be an integer >= 1, got 0"):
+        smoothed.log_probs(x, 0, stream(0, "test"))
+
+
+def test_images_that_carry_gradients_are_predicted_like_others() -> None:
+    smoothed, x = _smoothed(Smooth(), 3), _images(2)
+    expected = smoothed.predict(x, num_samples=100)
+    assert torch.equal(smoothed.predict(x.clone().requires_grad_(True), num_samples=100), expected)
 
 
 def test_a_network_in_training_mode_is_refused_by_votes_and_by_gradients() -> None:

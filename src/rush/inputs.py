@@ -34,12 +34,18 @@ def check_pixels(x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or x.numel() == 0:
         given = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"images must be a float tensor (N, C, H, W) with N >= 1, got {given}")
-    low, high = float(x.min()), float(x.max())
+    low, high = float(x.detach().min()), float(x.detach().max())
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
         raise InputError(
             f"pixels must be finite and lie in [0, 1], got minimum {low:g} and maximum {high:g}; "
             "divide uint8 images by 255 and move normalization into the model"
         )
+
+
+def check_positive_integer(name: str, value: object) -> None:
+    """Raises InputError unless ``value`` is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be an integer >= 1, got {value!r}")
 
 
 def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from rush.binomial import sign_test
 from rush.engine.precision import Execution, check_eval_mode
 from rush.errors import InputError, ModelError
-from rush.inputs import check_pixels, pixel_ids
+from rush.inputs import check_pixels, check_positive_integer, pixel_ids
 from rush.noise import Gaussian
 from rush.randomness import stream
 
@@ -71,6 +71,7 @@ class SmoothedClassifier:
         Raises: ModelError when the classifier is in training mode or gives logits of the wrong shape or not finite.
         """
         check_eval_mode(self.classifier)
+        _check_one_each(generators, len(x))
         blocks = -(-num_samples // BLOCK)
         votes = torch.zeros(len(x) * blocks * self.num_classes, dtype=torch.int64, device=self.execution.device)
         waiting: list[tuple[Tensor, int]] = []
@@ -100,8 +101,9 @@ class SmoothedClassifier:
         Raises: InputError for bad images or numbers, ModelError like ``vote_blocks``.
         """
         check_pixels(x)
-        if num_samples < 1 or not 0 < alpha < 1:
-            raise InputError(f"need num_samples >= 1 and 0 < alpha < 1, got {num_samples} and {alpha}")
+        check_positive_integer("num_samples", num_samples)
+        if not 0 < alpha < 1:
+            raise InputError(f"alpha must lie in (0, 1), got {alpha!r}")
         generators = self.streams(seed, "predict", pixel_ids(x))
         votes, classes = self.counts(x, num_samples, generators).topk(2, dim=1)
         p_value = torch.from_numpy(2 * sign_test(votes[:, 0].numpy(), votes[:, 1].numpy()))
@@ -119,12 +121,14 @@ class SmoothedClassifier:
 
     def sample_noise(self, x: Tensor, num_samples: int, generator: Generators | None) -> Tensor:
         """Noise (B, num_samples, C, H, W) for the images ``x``, from one generator or one an image."""
+        check_positive_integer("num_samples", num_samples)
         if generator is None:
             raise InputError(
                 "log_probs draws noise: give generator=rush.randomness.stream(seed, name) or another torch.Generator"
             )
         if isinstance(generator, torch.Generator):
             return self.noise.sample((len(x), num_samples, *x.shape[1:]), generator)
+        _check_one_each(generator, len(x))
         return torch.stack([self.noise.sample((num_samples, *x.shape[1:]), own) for own in generator])
 
     def log_probs_at(self, x: Tensor, noise: Tensor) -> Tensor:
@@ -174,6 +178,11 @@ class _SmoothedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._smoothed.log_probs(x, self._num_samples, self._generator)
+
+
+def _check_one_each(generators: Sequence[torch.Generator], num_images: int) -> None:
+    if len(generators) != num_images:
+        raise InputError(f"got {len(generators)} generators for {num_images} images; give one an image")
 
 
 def _checked_logits(logits: Tensor, rows: int, num_classes: int) -> Tensor:

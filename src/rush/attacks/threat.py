@@ -26,9 +26,9 @@ class ThreatModel:
         if self.norm not in get_args(Norm):
             raise InputError(f"unknown norm {self.norm!r}; allowed: {', '.join(get_args(Norm))}")
         values = self.epsilon.flatten().tolist() if isinstance(self.epsilon, Tensor) else [self.epsilon]
-        wrong = [value for value in values if isinstance(value, bool) or not math.isfinite(value) or value <= 0]
+        wrong = [value for value in values if not _is_positive_number(value)]
         if wrong:
-            raise InputError(f"epsilon must be finite and > 0, got {wrong[0]!r}")
+            raise InputError(f"epsilon must be a finite number > 0, got {wrong[0]!r}")
         if self.norm == "linf" and max(values) > 1:
             raise InputError(
                 f"l-inf epsilon = {max(values):g} exceeds the pixel range [0, 1]; write {max(values):g}/255"
@@ -78,6 +78,10 @@ def distances(adversarial: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """l-inf and l2 norms (N,) in float64 of the changes (N, C, H, W)."""
     delta = (adversarial.double() - x.double()).flatten(1)
     return delta.abs().amax(1), delta.norm(dim=1)
+
+
+def _is_positive_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def _l2(delta: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rush.certification.bounds import certify_counts, largest_radius
 from rush.engine.progress import progress
 from rush.errors import InputError
-from rush.inputs import Images, LabelledPixels, labelled_pixels
+from rush.inputs import Images, LabelledPixels, check_positive_integer, labelled_pixels
 from rush.options import fewest_samples
 from rush.smoothing import SmoothedClassifier
 
@@ -99,8 +99,7 @@ def check_certify_arguments(method: str, num_selection: int, num_estimation: int
     if method not in get_args(CertifyMethod):
         raise InputError(f"unknown method {method!r}; allowed: {', '.join(get_args(CertifyMethod))}")
     for name, value in (("num_selection", num_selection), ("num_estimation", num_estimation)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+        check_positive_integer(name, value)
     if not 0 < alpha < 0.5:
         raise InputError(f"alpha must lie in (0, 0.5), got {alpha!r}")
     if num_estimation < fewest_samples(alpha):

@@ -1,5 +1,6 @@
 """Attack a data set and judge every returned point on fresh noise."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rush.engine.progress import progress
 from rush.errors import InputError, ModelError
 from rush.evaluation.intervals import Interval, share_interval
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, judge, judge_deterministic
-from rush.inputs import Images, LabelledPixels, check_labels, labelled_pixels
+from rush.inputs import Images, LabelledPixels, check_labels, check_positive_integer, labelled_pixels
 from rush.randomness import stream
 from rush.smoothing import BLOCK, SmoothedClassifier
 
@@ -147,7 +148,8 @@ def attack(
     model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels to logits taken as deterministic. images: an
     ImageSet with labels or a pair (float images, labels). method: "none" judges the images themselves; "fgsm" is one
     step of size epsilon; "pgd" has ``steps`` 20, ``step_size`` epsilon / 4, random starts, ``restarts`` 1 and, on a
-    smoothed model, ``eot_samples`` 16 by default. step_size is in pixel units. alpha: probability of a false verdict,
+    smoothed model, ``eot_samples`` 16 by default. step_size is in pixel units, where images have their own epsilon
+    for the largest one and in proportion for the others. alpha: probability of a false verdict,
     for each image. Attack noise comes from streams named "attack/...", the choice among candidates and the verdict from
     others.
     Raises: InputError for bad images or numbers, or an argument the method does not take; ModelError for an unusable
@@ -158,6 +160,7 @@ def attack(
     pixels = labelled_pixels(images, smoothed.num_classes if smoothed else None)
     if not isinstance(model, SmoothedClassifier):
         check_labels(pixels.y, len(pixels), _plain_logits(model, pixels.x[:1]).shape[1])
+    check_positive_integer("max_votes", max_votes)
     if not 0 < alpha < 0.5 or max_votes < BLOCK:
         raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
     if isinstance(threat.epsilon, Tensor) and threat.epsilon.shape != (len(pixels),):
@@ -235,8 +238,10 @@ def _plan(
             raise InputError(
                 f"{name}={value} was given, but method {method!r} with gradient {gradient!r} takes none on this model"
             )
-        if value is not None and value <= 0:
-            raise InputError(f"{name} must be > 0, got {value}")
+        if value is not None and name != "step_size":
+            check_positive_integer(name, value)
+    if step_size is not None and not 0 < step_size < math.inf:
+        raise InputError(f"step_size must be a finite number > 0, got {step_size!r}")
     eot = (eot_samples or 16) if noisy else 0
     if method == "none":
         return Plan("clean", "no attack", "none")
