@@ -17,7 +17,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "options", "randomness", "config"),
     ("data", "noise", "binomial"),
     ("engine", "models", "objectives"),
-    ("pretraining", "finetuning", "inputs", "smoothing", "models.saved"),  # saved models are smoothed classifiers
+    ("pretraining", "finetuning", "inputs", "smoothing", "saving"),  # saved models are smoothed classifiers
     ("certification",),
     ("attacks",),
     ("evaluation",),
@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     assert own_imports(code) == {"engine.loop", "data.images", "data.views", "cli", "pipeline", "smoothing"}
     assert "torch.nn" in imported(code)
     assert own_imports(code, late=False) == {"engine.loop", "data.images", "data.views", "cli"}
-    assert [level(name) for name in ("models.resnet", "models.saved", "cli")] == [2, 3, 9]
+    assert [level(name) for name in ("models.resnet", "saving", "cli")] == [2, 3, 9]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name])

@@ -17,9 +17,9 @@ from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.resnet import ResNet
-from rush.models.saved import ClassifierSpec, load_smoothed, save_smoothed
 from rush.options import EncoderName
 from rush.randomness import seeded_init, stream
+from rush.saving import ClassifierSpec, load_smoothed, save_smoothed
 
 
 def parameters(module: nn.Module) -> int:
@@ -123,7 +123,7 @@ def test_the_description_is_written_last(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rush.models.saved.write_json", fail)
+    monkeypatch.setattr("rush.saving.write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         saved(tmp_path)
     with pytest.raises(RunError, match=r"model\.json is missing: .* holds no finished model"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rush.engine.precision import decide_execution
 from rush.errors import RunError
-from rush.models.saved import load_smoothed, read_description
+from rush.saving import load_smoothed, read_description
 from rush.smoothing import SmoothedClassifier
 
 

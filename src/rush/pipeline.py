@@ -28,11 +28,11 @@ from rush.evaluation.table import AttackParts, write_attacks
 from rush.finetuning import finetune
 from rush.inputs import LabelledPixels, labelled_pixels
 from rush.models.classifier import Classifier
-from rush.models.saved import ClassifierSpec, load_smoothed, load_weights, save_smoothed, save_weights
 from rush.noise import Gaussian
 from rush.options import Stage, parse_fraction
 from rush.pretraining import channel_statistics, pretrain
 from rush.randomness import seeded_init, stream
+from rush.saving import ClassifierSpec, load_smoothed, load_weights, save_smoothed, save_weights
 from rush.smoothing import SmoothedClassifier
 
 ENCODER = Path("checkpoints/encoder.safetensors")
