@@ -6,8 +6,9 @@ when y is shown to beat every other class, else *undecided* at the cap of votes.
 Level. The challenger c is chosen on 100 votes of its own. Votes are then looked at after 100, 400, 1,600, ... and at
 the cap, each look at level / (number of looks). *broken* is one sign test of c against y. *held* rejects, for every c,
 that c is at least as likely as y: an intersection-union test, each part at the full level of the look. If y really is
-the top class only *broken* can be wrong, otherwise only *held*; hence, by the union bound over the looks, P(a false
-verdict) <= level.
+the only top class, just *broken* can be wrong; if some other class is the only one, just *held*; hence, by the union
+bound over the looks, P(a false verdict) <= level. At an exact tie g is not defined and each of the two verdicts has
+probability <= level.
 """
 
 from dataclasses import dataclass
