@@ -10,6 +10,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 
@@ -397,3 +398,13 @@ def test_the_figures_of_the_stages_are_those_of_the_recipe(tiny_run: Path) -> No
     provenance = json.loads((tiny_run / "provenance.json").read_text())
     assert provenance["data"]["test"]["fingerprint"] == load_images("digits", "test").fingerprint
     assert TINY.count("epochs = 2") == 2
+
+
+def test_a_run_is_not_tested_on_its_training_images(tmp_path: Path) -> None:
+    digits = load_images("digits", "train")
+    assert digits.labels is not None
+    np.savez(tmp_path / "one_set.npz", images=digits.images.numpy(), labels=digits.labels.numpy())
+    run = RunFolder.create(tmp_path / "run", tiny(tmp_path, f"data.name={tmp_path / 'one_set.npz'}"))
+    with pytest.raises(DataError, match=r"the same 1397 images for train and test; .* separate splits"):
+        run_stage(run, "pretrain")
+    assert not (run.path / "checkpoints").exists()

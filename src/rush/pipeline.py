@@ -85,6 +85,7 @@ def run_pretrain(run: RunFolder) -> None:
         return
     here = Conditions.of(run)
     train, test = here.images("train"), here.images("test")
+    _check_separate(train, test)
     run.begin("pretrain")
     config = here.recipe.pretrain
     classifier = _new_classifier(here.recipe, train)
@@ -259,6 +260,14 @@ def _read_certificates(here: Conditions, smoothed: SmoothedClassifier) -> Certif
             "remove stages/certify.json and run `rush certify` again"
         )
     return certificates
+
+
+def _check_separate(train: ImageSet, test: ImageSet) -> None:
+    if torch.equal(train.images, test.images):
+        raise DataError(
+            f"{train.name} gives the same {len(train)} images for train and test; nothing measured on them would hold "
+            "for new images: give it separate splits (docs/data.md)"
+        )
 
 
 def _spec(recipe: Recipe, train: ImageSet) -> ClassifierSpec:
