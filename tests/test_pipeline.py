@@ -24,7 +24,7 @@ from rush.data.sources import load_images
 from rush.engine.runs import RunFolder
 from rush.errors import CheckpointError, ConfigError, DataError, RunError
 from rush.options import STAGES, Stage
-from rush.pipeline import run_finetune, run_stage
+from rush.pipeline import Conditions, run_finetune, run_stage
 from tiny import TINY, results, run_tiny, tiny
 
 
@@ -408,3 +408,14 @@ def test_a_run_is_not_tested_on_its_training_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the same 1397 images for train and test; .* separate splits"):
         run_stage(run, "pretrain")
     assert not (run.path / "checkpoints").exists()
+
+
+def test_a_resumed_run_computes_with_its_recorded_threads(tiny_run: Path) -> None:
+    before = torch.get_num_threads()
+    recorded = RunFolder.open(tiny_run).recorded("threads")
+    torch.set_num_threads(recorded + 1)
+    try:
+        conditions = Conditions.of(RunFolder.open(tiny_run))
+        assert torch.get_num_threads() == conditions.execution.threads == recorded
+    finally:
+        torch.set_num_threads(before)
