@@ -158,6 +158,7 @@ def test_a_missing_archive_is_downloaded_and_read(
     md5 = pack(tmp_path / "stl10_binary", tmp_path / "served.tar.gz")
     monkeypatch.setattr("test_download.CONTENT", (tmp_path / "served.tar.gz").read_bytes())
     monkeypatch.setattr(sources, "STL10", replace(stl10.STL10, md5=md5, url=server.url))
+    (tmp_path / "fresh").mkdir()
     for _ in range(2):
         images = sources.load_images("stl10", "train", root=tmp_path / "fresh")
         assert images.images.equal(images.images.new_tensor(pixels))

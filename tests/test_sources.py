@@ -66,8 +66,16 @@ def test_the_root_comes_from_the_argument_then_the_environment(tmp_path: Path, m
     monkeypatch.setenv("RUSH_DATA", str(tmp_path / "environment"))
     with pytest.raises(DataError, match="environment holds no cifar10"):
         load_images("cifar10", download=False)
+    argument = tmp_path / "argument"
+    argument.mkdir()
     with pytest.raises(DataError, match="argument holds no cifar10"):
-        load_images("cifar10", root=tmp_path / "argument", download=False)
+        load_images("cifar10", root=argument, download=False)
+
+
+def test_nothing_is_downloaded_to_a_mistyped_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="mistyped is no folder; pass one that exists"):
+        load_images("cifar10", root=tmp_path / "mistyped")
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_relative_paths_are_looked_up_in_the_root(tmp_path: Path) -> None:

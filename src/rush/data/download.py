@@ -83,7 +83,8 @@ class _Resuming:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(self.part.stem)
             self._persist(url, lambda done, total: progress.update(task, completed=done, total=total))
         self.part.replace(output_file)

@@ -39,7 +39,7 @@ def load_images(
     Names: "digits" (embedded in scikit-learn), "cifar10", "cifar100" (fine labels), "stl10" (also split "unlabeled").
     The last three are read from the official archives, their extracted folders or Hugging Face style parquet shards in
     ``root`` or ``root``/name; where there is nothing and ``download`` is true, the official archive is downloaded to
-    ``root``. ``root`` defaults to the environment variable RUSH_DATA, else to the user's cache folder. Paths (relative
+    ``root``. ``root``, an existing folder, defaults to the environment variable RUSH_DATA, else to the user's cache folder. Paths (relative
     ones are looked up in ``root`` if given): a folder of class folders, a folder of parquet shards, an .npz file.
 
     Raises: DataError, naming the file and the remedy, when the name or split is unknown, or the data are missing,
@@ -60,7 +60,10 @@ def load_images(
 
 def _root(root: str | os.PathLike[str] | None) -> Path:
     if root is not None:
-        return Path(root).expanduser().absolute()
+        folder = Path(root).expanduser().absolute()
+        if not folder.is_dir():
+            raise DataError(f"{folder} is no folder; pass one that exists (an empty one takes a download), or none")
+        return folder
     if os.environ.get(ROOT_VARIABLE):
         return Path(os.environ[ROOT_VARIABLE]).expanduser().absolute()
     import pooch
