@@ -39,8 +39,9 @@ def load_images(
     Names: "digits" (embedded in scikit-learn), "cifar10", "cifar100" (fine labels), "stl10" (also split "unlabeled").
     The last three are read from the official archives, their extracted folders or Hugging Face style parquet shards in
     ``root`` or ``root``/name; where there is nothing and ``download`` is true, the official archive is downloaded to
-    ``root``. ``root``, an existing folder, defaults to the environment variable RUSH_DATA, else to the user's cache folder. Paths (relative
-    ones are looked up in ``root`` if given): a folder of class folders, a folder of parquet shards, an .npz file.
+    ``root``. ``root``, an existing folder, defaults to the environment variable RUSH_DATA, else to the user's cache
+    folder. Paths (relative ones are looked up in ``root`` if given): a folder of class folders, a folder of parquet
+    shards, an .npz file.
 
     Raises: DataError, naming the file and the remedy, when the name or split is unknown, or the data are missing,
     truncated, altered, of a wrong shape, mislabelled or empty.
