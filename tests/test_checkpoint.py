@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.files import write_atomically, write_json
 from rush.engine.optim import build_optimizer
 from rush.errors import CheckpointError
+from rush.files import write_atomically, write_json
 from rush.randomness import seeded_init, stream
 
 

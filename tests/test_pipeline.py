@@ -419,3 +419,10 @@ def test_a_resumed_run_computes_with_its_recorded_threads(tiny_run: Path) -> Non
         assert torch.get_num_threads() == conditions.execution.threads == recorded
     finally:
         torch.set_num_threads(before)
+
+
+def test_two_processes_never_work_in_one_run(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", tiny(tmp_path))
+    with run.alone(), pytest.raises(RunError, match=r"another process is at work in .*run; wait for it"):
+        run_stage(run, "pretrain")
+    run_stage(run, "pretrain")

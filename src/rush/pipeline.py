@@ -212,8 +212,10 @@ def run_attack(run: RunFolder) -> None:
 
 
 def run_stage(run: RunFolder, stage: Stage) -> None:
-    """Run one stage by its name; a finished one is kept as it is."""
-    {"pretrain": run_pretrain, "finetune": run_finetune, "certify": run_certify, "attack": run_attack}[stage](run)
+    """Run one stage by its name; a finished one is kept as it is. Raises: RunError where another process is at work."""
+    stages = {"pretrain": run_pretrain, "finetune": run_finetune, "certify": run_certify, "attack": run_attack}
+    with run.alone():
+        stages[stage](run)
 
 
 def _attack_figures(

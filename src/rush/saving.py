@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rush.engine.files import write_atomically, write_json
 from rush.engine.precision import Execution
 from rush.errors import ConfigError, RunError
+from rush.files import write_atomically, write_json
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head

@@ -1,9 +1,7 @@
 """Downloads that are checked against a known hash and go on where they were cut off."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -11,6 +9,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from rush.errors import DataError
+from rush.files import one_process
 
 _BLOCK = 1 << 18
 Advance = Callable[[int, int | None], None]
@@ -31,7 +30,7 @@ def fetch(url: str, known_hash: str, target: Path, attempts: int = 5, pause: flo
     downloader = _Resuming(part, attempts, pause)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target):
+        with one_process(target.parent, wait=True):
             pooch.retrieve(url, known_hash, fname=target.name, path=target.parent, downloader=downloader)
     except (OSError, HTTPException) as error:
         raise DataError(
@@ -42,19 +41,6 @@ def fetch(url: str, known_hash: str, target: Path, attempts: int = 5, pause: flo
             f"{url} for {target}: {error} Run again to download it anew, or get the file elsewhere"
         ) from error
     return target
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """One process at a time for ``target``, where the system has file locks (not on Windows); the others wait."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with target.with_name(target.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True)

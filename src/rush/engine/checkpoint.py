@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rush.engine.files import write_atomically
 from rush.errors import CheckpointError
+from rush.files import write_atomically
 
 
 class TrainingCheckpoint:

@@ -5,15 +5,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rush.config import STAGE_SECTIONS, Recipe, build_recipe
-from rush.engine.files import write_json, write_text
 from rush.errors import RunError
+from rush.files import one_process, write_json, write_text
 from rush.options import STAGES, Stage
 
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
@@ -134,6 +135,18 @@ class RunFolder:
                 )
             current["data"] = {**seen, **data}
         write_json(file, {"commit": commit(), "versions": versions(), "machine": machine(), **current})
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context this process alone works in the folder; RunError where another one does."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(one_process(self.path, wait=False))
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is at work in {self.path}; wait for it or give another --out"
+                ) from error
+            yield
 
     def recorded(self, name: str) -> Any:
         """A value of ``provenance.json``; None before the first stage has written it."""

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from rush.attacks.threat import ThreatModel
-from rush.engine.files import write_atomically, write_text
 from rush.engine.progress import progress
 from rush.errors import RunError
 from rush.evaluation.robust import GROUP, AttackResult, Plan, attack_groups, join_results
+from rush.files import write_atomically, write_text
 from rush.inputs import LabelledPixels
 from rush.options import VERDICTS
 from rush.smoothing import SmoothedClassifier

@@ -12,8 +12,8 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from rush.engine.files import write_text
 from rush.evaluation.intervals import Interval, share_interval
+from rush.files import write_text
 from rush.reporting import plots, tables
 from rush.reporting.reading import read_run, read_samples
 from rush.reporting.results import RunResults, Sample

@@ -1,8 +1,10 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that one process at a time works in."""
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path`` atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def one_process(path: Path, wait: bool) -> Iterator[None]:
+    """Within the context no other process is in one for the same file or folder ``path``, which must exist.
+
+    Where another one is: waits for it, or raises BlockingIOError if not ``wait``. The system frees the lock of a killed
+    process. On Windows, which has no such locks, nothing is held.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
