@@ -19,7 +19,7 @@ from rush.models.encoders import build_encoder
 from rush.models.resnet import ResNet
 from rush.options import EncoderName
 from rush.randomness import seeded_init, stream
-from rush.saving import ClassifierSpec, load_smoothed, save_smoothed
+from rush.saving import ClassifierSpec, load_smoothed, save_smoothed, save_weights
 
 
 def parameters(module: nn.Module) -> int:
@@ -215,3 +215,12 @@ def test_a_pickle_in_the_place_of_the_weights_does_not_run(by_torch: bool, tmp_p
     else:
         pickle.loads(file.read_bytes())
     assert mark.exists(), "the payload is no payload: this test proves nothing"
+
+
+def test_saved_weights_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_weights(nn.Linear(2, 2), tmp_path / "weights.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o640

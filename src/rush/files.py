@@ -22,6 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that their owner alone may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -59,3 +60,9 @@ def one_process(path: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0o077)  # the system tells it by setting it
+    os.umask(current)
+    return current
