@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -488,6 +489,18 @@ def test_training_curves_leave_out_a_truncated_last_line(run: Path) -> None:
     edit(run / "log.jsonl", '{"event": "epo\n', "")
     epochs = [epoch for epoch in read_run(run).epochs if epoch.stage == "pretrain"]
     assert [epoch.loss for epoch in epochs] == [2.0, 1.0, 0.125]
+
+
+def test_a_run_kept_without_its_attacked_images_still_has_its_figures(run: Path) -> None:
+    """Shape and so the covering radius come from the model then; only the sample images are missing."""
+    before = summary_rows(read_run(run))
+    edit_json(run / "model" / "model.json", image_shape=[1, 8, 8])
+    shutil.rmtree(run / "attacks")
+    assert summary_rows(read_run(run)) == before
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "data:image/png" not in page
+    edit_json(run / "model" / "model.json", image_shape=[4, 1, 1])
+    assert summary_rows(read_run(run)) != before
 
 
 DAMAGES = {

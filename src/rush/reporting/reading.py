@@ -60,13 +60,15 @@ def read_run(folder: Path | str) -> RunResults:
 
 
 def read_samples(results: RunResults, count: int) -> tuple[Sample, ...]:
-    """At most ``count`` images under the strongest attacker, evenly spaced over the attacked set; () without attack.
+    """At most ``count`` images under the strongest attacker, evenly spaced over the attacked set; () without attack, or
+    where the whole folder ``attacks`` was left out, as in a run that is kept for its figures.
 
     Raises: RunError when an image file is missing, damaged or does not hold the images of attacks.tsv.
     """
-    if results.ladder is None:
+    attacks = results.folder / "attacks"
+    if results.ladder is None or not attacks.is_dir():
         return ()
-    rung, attacks = results.ladder.strongest, results.folder / "attacks"
+    rung = results.ladder.strongest
     remedy = _redo(results.folder, "attack")
     stored = _read_arrays(attacks / "images.npz", ("images", "ids"), remedy)
     changed = _read_arrays(attacks / f"{rung.name}.npz", ("adversarial", "ids"), remedy)
@@ -254,7 +256,6 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
     for rung in settings:
         _check_optional(rung, _RUNG_FIELDS, record, remedy)
     rungs, inside = _read_rungs(folder / "attacks.tsv", settings, remedy)
-    images = _read_arrays(folder / "attacks" / "images.npz", ("images",), remedy)["images"]
     epsilon = _number(threat, "epsilon", record, remedy)
     return Ladder(
         norm=threat["norm"],
@@ -263,10 +264,20 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
         alpha=_number(stage.fields, "alpha", record, remedy),
         max_votes=int(_number(stage.fields, "max_votes", record, remedy)),
         votes_per_image=stage.fields.get("votes_per_image") or 0.0,
-        shape=images.shape[1:],
+        shape=_image_shape(folder, remedy),
         rungs=rungs,
         sandwich=_read_sandwich(record, stage, (*rungs, *inside), certificates, remedy),
     )
+
+
+def _image_shape(folder: Path, remedy: str) -> tuple[int, int, int]:
+    """(C, H, W) of the attacked images; from the model's description where the folder ``attacks`` was left out."""
+    model = folder / "model" / "model.json"
+    if not (folder / "attacks").is_dir() and model.is_file():
+        channels, height, width = _read_json(model, remedy).get("image_shape") or (0, 0, 0)
+        return int(channels), int(height), int(width)
+    channels, height, width = _read_arrays(folder / "attacks" / "images.npz", ("images",), remedy)["images"].shape[1:]
+    return channels, height, width
 
 
 def _is_named(rung: Any) -> bool:
