@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -109,15 +110,18 @@ def train_on_shard(rank: int, folder: Path) -> None:
     view_a, view_b = (view.chunk(WORLD)[rank] for view in pair(8))
     loss = nt_xent(model(view_a), model(view_b), 0.3)
     loss.backward()
-    torch.save((loss.detach(), [p.grad for p in model.parameters()]), folder / f"rank{rank}.pt")
-    distributed.destroy_process_group()
+    torch.save((loss.detach(), [p.grad for p in model.parameters()]), folder / f"rank{rank}.partial")
+    os.replace(folder / f"rank{rank}.partial", folder / f"rank{rank}.pt")
+    while not all((folder / f"rank{other}.pt").exists() for other in range(WORLD)):
+        time.sleep(0.01)
+    os._exit(0)  # gloo's threads are not taken down, which now and then hangs
 
 
 @pytest.mark.timeout(120)
 def test_two_processes_on_different_images_equal_one_on_all_of_them(
     processes: ForkServerContext, tmp_path: Path
 ) -> None:
-    children = [processes.Process(target=train_on_shard, args=(rank, tmp_path)) for rank in range(WORLD)]
+    children = [processes.Process(target=train_on_shard, args=(rank, tmp_path), daemon=True) for rank in range(WORLD)]
     for child in children:
         child.start()
     model = network()

@@ -22,11 +22,10 @@ def nt_xent(view_a: Tensor, view_b: Tensor, temperature: float = 0.5) -> Tensor:
         raise InputError(f"need two (B, D) tensors of one shape, got {tuple(view_a.shape)} and {tuple(view_b.shape)}")
     if not temperature > 0:
         raise InputError(f"temperature must be > 0, got {temperature}")
-    z_a, z_b = F.normalize(view_a, dim=1), F.normalize(view_b, dim=1)
-    all_a, all_b = gather(z_a), gather(z_b)
-    local, world = len(z_a), len(all_a)
-    similarity = torch.cat([z_a, z_b]) @ torch.cat([all_a, all_b]).T / temperature
-    own = torch.arange(local, device=z_a.device) + rank() * local
-    itself, partner = torch.cat([own, own + world]), torch.cat([own + world, own])
+    z = F.normalize(torch.cat([view_a, view_b]), dim=1)
+    rows, pairs = len(z), len(view_a)
+    similarity = z @ gather(z).T / temperature
+    own = torch.arange(rows, device=z.device)
+    itself, partner = own + rank() * rows, (own + pairs) % rows + rank() * rows
     similarity = similarity.scatter(1, itself[:, None], -torch.inf)
     return F.cross_entropy(similarity, partner)
