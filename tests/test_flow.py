@@ -17,12 +17,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "options", "randomness", "config", "files"),
     ("data", "noise", "binomial"),
     ("engine", "models", "objectives"),
-    ("pretraining", "finetuning", "inputs", "smoothing", "saving"),  # saved models are smoothed classifiers
+    ("pretraining", "finetuning", "inputs", "voting", "smoothing", "saving"),  # saved models are smoothed classifiers
     ("certification",),
     ("attacks",),
     ("evaluation",),
     ("reporting",),
-    ("pipeline", "loading", "prediction"),
+    ("pipeline", "loading", "prediction", "recomputation"),
     ("cli",),
     ("__main__",),
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from rush.errors import ConfigError
-from rush.options import STAGES, Stage
+from rush.options import STAGES, Level, Stage
 
 if TYPE_CHECKING:
     from rush.config import Recipe
@@ -71,15 +71,55 @@ def finetune(folder: Path, *, data: Data = None, overrides: Overrides = None) ->
 
 
 @app.command
-def certify(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
-    """Certify test images of a run.
+def certify(
+    folder: Path,
+    *,
+    data: Data = None,
+    overrides: Overrides = None,
+    recompute: bool = False,
+    alpha: float | None = None,
+    bound: str | None = None,
+    num_estimation: int | None = None,
+    radii: Annotated[list[float] | None, Parameter(negative=())] = None,
+    level: Level | None = None,
+    out: Path | None = None,
+) -> None:
+    """Certify test images of a run; under torchrun the processes share them. Or recompute certificates from the stored
+    votes under another rule, without drawing a sample.
 
     Parameters
     ----------
     folder: Path
-        Run folder.
+        Run folder; for --recompute also a certificates.tsv.
+    recompute: bool
+        Apply the options below to the stored votes. What would not be valid is refused.
+    alpha: float
+        Probability of a false certificate.
+    bound: str
+        clopper-pearson (only where the number of samples was fixed), or anytime-valid: geometric, beta.
+    num_estimation: int
+        Use only the first so many votes of each image.
+    radii: list[float]
+        The grid of radii, in [0, 1] pixel units; may be given often.
+    level: str
+        image: each certificate by itself; family: all together.
+    out: Path
+        File for the recomputed certificates; without it they are only shown.
     """
-    _do(_reopen(folder, data, overrides), ("certify",))
+    options = {"alpha": alpha, "bound": bound, "num_estimation": num_estimation, "radii": radii, "level": level}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not recompute:
+        if given or out is not None:
+            name = next(iter(given), "out").replace("_", "-")
+            raise ConfigError(
+                f"--{name} belongs to --recompute; to certify with other values give --set certify.FIELD=..."
+            )
+        _do(_reopen(folder, data, overrides), ("certify",))
+        return
+    from rush.recomputation import recompute_table
+
+    title, rows = recompute_table(folder, out, **given)
+    _print_table(("certified accuracy", title), rows)
 
 
 @app.command
@@ -108,6 +148,36 @@ def report(folder: Path) -> None:
 
 
 @app.command
+def compare(
+    runs_or_logs: list[Path],
+    *,
+    sigma: Annotated[list[float] | None, Parameter(negative=())] = None,
+    radii: Annotated[list[float] | None, Parameter(negative=())] = None,
+    class_radius: float | None = None,
+    assume_same_images: bool = False,
+) -> None:
+    """Put the certificates of runs and public certification logs side by side.
+
+    Parameters
+    ----------
+    runs_or_logs: list[Path]
+        Run folders, certificates.tsv files, or logs with the columns idx, label, predict, radius, correct, time.
+    sigma: list[float]
+        Noise level of the logs, in their order, where their names do not say it.
+    radii: list[float]
+        Radii at which to compare; multiples of 0.25 by default.
+    class_radius: float
+        Radius of the figures by class.
+    assume_same_images: bool
+        Test pairs although nothing but index and label says that the images are the same.
+    """
+    from rush.reporting.compare import compare_command
+
+    for title, header, rows in compare_command(runs_or_logs, sigma, radii, class_radius, assume_same_images):
+        _print_wide_table(title, header, rows)
+
+
+@app.command
 def predict(
     folder: Path,
     images: list[Path],
@@ -116,6 +186,7 @@ def predict(
     alpha: float = 0.001,
     seed: int = 0,
     resize: bool = False,
+    eager: bool = False,
 ) -> None:
     """Predict the class of image files with the smoothed classifier of a run.
 
@@ -133,10 +204,14 @@ def predict(
         Seed of the noise.
     resize: bool
         Resize images of another size instead of refusing them.
+    eager: bool
+        Do not compile the network, even where it was certified compiled: for a machine without a compiler.
     """
     from rush.prediction import predict_files
 
-    rows = predict_files(folder, images, num_samples=num_samples, alpha=alpha, seed=seed, resize=resize)
+    rows = predict_files(
+        folder, images, num_samples=num_samples, alpha=alpha, seed=seed, resize=resize, compiled=not eager
+    )
     _print_table(("image", "class"), rows)
 
 
@@ -203,16 +278,18 @@ def _text(path: Path | None) -> str | None:
 def _do(folder: RunFolder, stages: Iterable[Stage]) -> None:
     from rich.console import Console
 
+    from rush.engine.distributed import joined_processes, rank
     from rush.pipeline import run_stage
 
-    console = Console(stderr=True)
-    for stage in stages:
-        if folder.finished(stage):
-            console.print(f"{stage}: finished before, kept", highlight=False)
-            continue
-        console.print(f"{stage} ...", highlight=False)
-        run_stage(folder, stage)
-        console.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
+    with joined_processes():
+        console = Console(stderr=True, quiet=rank() > 0)
+        for stage in stages:
+            if folder.finished(stage):
+                console.print(f"{stage}: finished before, kept", highlight=False)
+                continue
+            console.print(f"{stage} ...", highlight=False)
+            run_stage(folder, stage)
+            console.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
 
 
 def _report_on(folder: RunFolder, stages: Iterable[Stage]) -> None:
@@ -242,6 +319,16 @@ def _print_table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None
     from rich.text import Text
 
     table = Table(*head, show_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    _console().print(table)
+
+
+def _print_wide_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, title=title, title_justify="left", show_edge=False)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     _console().print(table)

@@ -12,8 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rush.errors import ConfigError
 from rush.options import (
+    CertifyMethod,
+    CompileChoice,
     EncoderName,
     FinetuneMode,
+    Level,
     Norm,
     OptimizerName,
     PrecisionChoice,
@@ -26,7 +29,7 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Level = Annotated[float, Field(gt=0, lt=0.5)]
+Probability = Annotated[float, Field(gt=0, lt=0.5)]
 
 
 class Section(BaseModel):
@@ -56,11 +59,16 @@ class SmoothingConfig(Section):
 
 
 class ExecutionConfig(Section):
-    """How the classifier is run: ``tile`` is the fixed batch size of every certified, predicted or judged sample."""
+    """How the classifier is run: ``tile`` is the fixed batch size of every certified, predicted or judged sample.
+
+    compile: torch.compile for these samples; ``auto`` tries it where there is much to certify, and keeps it where it
+    pays.
+    """
 
     device: str = "auto"
     precision: PrecisionChoice = "auto"
     tile: Annotated[int, Field(ge=1, le=65536)] = 256
+    compile: CompileChoice = "auto"
 
 
 class ViewsConfig(Section):
@@ -136,12 +144,19 @@ class FinetuneConfig(TrainingConfig):
 
 
 class CertifyConfig(Section):
-    """Certification (Cohen et al. 2019); ``images`` are the first so many of the test split, None all."""
+    """Certification (``rush.certify``); ``images`` are the first so many of the test split, None all.
+
+    radii: the grid, in pixel units; None: any radius, or with the sequential method multiples of sigma / 2.
+    """
 
     images: Count | None = None
+    method: CertifyMethod = "clopper-pearson"
     num_selection: Count = 100
     num_estimation: Count = 10_000
-    alpha: Level = 0.001
+    alpha: Probability = 0.001
+    radii: tuple[NonNegative, ...] | None = None
+    level: Level = "image"
+    futility: Probability = 0.01
 
     @model_validator(mode="after")
     def _can_certify(self) -> "CertifyConfig":
@@ -161,7 +176,7 @@ class AttackConfig(Section):
     step_size: str = "2/255"
     restarts: Count = 1
     eot_samples: tuple[Count, ...] = (1, 4, 16, 64)
-    alpha: Level = 0.001
+    alpha: Probability = 0.001
     max_votes: Annotated[int, Field(ge=100)] = 10_000
 
     @field_validator("epsilon", "step_size", mode="before")

@@ -1,4 +1,4 @@
-"""The errors a user can meet: every one says what was given, what is allowed and what to do."""
+"""The errors and warnings a user can meet: every one says what was given, what is allowed and what to do."""
 
 
 class RushError(Exception):
@@ -31,3 +31,11 @@ class CheckpointError(RushError):
 
 class SandwichError(RushError):
     """Attacks broke more certified images than the stated levels allow: the certificate or the attack is wrong."""
+
+
+class RushWarning(UserWarning):
+    """Base of all warnings that this library gives on purpose."""
+
+
+class NumericsWarning(RushWarning):
+    """A result may differ in its last bits from one call, batch or machine to another."""

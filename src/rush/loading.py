@@ -1,5 +1,6 @@
 """``rush.load``: a trained smoothed classifier from a folder."""
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -9,15 +10,20 @@ from rush.saving import load_smoothed, read_description
 from rush.smoothing import SmoothedClassifier
 
 
-def load(folder: str | PathLike[str], device: str = "auto") -> SmoothedClassifier:
+def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = True) -> SmoothedClassifier:
     """The SmoothedClassifier of a run folder, or of a folder with ``model.json`` and ``model.safetensors``.
 
-    It runs in the precision and tile that it was trained and certified with, on ``device``. Nothing is unpickled.
+    It runs in the precision, tile and form that it was certified with, on ``device``. Nothing is unpickled.
+    compiled: False runs it without torch.compile where it was certified with it, e.g. on a machine without a compiler;
+    in a few of many thousand votes the last bits of the logits then decide otherwise.
     Raises: RunError when there is no model, or its files are damaged; ConfigError when the device is not there.
     """
     model = _model_folder(folder)
     recorded = read_description(model)["execution"]
-    return load_smoothed(model, decide_execution(device, recorded["precision"], recorded["tile"]))
+    smoothed = load_smoothed(model, decide_execution(device, recorded["precision"], recorded["tile"]))
+    if not compiled:
+        smoothed.execution = replace(smoothed.execution, compile_mode="none")
+    return smoothed
 
 
 def image_shape(folder: str | PathLike[str]) -> tuple[int, int, int]:

@@ -26,4 +26,8 @@ class Gaussian:
 
     def sample(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
         """Noise of ``shape`` in float32 on the generator's device."""
-        return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).mul_(self.sigma)
+        return self.fill(torch.empty(shape, dtype=torch.float32, device=generator.device), generator)
+
+    def fill(self, out: Tensor, generator: torch.Generator) -> Tensor:
+        """``out``, float32 on the generator's device, filled in place with the noise that ``sample`` gives."""
+        return out.normal_(generator=generator).mul_(self.sigma)

@@ -4,12 +4,17 @@ import math
 from fractions import Fraction
 from typing import Literal
 
+CertifyMethod = Literal["clopper-pearson", "sequential"]
+CompileChoice = Literal["auto", "none", "default", "reduce-overhead"]
+CompileMode = Literal["none", "default", "reduce-overhead"]
 EncoderName = Literal["small", "resnet18", "resnet34"]
 FinetuneMode = Literal["linear", "full"]
+Level = Literal["image", "family"]
 Norm = Literal["linf", "l2"]
 OptimizerName = Literal["sgd", "adamw"]
 Precision = Literal["float32", "bfloat16"]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+SequentialBound = Literal["geometric", "beta"]
 Stage = Literal["pretrain", "finetune", "certify", "attack"]
 Verdict = Literal["broken", "held", "undecided"]
 

@@ -1,7 +1,9 @@
 """The stages of a run: each reads what the stage before left in the run folder, hands plain arguments on and writes its
 own part."""
 
-from dataclasses import dataclass
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from rush.attacks.threat import ThreatModel
-from rush.certification.certify import Certificates, certify_groups
-from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates
+from rush.certification.certificates import Certificates, join_certificates
+from rush.certification.certify import certify_each
+from rush.certification.rules import Rule, make_rule
+from rush.certification.sequential import UNDECIDED
+from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates, write_certificates
 from rush.config import AttackConfig, Recipe, TrainingConfig
 from rush.data.images import ImageSet, stratified_subset
 from rush.data.sources import load_images
 from rush.data.views import Views
 from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.distributed import barrier, in_turn, rank, world_size
+from rush.engine.forward import try_forwards
 from rush.engine.loop import Schedule
 from rush.engine.precision import Execution, decide_execution
 from rush.engine.probes import knn_correct, representations
@@ -33,10 +40,11 @@ from rush.options import Stage, parse_fraction
 from rush.pretraining import channel_statistics, pretrain
 from rush.randomness import seeded_init, stream
 from rush.saving import ClassifierSpec, load_smoothed, load_weights, save_smoothed, save_weights
-from rush.smoothing import SmoothedClassifier
 
 ENCODER = Path("checkpoints/encoder.safetensors")
 CERTIFICATES = Path("certificates.tsv")
+CERTIFICATE_PARTS = Path("certificates.parts")
+_SEQUENTIAL_SHARE = 0.2  # of the cap that a sequential certification draws on average, for the trial of the forward
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,8 @@ class Conditions:
     def images(self, split: str) -> ImageSet:
         """A split of the recipe's data, checked to be the one this run has used before; its fingerprint is recorded."""
         images = load_images(self.recipe.data.name, split=split, root=self.recipe.data.root)
-        self.run.record_provenance(
-            self.execution.as_dict(),
-            {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}},
-        )
+        found = {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}}
+        in_turn(lambda: self.run.record_provenance(self.execution.as_dict(), found))
         return images
 
     def evaluation_images(self, count: int | None, num_classes: int) -> tuple[list[int], LabelledPixels]:
@@ -133,13 +139,17 @@ def run_finetune(run: RunFolder) -> None:
         log=run.log,
     )
     spec, sigma = _spec(here.recipe, train), here.recipe.smoothing.sigma
-    save_smoothed(run.path / "model", classifier, spec, sigma, here.execution, train.images.shape[1:])
+    execution, forward = _choose_forward(here, classifier, train)
+    save_smoothed(run.path / "model", classifier, spec, sigma, execution, train.images.shape[1:])
     figures = _training_figures(run, "finetune", len(labelled), passes=config.epochs)
-    run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled))
+    run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled), forward=forward)
 
 
 def run_certify(run: RunFolder) -> None:
-    """Certify the evaluation images, group by group into ``certificates.tsv``; goes on behind the last whole line."""
+    """Certify the evaluation images, each written as soon as it is decided, and in the end ``certificates.tsv``.
+
+    Goes on behind a kill with the images that are missing; with several processes each takes its share of them.
+    """
     if run.finished("certify"):
         return
     run.require("finetune")
@@ -147,29 +157,24 @@ def run_certify(run: RunFolder) -> None:
     smoothed = load_smoothed(run.path / "model", here.execution)
     config = here.recipe.certify
     indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
-    run.begin("certify")
-    table = run.path / CERTIFICATES
-    drop_unfinished_line(table)
-    parameters = config.model_dump(exclude={"images"})
-    before = read_certificates(table, sigma=smoothed.sigma, **parameters)
-    done = before.ids if before else ()
-    if done != pixels.ids[: len(done)]:
-        raise RunError(f"{table} holds other images than this recipe certifies; move the file away and certify again")
-    start = len(done)
-    for part in certify_groups(smoothed, pixels, **parameters, seed=here.recipe.seed, start=start):
-        append_certificates(table, part, indices[start : start + len(part)])
-        start += len(part)
-    certificates = _read_certificates(here, smoothed)
-    seconds = float(certificates.seconds.sum())
-    run.finish(
-        "certify",
-        seconds=seconds,
-        images=len(certificates),
-        sigma=smoothed.sigma,
-        **parameters,
-        forward_passes_per_image=config.num_selection + config.num_estimation,
-        images_per_second=len(certificates) / seconds,
-    )
+    rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
+    parts = run.path / CERTIFICATE_PARTS
+    if rank() == 0:
+        run.begin("certify")
+    done = in_turn(lambda: _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True))))
+    missing = [position for position, index in enumerate(indices) if index not in done]
+    for position, certificate in certify_each(
+        smoothed, pixels, rule, here.recipe.seed, missing[rank() :: world_size()]
+    ):
+        append_certificates(parts / f"{rank()}.tsv", certificate, [indices[position]])
+    barrier()
+    if rank() == 0:
+        done = _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True)))
+        certificates = join_certificates([done[index] for index in indices])
+        write_certificates(run.path / CERTIFICATES, certificates, indices)
+        shutil.rmtree(parts, ignore_errors=True)
+        run.finish("certify", **_certify_figures(certificates))
+    barrier()
 
 
 def run_attack(run: RunFolder) -> None:
@@ -184,7 +189,7 @@ def run_attack(run: RunFolder) -> None:
     run.require("certify")
     here = Conditions.of(run)
     smoothed = load_smoothed(run.path / "model", here.execution)
-    certificates = _read_certificates(here, smoothed)
+    certificates = _read_certificates(run)
     config = here.recipe.attack
     indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
     run.begin("attack")
@@ -212,10 +217,65 @@ def run_attack(run: RunFolder) -> None:
 
 
 def run_stage(run: RunFolder, stage: Stage) -> None:
-    """Run one stage by its name; a finished one is kept as it is. Raises: RunError where another process is at work."""
+    """Run one stage by its name; a finished one is kept as it is.
+
+    Raises: RunError where another process is at work, or where several processes would do a stage that knows one.
+    """
     stages = {"pretrain": run_pretrain, "finetune": run_finetune, "certify": run_certify, "attack": run_attack}
-    with run.alone():
+    if world_size() > 1 and stage != "certify" and not run.finished(stage):
+        raise RunError(f"stage {stage} runs in one process; start `rush {stage} {run.path}` without torchrun")
+    with run.alone() if rank() == 0 else nullcontext():
         stages[stage](run)
+
+
+def _choose_forward(here: Conditions, classifier: Classifier, train: ImageSet) -> tuple[Execution, dict[str, Any]]:
+    """How judged samples are to be computed: as the recipe says, or what a short trial shows to be soonest done."""
+    wanted, config = here.recipe.execution.compile, here.recipe.certify
+    execution = here.execution
+    if wanted != "auto":
+        return replace(execution, compile_mode=wanted), {"compile_mode": wanted}
+    images = config.images or len(here.images("test"))
+    share = _SEQUENTIAL_SHARE if config.method == "sequential" else 1.0
+    passes = int(images * (config.num_selection + share * config.num_estimation))
+    placed = execution.place(classifier).eval()
+    chosen, trial = try_forwards(placed, execution, train.images.shape[1:], train.num_classes, passes)
+    return chosen, {"compile_mode": chosen.compile_mode, **trial}
+
+
+def _certify_figures(certificates: Certificates) -> dict[str, Any]:
+    seconds = float(certificates.seconds.sum())
+    rule = certificates.rule
+    return {
+        "seconds": seconds,
+        "processes": world_size(),
+        "images": len(certificates),
+        **asdict(rule),
+        "statement": rule.statement,
+        "forward_passes_per_image": float(certificates.num_samples.mean()),
+        "undecided": int((certificates.outcome == UNDECIDED).sum()),
+        "images_per_second": len(certificates) / seconds,
+    }
+
+
+def _read_parts(folder: Path, rule: Rule, ids: dict[int, str]) -> dict[int, Certificates]:
+    """The certificates that are written already, by their images' indices.
+
+    Raises: RunError when they were made under another rule or of other images.
+    """
+    found: dict[int, Certificates] = {}
+    for part in (folder / CERTIFICATES, *sorted((folder / CERTIFICATE_PARTS).glob("*.tsv"))):
+        drop_unfinished_line(part)
+        indices, certificates = read_certificates(part) or ((), None)
+        if certificates is None:
+            continue
+        if certificates.rule != rule:
+            raise RunError(f"{part} was made under another rule than the recipe's; move it away and certify again")
+        for row, index in enumerate(indices):
+            if ids.get(index) != certificates.ids[row]:
+                raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
+            found[index] = certificates.select([row])
+    (folder / CERTIFICATE_PARTS).mkdir(exist_ok=True)
+    return found
 
 
 def _attack_figures(
@@ -253,15 +313,13 @@ def _rung_figures(result: AttackResult) -> dict[str, Any]:
     }
 
 
-def _read_certificates(here: Conditions, smoothed: SmoothedClassifier) -> Certificates:
-    parameters = here.recipe.certify.model_dump(exclude={"images"})
-    certificates = read_certificates(here.run.path / CERTIFICATES, sigma=smoothed.sigma, **parameters)
-    if certificates is None:
+def _read_certificates(run: RunFolder) -> Certificates:
+    read = read_certificates(run.path / CERTIFICATES)
+    if read is None:
         raise RunError(
-            f"{here.run.path / CERTIFICATES} is missing or empty; "
-            "remove stages/certify.json and run `rush certify` again"
+            f"{run.path / CERTIFICATES} is missing or empty; remove stages/certify.json and run `rush certify` again"
         )
-    return certificates
+    return read[1]
 
 
 def _check_separate(train: ImageSet, test: ImageSet) -> None:

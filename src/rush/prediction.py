@@ -14,13 +14,20 @@ from rush.smoothing import ABSTAIN
 
 
 def predict_files(
-    folder: str | PathLike[str], files: Sequence[Path], *, num_samples: int, alpha: float, seed: int, resize: bool
+    folder: str | PathLike[str],
+    files: Sequence[Path],
+    *,
+    num_samples: int,
+    alpha: float,
+    seed: int,
+    resize: bool,
+    compiled: bool = True,
 ) -> list[tuple[str, str]]:
     """(file, class name or "abstain") for each image file, by the smoothed classifier in ``folder``.
 
     Raises: DataError when a file is no image, or of another size than the model's and ``resize`` is False.
     """
-    smoothed = load(folder)
+    smoothed = load(folder, compiled=compiled)
     shape = image_shape(folder)
     x = torch.stack([_read_image(file, shape, resize) for file in files])
     classes = smoothed.predict(x, num_samples=num_samples, alpha=alpha, seed=seed).tolist()

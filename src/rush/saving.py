@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rush.options import EncoderName
 from rush.smoothing import SmoothedClassifier
 
 FORMAT = 1
+_RECORDED = ("precision", "tile", "folded", "compile_mode")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def save_smoothed(
         "format": FORMAT,
         "classifier": asdict(spec),
         "noise": {"name": "gaussian", "sigma": sigma},
-        "execution": {"precision": execution.precision, "tile": execution.tile},
+        "execution": {name: getattr(execution, name) for name in _RECORDED},
         "image_shape": list(image_shape),
         "classes": list(spec.classes),
     }
@@ -84,6 +85,7 @@ def save_smoothed(
 def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
     """The smoothed classifier in ``folder`` (``model.json`` and ``model.safetensors``), placed and in evaluation mode.
 
+    Its forward has the form that is recorded with it: folded or not, compiled or not.
     Raises: RunError when a file is missing, damaged or written by a newer version.
     """
     description = read_description(folder)
@@ -95,6 +97,7 @@ def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
     except (TypeError, ValueError, RuntimeError) as error:
         raise _damaged(folder / "model.json", error) from error
     load_weights(classifier, folder / "model.safetensors")
+    execution = replace(execution, **recorded_form(description))
     placed = execution.place(classifier).eval()
     return SmoothedClassifier(
         placed,
@@ -126,6 +129,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(file, error) from error
     return description
+
+
+def recorded_form(description: dict[str, Any]) -> dict[str, Any]:
+    """Whether the model's forward is folded and compiled; models written before it was recorded are neither."""
+    recorded = description["execution"]
+    return {"folded": recorded.get("folded", False), "compile_mode": recorded.get("compile_mode", "none")}
 
 
 def _damaged(file: Path, error: Exception) -> RunError:

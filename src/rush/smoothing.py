@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.binomial import sign_test
+from rush.engine.forward import Forward
 from rush.engine.precision import Execution, check_eval_mode
 from rush.errors import InputError, ModelError
 from rush.inputs import check_pixels, check_positive_integer, pixel_ids
 from rush.noise import Gaussian
 from rush.randomness import stream
+from rush.voting import BLOCK, Request, Voter
 
 ABSTAIN = -1
-BLOCK = 100  # noise samples that are drawn together, and the unit in which votes are stored
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
@@ -57,6 +58,7 @@ class SmoothedClassifier:
         self.num_classes = num_classes
         self.classes = tuple(classes) if classes is not None else tuple(str(k) for k in range(num_classes))
         self.execution = execution or Execution(device=_device_of(classifier))
+        self._forward: Forward | None = None
 
     @property
     def sigma(self) -> float:
@@ -68,25 +70,18 @@ class SmoothedClassifier:
         x: (B, C, H, W) float32 in [0, 1]. generators: one an image, on the execution's device; each is advanced by
         whole blocks, so the votes for an image depend on its pixels and its generator alone. Cost: B x num_samples
         forward passes, in full tiles.
-        Raises: ModelError when the classifier is in training mode or gives logits of the wrong shape or not finite.
+        Raises: ModelError when the classifier is in training mode, is random, looks at neighbours, or gives logits of
+        the wrong shape or not finite.
         """
-        check_eval_mode(self.classifier)
         _check_one_each(generators, len(x))
         blocks = -(-num_samples // BLOCK)
-        votes = torch.zeros(len(x) * blocks * self.num_classes, dtype=torch.int64, device=self.execution.device)
-        waiting: list[tuple[Tensor, int]] = []
-        rows = 0
-        for image, generator in enumerate(generators):
-            pixels = x[image].to(self.execution.device, torch.float32)
-            for block in range(blocks):
-                used = min(BLOCK, num_samples - block * BLOCK)
-                noisy = self.noise.sample((BLOCK, *pixels.shape), generator)[:used].add_(pixels)
-                waiting.append((noisy, image * blocks + block))
-                rows += used
-                if rows >= self.execution.tile:
-                    waiting, rows = self._count_full_tiles(waiting, votes), rows % self.execution.tile
-        self._count(waiting, votes)
-        return votes.view(len(x), blocks, self.num_classes).cpu()
+        images = x.to(self.execution.device, torch.float32)
+        requests = (
+            Request(pixels, generator, min(BLOCK, num_samples - block * BLOCK))
+            for pixels, generator in zip(images, generators, strict=True)
+            for block in range(blocks)
+        )
+        return self.voter().launch(requests, len(x) * blocks).result().view(len(x), blocks, self.num_classes)
 
     def counts(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Votes int64 (B, K) of ``num_samples`` noisy copies of each image; see ``vote_blocks``."""
@@ -146,25 +141,15 @@ class SmoothedClassifier:
         """One generator an image, named by what it serves and the image's id."""
         return [stream(seed, purpose, own, device=self.execution.device) for own in ids]
 
+    def voter(self) -> Voter:
+        """The engine that counts votes, with the forward made anew when the classifier's weights have changed."""
+        check_eval_mode(self.classifier)
+        if self._forward is None or not self._forward.is_current(self.classifier):
+            self._forward = Forward(self.classifier, self.execution, self.num_classes)
+        return Voter(self._forward, self.noise, self.num_classes, self.execution.device, self.execution.tile)
+
     def _logits(self, x: Tensor) -> Tensor:
         return _checked_logits(self.execution.logits(self.classifier, x), len(x), self.num_classes)
-
-    def _count_full_tiles(self, waiting: list[tuple[Tensor, int]], votes: Tensor) -> list[tuple[Tensor, int]]:
-        """Count as many rows as fill whole tiles; returns the rest, at most the tail of the last block."""
-        last, slot = waiting[-1]
-        spare = sum(len(noisy) for noisy, _ in waiting) % self.execution.tile
-        kept = len(last) - spare  # never negative: before the last block came, the rows did not fill a tile
-        self._count([*waiting[:-1], (last[:kept], slot)], votes)
-        return [(last[kept:], slot)] if spare else []
-
-    def _count(self, parts: list[tuple[Tensor, int]], votes: Tensor) -> None:
-        parts = [(noisy, slot) for noisy, slot in parts if len(noisy)]
-        if not parts:
-            return
-        noisy = torch.cat([rows for rows, _ in parts])
-        logits = _checked_logits(self.execution.tiled_logits(self.classifier, noisy), len(noisy), self.num_classes)
-        slots = torch.cat([torch.full((len(rows),), slot, device=votes.device) for rows, slot in parts])
-        votes += torch.bincount(slots * self.num_classes + logits.argmax(1), minlength=len(votes))
 
 
 class _SmoothedModule(nn.Module):

@@ -39,9 +39,16 @@ def certify_counts(
     level ``alpha``."""
     top = selection.argmax(1)
     count = np.take_along_axis(estimation, top[:, None], 1)[:, 0]
-    p_lower = lower_bound(count, estimation.sum(1), alpha)
+    return certify_votes(top, count, estimation.sum(1), sigma, alpha)
+
+
+def certify_votes(
+    selected: NDArray[np.int64], successes: NDArray[np.int64], trials: NDArray[np.int64], sigma: float, alpha: float
+) -> Certified:
+    """The same for ``successes`` of ``trials`` votes for the ``selected`` class, all int (N,)."""
+    p_lower = lower_bound(successes, trials, alpha)
     radius = certified_radius(p_lower, sigma)
-    return Certified(np.where(radius > 0, top, ABSTAIN).astype(np.int64), radius, p_lower)
+    return Certified(np.where(radius > 0, selected, ABSTAIN).astype(np.int64), radius, p_lower)
 
 
 def certified_radius(p_lower: ArrayLike, sigma: float) -> NDArray[np.float64]:

@@ -1,72 +1,32 @@
-"""Certification of a data set with a fixed number of samples an image."""
+"""Certification of a data set by continuous batching: images enter and leave the running batch as they are decided.
 
+Every image has noise of its own (``stream(seed, "certify-selection", id)`` and ``"certify-estimation"``), drawn in
+blocks of 100, and is looked at after every block of its own path. What is drawn beyond the block that decides is thrown
+away unseen. A certificate is therefore a function of the image, the seed and the rule: neither the number of images in
+flight nor their order, neither the tile's other rows nor the number of processes changes a bit of it.
+"""
+
+import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from rush.certification.bounds import certify_counts, largest_radius
+from rush.certification.certificates import Certificates, join_certificates
+from rush.certification.decide import Decider
+from rush.certification.rules import Rule, make_rule
+from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.progress import progress
-from rush.errors import InputError
 from rush.inputs import Images, LabelledPixels, check_positive_integer, labelled_pixels
-from rush.options import fewest_samples
+from rush.options import CertifyMethod, Level
 from rush.smoothing import SmoothedClassifier
+from rush.voting import BLOCK, PendingVotes, Request
 
-CertifyMethod = Literal["clopper-pearson"]
-
-_GROUP_SAMPLES = 50_000  # images are certified in groups of about so many samples: results come often, tiles stay full
-
-
-@dataclass(frozen=True)
-class Certificates:
-    """Certificates of N images, each valid with probability >= 1 - alpha by itself (``certification.bounds``).
-
-    prediction int64 (N,), ABSTAIN (-1) where nothing is certified; radius float64 (N,) in pixel units, 0.0 there;
-    p_lower (N,); num_samples int64 (N,), selection and estimation together; counts int64 (N, K) of the estimation
-    votes; blocks uint8 (N, num_estimation / 100, K), the same by blocks of 100; selection int64 (N, K); seconds (N,);
-    labels int64 (N,); ids.
-    """
-
-    prediction: NDArray[np.int64]
-    radius: NDArray[np.float64]
-    p_lower: NDArray[np.float64]
-    num_samples: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    blocks: NDArray[np.uint8]
-    selection: NDArray[np.int64]
-    seconds: NDArray[np.float64]
-    labels: NDArray[np.int64]
-    ids: tuple[str, ...]
-    sigma: float
-    alpha: float
-    num_selection: int
-    num_estimation: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Certified with the label's class, (N,)."""
-        return self.prediction == self.labels
-
-    def accuracy(self, radius: float = 0.0) -> float:
-        """Certified accuracy: share of images certified with the correct class and a radius >= ``radius``."""
-        return float((self.correct & (self.radius >= radius)).mean())
-
-    @property
-    def acr(self) -> float:
-        """Average certified radius, wrong and abstained images counting 0; depends on ``num_estimation``, print both
-        together."""
-        return float(np.where(self.correct, self.radius, 0.0).mean())
-
-    @property
-    def largest_radius(self) -> float:
-        """No image can be certified beyond this radius with ``num_estimation`` samples."""
-        return largest_radius(self.num_estimation, self.sigma, self.alpha)
+_ROUND_TILES = 25  # tiles launched together before anything is read back
 
 
 def certify(
@@ -76,102 +36,211 @@ def certify(
     num_selection: int = 100,
     num_estimation: int = 100_000,
     alpha: float = 0.001,
+    radii: Sequence[float] | None = None,
+    level: Level = "image",
+    futility: float = 0.01,
     seed: int = 0,
+    in_flight: int | None = None,
 ) -> Certificates:
-    """Certificates of all images (Cohen et al. 2019, algorithm CERTIFY), each at level ``alpha``.
+    """Certificates of all images, in their order.
 
     images: an ImageSet with labels, or a pair (float images (N, C, H, W) in [0, 1], labels (N,)).
-    The class is selected on ``num_selection`` votes and bounded on ``num_estimation`` others. Noise comes from
-    ``stream(seed, "certify-selection", id)`` and ``stream(seed, "certify-estimation", id)``: a certificate depends
-    neither on the other images nor on their order. Cost: num_selection + num_estimation forward passes an image.
-    Raises: InputError for bad images, labels or numbers; ModelError for a classifier that cannot be certified.
+    method: ``clopper-pearson`` draws ``num_estimation`` samples an image (Cohen et al. 2019, algorithm CERTIFY);
+    ``sequential`` draws until the radii are decided, at most so many (``certification.sequential``). Either selects the
+    class on ``num_selection`` samples of their own.
+    radii: the grid of radii, in pixel units, taken to six decimals upwards; None: any radius for ``clopper-pearson``; 0
+    and the multiples of sigma / 2 within reach for ``sequential``. Few radii cost few samples.
+    level: ``image``: each certificate by itself is false with probability <= alpha; ``family``: all of them hold
+    together with probability >= 1 - alpha (alpha / N each).
+    futility: probability of giving up a radius that could be certified (``sequential``); never unsound.
+    in_flight: images sampled at once; changes no result. With torch.distributed initialised the images are shared among
+    the processes, and each returns all certificates.
+    Raises: InputError for bad images, labels or numbers, a radius beyond what ``num_estimation`` can certify among
+    them; ModelError for a classifier that cannot be certified (training mode, random, looking at neighbours).
     """
     pixels = labelled_pixels(images, smoothed.num_classes)
-    check_certify_arguments(method, num_selection, num_estimation, alpha)
-    groups = certify_groups(
-        smoothed, pixels, num_selection=num_selection, num_estimation=num_estimation, alpha=alpha, seed=seed
-    )
-    return join_certificates(list(groups))
-
-
-def check_certify_arguments(method: str, num_selection: int, num_estimation: int, alpha: float) -> None:
-    """Raises InputError when a number or the method is not allowed."""
-    if method not in get_args(CertifyMethod):
-        raise InputError(f"unknown method {method!r}; allowed: {', '.join(get_args(CertifyMethod))}")
-    for name, value in (("num_selection", num_selection), ("num_estimation", num_estimation)):
-        check_positive_integer(name, value)
-    if not 0 < alpha < 0.5:
-        raise InputError(f"alpha must lie in (0, 0.5), got {alpha!r}")
-    if num_estimation < fewest_samples(alpha):
-        raise InputError(
-            f"num_estimation = {num_estimation} certifies nothing at alpha = {alpha}, even when all votes agree; "
-            f"give at least {fewest_samples(alpha)}"
-        )
-
-
-def certify_groups(
-    smoothed: SmoothedClassifier,
-    pixels: LabelledPixels,
-    *,
-    num_selection: int,
-    num_estimation: int,
-    alpha: float,
-    seed: int,
-    start: int = 0,
-) -> Iterator[Certificates]:
-    """Certificates group by group from image ``start`` on, as soon as each group is done; the checked inside of
-    ``certify``."""
-    size = max(1, _GROUP_SAMPLES // (num_selection + num_estimation))
-    with progress("certify", len(pixels), start=start) as advance:
-        for first in range(start, len(pixels), size):
-            group = pixels.select(list(range(first, min(first + size, len(pixels)))))
-            yield _certify_group(smoothed, group, num_selection, num_estimation, alpha, seed)
-            advance(len(group))
-
-
-def join_certificates(parts: list[Certificates]) -> Certificates:
-    """One table of several, in their order; all must have the same parameters."""
-    arrays = ("prediction", "radius", "p_lower", "num_samples", "counts", "blocks", "selection", "seconds", "labels")
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
-    head = parts[0]
-    return Certificates(
-        **joined,
-        ids=tuple(own for part in parts for own in part.ids),
-        sigma=head.sigma,
-        alpha=head.alpha,
-        num_selection=head.num_selection,
-        num_estimation=head.num_estimation,
-    )
-
-
-def _certify_group(
-    smoothed: SmoothedClassifier,
-    group: LabelledPixels,
-    num_selection: int,
-    num_estimation: int,
-    alpha: float,
-    seed: int,
-) -> Certificates:
-    started = time.perf_counter()
-    selection = smoothed.counts(group.x, num_selection, smoothed.streams(seed, "certify-selection", group.ids)).numpy()
-    blocks = smoothed.vote_blocks(
-        group.x, num_estimation, smoothed.streams(seed, "certify-estimation", group.ids)
-    ).numpy()
-    counts = blocks.sum(1)
-    certified = certify_counts(selection, counts, smoothed.sigma, alpha)
-    return Certificates(
-        prediction=certified.prediction,
-        radius=certified.radius,
-        p_lower=certified.p_lower,
-        num_samples=np.full(len(group), num_selection + num_estimation, np.int64),
-        counts=counts,
-        blocks=blocks.astype(np.uint8),
-        selection=selection,
-        seconds=np.full(len(group), (time.perf_counter() - started) / len(group)),
-        labels=group.y.numpy(),
-        ids=group.ids,
+    rule = make_rule(
         sigma=smoothed.sigma,
+        method=method,
         alpha=alpha,
+        level=level,
+        num_images=len(pixels),
         num_selection=num_selection,
         num_estimation=num_estimation,
+        radii=radii,
+        futility=futility,
     )
+    own = list(range(rank(), len(pixels), world_size()))
+    found = dict(certify_each(smoothed, pixels, rule, seed, own, in_flight))
+    shared = {position: part for shard in gather_objects(found) for position, part in shard.items()}
+    return join_certificates([shared[position] for position in range(len(pixels))])
+
+
+def certify_each(
+    smoothed: SmoothedClassifier,
+    pixels: LabelledPixels,
+    rule: Rule,
+    seed: int,
+    positions: Sequence[int],
+    in_flight: int | None = None,
+) -> Iterator[tuple[int, Certificates]]:
+    """(position, its certificate) for the images at ``positions``, as soon as each is decided; the checked inside of
+    ``certify``.
+
+    Two cohorts of images take turns: while the device counts the votes of one, the other's are looked at.
+    """
+    if in_flight is not None:
+        check_positive_integer("in_flight", in_flight)
+    capacity = max(1, _ROUND_TILES * smoothed.execution.tile // BLOCK)
+    engine = _Engine(smoothed, rule, capacity)
+    cohorts = _cohort_sizes(rule, capacity, in_flight)
+    waiting = iter(positions)
+    flights: list[list[_Flight]] = [[] for _ in cohorts]
+    launched: _Round | None = None
+    with progress("certify", len(positions)) as advance:
+        for turn in itertools.cycle(range(len(cohorts))):
+            entering = itertools.islice(waiting, cohorts[turn] - len(flights[turn]))
+            flights[turn] += [engine.enter(pixels, position, seed) for position in entering]
+            following = engine.launch(flights[turn]) if flights[turn] else None
+            for flight in engine.land(launched) if launched else ():
+                yield flight.position, engine.certificate(flight)
+                advance(1)
+            flights = [[flight for flight in cohort if not flight.done] for cohort in flights]
+            if launched is None and following is None:
+                return
+            launched = following
+
+
+@dataclass(eq=False)
+class _Flight:
+    """An image whose votes are being drawn; ``issued`` estimation votes are drawn or under way."""
+
+    position: int
+    pixels: Tensor
+    label: int
+    own: str
+    generators: tuple[torch.Generator, torch.Generator]  # selection, estimation
+    selection: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    blocks: list[int] = field(default_factory=list)
+    issued: int = 0
+    trials: int = 0
+    passed: int = 0
+    outcome: int = 0
+    done: bool = False
+    seconds: float = 0.0
+
+    @property
+    def selected(self) -> int:
+        return int(self.selection.argmax())
+
+
+@dataclass
+class _Round:
+    """Blocks launched together: for each the flight, whether it selects, and its number of votes."""
+
+    blocks: list[tuple[_Flight, bool, int]]
+    pending: PendingVotes
+
+
+class _Engine:
+    def __init__(self, smoothed: SmoothedClassifier, rule: Rule, capacity: int) -> None:
+        self._smoothed, self._rule, self._capacity = smoothed, rule, capacity
+        self._voter, self._decider = smoothed.voter(), Decider(rule)
+        self._landed = time.perf_counter()
+
+    def enter(self, pixels: LabelledPixels, position: int, seed: int) -> _Flight:
+        own, classes = pixels.ids[position], self._smoothed.num_classes
+        selection, estimation = (
+            self._smoothed.streams(seed, f"certify-{purpose}", [own])[0] for purpose in ("selection", "estimation")
+        )
+        return _Flight(
+            position=position,
+            pixels=pixels.x[position].to(self._smoothed.execution.device, torch.float32),
+            label=int(pixels.y[position]),
+            own=own,
+            generators=(selection, estimation),
+            selection=np.zeros(classes, np.int64),
+            counts=np.zeros(classes, np.int64),
+        )
+
+    def launch(self, flights: Sequence[_Flight]) -> _Round:
+        """Queue the next blocks of ``flights``; at first also those that select the class."""
+        blocks: list[tuple[_Flight, bool, int]] = []
+        share = max(1, self._capacity // len(flights))
+        for flight in flights:
+            if flight.issued == 0:
+                blocks += [(flight, True, votes) for votes in _block_sizes(0, self._rule.num_selection)]
+            ahead = share if self._rule.method == "clopper-pearson" else min(share, 1 + flight.issued // (4 * BLOCK))
+            until = min(self._rule.num_estimation, flight.issued + ahead * BLOCK)
+            blocks += [(flight, False, votes) for votes in _block_sizes(flight.issued, until)]
+            flight.issued = until
+        requests = (Request(flight.pixels, flight.generators[not selects], votes) for flight, selects, votes in blocks)
+        return _Round(blocks, self._voter.launch(requests, len(blocks)))
+
+    def land(self, round_: _Round) -> list[_Flight]:
+        """Look at the votes of a round, block after block; returns the flights that are decided now."""
+        votes = round_.pending.result().numpy()
+        now = time.perf_counter()
+        seconds, self._landed = (now - self._landed) / len(votes), now
+        paths: dict[_Flight, list[tuple[NDArray[np.int64], int]]] = {}
+        for (flight, selects, size), counted in zip(round_.blocks, votes, strict=True):
+            flight.seconds += seconds
+            if selects:
+                flight.selection += counted
+            else:
+                paths.setdefault(flight, []).append((counted, size))
+        for step in range(max(map(len, paths.values()))):
+            open_ = [flight for flight, path in paths.items() if step < len(path) and not flight.done]
+            self._look([(flight, *paths[flight][step]) for flight in open_])
+        return [flight for flight in paths if flight.done]
+
+    def certificate(self, flight: _Flight) -> Certificates:
+        certified, outcome = self._decider.conclude(
+            selected=np.array([flight.selected], np.int64),
+            successes=np.array([sum(flight.blocks)], np.int64),
+            trials=np.array([flight.trials], np.int64),
+            passed=np.array([flight.passed], np.int64),
+            outcome=np.array([flight.outcome], np.uint8),
+        )
+        return Certificates(
+            prediction=certified.prediction,
+            radius=certified.radius,
+            p_lower=certified.p_lower,
+            num_samples=np.array([self._rule.num_selection + flight.trials], np.int64),
+            counts=flight.counts[None],
+            blocks=(np.array(flight.blocks, np.uint8),),
+            selection=flight.selection[None],
+            outcome=outcome,
+            seconds=np.array([flight.seconds]),
+            labels=np.array([flight.label], np.int64),
+            ids=(flight.own,),
+            rule=self._rule,
+        )
+
+    def _look(self, step: Sequence[tuple[_Flight, NDArray[np.int64], int]]) -> None:
+        if not step:
+            return
+        for flight, counted, size in step:
+            flight.counts += counted
+            flight.blocks.append(int(counted[flight.selected]))
+            flight.trials += size
+        flights = [flight for flight, _, _ in step]
+        passed = np.array([flight.passed for flight in flights], np.int64)
+        successes = np.array([flight.counts[flight.selected] for flight in flights], np.int64)
+        trials = np.array([flight.trials for flight in flights], np.int64)
+        for flight, *state in zip(flights, *self._decider.look(passed, successes, trials), strict=True):
+            flight.passed, flight.outcome, flight.done = int(state[0]), int(state[1]), bool(state[2])
+
+
+def _block_sizes(before: int, until: int) -> list[int]:
+    """Votes of the blocks from vote ``before`` (a multiple of 100) to ``until``."""
+    return [min(BLOCK, until - start) for start in range(before, until, BLOCK)]
+
+
+def _cohort_sizes(rule: Rule, capacity: int, in_flight: int | None) -> tuple[int, int]:
+    """Images in each cohort: as many as fill a round by a block each, or by all their blocks where all are needed."""
+    if in_flight is None:
+        blocks = -(-rule.num_estimation // BLOCK) if rule.method == "clopper-pearson" else 1
+        in_flight = 2 * max(1, capacity // blocks)
+    return -(-in_flight // 2), in_flight // 2

@@ -10,15 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rush.certification.bounds import RADIUS_DIGITS
-from rush.certification.certify import Certificates, join_certificates
+from rush.certification.certificates import UNKNOWN, Certificates, join_certificates
+from rush.certification.rules import Rule
+from rush.certification.sequential import OUTCOMES
 from rush.errors import RunError
-from rush.smoothing import BLOCK
+from rush.files import write_text
+from rush.voting import BLOCK
 
 # The first six columns are the field's (locuslab/smoothing), so that existing scripts read the file.
 COLUMNS = (
     "idx", "label", "predict", "radius", "correct", "time",
-    "id", "p_lower", "num_samples", "counts", "selection", "blocks",
+    "id", "p_lower", "num_samples", "outcome", "counts", "selection", "blocks", "rule",
 )  # fmt: skip
+
+
+def write_certificates(path: Path, certificates: Certificates, indices: Sequence[int]) -> None:
+    """Write the table of ``certificates``, whose images have these ``indices`` in their split, whole or not at all."""
+    lines = [_line(certificates, row, index) for row, index in enumerate(indices)]
+    write_text(path, "\t".join(COLUMNS) + "\n" + "".join(lines))
 
 
 def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) -> None:
@@ -26,7 +35,8 @@ def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) 
     file.
 
     Radii have six decimals, rounded toward zero already; ``p_lower`` is written so that it reads back exactly;
-    ``blocks`` holds the votes by blocks of 100 noise samples, uint8 (blocks, K), compressed by zlib, in base64.
+    ``blocks`` holds the votes for the selected class by blocks of 100 noise samples, uint8, compressed by zlib, in
+    base64; ``rule``, the same in every line, says how the votes were drawn and which level speaks.
     """
     lines = [_line(part, row, index) for row, index in enumerate(indices)]
     with open(path, "a", encoding="utf-8") as file:
@@ -37,12 +47,10 @@ def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) 
         os.fsync(file.fileno())
 
 
-def read_certificates(
-    path: Path, sigma: float, alpha: float, num_selection: int, num_estimation: int
-) -> Certificates | None:
-    """The certificates in ``path``; None when the file is missing or holds none.
+def read_certificates(path: Path) -> tuple[list[int], Certificates] | None:
+    """The indices of the images in their split, and their certificates; None when the file is missing or holds none.
 
-    Raises: RunError naming the line when the file is damaged or was written with other sample numbers.
+    Raises: RunError naming the line when the file is damaged.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if len(lines) < 2:
@@ -51,13 +59,19 @@ def read_certificates(
         raise RunError(
             f"{path}, line 1: expected the columns {' '.join(COLUMNS)}; move the file away and certify again"
         )
-    parts = []
+    indices: list[int] = []
+    parts: list[Certificates] = []
+    rules: dict[str, Rule] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            parts.append(_certificate(line.split("\t"), sigma, alpha, num_selection, num_estimation))
+            index, part = _certificate(line.split("\t"), rules)
         except (ValueError, OverflowError, zlib.error) as error:
             raise RunError(f"{path}, line {number}: {error}; move the file away and certify again") from error
-    return join_certificates(parts)
+        if part.rule != (parts or [part])[0].rule:
+            raise RunError(f"{path}, line {number}: its rule is not that of line 2; certify again into another folder")
+        indices.append(index)
+        parts.append(part)
+    return indices, join_certificates(parts)
 
 
 def drop_unfinished_line(path: Path) -> None:
@@ -80,42 +94,46 @@ def _line(part: Certificates, row: int, index: int) -> str:
         part.ids[row],
         repr(float(part.p_lower[row])),
         part.num_samples[row],
+        OUTCOMES[part.outcome[row]],
         _listed(part.counts[row]),
         _listed(part.selection[row]),
         base64.b64encode(zlib.compress(part.blocks[row].tobytes(), 9)).decode(),
+        part.rule.to_json(),
     )
     return "\t".join(str(field) for field in fields) + "\n"
 
 
-def _certificate(
-    fields: list[str], sigma: float, alpha: float, num_selection: int, num_estimation: int
-) -> Certificates:
-    """The certificate of one image; ValueError when a field is damaged or the votes do not add up."""
+def _certificate(fields: list[str], rules: dict[str, Rule]) -> tuple[int, Certificates]:
+    """Index and certificate of one image; ValueError when a field is damaged or the votes do not add up."""
     if len(fields) != len(COLUMNS):
         raise ValueError(f"{len(fields)} fields instead of {len(COLUMNS)}")
     row = dict(zip(COLUMNS, fields, strict=True))
+    rule = rules[row["rule"]] if row["rule"] in rules else rules.setdefault(row["rule"], Rule.from_json(row["rule"]))
     counts, selection = _numbers(row["counts"]), _numbers(row["selection"])
-    blocks = _blocks(row["blocks"], len(counts))
-    whole = len(blocks) == -(-num_estimation // BLOCK) and (blocks.sum(0, dtype=np.int64) == counts).all()
-    if not whole or counts.sum() != num_estimation:
-        raise ValueError(f"its votes do not add up to num_estimation = {num_estimation}")
-    if len(selection) != len(counts) or selection.sum() != num_selection:
-        raise ValueError(f"its votes do not add up to num_selection = {num_selection}")
-    return Certificates(
+    blocks = np.frombuffer(zlib.decompress(base64.b64decode(row["blocks"])), np.uint8)
+    samples = int(row["num_samples"])
+    drawn = samples - rule.num_selection
+    if not 0 < drawn <= rule.num_estimation or (counts.min() > UNKNOWN and counts.sum() != drawn):
+        raise ValueError(f"its votes do not add up to num_samples = {samples}, or exceed the rule's")
+    if rule.method == "clopper-pearson" and drawn != rule.num_estimation:
+        raise ValueError(f"it has {drawn} votes instead of num_estimation = {rule.num_estimation}")
+    if len(selection) != len(counts) or selection.sum() != rule.num_selection:
+        raise ValueError(f"its votes do not add up to num_selection = {rule.num_selection}")
+    if len(blocks) != -(-drawn // BLOCK) or blocks.sum(dtype=np.int64) != counts[selection.argmax()]:
+        raise ValueError("its blocks do not add up to its counts")
+    return int(row["idx"]), Certificates(
         prediction=_numbers(row["predict"]),
         radius=np.array([float(row["radius"])]),
         p_lower=np.array([float(row["p_lower"])]),
-        num_samples=_numbers(row["num_samples"]),
+        num_samples=np.array([samples], np.int64),
         counts=counts[None],
-        blocks=blocks[None],
+        blocks=(blocks,),
         selection=selection[None],
+        outcome=np.array([OUTCOMES.index(row["outcome"])], np.uint8),
         seconds=np.array([float(row["time"])]),
         labels=_numbers(row["label"]),
         ids=(row["id"],),
-        sigma=sigma,
-        alpha=alpha,
-        num_selection=num_selection,
-        num_estimation=num_estimation,
+        rule=rule,
     )
 
 
@@ -125,7 +143,3 @@ def _listed(values: NDArray[np.int64]) -> str:
 
 def _numbers(text: str) -> NDArray[np.int64]:
     return np.array([int(value) for value in text.split(",")], np.int64)
-
-
-def _blocks(text: str, num_classes: int) -> NDArray[np.uint8]:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(-1, num_classes)

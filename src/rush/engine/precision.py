@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rush.errors import ConfigError, ModelError
-from rush.options import Precision, PrecisionChoice
+from rush.options import CompileMode, Precision, PrecisionChoice
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Execution:
 
     device: where tensors live. precision: what autocast computes in; float32 is no autocast. channels_last: memory
     layout of 4-d tensors. tile: fixed number of rows of every judged batch, the last one padded. threads: CPU threads
-    when it was decided.
+    when it was decided. folded: BatchNorm is folded into the convolutions, for judged samples. compile_mode: their
+    torch.compile, "none" or its mode.
     """
 
     device: str = "cpu"
@@ -24,6 +25,8 @@ class Execution:
     channels_last: bool = False
     tile: int = 256
     threads: int = 0
+    folded: bool = False
+    compile_mode: CompileMode = "none"
 
     def place(self, module: nn.Module) -> nn.Module:
         """``module`` moved to the device and layout."""
@@ -41,9 +44,18 @@ class Execution:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled)
 
     def logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
-        """Logits (B, K) in float32, differentiable in ``x`` (B, C, H, W) float32."""
+        """Logits (B, K) in float32, differentiable in ``x`` (B, C, H, W) float32.
+
+        Raises: ModelError when the classifier returns something else than a tensor.
+        """
         with self.autocast():
-            return classifier(self.layout(x)).float()
+            logits = classifier(self.layout(x))
+        if not isinstance(logits, Tensor):
+            raise ModelError(
+                f"the classifier returned {type(logits).__name__}, expected a tensor of logits (B, K); wrap it in a "
+                "module that returns the logits alone"
+            )
+        return logits.float()
 
     def tiled_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
         """Logits (B, K) without gradients, computed ``tile`` rows at a time, the last tile padded with its first
@@ -61,14 +73,16 @@ class Execution:
 
 
 def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", tile: int = 256) -> Execution:
-    """The execution for this machine: cuda, else mps, else cpu; bfloat16 where the processor computes in it natively.
+    """The execution for this machine: cuda, else mps, else cpu; bfloat16 where the processor computes in it natively;
+    BatchNorm folded. Whether compiling pays is tried later (``forward.try_forwards``).
 
     Raises: ConfigError when the device asked for is not there.
     """
     chosen = _best_device() if device == "auto" else _checked_device(device)
     kind = torch.device(chosen).type
     resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
-    return Execution(chosen, resolved, resolved == "bfloat16" or kind == "cuda", tile, torch.get_num_threads())
+    layout = resolved == "bfloat16" or kind == "cuda"
+    return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True)
 
 
 def check_eval_mode(module: nn.Module) -> None:

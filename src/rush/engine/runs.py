@@ -167,7 +167,7 @@ class RunFolder:
         traces = {
             "pretrain": ("checkpoints/pretrain.pt", "checkpoints/encoder.safetensors"),
             "finetune": ("checkpoints/finetune.pt", "model/model.json"),
-            "certify": ("certificates.tsv",),
+            "certify": ("certificates.tsv", "certificates.parts"),
             "attack": ("attacks",),
         }[stage]
         return self.finished(stage) is not None or any((self.path / trace).exists() for trace in traces)

@@ -2,9 +2,9 @@
 
 Every image that is certified with its label's class is attacked in l2 at 0.99 of its own radius, so that the check has
 power, and every other broken point of the run whose l2 change is within the radius counts as well. A violation is an
-error of the certificate (probability <= alpha) or of a verdict (probability <= the verdicts' level), so for n images
-their number is at most Binomial(n, alpha + level) in law; more than its 1 - 1e-6 quantile is an error of the software
-or of the model's use.
+error of the certificate (probability <= the level of a single one) or of a verdict (probability <= the verdicts'
+level), so for n images their number is at most Binomial(n, the sum of the two) in law; more than its 1 - 1e-6 quantile
+is an error of the software or of the model's use.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 
 from rush.attacks.threat import ThreatModel
 from rush.binomial import upper_quantile
-from rush.certification.certify import Certificates
+from rush.certification.certificates import Certificates
 from rush.errors import SandwichError
 from rush.evaluation.robust import AttackResult, Plan
 
@@ -79,5 +79,6 @@ def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], 
         for own, l2 in zip(np.array(result.ids)[result.broken], result.l2[result.broken], strict=True)
         if own in radius and l2 <= radius[own]
     }
-    allowed = upper_quantile(len(attacked), min(1.0, certificates.alpha + verdict_level), TAIL) if attacked else 0
+    chance = min(1.0, certificates.rule.image_alpha + verdict_level)
+    allowed = upper_quantile(len(attacked), chance, TAIL) if attacked else 0
     return Sandwich(len(attacked), tuple(sorted(str(own) for own in broken)), allowed)

@@ -1,0 +1,148 @@
+"""Certificates of many images: what they say of each image, and of the classifier."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rush.binomial import lower_bound
+from rush.certification.rules import Rule
+from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
+from rush.errors import InputError
+
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Certificates of N images under one ``rule``; ``rule.statement`` says which level speaks.
+
+    prediction int64 (N,), ABSTAIN (-1) where nothing is certified; radius float64 (N,) in pixel units, 0.0 there: the
+    largest certified one of ``rule.radii``, any where that is None; p_lower (N,): the class's probability is shown to
+    be at least so much; num_samples int64 (N,), selection and estimation together; counts int64 (N, K) of the
+    estimation votes, UNKNOWN (-1) but for the selected class where recomputed from the first of them; blocks: for each
+    image uint8 (B,), the votes for the selected class by blocks of 100; selection int64 (N, K); outcome uint8 (N,),
+    index into ``OUTCOMES``, of the radius after the certified one; seconds (N,); labels int64 (N,); ids.
+    """
+
+    prediction: NDArray[np.int64]
+    radius: NDArray[np.float64]
+    p_lower: NDArray[np.float64]
+    num_samples: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    blocks: tuple[NDArray[np.uint8], ...]
+    selection: NDArray[np.int64]
+    outcome: NDArray[np.uint8]
+    seconds: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    ids: tuple[str, ...]
+    rule: Rule
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sigma(self) -> float:
+        return self.rule.sigma
+
+    @property
+    def alpha(self) -> float:
+        return self.rule.alpha
+
+    @property
+    def num_selection(self) -> int:
+        return self.rule.num_selection
+
+    @property
+    def num_estimation(self) -> int:
+        """Estimation samples an image; with a sequential rule the most there may be."""
+        return self.rule.num_estimation
+
+    @property
+    def selected(self) -> NDArray[np.int64]:
+        """The class that was tested, (N,): the most voted on the selection samples, the lowest at a tie."""
+        return self.selection.argmax(1).astype(np.int64)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Certified with the label's class, (N,)."""
+        return self.prediction == self.labels
+
+    @property
+    def largest_radius(self) -> float:
+        """No image can be certified beyond this radius under the rule."""
+        return self.rule.largest_radius
+
+    def accuracy(self, radius: float = 0.0) -> float:
+        """Certified accuracy: share of images certified with the correct class and a radius >= ``radius``.
+
+        With a grid only its radii are ever certified: between two of them this is the accuracy at the larger.
+        """
+        return float(self._certified_correctly(radius).mean())
+
+    def accuracy_lower(self, radius: float = 0.0, confidence: float = 0.95) -> float:
+        """A lower bound on the true certified accuracy at ``radius``, over the images' draw *and* the noise.
+
+        The true one is a = P(g(X) = Y and the smoothed classifier's exact radius at X is >= ``radius``), (X, Y) drawn
+        from the images' distribution. Assumption: the N images are independent draws of it and each has noise of its
+        own (their ids differ). Proof: whether an image is certified correctly is then an independent coin of
+        probability s. That takes an image for which it is true, or a false certificate, which has probability at most
+        alpha_i, the level of a single certificate, given the image; so s <= a + (1 - a) alpha_i, and
+        a >= (s - alpha_i) / (1 - alpha_i). With the Clopper-Pearson bound on s in its place the inequality holds with
+        probability >= ``confidence``; no correction for the number of images is due.
+        Raises: InputError unless 0 < confidence < 1, or when an id occurs twice.
+        """
+        if not 0 < confidence < 1:
+            raise InputError(f"confidence must lie in (0, 1), got {confidence!r}")
+        if len(set(self.ids)) < len(self.ids):
+            raise InputError("an image (id) is there twice; the bound needs independent images")
+        certified = int(self._certified_correctly(radius).sum())
+        share = float(lower_bound(certified, len(self), 1 - confidence))
+        return max(0.0, (share - self.rule.image_alpha) / (1 - self.rule.image_alpha))
+
+    def decision(self, radius: float) -> NDArray[np.str_]:
+        """Of each image (N,): "certified" at ``radius`` with the selected class, "not certifiable" or "undecided".
+
+        "not certifiable" is wrong for an image with probability at most the rule's level ``futility``; a fixed number
+        of samples leaves everything undecided that it does not certify.
+        """
+        certified = (self.prediction >= 0) & (self.radius >= radius)
+        open_ = np.where(self.outcome == NOT_CERTIFIABLE, NOT_CERTIFIABLE, UNDECIDED)
+        return np.array(OUTCOMES)[np.where(certified, CERTIFIED, open_)]
+
+    @property
+    def acr(self) -> float:
+        """Average certified radius, wrong and abstained images counting 0.
+
+        It depends on ``num_estimation``, and with ``rule.radii`` it is the average over that grid (``acr_name``); print
+        them together.
+        """
+        return float(np.where(self.correct, self.radius, 0.0).mean())
+
+    @property
+    def acr_name(self) -> str:
+        """ "ACR", or "grid ACR" where radii are those of a grid."""
+        return "ACR" if self.rule.radii is None else "grid ACR"
+
+    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> "Certificates":
+        """The certificates of these rows, in their order; the rule stays, and with it the family's size."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in _ARRAYS}
+        blocks, ids = (tuple(getattr(self, name)[row] for row in rows) for name in ("blocks", "ids"))
+        return replace(self, **arrays, blocks=blocks, ids=ids)
+
+    def _certified_correctly(self, radius: float) -> NDArray[np.bool_]:
+        return self.correct & (self.radius >= radius)
+
+
+def join_certificates(parts: Sequence[Certificates]) -> Certificates:
+    """One table of several, in their order; all must have the same rule."""
+    if any(part.rule != parts[0].rule for part in parts):
+        raise InputError("certificates of different rules cannot be joined; certify all images under one rule")
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+    blocks = tuple(own for part in parts for own in part.blocks)
+    return replace(parts[0], **arrays, blocks=blocks, ids=tuple(own for part in parts for own in part.ids))
+
+
+_ARRAYS = tuple(field.name for field in fields(Certificates) if field.name not in ("blocks", "ids", "rule"))

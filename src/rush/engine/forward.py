@@ -1,0 +1,196 @@
+"""The one forward of every certified, predicted or judged sample, and the trial that chooses its form."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node, symbolic_trace
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from rush.engine.inspection import check_forward, check_structure
+from rush.engine.precision import Execution
+from rush.errors import ModelError, NumericsWarning
+from rush.options import CompileMode
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TRIAL_SECONDS = 0.5
+_WORTH_TRYING_SECONDS = 60.0
+
+
+class Forward:
+    """Full tiles (T, C, H, W) float32 -> logits (T, num_classes) float32, without gradients, as ``execution`` says.
+
+    ``classifier`` must be in evaluation mode. Folding works on a copy: weights that change later call for a new one
+    (``is_current``). The first tile is run several times to see that the logits of an image depend on nothing but the
+    image.
+    Raises: ModelError when they do not, when the mode is wrong, or when logits have the wrong shape.
+    """
+
+    def __init__(self, classifier: nn.Module, execution: Execution, num_classes: int) -> None:
+        check_structure(classifier)
+        self._execution, self._num_classes = execution, num_classes
+        self._weights = {name: tensor.detach().clone() for name, tensor in _tensors(classifier).items()}
+        self._original = classifier
+        self._module = fold_batch_norm(classifier) if execution.folded else classifier
+        self._call = _compiled(self._logits, execution.compile_mode)
+        self._inspected = False
+
+    def __call__(self, tile: Tensor) -> Tensor:
+        with torch.no_grad():
+            if not self._inspected:
+                self._inspect(tile)
+            return self._call(tile)
+
+    def is_current(self, classifier: nn.Module) -> bool:
+        """Whether ``classifier`` still has the weights that this forward was made of."""
+        now = _tensors(classifier)
+        return now.keys() == self._weights.keys() and all(
+            tensor.device == self._weights[name].device and torch.equal(tensor, self._weights[name])
+            for name, tensor in now.items()
+        )
+
+    def _logits(self, tile: Tensor) -> Tensor:
+        return self._execution.logits(self._module, tile)
+
+    def _inspect(self, tile: Tensor) -> None:
+        logits = self._first(tile)
+        if logits.shape != (len(tile), self._num_classes):
+            raise ModelError(
+                f"the classifier gave logits of shape {tuple(logits.shape)} for {len(tile)} images, "
+                f"expected {(len(tile), self._num_classes)}"
+            )
+        check_forward(self._call, tile, self._execution.precision)
+        if self._execution.folded:
+            self._check_folding(tile)
+        self._inspected = True
+
+    def _first(self, tile: Tensor) -> Tensor:
+        try:
+            return self._call(tile)
+        except Exception as error:
+            if self._execution.compile_mode == "none":
+                raise
+            raise ModelError(
+                f"this classifier's forward is recorded as compiled ({self._execution.compile_mode}) and "
+                f"cannot be compiled here ({type(error).__name__}: {str(error)[:300]}); install a C++ compiler, or run "
+                "it without: rush.load(folder, compiled=False), rush predict --eager"
+            ) from error
+
+    def _check_folding(self, tile: Tensor) -> None:
+        """In float32 the folded copy must compute what the original does, up to rounding."""
+        plain = replace(self._execution, precision="float32")
+        expected, folded = plain.logits(self._original, tile), plain.logits(self._module, tile)
+        spread = float(expected.max() - expected.min())
+        if float((folded - expected).abs().max()) > 1e-3 * max(spread, 1e-6):
+            raise ModelError(
+                "folding BatchNorm into the convolutions changes this classifier's logits; "
+                "run it as it is, with execution=Execution(folded=False, ...)"
+            )
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` (evaluation mode) with every BatchNorm that follows a convolution folded into it.
+
+    ``module`` itself where there is nothing to fold or where its forward cannot be traced symbolically.
+    """
+    if not any(isinstance(layer, _NORMS) for layer in module.modules()):
+        return module
+    try:
+        traced = symbolic_trace(module)
+    except Exception as error:  # a trace runs the user's own code on symbols: it may fail in any way
+        text = f"BatchNorm is not folded, the classifier's forward cannot be traced: {error}"
+        warnings.warn(text, NumericsWarning, stacklevel=2)
+        return module
+    for node in list(traced.graph.nodes):
+        _fold_node(traced, node)
+    traced.recompile()
+    return traced.eval()
+
+
+def _fold_node(traced: GraphModule, node: Node) -> None:
+    """Fold ``node`` into the convolution before it, if it is a BatchNorm and nothing else sees that convolution."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node):
+        return
+    norm, conv = _module_of(traced, node), _module_of(traced, source)
+    if not isinstance(norm, _NORMS) or not isinstance(conv, _CONVOLUTIONS) or len(source.users) > 1:
+        return
+    if any(other is not source and _module_of(traced, other) is conv for other in traced.graph.nodes):
+        return  # one convolution used twice
+    traced.set_submodule(str(source.target), fuse_conv_bn_eval(conv, norm))
+    node.replace_all_uses_with(source)
+    traced.graph.erase_node(node)
+
+
+def _module_of(traced: GraphModule, node: Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def try_forwards(
+    classifier: nn.Module, execution: Execution, shape: Sequence[int], num_classes: int, forward_passes: int
+) -> tuple[Execution, dict[str, object]]:
+    """``execution`` with the form of the forward that gets ``forward_passes`` images of ``shape`` done soonest.
+
+    Eager is timed first; torch.compile (on CUDA also with its CUDA graphs) is tried only where the whole eager work
+    takes longer than a compilation, and is chosen when the time it saves exceeds the time it took. Also returns what
+    was measured: images a second of each form, seconds of compilation, and why a form could not be used.
+    """
+    modes: list[CompileMode] = ["default", "reduce-overhead"] if execution.device.startswith("cuda") else ["default"]
+    tile = torch.full((execution.tile, *shape), 0.5, device=execution.device)
+    rates: dict[CompileMode, float] = {"none": _rate(Forward(classifier, execution, num_classes), tile)}
+    found: dict[str, object] = {"forward_passes": forward_passes, "images_per_second": rates}
+    best, least = execution, forward_passes / rates["none"]
+    if least < _WORTH_TRYING_SECONDS:
+        return best, {**found, "compiled": "not tried, the whole work takes less than a compilation"}
+    for mode in modes:
+        candidate = replace(execution, compile_mode=mode)
+        started = time.perf_counter()
+        try:
+            forward = Forward(classifier, candidate, num_classes)
+            forward(tile)
+            compile_seconds = time.perf_counter() - started
+            rates[mode] = _rate(forward, tile)
+        except Exception as error:  # no compiler, an unsupported operation, ...: eager still works
+            logging.getLogger(__name__).info("torch.compile (%s) cannot be used", mode, exc_info=True)
+            found[f"{mode}_failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+            continue
+        found[f"{mode}_compile_seconds"] = round(compile_seconds, 1)
+        total = compile_seconds + forward_passes / rates[mode]
+        if total < least:
+            best, least = candidate, total
+    return best, found
+
+
+def _compiled(function: Callable[[Tensor], Tensor], mode: CompileMode) -> Callable[[Tensor], Tensor]:
+    if mode == "none":
+        return function
+    options: dict[str, Any] = {"freezing": True, "triton.cudagraphs": mode == "reduce-overhead"}
+    return torch.compile(function, dynamic=False, options=options)
+
+
+def _rate(forward: Forward, tile: Tensor) -> float:
+    """Images a second, over about half a second after two warm-up tiles."""
+    for _ in range(2):
+        forward(tile)
+    _wait(tile)
+    started, images = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < _TRIAL_SECONDS:
+        forward(tile)
+        images += len(tile)
+        _wait(tile)
+    return images / elapsed
+
+
+def _wait(tile: Tensor) -> None:
+    if tile.is_cuda:
+        torch.cuda.synchronize(tile.device)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,51 @@
+"""``rush certify --recompute``: the certificates of a run under another rule, from its stored votes."""
+
+from pathlib import Path
+from typing import Any
+
+from rush.certification.certificates import Certificates
+from rush.certification.recompute import recompute
+from rush.certification.table import read_certificates, write_certificates
+from rush.errors import RunError
+from rush.evaluation.intervals import share_interval
+
+
+def recompute_table(path: Path, out: Path | None, **changes: Any) -> tuple[str, list[tuple[str, str]]]:
+    """The new rule in words, and rows (radius, certified accuracy) for the certificates of a run folder or a table.
+
+    The new certificates go to ``out``, where one is given. Raises: RunError when there are none, or ``out`` exists;
+    InputError where the new rule would not be valid.
+    """
+    table = path / "certificates.tsv" if path.is_dir() else path
+    read = read_certificates(table)
+    if read is None:
+        raise RunError(f"{table} is missing or holds no certificates; run `rush certify` first")
+    if out is not None and out.exists():
+        raise RunError(f"{out} exists; give another file to --out")
+    indices, stored = read
+    certificates = recompute(stored, **changes)
+    if out is not None:
+        write_certificates(out, certificates, indices)
+    return certificates.rule.statement, _rows(certificates)
+
+
+def _rows(certificates: Certificates) -> list[tuple[str, str]]:
+    rule = certificates.rule
+    halves = [half * rule.sigma / 2 for half in range(int(2 * rule.largest_radius / rule.sigma) + 1)]
+    rows = [(f"radius {radius:g}", _accuracy(certificates, radius)) for radius in rule.radii or halves]
+    return [
+        ("method, bound", f"{rule.method}, {rule.bound}"),
+        ("samples an image", f"{certificates.num_samples.mean():,.0f} of at most {rule.num_samples:,}"),
+        *rows,
+        (certificates.acr_name, f"{certificates.acr:.4f}"),
+    ]
+
+
+def _accuracy(certificates: Certificates, radius: float) -> str:
+    share = certificates.accuracy(radius)
+    interval = share_interval(round(share * len(certificates)), len(certificates))
+    lower = certificates.accuracy_lower(radius)
+    return (
+        f"{100 * share:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}], "
+        f"true one >= {100 * lower:.1f} % with 95 % confidence over images and noise"
+    )

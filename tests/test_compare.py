@@ -1,0 +1,335 @@
+"""Logs side by side, and paired tests only where the images are shown or said to be the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from rush.errors import ConfigError
+from rush.evaluation.intervals import paired_difference, share_interval
+from rush.reporting.compare import (
+    Table,
+    class_accuracies,
+    compare,
+    compare_command,
+    comparison_tables,
+    grid_acr,
+    markdown,
+    mcnemar_p_value,
+    probability_ecdf,
+)
+from rush.reporting.logs import CertificationLog, read_log
+
+LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
+HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+
+
+def log_of(radius: Any, predict: Any = None, label: Any = None, name: str = "a", **fields: Any) -> CertificationLog:
+    """A log of the given radii; right everywhere unless ``predict`` says more."""
+    radius = np.array(radius, float)
+    label = np.zeros(len(radius), int) if label is None else np.array(label)
+    predict = label if predict is None else np.array(predict)
+    values: dict[str, Any] = {
+        "name": name, "path": Path(f"{name}.tsv"), "sigma": 0.5, "method": "clopper-pearson",
+        "bound": "clopper-pearson", "alpha": 0.001, "level": "image", "num_images": len(radius), "num_selection": None,
+        "num_estimation": 100_000, "radii": None, "idx": np.arange(len(radius)), "label": label, "predict": predict,
+        "radius": radius, "correct": predict == label, "seconds": np.ones(len(radius)),
+    }  # fmt: skip
+    return CertificationLog(**{**values, **fields})
+
+
+def table(tables: list[Table], title: str) -> Table:
+    return next(table for table in tables if table[0].startswith(title))
+
+
+def cells(tables: list[Table], title: str) -> dict[str, tuple[str, ...]]:
+    return {row[0]: row[1:] for row in table(tables, title)[2]}
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (3, 3), (2, 9), (30, 12), (0, 40)])
+def test_the_p_value_is_the_exact_mcnemar_test(first: int, second: int) -> None:
+    oracle = mcnemar([[5, first], [second, 7]], exact=True).pvalue
+    assert mcnemar_p_value(first, second) == pytest.approx(oracle, rel=1e-10)
+    if first + second:
+        assert mcnemar_p_value(first, second) == pytest.approx(stats.binomtest(first, first + second).pvalue, rel=1e-10)
+
+
+def test_accuracies_and_default_radii() -> None:
+    one = log_of([0.1, 0.25, 0.9, 0.8], predict=[0, 0, 0, 1])
+    two = log_of([0.3, 0.0, 0.3, 0.3], predict=[0, -1, 0, 0], name="b")
+    comparison = compare([one, two])
+    assert comparison.radii == (0.0, 0.25, 0.5, 0.75)
+    assert comparison.radius == 0.25
+    shown = cells(comparison_tables(comparison), "Certified accuracy by ℓ2")
+    assert [row[0].split(" %")[0] for row in shown.values()] == ["75.0", "50.0", "25.0", "25.0"]
+    assert [row[1].split(" %")[0] for row in shown.values()] == ["75.0", "75.0", "0.0", "0.0"]
+    exact = share_interval(3, 4)
+    assert shown["0"][0] == f"75.0 % [{100 * exact.low:.1f}, {100 * exact.high:.1f}]"
+    assert compare([one], radii=[0.5, 0.1, 0.5]).radii == (0.1, 0.5)
+    assert compare([log_of([0.0], predict=[-1])]).radii == (0.0,)
+    assert compare([log_of([25.0], sigma=100.0)]).radii[:3] == (0.0, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("radii", [[-0.1], [float("nan")], [float("inf")], [], [True]])
+def test_impossible_radii_are_refused(radii: list) -> None:
+    with pytest.raises(ConfigError, match="radius"):
+        compare([log_of([0.5])], radii=radii)
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        compare([])
+
+
+def test_summary_says_acr_with_its_n_and_grids_apart() -> None:
+    fixed = log_of([0.4, 0.6, 0.9], predict=[0, 0, -1], num_estimation=10_000)
+    grid = log_of(
+        [0.25, 0.5, 0.0], predict=[0, 0, -1], name="b", method="sequential", bound="geometric", radii=(0.25, 0.5),
+        num_samples=np.array([200, 400, 9000]), p_lower=np.array([0.7, 0.9, 0.1]), level="family",
+        undecided=np.array([False, True, True]),
+    )  # fmt: skip
+    tables = comparison_tables(compare([fixed, grid]))
+    summary, conditions = cells(tables, "Summary"), cells(tables, "Conditions")
+    assert summary["ACR"] == ("0.333 (N = 10,000)", "–")
+    assert summary["grid ACR, radii 0.25, 0.5"] == ("0.250 (N = 10,000)", "0.250 (N = 100,000)")
+    assert summary["samples an image, mean"] == ("10,000 + selection", "3,200")
+    assert summary["right, at the largest radius"] == ("0.0 % at 1.599", "33.3 % at 0.5")
+    assert summary["abstained"][0].startswith("33.3 %")
+    assert summary["undecided at the largest N"][0] == "–"
+    assert summary["undecided at the largest N"][1].startswith("66.7 %")
+    assert "undecided at the largest N" not in cells(comparison_tables(compare([fixed])), "Summary")
+    assert conditions["level"][1] == "all 3 images together, alpha = 0.001"
+    assert conditions["method"] == ("clopper-pearson", "sequential, geometric")
+    assert conditions["N"] == ("10,000", "100,000 at most")
+
+
+def test_grid_acr_lowers_each_radius_to_the_grid() -> None:
+    log = log_of([0.2, 0.25, 0.49, 0.5, 9.0, 9.0], predict=[0, 0, 0, 0, 0, 1])
+    assert grid_acr(log, (0.25, 0.5)) == pytest.approx((0 + 0.25 + 0.25 + 0.5 + 0.5) / 6)
+
+
+def test_classes_and_the_worst_of_them() -> None:
+    log = log_of([0.5, 0.5, 0.5, 0.5, 0.1], predict=[3, 7, 7, 3, 7], label=[3, 3, 7, 7, 7])
+    found = class_accuracies(log, 0.25)
+    assert found == {3: share_interval(1, 2), 7: share_interval(1, 3)}
+    shown = cells(
+        comparison_tables(compare([log, log_of([1.0], label=[9], name="b")], radius=0.25)), "Certified accuracy by cl"
+    )
+    assert shown["worst"] == ("33.3 % (class 7)", "100.0 % (class 9)")
+    assert shown["9"][0] == "–"
+    assert shown["3"][0].startswith("50.0 % [")
+
+
+def test_probabilities_leave_abstained_images_out() -> None:
+    log = log_of(
+        [0.1, 0.2, 0.2, 0.0, 1.905728], predict=[0, 0, 0, -1, 0], p_lower=np.array([0.6, 0.7, 0.7, 0.4, 0.99993])
+    )
+    ecdf = probability_ecdf(log)
+    assert (ecdf.values.tolist(), ecdf.shares.tolist()) == ([0.6, 0.7, 0.99993], [0.25, 0.75, 1.0])
+    shown = cells(comparison_tables(compare([log])), "Lower bound")
+    assert [shown[f"{level} % quantile"][0] for level in (5, 25, 50, 75, 95)] == [
+        "0.60000", "0.60000", "0.70000", "0.70000", "0.99993",
+    ]  # fmt: skip
+    assert shown["at the largest radius"] == ("25.0 %",)
+    none = comparison_tables(compare([log_of([0.0], predict=[-1])]))
+    assert set(cells(none, "Lower bound").values()) == {("–",)}
+
+
+def pair_of_runs(seed: int = 0, n: int = 60) -> tuple[CertificationLog, CertificationLog]:
+    """Two logs on the same images, the second in another order."""
+    generator = np.random.default_rng(seed)
+    label = generator.integers(0, 4, n)
+    ids = np.array([f"{number}.png" for number in range(n)])
+    first = log_of(
+        generator.random(n), np.where(generator.random(n) < 0.8, label, -1), label, ids=tuple(ids), dataset="f00d"
+    )
+    order = generator.permutation(n)
+    second = log_of(
+        0.8 * generator.random(n), label[order], label[order], "b", ids=tuple(ids[order]), dataset="f00d", idx=order
+    )
+    return first, second
+
+
+def test_a_pair_with_one_fingerprint_is_matched_by_id() -> None:
+    first, second = pair_of_runs()
+    pair = compare([first, second], radii=[0.0, 0.3, 0.7]).pairs[0]
+    assert (pair.refused, pair.images, pair.assumed, pair.notes) == (None, 60, False, ())
+    rows = {name: row for row, name in enumerate(second.ids or ())}
+    for found in pair.rows:
+        a = [bool(first.correct[i] and first.radius[i] >= found.radius) for i in range(60)]
+        b = [bool(second.correct[rows[n]] and second.radius[rows[n]] >= found.radius) for n in first.ids or ()]
+        assert found.difference == paired_difference(np.array(a), np.array(b))
+        assert found.only_first == sum(x and not y for x, y in zip(a, b, strict=True))
+        assert found.only_second == sum(y and not x for x, y in zip(a, b, strict=True))
+        assert found.p_value == mcnemar_p_value(found.only_first, found.only_second)
+        assert found.difference.estimate != 0
+    title, header, shown = table(comparison_tables(compare([first, second], radii=[0.3])), "a minus b")
+    assert "the same by fingerprint and id" in title
+    assert len(header) == len(shown[0]) == 5
+
+
+def cut(log: CertificationLog, rows: Any, **fields: Any) -> CertificationLog:
+    names = ("idx", "label", "predict", "radius", "correct", "seconds")
+    arrays = {name: getattr(log, name)[rows] for name in names}
+    ids = None if log.ids is None else tuple(np.array(log.ids)[rows])
+    return replace(log, **{**arrays, "ids": ids, "num_images": len(arrays["idx"]), **fields})
+
+
+def refusal(*logs: CertificationLog, assume: bool = False) -> str:
+    comparison = compare(logs, assume_same_images=assume)
+    reason = comparison.pairs[0].refused
+    assert reason is not None
+    assert not comparison.pairs[0].rows
+    assert table(comparison_tables(comparison), "Paired tests refused")[2] == [("a, b", reason)]
+    return reason
+
+
+def test_pairs_are_refused_with_the_reason() -> None:
+    first, second = pair_of_runs()
+    for assume in (False, True):
+        other = cut(second, slice(None), dataset="beef")
+        assert "fingerprints of the test images differ" in refusal(first, other, assume=assume)
+        part = cut(second, slice(1, None))
+        assert "60 and 59, 59 in both; certify the same images" in refusal(first, part, assume=assume)
+        swapped = (replace(part, name="a"), replace(first, name="b"))
+        assert "59 and 60, 59 in both" in refusal(*swapped, assume=assume)
+        foreign = cut(second, slice(None), ids=("new.png", *(second.ids or ())[1:]))
+        assert "60 and 60, 59 in both" in refusal(first, foreign, assume=assume)
+    changed = second.label.copy()
+    changed[4] += 1
+    wrong = cut(second, slice(None), label=changed)
+    assert f"1 labels differ, the first at idx {second.idx[4]}" in refusal(first, wrong)
+    silent = cut(second, slice(None), dataset=None)
+    assert "no data-set fingerprint in b" in refusal(first, silent)
+    assert "no data-set fingerprint in a and b" in refusal(cut(first, slice(None), dataset=None), silent)
+
+
+def test_sameness_may_be_assumed_and_labels_must_not_contradict_it() -> None:
+    first, second = pair_of_runs()
+    public = cut(second, slice(0, 40), ids=None, dataset=None)
+    pair = compare([first, public], radii=[0.3], assume_same_images=True).pairs[0]
+    assert (pair.refused, pair.images, pair.assumed) == (None, 40, True)
+    assert pair.notes == ("same images assumed: matched by idx, 40 in both of 60 and 40",)
+    here = [int(np.flatnonzero(first.idx == i)[0]) for i in np.sort(public.idx)]
+    there = [int(np.flatnonzero(public.idx == i)[0]) for i in np.sort(public.idx)]
+    wanted = paired_difference(first.certified(0.3)[here], public.certified(0.3)[there])
+    assert pair.rows[0].difference == wanted
+    assert wanted.estimate != 0
+    tables = comparison_tables(compare([first, public], radii=[0.3], assume_same_images=True))
+    assert "assumed to be the same" in table(tables, "a minus b")[0]
+    assert ("a, b", pair.notes[0]) in table(tables, "Paired tests: what")[2]
+    changed = public.label.copy()
+    changed[[3, 9]] += 1
+    wrong = cut(public, slice(None), label=changed)
+    assert f"2 labels differ, the first at idx {min(public.idx[[3, 9]])}" in refusal(first, wrong, assume=True)
+    assert "no idx is in both" in refusal(first, cut(public, slice(None), idx=public.idx + 1000), assume=True)
+
+
+def test_conditions_that_differ_are_noted_and_radii_off_a_grid_left_out() -> None:
+    first, second = pair_of_runs()
+    grid = (0.0, 0.25, 0.5)
+    second = cut(
+        second, slice(None), radius=np.floor(second.radius * 4) / 4, radii=grid, method="sequential", sigma=0.25,
+        num_estimation=1000, level="family",
+    )  # fmt: skip
+    comparison = compare([first, second], radii=[0.0, 0.3, 0.5, 0.75])
+    pair = comparison.pairs[0]
+    assert [row.radius for row in pair.rows] == [0.0, 0.5]
+    assert pair.notes == (
+        "sigma differs: 0.5 against 0.25",
+        "N differs: 100,000 against 1,000",
+        "level differs: each image by itself, alpha = 0.001 against all 60 images together, alpha = 0.001",
+        "method differs: clopper-pearson against sequential",
+        "radii that are not on the grid of both logs are left out",
+    )
+    title, _, rows = table(comparison_tables(comparison), "Certified accuracy by ℓ2")
+    assert "(* not on the log's grid" in title
+    assert [row[2].endswith(" *") for row in rows] == [False, True, False, True]
+    assert not any(row[1].endswith(" *") for row in rows)
+    assert "*" not in table(comparison_tables(compare([first])), "Certified accuracy by ℓ2")[0]
+
+
+def test_the_first_log_is_paired_with_every_other_and_names_stay_apart() -> None:
+    places = (("x", "u/x"), ("x", "v/x"), ("y", "y"), ("y", "y"))
+    comparison = compare([log_of([0.5], name=name, path=Path(path)) for name, path in places])
+    assert [log.name for log in comparison.logs] == ["u/x", "v/x", "y (3)", "y (4)"]
+    assert [(pair.first, pair.second) for pair in comparison.pairs] == [
+        ("u/x", "v/x"), ("u/x", "y (3)"), ("u/x", "y (4)"),
+    ]  # fmt: skip
+
+
+def public_log(path: Path, radius: str = "0.529") -> Path:
+    path.write_text(f"{HEADER}\n0\t3\t3\t{radius}\t1\t15.4\n1\t8\t-1\t0.0\t0\t15.6\n", encoding="utf-8")
+    return path
+
+
+def sigmas(tables: list[Table]) -> tuple[str, ...]:
+    return cells(tables, "Conditions")["sigma"]
+
+
+def test_the_command_reads_logs_with_the_sigma_that_each_needs(tmp_path: Path) -> None:
+    said, silent = public_log(tmp_path / "x_sigma_0.25.tsv"), public_log(tmp_path / "y.tsv")
+    assert sigmas(compare_command([said, silent], sigma=[0.5])) == ("0.25", "0.5")
+    assert sigmas(compare_command([said, silent], sigma=[1.0, 0.5])) == ("1", "0.5")
+    assert sigmas(compare_command([said], sigma=[1.0])) == ("1",)
+    with pytest.raises(ConfigError, match="give --sigma"):
+        compare_command([said, silent])
+    with pytest.raises(ConfigError, match="2 values of sigma for 3 logs"):
+        compare_command([said, silent, said], sigma=[0.5, 0.25])
+
+
+def test_the_command_gives_tables_of_texts_and_markdown(tmp_path: Path) -> None:
+    paths = [public_log(tmp_path / "x_sigma_0.25.tsv"), public_log(tmp_path / "y_sigma_0.5.tsv", "0.6")]
+    tables = compare_command(paths, None, [0.0, 0.55], 0.5, True)
+    for title, header, rows in tables:
+        assert rows, title
+        assert all(len(row) == len(header) for row in rows)
+        assert all(isinstance(cell, str) for row in rows for cell in row)
+    assert list(cells(tables, "Certified accuracy by ℓ2")) == ["0", "0.55"]
+    assert cells(tables, "Certified accuracy by class at ℓ2 radius 0.5")["3"] == ("100.0 % [2.5, 100.0]",) * 2
+    row = table(tables, "x_sigma_0.25 minus y_sigma_0.5, paired on 2 images, assumed")[2][1]
+    assert (row[0], row[1].split()[0], *row[2:]) == ("0.55", "−50.0", "0", "1", "1")
+    text = markdown(tables)
+    assert (
+        "**Summary**\n\n|  | x_sigma_0.25 | y_sigma_0.5 |\n| --- | --- | --- |\n| ACR | 0.265 (N = 100,000) |" in text
+    )
+    assert {row[1] for row in table(tables, "Findings")[2]} == {"rounded"}
+
+
+def test_two_run_folders_are_paired_by_what_they_say(tmp_path: Path) -> None:
+    for name, radius in (("one", "0.500000"), ("two", "0.200000")):
+        lines = [f"{HEADER}\tid\tp_lower", f"4\t1\t1\t{radius}\t1\t2.0\ta\t0.99", "9\t2\t2\t0.100000\t1\t2.0\tb\t0.99"]
+        (tmp_path / name / "stages").mkdir(parents=True)
+        (tmp_path / name / "certificates.tsv").write_text("\n".join(lines) + "\n")
+        record = {"sigma": 0.25, "alpha": 0.001, "num_selection": 10, "num_estimation": 1000}
+        (tmp_path / name / "stages" / "certify.json").write_text(json.dumps(record))
+        (tmp_path / name / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
+    tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
+    row = table(tables, "one minus two, paired on 2 images, the same by fingerprint and id")[2][0]
+    assert (row[0], row[1].split()[0], *row[2:]) == ("0.25", "+50.0", "1", "0", "1")
+
+
+@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+def test_published_class_figures_from_their_logs() -> None:
+    cat, bird, deer = 3, 2, 4
+    gaussian, catrs = (
+        class_accuracies(read_log(LOGS / f"{name}_sigma_0.5.tsv"), 0.5) for name in ("gaussian", "catrs")
+    )
+    assert [round(100 * gaussian[k].estimate) for k in (cat, bird, deer)] == [19, 27, 27]
+    assert [round(100 * catrs[k].estimate) for k in (cat, deer)] == [23, 27]
+    assert sorted(catrs, key=lambda k: catrs[k].estimate)[:2] == [cat, deer]
+
+
+@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+def test_public_logs_are_paired_on_their_common_images_only_when_told() -> None:
+    paths = [LOGS / "cohen2019_sigma_0.25.tsv", LOGS / "catrs_sigma_0.25.tsv"]
+    tables = compare_command(paths)
+    assert "no data-set fingerprint" in table(tables, "Paired tests refused")[2][0][1]
+    tables = compare_command(paths, assume_same_images=True)
+    rows = table(tables, "cohen2019_sigma_0.25 minus catrs_sigma_0.25, paired on 500 images, assumed")[2]
+    cohen, catrs = (np.loadtxt(path, delimiter="\t", skiprows=1, usecols=(0, 3, 4)) for path in paths)
+    catrs = catrs[np.isin(catrs[:, 0], cohen[:, 0])]
+    better = ((cohen[:, 1] >= 0.5) & (cohen[:, 2] == 1)).sum() - ((catrs[:, 1] >= 0.5) & (catrs[:, 2] == 1)).sum()
+    assert float(rows[2][1].split()[0].replace("−", "-")) == pytest.approx(better / 5, abs=0.051)

@@ -1,0 +1,396 @@
+"""Certification logs: public and our own, read, written and doubted."""
+
+import json
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rush.certification.bounds import largest_radius
+from rush.errors import ConfigError, DataError, RunError
+from rush.reporting.logs import CertificationLog, flags, read_log, states_sigma, write_log
+from rush.reporting.reading import read_run
+
+HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+SECONDS = f"{HEADER}\n0\t3\t3\t0.529\t1\t15.4\n20\t8\t-1\t0.0\t0\t15.6\n40\t8\t4\t3.63e-05\t0\t0.5\n"
+CLOCK = f"{HEADER}\n0\t3\t3\t1.7\t1\t0:00:08.591588\n1\t8\t8\t1.91\t1\t1 day, 0:00:01\n2\t8\t6\t0.2\t0\t2:03:04\n"
+RULE = {
+    "sigma": 0.5,
+    "method": "sequential",
+    "bound": "geometric",
+    "alpha": 0.01,
+    "level": "family",
+    "num_images": 3,
+    "num_selection": 100,
+    "num_estimation": 10_000,
+    "radii": [0.0, 0.25, 0.5],
+    "futility": 0.001,
+}
+OWN = (
+    (7, 1, 1, "0.250000", 1, "b.png", 0.7, 900),
+    (2, 0, -1, "0.000000", 0, "a.png", 0.4, 5100),
+    (5, 2, 1, "0.500000", 0, "c.png", 0.9, 300),
+)
+LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
+RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
+
+
+def own_table(rows: tuple = OWN, rule: Any = RULE) -> str:
+    """A certificates.tsv with the columns that the reader knows and one that it does not."""
+    lines = [f"{HEADER}\tid\tp_lower\tnum_samples\toutcome\tcounts" + ("" if rule is None else "\trule")]
+    for idx, label, predict, radius, correct, name, p_lower, samples in rows:
+        outcome = "undecided" if samples > 5000 else "certified"
+        fields = (idx, label, predict, radius, correct, 0.5, name, p_lower, samples, outcome, "1,2")
+        tail = "" if rule is None else "\t" + json.dumps(rule, separators=(",", ":"))
+        lines.append("\t".join(map(str, fields)) + tail)
+    return "\n".join(lines) + "\n"
+
+
+def stored(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def made(radius: Any, predict: Any = None, label: Any = None, **fields: Any) -> CertificationLog:
+    """A log of the given radii, at sigma 0.5 if nothing else is said; right everywhere unless ``predict`` says more."""
+    radius = np.array(radius, float)
+    label = np.zeros(len(radius), int) if label is None else np.array(label)
+    predict = label if predict is None else np.array(predict)
+    values: dict[str, Any] = {
+        "name": "made", "path": Path("made.tsv"), "sigma": 0.5, "method": "clopper-pearson", "bound": "clopper-pearson",
+        "alpha": 0.001, "level": "image", "num_images": len(radius), "num_selection": None, "num_estimation": 100_000,
+        "radii": None, "idx": np.arange(len(radius)), "label": label, "predict": predict, "radius": radius,
+        "correct": predict == label, "seconds": np.full(len(radius), 1.5),
+    }  # fmt: skip
+    return CertificationLog(**{**values, **fields})
+
+
+def named(log: CertificationLog) -> dict[str, int]:
+    return {finding.name: finding.count for finding in flags(log)}
+
+
+def test_a_public_log_with_seconds(tmp_path: Path) -> None:
+    log = read_log(stored(tmp_path / "cohen_sigma_0.25.tsv", SECONDS))
+    assert (log.idx.tolist(), log.label.tolist(), log.predict.tolist()) == ([0, 20, 40], [3, 8, 8], [3, -1, 4])
+    assert (log.radius.tolist(), log.correct.tolist()) == ([0.529, 0.0, 3.63e-05], [True, False, False])
+    assert log.seconds.tolist() == [15.4, 15.6, 0.5]
+    assert (log.sigma, log.alpha, log.num_estimation, log.num_selection) == (0.25, 0.001, 100_000, None)
+    assert (log.method, log.level, log.num_images, log.radii) == ("clopper-pearson", "image", 3, None)
+    assert (log.name, log.ids, log.dataset, log.p_lower) == ("cohen_sigma_0.25", None, None, None)
+    assert log.abstained.tolist() == [False, True, False]
+    assert log.acr == pytest.approx(0.529 / 3)
+    assert log.level_text == "each image by itself, alpha = 0.001"
+    assert log.probability[[0, 1]] == pytest.approx([NormalDist().cdf(0.529 / 0.25), 0.5], abs=1e-12)
+
+
+def test_a_public_log_with_clock_times_and_given_conditions(tmp_path: Path) -> None:
+    log = read_log(stored(tmp_path / "some.txt", CLOCK), sigma=0.5, alpha=0.01, num_estimation=1000)
+    assert log.seconds.tolist() == [8.591588, 86401.0, 7384.0]
+    assert (log.sigma, log.alpha, log.num_estimation, log.name) == (0.5, 0.01, 1000, "some")
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma"),
+    [("x_sigma_0.25.tsv", 0.25), ("sigma_1", 1.0), ("noise_0.50.tsv", 0.5), ("noise_0.5_sigma_0.25", 0.25)],
+)
+def test_the_name_says_sigma(tmp_path: Path, name: str, sigma: float) -> None:
+    path = stored(tmp_path / name, SECONDS)
+    assert states_sigma(path)
+    assert read_log(path).sigma == sigma
+    assert read_log(path, sigma=2).sigma == 2
+
+
+@pytest.mark.parametrize("name", ["log.tsv", "sigma_0.25_sigma_0.5.tsv"])
+def test_without_sigma_the_option_is_named(tmp_path: Path, name: str) -> None:
+    path = stored(tmp_path / name, SECONDS)
+    assert not states_sigma(path)
+    with pytest.raises(ConfigError, match=rf"{name} is a public log.*give --sigma"):
+        read_log(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"sigma": 0.0}, "sigma must be a number > 0, got 0.0"),
+        ({"sigma": float("nan")}, "sigma must be"),
+        ({"alpha": 1.0}, "alpha must be a number in"),
+        ({"num_estimation": 0}, "num_estimation must be a whole number >= 1"),
+        ({"num_estimation": 1.5}, "num_estimation must be"),
+    ],
+)
+def test_impossible_conditions_are_refused(tmp_path: Path, given: dict, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        read_log(stored(tmp_path / "sigma_0.25.tsv", SECONDS), **given)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (HEADER, HEADER.replace("radius", "rad"), "line 1: a log opens with"),
+        (HEADER, HEADER + "\ttime", "line 1: a log opens with"),
+        ("0.529\t1\t15.4", "0.529\t1", "line 2: 5 fields instead of 6"),
+        ("20\t8", "0\t8", "line 3: the image .* before"),
+        ("0.529\t1", "0.529\t0", "line 2: correct does not agree"),
+        ("-1\t0.0\t0", "-1\t0.0\t1", "line 3: correct does not agree"),
+        ("0.529", "-0.529", "line 2: radius '-0.529' is not a finite number >= 0"),
+        ("0.529", "nan", "line 2: radius 'nan'"),
+        ("0.529", "inf", "line 2: radius 'inf'"),
+        ("0.529", "1e999", "line 2: radius"),
+        ("0.529", "", "line 2: radius ''"),
+        ("15.6", "0:61:00", "line 3: time '0:61:00'"),
+        ("15.6", "nan", "line 3: time 'nan'"),
+        ("40\t8", "40.0\t8", "line 4: idx '40.0' is not a whole number"),
+        ("40\t8", "-40\t8", "line 4: idx and label must be >= 0"),
+        ("\t-1\t", "\t-2\t", "line 3: predict must be a class"),
+        (SECONDS, HEADER + "\n", "line 1: no image"),
+    ],
+)
+def test_a_damaged_public_log_is_refused_by_file_and_line(tmp_path: Path, old: str, new: str, text: str) -> None:
+    assert SECONDS.count(old) == 1
+    path = stored(tmp_path / "sigma_0.25.tsv", SECONDS.replace(old, new))
+    with pytest.raises(DataError, match=rf"sigma_0\.25\.tsv, {text}"):
+        read_log(path)
+
+
+def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"nothing\.tsv is missing"):
+        read_log(tmp_path / "nothing.tsv")
+    with pytest.raises(RunError, match=r"certificates\.tsv is missing"):
+        read_log(tmp_path)
+    (tmp_path / "sigma_1").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="sigma_1 cannot be read as a log"):
+        read_log(tmp_path / "sigma_1")
+
+
+def test_a_log_of_our_own_says_everything(tmp_path: Path) -> None:
+    log = read_log(stored(tmp_path / "mine.tsv", own_table()))
+    assert (log.sigma, log.alpha, log.method, log.bound) == (0.5, 0.01, "sequential", "geometric")
+    assert (log.level, log.num_images, log.num_selection, log.num_estimation) == ("family", 3, 100, 10_000)
+    assert (log.radii, log.ids) == ((0.0, 0.25, 0.5), ("b.png", "a.png", "c.png"))
+    assert (log.p_lower.tolist(), log.num_samples.tolist()) == ([0.7, 0.4, 0.9], [900, 5100, 300])
+    assert log.undecided.tolist() == [False, True, False]
+    assert (log.rounding, log.dataset, log.name) == (None, None, "mine")
+    assert log.image_alpha == 0.01 / 3
+    assert log.level_text == "all 3 images together, alpha = 0.01"
+    assert log.probability.tolist() == [0.7, 0.4, 0.9]
+    assert log.at_ceiling.tolist() == [False, False, True]
+    assert named(log) == {}
+    assert read_log(log.path, sigma=0.5).sigma == 0.5
+    with pytest.raises(ConfigError, match=r"mine\.tsv says sigma = 0\.5, 0\.25 was given"):
+        read_log(log.path, sigma=0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"sigma": -1}, "sigma must be a number > 0"),
+        ({"method": "guess"}, "method must be clopper-pearson or sequential"),
+        ({"level": "all"}, "level must be image or family"),
+        ({"num_images": 0}, "num_images must be"),
+        ({"radii": [0.5, 0.25]}, "radii must be null or a list of ascending"),
+        ({"radii": []}, "radii must be"),
+    ],
+)
+def test_an_impossible_rule_is_refused(tmp_path: Path, change: dict, text: str) -> None:
+    path = stored(tmp_path / "mine.tsv", own_table(rule={**RULE, **change}))
+    with pytest.raises(RunError, match=rf"mine\.tsv: {text}"):
+        read_log(path)
+
+
+def test_a_damaged_log_of_our_own_is_a_matter_of_the_run(tmp_path: Path) -> None:
+    whole = own_table()
+    for old, new, text in (
+        ("c.png", "a.png", "line 4: the image a.png stands in the table before"),
+        ("\t0.9\t", "\t1.1\t", "line 4: p_lower is larger than 1"),
+        ("\t5100\t", "\tmany\t", "line 3: num_samples 'many' is not a whole number"),
+        ("c.png\t0.9\t300\tcertified\t1,2\t", "c.png", "line 4: 7 fields instead of 12"),
+    ):
+        with pytest.raises(RunError, match=rf"mine\.tsv, {text}"):
+            read_log(stored(tmp_path / "mine.tsv", whole.replace(old, new)))
+    lines = whole.splitlines()
+    other = "\n".join([*lines[:3], lines[3].replace('"sigma":0.5', '"sigma":0.25')])
+    with pytest.raises(RunError, match=r"line 4: its rule is not that of the first image"):
+        read_log(stored(tmp_path / "mine.tsv", other))
+
+
+def test_a_run_folder_gives_the_fingerprint_and_what_old_tables_do_not_say(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stored(run / "certificates.tsv", own_table(rule=None))
+    with pytest.raises(ConfigError, match="does not say sigma, alpha, num_estimation"):
+        read_log(run)
+    assert read_log(run, sigma=0.5, alpha=0.001, num_estimation=50).num_estimation == 50
+    record = {"sigma": 0.25, "alpha": 0.002, "num_selection": 10, "num_estimation": 500, "images": 3, "level": "other"}
+    stored(run / "stages" / "certify.json", json.dumps(record))
+    stored(run / "provenance.json", json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
+    for path in (run, run / "certificates.tsv"):
+        log = read_log(path)
+        assert (log.name, log.dataset, log.sigma, log.alpha) == ("run", "f00d", 0.25, 0.002)
+        assert (log.num_selection, log.num_estimation, log.method, log.level) == (
+            10, 500, "clopper-pearson", "image",
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"certify\.json says alpha = 0\.002"):
+        read_log(run, alpha=0.001)
+    stored(run / "stages" / "certify.json", "{")
+    with pytest.raises(RunError, match=r"certify\.json is not JSON"):
+        read_log(run)
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="needs the kept run")
+def test_the_kept_run_reads_as_in_its_report() -> None:
+    log, shown = read_log(RESULTS), read_run(RESULTS)
+    certificates = shown.certificates
+    assert certificates is not None
+    assert (log.acr, log.ids, log.sigma) == (certificates.acr, tuple(certificates.ids), certificates.sigma)
+    assert log.accuracy(0.25) == certificates.accuracy(0.25)
+    assert log.ceiling == pytest.approx(certificates.ceiling, rel=1e-9)
+    assert log.dataset == shown.provenance["data"]["test"]["fingerprint"]
+    assert log.rounding is None
+    assert named(log) == {}
+
+
+@pytest.mark.parametrize("time_format", ["seconds", "clock"])
+def test_what_is_written_reads_back(tmp_path: Path, time_format: Any) -> None:
+    for number, text in enumerate((SECONDS, CLOCK)):
+        log = read_log(stored(tmp_path / f"sigma_0.5_{number}", text))
+        write_log(tmp_path / "sigma_0.5_again.tsv", log, time_format)
+        again = read_log(tmp_path / "sigma_0.5_again.tsv")
+        for name in ("idx", "label", "predict", "correct", "seconds"):
+            assert np.array_equal(getattr(again, name), getattr(log, name))
+        assert (again.radius == log.radius)[log.radius > 1e-3].all()
+        assert again.rounding == pytest.approx(log.rounding, abs=1e-6)
+        assert named(again) == named(log)
+    assert (tmp_path / "sigma_0.5_again.tsv").read_text().splitlines()[1].split("\t")[3] == "1.7"
+    assert ("1 day, 0:00:01" in (tmp_path / "sigma_0.5_again.tsv").read_text()) == (time_format == "clock")
+
+
+def test_radii_are_never_written_larger(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    hard = [0.1 + 0.2, 0.2999999999, 0.9999999, 1e-7, 0.529, 0.000001, np.nextafter(0.5, 0), np.nextafter(0.5, 1)]
+    log = made(np.concatenate([hard, generator.random(2000) * 4, np.arange(1, 2000) / 1e6]))
+    write_log(tmp_path / "sigma_0.5.tsv", log)
+    again = read_log(tmp_path / "sigma_0.5.tsv")
+    assert (again.radius <= log.radius).all()
+    assert (log.radius - again.radius < 1e-6).all()
+    texts = [line.split("\t")[3] for line in (tmp_path / "sigma_0.5.tsv").read_text().splitlines()[1:]]
+    assert texts[:8] == ["0.300000", "0.299999", "0.999999", "0.000000", "0.529000", "0.000001", "0.499999", "0.500000"]
+    assert np.array_equal(again.radius[-1999:], log.radius[-1999:])  # six decimals stay what they are
+    assert again.rounding is None
+
+
+def test_writing_spares_votes_and_knows_its_formats(tmp_path: Path) -> None:
+    path = stored(tmp_path / "certificates.tsv", own_table())
+    with pytest.raises(RunError, match="votes, which would be lost"):
+        write_log(path, made([0.5]))
+    assert path.read_text() == own_table()
+    with pytest.raises(ConfigError, match="unknown time format 'hours'; allowed: seconds, clock"):
+        write_log(tmp_path / "x.tsv", made([0.5]), "hours")  # type: ignore[arg-type]
+    stored(tmp_path / "x.tsv", SECONDS)
+    write_log(tmp_path / "x.tsv", made([0.5]))
+    assert (tmp_path / "x.tsv").read_text() == f"{HEADER}\n0\t0\t0\t0.500000\t1\t1.5\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "largest"), [(100, 1.50), (1000, 2.46), (10_000, 3.20), (100_000, 3.81), (1_000_000, 4.35)]
+)
+def test_the_ceiling_is_the_radius_of_votes_that_all_agree(number: int, largest: float) -> None:
+    log = made([0.1], sigma=1.0, num_estimation=number)
+    assert log.ceiling == pytest.approx(largest, abs=5e-3)
+    reached = made([largest_radius(number, 1.0, 0.001), 0.99 * log.ceiling], sigma=1.0, num_estimation=number)
+    assert reached.at_ceiling.tolist() == [True, False]
+    assert 0 <= log.ceiling - largest_radius(number, 1.0, 0.001) < 1e-5
+    family = made([0.1], sigma=1.0, num_estimation=number, level="family", num_images=50)
+    assert 0 <= family.ceiling - largest_radius(number, 1.0, 0.001 / 50) < 1e-5
+
+
+def test_radii_beyond_the_ceiling_are_found_and_rounding_is_told_from_wrong_conditions() -> None:
+    half = np.full(4, 0.005)
+    assert named(made([1.9, 1.905728, 0.0, 1.2])).get("beyond-ceiling") is None
+    rounded = next(f for f in flags(made([1.91, 1.9, 1.91, 0.3], rounding=half)) if f.name == "beyond-ceiling")
+    assert rounded.count == 2
+    assert "2 of 4 radii, up to 1.91, are larger than 1.90573" in rounded.text
+    assert "rounding does not explain" not in rounded.text
+    wrong = next(f for f in flags(made([0.978, 0.1], sigma=0.25, rounding=half[:2] / 10)))
+    assert (wrong.name, wrong.count) == ("beyond-ceiling", 1)
+    assert "rounding does not explain it" in wrong.text
+    assert "alpha >= 0.0099 or N >= 149,6" in wrong.text
+    exact = made([largest_radius(100_000, 0.5, 0.001)])
+    assert exact.at_ceiling.all()
+    assert named(exact) == {}
+    assert named(made(exact.radius + 2e-6)) == {"beyond-ceiling": 1}
+    assert named(made(exact.radius, num_estimation=99_000)) == {"beyond-ceiling": 1}
+
+
+def test_radii_with_few_digits_are_found(tmp_path: Path) -> None:
+    log = read_log(stored(tmp_path / "sigma_0.5", CLOCK))
+    assert log.rounding.tolist() == [0.005, 0.005, 0.005]  # 0.2 may have had two decimals
+    assert read_log(stored(tmp_path / "noise_1", SECONDS)).rounding.tolist() == pytest.approx([5e-4, 0, 5e-8])
+    assert named(log) == {"beyond-ceiling": 1, "rounded": 3}
+    text = CLOCK.replace("1.7", "1.25").replace("1.91", "0.504")
+    found = {f.name: f for f in flags(read_log(stored(tmp_path / "sigma_0.5", text)))}
+    assert found["grid-ties"].count == 1  # 1.25 may have been 1.245; 0.504 is at least 0.5035
+    assert "up to 33.33 points of certified accuracy at one radius" in found["grid-ties"].text
+    assert "here up to 0.005, above" in found["rounded"].text
+
+
+def test_other_findings() -> None:
+    odd = made([0.3, 0.0, 0.4], predict=[-1, 0, 0])
+    assert named(odd) == {"abstained-with-radius": 1, "predicted-without-radius": 1}
+    assert named(made([0.3], num_images=5)) == {"unfinished": 4}
+    assert named(made([0.25, 0.3, 0.0], radii=(0.0, 0.25))) == {"off-grid": 1}
+    exact = made([0.5, 0.5], p_lower=np.array([0.8413447, 0.8413448]))
+    assert named(exact) == {"above-bound": 1}
+    assert named(made([0.5, 0.5], p_lower=exact.p_lower, method="sequential")) == {}
+
+
+@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+@pytest.mark.parametrize(
+    ("name", "acr", "start", "accuracies"),
+    [
+        ("gaussian_sigma_0.25", 0.487, 0.0, "80.4 66.8 50.5 32.7"),
+        ("catrs_sigma_0.25", 0.562, 0.0, "76.3 68.1 58.8 48.2"),
+        ("gaussian_sigma_0.5", 0.571, 0.0, "68.8 58.2 46.2 34.5 24.5 16.3 10.2 5.3"),
+        ("catrs_sigma_0.5", 0.757, 0.0, "62.3 56.8 50.5 44.6 38.5 32.7 27.1 20.6"),
+        ("gaussian_sigma_1.0", 0.543, 0.0, "50.9 43.5 36.5 30.1 23.9 18.6 13.7 9.8 6.5 4.1 2.5"),
+        ("catrs_sigma_1.0", 0.815, 0.0, "43.2 40.2 37.2 34.3 31.0 28.1 24.9 22.0 19.3 16.8 14.2"),
+    ],
+)
+def test_published_figures_from_their_logs(name: str, acr: float, start: float, accuracies: str) -> None:
+    log = read_log(LOGS / f"{name}.tsv")
+    assert len(log) == 10_000
+    assert log.acr == pytest.approx(acr, abs=5.1e-4)
+    published = [float(text) for text in accuracies.split()]
+    found = [100 * log.accuracy(start + 0.25 * step).estimate for step in range(len(published))]
+    assert found == pytest.approx(published, abs=0.0501)
+
+
+@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+@pytest.mark.parametrize(
+    ("name", "abstained", "right_at_ceiling", "beyond"),
+    [
+        ("gaussian_sigma_0.25", 6.9, 16.7, 1679),
+        ("catrs_sigma_0.25", 3.6, 36.3, 3732),
+        ("catrs_sigma_0.5", 7.3, 14.9, 1552),
+        ("catrs_sigma_1.0", 12.9, 2.7, 0),
+    ],
+)
+def test_published_ceilings_from_their_logs(name: str, abstained: float, right_at_ceiling: float, beyond: int) -> None:
+    log = read_log(LOGS / f"{name}.tsv")
+    assert 100 * log.abstained.mean() == pytest.approx(abstained, abs=0.0501)
+    assert 100 * (log.at_ceiling & log.correct).mean() == pytest.approx(right_at_ceiling, abs=0.0501)
+    assert named(log).get("beyond-ceiling", 0) == beyond
+    assert named(log)["rounded"] == (log.radius > 0).sum()
+    assert all("rounding does not explain" not in finding.text for finding in flags(log))
+
+
+@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+def test_the_first_public_log_was_not_made_under_the_conditions_it_is_read_with() -> None:
+    log = read_log(LOGS / "cohen2019_sigma_0.25.tsv")
+    assert (len(log), log.seconds[0], set(np.diff(log.idx))) == (500, 15.4, {20})
+    found = {finding.name: finding for finding in flags(log)}
+    assert found["beyond-ceiling"].count == 77
+    assert "rounding does not explain it" in found["beyond-ceiling"].text
+    explained = read_log(log.path, alpha=0.01)
+    assert all("rounding does not explain" not in finding.text for finding in flags(explained))
