@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from rush.attacks.threat import ThreatModel
 
+# Tiles that a network sees before its first vote: for the logits' shape, twice the same, half of the rows replaced, all
+# of them moved.
+DOOR_TILES = 5
+
 
 class HalfSpace(nn.Module):
     """Class 1 where w.x + b > 0, else class 0. weight: (C, H, W).
@@ -57,6 +61,17 @@ class Bins(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         above = sum((x[:, 0, 0, 0] > threshold).long() for threshold in self.thresholds)
         return nn.functional.one_hot(torch.as_tensor(above), len(self.thresholds) + 1).float()
+
+
+class PixelVote(nn.Module):
+    """The pixel with the largest value is the class: the same vote in every batch, since nothing is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
 
 
 class Recorder(nn.Module):

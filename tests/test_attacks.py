@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import rush
-from exact_models import HalfSpace, Recorder, assert_in_threat
+from exact_models import DOOR_TILES, HalfSpace, Recorder, assert_in_threat
 from rush.attacks.fgsm import fgsm
 from rush.attacks.gradient import loss_and_gradient
 from rush.attacks.losses import cross_entropy, margin
@@ -523,7 +523,7 @@ def test_the_stated_passes_are_those_that_the_network_sees(plan: Plan, smoothed:
     groups = attack_groups(model, labelled_pixels((x, y)), threat, plan, level=0.001, max_votes=1000, seed=0)
     result = join_results(list(groups), threat)
     assert (result.votes == (200 if smoothed else 1)).all()
-    verdict_rows = 64 * 200 if smoothed else 256  # one padded tile
+    verdict_rows = 64 * 200 + 256 * DOOR_TILES if smoothed else 256  # one padded tile
     assert recorder.backward_rows == 64 * plan.passes_per_image
     forward = plan.passes_per_image + plan.forward_passes_per_image(smoothed)
     assert recorder.forward_rows == 64 * forward + verdict_rows

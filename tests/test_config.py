@@ -25,10 +25,21 @@ def values() -> dict[str, Any]:
         ("pretrain.epoch=3", r"pretrain\.epoch: unknown key, did you mean 'epochs'\?; allowed: batch_size, epochs,"),
         ("sede=3", r"sede: unknown key, did you mean 'seed'\?; allowed: attack, certify, data,"),
         ("pretrain.views.jiter=0.1", r"pretrain\.views\.jiter: unknown key, did you mean 'jitter'\?"),
-        ("certify.zzz=1", r"certify\.zzz: unknown key; allowed: alpha, images, num_estimation, num_selection"),
+        ("certify.zzz=1", r"certify\.zzz: unknown key; allowed: alpha, futility, images, level, method, num_"),
         ("certify.alpha=0.5", r"certify\.alpha: .*less than 0\.5 \(given: 0\.5\)"),
         ("certify.alpha=0", r"certify\.alpha: .*greater than 0"),
         ("certify.num_estimation=0", r"certify\.num_estimation: .*\(given: 0\)"),
+        (
+            "certify.num_estimation=9",
+            r"certify: num_estimation must be at least 10 to certify .* alpha = 0\.001",
+        ),
+        ("certify.method=wald", r"certify\.method: .*'clopper-pearson' or 'sequential' \(given: 'wald'\)"),
+        ("certify.level=run", r"certify\.level: .*'image' or 'family' \(given: 'run'\)"),
+        ("certify.futility=0.5", r"certify\.futility: .*less than 0\.5 \(given: 0\.5\)"),
+        ("certify.futility=0", r"certify\.futility: .*greater than 0"),
+        ("certify.radii=0.25", r"certify\.radii"),
+        ("certify.radii=[0.25, -0.5]", r"certify\.radii\.1: .*\(given: -0\.5\)"),
+        ("certify.radii=[inf]", r"certify\.radii\.0"),
         ("certify.images=0", r"certify\.images"),
         ("smoothing.sigma=0", r"smoothing\.sigma"),
         ("smoothing.sigma=-0.25", r"smoothing\.sigma"),
@@ -51,6 +62,10 @@ def values() -> dict[str, Any]:
         ("model.width=0", r"model\.width"),
         ("execution.precision=float16", r"execution\.precision"),
         ("execution.tile=0", r"execution\.tile"),
+        (
+            "execution.compile=max",
+            r"execution\.compile: .*'auto', 'none', 'default' or .* \(given: 'max'\)",
+        ),
         ("finetune.epochs=0", r"finetune\.epochs"),
         ("finetune.label_fraction=0", r"finetune\.label_fraction"),
         ("attack.epsilon=8", r"attack: epsilon = 8 exceeds the pixel range \[0, 1\]; did you mean 8/255\?"),
@@ -107,6 +122,9 @@ def test_two_ways_to_choose_labels_exclude_each_other() -> None:
         ("attack.epsilon=0.125", "0.125"),
         ("data.name=some/folder=with.signs", "some/folder=with.signs"),
         ("certify.images=5", 5),
+        ("certify.method=sequential", "sequential"),
+        ("certify.radii=[0.25, 0.5]", (0.25, 0.5)),
+        ("execution.compile=reduce-overhead", "reduce-overhead"),
         ("seed=9", 9),
     ],
 )
@@ -197,7 +215,17 @@ def test_the_json_of_a_recipe_is_the_recipe_with_every_default_written_out(tmp_p
     recipe = load_recipe(str(write_tiny(tmp_path)), ["attack.epsilon=0.1", "certify.images=7"])
     written = json.loads(recipe.to_json())
     assert build_recipe(written) == recipe
-    assert written["certify"] == {"images": 7, "num_selection": 100, "num_estimation": 200, "alpha": 0.001}
+    assert written["certify"] == {
+        "images": 7,
+        "method": "clopper-pearson",
+        "num_selection": 100,
+        "num_estimation": 200,
+        "alpha": 0.001,
+        "radii": None,
+        "level": "image",
+        "futility": 0.01,
+    }
+    assert written["execution"]["compile"] == "auto"
     assert written["pretrain"]["views"]["blur_sigma"] == [0.1, 2.0]
 
 

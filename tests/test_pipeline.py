@@ -85,12 +85,18 @@ def test_a_run_leaves_the_files_of_the_contract_and_no_others(tiny_run: Path) ->
 # instruction that is.
 
 KILLS = 4
-GROUPED = ("pretrain.epochs=4", "finetune.epochs=3", "certify.images=24", "attack.images=8")
+GROUPED = (
+    "pretrain.epochs=4",
+    "finetune.epochs=3",
+    "certify.images=24",
+    "certify.num_estimation=1000",
+    "attack.images=8",
+)
 
 
 def small_groups() -> None:
-    """Two images a group of certificates, two a group of attacked images."""
-    rush.certification.certify._GROUP_SAMPLES = 600
+    """Certificates come one or two at a time, attacked images in groups of two."""
+    rush.certification.certify._ROUND_TILES = 2
     rush.evaluation.robust.GROUP = rush.evaluation.table.GROUP = 2
 
 

@@ -3,23 +3,34 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import optimize, special, stats
 
+import rush
+from rush.certification.recompute import recompute
+from rush.certification.table import read_certificates
+from rush.certification.table import write_certificates as write_table
 from rush.errors import RunError
 from rush.evaluation.intervals import paired_difference, share_interval
 from rush.reporting.page import write_report
+from rush.reporting.plots import certified_curve
 from rush.reporting.reading import read_run
-from rush.reporting.tables import bounds, percent, points, share, summary_rows
+from rush.reporting.results import Certificates
+from rush.reporting.tables import bounds, certified_rows, cost_rows, percent, points, share, summary_rows
 
+KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
+GRID = (0.0, 0.25, 0.5)
 CERTIFIED, ATTACKED, SIGMA, EPSILON = 60, 40, 0.5, 8 / 255
 COVERING = EPSILON * 8  # 8 x 8 pixels, one channel
 # Images (of the 40 attacked, counted from 0) that each rung leaves standing; the rest of the right ones are broken.
@@ -94,11 +105,47 @@ def write_certificates(folder: Path, timing: dict) -> None:
         predict = label if right else -1 if abstained else (label + 1) % 10
         radius = 0.9 - 0.05 * i if i < 10 else 0.0 if abstained else max(0.2 - 0.005 * (i - 10), 0.1)
         correct = int(predict == label)
-        rows.append(f"{i}\t{label}\t{predict}\t{radius!r}\t{correct}\t0.01\timg-{i}\t0.9\t1000\t{counts}\teJw=")
+        rows.append(f"{i}\t{label}\t{predict}\t{radius!r}\t{correct}\t0.01\timg-{i}\t0.9\t1100\t{counts}\teJw=")
     (folder / "certificates.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     fields = {"images": CERTIFIED, "sigma": SIGMA, "alpha": 0.001, "num_selection": 100, "num_estimation": 1000}
     cost = {"forward_passes_per_image": 1100, "images_per_second": 9.5}
     write_json(folder / "stages" / "certify.json", {"stage": "certify", **timing, **fields, **cost})
+
+
+def make_sequential(folder: Path, **changes: object) -> Path:
+    """The run's certificates made sequential ones: 9 images right at 0.5, 1 more at 0.25, 25 more at 0; 15 wrong at
+    0.25; 5 given up at 0 and 10 at 0.25; 700 samples an image on average.
+    """
+    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tid\tp_lower\tnum_samples\toutcome\tcounts\tselection"]
+    for i in range(CERTIFIED):
+        abstained, wrong = 30 <= i < 40, i >= 45
+        predict = -1 if abstained else (i + 1) % 10 if wrong else i % 10
+        radius = 0.5 if i < 9 else 0.25 if i == 9 or wrong else 0.0
+        given_up = (i < 30 and i % 2 == 0) or 30 <= i < 35
+        outcome = "certified" if i < 9 else "not certifiable" if given_up else "undecided"
+        cells = (
+            i,
+            i % 10,
+            predict,
+            f"{radius:.6f}",
+            int(predict == i % 10),
+            0.01,
+            f"img-{i}",
+            0.6,
+            300 + 200 * (i % 5),
+        )
+        rows.append("\t".join(str(cell) for cell in (*cells, outcome, "1,2", "3,4")))
+    (folder / "certificates.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    rule = {"method": "sequential", "bound": "geometric", "level": "family", "num_images": 60, "radii": list(GRID)}
+    said = {"futility": 0.01, "statement": "all 60 certificates hold together with probability at least 0.999"}
+    edit_json(folder / "stages" / "certify.json", **{**rule, **said, **changes})
+    return folder
+
+
+def certificates_of(folder: Path) -> Certificates:
+    certificates = read_run(folder).certificates
+    assert certificates is not None
+    return certificates
 
 
 def write_attacks(folder: Path, timing: dict) -> None:
@@ -208,6 +255,12 @@ def edit_json(file: Path, **changes: object) -> None:
     write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **changes})
 
 
+def true_share(certified: int, total: int, image_alpha: float) -> str:
+    """The statement of ``accuracy_lower`` by another way: the share at which so many successes have chance 5 %."""
+    low = optimize.brentq(lambda s: stats.binom.sf(certified - 1, total, s) - 0.05, 1e-9, 1 - 1e-9, xtol=1e-13)
+    return f"{math.floor(1000 * (low - image_alpha) / (1 - image_alpha)) / 10:.1f} %"
+
+
 def standing(count: int) -> np.ndarray:
     return np.arange(ATTACKED) < count
 
@@ -217,9 +270,14 @@ def test_summary_rows_are_the_counts_in_the_files(run: Path) -> None:
     rows = dict(summary_rows(read_run(run)))
     assert rows["clean accuracy"] == f"{share(share_interval(36, 40))} (n = 40)"
     assert rows[f"attacked, ℓ∞ 8/255, {LABELS['eot-16']}"] == f"{share(share_interval(12, 40))} (n = 40)"
-    assert rows["certified at ℓ2 0"] == f"{share(share_interval(35, 60))} (n = 60)"
-    assert rows["certified at ℓ2 0.25"] == f"{share(share_interval(10, 60))} (n = 60)"
-    assert rows["certified floor at ℓ∞ 8/255"] == f"{share(share_interval(10, 40))} (n = 40)"
+    assert rows["certified by"] == "Clopper–Pearson"
+    assert rows["level"] == "each certificate by itself is false with probability at most 0.001, over the noise"
+    assert rows["samples an image"] == "1,100, 100 of them to select the class"
+    assert rows["certified at ℓ2 0"] == f"{share(share_interval(35, 60))} (n = 60), true ≥ {true_share(35, 60, 0.001)}"
+    at_half = f"{share(share_interval(10, 60))} (n = 60), true ≥ {true_share(10, 60, 0.001)}"
+    assert rows["certified at ℓ2 0.25"] == at_half
+    floor = f"{share(share_interval(10, 40))} (n = 40), true ≥ {true_share(10, 40, 0.001)}"
+    assert rows["certified floor at ℓ∞ 8/255"] == floor
     difference = paired_difference(standing(30), standing(12))
     assert rows[f"{LABELS['frozen']} flatters by"] == f"{points(difference)} points"
     assert rows["sandwich"] == "0 violations, 30 images checked, 1 allowed"
@@ -370,6 +428,160 @@ def test_certificates_match_a_slow_count(run: Path) -> None:
         assert certificates.accuracy(radius).estimate == slow / 60
     # Closed form: p_lower = 0.001^(1/1000) = 0.993116, whose normal quantile is 2.46326.
     assert certificates.ceiling == pytest.approx(0.5 * 2.46326, abs=1e-5)
+
+
+def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Path) -> None:
+    """Every figure is the count that the fixture wrote; nothing of a fixed number of samples is left in the rows."""
+    rows = dict(summary_rows(read_run(make_sequential(run))))
+    assert rows["certified by"] == "Sequential (geometric), grid 0 / 0.25 / 0.5"
+    assert rows["level"] == "all 60 certificates hold together with probability at least 0.999, over the noise"
+    assert rows["samples an image"] == "700 on average, at most 1,100, 100 of them to select the class"
+    level = 0.001 / 60
+    assert rows["certified at ℓ2 0"] == (
+        f"{share(share_interval(35, 60))} (n = 60), true ≥ {true_share(35, 60, level)}"
+        ", wrong class 25.0 %, not certifiable 8.3 %, undecided 8.3 %"
+    )
+    assert rows["certified at ℓ2 0.25"] == (
+        f"{share(share_interval(10, 60))} (n = 60), true ≥ {true_share(10, 60, level)}"
+        ", wrong class 25.0 %, not certifiable 25.0 %, undecided 33.3 %"
+    )
+    acr = (9 * 0.5 + 0.25) / 60
+    assert rows["grid ACR"] == f"{acr:.3f} (700 samples an image, at most 1,100; grid 0 / 0.25 / 0.5)"
+    assert "ACR" not in rows
+
+
+def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
+    """Table at the grid's radii, both levels in words, futility; no ceiling of N agreeing votes, no ungridded ACR."""
+    text = page_of(make_sequential(run)).text
+    for told in (
+        "certified: sequential, level family",
+        "All 60 certificates hold together with probability at least 0.999, over the draws of the noise.",
+        "That is α = 0.001 for all of them, 1.67e-05 for each.",
+        "700 on average, at most 1,100",
+        "wrongly with probability at most 0.01 an image",
+        "end of the grid",
+        "Grid ACR 0.079",
+        "Within ℓ2 0.25 (σ/2) it is proved right",
+    ):
+        assert told in text, told
+    assert "ceiling, N" not in text
+    assert [row.radius for row in certified_rows(read_run(run))] == ["0", "0.25", "0.5"]
+    edit_json(run / "stages" / "certify.json", sigma=0.4)  # sigma / 2 is no radius of the grid: the next one speaks
+    assert "Within ℓ2 0.25 it is proved right" in page_of(run).text
+    assert [row.radius for row in certified_rows(read_run(run))] == ["0", "0.25", "0.5"]
+
+
+def test_page_of_a_fixed_number_of_samples_has_no_column_of_undecided(run: Path) -> None:
+    text = page_of(run).text
+    assert "Clopper–Pearson. Samples an image: 1,100" in text
+    assert "Among all 60 at most 0.06 are false on average." in text
+    assert "not certifiable" not in text
+    assert "ceiling, N = 1,000" in text
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.1, 0.25, 0.4, 0.5])
+def test_images_divide_as_a_slow_count_says(run: Path, radius: float) -> None:
+    """An image given up at 0.25 is given up at all that is larger, but at 0.1, where nothing was tested, undecided."""
+    certificates = certificates_of(make_sequential(run))
+    found = dict.fromkeys(("right", "wrong class", "not certifiable", "undecided"), 0)
+    for line in (run / "certificates.tsv").read_text().splitlines()[1:]:
+        cells = line.split("\t")
+        following = GRID[0] if cells[2] == "-1" else next((r for r in GRID if r > float(cells[3])), math.inf)
+        if cells[2] != "-1" and float(cells[3]) >= radius:
+            found["right" if cells[1] == cells[2] else "wrong class"] += 1
+        else:
+            given_up = cells[9] == "not certifiable" and radius >= following
+            found["not certifiable" if given_up else "undecided"] += 1
+    decided = certificates.decided(radius)
+    assert decided is not None
+    assert {"right": certificates.accuracy(radius), **decided} == {
+        name: share_interval(count, 60) for name, count in found.items()
+    }
+
+
+def test_curve_of_a_grid_ends_with_the_grid(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn beyond the last tested radius, and every step lies at a radius of the grid."""
+    from matplotlib.axes import Axes
+
+    drawn: list[np.ndarray] = []
+    plain = Axes.plot
+
+    def plot(self: Axes, x: np.ndarray, *rest: object, **named: object) -> object:
+        drawn.append(np.asarray(x, float))
+        return plain(self, x, *rest, **named)
+
+    monkeypatch.setattr(Axes, "plot", plot)
+    certificates = certificates_of(make_sequential(run, radii=[0.0, 0.25, 0.5, 0.8]))
+    certified_curve(certificates, None, "curve", "wide")
+    assert set(np.concatenate(drawn)) == {0.0, 0.25, 0.5, 0.8}
+
+
+def test_grid_of_radius_zero_alone_is_drawn(run: Path) -> None:
+    make_sequential(run, radii=[0.0])
+    content = (run / "certificates.tsv").read_text()
+    (run / "certificates.tsv").write_text(content.replace("0.500000", "0.000000").replace("0.250000", "0.000000"))
+    assert "Within ℓ2 0 it is proved right" in page_of(run).text
+
+
+def test_family_lowers_the_ceiling(run: Path) -> None:
+    """At level alpha / 60 an image's N agreeing votes certify less: sigma * Phi^-1((alpha / 60)^(1/N))."""
+    edit_json(run / "stages" / "certify.json", level="family", num_images=60)
+    expected = 0.5 * special.ndtri((0.001 / 60) ** (1 / 1000))
+    assert certificates_of(run).ceiling == pytest.approx(expected, abs=1e-9)
+    assert "probability at most 1.66667e-05" in dict(summary_rows(read_run(run)))["level"]
+
+
+def test_record_of_an_older_run_is_of_clopper_pearson_for_each_image(run: Path) -> None:
+    certificates = certificates_of(run)
+    assert (certificates.method, certificates.level, certificates.num_images) == ("clopper-pearson", "image", 60)
+    assert (certificates.radii, certificates.outcome, certificates.decided(0.25)) == (None, None, None)
+    edit(run / "certificates.tsv", "\tnum_samples\t", "\tsamples\t")
+    assert certificates_of(run).mean_samples == 1100
+
+
+def test_an_image_twice_leaves_no_bound_on_the_distribution(run: Path) -> None:
+    edit(run / "certificates.tsv", "img-59", "img-58")
+    assert certificates_of(run).accuracy_lower(0.0) is None
+    assert "true ≥ –" in dict(summary_rows(read_run(run)))["certified at ℓ2 0"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "radii"),
+    [("clopper-pearson", None), ("clopper-pearson", (0.0, 0.2, 0.5)), ("geometric", (0.0, 0.2, 0.5))],
+)
+def test_report_and_certification_say_the_same(tmp_path: Path, bound: str, radii: tuple[float, ...] | None) -> None:
+    """The kept run's votes under each rule: bound, ACR, ceiling and decisions are those of ``certification``."""
+    read = read_certificates(KEPT / "certificates.tsv")
+    assert read is not None
+    votes = read[1].select(range(40))
+    expected = recompute(votes, bound=bound, radii=radii, level="image" if radii is None else "family")
+    write_json(tmp_path / "recipe.json", recipe("kept"))
+    write_table(tmp_path / "certificates.tsv", expected, read[0][:40])
+    said = {"stage": "certify", "seconds": 1.0, "finished": "2026-01-01", "images": 40}
+    write_json(tmp_path / "stages" / "certify.json", said | asdict(expected.rule))
+    shown = certificates_of(tmp_path)
+    assert (shown.acr_name, shown.acr) == (expected.acr_name, expected.acr)
+    assert shown.ceiling == pytest.approx(expected.largest_radius, abs=1e-6)
+    for radius in (0.0, 0.2, 0.5):
+        assert shown.accuracy(radius).estimate == expected.accuracy(radius)
+        assert shown.accuracy_lower(radius) == pytest.approx(expected.accuracy_lower(radius), abs=1e-8)
+        decided = shown.decided(radius)
+        assert (decided is None) == (bound == "clopper-pearson")
+        if decided is not None:
+            told = expected.decision(radius).tolist()
+            for name in ("not certifiable", "undecided"):
+                assert decided[name].estimate == told.count(name) / 40
+
+
+def test_run_that_is_kept_in_the_repository_is_readable() -> None:
+    rows = dict(summary_rows(read_run(KEPT)))
+    assert rows["certified by"] == "Clopper–Pearson"
+    assert rows["ACR"].endswith("(N = 10,000)")
+
+
+def test_time_of_several_processes_is_told_as_their_sum(run: Path) -> None:
+    edit_json(run / "stages" / "certify.json", processes=3)
+    assert ("certify", "1 min 05 s (sum of 3 processes)") in [row[:2] for row in cost_rows(read_run(run))]
 
 
 def test_floor_beyond_the_ceiling_is_explained(run: Path) -> None:
@@ -546,6 +758,43 @@ def test_damaged_line_is_told(run: Path, table: str, old: str, new: str, told: s
     """The error says where in the table the damage is; no wrong line passes into a figure."""
     edit(run / table, old, new, 1)
     with pytest.raises(RunError, match=re.escape(told)):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("\n9\t9\t9\t0.25", "\n9\t9\t9\t0.35", "line 11: its radius is none of the grid's"),
+        ("img-4\t0.6\t1100", "img-4\t0.6\t1101", "line 6: num_samples must lie in [101, 1100]"),
+        ("img-4\t0.6\t1100\tcertified", "img-4\t0.6\t1100\tlikely", "line 6: outcome must be one of certified, not"),
+    ],
+)
+def test_line_that_the_rule_cannot_give_is_told(run: Path, old: str, new: str, told: str) -> None:
+    edit(make_sequential(run) / "certificates.tsv", old, new, 1)
+    with pytest.raises(RunError, match=re.escape(told)):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"method": "guess"}, "got 'guess' and 'family'"),
+        ({"level": "galaxy"}, "clopper-pearson or sequential, and image or family"),
+        ({"radii": None}, "'radii' must be ascending numbers >= 0, got None"),
+        ({"radii": [0.5, 0.25, 0.0]}, "'radii' must be ascending"),
+        ({"radii": []}, "'radii' must be ascending"),
+        ({"num_images": 59}, "num_images >= 60"),
+        ({"futility": "none"}, "'futility' must be a finite number"),
+    ],
+)
+def test_rule_that_cannot_be_is_damage(run: Path, changes: dict, told: str) -> None:
+    with pytest.raises(RunError, match=re.escape(told)):
+        read_run(make_sequential(run, **changes))
+
+
+def test_fixed_number_of_samples_is_the_same_for_every_image(run: Path) -> None:
+    edit(run / "certificates.tsv", "img-4\t0.9\t1100", "img-4\t0.9\t1000", 1)
+    with pytest.raises(RunError, match="line 6: num_samples must be 1100"):
         read_run(run)
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from exact_models import Bins, HalfSpace, Recorder, bins_with, square_half_space, square_images
+from exact_models import DOOR_TILES, Bins, HalfSpace, PixelVote, Recorder, bins_with, square_half_space, square_images
 from rush.data.images import ImageSet
 from rush.engine.precision import Execution
 from rush.errors import InputError, ModelError
@@ -17,13 +17,6 @@ from rush.models.classifier import Normalize
 from rush.noise import Gaussian
 from rush.randomness import stream
 from rush.smoothing import ABSTAIN, SmoothedClassifier
-
-
-class PixelVote(nn.Module):
-    """The pixel with the largest value is the class: the same vote in every batch, since nothing is computed."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
 
 
 class Smooth(nn.Module):
@@ -78,7 +71,9 @@ def test_every_batch_the_classifier_sees_is_one_full_tile() -> None:
     smoothed, x = _smoothed(recorder, 4, tile=64), _images(5)
     smoothed.counts(x, 150, smoothed.streams(0, "test", list("abcde")))
     assert {len(batch) for batch in recorder.inputs} == {64}
-    assert recorder.forward_rows == math.ceil(5 * 150 / 64) * 64
+    assert recorder.forward_rows == (DOOR_TILES + math.ceil(5 * 150 / 64)) * 64
+    smoothed.counts(x, 150, smoothed.streams(0, "test", list("abcde")))
+    assert recorder.forward_rows == (DOOR_TILES + 2 * math.ceil(5 * 150 / 64)) * 64  # looked at once
 
 
 def test_the_votes_for_an_image_depend_on_no_other_image() -> None:
@@ -113,7 +108,7 @@ def test_noise_is_float32_gaussian_of_the_stated_deviation_in_pixel_units_and_no
     smoothed = SmoothedClassifier(recorder.eval(), sigma, 2, execution=execution)
     x = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
     smoothed.counts(x, 80_000, smoothed.streams(0, "test", ["a"]))
-    seen = torch.cat(recorder.inputs)[:80_000]
+    seen = torch.cat(recorder.inputs[DOOR_TILES:])[:80_000]
     assert seen.dtype == torch.float32
     noise = (seen - x).double().flatten().numpy()
     assert (seen < 0).float().mean() > 0.2

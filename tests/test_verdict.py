@@ -168,21 +168,21 @@ def test_attack_choice_challenger_and_verdict_share_no_noise(monkeypatch: pytest
     owner: dict[int, str] = {}
     kept: list[torch.Generator] = []
     drawn: dict[str, list[Tensor]] = defaultdict(list)
-    sample = Gaussian.sample
+    fill = Gaussian.fill
 
     def named(seed: int, *names: str, device: str = "cpu") -> torch.Generator:
         kept.append(stream(seed, *names, device=device))
         owner[id(kept[-1])] = names[0].split("/")[0]
         return kept[-1]
 
-    def recorded(self: Gaussian, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        noise = sample(self, shape, generator)
+    def recorded(self: Gaussian, out: Tensor, generator: torch.Generator) -> Tensor:
+        noise = fill(self, out, generator)
         drawn[owner[id(generator)]].append(noise.clone().view(-1, 4))
         return noise
 
     monkeypatch.setattr("rush.smoothing.stream", named)
     monkeypatch.setattr("rush.evaluation.robust.stream", named)
-    monkeypatch.setattr(Gaussian, "sample", recorded)
+    monkeypatch.setattr(Gaussian, "fill", recorded)
     x = square_images(np.array([0.1, -0.1, 0.05]), seed=0)
     smoothed = SmoothedClassifier(square_half_space(), SIGMA, 2)
     rush.attack(

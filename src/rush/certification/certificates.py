@@ -109,8 +109,10 @@ class Certificates:
         of samples leaves everything undecided that it does not certify.
         """
         certified = (self.prediction >= 0) & (self.radius >= radius)
-        open_ = np.where(self.outcome == NOT_CERTIFIABLE, NOT_CERTIFIABLE, UNDECIDED)
-        return np.array(OUTCOMES)[np.where(certified, CERTIFIED, open_)]
+        grid = np.array([*(self.rule.radii or ()), np.inf])
+        passed = np.where(self.prediction >= 0, np.searchsorted(grid[:-1], self.radius, side="right"), 0)
+        given_up = (self.outcome == NOT_CERTIFIABLE) & (radius >= grid[passed])
+        return np.array(OUTCOMES)[np.where(certified, CERTIFIED, np.where(given_up, NOT_CERTIFIABLE, UNDECIDED))]
 
     @property
     def acr(self) -> float:

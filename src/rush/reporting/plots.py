@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from rush.evaluation.intervals import Interval
 from rush.reporting.results import Certificates, Epoch, Ladder
-from rush.reporting.tables import percent, threat_text
+from rush.reporting.tables import percent, radius_text, threat_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,33 +25,41 @@ _POINTS = 400  # more steps than pixels are of no use
 
 
 def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str, form: Format) -> Markup:
-    """Certified accuracy over the l2 radius with its pointwise 95 % band; sigma/2, threat and ceiling marked."""
+    """Certified accuracy over the l2 radius with its pointwise 95 % band; one radius, threat and ceiling marked.
+
+    With a grid, its radii are dots and the steps between them are the accuracy at the larger; the curve ends with it.
+    """
     figure, axes = _figure(form, height=3.3)
-    end = certificates.ceiling * 1.04
+    end = (certificates.ceiling or certificates.sigma) * 1.04
     radii = _curve_radii(certificates, end)
     shares = [certificates.accuracy(radius) for radius in radii]
     axes.fill_between(
         radii, [s.low for s in shares], [s.high for s in shares], step="pre", color=_PROOF, alpha=0.18, linewidth=0
     )
     axes.plot(radii, [s.estimate for s in shares], drawstyle="steps-pre", color=_PROOF, linewidth=1.8)
-    half = certificates.accuracy(certificates.sigma / 2)
-    axes.plot([certificates.sigma / 2], [half.estimate], "o", color=_INK, markersize=5)
+    if certificates.radii is not None:
+        tested = [certificates.accuracy(radius).estimate for radius in certificates.radii]
+        axes.plot(certificates.radii, tested, "o", color=_PROOF, markersize=4, clip_on=False)
+    at = certificates.headline_radius
+    shown, where = certificates.accuracy(at), "σ/2" if at == certificates.sigma / 2 else f"ℓ2 {radius_text(at)}"
+    axes.plot([at], [shown.estimate], "o", color=_INK, markersize=5)
     axes.annotate(
-        f"{percent(half.estimate)} at σ/2",
-        (certificates.sigma / 2, half.estimate),
+        f"{percent(shown.estimate)} at {where}",
+        (at, shown.estimate),
         xytext=(7, 6),
         textcoords="offset points",
         color=_INK,
     )
-    _radius_mark(axes, certificates.ceiling, f"ceiling, N = {certificates.num_estimation:,}", end)
+    last = "end of the grid" if certificates.radii else f"ceiling, N = {certificates.num_estimation:,}"
+    _radius_mark(axes, certificates.ceiling, last, end)
     if ladder is not None and ladder.covering_radius < end:
-        _radius_mark(axes, ladder.covering_radius, f"covers {threat_text(ladder)}", end)
+        _radius_mark(axes, ladder.covering_radius, f"covers {threat_text(ladder)}", end, line=1)
     axes.set(xlim=(0, end), ylim=(0, 1), xlabel="ℓ2 radius, pixels in [0, 1]", ylabel="certified accuracy")
     _percent_ticks(axes.yaxis)
     return _svg(
         figure,
         name,
-        f"Certified accuracy over the radius: {percent(shares[0].estimate)} at 0, {percent(half.estimate)} at σ/2",
+        f"Certified accuracy over the radius: {percent(shares[0].estimate)} at 0, {percent(shown.estimate)} at {where}",
     )
 
 
@@ -101,15 +109,20 @@ def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Forma
 
 
 def _curve_radii(certificates: Certificates, end: float) -> np.ndarray:
-    """Ascending radii at which a curve drawn ``steps-pre`` is exact, or too low where they are too many."""
+    """Ascending radii at which a curve drawn ``steps-pre`` is exact, or too low where they are too many; of a grid its
+    own, and 0: beyond its last nothing was tested."""
+    if certificates.radii is not None:
+        return np.unique([0.0, *certificates.radii])
     radii = np.unique(np.concatenate([[0.0, end], certificates.radius[certificates.correct]]))
     return radii if radii.size <= _POINTS else np.linspace(0, radii[-1], _POINTS)
 
 
-def _radius_mark(axes: "Axes", radius: float, text: str, end: float) -> None:
+def _radius_mark(axes: "Axes", radius: float, text: str, end: float, line: int = 0) -> None:
+    """A vertical line with its ``text`` beside it, on the line ``line`` from the top."""
     right = radius > 0.6 * end
     axes.axvline(radius, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
-    offset, side = ((-4, -3), "right") if right else ((4, -3), "left")
+    below = -3 - 14 * line
+    offset, side = ((-4, below), "right") if right else ((4, below), "left")
     axes.annotate(text, (radius, 1), xytext=offset, textcoords="offset points", ha=side, va="top", color=_MUTED)
 
 

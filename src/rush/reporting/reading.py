@@ -12,8 +12,9 @@ from typing import Any, get_args
 import numpy as np
 
 from rush.errors import RunError
-from rush.options import STAGES, VERDICTS, Norm, Stage
+from rush.options import STAGES, VERDICTS, CertifyMethod, Level, Norm, Stage
 from rush.reporting.results import (
+    OUTCOMES,
     SANDWICH,
     Certificates,
     Epoch,
@@ -185,10 +186,14 @@ def _read_epochs(file: Path) -> tuple[Epoch, ...]:
     return tuple(epochs[key] for key in sorted(epochs))
 
 
-def _read_table(file: Path, columns: tuple[str, ...], remedy: str) -> dict[str, list[str]]:
-    header, *lines = _read_text(file, remedy).removesuffix("\n").split("\n")
-    width = len(header.split("\t"))
-    if tuple(header.split("\t"))[: len(columns)] != columns:
+def _read_table(
+    file: Path, columns: tuple[str, ...], remedy: str, optional: tuple[str, ...] = ()
+) -> dict[str, list[str]]:
+    """The cells of ``columns``, which the table must open with, and of those of ``optional`` that it has."""
+    first, *lines = _read_text(file, remedy).removesuffix("\n").split("\n")
+    header = first.split("\t")
+    width = len(header)
+    if tuple(header[: len(columns)]) != columns:
         raise _damaged(file, f"line 1 must open with the tab-separated columns {' '.join(columns)}", remedy)
     rows = [line.split("\t") for line in lines]
     for number, row in enumerate(rows, start=2):
@@ -196,7 +201,8 @@ def _read_table(file: Path, columns: tuple[str, ...], remedy: str) -> dict[str, 
             raise _damaged(file, f"line {number} has {len(row)} fields, expected {width}", remedy)
     if not rows:
         raise _damaged(file, "it holds no image", remedy)
-    return {name: [row[place] for row in rows] for place, name in enumerate(columns)}
+    places = {name: header.index(name) for name in (*columns, *optional) if name in header}
+    return {name: [row[place] for row in rows] for name, place in places.items()}
 
 
 def _numbers(cells: list[str], kind: Callable[[str], float], column: str, file: Path, remedy: str) -> np.ndarray:
@@ -212,38 +218,105 @@ def _numbers(cells: list[str], kind: Callable[[str], float], column: str, file: 
 
 def _read_certificates(folder: Path, stage: StageRecord) -> Certificates:
     file, remedy = folder / "certificates.tsv", _redo(folder, "certify")
-    table = _read_table(file, CERTIFICATE_COLUMNS, remedy)
+    table = _read_table(file, CERTIFICATE_COLUMNS, remedy, optional=("num_samples", "outcome"))
     whole = {name: _numbers(table[name], int, name, file, remedy) for name in ("idx", "label", "predict", "correct")}
     radius = _numbers(table["radius"], float, "radius", file, remedy)
-    wrong_flag = np.flatnonzero(whole["correct"] != (whole["predict"] == whole["label"]))
-    if wrong_flag.size:
-        raise _damaged(file, f"line {wrong_flag[0] + 2}: correct does not agree with predict and label", remedy)
-    wrong_radius = np.flatnonzero((radius < 0) | ((whole["predict"] < 0) & (radius > 0)))
-    if wrong_radius.size:
-        raise _damaged(file, f"line {wrong_radius[0] + 2}: a radius is negative, or not 0 at an abstention", remedy)
+    flags_agree = whole["correct"] == (whole["predict"] == whole["label"])
+    _check_lines(flags_agree, "correct does not agree with predict and label", file, remedy)
+    radii_possible = (radius >= 0) & ((whole["predict"] >= 0) | (radius == 0))
+    _check_lines(radii_possible, "a radius is negative, or not 0 at an abstention", file, remedy)
     if len(set(table["idx"])) < len(table["idx"]):
         raise _damaged(file, "an image (idx) stands in it twice", remedy)
     said = stage.fields.get("images", len(radius))
     if said != len(radius):
         raise _damaged(file, f"it holds {len(radius)} images, stages/certify.json says {said}", remedy)
-    record = folder / "stages" / "certify.json"
-    sigma, alpha, selection, estimation = (
-        _number(stage.fields, key, record, remedy) for key in ("sigma", "alpha", "num_selection", "num_estimation")
-    )
-    if not (sigma > 0 and 0 < alpha < 1 and selection >= 0 and estimation >= 1):
-        raise _damaged(record, "need sigma > 0, 0 < alpha < 1, num_selection >= 0, num_estimation >= 1", remedy)
-    return Certificates(
-        sigma=sigma,
-        alpha=alpha,
-        num_selection=int(selection),
-        num_estimation=int(estimation),
+    certificates = Certificates(
+        **_read_rule(folder / "stages" / "certify.json", stage.fields, len(radius), remedy),
         idx=whole["idx"],
         label=whole["label"],
         predict=whole["predict"],
         radius=radius,
         correct=whole["correct"].astype(bool),
         ids=np.array(table["id"]),
+        num_samples=_numbers(table["num_samples"], int, "num_samples", file, remedy)
+        if "num_samples" in table
+        else None,
+        outcome=np.array(table["outcome"]) if "outcome" in table else None,
     )
+    _check_against_rule(certificates, file, remedy)
+    return certificates
+
+
+def _read_rule(record: Path, fields: Mapping[str, Any], images: int, remedy: str) -> dict[str, Any]:
+    """How the images were certified. A record without method and level is of Clopper-Pearson, each image at alpha."""
+    said: dict[str, Any] = {
+        "method": "clopper-pearson",
+        "level": "image",
+        "num_images": images,
+        "radii": None,
+        "futility": None,
+    }
+    said |= {"bound": fields.get("method", "clopper-pearson"), "statement": ""} | dict(fields)
+    if said["method"] not in get_args(CertifyMethod) or said["level"] not in get_args(Level):
+        allowed = f"{' or '.join(get_args(CertifyMethod))}, and {' or '.join(get_args(Level))}"
+        raise _damaged(
+            record, f"method and level must be {allowed}, got {said['method']!r} and {said['level']!r}", remedy
+        )
+    sigma, alpha, selection, estimation, family = (
+        _number(said, key, record, remedy)
+        for key in ("sigma", "alpha", "num_selection", "num_estimation", "num_images")
+    )
+    _check_optional(said, ("futility",), record, remedy)
+    if not (sigma > 0 and 0 < alpha < 1 and selection >= 0 and estimation >= 1 and family >= images):
+        needs = f"sigma > 0, 0 < alpha < 1, num_selection >= 0, num_estimation >= 1, num_images >= {images}"
+        raise _damaged(record, f"need {needs}", remedy)
+    image_alpha = alpha if said["level"] == "image" else alpha / family
+    return {
+        "sigma": sigma,
+        "method": said["method"],
+        "bound": str(said["bound"]),
+        "alpha": alpha,
+        "level": said["level"],
+        "num_images": int(family),
+        "num_selection": int(selection),
+        "num_estimation": int(estimation),
+        "radii": _grid(said["radii"], said["method"], record, remedy),
+        "futility": said["futility"],
+        "statement": str(
+            said["statement"] or f"each certificate by itself is false with probability at most {image_alpha:g}"
+        ),
+    }
+
+
+def _grid(radii: Any, method: CertifyMethod, record: Path, remedy: str) -> tuple[float, ...] | None:
+    if radii is None and method != "sequential":
+        return None
+    numbers = isinstance(radii, list) and all(type(radius) in (int, float) for radius in radii)
+    if not numbers or not radii or radii[0] < 0 or radii != sorted(set(radii)) or not math.isfinite(sum(radii)):
+        raise _damaged(record, f"'radii' must be ascending numbers >= 0, got {radii!r}", remedy)
+    return tuple(radii)
+
+
+def _check_against_rule(certificates: Certificates, file: Path, remedy: str) -> None:
+    """Raises: RunError when a line cannot come from the rule that the stage's record gives."""
+    if certificates.radii is not None:
+        certified = np.where(certificates.predict >= 0, certificates.radius, certificates.radii[0])
+        _check_lines(np.isin(certified, certificates.radii), "its radius is none of the grid's", file, remedy)
+    if certificates.num_samples is not None:
+        drawn, most = certificates.num_samples, certificates.most_samples
+        fewest = certificates.num_selection + 1 if certificates.method == "sequential" else most
+        told = f"num_samples must be {most}" if fewest == most else f"num_samples must lie in [{fewest}, {most}]"
+        _check_lines((fewest <= drawn) & (drawn <= most), told, file, remedy)
+    if certificates.outcome is not None:
+        _check_lines(
+            np.isin(certificates.outcome, OUTCOMES), f"outcome must be one of {', '.join(OUTCOMES)}", file, remedy
+        )
+
+
+def _check_lines(right: np.ndarray, told: str, file: Path, remedy: str) -> None:
+    wrong = np.flatnonzero(~right)
+    if wrong.size:
+        raise _damaged(file, f"line {wrong[0] + 2}: {told}", remedy)
 
 
 def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | None) -> Ladder:

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from rush.evaluation.intervals import Interval, paired_difference, share_interval
-from rush.options import STAGES, Norm, Stage
+from rush.options import STAGES, CertifyMethod, Level, Norm, Stage
 
 SANDWICH = "sandwich"
+NOT_CERTIFIABLE = "not certifiable"
+OUTCOMES = ("certified", NOT_CERTIFIABLE, "undecided")
 
 
 @dataclass(frozen=True)
@@ -38,29 +40,111 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class Certificates:
-    """The certificates of a run: arrays (N,) over images; ``radius`` in [0, 1] pixel units, 0.0 where abstaining."""
+    """The certificates of a run: arrays (N,) over images; ``radius`` in [0, 1] pixel units, 0.0 where abstaining.
+
+    alpha: for each image (level ``image``) or for all ``num_images`` together (``family``); statement: the level in
+    words. num_estimation: votes for the bound, with method ``sequential`` the most there may be. radii: the grid of
+    which every certified radius is one, ascending; None: any radius. futility: level at which a sequential run gives a
+    radius up. num_samples: selection and estimation together; outcome: of the radius after the certified one,
+    "certified" where there is none, "not certifiable" or "undecided"; both None where the table has no such column.
+    """
 
     sigma: float
+    method: CertifyMethod
+    bound: str
     alpha: float
+    level: Level
+    num_images: int
     num_selection: int
     num_estimation: int
+    radii: tuple[float, ...] | None
+    futility: float | None
+    statement: str
     idx: np.ndarray
     label: np.ndarray
     predict: np.ndarray
     radius: np.ndarray
     correct: np.ndarray
     ids: np.ndarray
+    num_samples: np.ndarray | None
+    outcome: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.idx)
 
+    @property
+    def image_alpha(self) -> float:
+        """The level of each single certificate: alpha, or alpha / num_images for the family."""
+        return self.alpha if self.level == "image" else self.alpha / self.num_images
+
+    @property
+    def most_samples(self) -> int:
+        """Most samples of an image, selection and estimation together."""
+        return self.num_selection + self.num_estimation
+
+    @property
+    def mean_samples(self) -> float:
+        """Samples of an image on average, selection and estimation together."""
+        return float(self.most_samples if self.num_samples is None else self.num_samples.mean())
+
     def accuracy(self, radius: float) -> Interval:
-        """Share of images whose class is right and whose certified radius is >= ``radius``, with its 95 % interval."""
-        return share_interval(int((self.correct & (self.radius >= radius)).sum()), len(self))
+        """Share of images whose class is right and whose certified radius is >= ``radius``, with its 95 % interval.
+
+        With a grid only its radii are ever certified: between two of them this is the accuracy at the larger.
+        """
+        return share_interval(self._certified_correctly(radius), len(self))
+
+    def accuracy_lower(self, radius: float, confidence: float = 0.95) -> float | None:
+        """A lower bound on the true certified accuracy at ``radius`` with ``confidence`` over images *and* noise.
+
+        With s >= low the one-sided Clopper-Pearson bound on the share that is certified correctly, of which at most
+        image_alpha comes from false certificates: (low - image_alpha) / (1 - image_alpha), as proved in
+        ``certification.certificates``. The images must be independent draws; None where one (id) is there twice.
+        """
+        if len(np.unique(self.ids)) < len(self.ids):
+            return None
+        # The lower end of a two-sided interval of confidence 2c - 1 is the one-sided bound of confidence c.
+        low = share_interval(self._certified_correctly(radius), len(self), confidence=2 * confidence - 1).low
+        return max(0.0, (low - self.image_alpha) / (1 - self.image_alpha))
+
+    def decided(self, radius: float) -> Mapping[str, Interval] | None:
+        """How the images divide at ``radius``, their right certificates (``accuracy``) aside: shares certified with
+        another class than the label, not certifiable, and undecided; None with a fixed number of samples, which gives
+        nothing up, and where the table does not tell.
+        """
+        if self.method != "sequential" or self.outcome is None or self.radii is None:
+            return None
+        certified = (self.predict >= 0) & (self.radius >= radius)
+        passed = np.where(self.predict >= 0, np.searchsorted(self.radii, self.radius, side="right"), 0)
+        following = np.array([*self.radii, math.inf])[passed]  # what is given up, and with it all that is larger
+        given_up = (self.outcome == NOT_CERTIFIABLE) & (radius >= following)
+        rows = {
+            "wrong class": certified & ~self.correct,
+            "not certifiable": given_up,
+            "undecided": ~certified & ~given_up,
+        }
+        return {name: share_interval(int(chosen.sum()), len(self)) for name, chosen in rows.items()}
+
+    @property
+    def table_radii(self) -> tuple[float, ...]:
+        """Where certified accuracy is tabulated: the grid, or the multiples of sigma / 2 up to the ceiling."""
+        halves = range(int(2 * self.ceiling / self.sigma) + 1)
+        return self.radii or tuple(half * self.sigma / 2 for half in halves)
+
+    @property
+    def headline_radius(self) -> float:
+        """sigma / 2, or the grid's first radius from there on, its last where there is none."""
+        half = self.sigma / 2
+        return half if self.radii is None else next((radius for radius in self.radii if radius >= half), self.radii[-1])
+
+    @property
+    def acr_name(self) -> str:
+        """ "ACR", or "grid ACR" where radii are those of a grid."""
+        return "ACR" if self.radii is None else "grid ACR"
 
     @property
     def acr(self) -> float:
-        """Average certified radius, wrong and abstained images counted as 0."""
+        """Average certified radius, wrong and abstained images counted as 0; of the grid's radii where there is one."""
         return float(np.where(self.correct, self.radius, 0.0).mean())
 
     @property
@@ -69,16 +153,25 @@ class Certificates:
 
     @property
     def ceiling(self) -> float:
-        """The radius when all N estimation votes agree: sigma * Phi^-1(alpha^(1/N)) (Cohen et al. 2019)."""
-        return self.sigma * NormalDist().inv_cdf(self.alpha ** (1 / self.num_estimation))
+        """No image can be certified beyond: the grid's last radius, or that of N agreeing votes, which is
+        sigma * Phi^-1(image_alpha^(1/N)) (Cohen et al. 2019).
+        """
+        if self.radii is not None:
+            return self.radii[-1]
+        return self.sigma * NormalDist().inv_cdf(self.image_alpha ** (1 / self.num_estimation))
 
     def of(self, idx: np.ndarray) -> "Certificates | None":
-        """The certificates of the images ``idx``, or None where one of them has none."""
+        """The certificates of the images ``idx``, or None where one of them has none; the family keeps its size."""
         if not np.isin(idx, self.idx).all():
             return None
         rows = np.isin(self.idx, idx)
-        arrays = {name: getattr(self, name)[rows] for name in ("idx", "label", "predict", "radius", "correct", "ids")}
-        return Certificates(self.sigma, self.alpha, self.num_selection, self.num_estimation, **arrays)
+        arrays: dict[str, Any] = {
+            name: array[rows] for name, array in vars(self).items() if isinstance(array, np.ndarray)
+        }
+        return replace(self, **arrays)
+
+    def _certified_correctly(self, radius: float) -> int:
+        return int((self.correct & (self.radius >= radius)).sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rush.evaluation.intervals import Interval
-from rush.options import Stage
-from rush.reporting.results import Ladder, Rung, RunResults
+from rush.options import CertifyMethod, Stage
+from rush.reporting.results import Certificates, Ladder, Rung, RunResults, StageRecord
 
 NORM_SIGNS: Mapping[str, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
+_METHOD_SIGNS: Mapping[CertifyMethod, str] = {"clopper-pearson": "Clopper–Pearson", "sequential": "Sequential"}
+_LISTED = 8  # a longer grid is told by its ends
 _NOT_DONE: Mapping[Stage, str] = {
     "pretrain": "not pre-trained yet",
     "finetune": "not fine-tuned yet",
@@ -32,6 +34,16 @@ class LadderRow:
     step: str
     to_last_eot: str
     strongest: bool
+
+
+@dataclass(frozen=True)
+class CertifiedRow:
+    """Certified accuracy at one radius as printed; ``decided``: further shares, () with a fixed number of samples."""
+
+    radius: str
+    accuracy: str
+    lower: str
+    decided: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -95,13 +107,66 @@ def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     certificates, ladder = results.certificates, results.ladder
     if certificates is None:
         return
-    for radius in (0.0, certificates.sigma / 2):
-        yield f"certified at ℓ2 {radius:g}", f"{share(certificates.accuracy(radius))} (n = {len(certificates):,})"
-    yield "ACR", acr_text(results)
+    yield "certified by", method_text(certificates)
+    yield "level", f"{certificates.statement}, over the noise"
+    yield "samples an image", samples_text(certificates)
+    for radius in dict.fromkeys((certificates.table_radii[0], certificates.headline_radius)):
+        yield (
+            f"certified at ℓ2 {radius_text(radius)}",
+            _certified_text(certificates, radius) + _rest(certificates, radius),
+        )
+    yield certificates.acr_name, acr_text(results)
     proved = results.threat_certificates
     if ladder is not None and proved is not None:
-        floor = proved.accuracy(ladder.covering_radius)
-        yield f"certified floor at {threat_text(ladder)}", f"{share(floor)} (n = {len(proved):,})"
+        yield f"certified floor at {threat_text(ladder)}", _certified_text(proved, ladder.covering_radius)
+    yield "true ≥", "of the data's distribution, with 95 % confidence over images and noise together"
+
+
+def _certified_text(certificates: Certificates, radius: float) -> str:
+    size = f"(n = {len(certificates):,})"
+    return f"{share(certificates.accuracy(radius))} {size}, true ≥ {lower_text(certificates, radius)}"
+
+
+def _rest(certificates: Certificates, radius: float) -> str:
+    """The images that are not certified with the right class."""
+    decided = certificates.decided(radius) or {}
+    return "".join(f", {name} {percent(part.estimate)}" for name, part in decided.items())
+
+
+def lower_text(certificates: Certificates, radius: float) -> str:
+    """The lower bound on the true certified accuracy, rounded down; a dash where an image is there twice."""
+    lower = certificates.accuracy_lower(radius)
+    return "–" if lower is None else percent(math.floor(1000 * lower) / 1000)
+
+
+def method_text(certificates: Certificates) -> str:
+    """Method, name of the test martingale where there is one, and the grid where there is one."""
+    name = _METHOD_SIGNS[certificates.method]
+    test = f" ({certificates.bound})" if certificates.method == "sequential" else ""
+    return f"{name}{test}{', ' if certificates.radii else ''}{grid_text(certificates)}"
+
+
+def grid_text(certificates: Certificates) -> str:
+    """The grid in words, empty without one."""
+    radii = certificates.radii
+    if radii is None:
+        return ""
+    if len(radii) > _LISTED:
+        return f"grid of {len(radii)} radii from {radius_text(radii[0])} to {radius_text(radii[-1])}"
+    return f"grid {' / '.join(radius_text(radius) for radius in radii)}"
+
+
+def samples_text(certificates: Certificates) -> str:
+    """Mean and cap of a sequential run, else the fixed number; selection and estimation together."""
+    most = f"{certificates.most_samples:,}"
+    if certificates.method == "sequential":
+        most = f"{certificates.mean_samples:,.0f} on average, at most {most}"
+    return f"{most}, {certificates.num_selection:,} of them to select the class"
+
+
+def radius_text(radius: float) -> str:
+    """``radius`` with the six decimals that radii have, without trailing zeros."""
+    return f"{radius:.6f}".rstrip("0").rstrip(".")
 
 
 def _attacked_rows(results: RunResults) -> Iterator[tuple[str, str]]:
@@ -118,8 +183,14 @@ def _attacked_rows(results: RunResults) -> Iterator[tuple[str, str]]:
 
 
 def acr_text(results: RunResults) -> str:
+    """Average certified radius with what it depends on: N, or mean samples and cap, and the grid."""
     certificates = results.certificates
-    return "" if certificates is None else f"{certificates.acr:.3f} (N = {certificates.num_estimation:,})"
+    if certificates is None:
+        return ""
+    samples = f"N = {certificates.num_estimation:,}"
+    if certificates.method == "sequential":
+        samples = f"{certificates.mean_samples:,.0f} samples an image, at most {certificates.most_samples:,}"
+    return f"{certificates.acr:.3f} ({'; '.join(filter(None, (samples, grid_text(certificates))))})"
 
 
 def sandwich_text(results: RunResults) -> str:
@@ -166,13 +237,20 @@ def _step_text(step_size: float | str) -> str:
     return step_size if isinstance(step_size, str) else f"{step_size:g} ε"
 
 
-def certified_columns(results: RunResults) -> list[tuple[str, str]]:
-    """Radius and certified accuracy at 0, sigma/2, sigma, ... up to the highest radius that the votes can certify."""
+def certified_rows(results: RunResults) -> list[CertifiedRow]:
+    """Certified accuracy at the grid's radii, else at 0, sigma/2, sigma, ... up to the ceiling."""
     certificates = results.certificates
     if certificates is None:
         return []
-    radii = [half * certificates.sigma / 2 for half in range(int(2 * certificates.ceiling / certificates.sigma) + 1)]
-    return [(f"{radius:g}", share(certificates.accuracy(radius))) for radius in radii]
+    return [
+        CertifiedRow(
+            radius=radius_text(radius),
+            accuracy=share(certificates.accuracy(radius)),
+            lower=lower_text(certificates, radius),
+            decided=tuple(percent(part.estimate) for part in (certificates.decided(radius) or {}).values()),
+        )
+        for radius in certificates.table_radii
+    ]
 
 
 def comparison_rows(results: RunResults) -> list[ComparisonRow]:
@@ -226,10 +304,15 @@ def unequal_conditions(results: RunResults) -> list[str]:
 def cost_rows(results: RunResults) -> list[tuple[str, str, str, str]]:
     """Stage, wall time, forward and backward passes per image, images per second; the last row sums the times."""
     rows = [
-        (name, duration(stage.seconds), _passes(results, name), _rate(stage.fields.get("images_per_second")))
+        (name, _stage_time(stage), _passes(results, name), _rate(stage.fields.get("images_per_second")))
         for name, stage in results.stages.items()
     ]
     return [*rows, ("all", duration(sum(stage.seconds for stage in results.stages.values())), "–", "–")]
+
+
+def _stage_time(stage: StageRecord) -> str:
+    processes = stage.fields.get("processes") or 1
+    return duration(stage.seconds) + (f" (sum of {processes} processes)" if processes != 1 else "")
 
 
 def _passes(results: RunResults, name: Stage) -> str:

@@ -1,0 +1,392 @@
+"""What certification costs: samples, wall time against the textbook procedure, and the engine against the bare network.
+
+    python benchmarks/certification.py samples --logs LOGS
+    python benchmarks/certification.py time --run results/cifar10-small --data CIFAR10 --logs LOGS
+    python benchmarks/certification.py loss --run results/cifar10-small --data CIFAR10
+    python benchmarks/certification.py engine
+    python benchmarks/certification.py votes --run results/cifar10-small --data CIFAR10
+
+LOGS is a folder with published certification logs by the names catrs_sigma_0.25.tsv, gaussian_sigma_0.5.tsv and so on;
+CIFAR10 one with the data set (docs/data.md).
+
+samples: simulated votes with the class probabilities of published logs (ResNet-110, CIFAR-10, all 10,000 images).
+Sequential against fixed N = 100,000 on the same votes: accuracy, mean samples, and their ratio to the known-p bound
+min(N, ln(1/level) / KL(p || p_r)); beside it the Bonferroni correction over 1,000, 10,000 and 100,000 samples and the
+truncated beta mixture. What a log cannot tell is assumed: abstained images have p uniform in 0.2 to 0.5, images at the
+ceiling 1 - p exponential with mean 1/N.
+time: wall time an image. The textbook is written plainly below: fixed N, one image at a time, batches of 1,000,
+float32, votes counted on the host.
+loss: certified accuracy of the sequential rule minus that of fixed N on the same votes of real images.
+engine: certified samples a second as a share of the bare compiled forward on ready-made noise, and that forward as a
+share of the machine's bfloat16 matrix products.
+votes: share of votes that another tile, float32 or eager execution changes.
+Run one part at a time on a machine that does nothing else.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import special
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import rush
+from rush.binomial import lower_bound
+from rush.certification.bounds import certified_radius
+from rush.certification.decide import follow
+from rush.certification.recompute import recompute
+from rush.certification.rules import Rule, make_rule, null_probability
+from rush.certification.sequential import UNDECIDED
+from rush.engine.forward import Forward, try_forwards
+from rush.engine.precision import Execution, decide_execution
+from rush.randomness import seeded_init, stream
+from rush.reporting.logs import CertificationLog, read_log
+from rush.saving import ClassifierSpec
+
+CAP, ALPHA, BLOCK = 100_000, 0.001, 100
+ONE_RADIUS = (("catrs", 0.25), ("gaussian", 0.25), ("catrs", 0.5), ("gaussian", 0.5), ("catrs", 1.0), ("gaussian", 1.0))
+CURVES = {0.25: np.arange(0, 0.76, 0.25), 0.5: np.arange(0, 1.76, 0.25), 1.0: np.arange(0, 3.51, 0.5)}
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def samples(arguments: argparse.Namespace) -> None:
+    for name, sigma in ONE_RADIUS:
+        log = read_log(arguments.logs / f"{name}_sigma_{sigma:.3g}{'.0' if sigma == 1 else ''}.tsv")
+        p = class_probabilities(log)
+        votes = np.random.default_rng(arguments.seed).binomial(BLOCK, p[:, None], (len(p), CAP // BLOCK))
+        for radii in ((sigma,), tuple(CURVES[sigma])):
+            compare_samples(f"{name} sigma {sigma:g}", p, log.correct | (log.predict == log.label), votes, sigma, radii)
+
+
+def class_probabilities(log: CertificationLog) -> NDArray[np.float64]:
+    """The probability of the predicted class (N,), recovered from radii; see the module for what a log cannot tell."""
+    rng = np.random.default_rng(0)
+    counts = np.arange(CAP // 2, CAP + 1)
+    lower = lower_bound(counts, np.full(len(counts), CAP), ALPHA)
+    p = np.interp(special.ndtr(log.radius / log.sigma), lower, counts / CAP)
+    ceiling = log.radius >= 0.995 * log.sigma * special.ndtri(lower[-1])
+    p[ceiling] = 1 - rng.exponential(1 / CAP, int(ceiling.sum()))
+    abstained = log.predict < 0
+    p[abstained] = rng.uniform(0.2, 0.5, int(abstained.sum()))
+    return p
+
+
+def compare_samples(
+    title: str, p: NDArray, correct: NDArray[np.bool_], votes: NDArray, sigma: float, radii: Sequence[float]
+) -> None:
+    nulls = np.array([null_probability(radius, sigma) for radius in radii])
+    fixed = lower_bound(votes.sum(1), np.full(len(p), CAP), ALPHA)[:, None] > nulls
+    what = f"r = {radii[0]:g}" if len(radii) == 1 else f"curve 0 to {radii[-1]:g}"
+    print(f"{title}, {what}: fixed N certified {percents((fixed & correct[:, None]).mean(0))}")
+    for bound in ("geometric", "beta"):
+        rule = sequential_rule(sigma, radii, len(p), bound)
+        passed, outcome, _, trials = follow(rule, votes.astype(np.uint8), np.full(len(p), CAP))
+        accuracy = ((passed[:, None] > np.arange(len(radii))) & correct[:, None]).mean(0)
+        known = known_p_bound(p, nulls, rule)
+        print(
+            f"  {bound:9s} mean {trials.mean():8,.0f}  median {np.median(trials):7,.0f}  "
+            f"{CAP / trials.mean():5.1f}x fewer  {trials.mean() / known.mean():.3f} x known-p {known.mean():,.0f}  "
+            f"undecided {100 * (outcome == UNDECIDED).mean():.1f} %  "
+            f"loss {percents((fixed & correct[:, None]).mean(0) - accuracy)} points"
+        )
+    if len(radii) == 1:
+        mean, certified = bonferroni(votes, float(nulls[0]))
+        lost = (fixed[:, 0] & correct).mean() - (certified & correct).mean()
+        print(f"  Bonferroni 1k/10k/100k mean {mean:8,.0f}  loss {percents([lost])} points")
+
+
+def known_p_bound(p: NDArray, nulls: NDArray, rule: Rule) -> NDArray:
+    """min(N, ln(1/level) / KL(p || null)): the slowest null below p, and the next one at the futility level."""
+    found = np.zeros(len(p))
+    for null in nulls:
+        found = np.maximum(found, np.where(p > null, np.log(1 / rule.image_alpha) / divergence(p, null), 0))
+    following = np.array([min((null for null in nulls if null >= own), default=np.nan) for own in p])
+    open_ = ~np.isnan(following)
+    futile = np.log(1 / rule.futility) / divergence(p[open_], following[open_])
+    found[open_] = np.maximum(found[open_], futile)
+    return np.minimum(found, CAP)
+
+
+def divergence(p: NDArray, q: NDArray | float) -> NDArray:
+    return np.maximum(special.rel_entr(p, q) + special.rel_entr(1 - p, 1 - q), 1e-12)
+
+
+def bonferroni(votes: NDArray, null: float) -> tuple[float, NDArray[np.bool_]]:
+    """Stages of 1,000, 10,000 and 100,000 samples, each at a third of the level (after Horvath et al. 2022)."""
+    stages = (1_000, 10_000, CAP)
+    level, futility = ALPHA / len(stages), FUTILITY / len(stages)
+    used, certified = np.full(len(votes), CAP), np.zeros(len(votes), bool)
+    open_ = np.ones(len(votes), bool)
+    for stage in stages:
+        k = votes[:, : stage // BLOCK].sum(1)
+        above = open_ & (lower_bound(k, np.full(len(k), stage), level) > null)
+        below = open_ & (1 - lower_bound(stage - k, np.full(len(k), stage), futility) < null)
+        certified |= above
+        used[above | below] = stage
+        open_ &= ~(above | below)
+    return float(used.mean()), certified
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def textbook(model: nn.Module, x: Tensor, sigma: float, selection: int, estimation: int) -> tuple[int, float]:
+    """CERTIFY as it is usually written, for one image (C, H, W): class and radius."""
+
+    def sample(number: int) -> NDArray[np.int64]:
+        counts = np.zeros(10, np.int64)
+        with torch.no_grad():
+            while number > 0:
+                size = min(1000, number)
+                number -= size
+                batch = x.repeat((size, 1, 1, 1))
+                noise = torch.randn_like(batch) * sigma
+                for prediction in model(batch + noise).argmax(1).cpu().numpy():
+                    counts[prediction] += 1
+        return counts
+
+    top = int(sample(selection).argmax())
+    bound = lower_bound(sample(estimation)[top], estimation, ALPHA)
+    return top, float(certified_radius(bound, sigma))
+
+
+def wall_time(arguments: argparse.Namespace) -> None:
+    stored = rush.load(arguments.run)
+    sigma = stored.sigma
+    images = real_images(arguments)
+    pixels = images.pixels()
+    plain = rush.load(arguments.run).classifier.to(memory_format=torch.contiguous_format)
+    seconds = []
+    for number in range(arguments.textbook_images):
+        started = time.perf_counter()
+        textbook(plain, pixels[number], sigma, 100, arguments.textbook_samples)
+        seconds.append(time.perf_counter() - started)
+        print(f"  textbook image {number}: {seconds[-1]:.1f} s", flush=True)
+    per_image = statistics.mean(seconds) * CAP / arguments.textbook_samples
+    spread = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+    print(
+        f"textbook: N = {arguments.textbook_samples:,}, {per_image:.1f} s an image at N = {CAP:,} "
+        f"(of {len(seconds)}: mean {statistics.mean(seconds):.1f}, sd {spread:.2f}, "
+        f"{min(seconds):.1f} to {max(seconds):.1f})"
+    )
+    log = read_log(arguments.logs / f"catrs_sigma_{sigma:g}.tsv")
+    for title, classifier, data in (
+        ("trained network", stored.classifier, (pixels, images.labels)),
+        ("linear margins of the logs", *margins_model(stored.classifier, sigma, log, len(images))),
+    ):
+        for what, radii in (("one radius", (sigma,)), ("curve", tuple(CURVES[sigma]))):
+            execution, _ = try_forwards(classifier, stored_execution(), (3, 32, 32), 10, 10_000_000)
+            smoothed = rush.SmoothedClassifier(classifier, sigma, 10, execution=execution)
+            count = len(images) if what == "one radius" else min(len(images), arguments.curve_images)
+            rows = slice(0, None, len(images) // count)
+            started = time.perf_counter()
+            found = rush.certify(
+                smoothed, (data[0][rows], data[1][rows]), "sequential", num_estimation=CAP, alpha=ALPHA, radii=radii
+            )
+            elapsed = (time.perf_counter() - started) / len(found)
+            print(
+                f"{title}, {what}, {len(found)} images: {elapsed:.3f} s an image ({execution.compile_mode}, "
+                f"{found.num_samples.mean():,.0f} samples, 100 of them selection, "
+                f"{found.num_samples.mean() / elapsed:,.0f} a second): textbook / this = {per_image / elapsed:.0f}",
+                flush=True,
+            )
+
+
+class Margins(nn.Module):
+    """``network`` is evaluated for its cost alone; the logits are a plane's, computed in float32."""
+
+    def __init__(self, network: nn.Module, weight: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("weight", weight)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.network(x)
+        score = ((x - 0.5) * self.weight).sum((1, 2, 3))
+        return torch.cat([torch.stack([-score, score], 1), 0 * logits[:, 2:].float() - 1e6], 1)
+
+
+def margins_model(
+    network: nn.Module, sigma: float, log: CertificationLog, count: int
+) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A model of the network's cost whose class probabilities are every k-th of the log's, sorted."""
+    p = np.sort(class_probabilities(log))[:: len(log) // count][:count]
+    weight = torch.full((3, 32, 32), 3072**-0.5)
+    margin = torch.from_numpy(sigma * special.ndtri(np.clip(p, 1e-6, 1 - 1e-6))).float()
+    along = 1e-3 * torch.randn(count, 3, 32, 32, generator=stream(0, "benchmark", "along"))
+    along -= (along * weight).sum((1, 2, 3), keepdim=True) * weight
+    order = torch.randperm(count, generator=stream(0, "benchmark", "order"))
+    x = 0.5 + margin.view(-1, 1, 1, 1) * weight + along
+    return Margins(network, weight), (x[order], torch.ones(count, dtype=torch.int64))
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def loss(arguments: argparse.Namespace) -> None:
+    stored = rush.load(arguments.run)
+    images = real_images(arguments)
+    execution, _ = try_forwards(stored.classifier, stored_execution(), (3, 32, 32), 10, 10_000_000)
+    smoothed = rush.SmoothedClassifier(stored.classifier, stored.sigma, 10, execution=execution)
+    started = time.perf_counter()
+    fixed = rush.certify(smoothed, images, num_estimation=arguments.real_samples, alpha=ALPHA)
+    print(f"{len(fixed)} images, N = {arguments.real_samples:,}, {execution}: {time.perf_counter() - started:.0f} s")
+    sigma = stored.sigma
+    for radii in ((sigma,), tuple(CURVES[sigma]), tuple(np.arange(0, fixed.largest_radius - 0.02, sigma / 2))):
+        found = recompute(fixed, bound="geometric", radii=[float(radius) for radius in radii])
+        assert (np.isin(found.prediction, fixed.prediction)).all()
+        for radius in found.rule.radii or ():
+            print(
+                f"  radii {[f'{r:g}' for r in radii]} at {radius:g}: fixed {100 * fixed.accuracy(radius):.1f} %, "
+                f"sequential {100 * found.accuracy(radius):.1f} %, mean samples {found.num_samples.mean():,.0f}"
+            )
+
+
+# --- engine -----------------------------------------------------------------------------------------------------------
+
+
+def engine(arguments: argparse.Namespace) -> None:
+    for width in arguments.widths:
+        spec = ClassifierSpec("resnet18", width, 3, (0.5,) * 3, (0.25,) * 3, [str(k) for k in range(10)])
+        classifier = seeded_init(spec.build(), stream(0, "benchmark", "weights")).eval()
+        execution = replace(decide_execution(tile=arguments.tile), compile_mode=arguments.compile)
+        smoothed = rush.SmoothedClassifier(execution.place(classifier), 0.25, 10, execution=execution)
+        x = torch.rand(16, 3, 32, 32, generator=stream(0, "benchmark", "images"))
+        data = (x, torch.zeros(len(x), dtype=torch.int64))
+        per_image = int(arguments.engine_samples[arguments.widths.index(width)])
+        rush.certify(smoothed, data, num_estimation=200)  # compiles and inspects
+        forward = Forward(classifier, execution, 10)
+        tile = 0.5 + 0.25 * torch.randn(execution.tile, 3, 32, 32, generator=stream(0, "benchmark", "tile"))
+        forward(tile)
+        bare, certified, products = [], [], []
+        for _ in range(arguments.repeats):
+            bare.append(rate(partial(forward, tile), execution.tile, 5.0))
+            started = time.perf_counter()
+            found = rush.certify(smoothed, data, num_estimation=per_image)
+            certified.append(found.num_samples.sum() / (time.perf_counter() - started))
+            products.append(matrix_rate())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            classifier(tile[:1])
+        flops = counter.get_total_flops()
+        ratios = [c / b for c, b in zip(certified, bare, strict=True)]
+        shares = [b * flops / m for b, m in zip(bare, products, strict=True)]
+        print(
+            f"width {width} ({execution.compile_mode}, {execution.precision}, tile {execution.tile}): bare "
+            f"{statistics.median(bare):,.0f} images/s, certified {statistics.median(certified):,.0f} samples/s, "
+            f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
+            f"{flops / 1e9:.3f} GFLOP an image, forward = {statistics.median(shares):.2f} "
+            f"({min(shares):.2f} to {max(shares):.2f}) of {statistics.median(products) / 1e9:,.0f} GFLOP/s of bfloat16 "
+            "matrix products",
+            flush=True,
+        )
+
+
+def matrix_rate() -> float:
+    """FLOP a second of a 2048 x 2048 product in bfloat16."""
+    a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
+    return rate(lambda: a @ b, 2 * 2048**3, 2.0)
+
+
+def rate(work: Callable[[], object], amount: float, seconds: float) -> float:
+    work()
+    started, done = time.perf_counter(), 0.0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        work()
+        done += amount
+    return done / elapsed
+
+
+# --- votes ------------------------------------------------------------------------------------------------------------
+
+
+def votes(arguments: argparse.Namespace) -> None:
+    stored = rush.load(arguments.run)
+    images = real_images(arguments)
+    reference = replace(stored_execution(), compile_mode="default")
+    others = {
+        "eager": replace(reference, compile_mode="none"),
+        "not folded": replace(reference, compile_mode="none", folded=False),
+        "tile 64": replace(reference, tile=64),
+        "tile 512": replace(reference, tile=512),
+        "float32": replace(reference, compile_mode="none", precision="float32"),
+    }
+    changed, total = dict.fromkeys(others, 0), 0
+    forwards = {name: Forward(stored.classifier, own, 10) for name, own in {"reference": reference, **others}.items()}
+    executions = {"reference": reference, **others}
+    for number in range(arguments.vote_images):
+        noise = stored.noise.sample((1024, 3, 32, 32), stream(0, "benchmark", "votes", number))
+        noisy = images.pixels(slice(number, number + 1)) + noise
+        found = {
+            name: torch.cat([forward(part) for part in noisy.split(executions[name].tile)]).argmax(1)
+            for name, forward in forwards.items()
+        }
+        total += len(noisy)
+        for name in others:
+            changed[name] += int((found[name] != found["reference"]).sum())
+    print(f"votes of {arguments.vote_images} images, {total:,} samples; reference {reference}")
+    for name, count in changed.items():
+        print(f"  {name}: {count} votes differ, {100 * count / total:.3f} %")
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+FUTILITY = 0.01
+
+
+def sequential_rule(sigma: float, radii: Sequence[float], count: int, bound: str) -> Rule:
+    return make_rule(
+        sigma=sigma, method="sequential", bound=bound, alpha=ALPHA, level="image", num_images=count,
+        num_selection=100, num_estimation=CAP, radii=[float(radius) for radius in radii], futility=FUTILITY,
+    )  # fmt: skip
+
+
+def stored_execution() -> Execution:
+    return decide_execution()
+
+
+def real_images(arguments: argparse.Namespace) -> rush.ImageSet:
+    """The first images of a seeded order of the test split."""
+    test = rush.load_images("cifar10", split="test", root=arguments.data)
+    return test[torch.randperm(len(test), generator=stream(0, "evaluation", "order"))[: arguments.images].tolist()]
+
+
+def percents(shares: Sequence[float] | NDArray) -> str:
+    return "/".join(f"{100 * share:.2f}" for share in np.atleast_1d(shares))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"samples": samples, "time": wall_time, "loss": loss, "engine": engine, "votes": votes}
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--logs", type=Path, help="folder with the published logs")
+    parser.add_argument("--run", type=Path, help="run folder with a trained network of width 16")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--curve-images", type=int, default=100)
+    parser.add_argument("--textbook-images", type=int, default=20)
+    parser.add_argument("--textbook-samples", type=int, default=CAP)
+    parser.add_argument("--real-samples", type=int, default=10_000)
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--engine-samples", type=int, nargs="+", default=[8_000, 800])
+    parser.add_argument("--tile", type=int, default=256)
+    parser.add_argument("--compile", default="default")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vote-images", type=int, default=50)
+    arguments = parser.parse_args()
+    parts[arguments.part](arguments)
+
+
+if __name__ == "__main__":
+    main()
