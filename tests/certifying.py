@@ -21,6 +21,7 @@ METHODS = ("clopper-pearson", "sequential")
 def pixel_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images (count, 1, 2, 2) for ``PixelVote``, from beaten by a hair to won by far, and their labels, a few wrong."""
     x = 0.4 * torch.rand(count, 4, generator=stream(seed, "pixel images"))
+    x[-(count // 5) :] *= 0.1
     winner = torch.arange(count) % 4
     x[torch.arange(count), winner] = torch.linspace(0.35, 1.0, count)
     return x.view(-1, 1, 2, 2), torch.where(torch.arange(count) % 9 == 8, (winner + 1) % 4, winner)

@@ -1,7 +1,9 @@
 """What certificates say: the table that holds them, to the bit, and the statements that they make of a classifier."""
 
+import base64
 import json
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
@@ -203,6 +205,18 @@ def test_a_damaged_field_is_named_by_its_line(
         read_certificates(path)
 
 
+def test_blocks_of_other_lengths_than_the_votes_are_refused(written: tuple[Path, Certificates]) -> None:
+    """Also where they add up."""
+
+    def longer(text: str) -> str:
+        return base64.b64encode(zlib.compress(zlib.decompress(base64.b64decode(text)) + b"\0")).decode()
+
+    path, _ = written
+    _change(path, 5, "blocks", longer)
+    with pytest.raises(RunError, match="line 5: its blocks do not add up to its counts"):
+        read_certificates(path)
+
+
 def test_two_rules_in_one_table_are_refused(written: tuple[Path, Certificates]) -> None:
     path, _ = written
     _change(path, 6, "rule", _with_field(alpha=0.002))
@@ -232,7 +246,7 @@ def test_a_line_with_too_few_fields_a_foreign_header_and_a_shortened_run_are_ref
 
 
 def _crafted(
-    prediction: NDArray[np.int64], radius: NDArray[np.float64], labels: NDArray[np.int64], **rule: Any
+    prediction: NDArray[np.int64], radius: NDArray[np.float64], labels: NDArray[Any], **rule: Any
 ) -> Certificates:
     """Certificates without votes behind them."""
     n = len(labels)
@@ -340,15 +354,23 @@ def test_the_lower_bound_of_the_accuracy_holds_over_the_draw_of_images_and_noise
 
 
 def test_decisions_at_a_radius() -> None:
+    """What was given up is the grid's next radius, and with it all larger ones; nothing in between."""
     found = replace(
-        _crafted(np.array([1, 0, 1, ABSTAIN, ABSTAIN]), np.array([0.5, 0.25, 0.0, 0.0, 0.0]), np.ones(5)),
+        _crafted(
+            np.array([1, 0, 1, ABSTAIN, ABSTAIN]),
+            np.array([0.5, 0.25, 0.0, 0.0, 0.0]),
+            np.ones(5),
+            method="sequential",
+            radii=(0.0, 0.25, 0.5),
+        ),
         outcome=np.array([CERTIFIED, NOT_CERTIFIABLE, UNDECIDED, NOT_CERTIFIABLE, UNDECIDED], np.uint8),
     )
-    certified_, given_up, open_ = "certified", "not certifiable", "undecided"
-    assert found.decision(0.0).tolist() == [certified_, certified_, certified_, given_up, open_]
-    assert found.decision(0.25).tolist() == [certified_, certified_, open_, given_up, open_]
-    assert found.decision(0.5).tolist() == [certified_, given_up, open_, given_up, open_]
-    assert found.decision(0.500001).tolist() == [open_, given_up, open_, given_up, open_]
+    held, given_up, open_ = "certified", "not certifiable", "undecided"
+    assert found.decision(0.0).tolist() == [held, held, held, given_up, open_]
+    assert found.decision(0.25).tolist() == [held, held, open_, given_up, open_]
+    assert found.decision(0.3).tolist() == [held, open_, open_, given_up, open_]
+    assert found.decision(0.5).tolist() == [held, given_up, open_, given_up, open_]
+    assert found.decision(0.6).tolist() == [open_, given_up, open_, given_up, open_]
 
 
 def test_decisions_follow_from_the_votes(certificates: Certificates) -> None:

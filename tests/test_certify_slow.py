@@ -1,0 +1,60 @@
+"""Certification at length: certificates at the hardest probabilities, and memory that does not grow."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_certify import false_at_the_radii, most_false
+
+pytestmark = pytest.mark.slow
+
+
+def test_twenty_thousand_certificates_at_the_radii_are_false_no_more_often_than_alpha() -> None:
+    """4,000 images at the exact probability of each radius, 1/2 included. Odds of failing by chance: 5e-6."""
+    for radius, false in false_at_the_radii(4000, num_estimation=1500, seed=1).items():
+        assert false <= most_false(4000), radius
+
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+import rush
+from exact_models import square_half_space, square_images
+import numpy as np
+from rush.smoothing import SmoothedClassifier
+
+def certified(count, votes):
+    x = square_images(np.linspace(-0.5, 0.5, count), 0)
+    y = torch.ones(count, dtype=torch.int64)
+    rush.certify(SmoothedClassifier(square_half_space(), 0.25, 2), (x, y), {method!r}, 100, votes)
+
+certified(3, 2000)  # whatever is loaded and kept at the first call
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+certified({count}, {votes})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def growth(method: str, count: int, votes: int) -> float:
+    """MiB by which the peak of a fresh process grows when it certifies so many images with so many votes."""
+    code = MEASURE.format(tests=str(Path(__file__).parent), method=method, count=count, votes=votes)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=280)
+    return float(done.stdout) / 1024
+
+
+@pytest.mark.parametrize("method", ["clopper-pearson", "sequential"])
+def test_memory_does_not_grow_with_the_votes(method: str) -> None:
+    """A million votes an image; kept at once as float32 noise on 2x2 pixels they would be 16 MB, as votes 8 MB."""
+    assert growth(method, 3, 1000) < 2
+    assert growth(method, 3, 1_000_000) < 4
+
+
+@pytest.mark.parametrize("method", ["clopper-pearson", "sequential"])
+def test_memory_grows_by_the_certificates_alone(method: str) -> None:
+    """Measured: 2 to 3 KiB an image, its certificate in pieces. The generators alone are 5 KiB an image and go."""
+    assert growth(method, 30, 200) < 2
+    assert growth(method, 6000, 200) < 6000 * 6 / 1024

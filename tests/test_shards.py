@@ -1,0 +1,236 @@
+"""Certification shared among processes, and taken up where it was interrupted: the bits of one undisturbed process."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed
+
+import rush.pipeline
+from certifying import METHODS, assert_same, certified, pixel_images
+from rush.certification.certificates import Certificates
+from rush.certification.certify import certify_each
+from rush.certification.table import append_certificates, read_certificates, write_certificates
+from rush.engine.runs import RunFolder
+from rush.errors import RunError
+from rush.options import STAGES, Stage
+from rush.pipeline import CERTIFICATE_PARTS, CERTIFICATES, run_stage
+from tiny import run_tiny
+
+WORLD = 2
+
+
+def certify_shard(rank: int, folder: Path) -> None:
+    """One of two processes: all certificates of some images, as ``rush.certify`` returns them, left in ``folder``."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    for method in METHODS:
+        for count in (1, 9):
+            found = certified(method, pixel_images(count))
+            write_certificates(folder / f"{method}-{count}-{rank}.tsv", found, range(count))
+    (folder / f"done{rank}").touch()
+    while not all((folder / f"done{other}").exists() for other in range(WORLD)):
+        time.sleep(0.01)
+    os._exit(0)  # gloo's threads are not taken down, which now and then hangs
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_return_the_certificates_of_one(processes: ForkServerContext, tmp_path: Path) -> None:
+    """Nine images, so that the shares are unequal, and one, so that a process has none."""
+    children = [processes.Process(target=certify_shard, args=(rank, tmp_path), daemon=True) for rank in range(WORLD)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    for method in METHODS:
+        for count in (1, 9):
+            expected = certified(method, pixel_images(count))
+            for rank in range(WORLD):
+                found = read_certificates(tmp_path / f"{method}-{count}-{rank}.tsv")
+                assert found is not None
+                assert_same(found[1], expected)
+
+
+# The stage of a run
+
+
+def lines_but_times(path: Path) -> list[list[str]]:
+    return [line.split("\t")[:5] + line.split("\t")[6:] for line in path.read_text().splitlines()]
+
+
+def uncertified(tiny_run: Path, folder: Path) -> RunFolder:
+    """A copy of the finished run that is yet to be certified."""
+    shutil.copytree(tiny_run, folder)
+    for name in ("certificates.tsv", "stages/certify.json", "stages/attack.json", "attacks.tsv"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "attacks")
+    return RunFolder.open(folder)
+
+
+@pytest.fixture
+def finished(tiny_run: Path) -> tuple[list[int], Certificates]:
+    """Indices and certificates of the undisturbed run."""
+    found = read_certificates(tiny_run / CERTIFICATES)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The positions whose certificates the stage did not find."""
+    asked: list[int] = []
+
+    def recorded(smoothed: Any, pixels: Any, rule: Any, seed: int, positions: Sequence[int]) -> Iterator[Any]:
+        asked.extend(positions)
+        return certify_each(smoothed, pixels, rule, seed, positions)
+
+    monkeypatch.setattr(rush.pipeline, "certify_each", recorded)
+    return asked
+
+
+def write_part(run: RunFolder, name: str, finished: tuple[list[int], Certificates], rows: list[int]) -> Path:
+    indices, certificates = finished
+    path = run.path / CERTIFICATE_PARTS / name
+    path.parent.mkdir(exist_ok=True)
+    append_certificates(path, certificates.select(rows), [indices[row] for row in rows])
+    return path
+
+
+def test_parts_of_two_processes_are_taken_up_by_one(
+    tiny_run: Path, finished: tuple[list[int], Certificates], asked_for: list[int], tmp_path: Path
+) -> None:
+    """As they lie after a kill, in the order in which the images were decided, the last line of one torn."""
+    run = uncertified(tiny_run, tmp_path / "run")
+    write_part(run, "0.tsv", finished, [4, 0, 2, 8])
+    torn = write_part(run, "1.tsv", finished, [1, 5, 3])
+    torn.write_bytes(torn.read_bytes()[:-20])
+    run_stage(run, "certify")
+    assert asked_for == [3, 6, 7, *range(9, 20)]
+    assert lines_but_times(run.path / CERTIFICATES) == lines_but_times(tiny_run / CERTIFICATES)
+    kept = (run.path / CERTIFICATES).read_text().splitlines()
+    assert [kept[row + 1] for row in (4, 0, 2, 8, 1, 5)] == [
+        (tiny_run / CERTIFICATES).read_text().splitlines()[row + 1] for row in (4, 0, 2, 8, 1, 5)
+    ]
+    assert not (run.path / CERTIFICATE_PARTS).exists()
+    figures = run.require("certify")
+    assert figures["images"] == 20
+    found = read_certificates(run.path / CERTIFICATES)
+    assert found is not None
+    assert figures["seconds"] == pytest.approx(found[1].seconds.sum(), abs=1e-3)
+
+
+def test_a_run_killed_between_its_table_and_its_summary_certifies_nothing_again(
+    tiny_run: Path, finished: tuple[list[int], Certificates], asked_for: list[int], tmp_path: Path
+) -> None:
+    run = uncertified(tiny_run, tmp_path / "run")
+    shutil.copy(tiny_run / CERTIFICATES, run.path)
+    write_part(run, "0.tsv", finished, list(range(0, 20, 2)))
+    write_part(run, "1.tsv", finished, list(range(1, 20, 2)))
+    run_stage(run, "certify")
+    assert asked_for == []
+    assert (run.path / CERTIFICATES).read_bytes() == (tiny_run / CERTIFICATES).read_bytes()
+    assert not (run.path / CERTIFICATE_PARTS).exists()
+
+
+def test_an_empty_part_and_a_torn_header_are_passed_over(tiny_run: Path, tmp_path: Path) -> None:
+    run = uncertified(tiny_run, tmp_path / "run")
+    (run.path / CERTIFICATE_PARTS).mkdir()
+    (run.path / CERTIFICATE_PARTS / "0.tsv").write_text("idx\tlabel\tpre")
+    (run.path / CERTIFICATE_PARTS / "1.tsv").touch()
+    run_stage(run, "certify")
+    assert lines_but_times(run.path / CERTIFICATES) == lines_but_times(tiny_run / CERTIFICATES)
+
+
+def test_parts_of_another_rule_or_of_other_images_are_refused(
+    tiny_run: Path, finished: tuple[list[int], Certificates], tmp_path: Path
+) -> None:
+    indices, certificates = finished
+    other_rule = replace(certificates, rule=replace(certificates.rule, alpha=0.002))
+    other_image = replace(certificates, ids=(*certificates.ids[:3], "another", *certificates.ids[4:]))
+    for number, (wrong, text) in enumerate(
+        [
+            ((indices, other_rule), "0.tsv was made under another rule than the recipe's; move it away and certify"),
+            ((indices, other_image), "0.tsv holds other images than this recipe certifies; move it away and certify"),
+            (([*indices[:3], 399_999, *indices[4:]], certificates), "0.tsv holds other images than this recipe"),
+        ]
+    ):
+        run = uncertified(tiny_run, tmp_path / str(number))
+        write_part(run, "0.tsv", wrong, [0, 3])
+        with pytest.raises(RunError, match=re.escape(text)):
+            run_stage(run, "certify")
+        assert not run.finished("certify")
+        assert not (run.path / CERTIFICATES).exists()
+
+
+def test_a_damaged_part_is_named_with_its_line(
+    tiny_run: Path, finished: tuple[list[int], Certificates], tmp_path: Path
+) -> None:
+    run = uncertified(tiny_run, tmp_path / "run")
+    part = write_part(run, "1.tsv", finished, [0, 3, 5])
+    part.write_text(re.sub("\t(certified|undecided)\t", "\tperhaps\t", part.read_text(), count=1))
+    with pytest.raises(RunError, match=r"1\.tsv, line 2: .*move the file away and certify again"):
+        run_stage(run, "certify")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "attack"])
+def test_only_certification_is_shared_among_processes(
+    stage: Stage, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    run = RunFolder.open(tmp_path / "run")
+    monkeypatch.setattr(rush.pipeline, "world_size", lambda: WORLD)
+    run_stage(run, stage)  # finished before: nothing to do
+    (run.path / f"stages/{stage}.json").unlink()
+    with pytest.raises(RunError, match=rf"stage {stage} runs in one process; start `rush {stage} .*` without torchrun"):
+        run_stage(run, stage)
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [*command, "-m", "rush", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, check=False, timeout=250,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("method", [pytest.param("clopper-pearson", marks=pytest.mark.slow), "sequential"])
+def test_the_stage_under_torchrun_leaves_the_table_of_one_process(method: str, tmp_path: Path) -> None:
+    overrides = (f"certify.method={method}", "certify.images=21", "certify.num_estimation=700")
+    alone = run_tiny(tmp_path, *overrides, stages=STAGES[:2])
+    shutil.copytree(alone.path, tmp_path / "shared")
+    run_stage(alone, "certify")
+    done = torchrun("certify", tmp_path / "shared")
+    assert done.returncode == 0, done.stderr
+    assert lines_but_times(tmp_path / "shared" / CERTIFICATES) == lines_but_times(alone.path / CERTIFICATES)
+    shared = RunFolder.open(tmp_path / "shared")
+    assert shared.require("certify")["processes"] == WORLD
+    assert len(shared.events("started", "certify")) == len(shared.events("finished", "certify")) == 1
+    assert not (shared.path / CERTIFICATE_PARTS).exists()
+    assert done.stderr.count("certify ...") == 1  # one process speaks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_another_stage_under_torchrun_is_refused_in_a_line(tiny_run: Path, tmp_path: Path) -> None:
+    run = uncertified(tiny_run, tmp_path / "run")
+    (run.path / "stages/finetune.json").unlink()
+    before = np.sort([file.stat().st_mtime_ns for file in run.path.rglob("*.*")])
+    done = torchrun("finetune", run.path)
+    assert done.returncode != 0
+    assert f"rush: stage finetune runs in one process; start `rush finetune {run.path}` without torchrun" in done.stderr
+    np.testing.assert_array_equal(np.sort([file.stat().st_mtime_ns for file in run.path.rglob("*.*")]), before)
