@@ -166,19 +166,8 @@ def wall_time(arguments: argparse.Namespace) -> None:
     images = real_images(arguments)
     pixels = images.pixels()
     plain = rush.load(arguments.run).classifier.to(memory_format=torch.contiguous_format)
-    seconds = []
-    for number in range(arguments.textbook_images):
-        started = time.perf_counter()
-        textbook(plain, pixels[number], sigma, 100, arguments.textbook_samples)
-        seconds.append(time.perf_counter() - started)
-        print(f"  textbook image {number}: {seconds[-1]:.1f} s", flush=True)
-    per_image = statistics.mean(seconds) * CAP / arguments.textbook_samples
-    spread = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
-    print(
-        f"textbook: N = {arguments.textbook_samples:,}, {per_image:.1f} s an image at N = {CAP:,} "
-        f"(of {len(seconds)}: mean {statistics.mean(seconds):.1f}, sd {spread:.2f}, "
-        f"{min(seconds):.1f} to {max(seconds):.1f})"
-    )
+    per_image = textbook_time(plain, pixels, sigma, CAP, arguments.textbook_full)
+    textbook_time(plain, pixels, sigma, arguments.textbook_samples, arguments.textbook_images)
     log = read_log(arguments.logs / f"catrs_sigma_{sigma:g}.tsv")
     for title, classifier, data in (
         ("trained network", stored.classifier, (pixels, images.labels)),
@@ -200,6 +189,22 @@ def wall_time(arguments: argparse.Namespace) -> None:
                 f"{found.num_samples.mean() / elapsed:,.0f} a second): textbook / this = {per_image / elapsed:.0f}",
                 flush=True,
             )
+
+
+def textbook_time(network: nn.Module, pixels: Tensor, sigma: float, estimation: int, count: int) -> float:
+    """Mean seconds of the textbook on ``count`` images, printed with its spread."""
+    seconds = []
+    for number in range(count):
+        started = time.perf_counter()
+        textbook(network, pixels[number], sigma, 100, estimation)
+        seconds.append(time.perf_counter() - started)
+    spread = statistics.stdev(seconds) if count > 1 else 0.0
+    print(
+        f"textbook, N = {estimation:,}, {count} images: mean {statistics.mean(seconds):.2f} s an image, sd {spread:.2f}, "
+        f"{min(seconds):.2f} to {max(seconds):.2f}",
+        flush=True,
+    )
+    return statistics.mean(seconds)
 
 
 class Margins(nn.Module):
@@ -376,7 +381,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--curve-images", type=int, default=100)
     parser.add_argument("--textbook-images", type=int, default=20)
-    parser.add_argument("--textbook-samples", type=int, default=CAP)
+    parser.add_argument("--textbook-samples", type=int, default=20_000)
+    parser.add_argument("--textbook-full", type=int, default=3, help="images with N = 100,000, the base of the ratios")
     parser.add_argument("--real-samples", type=int, default=10_000)
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--engine-samples", type=int, nargs="+", default=[8_000, 800])
