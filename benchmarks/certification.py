@@ -200,7 +200,7 @@ def textbook_time(network: nn.Module, pixels: Tensor, sigma: float, estimation: 
         seconds.append(time.perf_counter() - started)
     spread = statistics.stdev(seconds) if count > 1 else 0.0
     print(
-        f"textbook, N = {estimation:,}, {count} images: mean {statistics.mean(seconds):.2f} s an image, sd {spread:.2f}, "
+        f"textbook, N = {estimation:,}, {count} images: mean {statistics.mean(seconds):.2f} s, sd {spread:.2f}, "
         f"{min(seconds):.2f} to {max(seconds):.2f}",
         flush=True,
     )

@@ -116,10 +116,12 @@ def certify(
             )
         _do(_reopen(folder, data, overrides), ("certify",))
         return
-    from rush.recomputation import recompute_table
+    from rush.recomputation import HEADER, recompute_table
 
-    title, rows = recompute_table(folder, out, **given)
-    _print_table(("certified accuracy", title), rows)
+    statement, rows = recompute_table(folder, out, **given)
+    _print_wide_table(None, HEADER, rows)
+    text = f"{statement}; the last column, with 95 % confidence, is over images and noise together"
+    _console().print(text, soft_wrap=True, highlight=False)
 
 
 @app.command
@@ -324,7 +326,7 @@ def _print_table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None
     _console().print(table)
 
 
-def _print_wide_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+def _print_wide_table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 

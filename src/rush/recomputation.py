@@ -1,5 +1,6 @@
 """``rush certify --recompute``: the certificates of a run under another rule, from its stored votes."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from rush.certification.table import read_certificates, write_certificates
 from rush.errors import RunError
 from rush.evaluation.intervals import share_interval
 
+HEADER = ("", "certified", "true one at least")
 
-def recompute_table(path: Path, out: Path | None, **changes: Any) -> tuple[str, list[tuple[str, str]]]:
-    """The new rule in words, and rows (radius, certified accuracy) for the certificates of a run folder or a table.
+
+def recompute_table(path: Path, out: Path | None, **changes: Any) -> tuple[str, list[tuple[str, str, str]]]:
+    """The new rule's statement, and rows under ``HEADER`` for the certificates of a run folder or a table.
 
     The new certificates go to ``out``, where one is given. Raises: RunError when there are none, or ``out`` exists;
     InputError where the new rule would not be valid.
@@ -29,23 +32,21 @@ def recompute_table(path: Path, out: Path | None, **changes: Any) -> tuple[str, 
     return certificates.rule.statement, _rows(certificates)
 
 
-def _rows(certificates: Certificates) -> list[tuple[str, str]]:
+def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
     rule = certificates.rule
     halves = [half * rule.sigma / 2 for half in range(int(2 * rule.largest_radius / rule.sigma) + 1)]
-    rows = [(f"radius {radius:g}", _accuracy(certificates, radius)) for radius in rule.radii or halves]
+    samples = f"{certificates.num_samples.mean():,.0f} of at most {rule.num_samples:,}"
     return [
-        ("method, bound", f"{rule.method}, {rule.bound}"),
-        ("samples an image", f"{certificates.num_samples.mean():,.0f} of at most {rule.num_samples:,}"),
-        *rows,
-        (certificates.acr_name, f"{certificates.acr:.4f}"),
+        ("method, bound", f"{rule.method}, {rule.bound}", ""),
+        ("samples an image", samples, ""),
+        *((f"l2 radius {radius:g}", *_accuracy(certificates, radius)) for radius in rule.radii or halves),
+        (certificates.acr_name, f"{certificates.acr:.4f}", ""),
     ]
 
 
-def _accuracy(certificates: Certificates, radius: float) -> str:
+def _accuracy(certificates: Certificates, radius: float) -> tuple[str, str]:
+    """Certified accuracy with its interval, and its lower bound over images and noise, rounded down."""
     share = certificates.accuracy(radius)
     interval = share_interval(round(share * len(certificates)), len(certificates))
-    lower = certificates.accuracy_lower(radius)
-    return (
-        f"{100 * share:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}], "
-        f"true one >= {100 * lower:.1f} % with 95 % confidence over images and noise"
-    )
+    lower = math.floor(1000 * certificates.accuracy_lower(radius)) / 10
+    return f"{100 * share:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]", f"{lower:.1f} %"
