@@ -1,13 +1,12 @@
 """Other rules for stored votes: the same as certifying afresh where that is valid, refused where it is not."""
 
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import asdict
 import numpy as np
 import pytest
-import replace
 from numpy.typing import NDArray
 
 from certifying import METHODS, SIGMA, assert_same, certified, pixel_images, pixel_vote

@@ -132,13 +132,16 @@ def test_parts_of_two_processes_are_taken_up_by_one(
     assert figures["seconds"] == pytest.approx(found[1].seconds.sum(), abs=1e-3)
 
 
+@pytest.mark.parametrize("parts", [True, False])
 def test_a_run_killed_between_its_table_and_its_summary_certifies_nothing_again(
-    tiny_run: Path, finished: tuple[list[int], Certificates], asked_for: list[int], tmp_path: Path
+    parts: bool, tiny_run: Path, finished: tuple[list[int], Certificates], asked_for: list[int], tmp_path: Path
 ) -> None:
+    """Before or after its parts were removed."""
     run = uncertified(tiny_run, tmp_path / "run")
     shutil.copy(tiny_run / CERTIFICATES, run.path)
-    write_part(run, "0.tsv", finished, list(range(0, 20, 2)))
-    write_part(run, "1.tsv", finished, list(range(1, 20, 2)))
+    if parts:
+        write_part(run, "0.tsv", finished, list(range(0, 20, 2)))
+        write_part(run, "1.tsv", finished, list(range(1, 20, 2)))
     run_stage(run, "certify")
     assert asked_for == []
     assert (run.path / CERTIFICATES).read_bytes() == (tiny_run / CERTIFICATES).read_bytes()

@@ -158,7 +158,8 @@ def try_forwards(
             rates[mode] = _rate(forward, tile)
         except Exception as error:  # no compiler, an unsupported operation, ...: eager still works
             logging.getLogger(__name__).info("torch.compile (%s) cannot be used", mode, exc_info=True)
-            found[f"{mode}_failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+            cause = error.__cause__ or error  # a ModelError says what to do, its cause why
+            found[f"{mode}_failed"] = f"{type(cause).__name__}: {str(cause)[:200]}"
             continue
         found[f"{mode}_compile_seconds"] = round(compile_seconds, 1)
         total = compile_seconds + forward_passes / rates[mode]
