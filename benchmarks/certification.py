@@ -251,7 +251,8 @@ def loss(arguments: argparse.Namespace) -> None:
     print(f"{len(fixed)} images, N = {arguments.real_samples:,}, {execution}: {time.perf_counter() - started:.0f} s")
     sigma = stored.sigma
     for radii in ((sigma,), tuple(CURVES[sigma]), tuple(np.arange(0, fixed.largest_radius - 0.02, sigma / 2))):
-        found = recompute(fixed, bound="geometric", radii=[float(radius) for radius in radii])
+        within = [float(radius) for radius in radii if radius < 0.98 * fixed.largest_radius]
+        found = recompute(fixed, bound="geometric", radii=within)
         assert (np.isin(found.prediction, fixed.prediction)).all()
         for radius in found.rule.radii or ():
             print(
