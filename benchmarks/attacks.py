@@ -1,0 +1,300 @@
+"""How strong the attacks are: against the original AutoAttack on deterministic networks, paired on the same images.
+
+    python benchmarks/attacks.py reference --data CIFAR10 --robust results/cifar10-pgd --cache CACHE
+    python benchmarks/attacks.py deterministic --data CIFAR10 --robust results/cifar10-pgd --cache CACHE
+
+CIFAR10 is a folder with the data set (docs/data.md); CACHE keeps what every attack found on every batch of images, so
+that a stopped run goes on where it was. The original code is pyautoattack 0.2.0 (pip install -c constraints.txt
+pyautoattack==0.2.0), with its defaults: seed 0, APGD of 100 steps from one random start, Square of 5,000 queries, the
+suite "standard" of APGD, targeted APGD, targeted FAB and Square.
+
+reference: its side. deterministic: ours on the same images, and one table for every network.
+An image stands if the network's plain output at the returned point is its label, for both sides by the same forward;
+points must lie in the ball and in [0, 1]. Only images that the network has right are attacked. The networks are those
+of reference_models.py, bfloat16 within: both sides attack this same fixed function. Passes are counted at the network,
+images forward and backward + images forward alone, over the number of attacked images.
+After a change of the library give --ours another name: what is cached by the old name is not computed again.
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import rush
+from reference_models import plain_resnet18, robust_network
+from rush.attacks.gradient import plain
+from rush.attacks.threat import distances
+from rush.data.images import ImageSet, stratified_subset
+from rush.engine.precision import Execution
+from rush.evaluation.intervals import paired_difference
+from rush.files import write_atomically
+from rush.randomness import stream
+
+STEPS = 100
+SLACK = 1e-6  # float32 rounding of a point at the edge of the ball
+SINGLE = ("apgd-ce", "apgd-dlr", "square")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and a threat model; ``queries`` is the budget of Square where it is compared alone."""
+
+    network: Literal["robust", "plain"]
+    epsilon: float
+    queries: int
+
+
+CASES = {
+    "robust-8": Case("robust", 8 / 255, 5_000),
+    "plain-1": Case("plain", 1 / 255, 1_000),
+    "plain-0.5": Case("plain", 0.5 / 255, 1_000),
+}
+
+
+# --- what an attack found ---------------------------------------------------------------------------------------------
+
+Attacker = Callable[[nn.Module, ImageSet], Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """One attack on N images: which the network had right and which still stand, (N,); its points; its cost."""
+
+    ids: NDArray[np.str_]
+    clean: NDArray[np.bool_]
+    standing: NDArray[np.bool_]
+    adversarial: NDArray[np.float32]
+    seconds: float
+    gradients: int
+    forwards: int
+
+    def save(self, path: Path) -> None:
+        def write(target: Path) -> None:
+            with open(target, "wb") as file:  # numpy would add a suffix to a name
+                np.savez(file, **vars(self))
+
+        write_atomically(path, write)
+
+    @classmethod
+    def load(cls, path: Path) -> "Found":
+        with np.load(path) as stored:
+            scalars = {"seconds": float, "gradients": int, "forwards": int}
+            return cls(**{name: scalars.get(name, np.asarray)(stored[name]) for name in stored.files})
+
+    @classmethod
+    def join(cls, parts: list["Found"]) -> "Found":
+        arrays = ("ids", "clean", "standing", "adversarial")
+        return cls(
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in arrays),
+            *(sum(getattr(part, name) for part in parts) for name in ("seconds", "gradients", "forwards")),
+        )
+
+    @property
+    def cost(self) -> str:
+        attacked = max(1, int(self.clean.sum()))
+        return f"{self.seconds:,.0f} s, {self.gradients / attacked:,.0f} + {self.forwards / attacked:,.0f} passes"
+
+
+class Counted(nn.Module):
+    """The network itself; counts the images that it is asked about."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.gradients = self.forwards = 0
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.gradients += len(x)
+        else:
+            self.forwards += len(x)
+        return self.network(x)
+
+
+def found_by(
+    attacker: Attacker, name: str, folder: Path, network: nn.Module, images: ImageSet, epsilon: float, batch: int
+) -> Found:
+    """What ``attacker`` finds on all images, batch by batch, each kept in ``folder``."""
+    parts = []
+    for start in range(0, len(images), batch):
+        path = folder / f"{name}-{start:05d}.npz"
+        part = images[start : start + batch]
+        if not path.exists():
+            _attack_batch(attacker, network, part, epsilon).save(path)
+        parts.append(Found.load(path))
+        if not np.array_equal(parts[-1].ids, part.ids):
+            raise SystemExit(f"{path} is about other images; use another --cache")
+    found = Found.join(parts)
+    print(f"  {name}: {100 * found.standing.mean():.1f} % stand, {found.cost}", flush=True)
+    return found
+
+
+def _attack_batch(attacker: Attacker, network: nn.Module, images: ImageSet, epsilon: float) -> Found:
+    x, clean = images.pixels(), correct(network, images.pixels(), images)
+    counted, adversarial, started = Counted(network), images.pixels(), time.perf_counter()
+    if clean.any():
+        adversarial[torch.from_numpy(clean)] = attacker(counted, images[clean]).detach()
+    seconds = time.perf_counter() - started
+    if float(distances(adversarial, x)[0].max()) > epsilon + SLACK or adversarial.min() < 0 or adversarial.max() > 1:
+        raise SystemExit("an attack returned a point outside the ball or outside [0, 1]")
+    standing = clean & correct(network, adversarial, images)
+    return Found(
+        images.ids, clean, standing, adversarial.numpy(), seconds, counted.gradients, counted.forwards
+    )  # fmt: skip
+
+
+def correct(network: nn.Module, points: Tensor, images: ImageSet) -> NDArray[np.bool_]:
+    """Whether the network's class at each point is the label, by the forward that judges everywhere."""
+    return (Execution().tiled_logits(network, points).argmax(1) == images.labels).numpy()
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def reference(arguments: argparse.Namespace) -> None:
+    for case, network, images in cases(arguments):
+        reference_side(arguments, case, network, images, (*arguments.attacks,))
+
+
+def reference_side(
+    arguments: argparse.Namespace, case: str, network: nn.Module, images: ImageSet, attacks: tuple[str, ...]
+) -> dict[str, Found]:
+    epsilon, queries = CASES[case].epsilon, CASES[case].queries
+    found = {}
+    for attack in attacks:
+        name = f"{attack}-{queries}" if attack == "square" else attack
+        attacker = partial(original, attack=attack, epsilon=epsilon, queries=queries)
+        folder = arguments.cache / case / f"original-{arguments.images}"
+        found[attack] = found_by(attacker, name, folder, network, images, epsilon, arguments.batch)
+    return found
+
+
+def original(network: nn.Module, images: ImageSet, *, attack: str, epsilon: float, queries: int) -> Tensor:
+    """The points of pyautoattack: of one of its attacks with the parameters of "standard", or of all of "standard"."""
+    from pyautoattack import AutoAttack
+
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    suite = AutoAttack(network, norm="Linf", eps=epsilon, seed=0, version="standard", device="cpu")
+    if attack != "standard":
+        suite.attacks_to_run = [attack]
+        suite.square.n_queries = queries
+    points, _ = suite.run_standard_evaluation(images.pixels(), images.labels, batch_size=len(images))
+    return points
+
+
+# --- deterministic ----------------------------------------------------------------------------------------------------
+
+
+def deterministic(arguments: argparse.Namespace) -> None:
+    for case, network, images in cases(arguments):
+        theirs = reference_side(arguments, case, network, images, (*SINGLE, "standard"))
+        ours = our_side(arguments, case, network, images)
+        print_table(case, ours, theirs)
+
+
+def our_side(arguments: argparse.Namespace, case: str, network: nn.Module, images: ImageSet) -> dict[str, Found]:
+    epsilon, queries = CASES[case].epsilon, CASES[case].queries
+    attackers: dict[str, Attacker] = {
+        "apgd-ce": partial(our_apgd, epsilon=epsilon, loss="cross_entropy"),
+        "apgd-dlr": partial(our_apgd, epsilon=epsilon, loss="dlr"),
+        "square": partial(our_square, epsilon=epsilon, queries=queries),
+        "standard": partial(our_worst_case, epsilon=epsilon),
+    }
+    folder = arguments.cache / case / f"{arguments.ours}-{arguments.images}"
+    return {
+        name: found_by(attacker, name, folder, network, images, epsilon, arguments.batch)
+        for name, attacker in attackers.items()
+    }
+
+
+def our_apgd(network: nn.Module, images: ImageSet, *, epsilon: float, loss: str) -> Tensor:
+    from rush.attacks.apgd import apgd
+
+    from rush.attacks import losses
+
+    threat, x = rush.ThreatModel("linf", epsilon), images.pixels()
+    start = threat.random_start(x, streams(images, "apgd"))
+    best, _ = apgd(
+        plain(network, Execution()), x, images.labels, threat, steps=STEPS, loss=getattr(losses, loss), start=start
+    )
+    return best
+
+
+def our_square(network: nn.Module, images: ImageSet, *, epsilon: float, queries: int) -> Tensor:
+    from rush.attacks.square import square
+
+    threat = rush.ThreatModel("linf", epsilon)
+    log_probs, generators = plain(network, Execution()), streams(images, "square")
+    return square(log_probs, images.pixels(), images.labels, threat, generators, queries=queries)
+
+
+def our_worst_case(network: nn.Module, images: ImageSet, *, epsilon: float) -> Tensor:
+    return rush.attack(network, images, rush.ThreatModel("linf", epsilon), method="worst-case").adversarial
+
+
+def streams(images: ImageSet, name: str) -> list[torch.Generator]:
+    return [stream(0, "benchmark", name, str(own)) for own in images.ids]
+
+
+def print_table(case: str, ours: dict[str, Found], theirs: dict[str, Found]) -> None:
+    clean = ours["standard"].clean
+    print(
+        f"{case}: {len(clean)} images, clean {100 * clean.mean():.1f} %, Square alone {CASES[case].queries:,} queries"
+    )
+    for name, own in ours.items():
+        other = theirs[name]
+        gap = paired_difference(own.standing, other.standing)
+        print(
+            f"  {'worst case' if name == 'standard' else name:10s} ours {100 * own.standing.mean():5.1f} %  "
+            f"theirs {100 * other.standing.mean():5.1f} %  difference {100 * gap.estimate:+.1f} "
+            f"({100 * gap.low:+.1f} to {100 * gap.high:+.1f}) points  ours {own.cost}; theirs {other.cost}",
+            flush=True,
+        )
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module, ImageSet]]:
+    images = benchmark_images(arguments.data, arguments.images)
+    for case in arguments.cases:
+        network = plain_resnet18() if CASES[case].network == "plain" else robust_network(arguments.robust)
+        print(f"{case}: {len(images)} images", flush=True)
+        yield case, network, images
+
+
+def benchmark_images(data: Path, count: int) -> ImageSet:
+    """A seeded stratified subset of the test images of CIFAR-10."""
+    test = rush.load_images("cifar10", split="test", root=data)
+    return stratified_subset(test, count, stream(0, "benchmark", "images"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"reference": reference, "deterministic": deterministic}
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")
+    parser.add_argument("--robust", type=Path, help="folder with the adversarially trained network")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what every attack found")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=tuple(CASES))
+    parser.add_argument("--attacks", nargs="+", choices=(*SINGLE, "standard"), default=(*SINGLE, "standard"))
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=125)
+    parser.add_argument("--ours", default="ours", help="name of this version's results in --cache")
+    arguments = parser.parse_args()
+    parts[arguments.part](arguments)
+
+
+if __name__ == "__main__":
+    main()
