@@ -120,6 +120,10 @@ def _result(ids: list[str], verdict: list[int], l2: list[float]) -> AttackResult
         votes=zeros,
         linf=np.array(l2),
         l2=np.array(l2),
+        l1=np.array(l2),
+        passes=np.zeros(n),
+        forward_passes=np.zeros(n),
+        attacker=zeros,
         seconds=np.zeros(n),
         level=LEVEL,
     )

@@ -181,7 +181,7 @@ def test_attack_choice_challenger_and_verdict_share_no_noise(monkeypatch: pytest
         return noise
 
     monkeypatch.setattr("rush.smoothing.stream", named)
-    monkeypatch.setattr("rush.evaluation.robust.stream", named)
+    monkeypatch.setattr("rush.evaluation.attacking.stream", named)
     monkeypatch.setattr(Gaussian, "fill", recorded)
     x = square_images(np.array([0.1, -0.1, 0.05]), seed=0)
     smoothed = SmoothedClassifier(square_half_space(), SIGMA, 2)

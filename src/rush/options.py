@@ -4,18 +4,22 @@ import math
 from fractions import Fraction
 from typing import Literal
 
+AttackMethod = Literal["none", "fgsm", "mifgsm", "pgd", "apgd", "square", "fmn", "random"]
 CertifyMethod = Literal["clopper-pearson", "sequential"]
 CompileChoice = Literal["auto", "none", "default", "reduce-overhead"]
 CompileMode = Literal["none", "default", "reduce-overhead"]
+Decision = Literal["vote", "mean", "single"]
 EncoderName = Literal["small", "resnet18", "resnet34"]
 FinetuneMode = Literal["linear", "full"]
+Gradient = Literal["fresh", "frozen", "transfer"]
 Level = Literal["image", "family"]
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
 OptimizerName = Literal["sgd", "adamw"]
 Precision = Literal["float32", "bfloat16"]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 SequentialBound = Literal["geometric", "beta"]
 Stage = Literal["pretrain", "finetune", "certify", "attack"]
+Start = Literal["random", "clean", "best"]
 Verdict = Literal["broken", "held", "undecided"]
 
 VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")

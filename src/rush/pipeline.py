@@ -28,10 +28,13 @@ from rush.engine.precision import Execution, decide_execution
 from rush.engine.probes import knn_correct, representations
 from rush.engine.runs import RunFolder
 from rush.errors import ConfigError, DataError, RunError
+from rush.evaluation.defenders import defend
 from rush.evaluation.ladder import ladder
-from rush.evaluation.robust import AttackResult
+from rush.evaluation.plans import Plan
+from rush.evaluation.results import AttackResult
+from rush.evaluation.robust import Judging, evaluate
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
-from rush.evaluation.table import AttackParts, write_attacks
+from rush.evaluation.table import write_attacks
 from rush.finetuning import finetune
 from rush.inputs import LabelledPixels, labelled_pixels
 from rush.models.classifier import Classifier
@@ -201,15 +204,15 @@ def run_attack(run: RunFolder) -> None:
         config.eot_samples,
     )
     level = config.alpha / (len(plans) + 1)
-    parts = AttackParts(
-        run.path / "attacks/parts", smoothed, level=level, max_votes=config.max_votes, seed=here.recipe.seed
-    )
-    results = [parts.run(plan, pixels, threat) for plan in plans]
+    defender, parts = defend(smoothed), run.path / "attacks/parts"
+    judging = Judging(level, config.max_votes, here.recipe.seed)
+    results = [evaluate(defender, pixels, threat, plan, judging, parts) for plan in plans]
     positions = sandwich_positions(certificates, pixels.ids)
     if positions:
         inside = pixels.select(positions)
         plan = sandwich_plan(config.steps)
-        results.append(parts.run(plan, inside, sandwich_threat(certificates, inside.ids)))
+        balls = sandwich_threat(certificates, inside.ids)
+        results.append(evaluate(defender, inside, balls, plan, judging, parts))
     sandwich = check_sandwich(certificates, results, config.alpha)
     write_attacks(run.path, results, dict(zip(pixels.ids, indices, strict=True)), pixels)
     run.finish("attack", **_attack_figures(config, level, results, sandwich))
@@ -301,13 +304,11 @@ def _attack_figures(
 
 def _rung_figures(result: AttackResult) -> dict[str, Any]:
     plan = result.plan
+    own = ("steps", "step_size", "restarts", "eot_samples", "method", "loss", "gradient")
     return {
         "name": plan.name,
         "label": plan.label,
-        "steps": plan.steps,
-        "step_size": plan.step_size,
-        "restarts": plan.restarts,
-        "eot_samples": plan.eot_samples,
+        **({name: getattr(plan, name) for name in own} if isinstance(plan, Plan) else {}),
         **result.budget,
         "seconds": float(result.seconds.sum()),
     }

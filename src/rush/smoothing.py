@@ -1,6 +1,6 @@
 """The smoothed classifier: votes of a base classifier under noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -147,10 +147,18 @@ class SmoothedClassifier:
 
     def voter(self) -> Voter:
         """The engine that counts votes, with the forward made anew when the classifier's weights have changed."""
+        return Voter(self._current(), self.noise, self.num_classes, self.execution.device, self.execution.tile)
+
+    def differentiable(self) -> Callable[[Tensor], Tensor]:
+        """The judged forward before compilation: noisy pixels (B, C, H, W) -> logits (B, K), differentiable; what
+        attacks climb."""
+        return self._current().differentiable
+
+    def _current(self) -> Forward:
         check_eval_mode(self.classifier)
         if self._forward is None or not self._forward.is_current(self.classifier):
             self._forward = Forward(self.classifier, self.execution, self.num_classes)
-        return Voter(self._forward, self.noise, self.num_classes, self.execution.device, self.execution.tile)
+        return self._forward
 
     def _logits(self, x: Tensor) -> Tensor:
         return _checked_logits(self.execution.logits(self.classifier, x), len(x), self.num_classes)

@@ -38,7 +38,7 @@ class Forward:
         self._weights = {name: tensor.detach().clone() for name, tensor in _tensors(classifier).items()}
         self._original = classifier
         self._module = fold_batch_norm(classifier) if execution.folded else classifier
-        self._call = _compiled(self._logits, execution.compile_mode)
+        self._call = _compiled(self.differentiable, execution.compile_mode)
         self._inspected = False
 
     def __call__(self, tile: Tensor) -> Tensor:
@@ -55,8 +55,9 @@ class Forward:
             for name, tensor in now.items()
         )
 
-    def _logits(self, tile: Tensor) -> Tensor:
-        return self._execution.logits(self._module, tile)
+    def differentiable(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of any number of rows (B, C, H, W), differentiable: this forward before it is compiled."""
+        return self._execution.logits(self._module, x)
 
     def _inspect(self, tile: Tensor) -> None:
         logits = self._first(tile)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rush.evaluation.robust import Plan
+from rush.evaluation.plans import Plan
 
 
 def ladder(steps: int, step_size: float, restarts: int, eot_samples: Sequence[int]) -> list[Plan]:

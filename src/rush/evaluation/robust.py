@@ -1,183 +1,222 @@
-"""Attack a data set and judge every returned point on fresh noise."""
+"""Attack a data set, by one attacker or by the worst case of a suite, and judge every returned point on fresh draws."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rush.attacks.fgsm import fgsm
-from rush.attacks.gradient import LogProbs, fresh_noise, frozen_noise, plain
-from rush.attacks.losses import margin
-from rush.attacks.pgd import pgd
-from rush.attacks.threat import ThreatModel, distances
-from rush.engine.precision import Execution, check_eval_mode
+from rush.attacks.gradient import gradient_statistics
+from rush.attacks.losses import LossName, cross_entropy, named_loss
+from rush.attacks.threat import ThreatModel, distances, norms
+from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.progress import progress
-from rush.errors import InputError, ModelError
-from rush.evaluation.intervals import Interval, share_interval
-from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, judge, judge_deterministic
-from rush.inputs import Images, LabelledPixels, check_labels, check_positive_integer, labelled_pixels
-from rush.randomness import stream
-from rush.smoothing import BLOCK, SmoothedClassifier
+from rush.errors import InputError
+from rush.evaluation.attacking import GROUP, Points, find_points
+from rush.evaluation.defenders import (
+    Defender,
+    Model,
+    PlainDefender,
+    RandomDefender,
+    SmoothedDefender,
+    check_deterministic,
+    checked_logits,
+    defend,
+)
+from rush.evaluation.parts import read_part, write_part
+from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, worst_case
+from rush.evaluation.results import AttackResult, join_results
+from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts
+from rush.inputs import Images, LabelledPixels, check_labels, check_pixels, check_positive_integer, labelled_pixels
+from rush.options import AttackMethod, Decision, Gradient
+from rush.smoothing import BLOCK
 
-AttackMethod = Literal["none", "fgsm", "pgd"]
-Gradient = Literal["fresh", "frozen", "transfer"]
-Model: TypeAlias = nn.Module | SmoothedClassifier
+Method: TypeAlias = AttackMethod | Literal["worst-case", "paper"]
+Attacker: TypeAlias = Plan | Suite
 
-GROUP = 64  # images that are attacked and judged together: the unit of progress and of resuming
+__all__ = ["GROUP", "AttackResult", "Gradient", "Model", "Plan", "attack", "attack_groups", "join_results", "verdict"]
 
-
-@dataclass(frozen=True)
-class Plan:
-    """One attacker with its budget.
-
-    gradient: what is differentiated of a smoothed model: "fresh" noise at every call, noise "frozen" before the loop,
-    or "transfer", the base network without noise. step_size: share of epsilon. eot_samples: noise draws a gradient, 0
-    where there is no noise.
-    """
-
-    name: str
-    label: str
-    method: AttackMethod
-    gradient: Gradient = "fresh"
-    eot_samples: int = 0
-    steps: int = 0
-    step_size: float = 0.0
-    restarts: int = 1
-
-    @property
-    def passes_per_image(self) -> int:
-        """Forward+backward passes through the base network."""
-        return self.restarts * self.steps * max(1, self.eot_samples)
-
-    def forward_passes_per_image(self, random: bool) -> int:
-        """Forward passes beyond those: PGD's last loss, and for a random model the votes that choose among the
-        candidates."""
-        if self.method != "pgd":
-            return 0
-        return self.restarts * (max(1, self.eot_samples) + (2 * BLOCK if random else 2))
+_AUTO_COSINE = 0.9  # of the mean gradient with the expected one, that eot_samples="auto" aims at
+_AUTO_IMAGES, _AUTO_RANGE = 16, (4, 256)
 
 
 @dataclass(frozen=True)
-class AttackResult:
-    """One attacker's points and their verdicts on N images.
+class Judging:
+    """How points are judged: probability of a false verdict on an image, over all verdicts on it, most votes of each
+    and the seed."""
 
-    adversarial: float32 (N, C, H, W); verdict uint8 (N,); challenger int64 (N,): the class the label was tried against;
-    counts int64 (N, K): judging votes; votes int64 (N,): all votes the verdict took; linf, l2: float64 (N,) sizes of
-    the change; seconds (N,).
-    level: bound on the probability of a false verdict, for each image.
-    """
-
-    plan: Plan
-    threat: ThreatModel
-    adversarial: Tensor
-    labels: NDArray[np.int64]
-    ids: tuple[str, ...]
-    verdict: NDArray[np.uint8]
-    challenger: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    votes: NDArray[np.int64]
-    linf: NDArray[np.float64]
-    l2: NDArray[np.float64]
-    seconds: NDArray[np.float64]
     level: float
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def broken(self) -> NDArray[np.bool_]:
-        return self.verdict == BROKEN
-
-    @property
-    def held(self) -> NDArray[np.bool_]:
-        return self.verdict == HELD
-
-    @property
-    def undecided(self) -> NDArray[np.bool_]:
-        return self.verdict == UNDECIDED
-
-    @property
-    def robust_accuracy(self) -> float:
-        """1 - share broken: what the attack leaves, undecided images counted for the model."""
-        return 1 - float(self.broken.mean())
-
-    @property
-    def robust_accuracy_lower(self) -> float:
-        """Share held: undecided images counted against the model."""
-        return float(self.held.mean())
-
-    @property
-    def interval(self) -> Interval:
-        """``robust_accuracy`` with its 95 % Clopper-Pearson interval over images."""
-        return share_interval(int((~self.broken).sum()), len(self))
-
-    @property
-    def budget(self) -> dict[str, float]:
-        """Passes through the base network an image: of the attack, forward alone in the attack, and the verdict's votes
-        on average."""
-        voted = bool(self.counts.sum(1).max() > 1)  # a plain network is judged by one output
-        return {
-            "passes_per_image": self.plan.passes_per_image,
-            "forward_passes_per_image": self.plan.forward_passes_per_image(voted),
-            "votes_per_image": float(self.votes.mean()),
-        }
+    max_votes: int
+    seed: int
 
 
 def attack(
     model: Model,
     images: Images,
     threat: ThreatModel,
-    method: AttackMethod = "pgd",
+    method: Method = "pgd",
     steps: int | None = None,
     step_size: float | None = None,
     restarts: int | None = None,
-    eot_samples: int | None = None,
-    gradient: Gradient = "fresh",
+    eot_samples: int | Literal["auto"] | None = None,
+    gradient: Gradient | None = None,
+    loss: LossName | None = None,
+    targets: Sequence[int] | None = None,
+    decision: Decision | None = None,
+    surrogate: nn.Module | None = None,
     alpha: float = 0.001,
     max_votes: int = 10_000,
     seed: int = 0,
+    resume: str | PathLike[str] | None = None,
 ) -> AttackResult:
-    """Attack every image and judge the points (``evaluation.verdict``; a plain network by its class at the point).
+    """Attack every image and judge the points (``evaluation.verdict``; a deterministic network by its class there).
 
-    model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels to logits taken as deterministic. images: an
-    ImageSet with labels or a pair (float images, labels). method: "none" judges the images themselves; "fgsm" is one
-    step of size epsilon; "pgd" has ``steps`` 20, ``step_size`` epsilon / 4, random starts, ``restarts`` 1 and, on a
-    smoothed model, ``eot_samples`` 16 by default. step_size is in pixel units, where images have their own epsilon
-    for the largest one and in proportion for the others. alpha: probability of a false verdict,
-    for each image. Attack noise comes from streams named "attack/...", the choice among candidates and the verdict from
-    others.
+    model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels to logits, with ``decision`` where it is random by
+    itself (``evaluation.defenders.defend``). images: an ImageSet with labels or a pair (float images, labels).
+    method: "worst-case" is the parameter-free suite, the worst case over its attackers image by image; "paper" the
+    protocol PGD-20 at l-inf 8/255 with one noise draw a step; both take no budget. Else one attacker: "none" judges the
+    images themselves; "fgsm" is one step of size epsilon; "pgd" (20 steps of epsilon / 4), "mifgsm" (20 of epsilon /
+    20), "apgd" (100) from random starts; "square" (1,000 queries), "fmn" (200 steps; the nearest point found, moved
+    into the ball), "random" (1,000 draws).
+    steps: also queries or draws. step_size: in pixel units; where images have their own epsilon for the largest one and
+    in proportion for the others. eot_samples: noise draws a gradient or query of a random model, 16 by default; "auto":
+    as many as give the mean gradient a cosine of 0.9 with the expected one on half of the first images, a power of two
+    from 4 to 256. gradient: what is differentiated of a random model, "fresh" noise by default. loss: "cross-entropy"
+    by default, "margin" for Square, FMN and random search. targets: ranks of the classes aimed at, 1 the most probable
+    other one. surrogate: a module whose derivative stands in for the model's (BPDA).
+    alpha: probability of a false verdict, for each image. Attack noise comes from streams named "attack/...", the
+    choice among candidates and the verdict from others.
+    resume: a folder where finished groups of 64 images are kept, so that the same call goes on behind a kill. With
+    torch.distributed initialised the processes share the groups, with the same bits; each returns the whole.
     Raises: InputError for bad images or numbers, or an argument the method does not take; ModelError for an unusable
-    model.
+    model, also for one that is random and was not said to be; RunError where ``resume`` holds something else.
     """
-    smoothed = model if isinstance(model, SmoothedClassifier) else None
-    _check_model(model)
-    pixels = labelled_pixels(images, smoothed.num_classes if smoothed else None)
-    if not isinstance(model, SmoothedClassifier):
-        check_labels(pixels.y, len(pixels), _plain_logits(model, pixels.x[:1]).shape[1])
-    check_positive_integer("max_votes", max_votes)
-    if not 0 < alpha < 0.5 or max_votes < BLOCK:
-        raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
+    defender, pixels = prepare(model, images, threat, decision, surrogate)
+    judging = _judging(alpha, max_votes, seed)
+    given = {
+        "steps": steps,
+        "step_size": step_size,
+        "restarts": restarts,
+        "eot_samples": eot_samples,
+        "gradient": gradient,
+        "loss": loss,
+        "targets": None if targets is None else tuple(targets),
+    }
+    plan = _attacker(method, defender, threat, {name: value for name, value in given.items() if value is not None})
+    if isinstance(plan, Plan) and eot_samples == "auto":
+        plan = _with_chosen_draws(plan, defender, pixels, threat, seed)
+    return evaluate(defender, pixels, threat, plan, judging, None if resume is None else Path(resume))
+
+
+def verdict(
+    model: Model,
+    images: Images,
+    adversarial: Tensor,
+    threat: ThreatModel,
+    *,
+    decision: Decision | None = None,
+    alpha: float = 0.001,
+    max_votes: int = 10_000,
+    seed: int = 0,
+    name: str = "given",
+) -> AttackResult:
+    """Judge points that somebody else has made: ``adversarial`` (N, C, H, W) float in [0, 1], one an image.
+
+    Up to 1e-6 outside the ball is taken for rounding. Raises: InputError, besides what ``attack`` raises, for points of
+    another shape, outside [0, 1] or outside the threat, naming the farthest.
+    """
+    defender, pixels = prepare(model, images, threat, decision, None)
+    judging = _judging(alpha, max_votes, seed)
+    if not isinstance(adversarial, Tensor) or adversarial.shape != pixels.x.shape:
+        given = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
+        raise InputError(f"adversarial must be a float tensor of shape {tuple(pixels.x.shape)}, got {given}")
+    check_pixels(adversarial)
+    points = adversarial.detach().float().cpu()
+    excess = norms(points, pixels.x, threat.norm) - torch.as_tensor(threat.epsilon, dtype=torch.float64)
+    if float(excess.max()) > 1e-6:
+        row = int(excess.argmax())
+        raise InputError(
+            f"point {row} ({pixels.ids[row]}) is {float(excess[row]):.3g} outside the {threat.norm} ball; "
+            f"{int((excess > 1e-6).sum())} of {len(points)} are. Give the epsilon they were made with"
+        )
+    plan = Plan(name, "points given", "none")
+
+    def judged(rows: list[int]) -> AttackResult:
+        group, found = pixels.select(rows), Points(points[rows], torch.zeros(len(rows)), 0.0, 0.0)
+        return _judged(defender, group, threat.select(rows), plan, found, judging)
+
+    groups = [list(range(first, min(first + GROUP, len(points)))) for first in range(0, len(points), GROUP)]
+    return join_results([judged(rows) for rows in groups], threat)
+
+
+def prepare(
+    model: Model,
+    images: Images,
+    threat: ThreatModel,
+    decision: Decision | None = None,
+    surrogate: nn.Module | None = None,
+    declared: bool = True,
+) -> tuple[Defender, LabelledPixels]:
+    """The checked door of every evaluation: the model's defender, its number of classes known, and the images.
+
+    declared: refuse a random model that is not said to be one. Raises: as ``attack``.
+    """
+    if not isinstance(threat, ThreatModel):
+        raise InputError(f"threat must be a rush.ThreatModel(norm, epsilon), got {type(threat).__name__}")
+    defender = defend(model, None, decision, surrogate)
+    pixels = labelled_pixels(images, defender.num_classes or None)
+    if isinstance(defender, PlainDefender | RandomDefender):
+        with torch.no_grad():
+            first = defender.execution.logits(defender.model, pixels.x[:1])
+        defender.num_classes = checked_logits(first, 1).shape[1]
+        check_labels(pixels.y, len(pixels), defender.num_classes)
+        if isinstance(defender, PlainDefender) and declared:
+            check_deterministic(defender.model, defender.execution, pixels.x[:8])
     if isinstance(threat.epsilon, Tensor) and threat.epsilon.shape != (len(pixels),):
         raise InputError(f"epsilon has shape {tuple(threat.epsilon.shape)}, expected one number or ({len(pixels)},)")
-    plan = _plan(method, gradient, smoothed is not None, threat, steps, step_size, restarts, eot_samples)
-    with progress(f"attack {plan.name}", len(pixels)) as advance:
-        groups = attack_groups(
-            model, pixels, threat, plan, level=alpha, max_votes=max_votes, seed=seed, advance=advance
-        )
-        return join_results(list(groups), threat)
+    return defender, pixels
+
+
+def evaluate(
+    defender: Defender,
+    pixels: LabelledPixels,
+    threat: ThreatModel,
+    plan: Attacker,
+    judging: Judging,
+    resume: Path | None = None,
+) -> AttackResult:
+    """The checked inside of ``attack``: groups shared over processes, finished ones read from ``resume``."""
+    firsts = range(0, len(pixels), GROUP)
+    own = list(firsts)[rank() :: world_size()]
+    found: dict[int, AttackResult] = {}
+    with progress(f"attack {plan.name}", sum(min(GROUP, len(pixels) - first) for first in own)) as advance:
+        for first in own:
+            rows = list(range(first, min(first + GROUP, len(pixels))))
+            group, balls = pixels.select(rows), threat.select(rows)
+            file = None if resume is None else resume / f"{plan.name}-{first // GROUP:04d}.npz"
+            part = None if file is None else read_part(file, group, balls, plan, judging.level)
+            if part is None:
+                part = attack_group(defender, group, balls, plan, judging, advance)
+                if file is not None:
+                    write_part(file, part)
+            else:
+                advance(len(rows))
+            found[first] = part
+    shared = {first: part for shard in gather_objects(found) for first, part in shard.items()}
+    return join_results([shared[first] for first in firsts], threat)
 
 
 def attack_groups(
     model: Model,
     pixels: LabelledPixels,
     threat: ThreatModel,
-    plan: Plan,
+    plan: Attacker,
     *,
     level: float,
     max_votes: int,
@@ -185,95 +224,111 @@ def attack_groups(
     start: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[AttackResult]:
-    """Results of one attacker in groups of 64 images from image ``start`` on; the checked inside of ``attack``.
+    """Results of one attacker in groups of 64 images from image ``start`` on, without a look at the files.
 
     ``advance`` is called with the number of images whenever some have been attacked.
     """
-    _check_model(model)
+    defender, judging = defend(model), Judging(level, max_votes, seed)
     for first in range(start, len(pixels), GROUP):
-        members = list(range(first, min(first + GROUP, len(pixels))))
-        group = pixels.select(members)
-        yield _attack_group(model, group, threat.select(members), plan, level, max_votes, seed, advance)
+        rows = list(range(first, min(first + GROUP, len(pixels))))
+        yield attack_group(defender, pixels.select(rows), threat.select(rows), plan, judging, advance)
 
 
-def _check_model(model: Model) -> None:
-    if not isinstance(model, SmoothedClassifier) and not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a SmoothedClassifier or a torch.nn.Module, got {type(model).__name__}")
-    check_eval_mode(model.classifier if isinstance(model, SmoothedClassifier) else model)
-
-
-def join_results(parts: list[AttackResult], threat: ThreatModel) -> AttackResult:
-    """One result of several groups of one attacker, in their order."""
-    arrays = ("labels", "verdict", "challenger", "counts", "votes", "linf", "l2", "seconds")
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
-    return AttackResult(
-        plan=parts[0].plan,
-        threat=threat,
-        adversarial=torch.cat([part.adversarial for part in parts]),
-        ids=tuple(own for part in parts for own in part.ids),
-        level=parts[0].level,
-        **joined,
-    )
-
-
-def _plan(
-    method: AttackMethod,
-    gradient: Gradient,
-    random: bool,
+def attack_group(
+    defender: Defender,
+    group: LabelledPixels,
     threat: ThreatModel,
-    steps: int | None,
-    step_size: float | None,
-    restarts: int | None,
-    eot_samples: int | None,
-) -> Plan:
-    """The plan of these arguments; those a method does not take must be None, for the rest its defaults stand in."""
-    if method not in get_args(AttackMethod) or gradient not in get_args(Gradient):
-        allowed = f"methods {', '.join(get_args(AttackMethod))}; gradients {', '.join(get_args(Gradient))}"
-        raise InputError(f"unknown method {method!r} or gradient {gradient!r}; allowed: {allowed}")
-    noisy = random and gradient != "transfer" and method != "none"
-    taken = {"none": (), "fgsm": ("eot_samples",), "pgd": ("steps", "step_size", "restarts", "eot_samples")}[method]
-    given = {"steps": steps, "step_size": step_size, "restarts": restarts, "eot_samples": eot_samples}
-    for name, value in given.items():
-        if value is not None and (name not in taken or (name == "eot_samples" and not noisy)):
-            raise InputError(
-                f"{name}={value} was given, but method {method!r} with gradient {gradient!r} takes none on this model"
-            )
-        if value is not None and name != "step_size":
-            check_positive_integer(name, value)
-    if step_size is not None and not 0 < step_size < math.inf:
-        raise InputError(f"step_size must be a finite number > 0, got {step_size!r}")
-    eot = (eot_samples or 16) if noisy else 0
-    if method == "none":
-        return Plan("clean", "no attack", "none")
-    if method == "fgsm":
-        return Plan("fgsm", "FGSM", "fgsm", gradient, eot, 1, 1.0)
-    share = 0.25 if step_size is None else step_size / float(torch.as_tensor(threat.epsilon).max())
-    label = f"PGD-{steps or 20}" + (f", EOT {eot}" if noisy else "")
-    return Plan("pgd", label, "pgd", gradient, eot, steps or 20, share, restarts or 1)
+    plan: Attacker,
+    judging: Judging,
+    advance: Callable[[int], None] = lambda _: None,
+) -> AttackResult:
+    """One attacker, or a suite, on one group of images."""
+    started = time.perf_counter()
+    if isinstance(plan, Suite):
+        result = _worst_of(defender, group, threat, plan, judging)
+        advance(len(group))
+    else:
+        points = find_points(defender, group, threat, plan, judging.seed, advance=advance)
+        result = _judged(defender, group, threat, plan, points, judging)
+    return replace(result, seconds=np.full(len(group), (time.perf_counter() - started) / len(group)))
 
 
-def _attack_group(
-    model: Model,
+def _worst_of(
+    defender: Defender, group: LabelledPixels, threat: ThreatModel, suite: Suite, judging: Judging
+) -> AttackResult:
+    """The suite's attackers one after the other; an image leaves when it is broken.
+
+    A random model that is used with one draw has no verdict that is final: its images stay, and the most harmful point
+    of each is judged at the end.
+    """
+    each = replace(judging, level=judging.level / len(suite.plans))
+    found: AttackResult | None = None
+    harm = torch.full((len(group),), -torch.inf)
+    for number, plan in enumerate(suite.plans):
+        rows = (
+            np.flatnonzero(found.verdict != BROKEN).tolist() if found and not defender.single else [*range(len(group))]
+        )
+        if not rows:
+            break
+        part = group.select(rows)
+        best = None if found is None else found.adversarial[rows]
+        points = find_points(defender, part, threat.select(rows), plan, judging.seed, best, in_suite=True)
+        judged = _judged(defender, part, threat.select(rows), plan, points, each, unjudged=defender.single)
+        judged = replace(judged, plan=suite, level=judging.level, attacker=np.full(len(rows), number))
+        found = judged if found is None else _with_worse(found, judged, rows, points.harm > harm[rows])
+        harm[rows] = torch.maximum(harm[rows], points.harm)
+    assert found is not None
+    if not defender.single:
+        return found
+    final = _judged(defender, group, threat, suite.plans[0], Points(found.adversarial, harm, 0.0, 0.0), judging)
+    spent = {name: getattr(found, name) for name in ("passes", "forward_passes", "attacker")}
+    return replace(final, plan=suite, **spent)
+
+
+def _with_worse(found: AttackResult, now: AttackResult, rows: list[int], more_harmful: Tensor) -> AttackResult:
+    """``found`` with what an attacker ``now`` has changed at ``rows``: broken images, else more harmful points.
+
+    Costs add up. An image is held only where every verdict on it is.
+    """
+    at = np.array(rows)
+    before, after = found.verdict[at], now.verdict
+    taken = (after == BROKEN) | (more_harmful.numpy() & (after != BROKEN))
+    values = {name: getattr(found, name).copy() for name in ("challenger", "counts", "linf", "l2", "l1", "attacker")}
+    for name, array in values.items():
+        array[at[taken]] = getattr(now, name)[taken]
+    verdict_ = found.verdict.copy()
+    both_held = (before == HELD) & (after == HELD)
+    verdict_[at] = np.where(after == BROKEN, BROKEN, np.where(both_held, HELD, UNDECIDED))
+    adversarial = found.adversarial.clone()
+    adversarial[at[taken]] = now.adversarial[taken]
+    costs = {name: getattr(found, name).copy() for name in ("votes", "passes", "forward_passes")}
+    for name, array in costs.items():
+        array[at] += getattr(now, name)
+    return replace(found, verdict=verdict_, adversarial=adversarial, **values, **costs)
+
+
+def _judged(
+    defender: Defender,
     group: LabelledPixels,
     threat: ThreatModel,
     plan: Plan,
-    level: float,
-    max_votes: int,
-    seed: int,
-    advance: Callable[[int], None],
+    points: Points,
+    judging: Judging,
+    unjudged: bool = False,
 ) -> AttackResult:
-    started = time.perf_counter()
-    adversarial = _attacked(model, group, threat, plan, seed, advance)
-    points = LabelledPixels(adversarial, group.y, group.ids)
-    if isinstance(model, SmoothedClassifier):
-        verdicts = judge(model, points, purpose=plan.name, level=level, max_votes=max_votes, seed=seed)
-    else:
-        verdicts = _judge_plain(model, points)
-    linf, l2 = distances(adversarial, group.x)
+    judged = LabelledPixels(points.adversarial, group.y, group.ids)
+    verdicts = (
+        _no_verdicts(group, defender.num_classes)
+        if unjudged
+        else defender.judge(
+            judged, purpose=plan.name, level=judging.level, max_votes=judging.max_votes, seed=judging.seed
+        )
+    )
+    linf, l2 = distances(points.adversarial, group.x)
     return AttackResult(
         plan=plan,
         threat=threat,
-        adversarial=adversarial,
+        adversarial=points.adversarial,
         labels=group.y.numpy(),
         ids=group.ids,
         verdict=verdicts.verdict,
@@ -282,102 +337,147 @@ def _attack_group(
         votes=verdicts.votes,
         linf=linf.numpy(),
         l2=l2.numpy(),
-        seconds=np.full(len(group), (time.perf_counter() - started) / len(group)),
-        level=level,
+        l1=norms(points.adversarial, group.x, "l1").numpy(),
+        passes=np.full(len(group), points.passes),
+        forward_passes=np.full(len(group), points.forward_passes),
+        attacker=np.zeros(len(group), np.int64),
+        seconds=np.zeros(len(group)),
+        level=judging.level,
+        single=defender.single,
     )
 
 
-def _judge_plain(model: nn.Module, points: LabelledPixels) -> Verdicts:
-    return judge_deterministic(_plain_logits(model, points.x), points.y)
+def _no_verdicts(group: LabelledPixels, num_classes: int) -> Verdicts:
+    zeros = np.zeros(len(group), np.int64)
+    return Verdicts(
+        np.full(len(group), UNDECIDED, np.uint8), zeros, np.zeros((len(group), num_classes), np.int64), zeros.copy()
+    )
 
 
-def _plain_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (N, K) of a plain model on the CPU; ModelError when they have another shape or are not finite."""
-    logits = _execution_of(model).tiled_logits(model, x).cpu()
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise ModelError(
-            f"the model gave outputs of shape {tuple(logits.shape)} for {len(x)} images, expected (N, classes)"
+def _judging(alpha: float, max_votes: int, seed: int) -> Judging:
+    check_positive_integer("max_votes", max_votes)
+    if not 0 < alpha < 0.5 or max_votes < BLOCK:
+        raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
+    return Judging(alpha, max_votes, seed)
+
+
+_BUDGETS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fgsm": ("eot_samples", "gradient", "loss"),
+    "mifgsm": ("steps", "step_size", "restarts", "eot_samples", "gradient", "loss", "targets"),
+    "pgd": ("steps", "step_size", "restarts", "eot_samples", "gradient", "loss", "targets"),
+    "apgd": ("steps", "restarts", "eot_samples", "gradient", "loss", "targets"),
+    "square": ("steps", "restarts", "eot_samples", "gradient", "loss", "targets"),
+    "fmn": ("steps", "eot_samples", "gradient", "loss", "targets"),
+    "random": ("steps", "eot_samples", "gradient", "loss", "targets"),
+    "worst-case": (),
+    "paper": (),
+}
+_STEPS = {"fgsm": 1, "mifgsm": 20, "pgd": 20, "apgd": 100, "square": 1000, "fmn": 200, "random": 1000}
+_NAMES = {"fgsm": "FGSM", "mifgsm": "MI-FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square", "fmn": "FMN"}
+
+
+def _attacker(method: Method, defender: Defender, threat: ThreatModel, given: dict[str, object]) -> Attacker:
+    """The attacker of these arguments; those a method does not take must not be given."""
+    if method not in _BUDGETS:
+        raise InputError(f"unknown method {method!r}; allowed: {', '.join(_BUDGETS)}")
+    _check_given(method, defender, given)
+    if method == "worst-case":
+        return worst_case(defender.kind, defender.num_classes, defender.transferable)
+    if method == "paper":
+        return _paper(defender, threat)
+    if method == "none":
+        return Plan("clean", "no attack", "none")
+    return _plan(method, defender, threat, given)
+
+
+def _check_given(method: Method, defender: Defender, given: dict[str, object]) -> None:
+    noisy = defender.kind == "random" and given.get("gradient") != "transfer"
+    for name, value in given.items():
+        taken = name in _BUDGETS[method] and not (
+            (name == "eot_samples" and not noisy) or (name == "gradient" and defender.kind == "plain")
         )
-    if not bool(logits.isfinite().all()):
-        raise ModelError("the model gave outputs that are not finite; such an output has no class")
-    return logits
+        if not taken:
+            what = "is a fixed suite" if method == "worst-case" else "takes none on this model"
+            raise InputError(f"{name}={value} was given, but method {method!r} {what}")
+        if name in ("steps", "restarts") or (name == "eot_samples" and value != "auto"):
+            check_positive_integer(name, value)
+    if "gradient" in given and given["gradient"] not in get_args(Gradient):
+        raise InputError(f"unknown gradient {given['gradient']!r}; allowed: {', '.join(get_args(Gradient))}")
+    if given.get("gradient") == "transfer" and not defender.transferable:
+        raise InputError("gradient='transfer' needs a smoothed classifier, whose base network has no noise of its own")
+    step_size = given.get("step_size", 1.0)
+    if isinstance(step_size, bool) or not isinstance(step_size, int | float) or not 0 < step_size < math.inf:
+        raise InputError(f"step_size must be a finite number > 0, got {step_size!r}")
+    targets = given.get("targets", (1,))
+    if not isinstance(targets, tuple) or not targets or not all(_is_rank(t, defender.num_classes) for t in targets):
+        raise InputError(f"targets are ranks from 1 to {defender.num_classes - 1}, got {targets!r}")
+    if "loss" in given:
+        aim = torch.zeros(1, dtype=torch.int64) if "targets" in given else None
+        named_loss(given["loss"], defender.num_classes, aim)  # type: ignore[arg-type]
 
 
-def _attacked(
-    model: Model,
-    group: LabelledPixels,
-    threat: ThreatModel,
-    plan: Plan,
-    seed: int,
-    advance: Callable[[int], None],
-) -> Tensor:
-    """The best point for each image, (N, C, H, W) on the CPU; batches are of one size, the last one padded with its
-    last image."""
-    if plan.method == "none":
-        advance(len(group))
-        return group.x
-    execution = _execution_of(model)
-    size = min(GROUP, max(1, execution.tile // max(1, plan.eot_samples)))
-    found = []
-    for first in range(0, len(group), size):
-        members = list(range(first, min(first + size, len(group))))
-        padded = members + [members[-1]] * (size - len(members))
-        points = _attacked_batch(model, group.select(padded), threat.select(padded), plan, execution, seed)
-        found.append(points[: len(members)].cpu())
-        advance(len(members))
-    return torch.cat(found)
+def _is_rank(value: object, num_classes: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < num_classes
 
 
-def _attacked_batch(
-    model: Model, batch: LabelledPixels, threat: ThreatModel, plan: Plan, execution: Execution, seed: int
-) -> Tensor:
-    x, y = batch.x.to(execution.device), batch.y.to(execution.device)
-    candidates = []
-    for restart in range(plan.restarts):
-        name = f"attack/{plan.name}/{restart}"
-        starts = [stream(seed, f"{name}/start", own, device=execution.device) for own in batch.ids]
-        noises = [stream(seed, f"{name}/noise", own, device=execution.device) for own in batch.ids]
-        log_probs = _target(model, x, plan, noises)
-        if plan.method == "fgsm":
-            candidates.append(fgsm(log_probs, x, y, threat))
-            continue
-        start = threat.random_start(x, starts)
-        candidates += pgd(log_probs, x, y, threat, steps=plan.steps, step_size=plan.step_size, start=start)
-    return candidates[0] if len(candidates) == 1 else _most_harmful(model, batch, candidates, plan, seed)
+def _plan(method: AttackMethod, defender: Defender, threat: ThreatModel, given: dict[str, object]) -> Plan:
+    gradient: Gradient = given.get("gradient", "fresh")  # type: ignore[assignment]
+    noisy = defender.kind == "random" and gradient != "transfer"
+    eot = given.get("eot_samples", 16) if noisy else 0
+    steps = given.get("steps", _STEPS[method])
+    assert isinstance(steps, int)
+    share = {"mifgsm": 1 / steps, "fgsm": 1.0, "pgd": 0.25}.get(method, 0.0)
+    if "step_size" in given:
+        share = float(given["step_size"]) / float(torch.as_tensor(threat.epsilon).max())  # type: ignore[arg-type]
+    searches = method in ("square", "fmn", "random")
+    label = _NAMES.get(method, "random search") + ("" if method == "fgsm" else f"-{steps}")
+    if noisy and eot != "auto":
+        label += f", EOT {eot}"
+    return Plan(
+        name=method,
+        label=label,
+        method=method,
+        gradient=gradient,
+        eot_samples=_AUTO_RANGE[0] if eot == "auto" else eot,  # type: ignore[arg-type]
+        steps=steps,
+        step_size=share,
+        restarts=given.get("restarts", 1),  # type: ignore[arg-type]
+        loss=given.get("loss", "margin" if searches else "cross-entropy"),  # type: ignore[arg-type]
+        targets=given.get("targets", ()),  # type: ignore[arg-type]
+        start="clean" if searches else "random",
+    )
 
 
-def _target(model: Model, x: Tensor, plan: Plan, generators: list[torch.Generator]) -> LogProbs:
-    if not isinstance(model, SmoothedClassifier):
-        return plain(model, _execution_of(model))
-    if plan.gradient == "transfer":
-        return plain(model.classifier, model.execution)
-    if plan.gradient == "frozen":
-        return frozen_noise(model, x, plan.eot_samples, generators)
-    return fresh_noise(model, plan.eot_samples, generators)
+def _paper(defender: Defender, threat: ThreatModel) -> Plan:
+    stated = threat.norm == PAPER_NORM and not isinstance(threat.epsilon, Tensor)
+    if not stated or abs(float(threat.epsilon) - PAPER_EPSILON) > 1e-9:
+        raise InputError(f"method 'paper' is l-inf 8/255, got {threat.norm} {threat.epsilon}; take method 'pgd'")
+    return PAPER if defender.kind == "random" else replace(PAPER, eot_samples=0)
 
 
-def _most_harmful(model: Model, batch: LabelledPixels, candidates: list[Tensor], plan: Plan, seed: int) -> Tensor:
-    """For each image the candidate with the largest margin against its label, on 100 votes common to all candidates.
+def _with_chosen_draws(plan: Plan, defender: Defender, pixels: LabelledPixels, threat: ThreatModel, seed: int) -> Plan:
+    """``plan`` with as many draws as its gradient's signal-to-noise asks for, and a label that says so."""
+    if not isinstance(defender, SmoothedDefender):
+        raise InputError('eot_samples="auto" needs a smoothed classifier; give a number of draws')
+    members = list(range(min(_AUTO_IMAGES, len(pixels))))
+    draws = choose_eot_samples(defender, pixels.select(members), threat.select(members), seed)
+    return replace(plan, eot_samples=draws, label=f"{plan.label}, EOT {draws} (auto)")
 
-    Those votes come from a stream of their own, so that neither the attack's luck nor the verdict's noise chooses. For
-    a plain model the margin is that of the log-probabilities.
+
+def choose_eot_samples(defender: SmoothedDefender, pixels: LabelledPixels, threat: ThreatModel, seed: int) -> int:
+    """Draws a gradient, a power of two, that give a cosine of 0.9 with the expected gradient on half of the images.
+
+    Measured where an attack under way is: at the points of a short one.
     """
-    scores = torch.stack([_harm(model, point, batch, plan, seed) for point in candidates])
-    chosen = scores.argmax(0)
-    return torch.stack(candidates)[chosen, torch.arange(len(chosen), device=chosen.device)]
-
-
-def _harm(model: Model, point: Tensor, batch: LabelledPixels, plan: Plan, seed: int) -> Tensor:
-    if isinstance(model, SmoothedClassifier):
-        generators = model.streams(seed, f"choice/{plan.name}", batch.ids)
-        votes = model.counts(point, BLOCK, generators).to(point.device)
-        return margin(votes.float(), batch.y.to(point.device))
-    with torch.no_grad():
-        return margin(plain(model, _execution_of(model))(point), batch.y.to(point.device))
-
-
-def _execution_of(model: Model) -> Execution:
-    if isinstance(model, SmoothedClassifier):
-        return model.execution
-    parameter = next(model.parameters(), None)
-    return Execution(device="cpu" if parameter is None else str(parameter.device))
+    least, most = _AUTO_RANGE
+    pilot = Plan("pilot", "PGD-5, EOT 16", "pgd", "fresh", 16, 5, 0.25)
+    points = find_points(defender, pixels, threat, pilot, seed).adversarial
+    device = defender.execution.device
+    generators = defender.smoothed.streams(seed, "attack/auto/noise", pixels.ids)
+    found = gradient_statistics(defender.smoothed, points.to(device), pixels.y.to(device), cross_entropy, generators)
+    needed = float(found.draws_for(_AUTO_COSINE).median())
+    draws = least
+    while draws < min(most, needed):
+        draws *= 2
+    return draws

@@ -17,7 +17,8 @@ from rush.attacks.threat import ThreatModel
 from rush.binomial import upper_quantile
 from rush.certification.certificates import Certificates
 from rush.errors import SandwichError
-from rush.evaluation.robust import AttackResult, Plan
+from rush.evaluation.plans import Plan
+from rush.evaluation.results import AttackResult
 
 SHARE_OF_RADIUS = 0.99
 TAIL = 1e-6

@@ -1,0 +1,291 @@
+"""The model under evaluation, one way to ask it for each kind: deterministic, smoothed, or random by itself.
+
+An attacker gets log-probabilities, the verdict votes (or probabilities) of draws that no attacker has seen, and the
+choice among an attacker's candidates votes of a third stream.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rush.attacks.gradient import (
+    LogProbs,
+    draw_seed,
+    fresh_draws,
+    fresh_noise,
+    frozen_noise,
+    pinned,
+    plain,
+    seeded,
+    with_surrogate,
+)
+from rush.attacks.losses import margin
+from rush.binomial import sign_test
+from rush.engine.precision import Execution, check_eval_mode
+from rush.errors import InputError, ModelError
+from rush.evaluation.plans import Kind, Plan
+from rush.evaluation.verdict import (
+    BROKEN,
+    HELD,
+    UNDECIDED,
+    Verdicts,
+    judge,
+    judge_deterministic,
+    judge_means,
+    judge_votes,
+)
+from rush.inputs import LabelledPixels
+from rush.options import Decision
+from rush.randomness import stream
+from rush.smoothing import BLOCK, SmoothedClassifier
+
+Model: TypeAlias = nn.Module | SmoothedClassifier
+
+CHOICE_VOTES = BLOCK  # that choose among candidates of a random model, the same noise for all of them
+_RANKING_DRAWS = 64
+
+
+class Defender(Protocol):
+    """A model as an evaluation sees it."""
+
+    kind: Kind
+    execution: Execution
+    num_classes: int
+    transferable: bool
+    single: bool
+
+    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
+        """What the attacker of ``plan`` sees of the images ``x`` (B, C, H, W); draws come from streams of ``name``."""
+        ...
+
+    def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
+        """Verdicts on points, each false with probability <= ``level``, on draws named by ``purpose``."""
+        ...
+
+    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        """Margin (N,) against the labels on draws named by ``purpose``: the same for all points of an image."""
+        ...
+
+    def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
+        """Classes (N, K - 1) but the label, the most probable one first."""
+        ...
+
+
+def defend(
+    model: Model,
+    num_classes: int | None = None,
+    decision: Decision | None = None,
+    surrogate: nn.Module | None = None,
+) -> Defender:
+    """The defender of a model.
+
+    model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels to logits. decision: None for a deterministic
+    module; for one that draws by itself at every call what it is used for: the class most often voted for ("vote"),
+    that of the largest mean probability ("mean"), or that of one draw ("single"). surrogate: a module whose derivative
+    stands in for the model's (BPDA).
+    Raises: ModelError or InputError for what cannot be evaluated.
+    """
+    if not isinstance(model, SmoothedClassifier) and not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a SmoothedClassifier or a torch.nn.Module, got {type(model).__name__}")
+    if surrogate is not None and not isinstance(surrogate, nn.Module):
+        raise InputError(f"surrogate must be a torch.nn.Module, got {type(surrogate).__name__}")
+    check_eval_mode(model.classifier if isinstance(model, SmoothedClassifier) else model)
+    if isinstance(model, SmoothedClassifier):
+        if decision is not None:
+            raise InputError(f"decision={decision!r} is for modules that are random by themselves; leave it away")
+        return SmoothedDefender(model, surrogate)
+    if decision is None:
+        return PlainDefender(model, num_classes or 0, surrogate)
+    if decision not in get_args(Decision):
+        raise InputError(f"unknown decision {decision!r}; allowed: {', '.join(get_args(Decision))}")
+    return RandomDefender(model, num_classes or 0, decision, surrogate)
+
+
+class PlainDefender:
+    """A deterministic network, judged by its class at the point."""
+
+    kind: Kind = "plain"
+    transferable, single = False, False
+
+    def __init__(self, model: nn.Module, num_classes: int, surrogate: nn.Module | None) -> None:
+        self.model, self.num_classes, self._surrogate = model, num_classes, surrogate
+        self.execution = Execution(device=device_of(model))
+
+    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
+        return _through(plain(self.model, self.execution), self._surrogate, self.execution)
+
+    def judge(
+        self,
+        points: LabelledPixels,
+        *,
+        purpose: str,
+        level: float,
+        max_votes: int,
+        seed: int,  # noqa: ARG002
+    ) -> Verdicts:
+        return judge_deterministic(plain_logits(self.model, self.execution, points.x), points.y)
+
+    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:  # noqa: ARG002
+        with torch.no_grad():
+            return margin(self.execution.logits(self.model, points.x).cpu(), points.y)
+
+    def ranking(self, images: LabelledPixels, seed: int) -> Tensor:  # noqa: ARG002
+        return _others(plain_logits(self.model, self.execution, images.x), images.y)
+
+
+class SmoothedDefender:
+    """A smoothed classifier, judged by votes under its noise."""
+
+    kind: Kind = "random"
+    transferable, single = True, False
+
+    def __init__(self, smoothed: SmoothedClassifier, surrogate: nn.Module | None) -> None:
+        self.smoothed, self._surrogate = smoothed, surrogate
+        self.execution, self.num_classes = smoothed.execution, smoothed.num_classes
+
+    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
+        if plan.gradient == "transfer":
+            return plain(self.smoothed.classifier, self.execution)
+        generators = self.smoothed.streams(seed, f"{name}/noise", ids)
+        if plan.gradient == "frozen":
+            seen = frozen_noise(self.smoothed, x, plan.eot_samples, generators)
+        else:
+            seen = fresh_noise(self.smoothed, plan.eot_samples, generators)
+        return _through(seen, self._surrogate, self.execution)
+
+    def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
+        return judge(self.smoothed, points, purpose=purpose, level=level, max_votes=max_votes, seed=seed)
+
+    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        generators = self.smoothed.streams(seed, purpose, points.ids)
+        return margin(self.smoothed.counts(points.x, CHOICE_VOTES, generators).float(), points.y)
+
+    def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
+        generators = self.smoothed.streams(seed, "targets", images.ids)
+        with torch.no_grad():
+            found = [
+                self.smoothed.log_probs(images.x[row : row + 1].to(self.execution.device), _RANKING_DRAWS, [generator])
+                for row, generator in enumerate(generators)
+            ]
+        return _others(torch.cat(found).cpu(), images.y)
+
+
+class RandomDefender:
+    """A network that draws by itself at every call, from the process's generators.
+
+    Every draw is a call of its own, so that draws of one image are independent even where the network draws once for
+    all rows of a call. The images of one call share a stream; it is named by the first of them.
+    """
+
+    kind: Kind = "random"
+    transferable = False
+
+    def __init__(self, model: nn.Module, num_classes: int, decision: Decision, surrogate: nn.Module | None) -> None:
+        self.model, self.num_classes, self._decision, self._surrogate = model, num_classes, decision, surrogate
+        self.execution = Execution(device=device_of(model))
+        self.single = decision == "single"
+
+    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
+        generator = stream(seed, f"{name}/noise", ids[0])
+        fresh = fresh_draws(self.model, self.execution, max(1, plan.eot_samples), generator)
+        return _through(pinned(fresh) if plan.gradient == "frozen" else fresh, self._surrogate, self.execution)
+
+    def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
+        y, generator = points.y.numpy(), stream(seed, f"verdict/{purpose}", points.ids[0])
+        challenging = self._probabilities(points.x, BLOCK, stream(seed, f"challenger/{purpose}", points.ids[0]))
+
+        def draw(rows: list[int], number: int) -> NDArray[np.float64]:
+            return self._probabilities(points.x[rows], number, generator)
+
+        if self._decision == "mean":
+            return judge_means(draw, challenging, y, level, max_votes)
+        if self.single:
+            return self._judge_single(_votes(draw(list(range(len(y))), max_votes)), challenging, y, level)
+        return judge_votes(lambda rows, number: _votes(draw(rows, number)), _votes(challenging), y, level, max_votes)
+
+    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        mean = self._probabilities(points.x, CHOICE_VOTES, stream(seed, purpose, points.ids[0])).mean(1)
+        return margin(torch.from_numpy(mean).float(), points.y)
+
+    def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
+        mean = self._probabilities(images.x, _RANKING_DRAWS, stream(seed, "targets", images.ids[0])).mean(1)
+        return _others(torch.from_numpy(mean), images.y)
+
+    @staticmethod
+    def _judge_single(
+        counts: NDArray[np.int64], challenging: NDArray[np.float64], y: NDArray[np.int64], level: float
+    ) -> Verdicts:
+        """A fixed number of draws, whose share that is right is what counts; *broken* and *held* say on which side of
+        one half the probability is shown to be."""
+        own = counts[np.arange(len(y)), y]
+        rest = counts.sum(1) - own
+        verdict = np.where(
+            sign_test(rest, own) <= level, BROKEN, np.where(sign_test(own, rest) <= level, HELD, UNDECIDED)
+        )
+        others = np.where(np.arange(counts.shape[1]) == y[:, None], -1, counts)
+        return Verdicts(verdict.astype(np.uint8), others.argmax(1), counts, counts.sum(1) + challenging.shape[1])
+
+    def _probabilities(self, x: Tensor, draws: int, generator: torch.Generator) -> NDArray[np.float64]:
+        """Probabilities (N, draws, K) of so many calls on the images ``x``."""
+        found = []
+        with torch.no_grad(), seeded(draw_seed(generator)):
+            for _ in range(draws):
+                logits = torch.cat([self.execution.logits(self.model, part) for part in x.split(self.execution.tile)])
+                found.append(F.softmax(checked_logits(logits, len(x)).double(), dim=1).cpu())
+        return torch.stack(found, 1).numpy()
+
+
+def check_deterministic(model: nn.Module, execution: Execution, x: Tensor) -> None:
+    """Raises ModelError when two calls of ``model`` on the same images differ by more than rounding."""
+    if calls_differ(model, execution, x):
+        raise ModelError(
+            "the model gives other outputs for the same images from call to call, so it is random; say what it is used "
+            'for: decision="vote" (the class most often given), "mean" (of the largest mean probability) or "single" '
+            "(one draw)"
+        )
+
+
+def calls_differ(model: nn.Module, execution: Execution, x: Tensor) -> bool:
+    """Whether two calls on the images ``x`` differ by more than 0.1 % of the logits' spread."""
+    first, second = (plain_logits(model, execution, x) for _ in range(2))
+    return float((second - first).abs().max()) > 1e-3 * max(float(first.std()), 1e-12)
+
+
+def plain_logits(model: nn.Module, execution: Execution, x: Tensor) -> Tensor:
+    """Logits (N, K) of a plain model on the CPU; ModelError when they have another shape or are not finite."""
+    return checked_logits(execution.tiled_logits(model, x), len(x)).cpu()
+
+
+def checked_logits(logits: Tensor, rows: int) -> Tensor:
+    """``logits``; ModelError unless they are finite and (rows, K) with K >= 2."""
+    if logits.ndim != 2 or len(logits) != rows or logits.shape[1] < 2:
+        raise ModelError(
+            f"the model gave outputs of shape {tuple(logits.shape)} for {rows} images, expected (N, classes)"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ModelError("the model gave outputs that are not finite; such an output has no class")
+    return logits
+
+
+def device_of(model: nn.Module) -> str:
+    """Where the model's first parameter is; the CPU without one."""
+    parameter = next(model.parameters(), None)
+    return "cpu" if parameter is None else str(parameter.device)
+
+
+def _through(seen: LogProbs, surrogate: nn.Module | None, execution: Execution) -> LogProbs:
+    return seen if surrogate is None else with_surrogate(seen, plain(surrogate, execution))
+
+
+def _others(scores: Tensor, y: Tensor) -> Tensor:
+    return scores.scatter(1, y[:, None], -torch.inf).argsort(stable=True, dim=1, descending=True)[:, :-1]
+
+
+def _votes(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
+    classes = np.arange(probabilities.shape[2])
+    return (probabilities.argmax(2)[:, :, None] == classes).sum(1).astype(np.int64)

@@ -1,0 +1,69 @@
+"""Finished groups of an attack on disk, so that a killed one repeats one group at most."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rush.attacks.threat import ThreatModel
+from rush.errors import RunError
+from rush.evaluation.plans import Plan, Suite
+from rush.evaluation.results import ARRAYS, AttackResult
+from rush.files import write_atomically
+from rush.inputs import LabelledPixels
+
+
+def write_part(path: Path, result: AttackResult) -> None:
+    """Write one group's result to ``path``, atomically."""
+    arrays = {name: getattr(result, name) for name in ARRAYS}
+    save_arrays(
+        path,
+        adversarial=result.adversarial.numpy(),
+        ids=np.array(result.ids),
+        conditions=np.array(_conditions(result.plan, result.threat, result.level, result.single)),
+        **arrays,
+    )
+
+
+def read_part(
+    path: Path, group: LabelledPixels, threat: ThreatModel, plan: Plan | Suite, level: float
+) -> AttackResult | None:
+    """The result of ``group`` in ``path``, None where there is no file.
+
+    Raises: RunError when the file is damaged, or is of other images or another attacker.
+    """
+    if not path.exists():
+        return None
+    try:
+        # opened here, since numpy leaves a damaged file open
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        adversarial, ids = torch.from_numpy(arrays.pop("adversarial")), tuple(str(own) for own in arrays.pop("ids"))
+        conditions = str(arrays.pop("conditions"))
+        kept = {name: arrays[name] for name in ARRAYS}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and attack again") from error
+    if ids != group.ids:
+        raise RunError(f"{path} holds other images than are attacked now; move {path.parent} away and attack again")
+    for single in (False, True):
+        if conditions == _conditions(plan, threat, level, single):
+            return AttackResult(
+                plan=plan, threat=threat, adversarial=adversarial, ids=ids, level=level, single=single, **kept
+            )
+    raise RunError(f"{path} was made by another attacker or threat; move {path.parent} away and attack again")
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write an .npz file, atomically."""
+
+    def write(target: Path) -> None:
+        with open(target, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(path, write)
+
+
+def _conditions(plan: Plan | Suite, threat: ThreatModel, level: float, single: bool) -> str:
+    epsilon = np.asarray(torch.as_tensor(threat.epsilon)).tolist()
+    return repr((plan, threat.norm, epsilon, level, single))

@@ -1,0 +1,124 @@
+"""Attackers as data: one attacker with its budget is a plan, several in a fixed order are a suite."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rush.attacks.losses import LossName
+from rush.options import AttackMethod, Gradient, Start
+
+Kind = Literal["plain", "random"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One attacker with its budget.
+
+    gradient: what is differentiated of a random model: "fresh" noise at every call, noise "frozen" before the loop, or
+    "transfer", the base network without noise. eot_samples: noise draws a gradient (for Square and random search, a
+    query), 0 where there is no noise. steps: for Square queries, for random search draws. step_size: share of epsilon
+    (MI-FGSM and PGD). targets: ranks of the classes aimed at one after the other, 1 for the most probable class that is
+    not the label; empty for untargeted. start: a random point of the ball, the image, or the most harmful point that
+    the suite has found so far.
+    """
+
+    name: str
+    label: str
+    method: AttackMethod
+    gradient: Gradient = "fresh"
+    eot_samples: int = 0
+    steps: int = 0
+    step_size: float = 0.0
+    restarts: int = 1
+    loss: LossName = "cross-entropy"
+    targets: tuple[int, ...] = ()
+    start: Start = "random"
+
+    @property
+    def runs(self) -> int:
+        """How often the attack's loop is run."""
+        return self.restarts * max(1, len(self.targets))
+
+    @property
+    def passes_per_image(self) -> int:
+        """Forward+backward passes through the base network; what is measured without a gradient is not among them."""
+        calls = {"none": 0, "fgsm": 1, "square": 0, "random": 0}.get(self.method, self.steps)
+        return self.runs * max(1, self.eot_samples) * calls
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attackers in a fixed order, cheap ones first; an image leaves when a verdict breaks it. ``name`` carries the
+    version: its plans never change under the same name."""
+
+    name: str
+    label: str
+    plans: tuple[Plan, ...]
+
+    @property
+    def passes_per_image(self) -> int:
+        """Forward+backward passes of an image that nothing breaks."""
+        return sum(plan.passes_per_image for plan in self.plans)
+
+
+# The protocol of the paper's abstract; what it leaves open is the choice of this library (docs/attacks.md).
+PAPER = Plan("paper", "the paper's protocol: PGD-20, one fresh noise draw a step", "pgd", "fresh", 1, 20, 0.25)
+PAPER_NORM, PAPER_EPSILON = "linf", 8 / 255
+
+WORST_CASE = "worst-case-v1"
+_MOST_TARGETS = 9
+
+
+def worst_case(kind: Kind, num_classes: int, transferable: bool = True) -> Suite:
+    """The parameter-free suite ``worst-case-v1``, for deterministic models ("plain") or random ones.
+
+    transferable: whether a random model has a base network without noise.
+    """
+    plans = tuple(_plain_plans(num_classes) if kind == "plain" else _random_plans(num_classes, transferable))
+    return Suite(WORST_CASE, f"worst case of {len(plans)} attackers ({WORST_CASE}, {kind} models)", plans)
+
+
+def _plain_plans(num_classes: int) -> Iterator[Plan]:
+    loss: LossName = "dlr" if num_classes >= 4 else "margin"
+    yield Plan("clean", "no attack", "none")
+    yield Plan("pgd", "PGD-20", "pgd", steps=20, step_size=0.25)
+    yield Plan("apgd-ce", "APGD-100, cross-entropy", "apgd", steps=100)
+    for rank in range(1, min(_MOST_TARGETS, num_classes - 1) + 1):
+        yield Plan(f"apgd-t{rank}", f"APGD-100, {loss}, target {rank}", "apgd", steps=100, loss=loss, targets=(rank,))
+    yield Plan("fmn", "FMN-200, nearest point", "fmn", steps=200, loss="margin", start="clean")
+    yield Plan("square", "Square, 5,000 queries", "square", steps=5000, loss="margin", start="clean")
+
+
+def _random_plans(num_classes: int, transferable: bool) -> Iterator[Plan]:
+    yield Plan("clean", "no attack", "none")
+    if transferable:
+        yield Plan("transfer", "noise-free base network, transferred", "apgd", "transfer", steps=20)
+    yield Plan("pgd", "PGD-20, EOT 4", "pgd", "fresh", 4, 20, 0.25)
+    yield Plan("apgd-ce", "APGD-50, cross-entropy of the mean, EOT 16", "apgd", "fresh", 16, 50)
+    yield Plan("apgd-margin", "APGD-50, margin of the mean, EOT 16", "apgd", "fresh", 16, 50, loss="margin")
+    ranks = tuple(range(1, min(3, num_classes - 1) + 1))
+    yield Plan(
+        "apgd-t", f"APGD-25, targets 1 to {len(ranks)}, EOT 16", "apgd", "fresh", 16, 25, loss="margin", targets=ranks
+    )
+    yield Plan("square", "Square, 250 queries of 8 draws", "square", "fresh", 8, 250, loss="margin", start="best")
+    yield Plan(
+        "refine", "APGD-16 from the best point, margin, EOT 64", "apgd", "fresh", 64, 16, loss="margin", start="best"
+    )
+
+
+def scaled(suite: Suite, factor: int) -> Suite:
+    """``suite`` with ``factor`` times its budget: that many restarts of every attack that draws its start or its noise,
+    that many times the steps of the others."""
+    return Suite(
+        f"{suite.name} x{factor}", f"{suite.label}, {factor} times its budget", tuple(_scaled(suite.plans, factor))
+    )
+
+
+def _scaled(plans: tuple[Plan, ...], factor: int) -> Iterator[Plan]:
+    for plan in plans:
+        if plan.method in ("none", "fgsm"):
+            yield plan
+        elif plan.method in ("square", "fmn", "random") or plan.start != "random":
+            yield replace(plan, steps=plan.steps * factor)
+        else:
+            yield replace(plan, restarts=plan.restarts * factor)
