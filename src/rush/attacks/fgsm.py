@@ -11,4 +11,4 @@ def fgsm(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, loss: L
     """Points (B, C, H, W) one step of size epsilon along the steepest ascent of ``loss`` away from ``x``, kept in the
     ball and [0, 1]."""
     _, gradient = loss_and_gradient(log_probs, x, y, loss)
-    return threat.project(x + threat.step(gradient, 1.0), x)
+    return threat.project(x + threat.step(gradient, 1.0, x), x)

@@ -1,12 +1,21 @@
-"""Losses that attacks climb: per image, on log-probabilities."""
+"""Losses that attacks climb: per image, on log-probabilities.
+
+All of them but the cross-entropies are differences of log-probabilities, which equal those of the logits.
+"""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from rush.errors import InputError
+
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+LossName = Literal["cross-entropy", "margin", "dlr"]
+
+_FEWEST_CLASSES = {False: 3, True: 4}  # that DLR takes, by whether it has a target
 
 
 def cross_entropy(log_probs: Tensor, y: Tensor) -> Tensor:
@@ -20,3 +29,61 @@ def margin(log_probs: Tensor, y: Tensor) -> Tensor:
     own = log_probs.gather(1, y[:, None])[:, 0]
     others = log_probs.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - own
+
+
+def dlr(log_probs: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (B,), (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), z_(j) the j-th largest (Croce & Hein
+    2020, equation 6).
+
+    The margin made indifferent to shift and scale of the logits; same sign. Needs three classes.
+    """
+    highest = log_probs.topk(3, dim=1).values
+    return margin(log_probs, y) / (highest[:, 0] - highest[:, 2]).clamp(min=1e-12)
+
+
+def targeted_cross_entropy(targets: Tensor, log_probs: Tensor, _y: Tensor) -> Tensor:
+    """log p_t, (B,), for targets t (B,)."""
+    return log_probs.gather(1, targets[:, None])[:, 0]
+
+
+def targeted_margin(targets: Tensor, log_probs: Tensor, y: Tensor) -> Tensor:
+    """z_t - z_y, (B,), for targets t (B,): where it is positive the label is not the most probable class."""
+    return targeted_cross_entropy(targets, log_probs, y) - targeted_cross_entropy(y, log_probs, y)
+
+
+def targeted_dlr(targets: Tensor, log_probs: Tensor, y: Tensor) -> Tensor:
+    """Targeted difference of logits ratio (B,), (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2) (Croce & Hein 2020,
+    equation 7). Needs four classes."""
+    highest = log_probs.topk(4, dim=1).values
+    spread = highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2
+    return targeted_margin(targets, log_probs, y) / spread.clamp(min=1e-12)
+
+
+def named_loss(name: LossName, num_classes: int, targets: Tensor | None = None) -> Loss:
+    """The loss (log_probs (B, K), y (B,)) -> (B,) of this name, for ``targets`` (B,) int64 in place of any other class
+    where they are given; it then holds for that batch of images alone.
+
+    Raises: InputError for an unknown name, targets that are no classes, or DLR with fewer than three classes (four
+    with targets).
+    """
+    if name not in get_args(LossName):
+        raise InputError(f"unknown loss {name!r}; allowed: {', '.join(get_args(LossName))}")
+    if name == "dlr" and num_classes < _FEWEST_CLASSES[targets is not None]:
+        kind = "dlr" if targets is None else "targeted dlr"
+        raise InputError(
+            f"{kind} compares the {_FEWEST_CLASSES[targets is not None]} most probable classes and the model has "
+            f"{num_classes}; take margin"
+        )
+    if targets is None:
+        return {"cross-entropy": cross_entropy, "margin": margin, "dlr": dlr}[name]
+    _check_targets(targets, num_classes)
+    targeted = {"cross-entropy": targeted_cross_entropy, "margin": targeted_margin, "dlr": targeted_dlr}
+    return partial(targeted[name], targets)
+
+
+def _check_targets(targets: Tensor, num_classes: int) -> None:
+    if targets.dtype != torch.int64 or targets.ndim != 1 or len(targets) == 0:
+        raise InputError(f"targets must be int64 (B,), got {targets.dtype} of shape {tuple(targets.shape)}")
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= num_classes:
+        raise InputError(f"targets must be 0 to {num_classes - 1}, got {low} to {high}")

@@ -18,6 +18,7 @@ def pgd(
     step_size: float,
     start: Tensor | None = None,
     loss: Loss = cross_entropy,
+    decay: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two candidates for each image, (best, last), both (B, C, H, W) in the ball and in [0, 1].
 
@@ -25,16 +26,19 @@ def pgd(
     the iterate, start included, with the largest loss that was measured; ``last`` is the final one. On a random
     ``log_probs`` a measured maximum may be luck, so the caller compares the two on other noise.
 
-    x: (B, C, H, W) in [0, 1]; y: (B,); start: where to begin, ``x`` by default. step_size: share of epsilon.
+    x: (B, C, H, W) in [0, 1]; y: (B,); start: where to begin, ``x`` by default. step_size: share of epsilon. decay:
+    steps follow the sum of all gradients so far, each scaled to l1 norm 1 and decayed by this once a step.
     Cost: steps + 1 forward and ``steps`` backward passes through ``log_probs``. Nothing here is random but
     ``log_probs``.
     """
     adversarial = x if start is None else threat.project(start, x)
     best, best_loss = adversarial, torch.full((len(x),), -torch.inf, device=x.device)
+    direction = torch.zeros_like(x)
     for _ in range(steps):
         values, gradient = loss_and_gradient(log_probs, adversarial, y, loss)
         best, best_loss = _better(best, best_loss, adversarial, values)
-        adversarial = threat.project(adversarial + threat.step(gradient, step_size), x)
+        direction = gradient if decay is None else decay * direction + _scaled(gradient)
+        adversarial = threat.project(adversarial + threat.step(direction, step_size, adversarial), x)
     with torch.no_grad():
         values = loss(log_probs(adversarial), y)
     best, _ = _better(best, best_loss, adversarial, values)
@@ -44,3 +48,7 @@ def pgd(
 def _better(best: Tensor, best_loss: Tensor, point: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     better = values > best_loss
     return torch.where(better.view(-1, 1, 1, 1), point, best), torch.where(better, values, best_loss)
+
+
+def _scaled(gradient: Tensor) -> Tensor:
+    return gradient / gradient.abs().flatten(1).sum(1).clamp(min=1e-30).view(-1, 1, 1, 1)
