@@ -23,7 +23,7 @@ def values() -> dict[str, Any]:
     ("override", "text"),
     [
         ("pretrain.epoch=3", r"pretrain\.epoch: unknown key, did you mean 'epochs'\?; allowed: batch_size, epochs,"),
-        ("sede=3", r"sede: unknown key, did you mean 'seed'\?; allowed: attack, certify, data,"),
+        ("sede=3", r"sede: unknown key, did you mean 'seed'\?; allowed: attack, audit, certify, data,"),
         ("pretrain.views.jiter=0.1", r"pretrain\.views\.jiter: unknown key, did you mean 'jitter'\?"),
         ("certify.zzz=1", r"certify\.zzz: unknown key; allowed: alpha, futility, images, level, method, num_"),
         ("certify.alpha=0.5", r"certify\.alpha: .*less than 0\.5 \(given: 0\.5\)"),

@@ -22,7 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("attacks",),
     ("evaluation",),
     ("reporting",),
-    ("pipeline", "loading", "prediction", "recomputation"),
+    ("pipeline", "loading", "prediction", "recomputation", "outside"),
     ("cli",),
     ("__main__",),
 )

@@ -47,6 +47,11 @@ num_estimation = 200
 images = 20
 steps = 3
 eot_samples = [1, 2]
+strong_steps = 0
+curve_images = 5
+max_votes = 400
+[audit]
+images = 10
 max_votes = 400
 """
 
@@ -79,6 +84,7 @@ def results(folder: Path) -> dict[str, object]:
         found[name] = {key: (str(a.dtype), a.shape, a.tobytes()) for key, a in load_file(folder / name).items()}
     for name in ("certificates.tsv", "attacks.tsv"):
         found[name] = _without_time((folder / name).read_text())
+    found["audit.json"] = (folder / "audit.json").read_text()
     for file in sorted((folder / "attacks").glob("*.npz")):
         with np.load(file) as stored:
             found[f"attacks/{file.name}"] = {

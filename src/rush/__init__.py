@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rush.certification.certify import certify
     from rush.data.images import ImageSet
     from rush.data.sources import load_images
+    from rush.evaluation.audit import audit
     from rush.evaluation.robust import attack
     from rush.loading import load
     from rush.noise import Gaussian
@@ -23,6 +24,7 @@ _HOMES = {
     "SmoothedClassifier": "rush.smoothing",
     "ThreatModel": "rush.attacks.threat",
     "attack": "rush.evaluation.robust",
+    "audit": "rush.evaluation.audit",
     "certify": "rush.certification.certify",
     "load": "rush.loading",
     "load_images": "rush.data.sources",
@@ -35,6 +37,7 @@ __all__ = [
     "SmoothedClassifier",
     "ThreatModel",
     "attack",
+    "audit",
     "certify",
     "load",
     "load_images",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from rush.errors import ConfigError
-from rush.options import STAGES, Level, Stage
+from rush.options import STAGES, Decision, Level, Norm, Stage
 
 if TYPE_CHECKING:
     from rush.config import Recipe
     from rush.engine.runs import RunFolder
+    from rush.outside import Subject
 
 app = App(
     name="rush",
@@ -30,6 +33,80 @@ Overrides = Annotated[
     ),
 ]
 Data = Annotated[Path | None, Parameter(help="Folder that holds the data set's archives or shards.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class AnyModel:
+    """A model from outside a run, and the images and threat model it is tried in.
+
+    Parameters
+    ----------
+    model: str
+        module:function that gives a torch.nn.Module from [0, 1] pixels to logits, or a rush.SmoothedClassifier; or a
+        run folder.
+    data: str
+        Images: a name or path as for recipes. For a run folder where its data set lies.
+    root: Path
+        Folder that holds the data set's archives or shards.
+    split: str
+        Split of the data set.
+    images: int
+        So many images of the split, the first of an order fixed by the seed.
+    norm: str
+        Threat model; a run has its own.
+    epsilon: str
+        A number or a fraction such as 8/255, in [0, 1] pixel units.
+    sigma: float
+        Smooth the module with Gaussian noise of this deviation.
+    num_classes: int
+        Number of classes, where it is not that of the data set.
+    decision: str
+        For a module that is random by itself, what it is used for: vote, mean or single.
+    surrogate: str
+        module:function of a module whose derivative stands in for the model's (BPDA).
+    seed: int
+        Seed of attacks and verdicts.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    root: Path | None = None
+    split: str = "test"
+    images: int = 200
+    norm: Norm = "linf"
+    epsilon: str = "8/255"
+    sigma: float | None = None
+    num_classes: int | None = None
+    decision: Decision | None = None
+    surrogate: str | None = None
+    seed: int = 0
+
+    def subject(self, every_image: bool = False) -> Subject:
+        """The model and its images, loaded."""
+        if self.model is None or self.data is None:
+            raise ConfigError(
+                "give a run folder, or --model module:function with --data (a name such as cifar10, or a path)"
+            )
+        from rush.outside import Subject
+
+        return Subject.of(
+            self.model,
+            self.data,
+            self.norm,
+            self.epsilon,
+            split=self.split,
+            root=_text(self.root),
+            images=None if every_image else self.images,
+            sigma=self.sigma,
+            num_classes=self.num_classes,
+            decision=self.decision,
+            surrogate=self.surrogate,
+            seed=self.seed,
+        )
+
+
+_NO_MODEL = AnyModel()
 Out = Annotated[Path | None, Parameter(help="Run folder; runs/RECIPE by default.")]
 
 
@@ -134,6 +211,103 @@ def attack(folder: Path, *, data: Data = None, overrides: Overrides = None) -> N
         Run folder.
     """
     _do(_reopen(folder, data, overrides), ("attack",))
+
+
+@app.command
+def ladder(folder: Path | None = None, *, given: AnyModel = _NO_MODEL, overrides: Overrides = None) -> None:
+    """Put attackers of rising strength on a model, one rung after the other: on that of a run (its attack stage, kept
+    and shown), or on any model.
+
+    Parameters
+    ----------
+    folder: Path
+        Run folder; or give --model and --data.
+    """
+    if folder is not None:
+        _do(_reopen_for(folder, given, overrides), ("attack",))
+        _print_ladder(folder)
+        return
+    from rush.outside import LADDER_HEADER, ladder_rows
+    from rush.reporting.tables import percent
+
+    subject, results = given.subject(), []
+    for result in subject.climb(given.seed):
+        results.append(result)
+        _console(stderr=True).print(f"{result.plan.label}: {percent(result.robust_accuracy)}", highlight=False)
+    title = f"{given.model}, {given.norm} {given.epsilon}, {len(results[0])} images"
+    _print_wide_table(title, LADDER_HEADER, ladder_rows(results))
+
+
+@app.command
+def audit(
+    folder: Path | None = None,
+    *,
+    given: AnyModel = _NO_MODEL,
+    rung: str | None = None,
+    tolerance: float = 0.05,
+    out: Path | None = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say whether an evaluation can be believed: of a run, of one rung of its ladder, or the default one (PGD-20, for
+    random models EOT 20) of any model.
+
+    Parameters
+    ----------
+    folder: Path
+        Run folder; or give --model and --data.
+    rung: str
+        Audit the evaluation that stops at this rung of the run's ladder, e.g. frozen; written to audit-RUNG.json.
+    tolerance: float
+        Share of images, held there and broken here, that is put up with. A run's recipe has its own.
+    out: Path
+        File for the machine-readable audit of --model; audit.json by default.
+    """
+    if folder is not None:
+        _audit_run(_reopen_for(folder, given, overrides), rung)
+        return
+    if rung is not None:
+        raise ConfigError("--rung belongs to a run folder; give RUN --rung NAME")
+    from rush.evaluation.audit import write_audit
+
+    report_ = given.subject().audit(tolerance, given.seed)
+    file = out or Path("audit.json")
+    write_audit(file, report_)
+    _print_lines([*report_.summary(), f"written to {file}"])
+
+
+@app.command
+def verdict(file: Path, *, given: AnyModel = _NO_MODEL, alpha: float = 0.001, max_votes: int = 10_000) -> None:
+    """Judge adversarial images that any tool has made: broken, held or undecided, on fresh noise.
+
+    Parameters
+    ----------
+    file: Path
+        An .npz with adversarial (N, C, H, W), float in [0, 1] or uint8; and ids of images of --data, or images and
+        labels of its own.
+    alpha: float
+        Probability of a false verdict, for each image.
+    max_votes: int
+        Most votes of a verdict.
+    """
+    from rush.outside import judge_file, load_model, threat_model
+    from rush.reporting.tables import percent, share
+
+    if given.model is None:
+        raise ConfigError("give --model: a run folder, or module:function")
+    subject = given.subject(every_image=True) if given.data is not None else None
+    model = subject.model if subject else load_model(given.model, given.sigma, given.num_classes or 10)
+    options = {"decision": given.decision, "alpha": alpha, "max_votes": max_votes, "seed": given.seed}
+    result = judge_file(file, subject, model, threat_model(given.norm, given.epsilon), **options)
+    undecided = int(result.undecided.sum())
+    rows = [
+        ("images", f"{len(result):,}"),
+        ("robust accuracy, 1 - broken", share(result.interval)),
+        ("held", share(result.interval_lower)),
+        ("undecided", f"{undecided} ({percent(undecided / len(result))})"),
+        ("largest change", f"l-inf {result.linf.max():.5f}, l2 {result.l2.max():.4f}, l1 {result.l1.max():.3f}"),
+        ("votes an image", f"{result.votes.mean():,.0f}"),
+    ]
+    _print_table(("", str(file)), rows)
 
 
 @app.command
@@ -294,6 +468,49 @@ def _do(folder: RunFolder, stages: Iterable[Stage]) -> None:
             console.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
 
 
+def _reopen_for(folder: Path, given: AnyModel, overrides: list[str] | None) -> RunFolder:
+    """The run of a command that also takes any model; its images and threat model are the recipe's."""
+    foreign = [name for name, value in vars(given).items() if name != "data" and value != getattr(_NO_MODEL, name)]
+    if foreign:
+        raise ConfigError(
+            f"--{foreign[0].replace('_', '-')} belongs to --model; a run folder has its own, see `--set` for its fields"
+        )
+    return _reopen(folder, None if given.data is None else Path(given.data), overrides)
+
+
+def _audit_run(opened: RunFolder, rung: str | None) -> None:
+    from rush.evaluation.audit import AuditReport, write_audit
+
+    file = opened.path / ("audit.json" if rung is None else f"audit-{rung}.json")
+    if rung is None:
+        _do(opened, ("audit",))
+    elif not file.exists():
+        from rush.pipeline import audit_run
+
+        write_audit(file, audit_run(opened, rung))
+    report_ = AuditReport.from_json(json.loads(file.read_text(encoding="utf-8")))
+    _print_lines([*report_.summary(), f"in {file}"])
+
+
+def _print_ladder(folder: Path) -> None:
+    from rush.reporting.reading import read_run
+    from rush.reporting.tables import ladder_rows
+
+    ladder_ = read_run(folder).ladder
+    assert ladder_ is not None
+    header = ("attacker", "passes", "accuracy", "held", "undecided", "minus the one before", "time")
+    rows = [
+        (row.label, row.passes, row.accuracy, row.held, row.undecided, row.step, row.seconds)
+        for row in ladder_rows(ladder_)
+    ]
+    _print_wide_table(str(folder), header, rows)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        _console().print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def _report_on(folder: RunFolder, stages: Iterable[Stage]) -> None:
     """Run the stages, then report; also when the sandwich is violated, so that the report says so."""
     from rush.errors import SandwichError
@@ -336,7 +553,7 @@ def _print_wide_table(title: str | None, header: Iterable[str], rows: Iterable[I
     _console().print(table)
 
 
-def _console():  # type: ignore[no-untyped-def]  # rich is imported late
+def _console(stderr: bool = False):  # type: ignore[no-untyped-def]  # rich is imported late
     from rich.console import Console
 
-    return Console()
+    return Console(stderr=stderr)

@@ -167,7 +167,11 @@ class CertifyConfig(Section):
 
 
 class AttackConfig(Section):
-    """The ladder of attackers and the verdict; ``epsilon`` is a number or a fraction such as "8/255"."""
+    """The ladder of attackers and the verdict; ``epsilon`` is a number or a fraction such as "8/255".
+
+    strong_steps: of the APGD rungs, with which Square and the worst-case suite come; 0 ends the ladder at the last of
+    ``eot_samples``. curve_images: so many images are also attacked at rising epsilon.
+    """
 
     images: Count | None = None
     norm: Norm = "linf"
@@ -175,7 +179,12 @@ class AttackConfig(Section):
     steps: Count = 20
     step_size: str = "2/255"
     restarts: Count = 1
-    eot_samples: tuple[Count, ...] = (1, 4, 16, 64)
+    eot_samples: tuple[Count, ...] = (1, 4, 16, 64, 256)
+    strong_steps: Annotated[int, Field(ge=0)] = 50
+    strong_eot_samples: Count = 16
+    strong_restarts: Count = 5
+    queries: Count = 1000
+    curve_images: Annotated[int, Field(ge=0)] = 100
     alpha: Probability = 0.001
     max_votes: Annotated[int, Field(ge=100)] = 10_000
 
@@ -202,6 +211,16 @@ class AttackConfig(Section):
         return self
 
 
+class AuditConfig(Section):
+    """The audit of an evaluation: of PGD-20 with EOT 20 by default, or of the ladder's rung of this name."""
+
+    images: Count | None = 100
+    rung: str | None = None
+    tolerance: Annotated[float, Field(gt=0.01, lt=1)] = 0.05
+    alpha: Probability = 0.001
+    max_votes: Annotated[int, Field(ge=100)] = 4000
+
+
 class Recipe(Section):
     """One run from pre-training to report; see the recipes shipped in ``rush/recipes``."""
 
@@ -215,6 +234,7 @@ class Recipe(Section):
     finetune: FinetuneConfig
     certify: CertifyConfig = CertifyConfig()
     attack: AttackConfig = AttackConfig()
+    audit: AuditConfig = AuditConfig()
 
     def to_json(self) -> str:
         """The resolved recipe, every default written out."""
@@ -227,6 +247,7 @@ STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
     "finetune": ("smoothing", "finetune"),
     "certify": ("certify",),
     "attack": ("attack",),
+    "audit": ("audit",),
 }
 
 

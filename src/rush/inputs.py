@@ -10,8 +10,6 @@ from torch import Tensor
 from rush.data.images import ImageSet
 from rush.errors import InputError
 
-Images: TypeAlias = ImageSet | tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class LabelledPixels:
@@ -27,6 +25,9 @@ class LabelledPixels:
     def select(self, indices: list[int]) -> "LabelledPixels":
         """The images at these positions."""
         return LabelledPixels(self.x[indices], self.y[indices], tuple(self.ids[i] for i in indices))
+
+
+Images: TypeAlias = ImageSet | LabelledPixels | tuple[Tensor, Tensor]
 
 
 def check_pixels(x: Tensor) -> None:
@@ -63,7 +64,9 @@ def labelled_pixels(images: Images, num_classes: int | None = None) -> LabelledP
 
     Raises: InputError for anything but an ImageSet with labels or a pair (float images in [0, 1], labels).
     """
-    if isinstance(images, ImageSet):
+    if isinstance(images, LabelledPixels):
+        found = images
+    elif isinstance(images, ImageSet):
         if images.labels is None:
             raise InputError(f"{images.name} ({images.split}) has no labels; certification and attacks need them")
         found = LabelledPixels(images.pixels(), images.labels, tuple(str(i) for i in images.ids))

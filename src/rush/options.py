@@ -18,12 +18,12 @@ OptimizerName = Literal["sgd", "adamw"]
 Precision = Literal["float32", "bfloat16"]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 SequentialBound = Literal["geometric", "beta"]
-Stage = Literal["pretrain", "finetune", "certify", "attack"]
+Stage = Literal["pretrain", "finetune", "certify", "attack", "audit"]
 Start = Literal["random", "clean", "best"]
 Verdict = Literal["broken", "held", "undecided"]
 
 VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
-STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack")
+STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack", "audit")
 
 
 def parse_fraction(text: str | float) -> float:

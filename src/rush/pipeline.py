@@ -2,11 +2,13 @@
 own part."""
 
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,9 +30,10 @@ from rush.engine.precision import Execution, decide_execution
 from rush.engine.probes import knn_correct, representations
 from rush.engine.runs import RunFolder
 from rush.errors import ConfigError, DataError, RunError
+from rush.evaluation.audit import AuditReport, audit, write_audit
 from rush.evaluation.defenders import defend
-from rush.evaluation.ladder import ladder
-from rush.evaluation.plans import Plan
+from rush.evaluation.ladder import curve, epsilon_text, ladder
+from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, evaluate
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
@@ -43,10 +46,12 @@ from rush.options import Stage, parse_fraction
 from rush.pretraining import channel_statistics, pretrain
 from rush.randomness import seeded_init, stream
 from rush.saving import ClassifierSpec, load_smoothed, load_weights, save_smoothed, save_weights
+from rush.smoothing import SmoothedClassifier
 
 ENCODER = Path("checkpoints/encoder.safetensors")
 CERTIFICATES = Path("certificates.tsv")
 CERTIFICATE_PARTS = Path("certificates.parts")
+AUDIT = Path("audit.json")
 _SEQUENTIAL_SHARE = 0.2  # of the cap that a sequential certification draws on average, for the trial of the forward
 
 
@@ -181,8 +186,8 @@ def run_certify(run: RunFolder) -> None:
 
 
 def run_attack(run: RunFolder) -> None:
-    """Climb the ladder and attack inside every certified ball; a group of images that was judged before is not attacked
-    again.
+    """Climb the ladder, follow accuracy against epsilon and attack inside every certified ball; a group of images that
+    was judged before is not attacked again. With several processes each takes its share of the groups.
 
     Raises: SandwichError when certified images are broken inside their radius more often than chance explains; the
     results are kept.
@@ -191,32 +196,59 @@ def run_attack(run: RunFolder) -> None:
         return
     run.require("certify")
     here = Conditions.of(run)
-    smoothed = load_smoothed(run.path / "model", here.execution)
+    if rank() == 0:
+        run.begin("attack")
+    barrier()
+    siege = _Siege.of(here)
+    results = [siege.evaluate(plan) for plan in siege.rungs]
+    curve_ = [siege.evaluate(plan, threat, siege.curve_rows) for threat, plan in siege.curve]
     certificates = _read_certificates(run)
-    config = here.recipe.attack
-    indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
-    run.begin("attack")
-    threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
-    plans = ladder(
-        config.steps,
-        parse_fraction(config.step_size) / parse_fraction(config.epsilon),
-        config.restarts,
-        config.eot_samples,
-    )
-    level = config.alpha / (len(plans) + 1)
-    defender, parts = defend(smoothed), run.path / "attacks/parts"
-    judging = Judging(level, config.max_votes, here.recipe.seed)
-    results = [evaluate(defender, pixels, threat, plan, judging, parts) for plan in plans]
-    positions = sandwich_positions(certificates, pixels.ids)
+    positions = sandwich_positions(certificates, siege.pixels.ids)
     if positions:
-        inside = pixels.select(positions)
-        plan = sandwich_plan(config.steps)
-        balls = sandwich_threat(certificates, inside.ids)
-        results.append(evaluate(defender, inside, balls, plan, judging, parts))
-    sandwich = check_sandwich(certificates, results, config.alpha)
-    write_attacks(run.path, results, dict(zip(pixels.ids, indices, strict=True)), pixels)
-    run.finish("attack", **_attack_figures(config, level, results, sandwich))
+        balls = sandwich_threat(certificates, siege.pixels.select(positions).ids)
+        results.append(siege.evaluate(sandwich_plan(siege.config.steps), balls, positions))
+    sandwich = check_sandwich(certificates, [*results, *curve_], siege.config.alpha)
+    if rank() == 0:
+        write_attacks(run.path, results, dict(zip(siege.pixels.ids, siege.indices, strict=True)), siege.pixels)
+        run.finish("attack", **_attack_figures(siege, results, curve_, sandwich))
+    barrier()
     sandwich.require()
+
+
+def run_audit(run: RunFolder) -> None:
+    """Audit the recipe's evaluation on the first attacked images and write ``audit.json``."""
+    if run.finished("audit"):
+        return
+    run.require("attack")
+    run.begin("audit")
+    started = time.perf_counter()
+    report = audit_run(run)
+    write_audit(run.path / AUDIT, report)
+    figures = {"verdict": report.verdict, "images": report.images, "evaluation": report.evaluation}
+    run.finish("audit", seconds=time.perf_counter() - started, **figures)
+
+
+def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
+    """The audit of a run's evaluation: of the ladder's ``rung``, or of the one that the recipe names.
+
+    Raises: ConfigError for a rung that the ladder does not have; RunError where the attack stage is not finished.
+    """
+    run.require("attack")
+    here = Conditions.of(run)
+    config, siege = here.recipe.audit, _Siege.of(here)
+    rows = list(range(min(config.images or len(siege.pixels), len(siege.pixels))))
+    certificates = _read_certificates(run)
+    return audit(
+        siege.smoothed,
+        siege.pixels.select(rows),
+        siege.threat,
+        siege.audited(rung or config.rung, rows),
+        config.tolerance,
+        certificates=certificates,
+        alpha=config.alpha,
+        max_votes=config.max_votes,
+        seed=here.recipe.seed,
+    )
 
 
 def run_stage(run: RunFolder, stage: Stage) -> None:
@@ -224,8 +256,14 @@ def run_stage(run: RunFolder, stage: Stage) -> None:
 
     Raises: RunError where another process is at work, or where several processes would do a stage that knows one.
     """
-    stages = {"pretrain": run_pretrain, "finetune": run_finetune, "certify": run_certify, "attack": run_attack}
-    if world_size() > 1 and stage != "certify" and not run.finished(stage):
+    stages = {
+        "pretrain": run_pretrain,
+        "finetune": run_finetune,
+        "certify": run_certify,
+        "attack": run_attack,
+        "audit": run_audit,
+    }
+    if world_size() > 1 and stage not in ("certify", "attack") and not run.finished(stage):
         raise RunError(f"stage {stage} runs in one process; start `rush {stage} {run.path}` without torchrun")
     with run.alone() if rank() == 0 else nullcontext():
         stages[stage](run)
@@ -281,18 +319,86 @@ def _read_parts(folder: Path, rule: Rule, ids: dict[int, str]) -> dict[int, Cert
     return found
 
 
+@dataclass(frozen=True)
+class _Siege:
+    """What the attack stage and the audit share: model, images, threat, attackers and how points are judged.
+
+    curve_rows: the images that are also attacked at rising epsilon.
+    """
+
+    path: Path
+    config: AttackConfig
+    smoothed: SmoothedClassifier
+    indices: list[int]
+    pixels: LabelledPixels
+    threat: ThreatModel
+    rungs: list[Plan | Suite]
+    curve: list[tuple[ThreatModel, Plan]]
+    judging: Judging
+
+    @classmethod
+    def of(cls, here: Conditions) -> "_Siege":
+        config, smoothed = here.recipe.attack, load_smoothed(here.run.path / "model", here.execution)
+        indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
+        epsilon = parse_fraction(config.epsilon)
+        threat = ThreatModel(config.norm, epsilon)
+        rungs = ladder(
+            config.steps,
+            parse_fraction(config.step_size) / epsilon,
+            config.restarts,
+            config.eot_samples,
+            threat=threat,
+            num_classes=smoothed.num_classes,
+            strong_steps=config.strong_steps,
+            strong_eot_samples=config.strong_eot_samples,
+            strong_restarts=config.strong_restarts,
+            queries=config.queries,
+        )
+        draws = config.strong_eot_samples
+        curve_ = curve(threat, pixels.x[0].numel(), config.steps, draws) if config.curve_images else []
+        # one verdict a rung and point of the curve, and one inside the certified ball
+        judging = Judging(config.alpha / (len(rungs) + len(curve_) + 1), config.max_votes, here.recipe.seed)
+        return cls(here.run.path, config, smoothed, indices, pixels, threat, rungs, curve_, judging)
+
+    @property
+    def curve_rows(self) -> list[int]:
+        return list(range(min(self.config.curve_images, len(self.pixels))))
+
+    def evaluate(
+        self, plan: Plan | Suite, threat: ThreatModel | None = None, rows: list[int] | None = None
+    ) -> AttackResult:
+        """One attacker on all images or those in ``rows``; what is in the run's parts is read, not attacked again."""
+        pixels = self.pixels if rows is None else self.pixels.select(rows)
+        parts = self.path / "attacks/parts"
+        return evaluate(defend(self.smoothed), pixels, threat or self.threat, plan, self.judging, parts)
+
+    def audited(self, name: str | None, rows: list[int]) -> AttackResult | None:
+        """The ladder's rung of this name on ``rows``; None, for the audit's default, without a name.
+
+        Raises: ConfigError when there is no such rung.
+        """
+        if name is None:
+            return None
+        known = {plan.name: plan for plan in self.rungs}
+        if name not in known:
+            raise ConfigError(f"the ladder has no rung {name!r}; it has {', '.join(known)}")
+        return self.evaluate(known[name]).select(rows)
+
+
 def _attack_figures(
-    config: AttackConfig, level: float, results: list[AttackResult], sandwich: Sandwich
+    siege: _Siege, results: list[AttackResult], curve_: list[AttackResult], sandwich: Sandwich
 ) -> dict[str, Any]:
-    rungs = [_rung_figures(result) for result in results]
+    rungs, config = [_rung_figures(result) for result in results], siege.config
     return {
-        "seconds": sum(rung["seconds"] for rung in rungs),
+        "seconds": sum(float(result.seconds.sum()) for result in (*results, *curve_)),
+        "processes": world_size(),
         "threat": {"norm": config.norm, "epsilon": parse_fraction(config.epsilon), "epsilon_text": config.epsilon},
         "alpha": config.alpha,
-        "level": level,
-        "num_verdicts": len(results),
+        "level": siege.judging.level,
+        "num_verdicts": len(results) + len(curve_),
         "max_votes": config.max_votes,
         "rungs": [rung for rung in rungs if rung["name"] != "sandwich"],
+        **({"curve": _curve_figures(curve_)} if curve_ else {}),
         "sandwich": {
             **next((rung for rung in rungs if rung["name"] == "sandwich"), {}),
             "checked": sandwich.checked,
@@ -304,14 +410,31 @@ def _attack_figures(
 
 def _rung_figures(result: AttackResult) -> dict[str, Any]:
     plan = result.plan
-    own = ("steps", "step_size", "restarts", "eot_samples", "method", "loss", "gradient")
-    return {
-        "name": plan.name,
-        "label": plan.label,
-        **({name: getattr(plan, name) for name in own} if isinstance(plan, Plan) else {}),
-        **result.budget,
-        "seconds": float(result.seconds.sum()),
-    }
+    own: dict[str, Any]
+    if isinstance(plan, Suite):
+        broken_by = np.bincount(result.attacker[result.broken], minlength=len(plan.plans))
+        own = {
+            "suite": plan.version,
+            "attackers": dict(zip((p.name for p in plan.plans), broken_by.tolist(), strict=True)),
+        }
+    else:
+        budget = ("method", "loss", "gradient", "steps", "step_size", "restarts", "eot_samples")
+        own = {name: getattr(plan, name) for name in budget}
+    return {"name": plan.name, "label": plan.label, **own, **result.budget, "seconds": float(result.seconds.sum())}
+
+
+def _curve_figures(results: list[AttackResult]) -> dict[str, Any]:
+    points = [
+        {
+            "epsilon": float(result.threat.epsilon),
+            "epsilon_text": epsilon_text(result.threat.norm, float(result.threat.epsilon)),
+            "broken": int(result.broken.sum()),
+            "held": int(result.held.sum()),
+            "undecided": int(result.undecided.sum()),
+        }
+        for result in results
+    ]
+    return {"label": results[0].plan.label, "images": len(results[0]), "points": points}
 
 
 def _read_certificates(run: RunFolder) -> Certificates:

@@ -169,6 +169,7 @@ class RunFolder:
             "finetune": ("checkpoints/finetune.pt", "model/model.json"),
             "certify": ("certificates.tsv", "certificates.parts"),
             "attack": ("attacks",),
+            "audit": ("audit.json",),
         }[stage]
         return self.finished(stage) is not None or any((self.path / trace).exists() for trace in traces)
 

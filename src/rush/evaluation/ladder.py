@@ -1,24 +1,128 @@
-"""The ladder: one smoothed model under attackers of rising strength."""
+"""The ladder: one model under attackers of rising strength, and the same attacker at rising epsilon."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
-from rush.evaluation.plans import Plan
+from rush.attacks.threat import ThreatModel
+from rush.errors import InputError
+from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, worst_case
+from rush.options import Norm
+
+_HALVINGS = 2  # doublings below epsilon at which the curve begins
 
 
-def ladder(steps: int, step_size: float, restarts: int, eot_samples: Sequence[int]) -> list[Plan]:
-    """Rungs from the weakest attacker to the strongest, the first one being no attack.
+def ladder(
+    steps: int,
+    step_size: float,
+    restarts: int,
+    eot_samples: Sequence[int],
+    *,
+    threat: ThreatModel | None = None,
+    num_classes: int = 0,
+    strong_steps: int = 0,
+    strong_eot_samples: int = 16,
+    strong_restarts: int = 5,
+    queries: int = 1000,
+) -> list[Plan | Suite]:
+    """Rungs for a smoothed classifier from the weakest attacker to the strongest, the first one being no attack.
 
     The noise-free base network, transferred; one noise draw frozen before the loop; fresh draws at every step,
-    ``eot_samples`` of them. All are PGD with random start and the same ``steps``, ``step_size`` (share of epsilon) and
-    ``restarts``.
+    ``eot_samples`` of them: all PGD with random start and the same ``steps``, ``step_size`` (share of epsilon) and
+    ``restarts``. With ``strong_steps``: APGD on the mean of ``strong_eot_samples`` draws, by cross-entropy, by margin,
+    aimed at the three most probable other classes, from ``strong_restarts`` starts; Square; the suite's worst case.
     """
     budget = {"steps": steps, "step_size": step_size, "restarts": restarts}
-    rungs = [
+    rungs: list[Plan | Suite] = [
         Plan("clean", "no attack", "none"),
         Plan("transfer", "noise-free base network, transferred", "pgd", "transfer", 0, **budget),  # type: ignore[arg-type]
         Plan("frozen", "one noise draw frozen before the loop", "pgd", "frozen", 1, **budget),  # type: ignore[arg-type]
     ]
     for samples in eot_samples:
         label = "one fresh noise draw a step" if samples == 1 else f"EOT over {samples} fresh noise draws a step"
-        rungs.append(Plan(f"eot-{samples}", label, "pgd", "fresh", samples, **budget))  # type: ignore[arg-type]
+        plan = Plan(f"eot-{samples}", label, "pgd", "fresh", samples, **budget)  # type: ignore[arg-type]
+        rungs.append(_named_paper(plan, threat))
+    if strong_steps:
+        rungs += _strong(num_classes, strong_steps, strong_eot_samples, strong_restarts, queries)
     return rungs
+
+
+def plain_ladder(num_classes: int) -> list[Plan | Suite]:
+    """Rungs for a deterministic model."""
+    ranks = _ranks(num_classes, most=9)
+    return [
+        Plan("clean", "no attack", "none"),
+        Plan("fgsm", "FGSM", "fgsm", steps=1, step_size=1.0),
+        Plan("pgd-20", "PGD-20", "pgd", steps=20, step_size=0.25),
+        Plan("pgd-100", "PGD-100, small steps", "pgd", steps=100, step_size=0.05),
+        Plan("apgd", "APGD-100, cross-entropy", "apgd", steps=100),
+        Plan("apgd-margin", "APGD-100, margin", "apgd", steps=100, loss="margin"),
+        Plan("apgd-targets", f"APGD-100, targets 1 to {len(ranks)}", "apgd", steps=100, loss="margin", targets=ranks),
+        Plan("square", "Square, 1,000 queries", "square", steps=1000, loss="margin", start="clean"),
+        worst_case("plain", num_classes),
+    ]
+
+
+def curve(threat: ThreatModel, pixels: int, steps: int, eot_samples: int) -> list[tuple[ThreatModel, Plan]]:
+    """One attacker at epsilon / 4, epsilon / 2, epsilon, ... up to where every image can be made the same grey, and the
+    accuracy must be near zero.
+
+    pixels: C x H x W. eot_samples: 0 for a deterministic model. Raises: InputError where images have their own epsilon.
+    """
+    if not isinstance(threat.epsilon, float | int):
+        raise InputError("accuracy against epsilon needs one epsilon for all images")
+    last = grey_radius(threat.norm, pixels)
+    epsilons, epsilon = [], threat.epsilon / 2**_HALVINGS
+    while epsilon < last / 1.5:
+        epsilons.append(epsilon)
+        epsilon *= 2
+    label = f"PGD-{steps}, margin" + (f" of the mean, EOT {eot_samples}" if eot_samples else "")
+    plan_of = {
+        number: Plan(f"curve-{number}", label, "pgd", "fresh", eot_samples, steps, 0.25, loss="margin")
+        for number in range(len(epsilons) + 1)
+    }
+    return [(ThreatModel(threat.norm, value), plan_of[number]) for number, value in enumerate([*epsilons, last])]
+
+
+def grey_radius(norm: Norm, pixels: int) -> float:
+    """Epsilon at which mid-grey is within the ball of every image in [0, 1]."""
+    return 0.5 * {"linf": 1.0, "l2": math.sqrt(pixels), "l1": float(pixels)}[norm]
+
+
+def epsilon_text(norm: Norm, epsilon: float) -> str:
+    """``8/255`` for l-inf, a number else."""
+    return f"{epsilon * 255:.4g}/255" if norm == "linf" else f"{epsilon:.4g}"
+
+
+def _strong(num_classes: int, steps: int, draws: int, restarts: int, queries: int) -> Iterator[Plan | Suite]:
+    ranks = _ranks(num_classes, most=3)
+    mean = f"EOT {draws}"
+    yield Plan("apgd", f"APGD-{steps}, cross-entropy of the mean, {mean}", "apgd", "fresh", draws, steps)
+    yield Plan("apgd-margin", f"APGD-{steps}, margin of the mean, {mean}", "apgd", "fresh", draws, steps, loss="margin")
+    yield Plan(
+        "apgd-targets",
+        f"APGD-{steps}, targets 1 to {len(ranks)}, {mean}",
+        "apgd",
+        "fresh",
+        draws,
+        steps,
+        loss="margin",
+        targets=ranks,
+    )
+    label = f"APGD-{steps}, margin of the mean, {mean}, {restarts} restarts"
+    yield Plan("apgd-restarts", label, "apgd", "fresh", draws, steps, restarts=restarts, loss="margin")
+    label = f"Square, {queries:,} queries of 8 draws"
+    yield Plan("square", label, "square", "fresh", 8, queries, loss="margin", start="clean")
+    yield worst_case("random", num_classes)
+
+
+def _ranks(num_classes: int, most: int) -> tuple[int, ...]:
+    return tuple(range(1, min(most, num_classes - 1) + 1))
+
+
+def _named_paper(plan: Plan, threat: ThreatModel | None) -> Plan:
+    """``plan``, said to be the paper's protocol where it is."""
+    same = plan.eot_samples == PAPER.eot_samples and plan.steps == PAPER.steps and plan.restarts == PAPER.restarts
+    stated = threat is not None and threat.norm == PAPER_NORM and threat.epsilon == PAPER_EPSILON
+    if not (same and stated and abs(plan.step_size - PAPER.step_size) < 1e-9):
+        return plan
+    return Plan(**{**vars(plan), "label": f"{plan.label}: the paper's protocol"})

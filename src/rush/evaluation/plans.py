@@ -48,10 +48,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Suite:
-    """Attackers in a fixed order, cheap ones first; an image leaves when a verdict breaks it. ``name`` carries the
-    version: its plans never change under the same name."""
+    """Attackers in a fixed order, cheap ones first; an image leaves when a verdict breaks it. The plans of a
+    ``version`` never change."""
 
     name: str
+    version: str
     label: str
     plans: tuple[Plan, ...]
 
@@ -65,17 +66,18 @@ class Suite:
 PAPER = Plan("paper", "the paper's protocol: PGD-20, one fresh noise draw a step", "pgd", "fresh", 1, 20, 0.25)
 PAPER_NORM, PAPER_EPSILON = "linf", 8 / 255
 
-WORST_CASE = "worst-case-v1"
+WORST_CASE, WORST_CASE_VERSION = "worst-case", "worst-case-v1"
 _MOST_TARGETS = 9
 
 
 def worst_case(kind: Kind, num_classes: int, transferable: bool = True) -> Suite:
-    """The parameter-free suite ``worst-case-v1``, for deterministic models ("plain") or random ones.
+    """The parameter-free suite, version ``worst-case-v1``, for deterministic models ("plain") or random ones.
 
     transferable: whether a random model has a base network without noise.
     """
     plans = tuple(_plain_plans(num_classes) if kind == "plain" else _random_plans(num_classes, transferable))
-    return Suite(WORST_CASE, f"worst case of {len(plans)} attackers ({WORST_CASE}, {kind} models)", plans)
+    label = f"worst case of {len(plans)} attackers ({WORST_CASE_VERSION})"
+    return Suite(WORST_CASE, WORST_CASE_VERSION, label, plans)
 
 
 def _plain_plans(num_classes: int) -> Iterator[Plan]:
@@ -109,8 +111,9 @@ def _random_plans(num_classes: int, transferable: bool) -> Iterator[Plan]:
 def scaled(suite: Suite, factor: int) -> Suite:
     """``suite`` with ``factor`` times its budget: that many restarts of every attack that draws its start or its noise,
     that many times the steps of the others."""
+    plans = tuple(_scaled(suite.plans, factor))
     return Suite(
-        f"{suite.name} x{factor}", f"{suite.label}, {factor} times its budget", tuple(_scaled(suite.plans, factor))
+        f"{suite.name}-x{factor}", f"{suite.version}-x{factor}", f"{suite.label}, {factor} times the budget", plans
     )
 
 

@@ -52,7 +52,7 @@ class AttackResult:
     @property
     def suite(self) -> str | None:
         """Name and version of the suite, None for a single attacker."""
-        return self.plan.name if isinstance(self.plan, Suite) else None
+        return self.plan.version if isinstance(self.plan, Suite) else None
 
     @property
     def broken(self) -> NDArray[np.bool_]:
