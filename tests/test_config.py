@@ -74,7 +74,7 @@ def values() -> dict[str, Any]:
         ("attack.epsilon=-8/255", r"attack\.epsilon: must be > 0, got -8/255"),
         ("attack.epsilon=true", r"attack\.epsilon"),
         ("attack.step_size=0", r"attack\.step_size: must be > 0"),
-        ("attack.norm=l1", r"attack\.norm: .*'linf' or 'l2' \(given: 'l1'\)"),
+        ("attack.norm=l3", r"attack\.norm: .*'linf', 'l2' or 'l1' \(given: 'l3'\)"),
         ("attack.eot_samples=[4, 1]", r"attack: eot_samples must be ascending and distinct, got \[4, 1\]"),
         ("attack.eot_samples=[1, 1]", r"ascending and distinct"),
         ("attack.eot_samples=[]", r"eot_samples"),
