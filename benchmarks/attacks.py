@@ -32,7 +32,10 @@ from torch import Tensor, nn
 
 import rush
 from reference_models import plain_resnet18, robust_network
+from rush.attacks.apgd import apgd
 from rush.attacks.gradient import plain
+from rush.attacks.losses import Loss, cross_entropy, dlr
+from rush.attacks.square import square
 from rush.attacks.threat import distances
 from rush.data.images import ImageSet, stratified_subset
 from rush.engine.precision import Execution
@@ -136,7 +139,7 @@ def found_by(
         if not np.array_equal(parts[-1].ids, part.ids):
             raise SystemExit(f"{path} is about other images; use another --cache")
     found = Found.join(parts)
-    print(f"  {name}: {100 * found.standing.mean():.1f} % stand, {found.cost}", flush=True)
+    print(f"  {folder.name} {name}: {100 * found.standing.mean():.1f} % stand, {found.cost}", flush=True)
     return found
 
 
@@ -206,8 +209,8 @@ def deterministic(arguments: argparse.Namespace) -> None:
 def our_side(arguments: argparse.Namespace, case: str, network: nn.Module, images: ImageSet) -> dict[str, Found]:
     epsilon, queries = CASES[case].epsilon, CASES[case].queries
     attackers: dict[str, Attacker] = {
-        "apgd-ce": partial(our_apgd, epsilon=epsilon, loss="cross_entropy"),
-        "apgd-dlr": partial(our_apgd, epsilon=epsilon, loss="dlr"),
+        "apgd-ce": partial(our_apgd, epsilon=epsilon, loss=cross_entropy),
+        "apgd-dlr": partial(our_apgd, epsilon=epsilon, loss=dlr),
         "square": partial(our_square, epsilon=epsilon, queries=queries),
         "standard": partial(our_worst_case, epsilon=epsilon),
     }
@@ -218,22 +221,14 @@ def our_side(arguments: argparse.Namespace, case: str, network: nn.Module, image
     }
 
 
-def our_apgd(network: nn.Module, images: ImageSet, *, epsilon: float, loss: str) -> Tensor:
-    from rush.attacks.apgd import apgd
-
-    from rush.attacks import losses
-
+def our_apgd(network: nn.Module, images: ImageSet, *, epsilon: float, loss: Loss) -> Tensor:
     threat, x = rush.ThreatModel("linf", epsilon), images.pixels()
     start = threat.random_start(x, streams(images, "apgd"))
-    best, _ = apgd(
-        plain(network, Execution()), x, images.labels, threat, steps=STEPS, loss=getattr(losses, loss), start=start
-    )
+    best, _ = apgd(plain(network, Execution()), x, images.labels, threat, steps=STEPS, loss=loss, start=start)
     return best
 
 
 def our_square(network: nn.Module, images: ImageSet, *, epsilon: float, queries: int) -> Tensor:
-    from rush.attacks.square import square
-
     threat = rush.ThreatModel("linf", epsilon)
     log_probs, generators = plain(network, Execution()), streams(images, "square")
     return square(log_probs, images.pixels(), images.labels, threat, generators, queries=queries)
