@@ -22,12 +22,31 @@ from rush.certification.recompute import recompute
 from rush.certification.table import read_certificates
 from rush.certification.table import write_certificates as write_table
 from rush.errors import RunError
+from rush.evaluation.audit_report import AuditReport, decide
+from rush.evaluation.audit_report import Finding as AuditFinding
+from rush.evaluation.findings import GAIN, LARGE_EPSILON_HELD
 from rush.evaluation.intervals import paired_difference, share_interval
-from rush.reporting.page import write_report
-from rush.reporting.plots import certified_curve
+from rush.options import STAGES
+from rush.reporting import results
+from rush.reporting.page import render, write_report
+from rush.reporting.plots import certified_curve, epsilon_curve
 from rush.reporting.reading import read_run
-from rush.reporting.results import Certificates
-from rush.reporting.tables import bounds, certified_rows, cost_rows, percent, points, share, summary_rows
+from rush.reporting.results import Audit, Certificates, Ladder
+from rush.reporting.tables import (
+    audit_sentence,
+    bounds,
+    certified_rows,
+    cost_rows,
+    curve_rows,
+    finding_rows,
+    ladder_rows,
+    percent,
+    points,
+    rises_text,
+    share,
+    summary_rows,
+    zero_text,
+)
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
 GRID = (0.0, 0.25, 0.5)
@@ -42,6 +61,22 @@ LABELS = {
     "eot-1": "PGD, fresh noise, EOT 1",
     "eot-16": "PGD, fresh noise, EOT 16",
 }
+FIRST = {"clean": 4, "transfer": 16, "pgd": 0, "apgd": 10}
+CURVE = {
+    "label": "PGD-20, margin of the mean, EOT 16",
+    "images": 20,
+    "points": [
+        {"epsilon": size / 255, "epsilon_text": f"{size:g}/255", "broken": broken, "held": held, "undecided": undecided}
+        for size, broken, held, undecided in ((4, 5, 14, 1), (8, 12, 8, 0), (16, 14, 6, 0), (127.5, 20, 0, 0))
+    ],
+}
+FINDINGS = (
+    AuditFinding("ball", "passed", 1.0, 1.001, "the largest change is 1.0000 epsilon", "project the points"),
+    AuditFinding("step-size", "failed", 0.05, 1.0, "all steps together are 0.05 epsilon long", "take larger steps"),
+    AuditFinding("noise", "failed", math.inf, 1.1, "the attacker sees noise of deviation 0.1", "use the same noise"),
+    AuditFinding("more-steps", "undecided", 0.03, 0.01, "1 of 33 images are broken by more steps", "double the steps"),
+    AuditFinding("mode", "skipped", None, None, "nothing to look at", ""),
+)
 
 
 def write_json(file: Path, value: object) -> None:
@@ -181,6 +216,68 @@ def write_attacks(folder: Path, timing: dict) -> None:
     write_images(folder / "attacks")
 
 
+def make_full(folder: Path, newly: int = 12, verdict: str = "overestimated") -> Path:
+    """The run with a ladder in full (APGD leaves 11, Square 25, the worst case 10), a curve to zero and an audit."""
+    standing = {"apgd": 11, "square": 25, "worst-case": 10}
+    lines = [
+        f"{rung}\t{i}\timg-{i}\t{i % 10}\t{'held' if i < count else 'broken'}\t0.03\t{COVERING}\t{(i + 3) % 10}"
+        "\t9\t7\t2"
+        for rung, count in standing.items()
+        for i in range(ATTACKED)
+    ]
+    with open(folder / "attacks.tsv", "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    spent = {"passes_per_image": 800.0, "forward_passes_per_image": 216.0, "votes_per_image": 300.0, "seconds": 30.0}
+    noisy = {"loss": "margin", "gradient": "fresh", "step_size": 0.0, "restarts": 1}
+    rungs = [
+        *({**rung, "method": "pgd" if place else "none"} for place, rung in enumerate(attack_rungs(folder))),
+        {
+            "name": "apgd",
+            "label": "APGD-50, EOT 16",
+            "method": "apgd",
+            **noisy,
+            "steps": 50,
+            "eot_samples": 16,
+            **spent,
+        },
+        {"name": "square", "label": "Square", "method": "square", **noisy, "steps": 1000, "eot_samples": 8, **spent},
+        {
+            "name": "worst-case",
+            "label": "worst case of 4 attackers",
+            "suite": "worst-case-v1",
+            "attackers": FIRST,
+            **spent,
+        },
+    ]
+    edit_json(folder / "stages" / "attack.json", rungs=rungs, curve=CURVE, votes_per_image=None)
+    for rung in standing:
+        shutil.copy(folder / "attacks" / "eot-16.npz", folder / "attacks" / f"{rung}.npz")
+    write_audit(folder, newly, verdict)
+    return folder
+
+
+def write_audit(folder: Path, newly: int, verdict: str) -> None:
+    """An audit of 40 images, 17 of which the evaluation left standing; of these so many are broken here."""
+    report = AuditReport(
+        verdict=verdict,
+        evaluation="PGD-20, EOT 1",
+        evaluation_accuracy=17 / 40,
+        here="worst case of 4 attackers",
+        accuracy_here=(17 - newly) / 40,
+        images=40,
+        newly_broken=tuple(f"img-{i}" for i in range(newly)),
+        tolerance=0.08,
+        findings=tuple(FINDINGS if verdict != "holds" else FINDINGS[:1]),
+        norm="linf",
+        epsilon=EPSILON,
+        alpha=0.001,
+        max_votes=4000,
+        seed=0,
+    )
+    write_json(folder / "audit.json", report.to_json())
+    write_json(folder / "stages" / "audit.json", {"stage": "audit", "seconds": 33.0, "finished": "2026-01-01"})
+
+
 def write_images(folder: Path) -> None:
     """Image i is flat grey 100 + i; an attacked image is 8/255 lighter on the left half and darker on the right."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,6 +336,23 @@ class Page(HTMLParser):
 def decode(uri: str) -> np.ndarray:
     assert uri.startswith("data:image/png;base64,")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))))
+
+
+@pytest.fixture
+def full(run: Path) -> Path:
+    return make_full(run)
+
+
+def ladder_of(folder: Path) -> Ladder:
+    ladder = read_run(folder).ladder
+    assert ladder is not None
+    return ladder
+
+
+def audit_of(folder: Path) -> Audit:
+    audit = read_run(folder).audit
+    assert audit is not None
+    return audit
 
 
 def page_of(folder: Path) -> Page:
@@ -316,8 +430,9 @@ def test_changing_a_radius_changes_the_page(run: Path) -> None:
     assert bounds(share_interval(9, 40)) in after
 
 
-def test_equal_files_give_equal_pages_and_no_other_file(run: Path) -> None:
+def test_equal_files_give_equal_pages_and_no_other_file(full: Path) -> None:
     """Proves that nothing of the clock or of chance enters the page and that no partial file stays behind."""
+    run = full
     before = sorted(run.rglob("*"))
     path = write_report(run)
     first = path.read_bytes()
@@ -326,9 +441,9 @@ def test_equal_files_give_equal_pages_and_no_other_file(run: Path) -> None:
     assert sorted(run.rglob("*")) == sorted([*before, path])
 
 
-def test_page_stands_alone(run: Path) -> None:
+def test_page_stands_alone(full: Path) -> None:
     """Whatever a tag loads is inside the page: data URIs and fragments that exist; no script; every id once."""
-    html = write_report(run).read_text(encoding="utf-8")
+    html = write_report(full).read_text(encoding="utf-8")
     page = Page(html)
     assert {load[:5] for load in page.loads if not load.startswith("#")} == {"data:"}
     assert {load[1:] for load in page.loads if load.startswith("#")} <= set(page.ids)
@@ -400,13 +515,15 @@ def test_step_size_is_a_share_of_epsilon_or_pixels(run: Path) -> None:
     assert "20 steps of 0.25 ε, EOT 16" in page_of(run).text
 
 
-def test_worst_case_counts_an_image_that_any_attacker_broke(run: Path) -> None:
-    """Image 3 falls under the weakest attacker alone: the strongest keeps its 12 images, the worst case has 11."""
+def test_an_image_that_any_attacker_broke_counts_for_all_of_them_together(run: Path) -> None:
+    """Image 3 falls under the weakest attacker alone: the strongest keeps its 12 images, all together leave 11."""
     edit(run / "attacks.tsv", "frozen\t3\timg-3\t3\theld", "frozen\t3\timg-3\t3\tbroken")
     ladder = read_run(run).ladder
     assert ladder is not None
     assert ladder.strongest.accuracy == share_interval(12, 40)
-    assert ladder.worst_case == share_interval(11, 40)
+    assert ladder.combined == share_interval(11, 40)
+    rows = dict(summary_rows(read_run(run)))
+    assert rows["attacked, by any rung of the ladder"] == f"{share(share_interval(11, 40))} (n = 40)"
 
 
 def test_undecided_counts_as_not_broken_and_not_held(run: Path) -> None:
@@ -574,6 +691,10 @@ def test_report_and_certification_say_the_same(tmp_path: Path, bound: str, radii
 
 
 def test_run_that_is_kept_in_the_repository_is_readable() -> None:
+    """It is older than curve, suite, audit and the methods of the rungs: the page goes without them."""
+    page = Page(render(read_run(KEPT)))
+    assert not {"epsilon", "audit", "first", "doubt"} & set(page.ids)
+    assert "to PGD, EOT 64" in page.text
     rows = dict(summary_rows(read_run(KEPT)))
     assert rows["certified by"] == "Clopper–Pearson"
     assert rows["ACR"].endswith("(N = 10,000)")
@@ -650,9 +771,13 @@ def test_predicted_class_is_the_challenger_where_broken(run: Path) -> None:
 )
 def test_hostile_names_stay_text(tmp_path: Path, hostile: str) -> None:
     """Recipe, class and attacker names are shown as written and open no tag, attribute, formula or request."""
-    run = write_run(tmp_path / "run", name=hostile, classes=[f"{hostile}{k}" for k in range(10)])
+    run = make_full(write_run(tmp_path / "run", name=hostile, classes=[f"{hostile}{k}" for k in range(10)]))
     rungs = [{**rung, "label": f"{hostile} {rung['name']}"} for rung in attack_rungs(run)]
-    edit_json(run / "stages" / "attack.json", rungs=rungs)
+    rungs[-1] |= {"suite": hostile, "attackers": {hostile: 30}}
+    told = dict.fromkeys(("name", "evidence", "remedy"), hostile) | {"status": "failed"}
+    edit_json(run / "audit.json", evaluation=hostile, here=hostile, findings=[told])
+    tick = [{**point, "epsilon_text": hostile} for point in CURVE["points"]]
+    edit_json(run / "stages" / "attack.json", rungs=rungs, curve={**CURVE, "label": hostile, "points": tick})
     page = page_of(run)
     assert "script" not in page.tags
     assert page.tags.count("img") == 27
@@ -664,16 +789,18 @@ def test_hostile_names_stay_text(tmp_path: Path, hostile: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "sentence", "kept"),
     [
+        ("audit", "Not audited yet", "What is proved"),
         ("pretrain", "Not pre-trained yet", "What is proved"),
         ("finetune", "Not fine-tuned yet", "What is proved"),
         ("certify", "Not certified yet", "under the strongest attack"),
         ("attack", "Not attacked yet", "Within ℓ2 0.25"),
     ],
 )
-def test_unfinished_stage_is_named_with_its_command(run: Path, stage: str, sentence: str, kept: str) -> None:
+def test_unfinished_stage_is_named_with_its_command(full: Path, stage: str, sentence: str, kept: str) -> None:
     """Without the stage's record its half-written table is left alone, the rest stays, the command is told."""
+    run = full
     (run / "stages" / f"{stage}.json").unlink()
-    for table in {"certify": ["certificates.tsv"], "attack": ["attacks.tsv"]}.get(stage, []):
+    for table in {"certify": ["certificates.tsv"], "attack": ["attacks.tsv"], "audit": ["audit.json"]}.get(stage, []):
         content = (run / table).read_text()
         (run / table).write_text(content[: len(content) // 2])
     text = page_of(run).text
@@ -687,7 +814,7 @@ def test_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     write_json(tmp_path / "recipe.json", recipe("begun"))
     page = page_of(tmp_path)
     assert "Nothing is measured yet" in page.text
-    assert len(summary_rows(read_run(tmp_path))) == 4
+    assert len(summary_rows(read_run(tmp_path))) == len(STAGES)
     assert "svg" not in page.tags
     assert "77.8 %" not in page.text
 
@@ -715,6 +842,319 @@ def test_a_run_kept_without_its_attacked_images_still_has_its_figures(run: Path)
     assert summary_rows(read_run(run)) != before
 
 
+def test_ladder_in_full_has_a_row_for_every_rung(full: Path) -> None:
+    """Budgets in the attacker's own words, both kinds of passes, differences to the row above and to the last PGD."""
+    rows = {row.label: row for row in ladder_rows(ladder_of(full))}
+    assert list(rows) == [*LABELS.values(), "APGD-50, EOT 16", "Square", "worst case of 4 attackers"]
+    assert rows["APGD-50, EOT 16"].budget == "50 steps, EOT 16"
+    assert rows["Square"].budget == "1,000 queries, EOT 8"
+    worst = rows["worst case of 4 attackers"]
+    assert (worst.budget, worst.passes, worst.forward, worst.seconds) == ("worst-case-v1", "800", "216", "30.0 s")
+    assert worst.step == points(paired_difference(standing(10), standing(25)))
+    assert worst.to_last_eot == points(paired_difference(standing(10), standing(12)))
+    assert rows[LABELS["eot-16"]].to_last_eot == "–"
+    assert rows[LABELS["eot-16"]].forward == ""
+    text = page_of(full).text
+    assert "to PGD, EOT 16" in text
+    assert "800 + 216 forward" in text
+    assert "(clean: wrong without attack): clean 4, transfer 16, apgd 10." in text
+
+
+def test_worst_case_is_told_in_the_summary(full: Path, tmp_path: Path) -> None:
+    rows = dict(summary_rows(read_run(full)))
+    ten = share(share_interval(10, 40))
+    assert rows["worst case, ℓ∞ 8/255, worst-case-v1"] == f"{ten} (n = 40), held {ten}"
+    assert rows["attacked, ℓ∞ 8/255, worst case of 4 attackers"] == f"{ten} (n = 40)"
+    assert not [name for name, _ in summary_rows(read_run(write_run(tmp_path / "old"))) if name.startswith("worst")]
+
+
+def test_only_pgd_rungs_are_candidates_for_a_flattering_evaluation(full: Path) -> None:
+    """Square leaves 25 standing and draws noise, yet an evaluation that stops there has climbed beyond PGD."""
+    verdicts = [("frozen", 12), ("eot-1", 12), ("eot-16", 12)]
+    ladder = ladder_of(full)
+    assert ladder.last_eot is not None
+    assert ladder.last_eot.name == "eot-16"
+    assert ladder.flattering is not None
+    assert ladder.flattering.name == "frozen"
+    content = (full / "attacks.tsv").read_text()
+    for rung, count in verdicts:
+        for i in range(count, ATTACKED):
+            content = content.replace(
+                f"{rung}\t{i}\timg-{i}\t{i % 10}\theld", f"{rung}\t{i}\timg-{i}\t{i % 10}\tbroken"
+            )
+    (full / "attacks.tsv").write_text(content)
+    assert ladder_of(full).flattering is None
+
+
+def test_flattery_is_measured_by_the_worst_case_even_where_one_attacker_broke_more(full: Path) -> None:
+    """What was planned as the reference stays it: APGD now leaves 9, the worst case 10, and 30 - 10 is the flattery."""
+    edit(full / "attacks.tsv", "apgd\t10\timg-10\t0\theld", "apgd\t10\timg-10\t0\tbroken")
+    edit(full / "attacks.tsv", "apgd\t9\timg-9\t9\theld\t0.03", "apgd\t9\timg-9\t9\tbroken\t0.03")
+    ladder = ladder_of(full)
+    assert (ladder.strongest.name, ladder.reference.name) == ("apgd", "worst-case")
+    assert ladder.combined == share_interval(9, 40)
+    difference = points(paired_difference(standing(30), standing(10)))
+    rows = dict(summary_rows(read_run(full)))
+    assert rows[f"{LABELS['frozen']} flatters by"] == f"{difference} points"
+    text = page_of(full).text
+    assert "50.0 points too much" in text
+    assert "measured by “worst case of 4 attackers”, which leaves 25.0 %." in text
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "around", "inside", "grey"),
+    [("linf", 0.03, 0.24, 0.03, 0.5), ("l2", 0.5, 0.5, 0.5, 4.0), ("l1", 4.0, 4.0, 0.5, 32.0)],
+)
+def test_balls_around_and_inside_the_threat(
+    run: Path, norm: str, epsilon: float, around: float, inside: float, grey: float
+) -> None:
+    """64 pixels: corner and face of the cube at 8 and 1 epsilon, of the cross-polytope at 1 and 1/8."""
+    edit_json(run / "stages" / "attack.json", threat={"norm": norm, "epsilon": epsilon, "epsilon_text": f"{epsilon}"})
+    ladder = ladder_of(run)
+    found = (ladder.covering_radius, ladder.inner_radius, ladder.grey_epsilon)
+    assert found == pytest.approx((around, inside, grey), abs=1e-12)
+    text = page_of(run).text
+    assert f"The ball around the threat has ℓ2 radius {around:.3g}, the one inside it {inside:.3g}." in text
+    assert ("proves less than the threat asks" in text) == (norm != "l2")
+
+
+def test_curve_shows_accuracy_between_attack_and_proof(full: Path) -> None:
+    """Each epsilon with its counts and the share certified at the ball around it; the run's own epsilon is marked."""
+    rows = curve_rows(read_run(full))
+    assert [row.epsilon for row in rows] == ["4/255", "8/255", "16/255", "127.5/255"]
+    assert [row.accuracy for row in rows] == [share(share_interval(count, 20)) for count in (15, 8, 6, 0)]
+    assert rows[0].held == share(share_interval(14, 20))
+    assert [row.undecided for row in rows] == ["1", "–", "–", "–"]
+    # 8 x 4/255 = 0.125 has 25 attacked images certified beyond, 0.251 has 10, 0.502 has 8 and 4.0 none.
+    assert [row.floor for row in rows] == [share(share_interval(count, 40)) for count in (25, 10, 8, 0)]
+    assert [row.own for row in rows] == [False, True, False, False]
+    page = page_of(full)
+    assert "It reaches zero at ℓ∞ 127.5/255, as it must." in page.text
+    assert {"epsilon", "zero"} <= set(page.ids)
+    assert "epsilon" not in page_of(without_curve(full)).ids
+
+
+def without_curve(folder: Path) -> Path:
+    edit_json(folder / "stages" / "attack.json", curve=None)
+    return folder
+
+
+def end_curve(folder: Path, size: float, broken: int, undecided: int) -> Ladder:
+    """The ladder whose curve ends at ``size``/255 with so many broken and undecided of 20."""
+    counts = {"broken": broken, "held": 20 - broken - undecided, "undecided": undecided}
+    last = {"epsilon": size / 255, "epsilon_text": f"{size:g}/255", **counts}
+    edit_json(folder / "stages" / "attack.json", curve={**CURVE, "points": [*CURVE["points"][:3], last]})
+    return ladder_of(folder)
+
+
+def test_curve_that_does_not_reach_zero_is_a_warning(full: Path) -> None:
+    """3 of 20 standing at mid-grey are more than a tenth; 2 are told without alarm; at 64/255 nothing must be zero."""
+    told, doubt = zero_text(end_curve(full, 127.5, broken=17, undecided=1))
+    assert doubt
+    assert "It does not reach zero: at ℓ∞ 127.5/255" in told
+    assert "15.0 % still stand (3 of 20 images, 1 of them undecided)" in told
+    html = write_report(full).read_text(encoding="utf-8")
+    assert '<p id="zero" class="warning">It does not reach zero' in html
+    told, doubt = zero_text(end_curve(full, 127.5, broken=18, undecided=0))
+    assert not doubt
+    assert "10.0 % still stand (2 of 20 images)" in told
+    told, doubt = zero_text(end_curve(full, 64, broken=15, undecided=0))
+    assert not doubt
+    assert "It ends at ℓ∞ 64/255" in told
+    assert LARGE_EPSILON_HELD == 0.1
+
+
+def test_curve_that_rises_is_told(full: Path) -> None:
+    """14 broken at 16/255 and 13 at 64/255: the larger ball contains the smaller, so the attack has missed one."""
+    assert rises_text(ladder_of(full)) == ""
+    told = rises_text(end_curve(full, 64, broken=13, undecided=0))
+    assert told == "Images standing rise from 16/255 to 64/255 by 1, which no best attack can do."
+    assert told in page_of(full).text
+
+
+@pytest.mark.parametrize("form", ["wide", "narrow"])
+def test_ticks_of_a_long_curve_keep_the_last_one(full: Path, form: str) -> None:
+    sizes = [2.0**power for power in range(12)]
+    grown = [
+        {"epsilon": size / 2**12, "epsilon_text": f"tick-{size:g}-", "broken": 1, "held": 19, "undecided": 0}
+        for size in sizes
+    ]
+    edit_json(full / "stages" / "attack.json", curve={**CURVE, "points": grown})
+    drawn = re.sub(r'aria-label="[^"]*"', "", epsilon_curve(ladder_of(full), (), "curve", form))  # type: ignore[arg-type]
+    shown = [size for size in sizes if f"tick-{size:g}-" in drawn]
+    assert shown == sizes[1::2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"points": []}, "list 'points'"),
+        ({"points": [1]}, "list 'points'"),
+        ({"points": [CURVE["points"][1], CURVE["points"][0]]}, "must be > 0 and ascending"),
+        ({"points": [{**CURVE["points"][0], "epsilon": 0.0}]}, "must be > 0 and ascending"),
+        ({"points": [{**CURVE["points"][0], "epsilon": "4/255"}]}, "'epsilon' must be a finite number"),
+        ({"points": [{**CURVE["points"][0], "held": -1}]}, "'held' must be a number of images, got -1"),
+        ({"points": [{**CURVE["points"][0], "held": 15}]}, "the curve's 20 images at each epsilon"),
+        ({"images": 21}, "the curve's 21 images at each epsilon"),
+    ],
+)
+def test_damaged_curve_is_told(full: Path, changes: dict, told: str) -> None:
+    edit_json(full / "stages" / "attack.json", curve={**CURVE, **changes})
+    with pytest.raises(RunError, match=re.escape(told)) as caught:
+        read_run(full)
+    assert "attack.json is damaged" in str(caught.value)
+
+
+def test_first_rung_must_be_the_one_without_attack(run: Path) -> None:
+    """Whatever the order of the others, clean accuracy is never that under an attacker."""
+    edit_json(run / "stages" / "attack.json", rungs=attack_rungs(run)[1:])
+    with pytest.raises(RunError, match="must begin with the one without attack, got 'frozen'"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("attackers", "told"),
+    [
+        ({"clean": 4, "pgd": 25}, "by 'attackers' 29 images of rung 'worst-case' are broken, by attacks.tsv 30"),
+        ({"clean": -1, "pgd": 31}, "'attackers' must be numbers of images"),
+        (["clean"], "'attackers' must be numbers of images"),
+    ],
+)
+def test_suite_that_does_not_agree_with_its_verdicts_is_damage(full: Path, attackers: object, told: str) -> None:
+    rungs = attack_rungs(full)
+    edit_json(full / "stages" / "attack.json", rungs=[*rungs[:-1], {**rungs[-1], "attackers": attackers}])
+    with pytest.raises(RunError, match=re.escape(told)):
+        read_run(full)
+
+
+def test_audit_that_overestimates_is_told_on_top_of_the_page(full: Path) -> None:
+    """Verdict, both accuracies, d with bounds from another library, failed findings in the box, all in the table."""
+    low, high = (stats.binomtest(12, 40).proportion_ci(0.9, "exact")[end] for end in (0, 1))
+    audit = audit_of(full)
+    assert (audit.d.estimate, audit.d.low, audit.d.high) == pytest.approx((0.3, low, high), abs=1e-9)
+    page = page_of(full)
+    assert page.ids.index("doubt") < page.ids.index("certificates") < page.ids.index("audit")
+    for told in (
+        "The audit says that the evaluation “PGD-20, EOT 1” overestimates the model:",
+        f"at least {math.floor(1000 * low) / 10:.1f} % of the images are left standing by the evaluation and broken",
+        "step-size: all steps together are 0.05 epsilon long. What to do: take larger steps.",
+        "PGD-20, EOT 1, ℓ∞ 8/255, 40 images",
+        f"accuracy there {share(share_interval(17, 40))} accuracy here {share(share_interval(5, 40))}",
+        f"30.0 % [{100 * low:.1f}, {100 * high:.1f}] (12 images)",
+        "noise failed ∞ 1.1 the attacker sees noise of deviation 0.1 use the same noise",
+    ):
+        assert told in page.text, told
+    rows = dict(summary_rows(read_run(full)))
+    assert rows["audited evaluation"] == "PGD-20, EOT 1, ℓ∞ 8/255 (n = 40)"
+    assert rows["audit"].startswith("overestimated: at least 18.")
+    assert rows["audit: noise failed"] == "the attacker sees noise of deviation 0.1"
+    assert rows["accuracy there and here"] == f"{share(share_interval(17, 40))} and {share(share_interval(5, 40))}"
+
+
+def test_findings_are_listed_by_what_asks_for_a_reader(full: Path) -> None:
+    """Failed ones first, in the audit's own order of cause before symptom; remedies only where there is a fault."""
+    rows = finding_rows(audit_of(full))
+    assert [row.name for row in rows] == ["step-size", "noise", "more-steps", "ball", "mode"]
+    assert [bool(row.remedy) for row in rows] == [True, True, True, False, False]
+    assert (rows[-1].figure, rows[-1].threshold) == ("–", "–")
+
+
+def test_audit_that_holds_gives_no_warning(run: Path) -> None:
+    page = page_of(make_full(run, 0, "holds"))
+    high = stats.binomtest(0, 40).proportion_ci(0.9, "exact").high
+    told = (
+        f"at most {math.ceil(1000 * high) / 10:.1f} % of the images are left standing by the evaluation and broken here"
+    )
+    assert f"Holds : {told}, less than the tolerance of 8.0 %; no finding failed." in page.text
+    assert "doubt" not in page.ids
+    assert "audit" in page.ids
+
+
+@pytest.mark.parametrize(("needed", "told"), [(250, "250 images would decide"), (None, "more images would not decide")])
+def test_undecided_audit_says_what_would_decide(run: Path, needed: int | None, told: str) -> None:
+    make_full(run, 1, "undecided")
+    edit_json(run / "audit.json", images_needed=needed)
+    page = page_of(run)
+    assert "doubt" in page.ids
+    assert "The audit cannot say whether the evaluation “PGD-20, EOT 1” holds:" in page.text
+    assert told in page.text
+    assert "a failed finding stands against “holds”" in page.text
+
+
+def test_invalid_evaluation_is_told_without_a_broken_image(run: Path) -> None:
+    """With d = 0 the reason is a finding: no share is claimed."""
+    make_full(run, 0, "overestimated")
+    assert audit_sentence(audit_of(run)) == (
+        "a failed finding says that it was not an evaluation of this model under this threat model"
+    )
+
+
+@pytest.mark.parametrize(("newly", "total", "tolerance"), [(0, 40, 0.08), (1, 40, 0.2), (3, 100, 0.05), (2, 100, 0.07)])
+def test_report_and_audit_say_the_same(run: Path, newly: int, total: int, tolerance: float) -> None:
+    """Bounds and constants of the page are those of ``evaluation``, which it may not import."""
+    verdict = decide(newly, total, tolerance, [])
+    write_audit(run, newly, verdict)
+    edit_json(run / "audit.json", images=total, tolerance=tolerance)
+    made = AuditReport.from_json(json.loads((run / "audit.json").read_text()))
+    shown = audit_of(run)
+    assert (shown.d.estimate, shown.d.low, shown.d.high) == (made.d, made.d_low, made.d_high)
+    assert tuple(finding.name for finding in shown.failed) == made.failed
+    assert results.GAIN == GAIN
+
+
+AUDIT_DAMAGES = {
+    "format": (2, "format 2, this version reads 1"),
+    "verdict": ("fine", "verdict and norm must be holds or overestimated or undecided, and linf or l2 or l1"),
+    "norm": ("l7", "got 'overestimated' and 'l7'"),
+    "images": (0, "12 of 0 images cannot be newly broken"),
+    "newly_broken": (["a", "a"], "each once"),
+    "evaluation_accuracy": ("high", "'evaluation_accuracy' must be a finite number"),
+    "accuracy_here": (1.5, "accuracies must lie in [0, 1]"),
+    "tolerance": (0, "the tolerance in (0, 1)"),
+    "images_needed": ("many", "'images_needed' must be a number of images"),
+    "findings": ({}, "'findings' must be a list of objects"),
+}
+
+
+@pytest.mark.parametrize("field", AUDIT_DAMAGES)
+def test_damaged_audit_is_told(full: Path, field: str) -> None:
+    value, told = AUDIT_DAMAGES[field]
+    edit_json(full / "audit.json", **{field: value})
+    with pytest.raises(RunError, match=re.escape(told)) as caught:
+        read_run(full)
+    assert f"rush audit {full}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"status": "broken"}, "finding 'ball': status must be one of failed, undecided, passed, skipped"),
+        ({"figure": "1.0"}, "finding 'ball': figure and threshold must be numbers or null, got '1.0'"),
+    ],
+)
+def test_damaged_finding_is_told(full: Path, changes: dict, told: str) -> None:
+    findings = json.loads((full / "audit.json").read_text())["findings"]
+    edit_json(full / "audit.json", findings=[{**findings[0], **changes}, *findings[1:]])
+    with pytest.raises(RunError, match=re.escape(told)):
+        read_run(full)
+
+
+@pytest.mark.parametrize("newly", [0, 12])
+def test_audit_that_contradicts_itself_is_damage(full: Path, newly: int) -> None:
+    """Neither a failed finding nor a share above the tolerance goes with "holds"."""
+    write_audit(full, newly, "holds")
+    if newly == 0:
+        edit_json(full / "audit.json", findings=[{"name": "ball", "status": "failed"}])
+    with pytest.raises(RunError, match="'holds' does not agree"):
+        read_run(full)
+
+
+def test_missing_audit_of_a_finished_stage_is_damage(full: Path) -> None:
+    (full / "audit.json").unlink()
+    with pytest.raises(RunError, match=r"audit\.json is missing"):
+        read_run(full)
+
+
 DAMAGES = {
     "recipe.json": lambda file: file.write_text('{"name": '),
     "provenance.json": lambda file: file.write_text("[1]"),
@@ -722,17 +1162,19 @@ DAMAGES = {
     "log.jsonl": lambda file: edit(file, '{"event": "start"}', '{"event": "sta'),
     "stages/pretrain.json": lambda file: edit_json(file, seconds="soon"),
     "stages/certify.json": lambda file: edit_json(file, num_estimation=0),
+    "audit.json": lambda file: file.write_text('{"format": 1, "verdict"'),
     "stages/attack.json": lambda file: edit_json(file, threat={"norm": "l7", "epsilon": 1.0}),
     "certificates.tsv": lambda file: edit(file, "\t1\t0.01\timg-0", "\t0\t0.01\timg-0"),
     "attacks.tsv": lambda file: edit(file, "frozen\t7\timg-7\t7\theld", "frozen\t7\timg-7\t7\tshaken"),
     "attacks/images.npz": lambda file: file.write_bytes(file.read_bytes()[:300]),
-    "attacks/eot-16.npz": lambda file: file.unlink(),
+    "attacks/worst-case.npz": lambda file: file.unlink(),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_file_is_named_with_its_remedy(run: Path, name: str) -> None:
+def test_damaged_file_is_named_with_its_remedy(full: Path, name: str) -> None:
     """Each damaged file gives a RunError with its path and what to do, and leaves the report that was there."""
+    run = full
     (run / "report.html").write_text("the old report")
     DAMAGES[name](run / name)
     with pytest.raises(RunError, match=re.escape(name)) as caught:

@@ -81,6 +81,9 @@ def render(results: RunResults) -> str:
         "radius": tables.radius_text,
         "samples": tables.samples_text,
         "method": tables.method_text,
+        "attackers": tables.attackers_text,
+        "verdict": tables.audit_sentence,
+        "audited": tables.audited_threat_text,
     }
     return environment.get_template("page.html.j2").render(_context(results))
 
@@ -110,6 +113,12 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "floor_lower": _floor_lower(results),
         "proved_on": len(results.threat_certificates) if results.threat_certificates else 0,
         "inner": _inner(results),
+        "grown": _grown_plot(results),
+        "curve_rows": tables.curve_rows(results),
+        "curve_zero": tables.zero_text(results.ladder) if results.ladder and results.ladder.curve else ("", False),
+        "curve_rises": tables.rises_text(results.ladder) if results.ladder else "",
+        "audit": results.audit,
+        "finding_rows": tables.finding_rows(results.audit) if results.audit else [],
         "bar": _bar(results),
         "threat": tables.threat_text(results.ladder) if results.ladder else "",
         "not_done": tables.not_done(results),
@@ -147,9 +156,9 @@ def _floor_lower(results: RunResults) -> str:
 
 
 def _inner(results: RunResults) -> Interval | None:
-    """Certified accuracy at l2 radius epsilon, the ball inside an l-inf threat: proves less than the threat asks."""
+    """Certified accuracy at the largest l2 ball inside the threat: proves less than the threat asks."""
     proved = results.threat_certificates
-    return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.epsilon)
+    return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.inner_radius)
 
 
 def _decided_names(results: RunResults) -> tuple[str, ...]:
@@ -181,6 +190,16 @@ def _ladder_plot(results: RunResults) -> Plot | None:
     floor = _floor(results)
     wide = plots.ladder_plot(ladder, floor, "ladder-wide", "wide")
     return Plot(wide, plots.ladder_plot(ladder, floor, "ladder-narrow", "narrow"))
+
+
+def _grown_plot(results: RunResults) -> Plot | None:
+    ladder, proved = results.ladder, results.threat_certificates
+    if ladder is None or ladder.curve is None:
+        return None
+    balls = [ladder.around(point.epsilon) for point in ladder.curve.points]
+    floors = tuple(proved.accuracy(radius) for radius in balls) if proved is not None else ()
+    wide = plots.epsilon_curve(ladder, floors, "epsilon-wide", "wide")
+    return Plot(wide, plots.epsilon_curve(ladder, floors, "epsilon-narrow", "narrow"))
 
 
 def _training_plots(results: RunResults) -> list[Markup]:

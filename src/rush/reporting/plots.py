@@ -1,6 +1,7 @@
 """Plots as inline SVG text: real text, and colours that follow the page's light or dark scheme."""
 
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -10,7 +11,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from rush.evaluation.intervals import Interval
-from rush.reporting.results import Certificates, Epoch, Ladder
+from rush.reporting.results import Certificates, CurvePoint, Epoch, Ladder
 from rush.reporting.tables import percent, radius_text, threat_text
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format)
     for place, (label, accuracy, held, colour) in enumerate(rows):
         _ladder_mark(axes, place, accuracy, held, colour)
         if form == "narrow":
-            axes.annotate(label, (0, place - 0.38), annotation_clip=False, va="center", color=_INK)
+            short = textwrap.shorten(label, 52, placeholder=" …")
+            axes.annotate(short, (0, place - 0.38), annotation_clip=False, va="center", color=_INK)
     wrapped = [textwrap.shorten(label, 44, placeholder=" …") for label, *_ in rows]
     axes.set_yticks(range(len(rows)), [] if form == "narrow" else wrapped)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.75 if form == "narrow" else -0.5), xlabel="accuracy")
@@ -86,6 +88,34 @@ def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     return _svg(figure, name, "; ".join(f"{label}: {percent(accuracy.estimate)}" for label, accuracy, *_ in rows))
+
+
+def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form: Format) -> Markup:
+    """Accuracy over epsilon, on a logarithmic axis, with its 95 % interval at each; ``floors``: certified accuracy at
+    the ball around each, empty without certificates."""
+    assert ladder.curve is not None
+    points = ladder.curve.points
+    figure, axes = _figure(form, height=3.3)
+    x = [point.epsilon for point in points]
+    shares = [point.accuracy for point in points]
+    estimates = [share.estimate for share in shares]
+    axes.set_xscale("log")
+    axes.fill_between(x, [s.low for s in shares], [s.high for s in shares], color=_ATTACK, alpha=0.15, linewidth=0)
+    axes.plot(x, estimates, color=_ATTACK, linewidth=1.8, marker="o", markersize=5, clip_on=False)
+    held = [(point.epsilon, point.accuracy_lower.estimate) for point in points if point.undecided]
+    for place, low in held:
+        axes.plot([place], [low], "o", markerfacecolor="none", markeredgecolor=_ATTACK, markersize=5, clip_on=False)
+    if floors:
+        axes.plot(x, [floor.estimate for floor in floors], "s", color=_PROOF, markersize=4, clip_on=False)
+    axes.axvline(ladder.epsilon, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    axes.annotate(
+        threat_text(ladder), (ladder.epsilon, 1), xytext=(4, -3), textcoords="offset points", va="top", color=_MUTED
+    )
+    axes.set(ylim=(0, 1), xlabel="ε, pixels in [0, 1], logarithmic", ylabel="accuracy")
+    _epsilon_ticks(axes, points, most=11 if form == "wide" else 6)
+    _percent_ticks(axes.yaxis)
+    told = "; ".join(f"{p.epsilon_text}: {percent(s.estimate)}" for p, s in zip(points, shares, strict=True))
+    return _svg(figure, name, f"Accuracy over epsilon: {told}")
 
 
 def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Format) -> Markup:
@@ -146,6 +176,14 @@ def _ladder_mark(axes: "Axes", place: int, accuracy: Interval, held: Interval | 
         va="center",
         color=colour,
     )
+
+
+def _epsilon_ticks(axes: "Axes", points: tuple[CurvePoint, ...], most: int) -> None:
+    """Ticks at the curve's own epsilons, at most so many, the last one always."""
+    shown = points[:: -math.ceil(len(points) / most)]
+    axes.set_xticks([point.epsilon for point in shown], [point.epsilon_text for point in shown])
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.04)
 
 
 def _percent_ticks(axis: object) -> None:

@@ -16,8 +16,14 @@ from rush.options import STAGES, VERDICTS, CertifyMethod, Level, Norm, Stage
 from rush.reporting.results import (
     OUTCOMES,
     SANDWICH,
+    STATUSES,
+    Audit,
+    AuditVerdict,
     Certificates,
+    CurvePoint,
     Epoch,
+    EpsilonCurve,
+    Finding,
     Ladder,
     Rung,
     RunResults,
@@ -32,7 +38,8 @@ CERTIFICATE_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "
 ATTACK_COLUMNS = ("rung", "idx", "id", "label", "verdict", "linf", "l2", "challenger")
 # Numbers that a stage, a rung or the sandwich may give or leave out.
 _COST_FIELDS = ("passes_per_image", "forward_passes_per_image", "images_per_second", "votes_per_image")
-_RUNG_FIELDS = ("eot_samples", "passes_per_image", "seconds")
+_RUNG_FIELDS = ("eot_samples", "passes_per_image", "forward_passes_per_image", "votes_per_image", "seconds")
+_AUDIT_FORMAT = 1  # of audit.json
 
 
 def read_run(folder: Path | str) -> RunResults:
@@ -57,6 +64,7 @@ def read_run(folder: Path | str) -> RunResults:
         epochs=_read_epochs(folder / "log.jsonl"),
         certificates=certificates,
         ladder=_read_ladder(folder, stages["attack"], certificates) if "attack" in stages else None,
+        audit=_read_audit(folder) if "audit" in stages else None,
     )
 
 
@@ -133,6 +141,13 @@ def _check_optional(fields: Mapping[str, Any], keys: tuple[str, ...], file: Path
     for key in keys:
         if fields.get(key) is not None:
             _number(fields, key, file, remedy)
+
+
+def _count(fields: Mapping[str, Any], key: str, file: Path, remedy: str) -> int:
+    value = fields.get(key)
+    if type(value) is not int or value < 0:
+        raise _damaged(file, f"{key!r} must be a number of images, got {value!r}", remedy)
+    return value
 
 
 def _check_share(share: Any, file: Path, remedy: str) -> None:
@@ -326,9 +341,13 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
         raise _damaged(record, f"'threat' must name a norm ({' or '.join(get_args(Norm))}), got {threat!r}", remedy)
     if not isinstance(settings, list) or not settings or not all(_is_named(rung) for rung in settings):
         raise _damaged(record, "'rungs' must be a list of objects, each with a 'name' that is good for a file", remedy)
+    if settings[0].get("method", settings[0]["name"]) not in ("none", "clean"):
+        raise _damaged(record, f"'rungs' must begin with the one without attack, got {settings[0]['name']!r}", remedy)
     for rung in settings:
         _check_optional(rung, _RUNG_FIELDS, record, remedy)
     rungs, inside = _read_rungs(folder / "attacks.tsv", settings, remedy)
+    for one in rungs:
+        _check_attackers(one, record, remedy)
     epsilon = _number(threat, "epsilon", record, remedy)
     return Ladder(
         norm=threat["norm"],
@@ -336,11 +355,47 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
         epsilon_text=str(threat.get("epsilon_text", f"{epsilon:g}")),
         alpha=_number(stage.fields, "alpha", record, remedy),
         max_votes=int(_number(stage.fields, "max_votes", record, remedy)),
-        votes_per_image=stage.fields.get("votes_per_image") or 0.0,
+        votes_per_image=stage.fields.get("votes_per_image") or sum(r.get("votes_per_image") or 0.0 for r in settings),
         shape=_image_shape(folder, remedy),
         rungs=rungs,
+        curve=_read_curve(stage.fields.get("curve"), record, remedy),
         sandwich=_read_sandwich(record, stage, (*rungs, *inside), certificates, remedy),
     )
+
+
+def _check_attackers(rung: Rung, record: Path, remedy: str) -> None:
+    """Raises: RunError unless a suite's attackers together were the first to break as many images as are broken."""
+    counts = rung.attackers
+    if not rung.suite and not counts:
+        return
+    if not isinstance(counts, dict) or not all(type(n) is int and n >= 0 for n in counts.values()):
+        raise _damaged(record, f"rung {rung.name!r}: 'attackers' must be numbers of images, got {counts!r}", remedy)
+    if sum(counts.values()) != rung.broken.sum():
+        told = f"by 'attackers' {sum(counts.values())} images of rung {rung.name!r} are broken"
+        raise _damaged(record, f"{told}, by attacks.tsv {rung.broken.sum()}", remedy)
+
+
+def _read_curve(curve: Any, record: Path, remedy: str) -> EpsilonCurve | None:
+    if curve is None:
+        return None
+    points = curve.get("points") if isinstance(curve, dict) else None
+    if not isinstance(points, list) or not points or not all(isinstance(point, dict) for point in points):
+        raise _damaged(record, "'curve' must be an object with a list 'points' of objects", remedy)
+    read = EpsilonCurve(str(curve.get("label", "")), tuple(_curve_point(point, record, remedy) for point in points))
+    epsilons = [point.epsilon for point in read.points]
+    if epsilons[0] <= 0 or epsilons != sorted(set(epsilons)):
+        raise _damaged(record, f"the curve's epsilons must be > 0 and ascending, got {epsilons}", remedy)
+    images = {point.images for point in read.points} | {curve.get("images")}
+    if images != {read.images} or read.images < 1:
+        told = f"broken, held and undecided must be the curve's {curve.get('images')!r} images at each epsilon"
+        raise _damaged(record, told, remedy)
+    return read
+
+
+def _curve_point(point: Mapping[str, Any], record: Path, remedy: str) -> CurvePoint:
+    epsilon = _number(point, "epsilon", record, remedy)
+    counts = {name: _count(point, name, record, remedy) for name in VERDICTS}
+    return CurvePoint(epsilon, str(point.get("epsilon_text", f"{epsilon:.4g}")), **counts)
 
 
 def _image_shape(folder: Path, remedy: str) -> tuple[int, int, int]:
@@ -418,6 +473,64 @@ def _violations(attack: Rung, certificates: Certificates | None) -> list[str]:
     proved = dict(zip(certificates.idx[right].tolist(), certificates.radius[right].tolist(), strict=True))
     rows = zip(attack.idx, attack.ids, attack.broken, attack.l2, strict=True)
     return [str(name) for i, name, broken, l2 in rows if broken and int(i) in proved and l2 <= proved[int(i)]]
+
+
+def _read_audit(folder: Path) -> Audit:
+    file, remedy = folder / "audit.json", _redo(folder, "audit")
+    fields = _read_json(file, remedy)
+    if fields.get("format") != _AUDIT_FORMAT:
+        raise _damaged(file, f"format {fields.get('format')!r}, this version reads {_AUDIT_FORMAT}", remedy)
+    if fields.get("verdict") not in get_args(AuditVerdict) or fields.get("norm") not in get_args(Norm):
+        allowed = f"{' or '.join(get_args(AuditVerdict))}, and {' or '.join(get_args(Norm))}"
+        got = f"{fields.get('verdict')!r} and {fields.get('norm')!r}"
+        raise _damaged(file, f"verdict and norm must be {allowed}, got {got}", remedy)
+    numbers = ("evaluation_accuracy", "accuracy_here", "tolerance", "epsilon", "alpha")
+    audit = Audit(
+        **{name: _number(fields, name, file, remedy) for name in numbers},
+        verdict=fields["verdict"],
+        norm=fields["norm"],
+        evaluation=str(fields.get("evaluation", "")),
+        here=str(fields.get("here", "")),
+        images=_count(fields, "images", file, remedy),
+        newly_broken=_distinct(fields.get("newly_broken"), file, remedy),
+        findings=_read_findings(fields.get("findings"), file, remedy),
+        images_needed=None if fields.get("images_needed") is None else _count(fields, "images_needed", file, remedy),
+    )
+    _check_audit(audit, file, remedy)
+    return audit
+
+
+def _distinct(names: Any, file: Path, remedy: str) -> int:
+    if not isinstance(names, list) or len(names) != len({str(name) for name in names}):
+        raise _damaged(file, "'newly_broken' must be a list of images, each once", remedy)
+    return len(names)
+
+
+def _read_findings(entries: Any, file: Path, remedy: str) -> tuple[Finding, ...]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise _damaged(file, "'findings' must be a list of objects", remedy)
+    return tuple(_finding(entry, file, remedy) for entry in entries)
+
+
+def _finding(entry: Mapping[str, Any], file: Path, remedy: str) -> Finding:
+    name, status = str(entry.get("name")), entry.get("status")
+    if status not in STATUSES:
+        raise _damaged(file, f"finding {name!r}: status must be one of {', '.join(STATUSES)}, got {status!r}", remedy)
+    figure, threshold = entry.get("figure"), entry.get("threshold")
+    if not all(number is None or type(number) in (int, float) for number in (figure, threshold)):  # infinity is one
+        told = f"figure and threshold must be numbers or null, got {figure!r} and {threshold!r}"
+        raise _damaged(file, f"finding {name!r}: {told}", remedy)
+    return Finding(name, status, figure, threshold, str(entry.get("evidence", "")), str(entry.get("remedy", "")))
+
+
+def _check_audit(audit: Audit, file: Path, remedy: str) -> None:
+    """Raises: RunError when the parts of an audit contradict each other."""
+    if not audit.newly_broken <= audit.images or audit.images < 1:
+        raise _damaged(file, f"{audit.newly_broken} of {audit.images} images cannot be newly broken", remedy)
+    if not (0 <= audit.accuracy_here <= 1 and 0 <= audit.evaluation_accuracy <= 1 and 0 < audit.tolerance < 1):
+        raise _damaged(file, "accuracies must lie in [0, 1] and the tolerance in (0, 1)", remedy)
+    if audit.verdict == "holds" and (audit.failed or audit.d.high >= audit.tolerance):
+        raise _damaged(file, "'holds' does not agree with its own findings and newly broken images", remedy)
 
 
 def _read_arrays(file: Path, names: tuple[str, ...], remedy: str) -> dict[str, np.ndarray]:

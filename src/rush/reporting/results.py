@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,12 @@ from rush.options import STAGES, CertifyMethod, Level, Norm, Stage
 SANDWICH = "sandwich"
 NOT_CERTIFIABLE = "not certifiable"
 OUTCOMES = ("certified", NOT_CERTIFIABLE, "undecided")
+
+AuditVerdict = Literal["holds", "overestimated", "undecided"]
+Status = Literal["failed", "undecided", "passed", "skipped"]
+STATUSES: tuple[Status, ...] = ("failed", "undecided", "passed", "skipped")  # what asks for a reader first
+GAIN = 0.01  # what the audit puts up with for sure: one point, see ``evaluation.findings``
+ONE_SIDED = 0.95  # confidence of each bound of the audit
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,21 @@ class Rung:
         """Noise draws per gradient; 0 for an attacker that does not see the noise."""
         return int(self.settings.get("eot_samples") or 0)
 
+    @property
+    def is_noisy_pgd(self) -> bool:
+        """Whether the attacker is PGD on noisy gradients. A record without methods is of a ladder of PGD alone."""
+        return self.settings.get("method", "pgd") == "pgd" and self.eot_samples > 0
+
+    @property
+    def suite(self) -> str:
+        """Version of the suite whose worst case this is, empty for a single attacker."""
+        return str(self.settings.get("suite") or "")
+
+    @property
+    def attackers(self) -> Mapping[str, int]:
+        """Of a suite: how many images each of its attackers was the first to break, in their order."""
+        return self.settings.get("attackers") or {}
+
     def above(self, other: "Rung") -> Interval:
         """By how much the accuracy under this attacker lies above that under ``other``, paired over the same images."""
         return paired_difference(self.standing, other.standing)
@@ -232,8 +253,58 @@ class Sandwich:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """How many images one attacker broke at one epsilon, and how many were shown to hold or stayed undecided."""
+
+    epsilon: float
+    epsilon_text: str
+    broken: int
+    held: int
+    undecided: int
+
+    @property
+    def images(self) -> int:
+        return self.broken + self.held + self.undecided
+
+    @property
+    def accuracy(self) -> Interval:
+        """1 - share of broken images, 95 % Clopper-Pearson."""
+        return share_interval(self.held + self.undecided, self.images)
+
+    @property
+    def accuracy_lower(self) -> Interval:
+        """Share of held images, 95 % Clopper-Pearson."""
+        return share_interval(self.held, self.images)
+
+
+@dataclass(frozen=True)
+class EpsilonCurve:
+    """The same images under the same attacker at rising epsilon."""
+
+    label: str
+    points: tuple[CurvePoint, ...]
+
+    @property
+    def images(self) -> int:
+        return self.points[0].images
+
+    @property
+    def last(self) -> CurvePoint:
+        return self.points[-1]
+
+    @property
+    def rises(self) -> tuple[tuple[CurvePoint, CurvePoint], ...]:
+        """Neighbours of which the larger ball, which contains the smaller, left more images standing."""
+        pairs = zip(self.points[:-1], self.points[1:], strict=True)
+        return tuple((before, after) for before, after in pairs if after.broken < before.broken)
+
+
+@dataclass(frozen=True)
 class Ladder:
-    """One threat model, its attackers from weakest to strongest as planned (the first is no attack), the sandwich."""
+    """One threat model, its attackers from weakest to strongest as planned (the first is no attack), the sandwich.
+
+    curve: accuracy against epsilon, None where it was not measured.
+    """
 
     norm: Norm
     epsilon: float
@@ -243,6 +314,7 @@ class Ladder:
     votes_per_image: float
     shape: tuple[int, int, int]
     rungs: tuple[Rung, ...]
+    curve: EpsilonCurve | None
     sandwich: Sandwich
 
     @property
@@ -256,31 +328,114 @@ class Ladder:
 
     @property
     def last_eot(self) -> Rung | None:
-        """The last attacker that draws noise for its gradients."""
-        return next((rung for rung in reversed(self.rungs) if rung.eot_samples), None)
+        """The PGD rung that was planned as the strongest: the last with noisy gradients. Not chosen by its result."""
+        return next((rung for rung in reversed(self.rungs) if rung.is_noisy_pgd), None)
+
+    @property
+    def worst_case(self) -> Rung | None:
+        """The worst case of a suite of attackers, where the ladder ends with one."""
+        return next((rung for rung in reversed(self.rungs) if rung.suite), None)
+
+    @property
+    def reference(self) -> Rung:
+        """What a weaker evaluation is measured against: a suite's worst case, else the strongest attacker."""
+        return self.worst_case or self.strongest
 
     @property
     def flattering(self) -> Rung | None:
-        """The noise-aware attacker that leaves most images standing, if beyond chance above the strongest."""
-        aware = [rung for rung in self.rungs[1:] if rung.eot_samples]
+        """The noise-aware PGD rung that leaves most images standing, if beyond chance above the reference."""
+        aware = [rung for rung in self.rungs[1:] if rung.is_noisy_pgd]
         weakest = max(aware, key=lambda rung: int(rung.standing.sum()), default=None)
-        return weakest if weakest is not None and weakest.above(self.strongest).low > 0 else None
+        return weakest if weakest is not None and weakest.above(self.reference).low > 0 else None
 
     @property
-    def worst_case(self) -> Interval:
-        """Share of images that no attacker of the ladder broke."""
+    def combined(self) -> Interval:
+        """Share of images that no rung of the ladder broke."""
         standing = np.logical_and.reduce([rung.standing for rung in self.rungs])
         return share_interval(int(standing.sum()), len(standing))
 
+    def around(self, epsilon: float) -> float:
+        """Radius of the smallest l2 ball around the threat's ball of ``epsilon``: that of a corner for l-inf, epsilon *
+        sqrt(C*H*W), and epsilon for l2 and l1."""
+        return epsilon * math.sqrt(math.prod(self.shape)) if self.norm == "linf" else epsilon
+
     @property
     def covering_radius(self) -> float:
-        """Radius of the smallest l2 ball around the threat: epsilon * sqrt(C*H*W) for l-inf, epsilon for l2."""
-        return self.epsilon * math.sqrt(math.prod(self.shape)) if self.norm == "linf" else self.epsilon
+        """Radius of the smallest l2 ball around the threat."""
+        return self.around(self.epsilon)
+
+    @property
+    def inner_radius(self) -> float:
+        """Radius of the largest l2 ball inside the threat: to the middle of a face for l1, epsilon / sqrt(C*H*W)."""
+        return self.epsilon / math.sqrt(math.prod(self.shape)) if self.norm == "l1" else self.epsilon
+
+    @property
+    def grey_epsilon(self) -> float:
+        """From here on every image in [0, 1] can be turned into the same mid-grey."""
+        pixels = math.prod(self.shape)
+        return 0.5 * {"linf": 1.0, "l2": math.sqrt(pixels), "l1": float(pixels)}[self.norm]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One look of the audit: ``figure`` is held against ``threshold``, both None where nothing was measured."""
+
+    name: str
+    status: Status
+    figure: float | None
+    threshold: float | None
+    evidence: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Is an evaluation believable? ``evaluation`` names what was audited, ``here`` the suite that stood against it.
+
+    evaluation_accuracy, accuracy_here: what either leaves of ``images``; newly_broken: how many the evaluation held, or
+    left undecided, and the audit broke. tolerance: the share of these that is put up with. images_needed: how many
+    would decide an undecided audit, None where no number would. findings: causes before symptoms. alpha: bound on the
+    probability of any false verdict on an image.
+    """
+
+    verdict: AuditVerdict
+    evaluation: str
+    evaluation_accuracy: float
+    here: str
+    accuracy_here: float
+    images: int
+    newly_broken: int
+    tolerance: float
+    findings: tuple[Finding, ...]
+    norm: Norm
+    epsilon: float
+    alpha: float
+    images_needed: int | None
+
+    @property
+    def claimed(self) -> Interval:
+        """Robust accuracy that the evaluation claims, with the 95 % interval of as many right images."""
+        return share_interval(round(self.evaluation_accuracy * self.images), self.images)
+
+    @property
+    def measured(self) -> Interval:
+        """Robust accuracy that the audit's attacks leave, likewise."""
+        return share_interval(round(self.accuracy_here * self.images), self.images)
+
+    @property
+    def d(self) -> Interval:
+        """Paired share of images held in the evaluation and broken here; each end is a one-sided 95 % bound."""
+        return share_interval(self.newly_broken, self.images, confidence=2 * ONE_SIDED - 1)
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """The failed findings; the first is the best explanation."""
+        return tuple(finding for finding in self.findings if finding.status == "failed")
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """All that a run folder says; ``certificates`` and ``ladder`` are None until their stage is finished."""
+    """All that a run folder says; ``certificates``, ``ladder`` and ``audit`` are None until their stage is finished."""
 
     folder: Path
     recipe: Mapping[str, Any]
@@ -290,6 +445,7 @@ class RunResults:
     epochs: tuple[Epoch, ...]
     certificates: Certificates | None
     ladder: Ladder | None
+    audit: Audit | None
 
     @property
     def name(self) -> str:

@@ -7,9 +7,20 @@ from typing import Any
 
 from rush.evaluation.intervals import Interval
 from rush.options import CertifyMethod, Stage
-from rush.reporting.results import Certificates, Ladder, Rung, RunResults, StageRecord
+from rush.reporting.results import (
+    GAIN,
+    STATUSES,
+    Audit,
+    Certificates,
+    CurvePoint,
+    Finding,
+    Ladder,
+    Rung,
+    RunResults,
+    StageRecord,
+)
 
-NORM_SIGNS: Mapping[str, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
+NORM_SIGNS: Mapping[str, str] = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
 _METHOD_SIGNS: Mapping[CertifyMethod, str] = {"clopper-pearson": "Clopper–Pearson", "sequential": "Sequential"}
 _LISTED = 8  # a longer grid is told by its ends
 _NOT_DONE: Mapping[Stage, str] = {
@@ -17,7 +28,10 @@ _NOT_DONE: Mapping[Stage, str] = {
     "finetune": "not fine-tuned yet",
     "certify": "not certified yet",
     "attack": "not attacked yet",
+    "audit": "not audited yet",
 }
+# What the curve may leave where all images can be made one grey: the audit's large-epsilon finding has the same bound.
+_NEAR_ZERO = 0.1
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class LadderRow:
     label: str
     budget: str
     passes: str
+    forward: str
     seconds: str
     accuracy: str
     held: str
@@ -34,6 +49,30 @@ class LadderRow:
     step: str
     to_last_eot: str
     strongest: bool
+
+
+@dataclass(frozen=True)
+class CurveRow:
+    """One epsilon of the curve as printed; ``floor`` is empty without certificates, ``own`` marks the run's threat."""
+
+    epsilon: str
+    accuracy: str
+    held: str
+    undecided: str
+    floor: str
+    own: bool
+
+
+@dataclass(frozen=True)
+class FindingRow:
+    """One finding of the audit as printed; ``remedy`` is empty where there is nothing to do."""
+
+    name: str
+    status: str
+    figure: str
+    threshold: str
+    evidence: str
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +131,12 @@ def threat_text(ladder: Ladder) -> str:
     return f"{NORM_SIGNS[ladder.norm]} {ladder.epsilon_text}"
 
 
+def audited_threat_text(audit: Audit) -> str:
+    """Norm and epsilon of the audit, of l-inf in grey levels."""
+    levels = f"{255 * audit.epsilon:.4g}/255"
+    return f"{NORM_SIGNS[audit.norm]} {levels if audit.norm == 'linf' else f'{audit.epsilon:.4g}'}"
+
+
 def not_done(results: RunResults) -> tuple[tuple[str, str], ...]:
     """For every unfinished stage what is missing and the command that makes it."""
     return tuple((_NOT_DONE[stage], results.command(stage)) for stage in results.missing)
@@ -99,7 +144,7 @@ def not_done(results: RunResults) -> tuple[tuple[str, str], ...]:
 
 def summary_rows(results: RunResults) -> list[tuple[str, str]]:
     """The run in a few lines of name and value, weakest claim first; unfinished stages say what to run."""
-    rows = [*_certified_rows(results), *_attacked_rows(results)]
+    rows = [*_certified_rows(results), *_attacked_rows(results), *_audit_rows(results)]
     return rows + [(what, f"`{command}`") for what, command in not_done(results)]
 
 
@@ -176,10 +221,24 @@ def _attacked_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     size = f"(n = {len(ladder.clean):,})"
     yield "clean accuracy", f"{share(ladder.clean.accuracy)} {size}"
     yield f"attacked, {threat_text(ladder)}, {ladder.strongest.label}", f"{share(ladder.strongest.accuracy)} {size}"
-    yield "attacked, worst case of the ladder", f"{share(ladder.worst_case)} {size}"
+    if ladder.worst_case is not None:
+        told = f"{share(ladder.worst_case.accuracy)} {size}, held {share(ladder.worst_case.accuracy_lower)}"
+        yield f"worst case, {threat_text(ladder)}, {ladder.worst_case.suite}", told
+    yield "attacked, by any rung of the ladder", f"{share(ladder.combined)} {size}"
     if ladder.flattering is not None:
-        yield f"{ladder.flattering.label} flatters by", f"{points(ladder.flattering.above(ladder.strongest))} points"
+        yield f"{ladder.flattering.label} flatters by", f"{points(ladder.flattering.above(ladder.reference))} points"
     yield "sandwich", sandwich_text(results)
+
+
+def _audit_rows(results: RunResults) -> Iterator[tuple[str, str]]:
+    audit = results.audit
+    if audit is None:
+        return
+    yield "audited evaluation", f"{audit.evaluation}, {audited_threat_text(audit)} (n = {audit.images:,})"
+    yield "audit", f"{audit.verdict}: {audit_sentence(audit)}"
+    yield "accuracy there and here", f"{share(audit.claimed)} and {share(audit.measured)}"
+    for finding in audit.failed:
+        yield f"audit: {finding.name} failed", finding.evidence
 
 
 def acr_text(results: RunResults) -> str:
@@ -208,10 +267,12 @@ def ladder_rows(ladder: Ladder) -> list[LadderRow]:
 
 def _ladder_row(ladder: Ladder, rung: Rung, previous: Rung | None) -> LadderRow:
     last = ladder.last_eot
+    forward = float(rung.settings.get("forward_passes_per_image") or 0)
     return LadderRow(
         label=rung.label,
         budget=budget_text(rung),
         passes=count(float(rung.settings.get("passes_per_image") or 0)),
+        forward=count(forward) if forward else "",
         seconds=duration(float(rung.settings.get("seconds") or 0)),
         accuracy=share(rung.accuracy),
         held=share(rung.accuracy_lower),
@@ -223,18 +284,124 @@ def _ladder_row(ladder: Ladder, rung: Rung, previous: Rung | None) -> LadderRow:
 
 
 def budget_text(rung: Rung) -> str:
-    """Steps, noise draws per gradient and restarts, as far as the attacker has them."""
+    """Steps or queries, noise draws per gradient and restarts, as far as the attacker has them; a suite's version."""
     settings = rung.settings
+    unit = {"square": "queries", "random": "draws"}.get(str(settings.get("method")), "steps")
     size = f" of {_step_text(settings['step_size'])}" if settings.get("step_size") else ""
-    parts = [f"{settings['steps']} steps{size}"] if settings.get("steps") else []
+    parts = [f"{settings['steps']:,} {unit}{size}"] if settings.get("steps") else []
     parts += [f"EOT {settings['eot_samples']}"] if settings.get("eot_samples") else []
     parts += [f"{settings['restarts']} restarts"] if (settings.get("restarts") or 1) != 1 else []
-    return ", ".join(parts)
+    return ", ".join([*parts, *filter(None, [rung.suite])])
+
+
+def attackers_text(rung: Rung) -> str:
+    """How many images each attacker of a suite was the first to break, those that broke one, in the suite's order."""
+    told = [f"{name} {number:,}" for name, number in rung.attackers.items() if number]
+    return ", ".join(told) or "none"
 
 
 def _step_text(step_size: float | str) -> str:
     """A number is a share of epsilon, a text such as 2/255 is in pixels."""
     return step_size if isinstance(step_size, str) else f"{step_size:g} ε"
+
+
+def curve_rows(results: RunResults) -> list[CurveRow]:
+    """The epsilons of the curve, each with the certified accuracy that no attack of that size can undercut."""
+    ladder = results.ladder
+    if ladder is None or ladder.curve is None:
+        return []
+    return [_curve_row(results, ladder, point) for point in ladder.curve.points]
+
+
+def _curve_row(results: RunResults, ladder: Ladder, point: CurvePoint) -> CurveRow:
+    proved = results.threat_certificates
+    return CurveRow(
+        epsilon=point.epsilon_text,
+        accuracy=share(point.accuracy),
+        held=share(point.accuracy_lower),
+        undecided=f"{point.undecided:,}" if point.undecided else "–",
+        floor="" if proved is None else share(proved.accuracy(ladder.around(point.epsilon))),
+        own=math.isclose(point.epsilon, ladder.epsilon, rel_tol=1e-6),
+    )
+
+
+def zero_text(ladder: Ladder) -> tuple[str, bool]:
+    """Whether accuracy goes to zero where it must, in a sentence, and whether that is a reason for mistrust.
+
+    From ``grey_epsilon`` on all images have a point in common, where only one class can be right.
+    """
+    assert ladder.curve is not None
+    last, images = ladder.curve.last, ladder.curve.images
+    where = f"{NORM_SIGNS[ladder.norm]} {last.epsilon_text}"
+    standing = last.held + last.undecided
+    if standing == 0:
+        return f"It reaches zero at {where}, as it must.", False
+    left = f"{percent(last.accuracy.estimate)} still stand ({standing:,} of {images:,} images"
+    left += f", {last.undecided:,} of them undecided)" if last.undecided else ")"
+    if last.epsilon < ladder.grey_epsilon * (1 - 1e-6):
+        return f"It ends at {where}, where {left}; that it reaches zero where it must was not looked at.", False
+    must = "where every image can be turned into the same grey, so that accuracy must be near zero"
+    if last.accuracy.estimate > _NEAR_ZERO:
+        doubt = "The attack does not find what is there, so its figures at smaller sizes are too high as well."
+        return f"It does not reach zero: at {where}, {must}, {left}. {doubt}", True
+    return f"At {where}, {must}, {left}.", False
+
+
+def rises_text(ladder: Ladder) -> str:
+    """Where a larger ball left more images standing than a smaller one inside it; empty where none did."""
+    curve = ladder.curve
+    told = [
+        f"from {before.epsilon_text} to {after.epsilon_text} by {before.broken - after.broken:,}"
+        for before, after in (curve.rises if curve is not None else ())
+    ]
+    return f"Images standing rise {', '.join(told)}, which no best attack can do." if told else ""
+
+
+def audit_sentence(audit: Audit) -> str:
+    """Why the verdict is what it is, with one-sided bounds, each of 95 % confidence."""
+    low = f"{percent(math.floor(1000 * audit.d.low) / 1000)}"
+    high = f"{percent(math.ceil(1000 * audit.d.high) / 1000)}"
+    what = "of the images are left standing by the evaluation and broken here"
+    if audit.verdict == "holds":
+        return f"at most {high} {what}, less than the tolerance of {percent(audit.tolerance)}; no finding failed"
+    if audit.verdict == "undecided":
+        return f"between {low} and {high} {what}; {_deciding(audit)}"
+    if audit.d.low > GAIN:
+        return f"at least {low} {what}, more than one point"
+    return "a failed finding says that it was not an evaluation of this model under this threat model"
+
+
+def _deciding(audit: Audit) -> str:
+    against = " and a failed finding stands against “holds”" if audit.failed else ""
+    if audit.images_needed is None:
+        return f"more images would not decide{against}"
+    return f"{audit.images_needed:,} images would decide if the share stayed the same{against}"
+
+
+def finding_rows(audit: Audit) -> list[FindingRow]:
+    """The findings, failed ones first, then undecided, passed and skipped, each group from cause to symptom."""
+    order = sorted(audit.findings, key=lambda finding: STATUSES.index(finding.status))
+    return [
+        FindingRow(
+            name=finding.name,
+            status=finding.status,
+            figure=_figure(finding.figure),
+            threshold=_figure(finding.threshold),
+            evidence=finding.evidence,
+            remedy=finding.remedy if _asks(finding) else "",
+        )
+        for finding in order
+    ]
+
+
+def _asks(finding: Finding) -> bool:
+    return finding.status in ("failed", "undecided")
+
+
+def _figure(number: float | None) -> str:
+    if number is None or math.isnan(number):
+        return "–"
+    return f"{number:.4g}".replace("inf", "∞").replace("-", "−")
 
 
 def certified_rows(results: RunResults) -> list[CertifiedRow]:
@@ -320,10 +487,16 @@ def _passes(results: RunResults, name: Stage) -> str:
     if name == "certify":
         return f"{count(float(fields.get('forward_passes_per_image') or 0))} (forward only)"
     if name == "attack" and results.ladder is not None:
-        ladder = results.ladder
-        per_rung = sum(float(rung.settings.get("passes_per_image") or 0) for rung in ladder.rungs)
-        return count(per_rung + ladder.sandwich.passes_per_image)
-    return count(float(fields.get("passes_per_image") or 0))
+        return _attack_passes(results.ladder)
+    made = fields.get("passes_per_image")
+    return "–" if made is None else count(float(made))
+
+
+def _attack_passes(ladder: Ladder) -> str:
+    rungs = [rung.settings for rung in ladder.rungs]
+    both = sum(float(rung.get("passes_per_image") or 0) for rung in rungs) + ladder.sandwich.passes_per_image
+    forward = sum(float(rung.get("forward_passes_per_image") or 0) for rung in rungs)
+    return count(both) + (f" + {count(forward)} forward only" if forward else "")
 
 
 def _rate(value: Any) -> str:
