@@ -130,11 +130,12 @@ class SmoothedClassifier:
         _check_one_each(generator, len(x))
         return torch.stack([self.noise.sample((num_samples, *x.shape[1:]), own) for own in generator])
 
-    def log_probs_at(self, x: Tensor, noise: Tensor) -> Tensor:
-        """``log_probs`` for given ``noise`` (B, M, C, H, W)."""
+    def log_probs_at(self, x: Tensor, noise: Tensor, logits: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """``log_probs`` for given ``noise`` (B, M, C, H, W); by the forward ``logits`` where it is given, e.g.
+        ``differentiable()``, in which BatchNorm may be folded and the weights are copies."""
         check_eval_mode(self.classifier)
         noisy = (x[:, None] + noise.to(x.device)).flatten(0, 1)
-        log_softmax = F.log_softmax(self._logits(noisy), dim=1)
+        log_softmax = F.log_softmax((logits or self._logits)(noisy), dim=1)
         return log_softmax.view(len(x), noise.shape[1], -1).logsumexp(1) - torch.tensor(float(noise.shape[1])).log()
 
     def as_module(self, num_samples: int = 32, generator: torch.Generator | None = None) -> nn.Module:
@@ -174,7 +175,8 @@ class _SmoothedModule(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._smoothed.log_probs(x, self._num_samples, self._generator)
+        noise = self._smoothed.sample_noise(x, self._num_samples, self._generator)
+        return self._smoothed.log_probs_at(x, noise, self._smoothed.differentiable())
 
 
 def _check_one_each(generators: Sequence[torch.Generator], num_images: int) -> None:

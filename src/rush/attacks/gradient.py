@@ -70,8 +70,8 @@ def frozen_noise(
     An attack on it fits those draws: it flatters the defence. It is the first form of the first author's published
     attack.
     """
-    noise = smoothed.sample_noise(x, eot_samples, generators)
-    return lambda points: smoothed.log_probs_at(points, noise)
+    noise, logits = smoothed.sample_noise(x, eot_samples, generators), smoothed.differentiable()
+    return lambda points: smoothed.log_probs_at(points, noise, logits)
 
 
 def fresh_draws(model: nn.Module, execution: Execution, eot_samples: int, generator: torch.Generator) -> LogProbs:

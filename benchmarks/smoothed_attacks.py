@@ -1,0 +1,272 @@
+"""How strong and how fast the attacks on smoothed classifiers are; all subcommands on the trained classifier of --run.
+
+    python benchmarks/smoothed_attacks.py gradient --run results/cifar10-small --data CIFAR10
+    python benchmarks/smoothed_attacks.py strength --run results/cifar10-small --data CIFAR10 --cache CACHE
+    python benchmarks/smoothed_attacks.py tenfold  --run results/cifar10-small --data CIFAR10 --cache CACHE
+
+gradient: gradient samples a second with everything that an attack's step does (noise drawn, common generators, loss,
+backward pass) against bare forward and backward passes of the same network on noise that is ready, by turns; and the
+cosine of a gradient of m draws with the expected one, for independent and for antithetic draws.
+
+strength: the worst-case suite against two others of the same budget, 4,000 passes an image at most, all judged by this
+library's verdict on the same images; what is broken without an attack is attacked by none. The first author's published
+attack (PGDRS): from the image itself, steps of 2/255 along the sign of the gradient of the log mean softmax over 32
+fresh draws, 125 steps. AutoAttack "rand" (pyautoattack 0.2.0): APGD-CE and APGD-DLR, 100 steps of 20 passes each; it
+sees the smoothed classifier as a network that draws one noise a pass. Paired differences.
+
+tenfold: the images that the suite leaves, attacked with ten times its budget.
+
+CACHE keeps finished groups, so that a stopped run goes on.
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rush
+from rush.attacks.gradient import fresh_noise, loss_and_gradient
+from rush.attacks.losses import cross_entropy
+from rush.data.images import ImageSet, stratified_subset
+from rush.evaluation.defenders import defend
+from rush.evaluation.intervals import paired_difference, share_interval
+from rush.evaluation.plans import scaled, worst_case
+from rush.evaluation.results import AttackResult
+from rush.evaluation.robust import Judging, evaluate, verdict
+from rush.files import write_atomically
+from rush.inputs import labelled_pixels
+from rush.randomness import stream
+from rush.smoothing import SmoothedClassifier
+
+THREAT = rush.ThreatModel("linf", 8 / 255)
+ALPHA, MAX_VOTES = 0.001, 10_000
+PGDRS_STEPS, PGDRS_DRAWS, PGDRS_STEP = 125, 32, 2 / 255
+GROUP = 64
+
+
+# --- gradient ---------------------------------------------------------------------------------------------------------
+
+
+def gradient(arguments: argparse.Namespace) -> None:
+    smoothed, images = model_and_images(arguments)
+    x, y = images.pixels(), images.labels
+    assert y is not None
+    print(f"device {smoothed.execution.device}, {smoothed.execution.precision}, {torch.get_num_threads()} threads")
+    for draws in (1, 4, 16, 64):
+        print_rate(smoothed, x, y, draws, arguments.repeats)
+    for draws in (4, 16, 64):
+        independent, antithetic = (cosines(smoothed, x[:32], y[:32], draws, own) for own in (False, True))
+        told = f"{independent:.3f} for independent ones, {antithetic:.3f} for antithetic ones"
+        print(f"cosine with the expected gradient, {draws} draws: {told}")
+
+
+def print_rate(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, draws: int, repeats: int) -> None:
+    rows = max(1, smoothed.execution.tile // draws)
+    x, y = x[:rows], y[:rows]
+    generators = [stream(0, "benchmark", row) for row in range(rows)]
+    seen, logits = fresh_noise(smoothed, draws, generators), smoothed.differentiable()
+    noisy = (x[:, None] + smoothed.sample_noise(x, draws, generators)).flatten(0, 1)
+    labels = y.repeat_interleave(draws)
+
+    def attack() -> None:
+        loss_and_gradient(seen, x, y, cross_entropy)
+
+    def bare() -> None:
+        ready = noisy.detach().requires_grad_(True)
+        torch.autograd.grad(torch.nn.functional.cross_entropy(logits(ready), labels, reduction="sum"), ready)
+
+    ratios, rates = [], []
+    for _ in range(repeats):
+        first, second = seconds_of(attack), seconds_of(bare)
+        ratios.append(second / first)
+        rates.append(rows * draws / first)
+    print(
+        f"EOT {draws}: {np.median(rates):,.0f} gradient samples/s, {np.median(ratios):.3f} of bare passes "
+        f"({min(ratios):.3f} to {max(ratios):.3f}, {repeats} turns)"
+    )
+
+
+def seconds_of(work: Callable[[], None], least: float = 2.0) -> float:
+    """Of one call, over at least so many seconds."""
+    work()
+    started, calls = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < least:
+        work()
+        calls += 1
+    return elapsed / calls
+
+
+def cosines(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, draws: int, antithetic: bool) -> float:
+    def mean_gradient(name: str, samples: int, repeats: int) -> Tensor:
+        seen = fresh_noise(smoothed, samples, [stream(0, name, row) for row in range(len(x))], antithetic)
+        return torch.stack([loss_and_gradient(seen, x, y, cross_entropy)[1].flatten(1) for _ in range(repeats)]).mean(0)
+
+    expected = mean_gradient("expected", 256, 8)
+    found = [mean_gradient(f"found {turn}", draws, 1) for turn in range(8)]
+    return float(torch.stack([torch.cosine_similarity(own, expected) for own in found]).mean())
+
+
+# --- strength ---------------------------------------------------------------------------------------------------------
+
+
+def strength(arguments: argparse.Namespace) -> None:
+    smoothed, images = model_and_images(arguments)
+    clean = evaluated(arguments, smoothed, images, "none")
+    images = images[np.flatnonzero(~clean.broken)]
+    results = {
+        "worst case": evaluated(arguments, smoothed, images, "worst-case"),
+        "PGDRS": judged(arguments, smoothed, images, "pgdrs", pgdrs),
+        "AutoAttack rand": judged(arguments, smoothed, images, "autoattack-rand", autoattack_rand),
+    }
+    print_result("no attack", clean)
+    print(f"the {len(images)} images that are not broken without an attack:")
+    for name, result in results.items():
+        print_result(name, result)
+    for name in ("PGDRS", "AutoAttack rand"):
+        gap = paired_difference(~results["worst case"].broken, ~results[name].broken)
+        print(
+            f"worst case minus {name}: {100 * gap.estimate:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points"
+        )
+
+
+def evaluated(
+    arguments: argparse.Namespace, smoothed: SmoothedClassifier, images: ImageSet, method: str
+) -> AttackResult:
+    return rush.attack(
+        smoothed,
+        images,
+        THREAT,
+        method,
+        alpha=ALPHA,
+        max_votes=MAX_VOTES,
+        resume=arguments.cache / method,  # type: ignore[arg-type]
+    )
+
+
+def judged(
+    arguments: argparse.Namespace,
+    smoothed: SmoothedClassifier,
+    images: ImageSet,
+    name: str,
+    attack: Callable[[SmoothedClassifier, ImageSet], Tensor],
+) -> AttackResult:
+    """Another attack's points, group by group from the cache, under this library's verdict."""
+    parts, seconds = [], 0.0
+    for first in range(0, len(images), GROUP):
+        path = arguments.cache / name / f"{first:05d}.npz"
+        if not path.exists():
+            started = time.perf_counter()
+            points = attack(smoothed, images[first : first + GROUP]).detach().numpy()
+            save(path, points=points, seconds=np.array(time.perf_counter() - started))
+        with np.load(path) as stored:
+            parts.append(torch.from_numpy(stored["points"]))
+            seconds += float(stored["seconds"])
+    points = torch.cat(parts)
+    print(f"{name}: {seconds:,.0f} s for the attack on {len(images)} images", flush=True)
+    return verdict(smoothed, images, points, THREAT, alpha=ALPHA, max_votes=MAX_VOTES, name=name)
+
+
+def pgdrs(smoothed: SmoothedClassifier, images: ImageSet) -> Tensor:
+    """The first author's attack as it was published in its second form (noise drawn anew at every step)."""
+    x, y = images.pixels(), images.labels
+    assert y is not None
+    generators = [stream(0, "benchmark", "pgdrs", str(own)) for own in images.ids]
+    rows = max(1, smoothed.execution.tile // PGDRS_DRAWS)
+    found = []
+    for first in range(0, len(x), rows):
+        own, labels = x[first : first + rows], y[first : first + rows]
+        seen = fresh_noise(smoothed, PGDRS_DRAWS, generators[first : first + rows], antithetic=False)
+        delta = torch.zeros_like(own)
+        for _ in range(PGDRS_STEPS):
+            _, slope = loss_and_gradient(seen, (own + delta).clamp(0, 1), labels, cross_entropy)
+            delta = (delta + PGDRS_STEP * slope.sign()).clamp(-THREAT.epsilon, THREAT.epsilon)
+        found.append((own + delta).clamp(0, 1))
+    return torch.cat(found)
+
+
+def autoattack_rand(smoothed: SmoothedClassifier, images: ImageSet) -> Tensor:
+    from pyautoattack import AutoAttack
+
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    module = smoothed.as_module(num_samples=1, generator=stream(0, "benchmark", "rand", str(images.ids[0])))
+    suite = AutoAttack(module, norm="Linf", eps=THREAT.epsilon, seed=0, version="rand", device="cpu")
+    points, _ = suite.run_standard_evaluation(images.pixels(), images.labels, batch_size=GROUP)
+    return points
+
+
+# --- tenfold ----------------------------------------------------------------------------------------------------------
+
+
+def tenfold(arguments: argparse.Namespace) -> None:
+    smoothed, images = model_and_images(arguments)
+    images = images[np.flatnonzero(~evaluated(arguments, smoothed, images, "none").broken)]
+    before = evaluated(arguments, smoothed, images, "worst-case")
+    left = np.flatnonzero(~before.broken)
+    suite = scaled(worst_case("random", smoothed.num_classes), 10)
+    pixels, judging = labelled_pixels(images[left]), Judging(ALPHA, MAX_VOTES, 1)
+    after = evaluate(defend(smoothed), pixels, THREAT, suite, judging, arguments.cache / "tenfold")
+    print_result("worst case", before)
+    standing = ~before.broken
+    standing[left[after.broken]] = False
+    gap = paired_difference(~before.broken, standing)
+    print(
+        f"ten times the budget on the {len(left)} images left: accuracy {100 * standing.mean():.1f} %, lower by "
+        f"{100 * gap.estimate:.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}] points; "
+        f"{after.passes.mean():,.0f} + {after.forward_passes.mean():,.0f} passes for each of these, "
+        f"{after.seconds.sum():,.0f} s"
+    )
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def print_result(name: str, result: AttackResult) -> None:
+    budget, held = result.budget, share_interval(int(result.held.sum()), len(result))
+    print(
+        f"{name:16s} accuracy {100 * result.interval.estimate:.1f} [{100 * result.interval.low:.1f}, "
+        f"{100 * result.interval.high:.1f}] %, held {100 * held.estimate:.1f} %; {budget['passes_per_image']:,.0f} + "
+        f"{budget['forward_passes_per_image']:,.0f} passes and {budget['votes_per_image']:,.0f} votes an image, "
+        f"{result.seconds.sum():,.0f} s",
+        flush=True,
+    )
+
+
+def model_and_images(arguments: argparse.Namespace) -> tuple[SmoothedClassifier, ImageSet]:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    test = rush.load_images("cifar10", split="test", root=arguments.data)
+    images = stratified_subset(test, arguments.images, stream(0, "benchmark", "images"))
+    return rush.load(arguments.run, compiled=False), images
+
+
+def save(path: Path, **arrays: np.ndarray) -> None:
+    def write(target: Path) -> None:
+        with open(target, "wb") as file:  # numpy would add a suffix to a name
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"gradient": gradient, "strength": strength, "tenfold": tenfold}
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--run", type=Path, required=True, help="run folder with the trained classifier")
+    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")
+    parser.add_argument("--cache", type=Path, help="folder for finished groups")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.part != "gradient" and arguments.cache is None:
+        parser.error(f"{arguments.part} needs --cache")
+    parts[arguments.part](arguments)
+
+
+if __name__ == "__main__":
+    main()
