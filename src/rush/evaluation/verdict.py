@@ -13,8 +13,8 @@ verdicts has probability <= level.
 
 Level, by means. For D = p_c - p_y in [-1, 1] with E D <= 0 and 0 < b < 1, the product of 1 + b D over independent draws
 is a nonnegative supermartingale that starts at 1, and so is the mean of such products over several b fixed beforehand;
-it ever passes 1 / level with probability <= level (Ville 1939), so that looks cost nothing. *broken* and *held* combine
-such tests as above.
+it ever passes 1 / level with probability <= level (Ville 1939), so that looks cost nothing: there is one after every
+100 draws. *broken* and *held* combine such tests as above.
 """
 
 from collections.abc import Callable
@@ -110,18 +110,17 @@ def judge_means(
     challenger = _best_other(challenging.mean(1), y)
     counts, verdict = np.zeros((len(y), classes), np.int64), np.full(len(y), UNDECIDED, np.uint8)
     against, in_favour = np.zeros((len(y), len(_BETS))), np.zeros((len(y), classes, len(_BETS)))
-    stops = looks(max_votes)
-    for before, now in zip([0, *stops], stops, strict=False):
+    for before in range(0, max_votes, BLOCK):
         waiting = np.flatnonzero(verdict == UNDECIDED)
         if not waiting.size:
             break
-        p = draw(waiting.tolist(), now - before)
+        p = draw(waiting.tolist(), min(BLOCK, max_votes - before))
         at = np.arange(len(waiting))[:, None], np.arange(p.shape[1])[None]
         own = p[(*at, y[waiting, None])]
         rival = p[(*at, challenger[waiting, None])]
         counts[waiting] += (p.argmax(2)[:, :, None] == np.arange(classes)).sum(1)
-        against[waiting] += np.log1p(_BETS * (rival - own)[:, :, None]).sum(1)
-        in_favour[waiting] += np.log1p(_BETS * (own[:, :, None] - p)[..., None]).sum(1)
+        against[waiting] += _log_products(rival - own)
+        in_favour[waiting] += _log_products(own[:, :, None] - p)
         shown = _log_mean(in_favour[waiting])
         shown[np.arange(len(waiting)), y[waiting]] = np.inf
         held = shown.min(1) >= np.log(1 / level)
@@ -145,6 +144,11 @@ def _best_other(scores: NDArray[np.generic], y: NDArray[np.int64]) -> NDArray[np
     others = scores.astype(np.float64)
     others[np.arange(len(y)), y] = -np.inf
     return others.argmax(1)
+
+
+def _log_products(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logs of the products of 1 + b D over the draws, axis 1 of ``differences``, the bets b last."""
+    return np.stack([np.log1p(bet * differences).sum(1) for bet in _BETS], axis=-1)
 
 
 def _log_mean(log_values: NDArray[np.float64]) -> NDArray[np.float64]:
