@@ -95,6 +95,8 @@ def defend(
     if surrogate is not None and not isinstance(surrogate, nn.Module):
         raise InputError(f"surrogate must be a torch.nn.Module, got {type(surrogate).__name__}")
     check_eval_mode(model.classifier if isinstance(model, SmoothedClassifier) else model)
+    if surrogate is not None:
+        check_eval_mode(surrogate)
     if isinstance(model, SmoothedClassifier):
         if decision is not None:
             raise InputError(f"decision={decision!r} is for modules that are random by themselves; leave it away")
@@ -123,9 +125,9 @@ class PlainDefender:
         self,
         points: LabelledPixels,
         *,
-        purpose: str,
-        level: float,
-        max_votes: int,
+        purpose: str,  # noqa: ARG002
+        level: float,  # noqa: ARG002
+        max_votes: int,  # noqa: ARG002
         seed: int,  # noqa: ARG002
     ) -> Verdicts:
         return judge_deterministic(plain_logits(self.model, self.execution, points.x), points.y)
@@ -150,7 +152,7 @@ class SmoothedDefender:
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         if plan.gradient == "transfer":
-            return plain(self.smoothed.classifier, self.execution)
+            return _through(plain(self.smoothed.classifier, self.execution), self._surrogate, self.execution)
         generators = self.smoothed.streams(seed, f"{name}/noise", ids)
         if plan.gradient == "frozen":
             seen = frozen_noise(self.smoothed, x, plan.eot_samples, generators)
@@ -202,15 +204,21 @@ class RandomDefender:
         def draw(rows: list[int], number: int) -> NDArray[np.float64]:
             return self._probabilities(points.x[rows], number, generator)
 
+        def count(rows: list[int], number: int) -> NDArray[np.int64]:
+            blocks = [_votes(draw(rows, min(BLOCK, number - first))) for first in range(0, number, BLOCK)]
+            return np.sum(blocks, axis=0)
+
         if self._decision == "mean":
             return judge_means(draw, challenging, y, level, max_votes)
         if self.single:
-            return self._judge_single(_votes(draw(list(range(len(y))), max_votes)), challenging, y, level)
-        return judge_votes(lambda rows, number: _votes(draw(rows, number)), _votes(challenging), y, level, max_votes)
+            return self._judge_single(count(list(range(len(y))), max_votes), challenging, y, level)
+        return judge_votes(count, _votes(challenging), y, level, max_votes)
 
     def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        mean = self._probabilities(points.x, CHOICE_VOTES, stream(seed, purpose, points.ids[0])).mean(1)
-        return margin(torch.from_numpy(mean).float(), points.y)
+        found = self._probabilities(points.x, CHOICE_VOTES, stream(seed, purpose, points.ids[0]))
+        # what the model is used for; among equal votes the means tell
+        scores = found.mean(1) if self._decision == "mean" else _votes(found) + found.mean(1)
+        return margin(torch.from_numpy(scores).float(), points.y)
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
         mean = self._probabilities(images.x, _RANKING_DRAWS, stream(seed, "targets", images.ids[0])).mean(1)
