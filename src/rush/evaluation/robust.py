@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rush.attacks.gradient import gradient_statistics
+from rush.attacks.gradient import gradient_statistics, seeded
 from rush.attacks.losses import LossName, cross_entropy, named_loss
 from rush.attacks.threat import ThreatModel, distances, norms
 from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.progress import progress
-from rush.errors import InputError
+from rush.errors import InputError, ModelError
 from rush.evaluation.attacking import GROUP, Points, find_points
 from rush.evaluation.defenders import (
     Defender,
@@ -171,16 +171,27 @@ def prepare(
         raise InputError(f"threat must be a rush.ThreatModel(norm, epsilon), got {type(threat).__name__}")
     defender = defend(model, None, decision, surrogate)
     pixels = labelled_pixels(images, defender.num_classes or None)
-    if isinstance(defender, PlainDefender | RandomDefender):
-        with torch.no_grad():
-            first = defender.execution.logits(defender.model, pixels.x[:1])
-        defender.num_classes = checked_logits(first, 1).shape[1]
-        check_labels(pixels.y, len(pixels), defender.num_classes)
-        if isinstance(defender, PlainDefender) and declared:
-            check_deterministic(defender.model, defender.execution, pixels.x[:8])
+    with seeded(0):  # a random model draws here too
+        _check_outputs(defender, pixels, declared)
     if isinstance(threat.epsilon, Tensor) and threat.epsilon.shape != (len(pixels),):
         raise InputError(f"epsilon has shape {tuple(threat.epsilon.shape)}, expected one number or ({len(pixels)},)")
     return defender, pixels
+
+
+def _check_outputs(defender: Defender, pixels: LabelledPixels, declared: bool) -> None:
+    """The model's logits on the first image, by which a module's number of classes becomes known."""
+    assert isinstance(defender, PlainDefender | SmoothedDefender | RandomDefender)
+    model = defender.smoothed.classifier if isinstance(defender, SmoothedDefender) else defender.model
+    with torch.no_grad():
+        classes = checked_logits(defender.execution.logits(model, pixels.x[:1]), 1).shape[1]
+    if isinstance(defender, SmoothedDefender) and classes != defender.num_classes:
+        raise ModelError(
+            f"the classifier gave {classes} logits an image, expected num_classes = {defender.num_classes}"
+        )
+    defender.num_classes = classes
+    check_labels(pixels.y, len(pixels), classes)
+    if isinstance(defender, PlainDefender) and declared:
+        check_deterministic(defender.model, defender.execution, pixels.x[:8])
 
 
 def evaluate(
