@@ -84,6 +84,7 @@ def render(results: RunResults) -> str:
         "attackers": tables.attackers_text,
         "verdict": tables.audit_sentence,
         "audited": tables.audited_threat_text,
+        "d": tables.d_text,
     }
     return environment.get_template("page.html.j2").render(_context(results))
 

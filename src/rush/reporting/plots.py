@@ -108,8 +108,15 @@ def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form:
     if floors:
         axes.plot(x, [floor.estimate for floor in floors], "s", color=_PROOF, markersize=4, clip_on=False)
     axes.axvline(ladder.epsilon, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+    nearest = min(points, key=lambda point: abs(math.log(point.epsilon / ladder.epsilon)))
+    foot = nearest.accuracy.estimate > 0.7  # the curve itself is at the top there
     axes.annotate(
-        threat_text(ladder), (ladder.epsilon, 1), xytext=(4, -3), textcoords="offset points", va="top", color=_MUTED
+        threat_text(ladder),
+        (ladder.epsilon, 0 if foot else 1),
+        xytext=(4, 5 if foot else -3),
+        textcoords="offset points",
+        va="bottom" if foot else "top",
+        color=_MUTED,
     )
     axes.set(ylim=(0, 1), xlabel="ε, pixels in [0, 1], logarithmic", ylabel="accuracy")
     _epsilon_ticks(axes, points, most=11 if form == "wide" else 6)

@@ -359,8 +359,7 @@ def rises_text(ladder: Ladder) -> str:
 
 def audit_sentence(audit: Audit) -> str:
     """Why the verdict is what it is, with one-sided bounds, each of 95 % confidence."""
-    low = f"{percent(math.floor(1000 * audit.d.low) / 1000)}"
-    high = f"{percent(math.ceil(1000 * audit.d.high) / 1000)}"
+    low, high = (percent(bound) for bound in _outward(audit.d))
     what = "of the images are left standing by the evaluation and broken here"
     if audit.verdict == "holds":
         return f"at most {high} {what}, less than the tolerance of {percent(audit.tolerance)}; no finding failed"
@@ -369,6 +368,17 @@ def audit_sentence(audit: Audit) -> str:
     if audit.d.low > GAIN:
         return f"at least {low} {what}, more than one point"
     return "a failed finding says that it was not an evaluation of this model under this threat model"
+
+
+def d_text(audit: Audit) -> str:
+    """The share that the evaluation held and the audit broke, with its bounds and counts."""
+    low, high = (f"{100 * bound:.1f}" for bound in _outward(audit.d))
+    return f"{percent(audit.d.estimate)} [{low}, {high}] ({audit.newly_broken:,} of {audit.images:,} images)"
+
+
+def _outward(interval: Interval) -> tuple[float, float]:
+    """Both ends in full tenths of a percent, rounded so that they stay bounds."""
+    return math.floor(1000 * interval.low) / 1000, math.ceil(1000 * interval.high) / 1000
 
 
 def _deciding(audit: Audit) -> str:
@@ -401,7 +411,7 @@ def _asks(finding: Finding) -> bool:
 def _figure(number: float | None) -> str:
     if number is None or math.isnan(number):
         return "–"
-    return f"{number:.4g}".replace("inf", "∞").replace("-", "−")
+    return f"{number + 0.0:.4g}".replace("inf", "∞").replace("-", "−")
 
 
 def certified_rows(results: RunResults) -> list[CertifiedRow]:
