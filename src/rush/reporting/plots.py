@@ -78,9 +78,9 @@ def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format)
     for place, (label, accuracy, held, colour) in enumerate(rows):
         _ladder_mark(axes, place, accuracy, held, colour)
         if form == "narrow":
-            short = textwrap.shorten(label, 52, placeholder=" …")
+            short = textwrap.shorten(label, 50, placeholder=" …")
             axes.annotate(short, (0, place - 0.38), annotation_clip=False, va="center", color=_INK)
-    wrapped = [textwrap.shorten(label, 44, placeholder=" …") for label, *_ in rows]
+    wrapped = [textwrap.shorten(label, 50, placeholder=" …") for label, *_ in rows]
     axes.set_yticks(range(len(rows)), [] if form == "narrow" else wrapped)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.75 if form == "narrow" else -0.5), xlabel="accuracy")
     axes.tick_params(axis="y", length=0, labelcolor=_INK)
