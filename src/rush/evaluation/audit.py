@@ -1,0 +1,200 @@
+"""Is an evaluation of a model believable? The strongest attack here, many cheap probes, and one verdict."""
+
+import copy
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rush.attacks.threat import ThreatModel
+from rush.certification.certificates import Certificates
+from rush.engine.progress import progress
+from rush.errors import InputError
+from rush.evaluation.audit_case import VERDICTS, Case
+from rush.evaluation.audit_probes import PROBES
+from rush.evaluation.audit_report import AuditReport, AuditVerdict, decide, write_audit
+from rush.evaluation.defenders import Defender, Model
+from rush.evaluation.findings import ORDER, Finding
+from rush.evaluation.plans import Kind, Plan, Suite, worst_case
+from rush.evaluation.results import AttackResult
+from rush.evaluation.robust import Judging, evaluate, prepare
+from rush.evaluation.verdict import BROKEN
+from rush.inputs import Images, LabelledPixels, check_positive_integer
+from rush.options import Decision
+from rush.smoothing import BLOCK, SmoothedClassifier
+
+PATIENCE = 4  # times max_votes, for the evaluation's own points: what votes alone leave open is no fault of an attack
+
+__all__ = ["AuditReport", "AuditVerdict", "Finding", "audit", "default_plan", "write_audit"]
+
+
+def default_plan(kind: Kind) -> Plan:
+    """The evaluation that is audited where none is given: PGD-20 on the cross-entropy, EOT over 20 draws of a random
+    model."""
+    if kind == "plain":
+        return Plan("default", "PGD-20, cross-entropy (the default)", "pgd", "fresh", 0, 20, 0.25)
+    return Plan("default", "PGD-20, cross-entropy, EOT 20 (the default)", "pgd", "fresh", 20, 20, 0.25)
+
+
+def audit(
+    model: Model,
+    images: Images,
+    threat: ThreatModel,
+    evaluation: AttackResult | Plan | Suite | None = None,
+    tolerance: float = 0.05,
+    *,
+    decision: Decision | None = None,
+    surrogate: nn.Module | None = None,
+    certificates: Certificates | None = None,
+    alpha: float = 0.001,
+    max_votes: int = 4000,
+    seed: int = 0,
+) -> AuditReport:
+    """Whether ``evaluation`` tells what ``model`` is worth on ``images`` within ``threat`` (the report says the rest).
+
+    evaluation: an AttackResult, whose points and verdicts are taken as they are and whose points are judged once more;
+    a plan or suite, run here; or None for ``default_plan``. Against it stand the worst-case suite, on the images that
+    the evaluation did not break, and the attacks of all probes (``audit_probes``): an image is broken here when any of
+    them breaks it. d is the share of images that the evaluation held, or left undecided, and that are broken here; the
+    verdict follows from its bounds and from the findings (``audit_report.decide``). tolerance: the d that is put up
+    with.
+    model, images, threat, decision, surrogate: as ``rush.attack``; surrogate: also a source of transferred points.
+    certificates: of the same images, held against all attacks. alpha: bound on the probability that any verdict on an
+    image here is false, split evenly over ``VERDICTS`` of them; max_votes: most votes of each, ``PATIENCE`` times as
+    many for the evaluation's own points; both matter for random models alone.
+    A model in training mode is a failed finding; the rest of the audit then looks at a copy in evaluation mode.
+    Cost: the evaluation, the suite on what it held, and on at most 64 of these about six times the evaluation.
+    Raises: InputError for bad images or numbers and for an evaluation of other images or another threat model;
+    ModelError for an unusable model.
+    """
+    _check_numbers(tolerance, alpha, max_votes)
+    training = _training_layers(model)
+    model = _in_evaluation_mode(model) if training else model
+    defender, pixels = prepare(model, images, threat, decision, surrogate, declared=False)
+    judging = Judging(alpha / VERDICTS, max_votes, seed)
+    patient = replace(judging, max_votes=PATIENCE * max_votes)
+    result = _evaluated(evaluation, defender, pixels, threat, patient)
+    again = None
+    if isinstance(evaluation, AttackResult):
+        points = threat.project(evaluation.adversarial.clamp(0, 1), pixels.x)
+        judged = LabelledPixels(points, pixels.y, pixels.ids)
+        again = defender.judge(judged, purpose="audit-again", **asdict(patient))
+    case = Case(model, defender, pixels, threat, result, again, training, surrogate, certificates, judging)
+    suite = worst_case(defender.kind, defender.num_classes, defender.transferable)
+    newly = _broken_by_suite(case, suite)
+    found = _findings(case)
+    return _report(case, suite, newly | _broken_by_probes(case), found, tolerance, alpha)
+
+
+def _check_numbers(tolerance: float, alpha: float, max_votes: int) -> None:
+    check_positive_integer("max_votes", max_votes)
+    if not 0 < alpha < 0.5 or max_votes < BLOCK:
+        raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
+        raise InputError(f"tolerance is a share of images between 0 and 1, e.g. 0.05, got {tolerance!r}")
+
+
+def _training_layers(model: Model) -> tuple[str, ...]:
+    module = model.classifier if isinstance(model, SmoothedClassifier) else model
+    if not isinstance(module, nn.Module):
+        return ()  # the door says what is wrong
+    return tuple(name or "(the module itself)" for name, layer in module.named_modules() if layer.training)
+
+
+def _in_evaluation_mode(model: Model) -> Model:
+    if not isinstance(model, SmoothedClassifier):
+        return copy.deepcopy(model).eval()
+    return SmoothedClassifier(
+        copy.deepcopy(model.classifier).eval(),
+        noise=model.noise,
+        num_classes=model.num_classes,
+        execution=model.execution,
+        classes=model.classes,
+    )
+
+
+def _evaluated(
+    evaluation: AttackResult | Plan | Suite | None,
+    defender: Defender,
+    pixels: LabelledPixels,
+    threat: ThreatModel,
+    judging: Judging,
+) -> AttackResult:
+    if isinstance(evaluation, AttackResult):
+        _check_same(evaluation, pixels, threat)
+        return evaluation
+    if evaluation is not None and not isinstance(evaluation, Plan | Suite):
+        raise InputError(
+            f"evaluation must be an AttackResult, a Plan, a Suite or None, got {type(evaluation).__name__}"
+        )
+    return evaluate(defender, pixels, threat, evaluation or default_plan(defender.kind), judging)
+
+
+def _check_same(evaluation: AttackResult, pixels: LabelledPixels, threat: ThreatModel) -> None:
+    """Raises InputError unless the evaluation is of these images, labels and balls, in this order."""
+    if evaluation.ids != pixels.ids or evaluation.labels.tolist() != pixels.y.tolist():
+        raise InputError(
+            f"the evaluation is of {len(evaluation)} images, which are not, in this order, the {len(pixels)} images "
+            "and labels given; give the images that were attacked"
+        )
+    if evaluation.adversarial.shape != pixels.x.shape:
+        raise InputError(
+            f"the evaluation's points have shape {tuple(evaluation.adversarial.shape)}, "
+            f"the images {tuple(pixels.x.shape)}"
+        )
+    own, given = (np.broadcast_to(np.asarray(each.epsilon), len(pixels)) for each in (evaluation.threat, threat))
+    if evaluation.threat.norm != threat.norm or not np.allclose(own, given, rtol=1e-6, atol=0):
+        raise InputError(
+            f"the evaluation is of {evaluation.threat.norm} at epsilon up to {own.max():g}, the audit of "
+            f"{threat.norm} at {given.max():g}; audit under the threat model that was evaluated"
+        )
+
+
+def _broken_by_suite(case: Case, suite: Suite) -> NDArray[np.bool_]:
+    """Images (N,) that the evaluation did not break and that its points judged again or the suite break."""
+    broken = np.zeros(len(case.pixels), bool)
+    if case.again is not None:
+        broken |= case.again.verdict == BROKEN
+    rows = np.flatnonzero(~(case.evaluation.broken | broken)).tolist()
+    if rows:
+        broken[rows] |= case.attack(suite, rows).broken
+    return broken & ~case.evaluation.broken
+
+
+def _findings(case: Case) -> tuple[Finding, ...]:
+    found = []
+    with progress("audit", len(ORDER)) as advance:
+        for name in ORDER:
+            found.append(PROBES[name](case))
+            advance(1)
+    return tuple(found)
+
+
+def _broken_by_probes(case: Case) -> NDArray[np.bool_]:
+    broken = {own for result in case.found for own in np.array(result.ids)[result.broken].tolist()}
+    return np.array([own in broken for own in case.pixels.ids]) & ~case.evaluation.broken
+
+
+def _report(
+    case: Case, suite: Suite, newly: NDArray[np.bool_], found: tuple[Finding, ...], tolerance: float, alpha: float
+) -> AuditReport:
+    failed = [finding.name for finding in found if finding.status == "failed"]
+    total = len(case.pixels)
+    return AuditReport(
+        verdict=decide(int(newly.sum()), total, tolerance, failed),
+        evaluation=case.evaluation.plan.label,
+        evaluation_accuracy=case.evaluation.robust_accuracy,
+        here=suite.label,
+        accuracy_here=1 - float((case.evaluation.broken | newly).mean()),
+        images=total,
+        newly_broken=tuple(np.array(case.pixels.ids)[newly].tolist()),
+        tolerance=tolerance,
+        findings=found,
+        norm=case.threat.norm,
+        epsilon=float(torch.as_tensor(case.threat.epsilon).max()),
+        alpha=alpha,
+        max_votes=case.judging.max_votes,
+        seed=case.seed,
+    )

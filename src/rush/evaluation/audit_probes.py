@@ -1,0 +1,402 @@
+"""What the audit measures: one probe a finding, each on at most ``PROBED`` images, and the attacks it runs for them.
+
+Costs are given in passes of one image through the base network; m stands for the evaluation's draws a gradient.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rush.attacks.gradient import loss_and_gradient, pinned
+from rush.attacks.losses import LossName, margin
+from rush.attacks.threat import ThreatModel, norms
+from rush.evaluation import audit_measures as measures
+from rush.evaluation import findings
+from rush.evaluation.audit_case import CLOSE, VERDICTS, Case
+from rush.evaluation.audit_planted import PlantedDefender
+from rush.evaluation.defenders import Defender, RandomDefender, defend
+from rush.evaluation.findings import Finding, skipped
+from rush.evaluation.plans import Plan, Suite
+from rush.evaluation.results import AttackResult
+from rush.evaluation.robust import evaluate
+from rush.evaluation.sandwich import check_sandwich
+from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
+from rush.inputs import LabelledPixels
+from rush.randomness import stream
+from rush.smoothing import SmoothedClassifier
+
+_PASSES = 4  # whose outputs are compared
+_DRAWS = 64  # of the gradient, at least, for its signal-to-noise ratio
+_MOST_DRAWS = 16  # in one gradient or loss that the audit looks at
+_COMMON_DRAWS = 64  # common random numbers under which two points are compared
+_IMAGES = 8  # that a property of the model is seen on, or that are looked at together
+_QUARTER = 0.25  # of the radius: what is drawn within it is averaged
+_FEW_STEPS, _MORE_STEPS = 5, 10
+_FEW_DRAWS, _MORE_DRAWS = 8, 16
+_LARGE = 0.5  # of the pixel range
+
+_STEPPING = ("fgsm", "mifgsm", "pgd")
+_CLIMBING = (*_STEPPING, "apgd", "fmn")
+_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "0 to 255": lambda x: 255 * x,
+    "-1 to 1": lambda x: 2 * x - 1,
+    "normalised by the mean and deviation of each channel": lambda x: (
+        (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+    ),
+}
+
+
+Probe: TypeAlias = Callable[[Case], Finding]
+
+
+def input_range(case: Case) -> Finding:
+    """No pass."""
+    points = case.evaluation.adversarial
+    return findings.input_range(float(points.min()), float(points.max()))
+
+
+def pixel_scale(case: Case) -> Finding:
+    """4 x 16 forward passes of a random model, 4 of another, on the probed images."""
+    draws = Plan("scale", "clean", "pgd", "fresh", _MOST_DRAWS)
+    seen, x, y = case.seen(draws, case.probed, "scale")
+
+    def accuracy(points: Tensor) -> float:
+        with torch.no_grad():
+            return float((seen(points).argmax(1) == y).float().mean())
+
+    return findings.pixel_scale(accuracy(x), {name: accuracy(scaled(x)) for name, scaled in _SCALES.items()})
+
+
+def ball(case: Case) -> Finding:
+    """No pass."""
+    if case.plan is None and bool((case.evaluation.adversarial == case.pixels.x).all()):
+        return skipped("ball", "the evaluation has no attack")
+    moves = case.plan is None or case.plan.method in (*_STEPPING, "apgd")
+    held = [moves and not own for own in case.evaluation.broken]
+    return findings.ball(case.threat.norm, _shares(case).tolist(), held, _reach(case))
+
+
+def mode(case: Case) -> Finding:
+    """Twice 8 forward passes, and those of ``randomness``: draws would look like neighbours."""
+    if case.training or case.defender.kind == "random" or randomness(case).status == "failed":
+        return findings.mode(case.training, None)
+    seen, x, _ = case.seen(Plan("mode", "no attack", "none"), case.probed[:_IMAGES], "mode")
+    with torch.no_grad():
+        together, alone = seen(x), torch.cat([seen(own) for own in x.split(1)])
+    return findings.mode((), measures.relative_difference(together, alone))
+
+
+def randomness(case: Case) -> Finding:
+    """4 forward passes on 8 images."""
+    rows = case.probed[:_IMAGES]
+    if not isinstance(case.model, SmoothedClassifier):
+        x, execution = case.pixels.select(rows).x, case.defender.execution
+        difference = measures.passes_differ(case.model, execution, x, case.seed, _PASSES)
+        return findings.randomness(case.defender.kind == "random", difference)
+    seen, x, _ = case.seen(Plan("passes", "one draw", "pgd", "fresh", 1), rows, "randomness")
+    first, *others = [measures.without_gradient(seen, x) for _ in range(_PASSES)]
+    return findings.randomness(True, max(measures.relative_difference(first, other) for other in others))
+
+
+def noise(case: Case) -> Finding:
+    """About 16,384 / pixels forward passes for the attacker's noise, 800 for the defender's; of a foreign model 16 + 16
+    on 8 images."""
+    if case.defender.kind != "random":
+        return skipped("noise", "the model is deterministic")
+    if case.plan is None:
+        return skipped("noise", "the evaluation's attack is not known")
+    if isinstance(case.model, SmoothedClassifier):
+        shape = case.pixels.x.shape[1:]
+        return findings.noise(*measures.sigmas(case.model, case.plan, shape, case.seed), "sigma")
+    assert isinstance(case.defender, RandomDefender)
+    images = case.pixels.select(case.probed[:_IMAGES])
+    x = images.x.to(case.defender.execution.device)
+    return findings.noise(*measures.spreads(case.defender, case.plan, x, images.ids, case.seed), "spread")
+
+
+def verdict(case: Case) -> Finding:
+    """None beyond judging the evaluation's points again: 200 to ``max_votes`` forward passes of a random model, 1 of
+    another."""
+    if case.again is None:
+        return skipped("verdict", "the evaluation was run here, under this verdict")
+    contradictions = [(BROKEN, HELD), (HELD, BROKEN), (UNDECIDED, BROKEN)]
+    pairs = zip(case.evaluation.verdict.tolist(), case.again.verdict.tolist(), strict=True)
+    return findings.verdict(sum(pair in contradictions for pair in pairs), len(case.pixels))
+
+
+def frozen_noise(case: Case) -> Finding:
+    """Only for an evaluation on frozen noise, the same again with fresh noise."""
+    if case.plan is None or case.plan.gradient != "frozen":
+        return skipped("frozen-noise", "the evaluation does not freeze its noise")
+    return _gain(case, "frozen-noise", replace(case.plan, name="frozen-noise", gradient="fresh"), "fresh noise draws")
+
+
+def gradient(case: Case) -> Finding:
+    """m forward and backward passes on 32 held images."""
+    if (plan := _climbing(case)) is None or not case.held:
+        return skipped("gradient", _NOTHING)
+    rows = case.held[:CLOSE]
+    seen, x, y = case.seen(plan, rows, "gradient")
+    values, slopes = loss_and_gradient(seen, x, y, case.loss(plan, rows))
+    dead = ~measures.alive(slopes)
+    return findings.gradient(int(dead.sum()), len(dead), int((dead & (values == 0)).sum()))
+
+
+def finite_differences(case: Case) -> Finding:
+    """1 backward and 102 forward passes of at most 16 draws, on 32 held images."""
+    if (plan := _climbing(case)) is None or not case.held:
+        return skipped("finite-differences", _NOTHING)
+    rows = case.held[:CLOSE]
+    few = replace(plan, eot_samples=min(plan.eot_samples, _MOST_DRAWS))
+    seen, x, y = case.seen(few, rows, "finite-differences")
+    generator = stream(case.seed, "audit/directions")
+    agreement, ratio, images = measures.slope_agreement(pinned(seen), x, y, case.threat.select(rows), generator)
+    if images == 0:
+        return skipped("finite-differences", "no image has a gradient")
+    return findings.finite_differences(agreement, ratio, images)
+
+
+def step_size(case: Case) -> Finding:
+    """No pass."""
+    if case.plan is not None and case.plan.method not in (*_STEPPING, "apgd"):
+        return skipped("step-size", "the evaluation's attack has no steps of a length")
+    if case.plan is None and bool((case.evaluation.adversarial == case.pixels.x).all()):
+        return skipped("step-size", "the evaluation has no attack")
+    held = _shares(case)[~case.evaluation.broken]
+    return findings.step_size(_reach(case), float(np.median(held)) if len(held) else 1.0, len(held))
+
+
+def signal_to_noise(case: Case) -> Finding:
+    """64 to 128 forward and backward passes on 32 held images."""
+    plan = _climbing(case)
+    if plan is None or not case.held:
+        return skipped("signal-to-noise", _NOTHING)
+    if case.defender.kind != "random" or plan.gradient != "fresh" or plan.eot_samples == 0:
+        return skipped("signal-to-noise", "the evaluation draws no fresh noise")
+    rows, draws = case.held[:CLOSE], min(plan.eot_samples, _MOST_DRAWS)
+    seen, x, y = case.seen(replace(plan, eot_samples=draws), rows, "signal-to-noise")
+    repeats = max(_IMAGES, -(-_DRAWS // draws))
+    needed = measures.draws_needed(seen, x, y, case.loss(plan, rows), draws, repeats)
+    within = _QUARTER / plan.step_size if plan.step_size else 1.0
+    averaged = plan.eot_samples * max(1.0, min(plan.steps, within))
+    return findings.signal_to_noise(needed, averaged)
+
+
+def path(case: Case) -> Finding:
+    """2 forward passes of 64 draws on the held images."""
+    if not case.held:
+        return skipped("path", "no image is held")
+    view = Plan("path", "64 common draws", "pgd", "fresh", _COMMON_DRAWS)
+    at_images, at_points = [], []
+    for first in range(0, len(case.held), _IMAGES):
+        rows = case.held[first : first + _IMAGES]
+        seen, x, y = case.seen(view, rows, "path")
+        common = pinned(seen)
+        at_images.append(margin(measures.without_gradient(common, x), y))
+        at_points.append(margin(measures.without_gradient(common, case.points[rows].to(x.device)), y))
+    not_rising = torch.cat(at_points) <= torch.cat(at_images)
+    return findings.path(int(not_rising.sum()), len(not_rising))
+
+
+def more_steps(case: Case) -> Finding:
+    """Twice the evaluation's passes (of fewer than 5 steps as with 10), on the held images."""
+    plan = case.plan
+    if plan is None or plan.method == "none":
+        return skipped("more-steps", "the evaluation's attack is not known")
+    if plan.method == "fgsm" or (plan.method in _STEPPING and plan.steps < _FEW_STEPS):
+        more = replace(plan, method="pgd", steps=_MORE_STEPS, step_size=2.5 / _MORE_STEPS)
+    else:
+        more = replace(plan, steps=2 * plan.steps)
+    return _gain(case, "more-steps", replace(more, name="more-steps"), f"the same attack with {more.steps} steps")
+
+
+def more_eot_samples(case: Case) -> Finding:
+    """Twice the evaluation's passes (of fewer than 8 draws as with 16), on the held images."""
+    plan = case.plan
+    if plan is None or plan.eot_samples == 0 or case.defender.kind != "random":
+        return skipped("more-eot-samples", "the evaluation's attack draws no noise")
+    draws = 2 * plan.eot_samples if plan.eot_samples >= _FEW_DRAWS else _MORE_DRAWS
+    more = replace(plan, name="more-eot-samples", eot_samples=draws)
+    return _gain(case, "more-eot-samples", more, f"the same attack with EOT {more.eot_samples}")
+
+
+def more_restarts(case: Case) -> Finding:
+    """The evaluation's passes, on the held images."""
+    plan = case.plan
+    if plan is None or plan.method not in ("mifgsm", "pgd", "apgd", "square", "random"):
+        return skipped("more-restarts", "the evaluation's attack takes no restarts")
+    again = replace(
+        plan, name="more-restarts", start="random" if plan.method not in ("square", "random") else plan.start
+    )
+    return _gain(case, "more-restarts", again, f"{plan.restarts} more restarts of the same attack")
+
+
+def other_loss(case: Case) -> Finding:
+    """The evaluation's passes, on the held images."""
+    if (plan := _climbing(case)) is None:
+        return skipped("other-loss", _NOTHING)
+    loss: LossName = "margin" if plan.loss == "cross-entropy" else "cross-entropy"
+    other = replace(plan, name="other-loss", loss=loss)
+    return _gain(case, "other-loss", other, f"the same attack on the {loss}")
+
+
+def large_epsilon(case: Case) -> Finding:
+    """The evaluation's passes, on 32 held images."""
+    if case.plan is None or not case.held:
+        return skipped("large-epsilon", "the evaluation's attack is not known" if case.held else "no image is held")
+    pixels = case.pixels.x[0].numel()
+    epsilon = {"linf": _LARGE, "l2": _LARGE * math.sqrt(pixels), "l1": _LARGE * pixels}[case.threat.norm]
+    images = case.pixels.select(case.held[:CLOSE])
+    result = _run(case, case.defender, images, ThreatModel(case.threat.norm, epsilon), "large-epsilon")
+    return findings.large_epsilon(int(result.held.sum()), len(images), case.threat.norm, epsilon)
+
+
+def planted(case: Case) -> Finding:
+    """The evaluation's passes, and 400 forward passes of a random model, on 32 held images."""
+    if case.plan is None or not case.held:
+        return skipped("planted", "the evaluation's attack is not known" if case.held else "no image is held")
+    rows = case.held[:CLOSE]
+    images, threat = case.pixels.select(rows), case.threat.select(rows)
+    defender = PlantedDefender(case.defender, images, threat, case.seed)
+    result = _run(case, defender, images, threat, "planted")
+    return findings.planted(int((~result.broken).sum()), len(images))
+
+
+def fixed_noise_attack(case: Case) -> Finding:
+    """The evaluation's passes, on the held images."""
+    plan = _climbing(case)
+    if plan is None or case.defender.kind != "random" or plan.gradient != "fresh":
+        return skipped("fixed-noise-attack", "the evaluation draws no fresh noise")
+    fixed = replace(plan, name="fixed-noise-attack", gradient="frozen")
+    return _gain(case, "fixed-noise-attack", fixed, "the same attack on one fixed draw of its noise")
+
+
+def transfer(case: Case) -> Finding:
+    """20 forward and backward passes of the base network, or of the surrogate, on the held images."""
+    attack = Plan("transfer", "APGD-20 on the base network, transferred", "apgd", "transfer", steps=20)
+    if case.plan is not None and case.plan.gradient == "transfer":
+        return skipped("transfer", "the evaluation is itself a transfer")
+    if case.defender.transferable:
+        return _gain(case, "transfer", attack, "points made on the base network without noise")
+    if case.surrogate is None:
+        return skipped("transfer", "there is no base network without noise; a surrogate would serve")
+    return _transfer_from(case, case.surrogate, replace(attack, gradient="fresh"))
+
+
+def square(case: Case) -> Finding:
+    """500 forward passes, 100 x 8 of a random model, on the held images."""
+    queries, draws = (100, 8) if case.defender.kind == "random" else (500, 0)
+    attack = Plan("square", "Square", "square", eot_samples=draws, steps=queries, loss="margin", start="clean")
+    return _gain(case, "square", attack, f"Square, {queries} queries without gradients")
+
+
+def random_search(case: Case) -> Finding:
+    """200 forward passes, 50 x 8 of a random model, on the held images."""
+    points, draws = (50, 8) if case.defender.kind == "random" else (200, 0)
+    attack = Plan(
+        "random-search", "random search", "random", eot_samples=draws, steps=points, loss="margin", start="clean"
+    )
+    return _gain(case, "random-search", attack, f"{points} random points of the ball")
+
+
+def worst_case(case: Case) -> Finding:
+    """No pass: looks at what the suite has found."""
+    suites = [result for result in case.found if isinstance(result.plan, Suite)]
+    newly, best = 0, "nobody"
+    for result in suites:
+        assert isinstance(result.plan, Suite)
+        newly += int(result.broken.sum())
+        if result.broken.any():
+            best = result.plan.plans[int(np.bincount(result.attacker[result.broken]).argmax())].label
+    return findings.gain("worst-case", newly, len(case.pixels), f"the worst-case suite (most of them by {best})")
+
+
+def certificates(case: Case) -> Finding:
+    """No pass: looks at the points of all attacks before it."""
+    if case.certificates is None:
+        return skipped("certificates", "no certificates were given")
+    results = [case.evaluation, *case.found]
+    sandwich = check_sandwich(case.certificates, results, VERDICTS * case.judging.level + case.evaluation.level)
+    return findings.certificates(len(sandwich.violations), sandwich.checked, sandwich.allowed)
+
+
+# In the order of ``findings.ORDER``; the certificates look at what all others found and come last.
+PROBES: dict[str, Probe] = {
+    "input-range": input_range,
+    "pixel-scale": pixel_scale,
+    "ball": ball,
+    "mode": mode,
+    "randomness": randomness,
+    "noise": noise,
+    "verdict": verdict,
+    "frozen-noise": frozen_noise,
+    "gradient": gradient,
+    "finite-differences": finite_differences,
+    "step-size": step_size,
+    "signal-to-noise": signal_to_noise,
+    "path": path,
+    "more-steps": more_steps,
+    "more-eot-samples": more_eot_samples,
+    "more-restarts": more_restarts,
+    "other-loss": other_loss,
+    "large-epsilon": large_epsilon,
+    "planted": planted,
+    "fixed-noise-attack": fixed_noise_attack,
+    "transfer": transfer,
+    "square": square,
+    "random-search": random_search,
+    "worst-case": worst_case,
+    "certificates": certificates,
+}
+
+
+_NOTHING = "no image is held, or the evaluation has no known attack that climbs a gradient"
+
+
+def _climbing(case: Case) -> Plan | None:
+    """The evaluation's attack where it climbs a gradient."""
+    return case.plan if case.plan is not None and case.plan.method in _CLIMBING else None
+
+
+def _shares(case: Case) -> NDArray[np.float64]:
+    """Size of each change over its epsilon, (N,)."""
+    sizes = norms(case.evaluation.adversarial, case.pixels.x, case.threat.norm).numpy()
+    return sizes / np.asarray(case.threat.epsilon, dtype=np.float64)
+
+
+def _reach(case: Case) -> float | None:
+    """Length of all steps of the evaluation's attack, in epsilon; None where it has none of fixed length."""
+    if case.plan is None or case.plan.method not in _STEPPING:
+        return None
+    return 1.0 if case.plan.method == "fgsm" else case.plan.steps * case.plan.step_size
+
+
+def _gain(case: Case, name: str, plan: Plan, attack: str) -> Finding:
+    """Whether ``plan`` breaks images that the evaluation held; the share is one of all probed images."""
+    newly = int(case.attack(plan, case.held).broken.sum()) if case.held else 0
+    return findings.gain(name, newly, len(case.probed), attack)
+
+
+def _run(case: Case, defender: Defender, images: LabelledPixels, threat: ThreatModel, name: str) -> AttackResult:
+    assert case.plan is not None
+    plan = replace(case.plan, name=f"audit-{name}")
+    return evaluate(defender, images, threat, plan, case.judging)
+
+
+def _transfer_from(case: Case, surrogate: nn.Module, plan: Plan) -> Finding:
+    made_on = "points made on the surrogate"
+    if not case.held:
+        return findings.gain("transfer", 0, len(case.probed), made_on)
+    images, threat = case.pixels.select(case.held), case.threat.select(case.held)
+    made = evaluate(defend(surrogate, case.defender.num_classes), images, threat, plan, case.judging)
+    points = LabelledPixels(made.adversarial, images.y, images.ids)
+    judged = case.defender.judge(points, purpose="audit-transfer", **asdict(case.judging))
+    told = {name: getattr(judged, name) for name in ("verdict", "challenger", "counts", "votes")}
+    case.found.append(replace(made, **told))
+    return findings.gain("transfer", int((judged.verdict == BROKEN).sum()), len(case.probed), made_on)

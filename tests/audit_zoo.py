@@ -1,0 +1,98 @@
+"""Small models and evaluations of them, honest and flattered: what the audit must tell apart."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rush.attacks.pgd import pgd
+from rush.attacks.threat import ThreatModel
+from rush.data.sources import load_images
+from rush.evaluation.defenders import Model
+from rush.evaluation.plans import Plan
+from rush.evaluation.results import AttackResult
+from rush.models.classifier import Classifier, Normalize
+from rush.models.encoders import SmallEncoder
+from rush.models.heads import linear_head
+from rush.options import Decision
+from rush.randomness import seeded_init, stream
+
+WIDTH = 4  # about 60,000 forward and backward passes a second on one thread
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluation of one model, and what the audit must say.
+
+    evaluation: a plan, None for the default, or a function of (model, images, threat) that gives a result. first: the
+    finding that must be the first failed one, None where none may fail.
+    """
+
+    name: str
+    model: Callable[[], Model]
+    threat: ThreatModel
+    evaluation: Plan | Callable[[Model, tuple[Tensor, Tensor], ThreatModel], AttackResult] | None
+    verdict: str
+    first: str | None = None
+    decision: Decision | None = None
+
+
+def digits(number: int, split: str = "test") -> tuple[Tensor, Tensor]:
+    """The first ``number`` digits: images (N, 1, 8, 8) in [0, 1] and labels."""
+    images = load_images("digits", split=split)
+    assert images.labels is not None
+    return images.pixels()[:number], images.labels[:number]
+
+
+def trained(epochs: int, *, width: int = WIDTH, noise: float = 0.0, pgd_epsilon: float = 0.0) -> nn.Module:
+    """A small digits network in evaluation mode, trained plainly, with Gaussian noise or on PGD points (4 steps)."""
+    generator = stream(0, "zoo", f"{noise} {pgd_epsilon}")
+    encoder = SmallEncoder(width=width)
+    network = Classifier(Normalize((0.3,), (0.38,)), encoder, linear_head(encoder.features, 10))
+    seeded_init(network, generator).train()
+    x, y = digits(10_000, "train")
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=generator).split(128):
+            points = _attacked(network, x[batch], y[batch], pgd_epsilon, generator) if pgd_epsilon else x[batch]
+            points = points + noise * torch.randn(points.shape, generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(network(points), y[batch]).backward()
+            optimizer.step()
+    return network.eval().requires_grad_(False)
+
+
+def _attacked(network: nn.Module, x: Tensor, y: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
+    start = x + (torch.rand(x.shape, generator=generator) * 2 - 1) * epsilon
+    network.eval()
+    points, _ = pgd(
+        lambda z: F.log_softmax(network(z), 1), x, y, ThreatModel("linf", epsilon), steps=4, step_size=0.5, start=start
+    )
+    network.train()
+    return points
+
+
+class Scaled(nn.Module):
+    """``inner`` with logits times ``factor``: the same classes, a softmax that saturates in float32."""
+
+    def __init__(self, inner: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.inner(x)
+
+
+class Quantised(nn.Module):
+    """``inner`` on pixels rounded to ``levels`` + 1 values: no gradient passes."""
+
+    def __init__(self, inner: nn.Module, levels: int) -> None:
+        super().__init__()
+        self.inner, self.levels = inner, levels
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner((x * self.levels).round() / self.levels)
