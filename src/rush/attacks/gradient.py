@@ -116,9 +116,11 @@ class GradientStatistics:
     def draws_for(self, cosine: float) -> Tensor:
         """Independent draws (B,) after which the mean gradient has this cosine with the expected one, on average.
 
-        With m draws cos^2 is about signal / (signal + noise / m).
+        With m draws cos^2 is about signal / (signal + noise / m). Infinite where no signal was seen: that all draws are
+        flat says nothing of those that were not drawn.
         """
-        return (self.noise / self.signal.clamp(min=1e-30)) * cosine**2 / (1 - cosine**2)
+        ratio = torch.where(self.signal > 0, self.noise / self.signal, torch.inf)
+        return ratio * cosine**2 / (1 - cosine**2)
 
 
 def gradient_statistics(
