@@ -4,6 +4,7 @@ An attacker gets log-probabilities, the verdict votes (or probabilities) of draw
 choice among an attacker's candidates votes of a third stream.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol, TypeAlias, get_args
 
@@ -278,6 +279,28 @@ def checked_logits(logits: Tensor, rows: int) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise ModelError("the model gave outputs that are not finite; such an output has no class")
     return logits
+
+
+def fingerprint(defender: Defender) -> str:
+    """64 hex digits that change with the model's type, weights, noise, execution and decision, and its surrogate's.
+
+    What a module keeps outside its parameters and buffers is not seen.
+    """
+    found = hashlib.sha256(type(defender).__name__.encode())
+    for name, value in sorted(vars(defender).items()):
+        module = value.classifier if isinstance(value, SmoothedClassifier) else value
+        facts = value.noise if isinstance(value, SmoothedClassifier) else type(value)
+        found.update(repr((name, facts if isinstance(module, nn.Module) else value)).encode())
+        if isinstance(module, nn.Module):
+            _add_weights(found, module)
+    return found.hexdigest()
+
+
+def _add_weights(found: "hashlib._Hash", module: nn.Module) -> None:
+    found.update(repr(type(module)).encode())
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        found.update(repr((name, value.dtype, value.shape)).encode())
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def device_of(model: nn.Module) -> str:

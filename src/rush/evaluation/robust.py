@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rush.attacks.gradient import gradient_statistics, seeded
 from rush.attacks.losses import LossName, cross_entropy, named_loss
-from rush.attacks.threat import ThreatModel, distances, norms
+from rush.attacks.threat import ORDERS, ThreatModel, distances, norms
 from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.progress import progress
 from rush.errors import InputError, ModelError
@@ -28,6 +28,7 @@ from rush.evaluation.defenders import (
     check_deterministic,
     checked_logits,
     defend,
+    fingerprint,
 )
 from rush.evaluation.parts import read_part, write_part
 from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, worst_case
@@ -128,8 +129,8 @@ def verdict(
 ) -> AttackResult:
     """Judge points that somebody else has made: ``adversarial`` (N, C, H, W) float in [0, 1], one an image.
 
-    Up to 1e-6 outside the ball is taken for rounding. Raises: InputError, besides what ``attack`` raises, for points of
-    another shape, outside [0, 1] or outside the threat, naming the farthest.
+    Up to 1e-6 outside the ball, and 6e-8 at every pixel, is taken for rounding. Raises: InputError, besides what
+    ``attack`` raises, for points of another shape, outside [0, 1] or outside the threat, naming the farthest.
     """
     defender, pixels = prepare(model, images, threat, decision, None)
     judging = _judging(alpha, max_votes, seed)
@@ -139,11 +140,12 @@ def verdict(
     check_pixels(adversarial)
     points = adversarial.detach().float().cpu()
     excess = norms(points, pixels.x, threat.norm) - torch.as_tensor(threat.epsilon, dtype=torch.float64)
-    if float(excess.max()) > 1e-6:
+    rounding = 1e-6 + 6e-8 * float(pixels.x[0].numel() ** (1 / ORDERS[threat.norm]))
+    if float(excess.max()) > rounding:
         row = int(excess.argmax())
         raise InputError(
             f"point {row} ({pixels.ids[row]}) is {float(excess[row]):.3g} outside the {threat.norm} ball; "
-            f"{int((excess > 1e-6).sum())} of {len(points)} are. Give the epsilon they were made with"
+            f"{int((excess > rounding).sum())} of {len(points)} are. Give the epsilon they were made with"
         )
     plan = Plan(name, "points given", "none")
 
@@ -206,16 +208,19 @@ def evaluate(
     firsts = range(0, len(pixels), GROUP)
     own = list(firsts)[rank() :: world_size()]
     found: dict[int, AttackResult] = {}
+    made_by = "" if resume is None else repr((judging, fingerprint(defender)))
     with progress(f"attack {plan.name}", sum(min(GROUP, len(pixels) - first) for first in own)) as advance:
         for first in own:
             rows = list(range(first, min(first + GROUP, len(pixels))))
             group, balls = pixels.select(rows), threat.select(rows)
             file = None if resume is None else resume / f"{plan.name}-{first // GROUP:04d}.npz"
-            part = None if file is None else read_part(file, group, balls, plan, judging.level)
+            part = (
+                None if file is None else read_part(file, group, balls, plan, judging.level, defender.single, made_by)
+            )
             if part is None:
                 part = attack_group(defender, group, balls, plan, judging, advance)
                 if file is not None:
-                    write_part(file, part)
+                    write_part(file, part, group, made_by)
             else:
                 advance(len(rows))
             found[first] = part
