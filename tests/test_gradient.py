@@ -229,12 +229,13 @@ def test_gradient_statistics_of_a_half_space_are_those_of_an_integral() -> None:
     assert total == pytest.approx(64 * second, rel=5 * ((fourth - second**2) / 40_000) ** 0.5 / second)
 
 
-def test_a_gradient_without_noise_needs_no_draws_and_one_without_signal_many() -> None:
+def test_a_gradient_without_noise_needs_no_draws_and_one_without_signal_any_number() -> None:
+    """Also one that is 0 at every draw: where the slope is in draws that are rare, few draws see none of it."""
     found = GradientStatistics(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 1.0]))
-    few, some, dead, hopeless = found.draws_for(0.9).tolist()
-    assert few == dead == 0
+    few, some, flat, hopeless = found.draws_for(0.9).tolist()
+    assert few == 0
     assert some == pytest.approx(2 * 0.81 / 0.19)
-    assert hopeless > 1e9
+    assert flat == hopeless == float("inf")
 
 
 def test_the_stated_draws_give_the_stated_cosine() -> None:
