@@ -105,10 +105,8 @@ def loss_and_gradient(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss) -> 
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    """Of the gradient g of one noise draw, for each image: ``signal`` (B,) = ||E g||^2, ``noise`` (B,) = E||g - E g||^2.
-
-    Both are float64.
-    """
+    """Of the gradient g of one noise draw, for each image: ``signal`` (B,) = ||E g||^2 and ``noise`` (B,) = E||g - E
+    g||^2, both float64."""
 
     signal: Tensor
     noise: Tensor
