@@ -167,15 +167,13 @@ def correct(network: nn.Module, points: Tensor, images: ImageSet) -> NDArray[np.
 
 def reference(arguments: argparse.Namespace) -> None:
     for case, network, images in cases(arguments):
-        reference_side(arguments, case, network, images, (*arguments.attacks,))
+        reference_side(arguments, case, network, images)
 
 
-def reference_side(
-    arguments: argparse.Namespace, case: str, network: nn.Module, images: ImageSet, attacks: tuple[str, ...]
-) -> dict[str, Found]:
+def reference_side(arguments: argparse.Namespace, case: str, network: nn.Module, images: ImageSet) -> dict[str, Found]:
     epsilon, queries = CASES[case].epsilon, CASES[case].queries
     found = {}
-    for attack in attacks:
+    for attack in arguments.attacks:
         name = f"{attack}-{queries}" if attack == "square" else attack
         attacker = partial(original, attack=attack, epsilon=epsilon, queries=queries)
         folder = arguments.cache / case / f"original-{arguments.images}"
@@ -201,7 +199,7 @@ def original(network: nn.Module, images: ImageSet, *, attack: str, epsilon: floa
 
 def deterministic(arguments: argparse.Namespace) -> None:
     for case, network, images in cases(arguments):
-        theirs = reference_side(arguments, case, network, images, (*SINGLE, "standard"))
+        theirs = reference_side(arguments, case, network, images)
         ours = our_side(arguments, case, network, images)
         print_table(case, ours, theirs)
 
@@ -216,8 +214,8 @@ def our_side(arguments: argparse.Namespace, case: str, network: nn.Module, image
     }
     folder = arguments.cache / case / f"{arguments.ours}-{arguments.images}"
     return {
-        name: found_by(attacker, name, folder, network, images, epsilon, arguments.batch)
-        for name, attacker in attackers.items()
+        name: found_by(attackers[name], name, folder, network, images, epsilon, arguments.batch)
+        for name in arguments.attacks
     }
 
 
@@ -243,7 +241,7 @@ def streams(images: ImageSet, name: str) -> list[torch.Generator]:
 
 
 def print_table(case: str, ours: dict[str, Found], theirs: dict[str, Found]) -> None:
-    clean = ours["standard"].clean
+    clean = next(iter(ours.values())).clean
     print(
         f"{case}: {len(clean)} images, clean {100 * clean.mean():.1f} %, Square alone {CASES[case].queries:,} queries"
     )
