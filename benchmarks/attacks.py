@@ -174,9 +174,9 @@ def reference_side(arguments: argparse.Namespace, case: str, network: nn.Module,
     epsilon, queries = CASES[case].epsilon, CASES[case].queries
     found = {}
     for attack in arguments.attacks:
-        name = f"{attack}-{queries}" if attack == "square" else attack
         attacker = partial(original, attack=attack, epsilon=epsilon, queries=queries)
         folder = arguments.cache / case / f"original-{arguments.images}"
+        name = cached_name(attack, queries)
         found[attack] = found_by(attacker, name, folder, network, images, epsilon, arguments.batch)
     return found
 
@@ -214,8 +214,10 @@ def our_side(arguments: argparse.Namespace, case: str, network: nn.Module, image
     }
     folder = arguments.cache / case / f"{arguments.ours}-{arguments.images}"
     return {
-        name: found_by(attackers[name], name, folder, network, images, epsilon, arguments.batch)
-        for name in arguments.attacks
+        attack: found_by(
+            attackers[attack], cached_name(attack, queries), folder, network, images, epsilon, arguments.batch
+        )
+        for attack in arguments.attacks
     }
 
 
@@ -257,6 +259,10 @@ def print_table(case: str, ours: dict[str, Found], theirs: dict[str, Found]) -> 
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def cached_name(attack: str, queries: int) -> str:
+    return f"{attack}-{queries}" if attack == "square" else attack
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module, ImageSet]]:
