@@ -119,9 +119,9 @@ def strength(arguments: argparse.Namespace) -> None:
     clean = evaluated(arguments, smoothed, images, "none")
     images = images[np.flatnonzero(~clean.broken)]
     results = {
-        "worst case": evaluated(arguments, smoothed, images, "worst-case"),
         "PGDRS": judged(arguments, smoothed, images, "pgdrs", pgdrs),
         "AutoAttack rand": judged(arguments, smoothed, images, "autoattack-rand", autoattack_rand),
+        "worst case": evaluated(arguments, smoothed, images, "worst-case"),
     }
     print_result("no attack", clean)
     print(f"the {len(images)} images that are not broken without an attack:")
