@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rush.attacks.gradient import LogProbs, is_random, loss_and_gradient, pinned
+from rush.attacks.l1 import room_towards
 from rush.attacks.losses import Loss, margin
 from rush.attacks.threat import ORDERS, project
 from rush.options import Norm
@@ -52,6 +53,7 @@ def fmn(
     nearest, nearest_size, latest = x, radius, x
     for k in range(steps):
         values, gradient = loss_and_gradient(log_probs, point, y, loss)
+        gradient = gradient * (room_towards(gradient, point) > 0)
         values, size = values - confidence, _size(point - x, norm)
         beyond = values > 0
         nearest, nearest_size = _nearer(nearest, nearest_size, point, size, beyond)

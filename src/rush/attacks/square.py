@@ -123,8 +123,8 @@ def bump(height: int, width: int, norm: Norm, like: Tensor) -> Tensor:
 
 
 def _placed(corner: Tensor, turn: Tensor, side: int, norm: Norm, x: Tensor) -> Tensor:
-    """Two bumps of opposite sign side by side, of unit size together, in the square of each image, transposed for half of
-    them; (B, 1, H, W)."""
+    """Two bumps of opposite sign side by side, of unit size together, in the square of each image, transposed for half
+    of them; (B, 1, H, W)."""
     pair = torch.cat([bump(side, side // 2, norm, x), -bump(side, side - side // 2, norm, x)], 1)
     pair = _of_size(pair, norm, (0, 1))
     pairs = torch.where(turn.view(-1, 1, 1) < 0.5, pair, pair.T)
