@@ -836,6 +836,13 @@ def test_threats_that_cannot_be_meant_are_refused_before_work_starts(
     assert recorder.backward_rows == 0
 
 
+@pytest.mark.parametrize("targets", [1, (), (0,), (2,), (1.0,), (True,), "1", [1, 2]], ids=repr)
+def test_targets_that_are_no_ranks_are_refused(targets: object) -> None:
+    images = _near(_plane(), [0.1] * 3)
+    with pytest.raises(InputError, match="targets are ranks from 1 to 1, got "):
+        attack(_plane(), images, ThreatModel("linf", 0.01), targets=targets)  # type: ignore[arg-type]
+
+
 class Spoiled(HalfSpace):
     """Its outputs are not finite for the images whose first pixel is 0."""
 

@@ -107,7 +107,7 @@ def attack(
         "eot_samples": eot_samples,
         "gradient": gradient,
         "loss": loss,
-        "targets": None if targets is None else tuple(targets),
+        "targets": tuple(targets) if isinstance(targets, Sequence) else targets,
     }
     plan = _attacker(method, defender, threat, {name: value for name, value in given.items() if value is not None})
     if isinstance(plan, Plan) and eot_samples == "auto":
