@@ -1,6 +1,9 @@
 """What every test runs under, and what several files share: a network, a finished run, cheap child processes."""
 
 import multiprocessing
+import subprocess
+import sys
+import warnings
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -8,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from commands import Call
+from rush.__main__ import main
 from rush.data.sources import load_images
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
@@ -54,3 +59,24 @@ def processes() -> ForkServerContext:
         ["rush.pipeline", "sklearn.datasets", "torch.distributed", "torch._dynamo", "pytest"]
     )
     return context
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """``rush`` as it starts from the shell, but within this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def started(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = ["rush", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        code = 0
+        try:
+            with warnings.catch_warnings():  # cyclopts doubts that a test means to read the command line
+                warnings.filterwarnings("ignore", message="Cyclopts application invoked without tokens")
+                main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, out, err)
+
+    return started

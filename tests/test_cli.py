@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rush.__main__ import main
+from commands import Call, refusal
 from rush.data.sources import load_images
 from rush.loading import load
 from tiny import results, write_tiny
@@ -30,40 +29,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "
 def rush(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rush", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200)
-
-
-Call = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """``rush`` as it starts from the shell, but within this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def started(*arguments: object) -> subprocess.CompletedProcess[str]:
-        words = ["rush", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", words)
-        code = 0
-        try:
-            with warnings.catch_warnings():  # cyclopts doubts that a test means to read the command line
-                warnings.filterwarnings("ignore", message="Cyclopts application invoked without tokens")
-                main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(words, code, out, err)
-
-    return started
-
-
-def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line with which a command was refused, the last on standard error."""
-    assert done.returncode == 1, done
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("rush: ")
-    return line
 
 
 def modules_after(*arguments: str) -> set[str]:

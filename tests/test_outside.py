@@ -1,0 +1,224 @@
+"""Any model on the command line: audit, ladder and verdict, their refusals, and a run's audit of one of its rungs."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rush
+from commands import Call, refusal
+from rush import outside as outside_module
+from rush.data.sources import load_images
+from rush.errors import ConfigError, DataError, InputError
+from rush.evaluation.audit import AuditReport
+from rush.evaluation.ladder import curve, grey_radius, ladder, plain_ladder
+from rush.evaluation.plans import Suite
+from rush.evaluation.robust import verdict
+from rush.outside import Subject, judge_file, ladder_rows, load_model, threat_model
+from rush.smoothing import SmoothedClassifier
+
+MODELS = """
+import torch
+from torch import nn
+from rush import SmoothedClassifier
+
+class Sums(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(64, 10, generator=generator))
+        self.eval()
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight
+
+class Noisy(Sums):
+    def forward(self, x):
+        return super().forward(x + 0.3 * torch.randn_like(x))
+
+def sums(): return Sums()
+def noisy(): return Noisy()
+def smoothed(): return SmoothedClassifier(Sums(), 0.25, 10)
+def nothing(): return 3
+"""
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a module with models, in the working folder, known to this test alone."""
+    name = f"models_{abs(hash(str(tmp_path)))}"
+    (tmp_path / f"{name}.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_module_is_found_in_the_working_folder_and_smoothed_where_asked(outside: str) -> None:
+    assert type(load_model(f"{outside}:sums", None, 10)).__name__ == "Sums"
+    made = load_model(f"{outside}:sums", 0.5, 10)
+    assert isinstance(made, SmoothedClassifier)
+    assert made.sigma == 0.5
+    assert load_model(f"{outside}:smoothed", None, 10).sigma == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma", "message"),
+    [
+        ("nowhere_at_all:sums", None, "No module named 'nowhere_at_all'.*where the module lies"),
+        ("{}:absent", None, "has no function 'absent'"),
+        ("{}:nothing", None, r"gave int, expected a torch\.nn\.Module"),
+        ("{}:", None, "must read module:function"),
+        ("{}:smoothed", 0.5, "its own noise; leave --sigma away"),
+    ],
+)
+def test_what_is_no_model_is_refused(outside: str, name: str, sigma: float | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(name.format(outside), sigma, 10)
+
+
+def test_thresholds_of_a_command_are_fractions_in_pixel_units() -> None:
+    assert threat_model("linf", "8/255").epsilon == 8 / 255
+    with pytest.raises(InputError, match="exceeds the pixel range"):
+        threat_model("linf", "8")
+    with pytest.raises(ConfigError, match="--epsilon: 'much' is not a number"):
+        threat_model("l2", "much")
+
+
+def test_an_audit_of_any_model_is_written_and_read_back(call: Call, outside: str, tmp_path: Path) -> None:
+    """Random weights: nearly every digit is misclassified without an attack, so nothing can be overestimated."""
+    done = call(
+        "audit",
+        "--model",
+        f"{outside}:sums",
+        "--data",
+        "digits",
+        "--epsilon",
+        "8/255",
+        "--images",
+        70,
+        "--out",
+        "a.json",
+    )
+    assert done.returncode == 0, done.stderr
+    report = AuditReport.from_json(json.loads((tmp_path / "a.json").read_text()))
+    assert report.images == 70
+    assert done.stdout.splitlines()[:3] == report.summary()[:3]
+    assert "PGD-20, cross-entropy (the default)" in done.stdout
+    assert report.accuracy_here <= report.evaluation_accuracy < 0.4
+
+
+def test_a_ladder_of_any_model_ends_with_the_worst_case(call: Call, outside: str) -> None:
+    done = call("ladder", "--model", f"{outside}:sums", "--data", "digits", "--epsilon", "4/255", "--images", 12)
+    assert done.returncode == 0, done.stderr
+    labels = [rung.label for rung in plain_ladder(10)]
+    assert all(label in done.stdout for label in labels)
+    assert done.stderr.count(" %") == len(labels)
+
+
+def test_a_random_model_must_say_what_it_is_used_for(call: Call, outside: str) -> None:
+    given = ("ladder", "--model", f"{outside}:noisy", "--data", "digits", "--images", 4)
+    assert 'decision="vote"' in refusal(call(*given))
+
+
+def test_a_run_folder_keeps_its_own_threat_model(call: Call, tiny_run: Path) -> None:
+    assert "--epsilon belongs to --model" in refusal(call("audit", tiny_run, "--epsilon", "4/255"))
+    assert "give a run folder, or --model" in refusal(call("audit"))
+    assert "--rung belongs to a run folder" in refusal(call("audit", "--model", "a:b", "--rung", "frozen"))
+
+
+def test_a_rung_of_a_run_is_audited_beside_the_runs_own_audit(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run, copy)
+    before = (copy / "audit.json").read_bytes()
+    done = call("audit", copy, "--rung", "frozen")
+    assert done.returncode == 0, done.stderr
+    report = AuditReport.from_json(json.loads((copy / "audit-frozen.json").read_text()))
+    assert report.evaluation == "one noise draw frozen before the loop"
+    assert (copy / "audit.json").read_bytes() == before
+    assert "the ladder has no rung 'eot-3'; it has clean, transfer, frozen" in refusal(
+        call("audit", copy, "--rung", "eot-3")
+    )
+
+
+def test_points_in_a_file_are_judged_like_points_in_memory(outside: str, tmp_path: Path) -> None:
+    images = load_images("digits", split="test")[:30]
+    points = (images.pixels() + 0.02).clamp(0, 1)
+    file, threat = tmp_path / "points.npz", rush.ThreatModel("linf", 0.03)
+    np.savez(file, adversarial=points.numpy()[::-1], ids=np.array(images.ids)[::-1])
+    subject = Subject.of(f"{outside}:smoothed", "digits", "linf", "0.03", images=None)
+    result = judge_file(file, subject, subject.model, threat, max_votes=400)
+    whole = verdict(subject.model, images, points, threat, max_votes=400)
+    assert result.ids == tuple(reversed(whole.ids))
+    np.testing.assert_array_equal(result.verdict[::-1], whole.verdict)
+    assert result.broken.any()
+    assert result.held.any()
+
+    np.savez(
+        file,
+        adversarial=(points * 255).round().to(torch.uint8).numpy(),
+        images=images.images.numpy(),
+        labels=images.labels,
+    )
+    alone = judge_file(file, None, subject.model, threat, max_votes=400)
+    assert len(alone) == 30
+    assert alone.linf.max() == pytest.approx(5 / 255, abs=1e-6)  # 0.02 is 5.1 grey levels
+
+
+def test_files_that_cannot_be_judged_say_why(outside: str, tmp_path: Path) -> None:
+    file, threat = tmp_path / "points.npz", rush.ThreatModel("linf", 0.1)
+    subject = Subject.of(f"{outside}:sums", "digits", "linf", "0.1", images=3)
+    with pytest.raises(DataError, match="does not exist"):
+        judge_file(file, subject, subject.model, threat)
+    file.write_bytes(b"no archive")
+    with pytest.raises(DataError, match="cannot be read as arrays"):
+        judge_file(file, subject, subject.model, threat)
+    np.savez(file, points=np.zeros(3))
+    with pytest.raises(DataError, match="has no array 'adversarial'; it has points"):
+        judge_file(file, subject, subject.model, threat)
+    np.savez(file, adversarial=np.zeros((3, 1, 8, 8), np.float32), ids=np.array(["a", "b", "c"]))
+    with pytest.raises(DataError, match="3 images that the data set has not, first a"):
+        judge_file(file, subject, subject.model, threat)
+    np.savez(file, adversarial=np.zeros((3, 8, 8), np.float32))
+    with pytest.raises(DataError, match=r"must be \(N, C, H, W\), float in \[0, 1\] or uint8, got float32 \(3, 8, 8\)"):
+        judge_file(file, None, subject.model, threat)
+
+
+def test_the_ladder_climbs_from_no_attack_to_the_worst_case() -> None:
+    threat = rush.ThreatModel("linf", 8 / 255)
+    rungs = ladder(20, 0.25, 1, (1, 4), threat=threat, num_classes=10, strong_steps=50)
+    names = [rung.name for rung in rungs]
+    strong = ["apgd", "apgd-margin", "apgd-targets", "apgd-restarts", "square", "worst-case"]
+    assert names == ["clean", "transfer", "frozen", "eot-1", "eot-4", *strong]
+    assert isinstance(rungs[-1], Suite)
+    assert "the paper's protocol" in rungs[3].label
+    assert "paper" not in ladder(20, 0.25, 1, (1,), threat=rush.ThreatModel("linf", 4 / 255))[3].label
+    assert [rung.name for rung in ladder(20, 0.25, 1, (1, 4))] == names[:5]
+
+
+@pytest.mark.parametrize(("norm", "last"), [("linf", 0.5), ("l2", 0.5 * 8), ("l1", 0.5 * 64)])
+def test_the_curve_ends_where_every_image_can_be_made_grey(norm: str, last: float) -> None:
+    assert grey_radius(norm, 64) == last  # type: ignore[arg-type]
+    points = curve(rush.ThreatModel(norm, 0.1), 64, 10, 4)  # type: ignore[arg-type]
+    epsilons = [float(threat.epsilon) for threat, _ in points]
+    assert epsilons[0] == 0.025
+    assert epsilons[-1] == last
+    assert epsilons == sorted(set(epsilons))
+    assert len({plan.name for _, plan in points}) == len(points)
+
+
+def test_rows_of_a_ladder_pair_each_rung_with_the_one_before(outside: str) -> None:
+    subject = Subject.of(f"{outside}:smoothed", "digits", "linf", "0.05", images=10)
+    results = [rush.attack(subject.model, subject.images, subject.threat, method) for method in ("none", "fgsm")]  # type: ignore[arg-type]
+    first, second = ladder_rows(results)
+    assert first[4] == ""
+    assert second[4].startswith(("−", "+0"))
+    assert second[1] == "16 + 0"
+
+
+def test_call_needs_a_function() -> None:
+    with pytest.raises(ConfigError, match="must read module:function"):
+        outside_module.call("module")
