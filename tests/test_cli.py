@@ -102,7 +102,7 @@ def test_an_unknown_command_and_a_missing_argument_fail_without_a_traceback(call
 
 
 def test_a_folder_that_is_no_run_is_refused_by_every_command_that_takes_one(call: Call, tmp_path: Path) -> None:
-    for command in ("finetune", "certify", "attack", "report", "info"):
+    for command in ("finetune", "certify", "attack", "ladder", "audit", "report", "info"):
         told = refusal(call(command, tmp_path))
         assert "holds no recipe.json, so it is no run folder; start one with `rush run RECIPE" in told
 
@@ -150,8 +150,9 @@ def test_a_run_says_its_stages_on_standard_error_and_its_report_on_standard_outp
         "finetune ...",
         "certify ...",
         "attack ...",
+        "audit ...",
     ]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for line in lines[1::2]:
         assert line.endswith(" s")
 
@@ -171,7 +172,7 @@ def test_stages_one_by_one_are_the_same_run(call: Call, tiny_run: Path, tmp_path
     assert call("pretrain", recipe, "--out", folder).returncode == 0
     told = refusal(call("certify", folder))
     assert f"stage finetune is not finished; run `rush finetune {folder}` first" in told
-    for command in ("finetune", "certify", "attack"):
+    for command in ("finetune", "certify", "attack", "audit"):
         done = call(command, folder)
         assert done.returncode == 0, done.stderr
         assert done.stderr.startswith(f"{command} ...\n{command}: ")
@@ -186,7 +187,7 @@ def test_a_finished_run_is_kept_and_reported_again(
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     again = call("run", folder)
     assert again.stderr.splitlines() == [
-        f"{stage}: finished before, kept" for stage in ("pretrain", "finetune", "certify", "attack")
+        f"{stage}: finished before, kept" for stage in ("pretrain", "finetune", "certify", "attack", "audit")
     ]
     assert again.stdout == first.stdout
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
