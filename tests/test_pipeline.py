@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import rush.certification.certify
+import rush.evaluation.attacking
 import rush.evaluation.robust
-import rush.evaluation.table
 import rush.pipeline
 from rush.config import load_recipe
 from rush.data.images import ImageSet
@@ -32,7 +32,7 @@ def test_the_same_recipe_and_seed_give_the_same_bits(tiny_run: Path, tmp_path: P
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # nothing may come from the global generator
     first, again = results(tiny_run), results(run_tiny(tmp_path).path)
     assert first.keys() == again.keys()
-    assert len(first) == 4 + 7  # six attackers and the clean images
+    assert len(first) == 5 + 7  # six attackers and the clean images
     for name in first:
         assert again[name] == first[name], f"{name} differs"
 
@@ -73,9 +73,10 @@ def test_a_run_leaves_the_files_of_the_contract_and_no_others(tiny_run: Path) ->
         "certificates.tsv",
         "attacks.tsv",
         "attacks/images.npz",
+        "audit.json",
         *(f"stages/{stage}.json" for stage in STAGES),
         *(f"attacks/{rung}.npz" for rung in rungs),
-        *(f"attacks/parts/{rung}-0000.npz" for rung in rungs),
+        *(f"attacks/parts/{rung}-0000.npz" for rung in (*rungs, *(f"curve-{number}" for number in range(7)))),
     }
 
 
@@ -91,13 +92,15 @@ GROUPED = (
     "certify.images=24",
     "certify.num_estimation=1000",
     "attack.images=8",
+    "attack.curve_images=2",
+    "audit.images=4",
 )
 
 
 def small_groups() -> None:
     """Certificates come one or two at a time, attacked images in groups of two."""
     rush.certification.certify._ROUND_TILES = 2
-    rush.evaluation.robust.GROUP = rush.evaluation.table.GROUP = 2
+    rush.evaluation.robust.GROUP = rush.evaluation.attacking.GROUP = 2
 
 
 def kill_at(way: str, write: int, delay: float) -> None:
@@ -312,7 +315,14 @@ def test_a_run_refuses_other_images_under_the_same_name(
 
 def test_more_test_images_than_there_are_is_told_by_both_numbers(tiny_run: Path, tmp_path: Path) -> None:
     run = part_of(
-        tiny_run, tmp_path / "run", "stages/certify.json", "certificates.tsv", "stages/attack.json", "attacks"
+        tiny_run,
+        tmp_path / "run",
+        "stages/certify.json",
+        "certificates.tsv",
+        "stages/attack.json",
+        "attacks",
+        "stages/audit.json",
+        "audit.json",
     )
     recipe = load_recipe(str(tiny_run.parent / "tiny.toml"), ["certify.images=401"])
     with pytest.raises(ConfigError, match=r"asks for 401 test images, digits has 400; lower certify\.images"):
@@ -320,7 +330,8 @@ def test_more_test_images_than_there_are_is_told_by_both_numbers(tiny_run: Path,
 
 
 def test_certified_and_attacked_images_are_the_same_when_their_numbers_differ(tmp_path: Path, tiny_run: Path) -> None:
-    run = part_of(tiny_run, tmp_path / "run", "stages/attack.json", "attacks", "attacks.tsv")
+    lost = ("stages/attack.json", "attacks", "attacks.tsv", "stages/audit.json", "audit.json")
+    run = part_of(tiny_run, tmp_path / "run", *lost)
     recipe = load_recipe(str(tiny_run.parent / "tiny.toml"), ["attack.images=5"])
     run_stage(RunFolder.create(run.path, recipe), "attack")
     certified = [line.split("\t")[6] for line in (run.path / "certificates.tsv").read_text().splitlines()[1:]]
@@ -393,7 +404,7 @@ def test_fine_tuning_without_labels_is_refused(tiny_run: Path, tmp_path: Path, m
 
 def test_the_figures_of_the_stages_are_those_of_the_recipe(tiny_run: Path) -> None:
     run = RunFolder.open(tiny_run)
-    pretrain, finetune, certify, attack = (run.require(stage) for stage in STAGES)
+    pretrain, finetune, certify, attack, audit = (run.require(stage) for stage in STAGES)
     assert (pretrain["epochs"], pretrain["images"], pretrain["passes_per_image"]) == (2, 1397, 4)
     assert pretrain["knn_accuracy"]["total"] == 400
     assert pretrain["knn_accuracy"]["correct"] > 200  # of 400; guessing gives 40
@@ -401,6 +412,10 @@ def test_the_figures_of_the_stages_are_those_of_the_recipe(tiny_run: Path) -> No
     assert (certify["images"], certify["forward_passes_per_image"], certify["sigma"]) == (20, 300, 0.25)
     assert attack["threat"] == {"norm": "linf", "epsilon": 8 / 255, "epsilon_text": "8/255"}
     assert [rung["name"] for rung in attack["rungs"]] == ["clean", "transfer", "frozen", "eot-1", "eot-2"]
+    assert (attack["curve"]["images"], len(attack["curve"]["points"])) == (5, 7)
+    assert attack["curve"]["points"][-1]["epsilon"] == 0.5
+    assert attack["level"] == pytest.approx(0.001 / (5 + 7 + 1))
+    assert (audit["images"], audit["evaluation"]) == (10, "PGD-20, cross-entropy, EOT 20 (the default)")
     provenance = json.loads((tiny_run / "provenance.json").read_text())
     assert provenance["data"]["test"]["fingerprint"] == load_images("digits", "test").fingerprint
     assert TINY.count("epochs = 2") == 2

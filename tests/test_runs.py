@@ -33,6 +33,7 @@ FIRST_TRACES: dict[Stage, str] = {
     "finetune": "checkpoints/finetune.pt",
     "certify": "certificates.tsv",
     "attack": "attacks/parts/clean-0000.npz",
+    "audit": "audit.json",
 }
 
 
