@@ -113,6 +113,20 @@ def test_a_point_on_the_boundary_is_neither_broken_nor_held(kind: str) -> None:
     assert found.robust_accuracy_lower == 0
 
 
+def test_an_image_is_held_only_where_every_verdict_on_it_is() -> None:
+    """The attack ends on the plane, undecided; a verdict on the image itself, before or behind it, holds. Odds of
+    failing by chance: 0.001 for each of six images, to be broken."""
+    x, y = _near(_plane(), [0.1] * 6)
+    threat = ThreatModel("l2", _distances(_plane(), x, "l2").float())
+    defender, pixels = robust.prepare(SmoothedClassifier(_plane(), 0.02, 2), (x, y), threat)
+    pgd = Plan("pgd", "", "pgd", "fresh", 4, 20, 0.25)
+    for plans in ((Plan("before", "", "none"), pgd), (pgd, Plan("behind", "", "none"))):
+        found = evaluate(defender, pixels, threat, Suite("two", "two-v1", "", plans), Judging(0.001, 400, 0))
+        assert found.undecided.all()
+        assert (found.attacker == plans.index(pgd)).all()
+        assert (found.l2 > 0.09).all()
+
+
 @pytest.mark.parametrize("kind", ["noisy", "shared"])
 def test_the_worst_case_of_one_draw_is_the_probability_at_the_worst_point(kind: str) -> None:
     """P(right) at the distance minus epsilon. The mean of 16 images on 2,500 draws has a standard error of at most
