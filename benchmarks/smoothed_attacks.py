@@ -14,7 +14,7 @@ attack (PGDRS): from the image itself, steps of 2/255 along the sign of the grad
 fresh draws, 125 steps. AutoAttack "rand" (pyautoattack 0.2.0): APGD-CE and APGD-DLR, 100 steps of 20 passes each; it
 sees the smoothed classifier as a network that draws one noise a pass. Paired differences.
 
-tenfold: the images that the suite leaves, attacked with ten times its budget.
+tenfold: the images that the suite leaves (of the first --tenfold images), attacked with ten times its budget.
 
 CACHE keeps finished groups, so that a stopped run goes on.
 """
@@ -206,6 +206,8 @@ def tenfold(arguments: argparse.Namespace) -> None:
     smoothed, images = model_and_images(arguments)
     images = images[np.flatnonzero(~evaluated(arguments, smoothed, images, "none").broken)]
     before = evaluated(arguments, smoothed, images, "worst-case")
+    rows = list(range(min(arguments.tenfold or len(before), len(before))))
+    images, before = images[rows], before.select(rows)
     left = np.flatnonzero(~before.broken)
     suite = scaled(worst_case("random", smoothed.num_classes), 10)
     pixels, judging = labelled_pixels(images[left]), Judging(ALPHA, MAX_VOTES, 1)
@@ -260,6 +262,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")
     parser.add_argument("--cache", type=Path, help="folder for finished groups")
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--tenfold", type=int, help="of the suite's images so many; all by default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
