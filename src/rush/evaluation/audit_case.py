@@ -1,5 +1,6 @@
 """An evaluation under audit: what the probes look at, and the attacks that they run."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -78,11 +79,16 @@ class Case:
         """The evaluation's points, moved into [0, 1] and the ball where they were outside."""
         return self.threat.project(self.evaluation.adversarial.clamp(0, 1), self.pixels.x)
 
+    def batches(self, rows: list[int], draws: int) -> Iterator[list[int]]:
+        """``rows`` in parts that fill a tile with ``draws`` noisy copies an image, as the attacks take them."""
+        size = max(1, self.defender.execution.tile // max(1, draws))
+        return (rows[first : first + size] for first in range(0, len(rows), size))
+
     def attack(self, plan: Plan | Suite, rows: list[int]) -> AttackResult:
         """The result of ``plan`` on the images at ``rows``, kept in ``found``; its draws are the audit's own."""
         named: Plan | Suite = replace(plan, name=f"audit-{plan.name}")
         if isinstance(plan, Suite):
-            named = replace(plan, plans=tuple(replace(own, name=f"audit-{own.name}") for own in plan.plans))
+            named = replace(plan, plans=tuple(replace(own, name=f"audit-suite-{own.name}") for own in plan.plans))
         result = evaluate(self.defender, self.pixels.select(rows), self.threat.select(rows), named, self.judging)
         self.found.append(result)
         return result

@@ -1,7 +1,7 @@
 """Measurements of the audit that call a model: slopes, noise and outputs, as plain numbers."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,34 +42,55 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / first.abs().max().clamp(min=1))
 
 
-def slope_agreement(
-    log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
-) -> tuple[float, float, int]:
-    """How the gradient of the margin by autograd compares with central differences of the same function.
+@dataclass(frozen=True)
+class Slopes:
+    """Slopes of the margin at some images, by autograd and measured by central differences, over ``DISTANCES``.
 
-    log_probs: not random, or pinned. Returns (agreement, ratio, images): over random directions of signs the cosine of
-    the two slopes, all images together, each weighted by one over its gradient's size; along the gradient the median
-    of the measured slope over autograd's; images with a gradient. Of the ``DISTANCES`` the one with the best agreement
-    counts, so that steps and rounding smaller than it are forgiven.
+    expected, measured: (distances, directions, B) along random directions of signs, each over the gradient's size;
+    ratio: (distances, B), measured over autograd's along the gradient. Images without a gradient are left out.
+    """
+
+    expected: Tensor
+    measured: Tensor
+    ratio: Tensor
+
+
+def slopes_at(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Slopes:
+    """Slopes at the images ``x``; ``log_probs``: not random, or pinned.
+
     Cost: 1 backward and 2 (16 + 1) 3 forward passes.
     """
     _, slope = loss_and_gradient(log_probs, x, y, margin)
-    usable = alive(slope)
-    if not bool(usable.any()):
-        return 0.0, 0.0, 0
+    usable, size = alive(slope), _size(slope)
+    weight = 1 / size.flatten()[usable]
     directions = [_signs(x, generator) for _ in range(_DIRECTIONS)]
-    along = slope / _size(slope) * x[0].numel() ** 0.5
-    found = []
+    along = slope.nan_to_num() / size * x[0].numel() ** 0.5
+    expected, measured, ratio = [], [], []
     for distance in DISTANCES:
         reach = distance * _pixel_step(threat, x)
         pairs = [_slopes(log_probs, x, y, slope, reach * way) for way in directions]
-        expected, measured = (torch.stack(side)[:, usable] for side in zip(*pairs, strict=True))
-        weight = 1 / _size(slope).flatten()[usable]
-        expected, measured = expected * weight, measured * weight
-        cosine = (expected * measured).sum() / (expected.norm() * measured.norm()).clamp(min=1e-30)
-        by_autograd, rising = _slopes(log_probs, x, y, slope, reach * along)
-        found.append((float(cosine), float((rising / by_autograd)[usable].median())))
-    return (*max(found), int(usable.sum()))
+        by_autograd, risen = (torch.stack(side)[:, usable] * weight for side in zip(*pairs, strict=True))
+        expected.append(by_autograd)
+        measured.append(risen)
+        climbed, rising = _slopes(log_probs, x, y, slope, reach * along)
+        ratio.append((rising / climbed)[usable])
+    return Slopes(torch.stack(expected), torch.stack(measured), torch.stack(ratio))
+
+
+def agreement(parts: Sequence[Slopes]) -> tuple[float, float, int]:
+    """How autograd's slopes compare with the measured ones: (cosine, ratio, images).
+
+    cosine: between the two along random directions, all images together; ratio: the median, along the gradient. Of the
+    distances the one of the best cosine counts, so that steps and rounding smaller than it are forgiven.
+    """
+    expected, measured = (torch.cat([getattr(own, name) for own in parts], 2) for name in ("expected", "measured"))
+    ratio = torch.cat([own.ratio for own in parts], 1)
+    if ratio.shape[1] == 0:
+        return 0.0, 0.0, 0
+    size = expected.norm(dim=(1, 2)) * measured.norm(dim=(1, 2))
+    cosine = (expected * measured).sum((1, 2)) / size.clamp(min=_UNDERFLOW)
+    best = int(cosine.argmax())
+    return float(cosine[best]), float(ratio[best].median()), ratio.shape[1]
 
 
 def draws_needed(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss, eot_samples: int, repeats: int) -> list[float]:

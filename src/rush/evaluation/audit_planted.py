@@ -12,7 +12,7 @@ steps of enough length gets there; random points do not, since <w, x' - x> of a 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,9 +77,7 @@ class PlantedDefender:
         return self._inner.ranking(images, seed)
 
     def _means(self, points: LabelledPixels, name: str, seed: int) -> Tensor:
-        x = points.x.to(self.execution.device)
-        with torch.no_grad():
-            return self.log_probs(_JUDGE, x, points.ids, seed, f"planted/{name}")(x).cpu()
+        return _means(self, points, seed, f"planted/{name}")
 
     def _tilt(self, ids: Sequence[str], device: torch.device) -> "_Tilt":
         plants = [self._plants[own] for own in ids]
@@ -116,18 +114,27 @@ class _RandomTilted(_Tilted):
 
 
 def _plant(defender: Defender, images: LabelledPixels, threat: ThreatModel, seed: int) -> dict[str, _Plant]:
-    device = defender.execution.device
     points = torch.stack([_edge(own, row, threat, images, seed) for row, own in enumerate(images.ids)])
     targets = defender.ranking(images, seed)[:, 0]
-    with torch.no_grad():
-        seen = defender.log_probs(replace(_JUDGE, name="plant"), points.to(device), images.ids, seed, "planted/gap")
-        log_probs = seen(points.to(device)).cpu()
+    log_probs = _means(defender, LabelledPixels(points, images.y, images.ids), seed, "planted/gap")
     own = log_probs.gather(1, targets[:, None])[:, 0]
     gap = log_probs.amax(1) - own
     change = points - images.x
     strength = (SLACK * gap + AHEAD) / change.square().flatten(1).sum(1)
     slope = strength.view(-1, 1, 1, 1) * change
     return {name: _Plant(images.x[row], slope[row], int(targets[row])) for row, name in enumerate(images.ids)}
+
+
+def _means(defender: Defender, points: LabelledPixels, seed: int, name: str) -> Tensor:
+    """Log of the mean probabilities (N, K) over 100 fresh draws, on the CPU."""
+    found = []
+    size = max(1, defender.execution.tile // _JUDGE.eot_samples)
+    for first in range(0, len(points), size):
+        part = points.select(list(range(first, min(first + size, len(points)))))
+        x = part.x.to(defender.execution.device)
+        with torch.no_grad():
+            found.append(defender.log_probs(_JUDGE, x, part.ids, seed, name)(x).cpu())
+    return torch.cat(found)
 
 
 def _edge(name: str, row: int, threat: ThreatModel, images: LabelledPixels, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rush.attacks.gradient import loss_and_gradient, pinned
+from rush.attacks.gradient import LogProbs, loss_and_gradient, pinned
 from rush.attacks.losses import LossName, margin
 from rush.attacks.threat import ThreatModel, norms
 from rush.evaluation import audit_measures as measures
@@ -64,13 +64,14 @@ def input_range(case: Case) -> Finding:
 def pixel_scale(case: Case) -> Finding:
     """4 x 16 forward passes of a random model, 4 of another, on the probed images."""
     draws = Plan("scale", "clean", "pgd", "fresh", _MOST_DRAWS)
-    seen, x, y = case.seen(draws, case.probed, "scale")
-
-    def accuracy(points: Tensor) -> float:
-        with torch.no_grad():
-            return float((seen(points).argmax(1) == y).float().mean())
-
-    return findings.pixel_scale(accuracy(x), {name: accuracy(scaled(x)) for name, scaled in _SCALES.items()})
+    own, right = 0, dict.fromkeys(_SCALES, 0)
+    for rows in case.batches(case.probed, _MOST_DRAWS):
+        seen, x, y = case.seen(draws, rows, "scale")
+        own += _right(seen, x, y)
+        for name, scaled in _SCALES.items():
+            right[name] += _right(seen, scaled(x), y)
+    total = len(case.probed)
+    return findings.pixel_scale(own / total, {name: count / total for name, count in right.items()})
 
 
 def ball(case: Case) -> Finding:
@@ -141,22 +142,26 @@ def gradient(case: Case) -> Finding:
     """m forward and backward passes on 32 held images."""
     if (plan := _climbing(case)) is None or not case.held:
         return skipped("gradient", _NOTHING)
-    rows = case.held[:CLOSE]
-    seen, x, y = case.seen(plan, rows, "gradient")
-    values, slopes = loss_and_gradient(seen, x, y, case.loss(plan, rows))
-    dead = ~measures.alive(slopes)
-    return findings.gradient(int(dead.sum()), len(dead), int((dead & (values == 0)).sum()))
+    dead, saturated, total = 0, 0, 0
+    for rows in case.batches(case.held[:CLOSE], plan.eot_samples):
+        seen, x, y = case.seen(plan, rows, "gradient")
+        values, slopes = loss_and_gradient(seen, x, y, case.loss(plan, rows))
+        lost = ~measures.alive(slopes)
+        dead, total = dead + int(lost.sum()), total + len(rows)
+        saturated += int((lost & (values == 0)).sum())
+    return findings.gradient(dead, total, saturated)
 
 
 def finite_differences(case: Case) -> Finding:
     """1 backward and 102 forward passes of at most 16 draws, on 32 held images."""
     if (plan := _climbing(case)) is None or not case.held:
         return skipped("finite-differences", _NOTHING)
-    rows = case.held[:CLOSE]
     few = replace(plan, eot_samples=min(plan.eot_samples, _MOST_DRAWS))
-    seen, x, y = case.seen(few, rows, "finite-differences")
-    generator = stream(case.seed, "audit/directions")
-    agreement, ratio, images = measures.slope_agreement(pinned(seen), x, y, case.threat.select(rows), generator)
+    generator, parts = stream(case.seed, "audit/directions"), []
+    for rows in case.batches(case.held[:CLOSE], few.eot_samples):
+        seen, x, y = case.seen(few, rows, "finite-differences")
+        parts.append(measures.slopes_at(pinned(seen), x, y, case.threat.select(rows), generator))
+    agreement, ratio, images = measures.agreement(parts)
     if images == 0:
         return skipped("finite-differences", "no image has a gradient")
     return findings.finite_differences(agreement, ratio, images)
@@ -179,10 +184,11 @@ def signal_to_noise(case: Case) -> Finding:
         return skipped("signal-to-noise", _NOTHING)
     if case.defender.kind != "random" or plan.gradient != "fresh" or plan.eot_samples == 0:
         return skipped("signal-to-noise", "the evaluation draws no fresh noise")
-    rows, draws = case.held[:CLOSE], min(plan.eot_samples, _MOST_DRAWS)
-    seen, x, y = case.seen(replace(plan, eot_samples=draws), rows, "signal-to-noise")
+    draws, needed = min(plan.eot_samples, _MOST_DRAWS), []
     repeats = max(_IMAGES, -(-_DRAWS // draws))
-    needed = measures.draws_needed(seen, x, y, case.loss(plan, rows), draws, repeats)
+    for rows in case.batches(case.held[:CLOSE], draws):
+        seen, x, y = case.seen(replace(plan, eot_samples=draws), rows, "signal-to-noise")
+        needed += measures.draws_needed(seen, x, y, case.loss(plan, rows), draws, repeats)
     within = _QUARTER / plan.step_size if plan.step_size else 1.0
     averaged = plan.eot_samples * max(1.0, min(plan.steps, within))
     return findings.signal_to_noise(needed, averaged)
@@ -193,15 +199,13 @@ def path(case: Case) -> Finding:
     if not case.held:
         return skipped("path", "no image is held")
     view = Plan("path", "64 common draws", "pgd", "fresh", _COMMON_DRAWS)
-    at_images, at_points = [], []
-    for first in range(0, len(case.held), _IMAGES):
-        rows = case.held[first : first + _IMAGES]
+    not_rising = 0
+    for rows in case.batches(case.held, _COMMON_DRAWS):
         seen, x, y = case.seen(view, rows, "path")
-        common = pinned(seen)
-        at_images.append(margin(measures.without_gradient(common, x), y))
-        at_points.append(margin(measures.without_gradient(common, case.points[rows].to(x.device)), y))
-    not_rising = torch.cat(at_points) <= torch.cat(at_images)
-    return findings.path(int(not_rising.sum()), len(not_rising))
+        common, points = pinned(seen), case.points[rows].to(x.device)
+        before, after = (margin(measures.without_gradient(common, at), y) for at in (x, points))
+        not_rising += int((after <= before).sum())
+    return findings.path(not_rising, len(case.held))
 
 
 def more_steps(case: Case) -> Finding:
@@ -357,6 +361,11 @@ PROBES: dict[str, Probe] = {
 
 
 _NOTHING = "no image is held, or the evaluation has no known attack that climbs a gradient"
+
+
+def _right(seen: LogProbs, x: Tensor, y: Tensor) -> int:
+    """How many of the images ``x`` are given their label."""
+    return int((measures.without_gradient(seen, x).argmax(1) == y).sum())
 
 
 def _climbing(case: Case) -> Plan | None:

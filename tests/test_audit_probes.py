@@ -1,0 +1,304 @@
+"""Probes on models and evaluations made to fail one of them, and on honest ones that must pass it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rush
+from audit_zoo import Quantised, Scaled
+from exact_models import HalfSpace, assert_in_threat, square_half_space, square_images
+from random_models import NoisyHalfSpace
+from rush.attacks.gradient import fresh_noise
+from rush.attacks.losses import margin
+from rush.attacks.random_search import random_search
+from rush.attacks.threat import ThreatModel
+from rush.evaluation import audit_measures as measures
+from rush.evaluation import defenders
+from rush.evaluation.audit_case import Case
+from rush.evaluation.audit_planted import PlantedDefender
+from rush.evaluation.audit_probes import PROBES
+from rush.evaluation.defenders import Model, SmoothedDefender
+from rush.evaluation.findings import Finding
+from rush.evaluation.plans import Plan, worst_case
+from rush.evaluation.results import AttackResult
+from rush.evaluation.robust import Judging, evaluate, prepare
+from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
+from rush.options import Norm
+from rush.randomness import stream
+from rush.smoothing import SmoothedClassifier
+
+N = 24
+# l-inf distances 0.1 to 0.2 from the plane: nothing is broken at 0.05, everything at 0.5
+MARGINS = np.linspace(0.2, 0.4, N) * np.where(np.arange(N) % 2, 1, -1)
+X, Y = square_images(MARGINS, seed=0), torch.from_numpy((MARGINS > 0).astype(np.int64))
+THREAT = ThreatModel("linf", 0.05)
+SIGMA = 0.25
+PGD = Plan("pgd", "PGD-20", "pgd", "fresh", 0, 20, 0.25)
+EOT = replace(PGD, eot_samples=8)
+
+
+def _case(
+    model: Model,
+    plan: Plan | None = None,
+    *,
+    threat: ThreatModel = THREAT,
+    tampered: Callable[[AttackResult], AttackResult] = lambda own: own,
+    **options: object,
+) -> Case:
+    """An audit of ``plan`` on the half space's images, its result ``tampered`` with."""
+    doors = {name: options.pop(name, None) for name in ("decision", "surrogate")}
+    defender, pixels = prepare(model, (X, Y), threat, **doors, declared=False)  # type: ignore[arg-type]
+    judging = Judging(1e-4, 1000, 0)
+    made = evaluate(defender, pixels, threat, plan or (PGD if defender.kind == "plain" else EOT), judging)
+    rest = {"again": None, "training": (), "certificates": None, **options}
+    return Case(
+        model=model,
+        defender=defender,
+        pixels=pixels,
+        threat=threat,
+        evaluation=tampered(made),
+        surrogate=doors["surrogate"],  # type: ignore[arg-type]
+        judging=judging,
+        **rest,  # type: ignore[arg-type]
+    )
+
+
+def _probed(name: str, case: Case) -> Finding:
+    found = PROBES[name](case)
+    assert found.name == name
+    return found
+
+
+def _smoothed(sigma: float = SIGMA) -> SmoothedClassifier:
+    return SmoothedClassifier(square_half_space(), sigma, 2)
+
+
+def _moved(factor: float) -> Callable[[AttackResult], AttackResult]:
+    """The change of every point times ``factor``."""
+    return lambda own: replace(own, adversarial=X + factor * (own.adversarial - X))
+
+
+class InBatch(nn.Module):
+    """The half space on images without their batch's mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = square_half_space()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x - 0.5 * x.mean(0, keepdim=True))
+
+
+class QuietUnderAttack(NoisyHalfSpace):
+    """Random, but not where a gradient is asked for."""
+
+    def draws(self, rows: int) -> Tensor:
+        return torch.zeros(rows) if torch.is_grad_enabled() else super().draws(rows)
+
+
+class GreyLevels(HalfSpace):
+    """The half space of images from 0 to 255."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / 255)
+
+
+class RandomSlope(nn.Module):
+    """A plane whose normal gets a new normal draw of deviation ``spread`` at every call, one for each row."""
+
+    def __init__(self, spread: float) -> None:
+        super().__init__()
+        self.spread = spread
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 0.5 + self.spread * torch.randn(x.flatten(1).shape)
+        score = (weight * x.flatten(1)).sum(1) - 1
+        return torch.stack([-score, score], 1)
+
+
+def noisy(spread: float = 0.1) -> NoisyHalfSpace:
+    return NoisyHalfSpace(torch.full((1, 2, 2), 0.5), -1.0, spread)
+
+
+def wrong_way() -> HalfSpace:
+    return HalfSpace(torch.full((1, 2, 2), -0.5), 1.0)
+
+
+def test_an_honest_evaluation_of_an_exact_model_passes_everything() -> None:
+    """Smoothed by noise, so that nothing is skipped but what was not given. Failing by chance: a false verdict on one
+    of 24 images in each of nine attacks, 9 x 24 x 1e-4 by the levels; in truth margins are 0.6 sigma and more."""
+    case = _case(_smoothed())
+    statuses = {name: probe(case).status for name, probe in PROBES.items()}
+    assert set(statuses.values()) == {"passed", "skipped"}
+    assert [name for name, status in statuses.items() if status == "skipped"] == [
+        "verdict",
+        "frozen-noise",
+        "certificates",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("input-range", lambda: _case(_smoothed(), tampered=lambda own: replace(own, adversarial=255 * X))),
+        ("pixel-scale", lambda: _case(GreyLevels(torch.full((1, 2, 2), 0.5), -1.0))),
+        ("ball", lambda: _case(square_half_space(), tampered=_moved(1.1))),
+        ("ball", lambda: _case(square_half_space(), tampered=_moved(255 / 256))),
+        ("ball", lambda: _case(square_half_space(), tampered=_moved(0.5))),
+        ("mode", lambda: _case(square_half_space(), training=("layer",))),
+        ("mode", lambda: _case(InBatch())),
+        ("randomness", lambda: _case(noisy())),
+        ("randomness", lambda: _case(square_half_space(), decision="vote")),
+        ("noise", lambda: _case(_smoothed(), replace(PGD, gradient="transfer"))),
+        ("noise", lambda: _case(_smoothed(), tampered=lambda own: replace(own, plan=PGD))),
+        ("noise", lambda: _case(QuietUnderAttack(torch.full((1, 2, 2), 0.5), -1.0, 0.1), decision="vote")),
+        ("gradient", lambda: _case(Scaled(square_half_space(), 1e5))),
+        ("gradient", lambda: _case(Quantised(square_half_space(), 16))),
+        ("finite-differences", lambda: _case(square_half_space(), surrogate=wrong_way())),
+        ("step-size", lambda: _case(square_half_space(), replace(PGD, steps=3))),
+        ("step-size", lambda: _case(square_half_space(), tampered=_moved(0.3))),
+        ("signal-to-noise", lambda: _case(RandomSlope(3.0), replace(EOT, eot_samples=1), decision="vote")),
+        ("path", lambda: _case(square_half_space(), tampered=_moved(0.0))),
+        ("path", lambda: _case(square_half_space(), surrogate=wrong_way())),
+        ("large-epsilon", lambda: _case(Scaled(square_half_space(), 1e5))),
+        ("planted", lambda: _case(square_half_space(), replace(PGD, steps=1))),
+        ("planted", lambda: _case(Scaled(square_half_space(), 1e5))),
+    ],
+)
+def test_a_flaw_is_found(name: str, case: Callable[[], Case]) -> None:
+    """RandomSlope's images are random, the attack's view of them too; it is wide enough to fail in any draw: 12 draws
+    are needed, one is used."""
+    assert _probed(name, case()).status == "failed"
+
+
+@pytest.mark.parametrize("name", ["randomness", "noise", "signal-to-noise", "planted", "large-epsilon", "path"])
+def test_a_foreign_random_model_attacked_as_it_is_passes(name: str) -> None:
+    """The spreads of 16 draws on 8 images differ by a factor of two with probability < 1e-9 (chi-square, 120 degrees of
+    freedom each)."""
+    assert _probed(name, _case(noisy(), decision="vote")).status == "passed"
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 2.0])
+def test_the_attackers_sigma_is_measured(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defender that hands the attacker ``share`` of its sigma; each deviation has a standard error of about 1 %."""
+
+    def other_noise(smoothed: SmoothedClassifier, draws: int, generators: Sequence[torch.Generator]) -> object:
+        return fresh_noise(SmoothedClassifier(smoothed.classifier, share * smoothed.sigma, 2), draws, generators)
+
+    monkeypatch.setattr(defenders, "fresh_noise", other_noise)
+    attacker, defender = measures.sigmas(_smoothed(), EOT, X.shape[1:], 0)
+    assert attacker == pytest.approx(share * SIGMA, rel=0.06)
+    assert defender == pytest.approx(SIGMA, rel=0.06)
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_draws_needed_of_a_slope_with_known_noise(spread: float) -> None:
+    """The margin's gradient is 2 (w + spread z), signal 4 ||w||^2 = 4, noise 4 spread^2 x 4 pixels: a cosine of 1/2
+    takes noise / (3 signal) draws. 1,000 repeats: the median of 24 images is within 25 % but for 1e-4."""
+    defender, pixels = prepare(RandomSlope(spread), (X, Y), THREAT, decision="vote")
+    one = defender.log_probs(replace(EOT, eot_samples=1), pixels.x, pixels.ids, 0, "test")
+    needed = measures.draws_needed(one, pixels.x, pixels.y, margin, 1, 1000)
+    assert np.median(needed) == pytest.approx(4 * spread**2 / 3, rel=0.25)
+
+
+def test_slopes_of_a_plane_agree_exactly() -> None:
+    defender, pixels = prepare(square_half_space(), (X, Y), THREAT)
+    seen = defender.log_probs(PGD, pixels.x, pixels.ids, 0, "test")
+    slopes = measures.slopes_at(seen, pixels.x, pixels.y, THREAT, stream(0, "test"))
+    assert measures.agreement([slopes]) == pytest.approx((1.0, 1.0, N), rel=1e-3)
+
+
+def test_verdicts_that_do_not_stand_are_found() -> None:
+    """Six images called broken that are held, or left undecided that are broken; six left undecided are no fault."""
+    case = _case(_smoothed())
+    judged = case.defender.judge(
+        replace(case.pixels, x=case.points), purpose="again", level=1e-4, max_votes=1000, seed=0
+    )
+    verdict = np.full(N, HELD, np.uint8)
+    for called, now, status in ((BROKEN, HELD, "failed"), (UNDECIDED, BROKEN, "failed"), (UNDECIDED, HELD, "passed")):
+        there, here = verdict.copy(), verdict.copy()
+        there[:6], here[:6] = called, now
+        case.evaluation, case.again = replace(case.evaluation, verdict=there), replace(judged, verdict=here)
+        assert _probed("verdict", case).status == status
+
+
+def test_transfer_through_a_surrogate_finds_what_a_masked_gradient_hides() -> None:
+    """At 0.25 every image can be broken, and the evaluation, one random draw, breaks few."""
+    weak = Plan("weak", "one random point", "random", steps=1, loss="margin", start="clean")
+    case = _case(
+        Quantised(square_half_space(), 64), weak, threat=ThreatModel("linf", 0.25), surrogate=square_half_space()
+    )
+    assert len(case.held) > N // 2
+    assert _probed("transfer", case).status == "failed"
+    assert case.found[0].broken.all()
+
+
+def test_a_suites_attacks_are_named() -> None:
+    case = _case(square_half_space(), replace(PGD, steps=1, step_size=0.01), threat=ThreatModel("linf", 0.15))
+    case.attack(worst_case("plain", 2), case.held)
+    found = _probed("worst-case", case)
+    assert found.status == "failed"
+    assert "PGD-20" in found.evidence
+
+
+def test_certificates_above_the_attack_are_found() -> None:
+    """Radii 1.5 times too large, and an attack in l2 at 1.2 times the distances."""
+    smoothed = _smoothed()
+    certificates = rush.certify(smoothed, (X, Y), num_estimation=10_000)
+    threat = ThreatModel("l2", torch.from_numpy(1.2 * np.abs(MARGINS)).float())
+    plan = replace(EOT, eot_samples=4)
+    assert _probed("certificates", _case(smoothed, plan, threat=threat, certificates=certificates)).status == "passed"
+    inflated = replace(certificates, radius=1.5 * certificates.radius)
+    assert _probed("certificates", _case(smoothed, plan, threat=threat, certificates=inflated)).status == "failed"
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.05), ("l2", 0.1), ("l1", 0.2)])
+@pytest.mark.parametrize("kind", ["plain", "random"])
+def test_planted_examples_are_where_they_are_said_to_be(norm: Norm, epsilon: float, kind: str) -> None:
+    """Nothing changes at the image; at the planted point, inside the ball, the other class wins by 0.5 nats and more.
+
+    Random model: 200 draws of a margin with little spread, far from 0.5 nats."""
+    threat = ThreatModel(norm, epsilon)
+    defender, pixels = prepare(square_half_space() if kind == "plain" else _smoothed(), (X, Y), threat)
+    planted = PlantedDefender(defender, pixels, threat, 0)
+    slopes = torch.stack([planted._plants[own].slope for own in pixels.ids])
+    tilt = planted._tilt(pixels.ids, X.device)
+    assert torch.allclose(tilt.added_to(torch.zeros(N, 2), X).exp(), torch.full((N, 2), 0.5))
+    sizes = slopes.flatten(1).norm(dim=1)
+    assert bool((sizes > 0).all())
+    direction = slopes.sign() if norm == "linf" else slopes / sizes.view(-1, 1, 1, 1)
+    points = threat.project(X + epsilon * direction, X)
+    assert_in_threat(points, X, threat)
+    assert bool((planted.harm(replace(pixels, x=points), "test", 0) > 0.3).all())
+    assert bool((planted.harm(pixels, "test", 0) < 0).all())
+
+
+def test_random_points_do_not_find_what_is_planted() -> None:
+    """In 64 pixels 100 random corners come 0.4 of the way at most; the planted class takes 0.8 of it. Failing: one of
+    2,400 sums of 64 signs beyond 6 of its deviations, < 1e-5."""
+    x = 0.25 + 0.5 * torch.rand(N, 1, 8, 8, generator=stream(0, "test"))
+    model = HalfSpace(torch.full((1, 8, 8), 1 / 8), -8.0)
+    threat, y = ThreatModel("linf", 0.02), torch.zeros(N, dtype=torch.int64)
+    defender, pixels = prepare(model, (x, y), threat)
+    planted = PlantedDefender(defender, pixels, threat, 0)
+    seen = planted.log_probs(PGD, x, pixels.ids, 0, "test")
+    points = random_search(seen, x, y, threat, [stream(0, own) for own in pixels.ids], draws=100)
+    assert bool((planted.harm(replace(pixels, x=points), "test", 0) < 0).all())
+    found = evaluate(planted, pixels, threat, PGD, Judging(1e-3, 100, 0))
+    assert bool(found.broken.all())
+
+
+def test_a_defender_of_grey_images_is_only_watched_for_the_noise() -> None:
+    """The measurement leaves the model as it was: no layer is wrapped, no hook stays."""
+    smoothed = _smoothed()
+    before = dict(smoothed.classifier.named_modules())
+    measures.sigmas(smoothed, EOT, X.shape[1:], 0)
+    assert dict(smoothed.classifier.named_modules()) == before
+    assert isinstance(_case(smoothed).defender, SmoothedDefender)
+    assert not smoothed.classifier._forward_pre_hooks

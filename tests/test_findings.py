@@ -1,0 +1,135 @@
+"""Findings from crafted figures: each fails where it must, passes where it must, and says which when it cannot tell."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+from scipy import stats
+
+from rush.evaluation import findings
+from rush.evaluation.audit_probes import PROBES
+from rush.evaluation.findings import Finding
+
+HELD = [True] * 10
+
+# name, the finding that must pass, the one that must fail
+CRAFTED: list[tuple[str, Callable[[], Finding], Callable[[], Finding]]] = [
+    ("input-range", lambda: findings.input_range(0.0, 1.0), lambda: findings.input_range(0.0, 255.0)),
+    ("input-range", lambda: findings.input_range(-5e-8, 1 + 5e-8), lambda: findings.input_range(-2.1, 2.6)),
+    ("pixel-scale", lambda: findings.pixel_scale(0.9, {"a": 0.95}), lambda: findings.pixel_scale(0.1, {"a": 0.9})),
+    (
+        "ball",
+        lambda: findings.ball("linf", [1.0] * 10, HELD, 5.0),
+        lambda: findings.ball("linf", [1.0] * 9 + [1.01], HELD, 5.0),
+    ),
+    (
+        "ball",
+        lambda: findings.ball("linf", [1 + 5e-5] * 10, HELD, 5.0),
+        lambda: findings.ball("linf", [255 / 256] * 10, HELD, 5.0),
+    ),
+    (
+        "ball",
+        lambda: findings.ball("l2", [0.7] * 10, HELD, None),
+        lambda: findings.ball("linf", [0.5] * 10, HELD, None),
+    ),
+    # a plan whose steps cannot reach the edge says nothing about the ball, nor do the points of broken images
+    (
+        "ball",
+        lambda: findings.ball("linf", [0.2] * 10, HELD, 0.2),
+        lambda: findings.ball("linf", [0.2] * 10, HELD, 5.0),
+    ),
+    (
+        "ball",
+        lambda: findings.ball("linf", [0.2] * 10, [False] * 10, 5.0),
+        lambda: findings.ball("l1", [0.4] * 10, HELD, 5.0),
+    ),
+    ("mode", lambda: findings.mode((), 1e-6), lambda: findings.mode(("bn1", "bn2"), None)),
+    ("mode", lambda: findings.mode((), None), lambda: findings.mode((), 0.5)),
+    ("randomness", lambda: findings.randomness(False, 0.0), lambda: findings.randomness(False, 0.1)),
+    ("randomness", lambda: findings.randomness(True, 0.1), lambda: findings.randomness(True, 0.0)),
+    ("noise", lambda: findings.noise(0.252, 0.25, "sigma"), lambda: findings.noise(0.12, 0.25, "sigma")),
+    ("noise", lambda: findings.noise(0.8, 1.0, "spread"), lambda: findings.noise(0.0, 1.0, "spread")),
+    ("noise", lambda: findings.noise(0.25, 0.25, "sigma"), lambda: findings.noise(0.5, 0.25, "sigma")),
+    ("verdict", lambda: findings.verdict(1, 100), lambda: findings.verdict(4, 100)),
+    ("gradient", lambda: findings.gradient(0, 32, 0), lambda: findings.gradient(5, 32, 5)),
+    (
+        "finite-differences",
+        lambda: findings.finite_differences(0.99, 1.0, 32),
+        lambda: findings.finite_differences(0.3, 1.0, 32),
+    ),
+    # a gradient of the wrong scale points the right way; one of the wrong sign does not
+    (
+        "finite-differences",
+        lambda: findings.finite_differences(0.99, 10.0, 32),
+        lambda: findings.finite_differences(0.99, -1.0, 32),
+    ),
+    ("step-size", lambda: findings.step_size(5.0, 1.0, 30), lambda: findings.step_size(0.2, 0.2, 30)),
+    ("step-size", lambda: findings.step_size(None, 1.0, 30), lambda: findings.step_size(None, 0.3, 30)),
+    ("step-size", lambda: findings.step_size(5.0, 0.0, 2), lambda: findings.step_size(5.0, 0.1, 30)),
+    (
+        "signal-to-noise",
+        lambda: findings.signal_to_noise([2.0] * 10, 20),
+        lambda: findings.signal_to_noise([2.0] * 10, 1),
+    ),
+    ("path", lambda: findings.path(2, 40), lambda: findings.path(12, 40)),
+    (
+        "large-epsilon",
+        lambda: findings.large_epsilon(2, 32, "linf", 0.5),
+        lambda: findings.large_epsilon(9, 32, "l2", 4.0),
+    ),
+    ("planted", lambda: findings.planted(2, 32), lambda: findings.planted(9, 32)),
+    *(
+        (
+            name,
+            lambda name=name: findings.gain(name, 1, 100, "it"),
+            lambda name=name: findings.gain(name, 4, 100, "it"),
+        )
+        for name in (
+            "frozen-noise",
+            "more-steps",
+            "more-eot-samples",
+            "more-restarts",
+            "other-loss",
+            "fixed-noise-attack",
+            "transfer",
+            "square",
+            "random-search",
+            "worst-case",
+        )
+    ),
+    ("certificates", lambda: findings.certificates(1, 100, 2), lambda: findings.certificates(3, 100, 2)),
+]
+
+
+@pytest.mark.parametrize(("name", "passing", "failing"), CRAFTED)
+def test_crafted_figures(name: str, passing: Callable[[], Finding], failing: Callable[[], Finding]) -> None:
+    assert (passing().name, passing().status) == (name, "passed")
+    failed = failing()
+    assert (failed.name, failed.status) == (name, "failed")
+    assert failed.remedy
+    assert failed.evidence
+    assert failed.figure is not None
+    assert math.isfinite(failed.figure)
+
+
+def test_every_finding_has_its_place_its_probe_and_a_case_of_failing() -> None:
+    assert list(PROBES) == list(findings.ORDER)
+    assert {name for name, _, _ in CRAFTED} == set(findings.ORDER)
+    assert set(findings.ORDER) >= findings.INVALIDATING
+
+
+@pytest.mark.parametrize("total", [3, 32, 64, 100])
+def test_a_share_fails_by_its_exact_lower_bound_alone(total: int) -> None:
+    """Against scipy's test of the same hypothesis: the share is at most the threshold."""
+    for count in range(total + 1):
+        p_value = stats.binomtest(count, total, 0.1, alternative="greater").pvalue
+        status = findings.share_status(count, total, 0.1)
+        assert (status == "failed") == (p_value < 0.05), count
+        assert (status == "passed") == (count / total <= 0.1 and p_value >= 0.05), count
+
+
+def test_few_images_decide_nothing() -> None:
+    assert findings.path(1, 3).status == "undecided"
+    assert findings.finite_differences(0.1, 1.0, 4).status == "undecided"
+    assert findings.signal_to_noise([100.0] * 4, 1).status == "undecided"
+    assert findings.planted(0, 0).status == "skipped"
