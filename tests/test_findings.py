@@ -133,3 +133,31 @@ def test_few_images_decide_nothing() -> None:
     assert findings.finite_differences(0.1, 1.0, 4).status == "undecided"
     assert findings.signal_to_noise([100.0] * 4, 1).status == "undecided"
     assert findings.planted(0, 0).status == "skipped"
+
+
+def test_thresholds_are_the_frozen_ones() -> None:
+    """They were fixed before the second half of the zoo was written; a change asks for a zoo that is made after it."""
+    assert {
+        name: value for name, value in vars(findings).items() if name.isupper() and isinstance(value, float | int)
+    } == {
+        "GAIN": 0.01,
+        "CONFIDENCE": 0.95,
+        "RANGE_SLACK": 1e-4,
+        "SCALE_GAIN": 0.2,
+        "BALL_SLACK": 1e-3,
+        "BALL_256_WIDTH": 5e-4,
+        "NEIGHBOURS": 1e-2,
+        "PASSES_DIFFER": 1e-3,
+        "SIGMA_BAND": 1.1,
+        "SPREAD_BAND": 2.0,
+        "DEAD_SHARE": 0.05,
+        "AGREEMENT": 0.5,
+        "REACH": 1.0,
+        "EDGE": 0.5,
+        "DRAWS_NEEDED": 1.0,
+        "NOT_RISING": 0.1,
+        "LARGE_EPSILON_HELD": 0.1,
+        "PLANTED_MISSED": 0.1,
+        "FEWEST": 5,
+    }
+    assert findings.BALL_USED == {"linf": 0.9, "l2": 0.5, "l1": 0.5}
