@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from certifying import METHODS, SIGMA, assert_same, certified, pixel_images, pixel_vote
+from commands import Call, refusal
 from rush.certification.certificates import UNKNOWN, Certificates, join_certificates
 from rush.certification.certify import certify_each
 from rush.certification.recompute import recompute
@@ -19,7 +20,6 @@ from rush.certification.table import read_certificates, write_certificates
 from rush.errors import InputError
 from rush.inputs import labelled_pixels
 from rush.smoothing import ABSTAIN
-from test_cli import Call, call, refusal
 
 __all__ = ["call"]  # the fixture
 
