@@ -21,8 +21,6 @@ from rush.errors import InputError
 from rush.inputs import labelled_pixels
 from rush.smoothing import ABSTAIN
 
-__all__ = ["call"]  # the fixture
-
 X, Y = pixel_images(40)
 RADII = tuple(0.05 * step for step in range(10))
 
