@@ -20,10 +20,12 @@ CACHE keeps finished groups, so that a stopped run goes on.
 """
 
 import argparse
+import json
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +42,10 @@ from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, evaluate, verdict
 from rush.files import write_atomically
 from rush.inputs import labelled_pixels
+from rush.options import parse_fraction
 from rush.randomness import stream
 from rush.smoothing import SmoothedClassifier
 
-THREAT = rush.ThreatModel("linf", 8 / 255)
 ALPHA, MAX_VOTES = 0.001, 10_000
 PGDRS_STEPS, PGDRS_DRAWS, PGDRS_STEP = 125, 32, 2 / 255
 GROUP = 64
@@ -140,7 +142,7 @@ def evaluated(
     return rush.attack(
         smoothed,
         images,
-        THREAT,
+        threat_of(arguments),
         method,
         alpha=ALPHA,
         max_votes=MAX_VOTES,
@@ -153,25 +155,25 @@ def judged(
     smoothed: SmoothedClassifier,
     images: ImageSet,
     name: str,
-    attack: Callable[[SmoothedClassifier, ImageSet], Tensor],
+    attack: Callable[[SmoothedClassifier, ImageSet, float], Tensor],
 ) -> AttackResult:
     """Another attack's points, group by group from the cache, under this library's verdict."""
-    parts, seconds = [], 0.0
+    parts, seconds, epsilon = [], 0.0, float(threat_of(arguments).epsilon)
     for first in range(0, len(images), GROUP):
         path = arguments.cache / name / f"{first:05d}.npz"
         if not path.exists():
             started = time.perf_counter()
-            points = attack(smoothed, images[first : first + GROUP]).detach().numpy()
+            points = attack(smoothed, images[first : first + GROUP], epsilon).detach().numpy()
             save(path, points=points, seconds=np.array(time.perf_counter() - started))
         with np.load(path) as stored:
             parts.append(torch.from_numpy(stored["points"]))
             seconds += float(stored["seconds"])
     points = torch.cat(parts)
     print(f"{name}: {seconds:,.0f} s for the attack on {len(images)} images", flush=True)
-    return verdict(smoothed, images, points, THREAT, alpha=ALPHA, max_votes=MAX_VOTES, name=name)
+    return verdict(smoothed, images, points, threat_of(arguments), alpha=ALPHA, max_votes=MAX_VOTES, name=name)
 
 
-def pgdrs(smoothed: SmoothedClassifier, images: ImageSet) -> Tensor:
+def pgdrs(smoothed: SmoothedClassifier, images: ImageSet, epsilon: float) -> Tensor:
     """The first author's attack as it was published in its second form (noise drawn anew at every step)."""
     x, y = images.pixels(), images.labels
     assert y is not None
@@ -184,17 +186,17 @@ def pgdrs(smoothed: SmoothedClassifier, images: ImageSet) -> Tensor:
         delta = torch.zeros_like(own)
         for _ in range(PGDRS_STEPS):
             _, slope = loss_and_gradient(seen, (own + delta).clamp(0, 1), labels, cross_entropy)
-            delta = (delta + PGDRS_STEP * slope.sign()).clamp(-THREAT.epsilon, THREAT.epsilon)
+            delta = (delta + PGDRS_STEP * slope.sign()).clamp(-epsilon, epsilon)
         found.append((own + delta).clamp(0, 1))
     return torch.cat(found)
 
 
-def autoattack_rand(smoothed: SmoothedClassifier, images: ImageSet) -> Tensor:
+def autoattack_rand(smoothed: SmoothedClassifier, images: ImageSet, epsilon: float) -> Tensor:
     from pyautoattack import AutoAttack
 
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     module = smoothed.as_module(num_samples=1, generator=stream(0, "benchmark", "rand", str(images.ids[0])))
-    suite = AutoAttack(module, norm="Linf", eps=THREAT.epsilon, seed=0, version="rand", device="cpu")
+    suite = AutoAttack(module, norm="Linf", eps=epsilon, seed=0, version="rand", device="cpu")
     points, _ = suite.run_standard_evaluation(images.pixels(), images.labels, batch_size=GROUP)
     return points
 
@@ -211,7 +213,7 @@ def tenfold(arguments: argparse.Namespace) -> None:
     left = np.flatnonzero(~before.broken)
     suite = scaled(worst_case("random", smoothed.num_classes), 10)
     pixels, judging = labelled_pixels(images[left]), Judging(ALPHA, MAX_VOTES, 1)
-    after = evaluate(defend(smoothed), pixels, THREAT, suite, judging, arguments.cache / "tenfold")
+    after = evaluate(defend(smoothed), pixels, threat_of(arguments), suite, judging, arguments.cache / "tenfold")
     print_result("worst case", before)
     standing = ~before.broken
     standing[left[after.broken]] = False
@@ -238,10 +240,20 @@ def print_result(name: str, result: AttackResult) -> None:
     )
 
 
+def threat_of(arguments: argparse.Namespace) -> rush.ThreatModel:
+    """The threat model of the run's recipe."""
+    attack = recipe(arguments)["attack"]
+    return rush.ThreatModel(attack["norm"], parse_fraction(attack["epsilon"]))
+
+
+def recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    return json.loads((arguments.run / "recipe.json").read_text())
+
+
 def model_and_images(arguments: argparse.Namespace) -> tuple[SmoothedClassifier, ImageSet]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    test = rush.load_images("cifar10", split="test", root=arguments.data)
+    test = rush.load_images(recipe(arguments)["data"]["name"], split="test", root=arguments.data)
     images = stratified_subset(test, arguments.images, stream(0, "benchmark", "images"))
     return rush.load(arguments.run, compiled=False), images
 
