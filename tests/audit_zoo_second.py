@@ -1,0 +1,249 @@
+"""Models and evaluations of the second half of the zoo, written against thresholds that were already fixed.
+
+Small perceptrons and linear models where they serve: an audit of them takes seconds.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from audit_zoo import Images, digits, plain_network
+from rush.attacks.gradient import LogProbs, seeded
+from rush.attacks.losses import cross_entropy
+from rush.attacks.pgd import pgd
+from rush.attacks.threat import ThreatModel
+from rush.evaluation.audit import AuditReport, AuditVerdict, audit
+from rush.evaluation.defenders import Model
+from rush.evaluation.plans import Plan, Suite
+from rush.evaluation.results import AttackResult
+from rush.evaluation.robust import attack
+from rush.evaluation.verdict import BROKEN, HELD
+from rush.options import Decision
+from rush.randomness import seeded_init, stream
+
+Evaluation: TypeAlias = Plan | Suite | Callable[[Model, Images, ThreatModel], AttackResult] | None
+
+PASSES = 10  # of a random model, of which ``any_of_ten`` wants one to be right
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One evaluation of one model, what the audit must say, and why.
+
+    evaluation: as of ``audit_zoo.Entry``. expected: the verdict; first: the findings of which one must be the first
+    that failed, with more than one only where two causes are equally right; empty where none may fail. decision,
+    surrogate: as of ``rush.audit``.
+    """
+
+    name: str
+    model: Callable[[], Model]
+    images: Images
+    threat: ThreatModel
+    evaluation: Evaluation
+    expected: AuditVerdict
+    first: frozenset[str] = frozenset()
+    decision: Decision | None = None
+    surrogate: Callable[[], nn.Module] | None = None
+
+
+def examined(entry: Examined, seed: int = 0) -> AuditReport:
+    """The audit of one entry."""
+    model, made = entry.model(), entry.evaluation
+    evaluation = made if made is None or isinstance(made, Plan | Suite) else made(model, entry.images, entry.threat)
+    surrogate = None if entry.surrogate is None else entry.surrogate()
+    return audit(model, entry.images, entry.threat, evaluation, decision=entry.decision, surrogate=surrogate, seed=seed)
+
+
+def parity(number: int, split: str = "test") -> Images:
+    """The first ``number`` digits, labelled 1 where they are odd."""
+    x, y = digits(number, split)
+    return x, y % 2
+
+
+@cache
+def perceptron() -> nn.Module:
+    """64-64-10, trained on the digits as they are."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return fitted(network, digits(10_000, "train"), "perceptron")
+
+
+@cache
+def noisy_perceptron() -> nn.Module:
+    """64-64-10, trained under Gaussian noise of 0.25."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return fitted(network, digits(10_000, "train"), "noisy perceptron", noise=0.25)
+
+
+def batch_normalised() -> nn.Module:
+    """A copy of the plain network in training mode: an image's class depends on the images beside it."""
+    return copy.deepcopy(plain_network()).train()
+
+
+@cache
+def shifted_perceptron() -> nn.Module:
+    """64-256-10, trained under shifts of up to 2 pixels each way, round the edges."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    return fitted(network, digits(10_000, "train"), "shifted perceptron", shift=2)
+
+
+@cache
+def plane() -> nn.Module:
+    """A linear model that tells odd digits from even ones, see ``parity``."""
+    return fitted(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), parity(10_000, "train"), "plane")
+
+
+def fitted(network: nn.Module, images: Images, name: str, noise: float = 0.0, shift: int = 0) -> nn.Module:
+    """``network`` in evaluation mode, trained for 30 epochs from a start of its own, under noise and shifts."""
+    generator = stream(0, "zoo", name)
+    seeded_init(network, generator).train()
+    x, y = images
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(30):
+        for batch in torch.randperm(len(x), generator=generator).split(64):
+            down, right = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
+            seen = x[batch].roll((down, right), (2, 3)) + noise * torch.randn(x[batch].shape, generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(network(seen), y[batch]).backward()
+            optimizer.step()
+    return network.eval().requires_grad_(False)
+
+
+def plane_holds(images: Images, epsilon: float) -> Tensor:
+    """Which images (N,) of ``plane`` no change of at most ``epsilon`` a pixel within [0, 1] takes across: exact.
+
+    The most harmful change is at one end of its range at every pixel. Noise that is symmetric moves the plane's votes
+    and means to neither side, so that the answer is the same for ``NoiseInside(plane(), sigma)``.
+    """
+    x, y = images[0].double().flatten(1), images[1]
+    layer = next(own for own in plane().modules() if isinstance(own, nn.Linear))
+    weight, bias = layer.weight.double(), layer.bias.double()
+    towards = weight[1 - y] - weight[y]
+    rest = bias[1 - y] - bias[y]
+    lowest, highest = (-x).clamp(min=-epsilon), (1 - x).clamp(max=epsilon)
+    worst = (towards * x + torch.maximum(towards * lowest, towards * highest)).sum(1) + rest
+    return worst < 0
+
+
+class NoiseInside(nn.Module):
+    """``inner`` on pixels with Gaussian noise that is drawn at every call: a model that is random by itself."""
+
+    def __init__(self, inner: nn.Module, sigma: float) -> None:
+        super().__init__()
+        self.inner, self.sigma = inner, sigma
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + self.sigma * torch.randn_like(x))
+
+
+class ShiftInside(nn.Module):
+    """``inner`` on images that every call shifts by up to ``most`` pixels each way, round the edges."""
+
+    def __init__(self, inner: nn.Module, most: int) -> None:
+        super().__init__()
+        self.inner, self.most = inner, most
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, right = torch.randint(-self.most, self.most + 1, (2,)).tolist()
+        return self.inner(x.roll((down, right), (2, 3)))
+
+
+class FrozenBackbone(nn.Module):
+    """``inner`` under ``no_grad`` and a linear adapter on the pixels, hardly trained: all of the gradient that there is
+    comes from the adapter, and next to nothing of the class."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.adapter = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        seeded_init(self.adapter, stream(0, "zoo", "adapter"))
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            classes = self.inner(x)
+        return classes + 0.1 * self.adapter(x)
+
+
+def on_0_to_255(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
+    """PGD-20 by somebody who holds pixels from 0 to 255, and took epsilon for a number of that scale."""
+    assert isinstance(model, nn.Module)
+    x, y = images
+    assert isinstance(threat.epsilon, float)
+    points = 255 * x
+    for _ in range(20):
+        at = points.clone().requires_grad_(True)
+        (slope,) = torch.autograd.grad(F.cross_entropy(model(at / 255), y), at)
+        moved = points + threat.epsilon / 4 * slope.sign()
+        points = torch.minimum(torch.maximum(moved, 255 * x - threat.epsilon), 255 * x + threat.epsilon).clamp(0, 255)
+    return counted(model, images, threat, points, model(points / 255))
+
+
+def in_normalised_units(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
+    """PGD-20 with epsilon measured after the division by a standard deviation of 0.38."""
+    assert isinstance(threat.epsilon, float)
+    return replace(attack(model, images, ThreatModel("linf", 0.38 * threat.epsilon)), threat=threat)
+
+
+def of_256(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
+    """APGD-100 on the margin with epsilon divided by 256 instead of 255."""
+    assert isinstance(threat.epsilon, float)
+    smaller = ThreatModel("linf", threat.epsilon * 255 / 256)
+    return replace(attack(model, images, smaller, "apgd", loss="margin"), threat=threat)
+
+
+def downhill(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
+    """PGD-20 that descends the loss, told without a word on how its points were made."""
+    assert isinstance(model, nn.Module)
+    x, y = images
+    _, points = pgd(
+        log_probs(model),
+        x,
+        y,
+        threat,
+        steps=20,
+        step_size=0.25,
+        loss=lambda given, labels: -cross_entropy(given, labels),
+    )
+    return replace(counted(model, images, threat, points, model(points)), plan=Plan("given", "points given", "none"))
+
+
+def in_training_mode(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
+    """PGD-20 on, and counted on, a copy whose batch normalisation takes its statistics from the attacked batch."""
+    assert isinstance(model, nn.Module)
+    x, y = images
+    seen = copy.deepcopy(model).train()
+    start = threat.random_start(x, [stream(0, "zoo", f"training mode {row}") for row in range(len(x))])
+    points, _ = pgd(log_probs(seen), x, y, threat, steps=20, step_size=0.25, start=start)
+    return counted(model, images, threat, points, seen(points))
+
+
+def any_of_ten(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
+    """PGD-20 over EOT 20, and an image counted as held where one of ten passes is right."""
+    assert isinstance(model, nn.Module)
+    made = attack(model, images, threat, eot_samples=20, decision="vote")
+    with torch.no_grad(), seeded(0):
+        right = [model(made.adversarial).argmax(1) == images[1] for _ in range(PASSES)]
+    held = torch.stack(right).any(0)
+    return replace(made, verdict=torch.where(held, HELD, BROKEN).to(torch.uint8).numpy())
+
+
+def counted(model: nn.Module, images: Images, threat: ThreatModel, points: Tensor, logits: Tensor) -> AttackResult:
+    """The result of PGD-20 at ``points``, judged by somebody from these ``logits``."""
+    held = logits.argmax(1) == images[1]
+    plan = Plan("pgd", "PGD-20", "pgd", steps=20, step_size=0.25)
+    verdict = torch.where(held, HELD, BROKEN).to(torch.uint8).numpy()
+    frame = attack(copy.deepcopy(model).eval(), images, threat, "none")
+    return replace(frame, plan=plan, adversarial=points, verdict=verdict)
+
+
+def log_probs(network: nn.Module) -> LogProbs:
+    """What an attacker sees of a deterministic network."""
+    return lambda x: F.log_softmax(network(x), dim=1)
