@@ -188,8 +188,8 @@ def test_a_damaged_part_is_named_with_its_line(
         run_stage(run, "certify")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune", "attack"])
-def test_only_certification_is_shared_among_processes(
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "audit"])
+def test_only_certification_and_attacks_are_shared_among_processes(
     stage: Stage, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_run, tmp_path / "run")
