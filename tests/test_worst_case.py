@@ -485,10 +485,11 @@ def test_a_suite_is_taken_up_again_too(attacked_groups: list[int], tmp_path: Pat
         ({"images": "first first"}, "holds other images than are attacked now"),
         ({"images": "other pixels"}, "holds other images than are attacked now"),
         ({"images": "other labels"}, "holds other images than are attacked now"),
+        ({"images": "other ids"}, "holds other images than are attacked now"),
     ],
 )
 def test_a_folder_of_another_attack_is_refused(changed: dict[str, Any], text: str, tmp_path: Path) -> None:
-    """Images are known by pixels and labels, since a set keeps its ids when those are changed."""
+    """Images are known by ids, which name their noise, and by pixels and labels, which may change under one id."""
     _attacked(tmp_path, count=66)
     _, images, _ = _three_groups(66)
     assert images.labels is not None
@@ -496,6 +497,7 @@ def test_a_folder_of_another_attack_is_refused(changed: dict[str, Any], text: st
         "first first": images[np.array([1, 0, *range(2, 66)])],
         "other pixels": replace(images, images=255 - images.images),
         "other labels": replace(images, labels=(images.labels + 1) % 3),
+        "other ids": replace(images, ids=np.array([f"bent-{i}" for i in range(66)])),
     }
     if "images" in changed:
         changed = {"images": others[str(changed["images"])]}
