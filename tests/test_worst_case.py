@@ -76,7 +76,14 @@ MODELS: dict[str, tuple[Callable[[float], Model], Decision | None]] = {
 
 @pytest.mark.parametrize(
     ("kind", "norm"),
-    [*((kind, norm) for kind in ("plain", "smoothed") for norm in NORMS), ("vote", "linf"), ("mean", "l2")],
+    [
+        ("plain", "linf"),
+        pytest.param("plain", "l2", marks=pytest.mark.slow),
+        pytest.param("plain", "l1", marks=pytest.mark.slow),
+        *(("smoothed", norm) for norm in NORMS),
+        ("vote", "linf"),
+        pytest.param("mean", "l2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_worst_case_breaks_beyond_the_exact_distance_and_not_within(kind: str, norm: Norm) -> None:
     """2 % of it; 3 % for smoothed models, whose noise is a fifth of the distance, so that P = 0.56 against 0.44, and
@@ -377,7 +384,7 @@ def test_a_scaled_suite_has_that_many_times_the_budget(name: str) -> None:
     assert scaled(suite, 1).plans == suite.plans
 
 
-@pytest.mark.parametrize("kind", ["plain", "smoothed"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "smoothed"])
 def test_a_scaled_suite_can_be_run(kind: str) -> None:
     """Two images within their distance and two beyond."""
     made, _ = MODELS[kind]
