@@ -102,7 +102,7 @@ def _random_plans(num_classes: int, transferable: bool) -> Iterator[Plan]:
     yield Plan(
         "apgd-t", f"APGD-25, targets 1 to {len(ranks)}, EOT 16", "apgd", "fresh", 16, 25, loss="margin", targets=ranks
     )
-    yield Plan("square", "Square, 250 queries of 8 draws", "square", "fresh", 8, 250, loss="margin", start="best")
+    yield Plan("square", "Square, 250 queries of 8 draws", "square", "fresh", 8, 250, loss="margin", start="clean")
     yield Plan(
         "refine", "APGD-16 from the best point, margin, EOT 64", "apgd", "fresh", 64, 16, loss="margin", start="best"
     )
