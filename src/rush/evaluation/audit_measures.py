@@ -119,10 +119,9 @@ def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: in
     watched.counts(grey, 1, watched.streams(seed, "audit/noise/first", ids))  # what the engine asks once is not noise
     defender, x = SmoothedDefender(watched, None), grey.to(execution.device)
     entrance.forget()
-    calls = 0
-    while entrance.values < _VALUES:
-        without_gradient(defender.log_probs(plan, x, ids, seed, f"audit/noise/{calls}"), x)
-        calls += 1
+    calls = -(-_VALUES // (grey.numel() * max(1, plan.eot_samples)))
+    for call in range(calls):
+        without_gradient(defender.log_probs(plan, x, ids, seed, f"audit/noise/{call}"), x)
     attacker = entrance.deviation()
     entrance.forget()
     watched.counts(grey, BLOCK, watched.streams(seed, "audit/noise/verdict", ids))
@@ -174,7 +173,7 @@ class _Entrance(nn.Module):
 
     def deviation(self) -> float:
         """Of all inputs since."""
-        return (self._squares / self.values) ** 0.5
+        return (self._squares / max(1, self.values)) ** 0.5
 
 
 def _spread(log_probs: list[Tensor]) -> float:
