@@ -27,11 +27,12 @@ from audit_zoo import (
 from exact_models import square_half_space, square_images
 from rush.attacks.threat import ThreatModel
 from rush.errors import InputError
+from rush.evaluation import audit as audit_module
 from rush.evaluation.audit import AuditReport, Finding, audit, default_plan, write_audit
 from rush.evaluation.audit_report import decide, images_needed
 from rush.evaluation.defenders import SmoothedDefender
 from rush.evaluation.findings import GAIN, INVALIDATING, ORDER
-from rush.evaluation.plans import Plan
+from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import attack
 from rush.evaluation.verdict import Verdicts
@@ -264,6 +265,17 @@ def test_a_given_result_is_taken_as_it_is_and_judged_again() -> None:
     assert report.failed[0] == "verdict"
     assert len(report.newly_broken) == N
     assert (report.evaluation_accuracy, report.accuracy_here) == (1.0, 0.0)
+
+
+def test_points_that_break_when_judged_again_are_not_attacked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no suite and no probe at all, the evaluation's own points alone show what it called held."""
+    threat = ThreatModel("linf", 0.3)
+    nothing = Suite("nothing", "nothing-v0", "nothing", (Plan("clean", "no attack", "none"),))
+    monkeypatch.setattr(audit_module, "worst_case", lambda *_: nothing)
+    monkeypatch.setattr(audit_module, "_findings", lambda _: ())
+    made = attack(square_half_space(), IMAGES, threat)
+    report = audit(square_half_space(), IMAGES, threat, replace(made, verdict=1 - made.verdict))
+    assert len(report.newly_broken) == N
 
 
 def _refused(**changes: Any) -> tuple[object, ...]:

@@ -15,11 +15,11 @@ from random_models import NoisyHalfSpace
 from rush.attacks.gradient import fresh_noise
 from rush.attacks.losses import margin
 from rush.attacks.random_search import random_search
-from rush.attacks.threat import ThreatModel
+from rush.attacks.threat import ThreatModel, norms
 from rush.evaluation import audit_measures as measures
 from rush.evaluation import defenders
 from rush.evaluation.audit_case import Case
-from rush.evaluation.audit_planted import PlantedDefender
+from rush.evaluation.audit_planted import PlantedDefender, _edge
 from rush.evaluation.audit_probes import PROBES
 from rush.evaluation.defenders import Model, SmoothedDefender
 from rush.evaluation.findings import Finding
@@ -27,6 +27,7 @@ from rush.evaluation.plans import Plan, worst_case
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, evaluate, prepare
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
+from rush.inputs import labelled_pixels
 from rush.options import Norm
 from rush.randomness import stream
 from rush.smoothing import SmoothedClassifier
@@ -302,3 +303,77 @@ def test_a_defender_of_grey_images_is_only_watched_for_the_noise() -> None:
     assert dict(smoothed.classifier.named_modules()) == before
     assert isinstance(_case(smoothed).defender, SmoothedDefender)
     assert not smoothed.classifier._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("more-steps", {"steps": 40}),
+        ("more-eot-samples", {"eot_samples": 16}),
+        ("more-restarts", {"start": "random"}),
+        ("other-loss", {"loss": "margin"}),
+        ("fixed-noise-attack", {"gradient": "frozen"}),
+        ("transfer", {"gradient": "transfer", "method": "apgd"}),
+        ("square", {"method": "square", "steps": 100, "loss": "margin"}),
+        ("random-search", {"method": "random", "steps": 50, "loss": "margin"}),
+    ],
+)
+def test_a_probe_runs_the_attack_that_it_names(name: str, changed: dict[str, object]) -> None:
+    """On the held images, with draws of its own; the rest of the evaluation's plan stays where the attack is the
+    same."""
+    case = _case(_smoothed())
+    assert _probed(name, case).status == "passed"
+    (result,) = case.found
+    plan = result.plan
+    assert isinstance(plan, Plan)
+    assert len(result) == len(case.held) == N
+    assert plan.name == f"audit-{name}"
+    assert {field: getattr(plan, field) for field in changed} == changed
+    if plan.method == "pgd":
+        assert replace(plan, label="", name="", **changed) == replace(EOT, label="", name="", **changed)  # type: ignore[arg-type]
+
+
+def test_frozen_noise_is_tried_again_with_fresh_noise() -> None:
+    case = _case(_smoothed(), replace(EOT, gradient="frozen"))
+    assert _probed("frozen-noise", case).status == "passed"
+    assert case.found[0].plan == replace(EOT, name="audit-frozen-noise")
+    assert _probed("fixed-noise-attack", case).status == "skipped"
+
+
+def test_few_steps_become_ten() -> None:
+    case = _case(square_half_space(), replace(PGD, method="fgsm", steps=1, step_size=1.0))
+    _probed("more-steps", case)
+    plan = case.found[0].plan
+    assert isinstance(plan, Plan)
+    assert (plan.method, plan.steps, plan.step_size) == ("pgd", 10, 0.25)
+
+
+@pytest.mark.parametrize(("degrees", "status"), [(0, "passed"), (40, "passed"), (75, "failed"), (90, "failed")])
+def test_a_gradient_at_an_angle_to_the_slope(degrees: int, status: str) -> None:
+    """A surrogate plane turned by an angle: the agreement is its cosine, to 1 / sqrt(24 images x 16 directions) = 0.05;
+    the cosines tested are at least 5 of these away from 0.5."""
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    along, across = torch.full((1, 2, 2), 0.5), torch.tensor([[[0.5, -0.5], [0.5, -0.5]]])
+    surrogate = HalfSpace(float(cosine) * along + float(sine) * across, -1.0)
+    found = _probed("finite-differences", _case(square_half_space(), surrogate=surrogate))
+    assert found.status == status
+    assert found.figure == pytest.approx(cosine, abs=0.25)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_black_and_white_images_are_planted_at_the_edge_too(norm: Norm) -> None:
+    """Where a pixel can move one way alone, it moves that way: the change is epsilon long."""
+    x = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4), 0.01 * torch.ones(1, 4, 4)])
+    pixels, threat = labelled_pixels((x, torch.zeros(3, dtype=torch.int64))), ThreatModel(norm, 0.4)
+    points = torch.stack([_edge(own, row, threat, pixels, 0) for row, own in enumerate(pixels.ids)])
+    assert_in_threat(points, x, threat)
+    assert norms(points, x, norm).numpy() == pytest.approx(np.full(3, 0.4), rel=1e-5)
+
+
+def test_transferred_points_are_judged_by_the_model() -> None:
+    """A surrogate whose plane is near breaks on itself what the model holds."""
+    near = HalfSpace(torch.full((1, 2, 2), 0.5), -1.0)
+    near.bias = -1.15  # within 0.05 of the images at 0.2 from the model's own plane on its upper side
+    case = _case(square_half_space(), surrogate=near)
+    assert _probed("transfer", case).status == "passed"
+    assert not case.found[0].broken.any()
