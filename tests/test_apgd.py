@@ -7,7 +7,7 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from attacked import Clouded, Counted, broken, digits, generators, log_probs_of
+from attacked import Clouded, Counted, PixelByPixel, broken, digits, generators, log_probs_of
 from exact_models import assert_in_threat
 from rush.attacks.apgd import FIRST_STEP, RANDOM_FIRST_STEP, apgd, apgd_passes, checkpoints
 from rush.attacks.losses import cross_entropy, dlr, margin
@@ -77,6 +77,65 @@ def test_steps_are_halved_from_the_paper_s_rule_on_a_function_of_one_pixel() -> 
     assert max(moves[16:]) < 0.2 / 2**3
     assert abs(best.item() - 0.56) < 0.01
     assert abs(best.item() - 0.56) <= min(abs(value - 0.56) for value in seen) + 1e-6
+
+
+def _projected(point: Tensor, x: Tensor, norm: Norm, epsilon: float) -> Tensor:
+    change = point - x
+    if norm == "linf":
+        change = change.clamp(-epsilon, epsilon)
+    else:
+        change = change * min(1.0, epsilon / max(float(change.norm()), 1e-12))
+    return (x + change).clamp(0, 1)
+
+
+def _slow_apgd(model: nn.Module, x: Tensor, label: int, norm: Norm, epsilon: float, steps: int) -> tuple[Tensor, int]:
+    """Algorithm 1 of Croce & Hein 2020 for one image (1, C, H, W), one line after the other; how often it went back.
+
+    Going back to the best point also forgets the move that led away from it.
+    """
+
+    def measured(point: Tensor) -> tuple[float, Tensor]:
+        point = point.detach().requires_grad_(True)
+        loss = nn.functional.cross_entropy(model(point), torch.tensor([label]))
+        (gradient,) = torch.autograd.grad(loss, point)
+        return float(loss.detach()), gradient.sign() if norm == "linf" else gradient / gradient.norm()
+
+    eta, halved, back = 2 * epsilon, False, 0
+    point = before = best = x
+    losses: list[float] = []
+    best_loss = loss_at_check = -float("inf")
+    last_check = rises = 0
+    for i in range(steps):
+        loss, direction = measured(point)
+        rises += bool(losses) and loss > losses[-1]
+        if loss > best_loss:
+            best, best_loss = point, loss
+        if i in checkpoints(steps, norm):
+            first, second = rises < 0.75 * (i - last_check), not halved and best_loss == loss_at_check
+            halved = first or second
+            if halved:
+                eta, point, before, back = eta / 2, best, best, back + 1
+                loss, direction = measured(point)
+            last_check, rises, loss_at_check = i, 0, best_loss
+        losses.append(loss)
+        stepped = _projected(point + eta * direction, x, norm, epsilon)
+        if i > 0:
+            stepped = _projected(point + 0.75 * (stepped - point) + 0.25 * (point - before), x, norm, epsilon)
+        point, before = stepped, point
+    return point, back
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_apgd_is_the_algorithm_of_the_paper_image_by_image(norm: Norm) -> None:
+    """In float64, on a bent network, 60 steps: the final point of each image, whose steps were halved 1 to 8 times."""
+    model = PixelByPixel(24, 3).double()
+    x = torch.rand((8, 1, 4, 6), generator=stream(0, "x"), dtype=torch.float64)
+    y = torch.arange(8) % 3
+    epsilon = {"linf": 0.2, "l2": 0.7}[norm]
+    _, last = apgd(log_probs_of(model), x, y, ThreatModel(norm, epsilon), steps=60)
+    slow = [_slow_apgd(model, x[i : i + 1], int(y[i]), norm, epsilon, 60) for i in range(8)]
+    assert sum(back for _, back in slow) >= 16
+    torch.testing.assert_close(last, torch.cat([point for point, _ in slow]), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, margin])

@@ -67,13 +67,14 @@ def test_an_idle_attack_and_a_single_step_do_not_pass_that_test(norm: Norm) -> N
 
 
 def test_images_at_corners_of_the_box_are_left_by_the_pixels_that_can_move() -> None:
-    """Half of the pixels cannot move in the direction that helps; the distance over the others is closed-form."""
+    """Half of the pixels, of 30 times the weight, cannot move in the direction that helps; over the others the distance
+    is closed-form."""
     plane, _, _ = half_space_case()
-    weight = plane.weight.detach().flatten()
     stuck = torch.arange(64) % 2 == 0
+    weight = plane.weight.detach().flatten() * torch.where(stuck, 30.0, 1.0)
     x = torch.where(stuck, (weight < 0).float(), torch.full((64,), 0.5))
     free = weight * ~stuck
-    model = HalfSpace(plane.weight.detach(), float(-(weight @ x)) + 0.8)  # class 1 by a score of 0.8
+    model = HalfSpace(weight.view(1, 8, 8), float(-(weight @ x)) + 0.8)  # class 1 by a score of 0.8
     expected = {"linf": 0.8 / free.abs().sum(), "l2": 0.8 / free.norm(), "l1": 0.8 / free.abs().max()}
     for norm in NORMS:
         points = fmn(log_probs_of(model), x.view(1, 1, 8, 8), torch.tensor([1]), norm)

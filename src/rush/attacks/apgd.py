@@ -36,10 +36,10 @@ def apgd(
     """Two candidates for each image, (best, last), both (B, C, H, W) in the ball and in [0, 1].
 
     Steps of 2 epsilon (0.5 on a random function) with momentum; at checkpoints the step is halved, and the image goes
-    back to its best point, where fewer than RHO of the steps since the last checkpoint raised the loss, or where
-    neither the step nor the largest loss has changed since then (algorithm 1). For l1 there is no momentum: steps
-    change ever fewer pixels, ``L1_THINNING`` times fewer than the best change so far, and shrink where that number has
-    settled.
+    back to its best point, the move before forgotten, where fewer than RHO of the steps since the last checkpoint
+    raised the loss, or where neither the step nor the largest loss has changed since then (algorithm 1). For l1 there
+    is no momentum: steps change ever fewer pixels, ``L1_THINNING`` times fewer than the best change so far, and shrink
+    where that number has settled.
 
     On a function that is not random ``best`` is a misclassified point if there was one, and among these, or else among
     all, the one of largest loss. On a random one a measured maximum is luck: there best and current point are compared
