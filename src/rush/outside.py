@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rush.attacks.threat import ThreatModel
-from rush.data.images import ImageSet
+from rush.data.images import ImageSet, evaluation_order
 from rush.data.sources import load_images
 from rush.errors import ConfigError, DataError, InputError
 from rush.evaluation.audit import AuditReport, audit
@@ -26,7 +26,6 @@ from rush.evaluation.robust import Judging, evaluate, prepare, verdict
 from rush.inputs import LabelledPixels, labelled_pixels
 from rush.loading import load
 from rush.options import Decision, Norm, parse_fraction
-from rush.randomness import stream
 from rush.reporting import tables
 from rush.smoothing import SmoothedClassifier
 
@@ -206,7 +205,7 @@ def _chosen(images: ImageSet, count: int | None, seed: int) -> ImageSet:
         return images
     if count < 1:
         raise ConfigError(f"--images must be at least 1, got {count}")
-    return images[torch.randperm(len(images), generator=stream(seed, "evaluation", "order"))[:count].tolist()]
+    return images[evaluation_order(len(images), count, seed)]
 
 
 def _arrays(file: Path) -> dict[str, NDArray[np.generic]]:

@@ -19,7 +19,7 @@ from rush.certification.rules import Rule, make_rule
 from rush.certification.sequential import UNDECIDED
 from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates, write_certificates
 from rush.config import AttackConfig, Recipe, TrainingConfig
-from rush.data.images import ImageSet, stratified_subset
+from rush.data.images import ImageSet, evaluation_order, stratified_subset
 from rush.data.sources import load_images
 from rush.data.views import Views
 from rush.engine.checkpoint import TrainingCheckpoint
@@ -88,7 +88,7 @@ class Conditions:
                 f"the recipe asks for {count} test images, {test.name} has {len(test)}; "
                 "lower certify.images and attack.images"
             )
-        order = torch.randperm(len(test), generator=stream(self.recipe.seed, "evaluation", "order"))[:count].tolist()
+        order = evaluation_order(len(test), count, self.recipe.seed)
         return order, labelled_pixels(test[order], num_classes)
 
 

@@ -135,8 +135,7 @@ class SmoothedClassifier:
         ``differentiable()``, in which BatchNorm may be folded and the weights are copies."""
         check_eval_mode(self.classifier)
         noisy = (x[:, None] + noise.to(x.device)).flatten(0, 1)
-        log_softmax = F.log_softmax((logits or self._logits)(noisy), dim=1)
-        return log_softmax.view(len(x), noise.shape[1], -1).logsumexp(1) - torch.tensor(float(noise.shape[1])).log()
+        return mean_log_softmax((logits or self._logits)(noisy), len(x))
 
     def as_module(self, num_samples: int = 32, generator: torch.Generator | None = None) -> nn.Module:
         """An nn.Module x -> ``log_probs`` with fresh noise at every call, for attack libraries that take a network."""
@@ -177,6 +176,12 @@ class _SmoothedModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         noise = self._smoothed.sample_noise(x, self._num_samples, self._generator)
         return self._smoothed.log_probs_at(x, noise, self._smoothed.differentiable())
+
+
+def mean_log_softmax(logits: Tensor, images: int) -> Tensor:
+    """Log of the mean softmax (B, K) of logits (B x M, K), the M draws of an image side by side."""
+    log_softmax = F.log_softmax(logits, dim=1).view(images, -1, logits.shape[1])
+    return log_softmax.logsumexp(1) - torch.tensor(float(log_softmax.shape[1])).log()
 
 
 def _check_one_each(generators: Sequence[torch.Generator], num_images: int) -> None:

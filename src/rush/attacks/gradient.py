@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rush.attacks.losses import Loss
 from rush.engine.precision import Execution
-from rush.smoothing import SmoothedClassifier
+from rush.smoothing import SmoothedClassifier, mean_log_softmax
 
 LogProbs: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -140,7 +140,7 @@ def gradient_statistics(
         noise = smoothed.sample_noise(x[row : row + 1], draws, generators[row : row + 1]).to(x.device)
         noisy = (x[row : row + 1, None] + noise).flatten(0, 1).requires_grad_(True)
         with torch.enable_grad():
-            value = loss(_mean_log_softmax(logits(noisy), 1), y[row : row + 1]).sum()
+            value = loss(mean_log_softmax(logits(noisy), 1), y[row : row + 1]).sum()
             (gradient,) = torch.autograd.grad(value, noisy)
         shares.append((draws * gradient).flatten(1).double())
     squared = torch.stack([share.square().sum(1).mean() for share in shares])
@@ -171,7 +171,7 @@ class _FreshNoise:
         return at
 
     def _at(self, x: Tensor, noise: Tensor) -> Tensor:
-        return _mean_log_softmax(self._logits((x[:, None] + noise).flatten(0, 1)), len(x))
+        return mean_log_softmax(self._logits((x[:, None] + noise).flatten(0, 1)), len(x))
 
     def _draw(self, x: Tensor) -> Tensor:
         """Noise (B, m, C, H, W) on the device of ``x``, drawn into one tensor."""
@@ -199,7 +199,7 @@ class _FreshDraws:
     def _at(self, x: Tensor, seed: int) -> Tensor:
         with seeded(seed):
             draws = [self._execution.logits(self._model, x) for _ in range(self._samples)]
-        return _mean_log_softmax(torch.stack(draws, 1).flatten(0, 1), len(x))
+        return mean_log_softmax(torch.stack(draws, 1).flatten(0, 1), len(x))
 
     def _seed(self) -> int:
         return draw_seed(self._generator)
@@ -239,9 +239,3 @@ def seeded(seed: int) -> Iterator[None]:
 def draw_seed(generator: torch.Generator) -> int:
     """A seed for ``seeded``, drawn from ``generator`` on the CPU."""
     return int(torch.randint(_SEEDS, (), generator=generator))
-
-
-def _mean_log_softmax(logits: Tensor, images: int) -> Tensor:
-    """Log of the mean softmax (B, K) of logits (B x m, K), draws of an image side by side."""
-    log_softmax = F.log_softmax(logits, dim=1).view(images, -1, logits.shape[1])
-    return log_softmax.logsumexp(1) - torch.tensor(float(log_softmax.shape[1])).log()

@@ -10,6 +10,7 @@ import torch
 
 from rush.data.indexing import Index, positions
 from rush.errors import DataError, InputError
+from rush.randomness import stream
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,6 +92,11 @@ def check_labels(labels: np.ndarray, num_images: int, num_classes: int, where: s
             f"{wrong.size} of {num_images} labels are out of range: correct them, name every class, or drop the labels"
         )
     return torch.from_numpy(labels.astype(np.int64))
+
+
+def evaluation_order(total: int, count: int | None, seed: int) -> list[int]:
+    """The first ``count`` positions (all for None) of the one seeded order in which images are evaluated."""
+    return torch.randperm(total, generator=stream(seed, "evaluation", "order"))[:count].tolist()
 
 
 def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: torch.Generator) -> ImageSet:

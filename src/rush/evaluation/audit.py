@@ -21,9 +21,9 @@ from rush.evaluation.plans import Kind, Plan, Suite, worst_case
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, evaluate, prepare
 from rush.evaluation.verdict import BROKEN
-from rush.inputs import Images, LabelledPixels, check_positive_integer
+from rush.inputs import Images, LabelledPixels
 from rush.options import Decision
-from rush.smoothing import BLOCK, SmoothedClassifier
+from rush.smoothing import SmoothedClassifier
 
 PATIENCE = 4  # times max_votes, for the evaluation's own points: what votes alone leave open is no fault of an attack
 
@@ -69,11 +69,11 @@ def audit(
     Raises: InputError for bad images or numbers and for an evaluation of other images or another threat model;
     ModelError for an unusable model.
     """
-    _check_numbers(tolerance, alpha, max_votes)
+    judging = replace(Judging.checked(alpha, max_votes, seed), level=alpha / VERDICTS)
+    _check_tolerance(tolerance)
     training = _training_layers(model)
     model = _in_evaluation_mode(model) if training else model
     defender, pixels = prepare(model, images, threat, decision, surrogate, declared=False)
-    judging = Judging(alpha / VERDICTS, max_votes, seed)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
     result = _evaluated(evaluation, defender, pixels, threat, patient)
     again = None
@@ -88,10 +88,7 @@ def audit(
     return _report(case, suite, newly | _broken_by_probes(case), found, tolerance, alpha)
 
 
-def _check_numbers(tolerance: float, alpha: float, max_votes: int) -> None:
-    check_positive_integer("max_votes", max_votes)
-    if not 0 < alpha < 0.5 or max_votes < BLOCK:
-        raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
+def _check_tolerance(tolerance: float) -> None:
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
         raise InputError(f"tolerance is a share of images between 0 and 1, e.g. 0.05, got {tolerance!r}")
 

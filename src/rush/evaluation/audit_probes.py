@@ -3,7 +3,6 @@
 Costs are given in passes of one image through the base network; m stands for the evaluation's draws a gradient.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TypeAlias
@@ -22,6 +21,7 @@ from rush.evaluation.audit_case import CLOSE, VERDICTS, Case
 from rush.evaluation.audit_planted import PlantedDefender
 from rush.evaluation.defenders import Defender, RandomDefender, defend
 from rush.evaluation.findings import Finding, skipped
+from rush.evaluation.ladder import grey_radius
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import evaluate
@@ -39,7 +39,6 @@ _IMAGES = 8  # that a property of the model is seen on, or that are looked at to
 _QUARTER = 0.25  # of the radius: what is drawn within it is averaged
 _FEW_STEPS, _MORE_STEPS = 5, 10
 _FEW_DRAWS, _MORE_DRAWS = 8, 16
-_LARGE = 0.5  # of the pixel range
 
 _STEPPING = ("fgsm", "mifgsm", "pgd")
 _CLIMBING = (*_STEPPING, "apgd", "fmn")
@@ -255,7 +254,7 @@ def large_epsilon(case: Case) -> Finding:
     if case.plan is None or not case.held:
         return skipped("large-epsilon", "the evaluation's attack is not known" if case.held else "no image is held")
     pixels = case.pixels.x[0].numel()
-    epsilon = {"linf": _LARGE, "l2": _LARGE * math.sqrt(pixels), "l1": _LARGE * pixels}[case.threat.norm]
+    epsilon = grey_radius(case.threat.norm, pixels)
     images = case.pixels.select(case.held[:CLOSE])
     result = _run(case, case.defender, images, ThreatModel(case.threat.norm, epsilon), "large-epsilon")
     return findings.large_epsilon(int(result.held.sum()), len(images), case.threat.norm, epsilon)

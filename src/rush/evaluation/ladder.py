@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rush.attacks.threat import ThreatModel
 from rush.errors import InputError
-from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, worst_case
+from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, target_ranks, worst_case
 from rush.options import Norm
 
-_HALVINGS = 2  # doublings below epsilon at which the curve begins
+_HALVINGS = 2  # of epsilon, where the curve begins
 
 
 def ladder(
@@ -48,7 +49,7 @@ def ladder(
 
 def plain_ladder(num_classes: int) -> list[Plan | Suite]:
     """Rungs for a deterministic model."""
-    ranks = _ranks(num_classes, most=9)
+    ranks = target_ranks(num_classes, most=9)
     return [
         Plan("clean", "no attack", "none"),
         Plan("fgsm", "FGSM", "fgsm", steps=1, step_size=1.0),
@@ -76,11 +77,11 @@ def curve(threat: ThreatModel, pixels: int, steps: int, eot_samples: int) -> lis
         epsilons.append(epsilon)
         epsilon *= 2
     label = f"PGD-{steps}, margin" + (f" of the mean, EOT {eot_samples}" if eot_samples else "")
-    plan_of = {
-        number: Plan(f"curve-{number}", label, "pgd", "fresh", eot_samples, steps, 0.25, loss="margin")
-        for number in range(len(epsilons) + 1)
-    }
-    return [(ThreatModel(threat.norm, value), plan_of[number]) for number, value in enumerate([*epsilons, last])]
+    plan = Plan("curve", label, "pgd", "fresh", eot_samples, steps, 0.25, loss="margin")
+    return [
+        (ThreatModel(threat.norm, value), replace(plan, name=f"curve-{number}"))
+        for number, value in enumerate([*epsilons, last])
+    ]
 
 
 def grey_radius(norm: Norm, pixels: int) -> float:
@@ -94,7 +95,7 @@ def epsilon_text(norm: Norm, epsilon: float) -> str:
 
 
 def _strong(num_classes: int, steps: int, draws: int, restarts: int, queries: int) -> Iterator[Plan | Suite]:
-    ranks = _ranks(num_classes, most=3)
+    ranks = target_ranks(num_classes, most=3)
     mean = f"EOT {draws}"
     yield Plan("apgd", f"APGD-{steps}, cross-entropy of the mean, {mean}", "apgd", "fresh", draws, steps)
     yield Plan("apgd-margin", f"APGD-{steps}, margin of the mean, {mean}", "apgd", "fresh", draws, steps, loss="margin")
@@ -115,14 +116,10 @@ def _strong(num_classes: int, steps: int, draws: int, restarts: int, queries: in
     yield worst_case("random", num_classes)
 
 
-def _ranks(num_classes: int, most: int) -> tuple[int, ...]:
-    return tuple(range(1, min(most, num_classes - 1) + 1))
-
-
 def _named_paper(plan: Plan, threat: ThreatModel | None) -> Plan:
     """``plan``, said to be the paper's protocol where it is."""
     same = plan.eot_samples == PAPER.eot_samples and plan.steps == PAPER.steps and plan.restarts == PAPER.restarts
     stated = threat is not None and threat.norm == PAPER_NORM and threat.epsilon == PAPER_EPSILON
     if not (same and stated and abs(plan.step_size - PAPER.step_size) < 1e-9):
         return plan
-    return Plan(**{**vars(plan), "label": f"{plan.label}: the paper's protocol"})
+    return replace(plan, label=f"{plan.label}: the paper's protocol")

@@ -80,12 +80,17 @@ def worst_case(kind: Kind, num_classes: int, transferable: bool = True) -> Suite
     return Suite(WORST_CASE, WORST_CASE_VERSION, label, plans)
 
 
+def target_ranks(num_classes: int, most: int) -> tuple[int, ...]:
+    """Ranks of the other classes, at most so many."""
+    return tuple(range(1, min(most, num_classes - 1) + 1))
+
+
 def _plain_plans(num_classes: int) -> Iterator[Plan]:
     loss: LossName = "dlr" if num_classes >= 4 else "margin"
     yield Plan("clean", "no attack", "none")
     yield Plan("pgd", "PGD-20", "pgd", steps=20, step_size=0.25)
     yield Plan("apgd-ce", "APGD-100, cross-entropy", "apgd", steps=100)
-    for rank in range(1, min(_MOST_TARGETS, num_classes - 1) + 1):
+    for rank in target_ranks(num_classes, _MOST_TARGETS):
         yield Plan(f"apgd-t{rank}", f"APGD-100, {loss}, target {rank}", "apgd", steps=100, loss=loss, targets=(rank,))
     yield Plan("fmn", "FMN-200, nearest point", "fmn", steps=200, loss="margin", start="clean")
     yield Plan("square", "Square, 5,000 queries", "square", steps=5000, loss="margin", start="clean")
@@ -98,7 +103,7 @@ def _random_plans(num_classes: int, transferable: bool) -> Iterator[Plan]:
     yield Plan("pgd", "PGD-20, EOT 4", "pgd", "fresh", 4, 20, 0.25)
     yield Plan("apgd-ce", "APGD-50, cross-entropy of the mean, EOT 16", "apgd", "fresh", 16, 50)
     yield Plan("apgd-margin", "APGD-50, margin of the mean, EOT 16", "apgd", "fresh", 16, 50, loss="margin")
-    ranks = tuple(range(1, min(3, num_classes - 1) + 1))
+    ranks = target_ranks(num_classes, most=3)
     yield Plan(
         "apgd-t", f"APGD-25, targets 1 to {len(ranks)}, EOT 16", "apgd", "fresh", 16, 25, loss="margin", targets=ranks
     )

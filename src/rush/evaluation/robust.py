@@ -56,6 +56,14 @@ class Judging:
     max_votes: int
     seed: int
 
+    @classmethod
+    def checked(cls, alpha: float, max_votes: int, seed: int) -> "Judging":
+        """The judging of these numbers. Raises: InputError unless 0 < alpha < 0.5 and max_votes >= 100."""
+        check_positive_integer("max_votes", max_votes)
+        if not 0 < alpha < 0.5 or max_votes < BLOCK:
+            raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
+        return cls(alpha, max_votes, seed)
+
 
 def attack(
     model: Model,
@@ -99,7 +107,7 @@ def attack(
     model, also for one that is random and was not said to be; RunError where ``resume`` holds something else.
     """
     defender, pixels = prepare(model, images, threat, decision, surrogate)
-    judging = _judging(alpha, max_votes, seed)
+    judging = Judging.checked(alpha, max_votes, seed)
     given = {
         "steps": steps,
         "step_size": step_size,
@@ -133,7 +141,7 @@ def verdict(
     ``attack`` raises, for points of another shape, outside [0, 1] or outside the threat, naming the farthest.
     """
     defender, pixels = prepare(model, images, threat, decision, None)
-    judging = _judging(alpha, max_votes, seed)
+    judging = Judging.checked(alpha, max_votes, seed)
     if not isinstance(adversarial, Tensor) or adversarial.shape != pixels.x.shape:
         given = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
         raise InputError(f"adversarial must be a float tensor of shape {tuple(pixels.x.shape)}, got {given}")
@@ -153,8 +161,7 @@ def verdict(
         group, found = pixels.select(rows), Points(points[rows], torch.zeros(len(rows)), 0.0, 0.0)
         return _judged(defender, group, threat.select(rows), plan, found, judging)
 
-    groups = [list(range(first, min(first + GROUP, len(points)))) for first in range(0, len(points), GROUP)]
-    return join_results([judged(rows) for rows in groups], threat)
+    return join_results([judged(rows) for rows in _groups(len(points))], threat)
 
 
 def prepare(
@@ -205,15 +212,15 @@ def evaluate(
     resume: Path | None = None,
 ) -> AttackResult:
     """The checked inside of ``attack``: groups shared over processes, finished ones read from ``resume``."""
-    firsts = range(0, len(pixels), GROUP)
-    own = list(firsts)[rank() :: world_size()]
+    groups = list(_groups(len(pixels)))
+    own = range(rank(), len(groups), world_size())
     found: dict[int, AttackResult] = {}
     made_by = "" if resume is None else repr((judging, fingerprint(defender)))
-    with progress(f"attack {plan.name}", sum(min(GROUP, len(pixels) - first) for first in own)) as advance:
-        for first in own:
-            rows = list(range(first, min(first + GROUP, len(pixels))))
+    with progress(f"attack {plan.name}", sum(len(groups[number]) for number in own)) as advance:
+        for number in own:
+            rows = groups[number]
             group, balls = pixels.select(rows), threat.select(rows)
-            file = None if resume is None else resume / f"{plan.name}-{first // GROUP:04d}.npz"
+            file = None if resume is None else resume / f"{plan.name}-{number:04d}.npz"
             part = (
                 None if file is None else read_part(file, group, balls, plan, judging.level, defender.single, made_by)
             )
@@ -223,9 +230,9 @@ def evaluate(
                     write_part(file, part, group, made_by)
             else:
                 advance(len(rows))
-            found[first] = part
-    shared = {first: part for shard in gather_objects(found) for first, part in shard.items()}
-    return join_results([shared[first] for first in firsts], threat)
+            found[number] = part
+    shared = {number: part for shard in gather_objects(found) for number, part in shard.items()}
+    return join_results([shared[number] for number in range(len(groups))], threat)
 
 
 def attack_groups(
@@ -245,9 +252,13 @@ def attack_groups(
     ``advance`` is called with the number of images whenever some have been attacked.
     """
     defender, judging = defend(model), Judging(level, max_votes, seed)
-    for first in range(start, len(pixels), GROUP):
-        rows = list(range(first, min(first + GROUP, len(pixels))))
+    for rows in _groups(len(pixels), start):
         yield attack_group(defender, pixels.select(rows), threat.select(rows), plan, judging, advance)
+
+
+def _groups(images: int, start: int = 0) -> Iterator[list[int]]:
+    """Positions of the images from ``start`` on, group by group."""
+    return (list(range(first, min(first + GROUP, images))) for first in range(start, images, GROUP))
 
 
 def attack_group(
@@ -368,13 +379,6 @@ def _no_verdicts(group: LabelledPixels, num_classes: int) -> Verdicts:
     return Verdicts(
         np.full(len(group), UNDECIDED, np.uint8), zeros, np.zeros((len(group), num_classes), np.int64), zeros.copy()
     )
-
-
-def _judging(alpha: float, max_votes: int, seed: int) -> Judging:
-    check_positive_integer("max_votes", max_votes)
-    if not 0 < alpha < 0.5 or max_votes < BLOCK:
-        raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
-    return Judging(alpha, max_votes, seed)
 
 
 _BUDGETS: dict[str, tuple[str, ...]] = {
