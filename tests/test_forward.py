@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from rush.loading import load
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
-from rush.options import CompileMode, EncoderName
+from rush.options import CompileMode, EncoderName, Stem
 from rush.pipeline import run_stage
 from rush.prediction import predict_files
 from rush.randomness import stream
@@ -50,8 +50,8 @@ def _trained(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _encoder(name: EncoderName) -> nn.Module:
-    encoder = build_encoder(name, 8, 3)
+def _encoder(name: EncoderName, width: int = 8, stem: Stem = "small") -> nn.Module:
+    encoder = build_encoder(name, width, 3, stem)
     features = encoder.features
     assert isinstance(features, int)
     return _trained(Classifier(Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.2)), encoder, linear_head(features, 5)))
@@ -144,12 +144,34 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # with the normali
     "small": (lambda: _encoder("small"), 0),
     "resnet18": (lambda: _encoder("resnet18"), 0),
     "resnet34": (lambda: _encoder("resnet34"), 0),
+    "resnet18 standard": (lambda: _encoder("resnet18", stem="standard"), 0),
+    "resnet50": (lambda: _encoder("resnet50", 4), 0),
+    "resnet50 standard": (lambda: _encoder("resnet50", 4, "standard"), 0),
+    # Of a block, the second normalization follows a convolution; the first normalizes a sum, as does the last of all.
+    # The stem's output goes past the first block where sizes are the same, and into its normalization alone elsewhere.
+    "preactresnet18": (lambda: _encoder("preactresnet18"), 8 + 1),
+    "wideresnet28": (lambda: _encoder("wideresnet28"), 12 - 1 + 1),
+    "wideresnet28 of the stem's width": (lambda: _encoder("wideresnet28", 16), 12 + 1),
+    "wideresnet34": (lambda: _encoder("wideresnet34"), 15 - 1 + 1),
     "one convolution twice": (lambda: _trained(ConvolutionTwice()), 2),
     "one normalization twice": (lambda: _trained(NormTwice()), 0),
     "output used elsewhere": (lambda: _trained(UsedElsewhere()), 1),
     "behind a linear layer": (lambda: _trained(BehindLinear()), 1),
     "nothing to fold": (lambda: _trained(nn.Sequential(nn.Flatten(), nn.Linear(192, 5))), 0),
 }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_float64_folding_is_exact(name: str) -> None:
+    network, x = NETWORKS[name][0]().double(), _tile().double()
+    expected = network(x)
+    found = fold_batch_norm(network)(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("name", get_args(EncoderName))
+def test_every_encoder_is_among_the_networks_that_are_folded(name: EncoderName) -> None:
+    assert name in NETWORKS
 
 
 @pytest.mark.parametrize("name", NETWORKS)

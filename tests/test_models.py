@@ -5,11 +5,12 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import rush
 from rush.engine.precision import Execution
@@ -17,18 +18,23 @@ from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.resnet import ResNet
-from rush.options import EncoderName
+from rush.options import EncoderName, Stem
 from rush.randomness import seeded_init, stream
 from rush.saving import ClassifierSpec, load_smoothed, save_smoothed, save_weights
+
+ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def spec(encoder: EncoderName = "small", width: int = 4, in_channels: int = 1) -> ClassifierSpec:
+def spec(
+    encoder: EncoderName = "small", width: int = 4, in_channels: int = 1, classes: int = 10, stem: Stem = "small"
+) -> ClassifierSpec:
     mean, std = [0.3, 0.5, 0.7][:in_channels], [0.2, 0.3, 0.4][:in_channels]
-    return ClassifierSpec(encoder, width, in_channels, mean, std, tuple("abcdefghij"))
+    return ClassifierSpec(encoder, width, in_channels, mean, std, tuple(map(str, range(classes))), stem)
 
 
 def built(own: ClassifierSpec, seed: int = 0) -> Classifier:
@@ -50,23 +56,36 @@ def pixels(rows: int = 4, channels: int = 1, side: int = 8) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "count"),
+    ("name", "width", "classes", "stem", "count"),
     [
-        ("resnet18", 64, 11_173_962),  # kuangliu/pytorch-cifar, as quoted by papers on CIFAR-10
-        ("resnet34", 64, 21_282_122),
-        ("resnet18", 16, 701_466),
-        ("small", 16, 23_040 + 144 + 224 + 2_570),  # 9 (w + 2w^2 + 8w^2), BatchNorm 2 (w + 2w + 4w), head
+        ("resnet18", 64, 10, "small", 11_173_962),  # kuangliu/pytorch-cifar, as quoted by papers on CIFAR-10
+        ("resnet34", 64, 10, "small", 21_282_122),
+        ("resnet50", 64, 10, "small", 23_520_842),
+        ("resnet18", 64, 1000, "standard", 11_689_512),  # torchvision's tables of weights, ImageNet
+        ("resnet34", 64, 1000, "standard", 21_797_672),
+        ("resnet50", 64, 1000, "standard", 25_557_032),
+        ("preactresnet18", 64, 10, "small", 11_172_170),  # papers on fast adversarial training: 11.17 M
+        ("wideresnet28", 160, 10, "small", 36_479_194),  # Zagoruyko and Komodakis 2016, table 4: 36.5 M
+        ("wideresnet34", 160, 10, "small", 46_160_474),  # TRADES, RobustBench: 46.2 M
+        ("resnet18", 16, 10, "small", 701_466),
+        ("small", 16, 10, "small", 23_040 + 144 + 224 + 2_570),  # 9 (w + 2w^2 + 8w^2), BatchNorm 2 (w + 2w + 4w), head
     ],
 )
-def test_networks_have_the_published_number_of_parameters(name: EncoderName, width: int, count: int) -> None:
-    assert parameters(spec(name, width, 1 if name == "small" else 3).build()) == count
+def test_networks_have_the_published_number_of_parameters(
+    name: EncoderName, width: int, classes: int, stem: Stem, count: int
+) -> None:
+    with torch.device("meta"):
+        assert parameters(spec(name, width, 1 if name == "small" else 3, classes, stem).build()) == count
 
 
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("side", [8, 28, 32, 64, 96])
-def test_representations_are_features_wide_at_every_image_size(side: int) -> None:
-    for name in ("small", "resnet18"):
-        encoder = build_encoder(name, 4, 3).eval()
+def test_representations_are_features_wide_at_every_image_size(name: EncoderName, side: int) -> None:
+    factor = {"small": 16, "resnet50": 32, "wideresnet28": 4, "wideresnet34": 4}.get(name, 8)
+    for stem in ("small", "standard") if name in ("resnet18", "resnet34", "resnet50") else ("small",):
+        encoder = build_encoder(name, 4, 3, stem).eval()
         assert encoder(pixels(2, 3, side)).shape == (2, encoder.features)
+        assert encoder.features == factor * 4
 
 
 @pytest.mark.parametrize(("stem", "side", "last"), [("small", 32, 4), ("standard", 96, 3), ("standard", 224, 7)])
@@ -78,9 +97,126 @@ def test_the_last_map_has_the_side_of_the_published_network(stem: Any, side: int
     assert maps[0].shape == (1, 32, last, last)
 
 
+class Textbook:
+    """Networks written out from the equations of their papers over the weights of ``encoder``, one after the other."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.weights = encoder.state_dict()
+
+    def conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = self.weights[f"{name}.weight"]
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        mean, var, gamma, beta = (
+            self.weights[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return gamma * (x - mean) / (var + 1e-5).sqrt() + beta
+
+    def basic(self, name: str, x: Tensor, stride: int) -> Tensor:
+        out = self.norm(f"{name}.norm1", self.conv(f"{name}.conv1", x, stride)).relu()
+        return (self.norm(f"{name}.norm2", self.conv(f"{name}.conv2", out)) + self.projected(name, x, stride)).relu()
+
+    def bottleneck(self, name: str, x: Tensor, stride: int) -> Tensor:
+        out = self.norm(f"{name}.norm1", self.conv(f"{name}.conv1", x)).relu()
+        out = self.norm(f"{name}.norm2", self.conv(f"{name}.conv2", out, stride)).relu()
+        return (self.norm(f"{name}.norm3", self.conv(f"{name}.conv3", out)) + self.projected(name, x, stride)).relu()
+
+    def projected(self, name: str, x: Tensor, stride: int) -> Tensor:
+        if f"{name}.shortcut.0.weight" not in self.weights:
+            assert stride == 1
+            return x
+        return self.norm(f"{name}.shortcut.1", self.conv(f"{name}.shortcut.0", x, stride))
+
+    def preact(self, name: str, x: Tensor, stride: int) -> Tensor:
+        active = self.norm(f"{name}.norm1", x).relu()
+        out = self.conv(f"{name}.conv1", active, stride)
+        out = self.conv(f"{name}.conv2", self.norm(f"{name}.norm2", out).relu())
+        if x.shape == out.shape:
+            return x + out
+        return self.conv(f"{name}.shortcut", active, stride) + out
+
+    def stages(self, block: Callable[[str, Tensor, int], Tensor], repeats: tuple[int, ...], x: Tensor) -> Tensor:
+        strides = [2 if stage and not repeat else 1 for stage, count in enumerate(repeats) for repeat in range(count)]
+        for number, stride in enumerate(strides):
+            x = block(f"stages.{number}", x, stride)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "kind", "repeats"),
+    [
+        ("resnet18", "small", "basic", (2, 2, 2, 2)),
+        ("resnet34", "standard", "basic", (3, 4, 6, 3)),
+        ("resnet50", "small", "bottleneck", (3, 4, 6, 3)),
+        ("resnet50", "standard", "bottleneck", (3, 4, 6, 3)),
+        ("preactresnet18", "small", "preact", (2, 2, 2, 2)),
+        ("wideresnet28", "small", "preact", (4, 4, 4)),
+        ("wideresnet34", "small", "preact", (5, 5, 5)),
+    ],
+)
+def test_networks_compute_what_their_papers_write(
+    name: EncoderName, stem: Stem, kind: str, repeats: tuple[int, ...]
+) -> None:
+    width = 16 if name == "wideresnet34" else 4  # 16: the first block's shortcut is the identity there
+    encoder = built(spec(name, width, 3, stem=stem)).encoder.double()
+    book, x = Textbook(encoder), pixels(3, 3, 16).double()
+    if kind == "preact":
+        out = book.norm("norm", book.stages(book.preact, repeats, book.conv("stem", x))).relu()
+    else:
+        out = book.norm("stem.1", book.conv("stem.0", x, 2 if stem == "standard" else 1)).relu()
+        out = F.max_pool2d(out, 3, 2, 1) if stem == "standard" else out
+        out = book.stages(getattr(book, kind), repeats, out)
+    expected = out.mean((2, 3))
+    found = encoder(x)
+    assert float(found.detach().std()) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.std()))
+
+
+def test_trained_weights_under_results_still_load_and_give_the_logits_they_gave() -> None:
+    """Numbers of the first image from before there was any other network; the tolerance is another machine's."""
+    x = torch.rand(4, 3, 32, 32, generator=stream(0, "pixels"))
+    with torch.no_grad():
+        found = load_smoothed(RESULTS / "cifar10-small/model", Execution()).classifier(x)[0]
+    expected = [1.9240, -4.1895, 1.6885, 0.4471, 2.9367, -0.3258, 1.3547, -2.6215, 1.4182, -3.1107]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-3)
+
+
 def test_an_unknown_encoder_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"unknown encoder 'resnet50'; allowed: small, resnet18, resnet34"):
-        build_encoder("resnet50", 64, 3)  # type: ignore[arg-type]
+    text = r"unknown encoder 'vit'; allowed: small, resnet18, resnet34, resnet50, preactresnet18, wideresnet28, wider"
+    with pytest.raises(ConfigError, match=text):
+        build_encoder("vit", 64, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["small", "preactresnet18", "wideresnet28", "wideresnet34"])
+def test_a_stem_that_an_encoder_does_not_have_is_refused(name: EncoderName) -> None:
+    text = rf"encoder '{name}' has no 'standard' stem, only 'small'; one of resnet18, resnet34, resnet50 has both"
+    with pytest.raises(ConfigError, match=text):
+        build_encoder(name, 4, 3, "standard")
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18"])
+def test_an_unknown_stem_is_refused_with_the_names_there_are(name: EncoderName) -> None:
+    with pytest.raises(ConfigError, match=r"unknown stem 'large'; allowed: small, standard"):
+        build_encoder(name, 4, 3, "large")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_weight_of_every_network_comes_from_the_stream(name: EncoderName) -> None:
+    """No value of before survives; the same stream gives the same bits, another one others in every convolution."""
+    one, other, elsewhere = (build_encoder(name, 4, 3) for _ in range(3))
+    for tensor in one.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    first = seeded_init(one, stream(0, "weights")).state_dict()
+    second = seeded_init(other, stream(0, "weights")).state_dict()
+    third = seeded_init(elsewhere, stream(1, "weights")).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    drawn = [key for key in first if first[key].ndim == 4]
+    assert drawn
+    assert not any(torch.equal(first[key], third[key]) for key in drawn)
+    x = pixels(2, 3)
+    assert bool(one.eval()(x).isfinite().all())
 
 
 def test_normalization_is_per_channel_and_inside_the_classifier() -> None:
@@ -101,14 +237,24 @@ def saved(folder: Path, own: ClassifierSpec | None = None) -> Classifier:
     return classifier
 
 
-@pytest.mark.parametrize("own", [spec(), spec("resnet18", 4, 3)], ids=["small", "resnet18"])
+OWN = [*(spec(name, 4, 3) for name in ENCODERS), spec(), spec("resnet50", 4, 3, stem="standard")]
+
+
+@pytest.mark.parametrize("own", OWN, ids=[*ENCODERS, "small grey", "resnet50 standard"])
 def test_a_saved_model_gives_the_same_logits_to_the_bit(own: ClassifierSpec, tmp_path: Path) -> None:
     classifier = saved(tmp_path, own)
     loaded = load_smoothed(tmp_path, Execution())
     x = pixels(4, own.in_channels)
     assert torch.equal(loaded.classifier(x), classifier(x))
-    assert (loaded.sigma, loaded.num_classes, loaded.classes) == (0.25, 10, tuple("abcdefghij"))
+    assert (loaded.sigma, loaded.num_classes, loaded.classes) == (0.25, 10, tuple("0123456789"))
     assert not loaded.classifier.training
+
+
+def test_a_model_described_before_there_was_a_choice_of_stem_has_the_small_one(tmp_path: Path) -> None:
+    classifier = saved(tmp_path, spec("resnet18", 4, 3))
+    edited(lambda d: d["classifier"].pop("stem"))(tmp_path)
+    x = pixels(4, 3)
+    assert torch.equal(load_smoothed(tmp_path, Execution()).classifier(x), classifier(x))
 
 
 def test_load_takes_the_recorded_tile_and_precision(tmp_path: Path) -> None:
@@ -169,6 +315,8 @@ def replaced(name: str, content: bytes) -> Callable[[Path], None]:
         (edited(lambda d: d["noise"].update(sigma=-1)), r"model\.json is damaged"),
         (edited(lambda d: d.update(format=99)), r"format 99, this version reads 1; update"),
         (edited(lambda d: d["classifier"].update(encoder="vit")), r"unknown encoder 'vit'"),
+        (edited(lambda d: d["classifier"].update(stem="none")), r"model\.json: unknown stem 'none'"),
+        (edited(lambda d: d["classifier"].update(stem="standard")), r"model\.json: encoder 'small' has no 'standard'"),
         (edited(lambda d: d["classifier"].update(width=8)), r"model\.safetensors does not fit"),
         (removed("model.safetensors"), r"model\.safetensors is missing"),
         (cut("model.safetensors"), r"model\.safetensors does not fit or is damaged"),

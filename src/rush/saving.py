@@ -17,7 +17,7 @@ from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
 from rush.noise import Gaussian
-from rush.options import EncoderName
+from rush.options import EncoderName, Stem
 from rush.smoothing import SmoothedClassifier
 
 FORMAT = 1
@@ -26,7 +26,10 @@ _RECORDED = ("precision", "tile", "folded", "compile_mode")
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """What builds an untrained ``Classifier``: encoder by name, its width and input, normalization, classes."""
+    """What builds an untrained ``Classifier``: encoder by name, its width, input and stem, normalization, classes.
+
+    Descriptions written before there was a choice of stem name none and mean the small one.
+    """
 
     encoder: EncoderName
     width: int
@@ -34,9 +37,11 @@ class ClassifierSpec:
     mean: Sequence[float]
     std: Sequence[float]
     classes: Sequence[str]
+    stem: Stem = "small"
 
     def build(self) -> Classifier:
-        encoder = build_encoder(self.encoder, self.width, self.in_channels)
+        """Raises: ConfigError for an encoder or a stem that does not exist."""
+        encoder = build_encoder(self.encoder, self.width, self.in_channels, self.stem)
         features = encoder.features
         assert isinstance(features, int)
         return Classifier(Normalize(self.mean, self.std), encoder, linear_head(features, len(self.classes)))

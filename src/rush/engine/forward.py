@@ -98,6 +98,8 @@ class Forward:
 def fold_batch_norm(module: nn.Module) -> nn.Module:
     """A copy of ``module`` (evaluation mode) with every BatchNorm that follows a convolution folded into it.
 
+    It computes the same up to rounding. A BatchNorm stays where its input is no convolution's output (a sum, as in
+    pre-activation networks) or where something else sees that output too (a shortcut).
     ``module`` itself where there is nothing to fold or where its forward cannot be traced symbolically.
     """
     if not any(isinstance(layer, _NORMS) for layer in module.modules()):

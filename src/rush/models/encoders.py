@@ -7,10 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.errors import ConfigError
-from rush.models.resnet import ResNet
-from rush.options import EncoderName
+from rush.models.preact import PreActResNet
+from rush.models.resnet import BasicBlock, Bottleneck, ResNet
+from rush.models.wideresnet import wide_resnet
+from rush.options import EncoderName, Stem
 
-_RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+_RESNETS: dict[str, tuple[tuple[int, int, int, int], type[BasicBlock] | type[Bottleneck]]] = {
+    "resnet18": ((2, 2, 2, 2), BasicBlock),
+    "resnet34": ((3, 4, 6, 3), BasicBlock),
+    "resnet50": ((3, 4, 6, 3), Bottleneck),
+}
+_WIDE_DEPTHS = {"wideresnet28": 28, "wideresnet34": 34}
 
 
 class SmallEncoder(nn.Module):
@@ -31,17 +38,33 @@ class SmallEncoder(nn.Module):
         return torch.flatten(F.adaptive_avg_pool2d(self.layers(x), 2), 1)
 
 
-def build_encoder(name: EncoderName, width: int, in_channels: int) -> nn.Module:
+def build_encoder(name: EncoderName, width: int, in_channels: int, stem: Stem = "small") -> nn.Module:
     """The encoder called ``name`` with attribute ``features``, uninitialised beyond torch's defaults (see
     ``seeded_init``).
 
-    Raises: ConfigError for an unknown name.
+    ``width`` is the first stage's number of channels; the published networks have 64, the wide ones 160 ("-10").
+    ``stem``: "standard" (7x7 stride 2 with pooling, for images of 96 pixels and more) is there for resnet18, resnet34
+    and resnet50; the others look at small images only.
+    Raises: ConfigError for an unknown name or stem, and for a stem that this encoder does not have.
     """
+    if stem not in get_args(Stem):
+        raise ConfigError(f"unknown stem {stem!r}; allowed: {', '.join(get_args(Stem))}")
+    if name in _RESNETS:
+        blocks, block = _RESNETS[name]
+        return ResNet(blocks, width, in_channels, stem, block)
+    if name not in get_args(EncoderName):
+        raise ConfigError(f"unknown encoder {name!r}; allowed: {', '.join(get_args(EncoderName))}")
+    if stem != "small":
+        raise ConfigError(f"encoder {name!r} has no {stem!r} stem, only 'small'; one of {', '.join(_RESNETS)} has both")
+    return _small_stem_only(name, width, in_channels)
+
+
+def _small_stem_only(name: EncoderName, width: int, in_channels: int) -> nn.Module:
     if name == "small":
         return SmallEncoder(width, in_channels)
-    if name in _RESNET_BLOCKS:
-        return ResNet(_RESNET_BLOCKS[name], width, in_channels)
-    raise ConfigError(f"unknown encoder {name!r}; allowed: {', '.join(get_args(EncoderName))}")
+    if name == "preactresnet18":
+        return PreActResNet((2, 2, 2, 2), width, in_channels)
+    return wide_resnet(_WIDE_DEPTHS[name], width, in_channels)
 
 
 def _conv(in_channels: int, out_channels: int, stride: int) -> tuple[nn.Module, ...]:

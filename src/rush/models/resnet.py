@@ -1,59 +1,94 @@
 """Residual networks (He et al. 2016) for small and standard images, with a width factor."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Stem = Literal["small", "standard"]
+from rush.options import Stem
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut: (B, in, H, W) -> (B, out, H / stride, W / stride)."""
+    """Two 3x3 convolutions with a shortcut: (B, in, H, W) -> (B, channels, H / stride, W / stride)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut = _shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
-class ResNet(nn.Module):
-    """Encoder: normalized images (B, C, H, W) -> representations (B, features) with ``features`` = 8 * width.
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions with a shortcut: (B, in, H, W) -> (B, 4 * channels, H / stride, W / stride).
 
-    ``blocks`` per stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34. ``width`` is the first stage's number of
-    channels; 64 is the published network. The ``small`` stem is one 3x3 convolution without pooling (the custom at
-    32x32), the ``standard`` one 7x7 stride 2 with pooling.
+    The 3x3 convolution takes the stride, as in Goyal et al. (2017) and in every weight file of the field since; He et
+    al. (2016) gave it to the first 1x1, which then drops three of four pixels unseen.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = self.expansion * channels
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.norm1(self.conv1(x)))
+        out = F.relu(self.norm2(self.conv2(out)))
+        return F.relu(self.norm3(self.conv3(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Encoder: normalized images (B, C, H, W) -> representations (B, features).
+
+    ``blocks`` per stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34, and ResNet-50 with ``block`` =
+    ``Bottleneck``. ``width`` is the number of channels of the first stage's 3x3 convolutions; 64 is the published
+    network. ``features`` = 8 * width, of bottlenecks 32 * width. The ``small`` stem is one 3x3 convolution without
+    pooling (the custom at 32x32), the ``standard`` one 7x7 stride 2 with pooling.
     """
 
     def __init__(
-        self, blocks: tuple[int, int, int, int], width: int = 64, in_channels: int = 3, stem: Stem = "small"
+        self,
+        blocks: tuple[int, int, int, int],
+        width: int = 64,
+        in_channels: int = 3,
+        stem: Stem = "small",
+        block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
     ) -> None:
         super().__init__()
-        self.features = 8 * width
+        self.features = 8 * width * block.expansion
         self.stem = _stem(stem, in_channels, width)
         stages: list[nn.Module] = []
-        channels = width
+        in_stage = width
         for stage, repeats in enumerate(blocks):
-            for block in range(repeats):
-                out_channels = width * 2**stage
-                stages.append(BasicBlock(channels, out_channels, stride=2 if stage > 0 and block == 0 else 1))
-                channels = out_channels
+            channels = width * 2**stage
+            for repeat in range(repeats):
+                stages.append(block(in_stage, channels, stride=2 if stage > 0 and repeat == 0 else 1))
+                in_stage = channels * block.expansion
         self.stages = nn.Sequential(*stages)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.flatten(F.adaptive_avg_pool2d(self.stages(self.stem(x)), 1), 1)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """The identity, or where sizes differ a normalized 1x1 convolution (option B of He et al. 2016)."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
 def _stem(stem: Stem, in_channels: int, width: int) -> nn.Module:

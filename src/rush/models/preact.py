@@ -1,0 +1,56 @@
+"""Pre-activation residual networks (He et al. 2016b) for small images, with a width factor."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PreActBlock(nn.Module):
+    """BatchNorm and ReLU before each of two 3x3 convolutions: (B, in, H, W) -> (B, out, H / stride, W / stride).
+
+    conv2(relu(norm2(conv1(a)))) + shortcut with a = relu(norm1(x)). The shortcut is x itself, or where sizes differ a
+    1x1 convolution of a: only the identity bypasses the activation (He et al. 2016b, section 4.1 and appendix).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        same = stride == 1 and in_channels == out_channels
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(active)
+        return self.conv2(F.relu(self.norm2(self.conv1(active)))) + shortcut
+
+
+class PreActResNet(nn.Module):
+    """Encoder: normalized images (B, C, H, W) -> representations (B, features).
+
+    ``blocks`` per stage: (2, 2, 2, 2) is PreActResNet-18. ``width`` is the first stage's number of channels (64 is the
+    published network), each further stage has twice as many at half the side; ``features`` are the last one's. The stem
+    is one 3x3 convolution to ``stem_channels``, by default ``width``; BatchNorm and ReLU follow the last block.
+    """
+
+    def __init__(
+        self, blocks: tuple[int, ...], width: int = 64, in_channels: int = 3, stem_channels: int | None = None
+    ) -> None:
+        super().__init__()
+        channels = width if stem_channels is None else stem_channels
+        self.features = width * 2 ** (len(blocks) - 1)
+        self.stem = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)
+        stages: list[nn.Module] = []
+        for stage, repeats in enumerate(blocks):
+            for repeat in range(repeats):
+                out_channels = width * 2**stage
+                stages.append(PreActBlock(channels, out_channels, stride=2 if stage > 0 and repeat == 0 else 1))
+                channels = out_channels
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.norm(self.stages(self.stem(x))))
+        return torch.flatten(F.adaptive_avg_pool2d(out, 1), 1)
