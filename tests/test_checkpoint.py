@@ -1,9 +1,13 @@
 """Files are whole or not there, and a checkpoint is read back to the same bits or refused, never run."""
 
+import errno
+import hashlib
+import io
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,75 +75,104 @@ def flat(state: dict[str, object]) -> bytes:
     )
 
 
+def state_of(seed: int) -> dict[str, Any]:
+    module, optimizer = trained(seed)
+    return {"number": 5, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+
+
 def test_weights_statistics_and_optimizer_come_back_to_the_same_bits(tmp_path: Path) -> None:
+    checkpoint, state = TrainingCheckpoint(tmp_path / "state.pt", "recipe"), state_of(0)
+    assert checkpoint.load() is None  # nothing saved yet
+    checkpoint.save(state)
+    found = checkpoint.load()
+    assert found is not None
+    assert found["number"] == 5
+    assert flat(found["module"]) == flat(state["module"])
+    assert found["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
+    moments, kept = state["optimizer"]["state"], found["optimizer"]["state"]
+    assert [flat(kept[key]) for key in kept] == [flat(moments[key]) for key in moments]
+
+
+def test_the_checkpoint_before_the_newest_is_kept(tmp_path: Path) -> None:
     checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
-    module, optimizer = trained(0)
-    other, other_optimizer = trained(1)
-    assert checkpoint.restore(other, other_optimizer) == 0  # nothing saved yet
-    assert flat(other.state_dict()) == flat(trained(1)[0].state_dict())
-    checkpoint.save(module, optimizer, 5)
-    assert checkpoint.restore(other, other_optimizer) == 5
-    assert flat(other.state_dict()) == flat(module.state_dict())
-    before, after = optimizer.state_dict(), other_optimizer.state_dict()
-    assert before["param_groups"] == after["param_groups"]
-    assert [flat(before["state"][key]) for key in before["state"]] == [
-        flat(after["state"][key]) for key in after["state"]
-    ]
+    for number in range(3):
+        checkpoint.save({"number": number})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.previous.pt", "state.pt"]
+    assert TrainingCheckpoint(checkpoint.previous, "recipe").load() == {"number": 1}
+    assert checkpoint.load() == {"number": 2}
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_and_loads_nothing(tmp_path: Path) -> None:
-    TrainingCheckpoint(tmp_path / "state.pt", "recipe").save(*trained(0), 5)
-    module, optimizer = trained(1)
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    TrainingCheckpoint(tmp_path / "state.pt", "recipe").save(state_of(0))
     with pytest.raises(
         CheckpointError, match=r"state\.pt belongs to another recipe; use another --out folder or delete"
     ):
-        TrainingCheckpoint(tmp_path / "state.pt", "recipe, changed").restore(module, optimizer)
-    assert flat(module.state_dict()) == flat(trained(1)[0].state_dict())
+        TrainingCheckpoint(tmp_path / "state.pt", "recipe, changed").load()
 
 
-def halved(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def halved(content: bytes) -> bytes:
+    return content[: len(content) // 2]
 
 
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
+def emptied(_: bytes) -> bytes:
+    return b""
 
 
-def text(path: Path) -> None:
-    path.write_text("not a checkpoint")
+def text(_: bytes) -> bytes:
+    return b"not a checkpoint"
 
 
-def a_list(path: Path) -> None:
-    torch.save([1, 2], path)
+def with_one_bit_turned(content: bytes) -> bytes:
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-def without_weights(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
-    del state["module"]
-    torch.save(state, path)
+def of_torch_alone(_: bytes) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"fingerprint": "recipe"}, buffer)
+    return buffer.getvalue()
 
 
-def another_network(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
-    state["module"]["0.weight"] = torch.zeros(7, 7)
-    torch.save(state, path)
-
-
-def another_optimizer(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
-    state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
-    torch.save(state, path)
-
-
-@pytest.mark.parametrize("damage", [halved, emptied, text, a_list, without_weights, another_network, another_optimizer])
+@pytest.mark.parametrize("damage", [halved, emptied, text, with_one_bit_turned, of_torch_alone])
 def test_a_damaged_checkpoint_is_refused_with_its_name_and_the_remedy(
-    damage: Callable[[Path], None], tmp_path: Path
+    damage: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
-    checkpoint.save(*trained(0), 5)
-    damage(checkpoint.path)
-    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read .*delete it to start this stage again"):
-        checkpoint.restore(*trained(1))
+    checkpoint.save(state_of(0))
+    damaged = damage(checkpoint.path.read_bytes())
+    checkpoint.path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read .*; delete it to start this stage again$"):
+        checkpoint.load()
+    assert checkpoint.path.read_bytes() == damaged
+
+
+def test_where_the_newest_is_damaged_the_one_before_is_named(tmp_path: Path) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
+    checkpoint.save({"number": 1})
+    checkpoint.save({"number": 2})
+    checkpoint.path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"or move state\.previous\.pt to its place to go on from there"):
+        checkpoint.load()
+    os.replace(checkpoint.previous, checkpoint.path)
+    assert checkpoint.load() == {"number": 1}
+
+
+@pytest.mark.parametrize("fails", ["write", "replace"])
+def test_where_nothing_can_be_written_the_newest_checkpoint_stays(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
+    checkpoint.save({"number": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync" if fails == "write" else "replace", full)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written: .*No space left on device; the last one is kept\. Fre"
+    ):
+        checkpoint.save({"number": 2})
+    assert checkpoint.load() == {"number": 1}
 
 
 class Payload:
@@ -155,16 +188,19 @@ class Payload:
 @pytest.mark.parametrize("by_torch", [True, False], ids=["torch.save", "pickle"])
 def test_code_in_a_checkpoint_does_not_run(by_torch: bool, tmp_path: Path) -> None:
     checkpoint, mark = TrainingCheckpoint(tmp_path / "pretrain.pt", "recipe"), tmp_path / "ran"
-    state = {"fingerprint": "recipe", "epochs_done": 1, "module": Payload(mark), "optimizer": {}}
+    state = {"fingerprint": "recipe", "number": 1, "module": Payload(mark), "optimizer": {}}
+    buffer = io.BytesIO()
     if by_torch:
-        torch.save(state, checkpoint.path)
+        torch.save(state, buffer)
     else:
-        checkpoint.path.write_bytes(pickle.dumps(state))
+        buffer.write(pickle.dumps(state))
+    content = buffer.getvalue()
+    checkpoint.path.write_bytes(b"rush checkpoint 2\n" + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.restore(*trained(0))
+        checkpoint.load()
     assert not mark.exists()
     if by_torch:
-        torch.load(checkpoint.path, weights_only=False)
+        torch.load(io.BytesIO(content), weights_only=False)
     else:
-        pickle.loads(checkpoint.path.read_bytes())
+        pickle.loads(content)
     assert mark.exists(), "the payload is no payload: this test proves nothing"

@@ -22,7 +22,7 @@ def values() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("pretrain.epoch=3", r"pretrain\.epoch: unknown key, did you mean 'epochs'\?; allowed: batch_size, epochs,"),
+        ("pretrain.epoch=3", r"pretrain\.epoch: unknown key, did you mean 'epochs'\?; allowed: adversary, batch_size,"),
         ("sede=3", r"sede: unknown key, did you mean 'seed'\?; allowed: attack, audit, certify, data,"),
         ("pretrain.views.jiter=0.1", r"pretrain\.views\.jiter: unknown key, did you mean 'jitter'\?"),
         ("certify.zzz=1", r"certify\.zzz: unknown key; allowed: alpha, futility, images, level, method, num_"),
@@ -57,8 +57,8 @@ def values() -> dict[str, Any]:
         ("pretrain.views.crop_scale=[0.9, 0.5]", r"pretrain\.views"),
         ("pretrain.views.blur_sigma=[2.0, 1.0]", r"pretrain\.views"),
         ("pretrain.views.crop_scale=0.5", r"pretrain\.views\.crop_scale"),
-        ("pretrain.optimizer=lars", r"pretrain\.optimizer: .*'sgd' or 'adamw' \(given: 'lars'\)"),
-        ("model.encoder=resnet50", r"model\.encoder: .*'resnet18'"),
+        ("pretrain.optimizer=adam", r"pretrain\.optimizer: .*'sgd', 'lars' or 'adamw' \(given: 'adam'\)"),
+        ("model.encoder=resnet101", r"model\.encoder: .*'resnet18'"),
         ("model.width=0", r"model\.width"),
         ("execution.precision=float16", r"execution\.precision"),
         ("execution.tile=0", r"execution\.tile"),

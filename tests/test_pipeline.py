@@ -25,6 +25,7 @@ from rush.engine.runs import RunFolder
 from rush.errors import CheckpointError, ConfigError, DataError, RunError
 from rush.options import STAGES, Stage
 from rush.pipeline import Conditions, run_finetune, run_stage
+from rush.randomness import stream
 from tiny import TINY, results, run_tiny, tiny
 
 
@@ -67,7 +68,9 @@ def test_a_run_leaves_the_files_of_the_contract_and_no_others(tiny_run: Path) ->
         "log.jsonl",
         "checkpoints/pretrain.pt",
         "checkpoints/encoder.safetensors",
+        "checkpoints/pretrain.previous.pt",
         "checkpoints/finetune.pt",
+        "checkpoints/finetune.previous.pt",
         "model/model.json",
         "model/model.safetensors",
         "certificates.tsv",
@@ -303,8 +306,8 @@ def test_a_run_refuses_other_images_under_the_same_name(
 ) -> None:
     run = part_of(tiny_run, tmp_path / "run", "stages/attack.json")
 
-    def other_images(name: str, split: str, root: str | None = None) -> ImageSet:
-        images = load_images(name, split, root)
+    def other_images(name: str, split: str, **given: Any) -> ImageSet:
+        images = load_images(name, split, **given)
         images.images[0, 0, 0, 0] += 1
         return images
 
@@ -349,22 +352,24 @@ class Taken(Exception):
     """Carries the images that a training was given."""
 
 
-def images_given(training: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> ImageSet:
-    def take(images: ImageSet, *_: Any, **__: Any) -> NoReturn:
+def images_given(training: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the training function is given to train on."""
+
+    def take(images: Any, *_: Any, **__: Any) -> NoReturn:
         raise Taken(images)
 
     monkeypatch.setattr(rush.pipeline, training, take)
     with pytest.raises(Taken) as caught:
         run_stage(run, training)  # type: ignore[arg-type]
-    images = caught.value.args[0]
-    assert isinstance(images, ImageSet)
-    return images
+    return caught.value.args[0]
 
 
 def test_pre_training_is_given_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = images_given("pretrain", RunFolder.create(tmp_path / "run", tiny(tmp_path)), monkeypatch)
-    assert images.labels is None
     assert len(images) == 1397
+    batch = next(images.batches(stream(0, "order"), 128))
+    assert batch.labels is None
+    assert batch.images.shape == (128, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -384,13 +389,37 @@ def test_fine_tuning_is_given_the_labels_that_the_recipe_grants(
         part_of(tiny_run, folder, "stages/finetune.json", "provenance.json")
         run = RunFolder(folder, load_recipe(str(tiny_run.parent / "tiny.toml"), [override, f"seed={seed}"]))
         images = images_given("finetune", run, monkeypatch)
-        assert images.labels is not None
         assert len(images) == size
         assert set(images.labels.bincount(minlength=10).tolist()) <= set(per_class)
         if seed in chosen:
             assert images.ids.tolist() == chosen[seed]
         chosen[seed] = images.ids.tolist()
     assert (chosen[0] == chosen[1]) == (size == 1397)
+
+
+def test_held_out_images_are_seen_by_neither_training_and_watched_in_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder.create(tmp_path / "run", tiny(tmp_path, "data.held_out=300", "pretrain.monitor_epochs=2"))
+    held = Conditions.of(run).held_out_images()
+    assert held is not None
+    assert held.labels is not None
+    assert len(held) == 300
+    assert set(held.labels.bincount(minlength=10).tolist()) <= set(range(28, 33))
+    seen = {image.numpy().tobytes() for image in Conditions.of(run).pretraining_images()._images}  # type: ignore[attr-defined]
+    train = {image.numpy().tobytes() for image in load_images("digits", "train").images}
+    assert seen == train - {image.numpy().tobytes() for image in held.images}
+    run_stage(run, "pretrain")
+    run_stage(run, "finetune")
+    (pretrained,) = run.events("monitor", "pretrain")
+    assert pretrained["epoch"] == 2
+    assert {"knn", "linear", "knn_noisy", "linear_noisy"} <= set(pretrained)
+    assert all(0.2 < pretrained[name] <= 1 for name in ("knn", "linear", "knn_noisy", "linear_noisy"))
+    (finetuned,) = run.events("monitor", "finetune")
+    assert 0 < finetuned["accuracy_noisy"] <= finetuned["accuracy"] <= 1
+    part = part_of(run.path, tmp_path / "again", "stages/finetune.json")
+    labelled = images_given("finetune", part, monkeypatch)
+    assert not set(labelled.ids) & set(held.ids)
 
 
 def test_fine_tuning_without_labels_is_refused(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +434,10 @@ def test_fine_tuning_without_labels_is_refused(tiny_run: Path, tmp_path: Path, m
 def test_the_figures_of_the_stages_are_those_of_the_recipe(tiny_run: Path) -> None:
     run = RunFolder.open(tiny_run)
     pretrain, finetune, certify, attack, audit = (run.require(stage) for stage in STAGES)
-    assert (pretrain["epochs"], pretrain["images"], pretrain["passes_per_image"]) == (2, 1397, 4)
+    # two views in each of two epochs of ten whole batches
+    assert (pretrain["epochs"], pretrain["images"]) == (2, 1397)
+    assert pretrain["passes_per_image"] * 1397 == pytest.approx(2 * 2 * 10 * 128)
+    assert (pretrain["forward_passes_per_image"], pretrain["processes"]) == (0, 1)
     assert pretrain["knn_accuracy"]["total"] == 400
     assert pretrain["knn_accuracy"]["correct"] > 200  # of 400; guessing gives 40
     assert (finetune["epochs"], finetune["labelled_images"], finetune["mode"]) == (2, 1397, "full")

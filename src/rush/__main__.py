@@ -6,10 +6,13 @@ import sys
 def main() -> None:
     """Run the command line; an error of the user's is one clear line on standard error and exit status 1."""
     from rush.cli import app
-    from rush.errors import RushError
+    from rush.errors import Interrupted, RushError
 
     try:
         app()
+    except Interrupted as stop:
+        sys.stderr.write(f"rush: {stop}\n")
+        sys.exit(stop.status)
     except RushError as error:
         sys.stderr.write(f"rush: {error}\n")
         sys.exit(1)

@@ -16,11 +16,17 @@ from rush.options import (
     CompileChoice,
     EncoderName,
     FinetuneMode,
+    FinetuneObjective,
     Level,
+    NoisyViewsOption,
     Norm,
+    OnNonfinite,
     OptimizerName,
     PrecisionChoice,
+    PretrainObjective,
     Stage,
+    Stem,
+    TrainingCompile,
     fewest_samples,
     parse_fraction,
 )
@@ -32,6 +38,21 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, lt=0.5)]
 
 
+def _number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _check_pixel_range(epsilon: str) -> None:
+    if parse_fraction(epsilon) > 1:
+        raise ValueError(f"epsilon = {epsilon} exceeds the pixel range [0, 1]; did you mean {epsilon}/255?")
+
+
+def _positive_fraction(value: str) -> str:
+    if parse_fraction(value) <= 0:
+        raise ValueError(f"must be > 0, got {value}")
+    return value
+
+
 class Section(BaseModel):
     """A part of a recipe: immutable, and unknown keys are errors."""
 
@@ -39,17 +60,27 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which images: a name or path for ``rush.load_images``; ``root`` is where official archives or shards lie."""
+    """Which images: a name or path for ``rush.load_images``; ``root`` is where official archives or shards lie.
+
+    pretrain_split: what pre-training reads, e.g. "train+unlabeled"; fine-tuning reads ``train``. size: side of the
+    images, None as stored. held_out: so many training images are kept out of both trainings and watched during them;
+    0 watches nothing. memory_gb: training images of pre-training that would take more of it stream from the disk.
+    """
 
     name: str
     root: str | None = None
+    pretrain_split: str = "train"
+    size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    held_out: Annotated[int, Field(ge=0)] = 0
+    memory_gb: Positive = 8.0
 
 
 class ModelConfig(Section):
-    """The encoder and its width (channels of the first stage)."""
+    """The encoder and its width (channels of the first stage); ``standard`` is the ResNets' stem for large images."""
 
     encoder: EncoderName
     width: Annotated[int, Field(ge=1, le=1024)] = 64
+    stem: Stem = "small"
 
 
 class SmoothingConfig(Section):
@@ -62,13 +93,17 @@ class ExecutionConfig(Section):
     """How the classifier is run: ``tile`` is the fixed batch size of every certified, predicted or judged sample.
 
     compile: torch.compile for these samples; ``auto`` tries it where there is much to certify, and keeps it where it
-    pays.
+    pays. compile_training: of the networks in training. checkpoint_minutes: a training is kept so often, beside the end
+    of every epoch. on_nonfinite: what a loss or gradient that is not finite does: "stop", or "skip" its batch.
     """
 
     device: str = "auto"
     precision: PrecisionChoice = "auto"
     tile: Annotated[int, Field(ge=1, le=65536)] = 256
     compile: CompileChoice = "auto"
+    compile_training: TrainingCompile = "none"
+    checkpoint_minutes: Positive = 10.0
+    on_nonfinite: OnNonfinite = "stop"
 
 
 class ViewsConfig(Section):
@@ -113,33 +148,147 @@ class TrainingConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 1e-4
     warmup_epochs: NonNegative = 0.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    monitor_epochs: Count = 5
+
+
+class NoiseConfig(Section):
+    """Gaussian noise on the contrastive views, so that one encoder serves every sigma.
+
+    views: which of the two carry it. sigma: an image's own is uniform between these, in [0, 1] pixel units.
+    ramp_epochs: the greatest rises to its value over so many epochs.
+    """
+
+    views: NoisyViewsOption = "none"
+    sigma: tuple[NonNegative, NonNegative] = (0.0, 0.5)
+    ramp_epochs: NonNegative = 0.0
+
+    @field_validator("sigma")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"must be (least, greatest), got {list(value)}")
+        return value
+
+
+class AdversaryConfig(Section):
+    """The attack inside adversarial training, in l-inf; numbers or fractions such as "8/255"."""
+
+    epsilon: str = "8/255"
+    step_size: str = "2/255"
+    steps: Count = 10
+
+    @field_validator("epsilon", "step_size", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return _number_as_text(value)
+
+    @field_validator("epsilon", "step_size")
+    @classmethod
+    def _positive(cls, value: str) -> str:
+        return _positive_fraction(value)
+
+    @model_validator(mode="after")
+    def _epsilon_in_pixels(self) -> "AdversaryConfig":
+        _check_pixel_range(self.epsilon)
+        return self
 
 
 class PretrainConfig(TrainingConfig):
-    """Contrastive pre-training; 0 epochs leave the encoder untrained, i.e. fine-tuning starts from scratch."""
+    """Contrastive pre-training; 0 epochs leave the encoder untrained, i.e. fine-tuning starts from scratch.
 
+    objective: simclr (Chen et al. 2020a); moco (version 2, Chen et al. 2020b), with a queue of so many keys, a key
+    network of this momentum and keys normalized in so many random groups of the batch; or acl (Jiang et al. 2020) with
+    its adversary. micro_batch: so many images at a time go through the network, gradients cached (Gao et al. 2021), for
+    batches larger than memory.
+    """
+
+    objective: PretrainObjective = "simclr"
     temperature: Positive = 0.5
     projector_hidden: Count = 512
     projector_out: Count = 128
+    micro_batch: Count | None = None
+    queue: Count = 4096
+    key_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    shuffle_groups: Count = 4
+    adversary: AdversaryConfig = AdversaryConfig(steps=5)
     knn_neighbours: Count = 200
     views: ViewsConfig = ViewsConfig()
+    noise: NoiseConfig = NoiseConfig()
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "PretrainConfig":
+        if self.objective == "moco" and self.queue % self.batch_size:
+            raise ValueError(f"queue = {self.queue} must be a multiple of batch_size = {self.batch_size}")
+        if self.micro_batch is not None and self.objective != "simclr":
+            raise ValueError("micro_batch is for the objective simclr, whose loss spans the batch")
+        return self
+
+
+class ConsistencyConfig(Section):
+    """Jeong and Shin 2020: weight of the consistency term, weight of the entropy in it, noise draws an image."""
+
+    draws: Annotated[int, Field(ge=2)] = 2
+    weight: NonNegative = 20.0
+    entropy_weight: NonNegative = 0.5
+
+
+class SmoothAdvConfig(Section):
+    """Salman et al. 2019: l2 attack of radius ``epsilon`` on the smoothed classifier, reached over the warm-up."""
+
+    draws: Count = 2
+    epsilon: Positive = 0.25
+    steps: Count = 10
+    warmup_epochs: NonNegative = 10.0
+
+    def epsilon_at(self, epoch: float) -> float:
+        """The radius after ``epoch`` epochs; never 0, at which an attack has no ball."""
+        share = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
+        return self.epsilon * max(share, 1e-3)
+
+
+class CatRsConfig(Section):
+    """Jeong et al. 2023, confidence-aware training: attack on the noise of confident images, and its weight."""
+
+    draws: Annotated[int, Field(ge=2)] = 4
+    epsilon: Positive = 0.25
+    steps: Count = 4
+    weight: NonNegative = 0.5
+
+
+class TradesConfig(Section):
+    """Zhang et al. 2019: weight of the robust term."""
+
+    beta: NonNegative = 6.0
 
 
 class FinetuneConfig(TrainingConfig):
-    """Supervised training under Gaussian noise of ``smoothing.sigma``; ``linear`` trains the head on a frozen
-    encoder."""
+    """Supervised training; every objective but standard, pgd-at and trades is under noise of ``smoothing.sigma``.
+
+    mode: "linear" trains the head on a frozen encoder, "full" every weight, "linear-then-full" the head alone for
+    ``head_epochs`` of the epochs and then every weight.
+    """
 
     epochs: Count
+    objective: FinetuneObjective = "gaussian"
     mode: FinetuneMode = "full"
+    head_epochs: Count = 1
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     labels_per_class: Count | None = None
     flip: Share = 0.5
     shift: Annotated[int, Field(ge=0)] = 4
+    consistency: ConsistencyConfig = ConsistencyConfig()
+    smoothadv: SmoothAdvConfig = SmoothAdvConfig()
+    cat_rs: CatRsConfig = CatRsConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
+    trades: TradesConfig = TradesConfig()
 
     @model_validator(mode="after")
     def _one_way_to_choose_labels(self) -> "FinetuneConfig":
         if self.labels_per_class is not None and self.label_fraction != 1.0:
             raise ValueError("give label_fraction or labels_per_class, not both")
+        if self.mode == "linear-then-full" and self.head_epochs >= self.epochs:
+            raise ValueError(f"head_epochs = {self.head_epochs} must be fewer than epochs = {self.epochs}")
         return self
 
 
@@ -191,21 +340,17 @@ class AttackConfig(Section):
     @field_validator("epsilon", "step_size", mode="before")
     @classmethod
     def _as_text(cls, value: object) -> object:
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        return _number_as_text(value)
 
     @field_validator("epsilon", "step_size")
     @classmethod
-    def _positive_fraction(cls, value: str) -> str:
-        if parse_fraction(value) <= 0:
-            raise ValueError(f"must be > 0, got {value}")
-        return value
+    def _positive(cls, value: str) -> str:
+        return _positive_fraction(value)
 
     @model_validator(mode="after")
     def _epsilon_in_pixels(self) -> "AttackConfig":
-        if self.norm == "linf" and parse_fraction(self.epsilon) > 1:
-            raise ValueError(
-                f"epsilon = {self.epsilon} exceeds the pixel range [0, 1]; did you mean {self.epsilon}/255?"
-            )
+        if self.norm == "linf":
+            _check_pixel_range(self.epsilon)
         if list(self.eot_samples) != sorted(set(self.eot_samples)) or not self.eot_samples:
             raise ValueError(f"eot_samples must be ascending and distinct, got {list(self.eot_samples)}")
         return self

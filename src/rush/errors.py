@@ -29,6 +29,14 @@ class CheckpointError(RushError):
     """A checkpoint cannot be read or does not belong to this run."""
 
 
+class Interrupted(RushError):
+    """The process was asked to stop and has kept its work; ``status`` is what it exits with."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 class SandwichError(RushError):
     """Attacks broke more certified images than the stated levels allow: the certificate or the attack is wrong."""
 

@@ -1,64 +1,111 @@
 """Fine-tuning: a classifier on the encoder, trained under the noise it will be smoothed with."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
-from rush.data.views import Views
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.loop import Schedule, train
-from rush.engine.precision import Execution
+from rush.data.views import Views, unit_float
+from rush.engine.distributed import rank, world_size
+from rush.engine.loop import Keeping, Schedule, train
+from rush.engine.meter import Meter
+from rush.engine.modes import evaluation_mode
+from rush.engine.precision import Execution, compiled
+from rush.engine.sync_norm import desynchronised, synchronised
 from rush.errors import DataError
 from rush.models.classifier import Classifier
 from rush.noise import Gaussian
-from rush.options import FinetuneMode
+from rush.options import FinetuneMode, TrainingCompile
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What an objective is given: the network, a batch and the noise of the smoothed classifier.
+
+    logits: pixels -> logits float32, in training mode. evaluated: the same weights in evaluation mode, for attacks. x:
+    (B, C, H, W) float32 in [0, 1], weakly augmented. y: (B,) int64. epoch: epochs done so far.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    evaluated: Callable[[Tensor], Tensor]
+    x: Tensor
+    y: Tensor
+    noise: Gaussian
+    generator: torch.Generator
+    epoch: float
+
+
+Objective = Callable[[Examples], Tensor]
 
 
 def finetune(
     images: ImageSet,
     classifier: Classifier,
     *,
+    objective: Objective,
     noise: Gaussian,
     mode: FinetuneMode,
     views: Views,
     schedule: Schedule,
     seed: int,
     execution: Execution,
-    checkpoint: TrainingCheckpoint | None = None,
+    head_epochs: int = 0,
+    compile_mode: TrainingCompile = "none",
+    keeping: Keeping = Keeping(),  # noqa: B008, a frozen value
+    monitor: Callable[[int], dict[str, Any]] | None = None,
     log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
-    """Train ``classifier`` in place by cross-entropy on noisy images (Cohen et al. 2019, section 3.3).
+    """Train ``classifier`` in place by ``objective``, the mean loss of a batch of ``Examples``.
 
-    ``full`` trains every weight, ``linear`` the head alone on the encoder as it is, in evaluation mode. ``views`` is
-    the weak augmentation before the noise. The classifier comes back in evaluation mode. Cost: one forward+backward
-    pass per image and epoch.
+    ``full`` trains every weight, ``linear`` the head alone on the encoder as it is, in evaluation mode,
+    ``linear-then-full`` the head alone for ``head_epochs`` and then every weight (Kumar et al. 2022), along one
+    learning-rate schedule. ``views`` is the weak augmentation before noise and attack. The classifier comes back in
+    evaluation mode. Cost: see the objectives; under ``linear`` all passes of the encoder are forward ones.
     Raises: DataError when the images carry no labels.
     """
     if images.labels is None:
         raise DataError(f"{images.name} ({images.split}) has no labels; fine-tuning needs a labelled training split")
-    execution.place(classifier).train()
+    synchronised(execution.place(classifier)).train()
     if mode == "linear":
-        classifier.encoder.eval().requires_grad_(False)
-    pixels, labels = images.images.to(execution.device), images.labels.to(execution.device)
+        classifier.encoder.requires_grad_(False)
+    network = compiled(classifier, compile_mode)
 
-    def step(indices: Tensor, generator: torch.Generator) -> Tensor:
-        index = indices.to(pixels.device)
-        x = views(pixels[index].float() / 255, generator)
-        x = x + noise.sample(x.shape, generator)
-        return F.cross_entropy(execution.logits(classifier, x), labels[index])
+    def trained(x: Tensor) -> Tensor:
+        return execution.logits(network, x)
+
+    def head_alone(x: Tensor) -> Tensor:
+        with evaluation_mode(classifier.encoder):
+            return execution.logits(network, x)
+
+    def evaluated(x: Tensor) -> Tensor:
+        with evaluation_mode(classifier):
+            return execution.logits(classifier, x)
+
+    def step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+        assert batch.labels is not None
+        frozen = mode == "linear" or (mode == "linear-then-full" and epoch < head_epochs)
+        classifier.encoder.requires_grad_(not frozen)
+        x = views(unit_float(batch.images), generator)
+        logits = head_alone if frozen else trained
+        loss = objective(Examples(logits, evaluated, x, batch.labels, noise, generator, epoch))
+        loss.backward()
+        return loss.detach()
 
     train(
         classifier,
         step,
         name="finetune",
-        num_images=len(images),
+        images=Resident(images, execution.device, rank(), world_size()),
         schedule=schedule,
         seed=seed,
         device=execution.device,
-        checkpoint=checkpoint,
+        meter=Meter(classifier.encoder, device=execution.device),
+        keeping=keeping,
+        monitor=monitor,
         log=log,
     )
-    classifier.requires_grad_(True).eval()
+    desynchronised(classifier).requires_grad_(True).eval()

@@ -3,6 +3,7 @@ own part."""
 
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,16 +19,18 @@ from rush.certification.certify import certify_each
 from rush.certification.rules import Rule, make_rule
 from rush.certification.sequential import UNDECIDED
 from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates, write_certificates
-from rush.config import AttackConfig, Recipe, TrainingConfig
-from rush.data.images import ImageSet, evaluation_order, stratified_subset
+from rush.config import AdversaryConfig, AttackConfig, FinetuneConfig, PretrainConfig, Recipe, TrainingConfig
+from rush.data.batches import Resident, TrainingImages
+from rush.data.images import ImageSet, evaluation_order, hold_out, stratified_subset
+from rush.data.noisy_views import NoiseSchedule
 from rush.data.sources import load_images
 from rush.data.views import Views
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import barrier, in_turn, rank, world_size
 from rush.engine.forward import try_forwards
-from rush.engine.loop import Schedule
+from rush.engine.loop import Keeping, Schedule
 from rush.engine.precision import Execution, decide_execution
-from rush.engine.probes import knn_correct, representations
+from rush.engine.probes import classifier_figures, encoder_figures, knn_correct, representations
 from rush.engine.runs import RunFolder
 from rush.errors import ConfigError, DataError, RunError
 from rush.evaluation.audit import AuditReport, audit, write_audit
@@ -38,12 +41,13 @@ from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, evaluate
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
 from rush.evaluation.table import write_attacks
-from rush.finetuning import finetune
+from rush.finetuning import Objective, finetune
 from rush.inputs import LabelledPixels, labelled_pixels
 from rush.models.classifier import Classifier
 from rush.noise import Gaussian
-from rush.options import Stage, parse_fraction
-from rush.pretraining import channel_statistics, pretrain
+from rush.objectives.classification import cat_rs, consistency, gaussian, pgd_at, smoothadv, standard, trades
+from rush.options import FinetuneObjective, Stage, parse_fraction
+from rush.pretraining import ACL, Method, MoCo, SimCLR, channel_statistics, pretrain
 from rush.randomness import seeded_init, stream
 from rush.saving import ClassifierSpec, load_smoothed, load_weights, save_smoothed, save_weights
 from rush.smoothing import SmoothedClassifier
@@ -52,6 +56,7 @@ ENCODER = Path("checkpoints/encoder.safetensors")
 CERTIFICATES = Path("certificates.tsv")
 CERTIFICATE_PARTS = Path("certificates.parts")
 AUDIT = Path("audit.json")
+_BANK_IMAGES = 10_000  # for the live figures; the figure at the end takes all training images
 _SEQUENTIAL_SHARE = 0.2  # of the cap that a sequential certification draws on average, for the trial of the forward
 
 
@@ -69,12 +74,53 @@ class Conditions:
         torch.set_num_threads(run.recorded("threads") or torch.get_num_threads())
         return cls(run, run.recipe, decide_execution(wanted.device, wanted.precision, wanted.tile))
 
+    def log(self, event: str, **values: Any) -> None:
+        """Write one event of the run, in the first process."""
+        if rank() == 0:
+            self.run.log(event, **values)
+
+    def begin(self, stage: Stage) -> None:
+        """Log that an attempt at ``stage`` begins, once for all processes."""
+        if rank() == 0:
+            self.run.begin(stage)
+
     def images(self, split: str) -> ImageSet:
         """A split of the recipe's data, checked to be the one this run has used before; its fingerprint is recorded."""
-        images = load_images(self.recipe.data.name, split=split, root=self.recipe.data.root)
+        if split in self.run.loaded:
+            return self.run.loaded[split]
+        data = self.recipe.data
+        images = load_images(data.name, split=split, root=data.root, size=data.size)
         found = {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}}
         in_turn(lambda: self.run.record_provenance(self.execution.as_dict(), found))
+        self.run.loaded[split] = images
         return images
+
+    def training_images(self) -> ImageSet:
+        """The training images without those that are held out."""
+        return self._divided()[0]
+
+    def held_out_images(self) -> ImageSet | None:
+        """The training images that neither training sees; None where none is held out."""
+        return self._divided()[1]
+
+    def pretraining_images(self) -> TrainingImages:
+        """What pre-training draws from: the images of its split but the held-out ones, without labels."""
+        split = self.recipe.data.pretrain_split
+        images = self.images(split)
+        held = self.held_out_images()
+        if held is not None:
+            images = images[np.flatnonzero(~np.isin(images.ids, _ids_in(split, held)))]
+        return Resident(images.without_labels(), self.execution.device, rank(), world_size())
+
+    def keeping(self, stage: Stage) -> Keeping:
+        """Where and how often a training is kept."""
+        checkpoint = TrainingCheckpoint(self.run.path / f"checkpoints/{stage}.pt", self.run.fingerprint(stage))
+        execution = self.recipe.execution
+        return Keeping(checkpoint, execution.checkpoint_minutes, execution.on_nonfinite)
+
+    def _divided(self) -> tuple[ImageSet, ImageSet | None]:
+        train, count = self.images("train"), self.recipe.data.held_out
+        return hold_out(train, count, stream(self.recipe.seed, "held out")) if count else (train, None)
 
     def evaluation_images(self, count: int | None, num_classes: int) -> tuple[list[int], LabelledPixels]:
         """The first ``count`` test images (all for None) of one seeded order, with their positions in the split.
@@ -100,26 +146,33 @@ def run_pretrain(run: RunFolder) -> None:
     here = Conditions.of(run)
     train, test = here.images("train"), here.images("test")
     _check_separate(train, test)
-    run.begin("pretrain")
-    config = here.recipe.pretrain
-    classifier = _new_classifier(here.recipe, train)
+    here.begin("pretrain")
+    config, recipe = here.recipe.pretrain, here.recipe
+    classifier = _new_classifier(recipe, train)
+    source = here.pretraining_images()
     pretrain(
-        train.without_labels(),
+        source,
         classifier.encoder,
         classifier.normalize,
+        method=_method(config),
         views=Views(**config.views.model_dump()),
+        noise=NoiseSchedule(**config.noise.model_dump()),
         schedule=_schedule(config),
-        temperature=config.temperature,
         projector_hidden=config.projector_hidden,
         projector_out=config.projector_out,
-        seed=here.recipe.seed,
+        seed=recipe.seed,
         execution=here.execution,
-        checkpoint=TrainingCheckpoint(run.path / "checkpoints/pretrain.pt", run.fingerprint("pretrain")),
-        log=run.log,
+        compile_mode=recipe.execution.compile_training,
+        keeping=here.keeping("pretrain"),
+        monitor=_watch_encoder(here, classifier),
+        log=here.log,
     )
-    knn = _knn_accuracy(classifier, train, test, config.knn_neighbours, here.execution)
-    save_weights(classifier.encoder, run.path / ENCODER)
-    run.finish("pretrain", **_training_figures(run, "pretrain", len(train), passes=2 * config.epochs), knn_accuracy=knn)
+    if rank() == 0:
+        knn = _knn_accuracy(classifier, train, test, config.knn_neighbours, here.execution)
+        save_weights(classifier.encoder, run.path / ENCODER)
+        figures = {**_training_figures(run, "pretrain", len(source)), "objective": config.objective}
+        run.finish("pretrain", **figures, knn_accuracy=knn)
+    barrier()
 
 
 def run_finetune(run: RunFolder) -> None:
@@ -129,28 +182,34 @@ def run_finetune(run: RunFolder) -> None:
     run.require("pretrain")
     here = Conditions.of(run)
     train = here.images("train")
-    run.begin("finetune")
-    config = here.recipe.finetune
-    labelled = _labelled(train, here.recipe)
-    classifier = _new_classifier(here.recipe, train)
+    here.begin("finetune")
+    config, recipe = here.recipe.finetune, here.recipe
+    labelled = _labelled(here.training_images(), recipe)
+    classifier = _new_classifier(recipe, train)
     load_weights(classifier.encoder, run.path / ENCODER)
     finetune(
         labelled,
         classifier,
-        noise=Gaussian(here.recipe.smoothing.sigma),
+        objective=_objective(config),
+        noise=Gaussian(recipe.smoothing.sigma),
         mode=config.mode,
+        head_epochs=config.head_epochs,
         views=Views.weak(shift_pad=config.shift, flip=config.flip),
         schedule=_schedule(config),
-        seed=here.recipe.seed,
+        seed=recipe.seed,
         execution=here.execution,
-        checkpoint=TrainingCheckpoint(run.path / "checkpoints/finetune.pt", run.fingerprint("finetune")),
-        log=run.log,
+        compile_mode=recipe.execution.compile_training,
+        keeping=here.keeping("finetune"),
+        monitor=_watch_classifier(here, classifier),
+        log=here.log,
     )
-    spec, sigma = _spec(here.recipe, train), here.recipe.smoothing.sigma
-    execution, forward = _choose_forward(here, classifier, train)
-    save_smoothed(run.path / "model", classifier, spec, sigma, execution, train.images.shape[1:])
-    figures = _training_figures(run, "finetune", len(labelled), passes=config.epochs)
-    run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled), forward=forward)
+    if rank() == 0:
+        spec, sigma = _spec(recipe, train), recipe.smoothing.sigma
+        execution, forward = _choose_forward(here, classifier, train)
+        save_smoothed(run.path / "model", classifier, spec, sigma, execution, train.images.shape[1:])
+        figures = {**_training_figures(run, "finetune", len(labelled)), "objective": config.objective}
+        run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled), forward=forward)
+    barrier()
 
 
 def run_certify(run: RunFolder) -> None:
@@ -167,8 +226,7 @@ def run_certify(run: RunFolder) -> None:
     indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
     rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
     parts = run.path / CERTIFICATE_PARTS
-    if rank() == 0:
-        run.begin("certify")
+    here.begin("certify")
     done = in_turn(lambda: _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True))))
     missing = [position for position, index in enumerate(indices) if index not in done]
     for position, certificate in certify_each(
@@ -196,8 +254,7 @@ def run_attack(run: RunFolder) -> None:
         return
     run.require("certify")
     here = Conditions.of(run)
-    if rank() == 0:
-        run.begin("attack")
+    here.begin("attack")
     barrier()
     siege = _Siege.of(here)
     results = [siege.evaluate(plan) for plan in siege.rungs]
@@ -263,7 +320,7 @@ def run_stage(run: RunFolder, stage: Stage) -> None:
         "attack": run_attack,
         "audit": run_audit,
     }
-    if world_size() > 1 and stage not in ("certify", "attack") and not run.finished(stage):
+    if world_size() > 1 and stage == "audit" and not run.finished(stage):
         raise RunError(f"stage {stage} runs in one process; start `rush {stage} {run.path}` without torchrun")
     with run.alone() if rank() == 0 else nullcontext():
         stages[stage](run)
@@ -456,7 +513,8 @@ def _check_separate(train: ImageSet, test: ImageSet) -> None:
 
 def _spec(recipe: Recipe, train: ImageSet) -> ClassifierSpec:
     mean, std = channel_statistics(train)
-    return ClassifierSpec(recipe.model.encoder, recipe.model.width, train.images.shape[1], mean, std, train.classes)
+    model = recipe.model
+    return ClassifierSpec(model.encoder, model.width, train.images.shape[1], mean, std, train.classes, stem=model.stem)
 
 
 def _new_classifier(recipe: Recipe, train: ImageSet) -> Classifier:
@@ -464,6 +522,89 @@ def _new_classifier(recipe: Recipe, train: ImageSet) -> Classifier:
     classifier = _spec(recipe, train).build()
     seeded_init(classifier, stream(recipe.seed, "classifier", "weights"))
     return classifier
+
+
+def _method(config: PretrainConfig) -> Method:
+    """The pre-training method that the recipe names."""
+    if config.objective == "moco":
+        return MoCo(config.temperature, config.queue, config.key_momentum, config.shuffle_groups)
+    if config.objective == "acl":
+        return ACL(config.temperature, **_budget(config.adversary))
+    return SimCLR(config.temperature, config.micro_batch)
+
+
+def _objective(config: FinetuneConfig) -> Objective:
+    """The fine-tuning objective that the recipe names, with its options."""
+    budget = _budget(config.adversary)
+    objectives: dict[FinetuneObjective, Objective] = {
+        "standard": lambda e: standard(e.logits, e.x, e.y),
+        "gaussian": lambda e: gaussian(e.logits, e.x, e.y, e.noise, e.generator),
+        "consistency": lambda e: consistency(
+            e.logits, e.x, e.y, e.noise, e.generator, **config.consistency.model_dump()
+        ),
+        "smoothadv": lambda e: smoothadv(
+            e.logits,
+            e.evaluated,
+            e.x,
+            e.y,
+            e.noise,
+            e.generator,
+            draws=config.smoothadv.draws,
+            epsilon=config.smoothadv.epsilon_at(e.epoch),
+            steps=config.smoothadv.steps,
+        ),
+        "cat-rs": lambda e: cat_rs(e.logits, e.evaluated, e.x, e.y, e.noise, e.generator, **config.cat_rs.model_dump()),
+        "pgd-at": lambda e: pgd_at(e.logits, e.evaluated, e.x, e.y, e.generator, **budget),
+        "trades": lambda e: trades(e.logits, e.evaluated, e.x, e.y, e.generator, **budget, beta=config.trades.beta),
+    }
+    return objectives[config.objective]
+
+
+def _budget(adversary: AdversaryConfig) -> dict[str, Any]:
+    return {
+        "epsilon": parse_fraction(adversary.epsilon),
+        "step_size": parse_fraction(adversary.step_size),
+        "steps": adversary.steps,
+    }
+
+
+def _ids_in(split: str, held: ImageSet) -> np.ndarray:
+    """The ids of held-out training images as they are in ``split``, where several are joined or not."""
+    return np.concatenate([held.ids, np.char.add("train/", held.ids)]) if "+" in split else held.ids
+
+
+def _watch_encoder(here: Conditions, classifier: Classifier) -> Callable[[int], dict[str, Any]] | None:
+    """Live figures of the encoder on the held-out images; None where none is held out."""
+    held, config = here.held_out_images(), here.recipe.pretrain
+    if held is None or held.labels is None:
+        return None
+    train = here.training_images()
+    known = train[: min(len(train), _BANK_IMAGES)]
+    noise, represent = Gaussian(here.recipe.smoothing.sigma), _Represent(classifier)
+
+    def figures(epoch: int) -> dict[str, Any]:
+        if epoch % config.monitor_epochs and epoch != config.epochs:
+            return {}
+        return encoder_figures(
+            represent, known, held, noise, here.execution, neighbours=config.knn_neighbours, seed=here.recipe.seed
+        )
+
+    return figures
+
+
+def _watch_classifier(here: Conditions, classifier: Classifier) -> Callable[[int], dict[str, Any]] | None:
+    """Live figures of the classifier on the held-out images; None where none is held out."""
+    held, config = here.held_out_images(), here.recipe.finetune
+    if held is None:
+        return None
+    noise = Gaussian(here.recipe.smoothing.sigma)
+
+    def figures(epoch: int) -> dict[str, Any]:
+        if epoch % config.monitor_epochs and epoch != config.epochs:
+            return {}
+        return classifier_figures(classifier, held, noise, here.execution, here.recipe.seed)
+
+    return figures
 
 
 def _schedule(config: TrainingConfig) -> Schedule:
@@ -503,14 +644,19 @@ def _knn_accuracy(
     return {"correct": correct, "total": len(test), "neighbours": neighbours}
 
 
-def _training_figures(run: RunFolder, stage: Stage, images: int, passes: int) -> dict[str, Any]:
+def _training_figures(run: RunFolder, stage: Stage, images: int) -> dict[str, Any]:
     """Cost of a training from its logged epochs, the last event of each; an epoch repeated after a kill counts once."""
-    epochs = {event["epoch"]: event for event in run.events("epoch", stage)}.values()
+    epochs = list({event["epoch"]: event for event in run.events("epoch", stage)}.values())
     seconds = sum(event["seconds"] for event in epochs)
+    joules = [event.get("joules") for event in epochs]
     return {
         "seconds": seconds,
         "epochs": len(epochs),
         "images": images,
-        "passes_per_image": passes,
+        "passes_per_image": sum(event["passes"] for event in epochs) / images,
+        "forward_passes_per_image": sum(event["forward_passes"] for event in epochs) / images,
         "images_per_second": images * len(epochs) / seconds if seconds else None,
+        "peak_memory": max((event["peak_memory"] or 0 for event in epochs), default=None),
+        "joules": None if None in joules else sum(joules),
+        "processes": world_size(),
     }

@@ -1,32 +1,49 @@
 """The training loop: the only one. Pre-training and fine-tuning differ in the step they hand in."""
 
 import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rush.data.batches import batches_per_epoch, shuffled_batches
+from rush.data.batches import Batch, TrainingImages, batches_per_epoch
 from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.distributed import average_gradients, barrier, rank, world_size
+from rush.engine.ema import WeightAverage
+from rush.engine.interruption import StopRequest, stop_requests
+from rush.engine.meter import Cost, Meter, peak_memory
 from rush.engine.optim import build_optimizer, cosine_factor
 from rush.engine.progress import progress
-from rush.errors import RushError
-from rush.options import OptimizerName
+from rush.errors import ConfigError, Interrupted, RushError
+from rush.options import OnNonfinite, OptimizerName
 from rush.randomness import stream
+
+_INSPECTED_STEPS = 32  # losses are looked at once in so many steps: looking waits for the device
+_MOST_SKIPPED = 10
 
 
 class Step(Protocol):
-    """One training step: the loss of the images with these indices; all randomness from ``generator``."""
+    """One training step on the rows of this process; all randomness comes from ``generator``."""
 
-    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor: ...
+    def __call__(self, batch: Batch, epoch: float, generator: torch.Generator, /) -> Tensor:
+        """The mean loss of these rows, without graph; its gradients are added to the parameters' ``grad``.
+
+        epoch: epochs done so far, for schedules.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, in what batches and by which optimizer a module is trained."""
+    """How long, in what batches (of all processes together) and by which optimizer a module is trained.
+
+    ema_decay: what comes out is the exponential moving average of the weights with this decay; 0 leaves it out.
+    """
 
     epochs: int
     batch_size: int
@@ -35,6 +52,23 @@ class Schedule:
     momentum: float
     weight_decay: float
     warmup_epochs: float
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a training is kept: where, how often beside the end of every epoch, and what a non-finite loss does.
+
+    "stop" ends the training with an error; "skip" returns to the last checkpoint and leaves the batch out.
+    """
+
+    checkpoint: TrainingCheckpoint | None = None
+    minutes: float = 10.0
+    on_nonfinite: OnNonfinite = "stop"
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite == "skip" and self.checkpoint is None:
+            raise ConfigError('on_nonfinite = "skip" returns to the last checkpoint; give a checkpoint')
 
 
 def train(
@@ -42,70 +76,259 @@ def train(
     step: Step,
     *,
     name: str,
-    num_images: int,
+    images: TrainingImages,
     schedule: Schedule,
     seed: int,
     device: str = "cpu",
-    checkpoint: TrainingCheckpoint | None = None,
+    meter: Meter | None = None,
+    keeping: Keeping = Keeping(),
+    monitor: Callable[[int], dict[str, Any]] | None = None,
     log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
-    """Train ``module`` in place by ``schedule``; goes on from ``checkpoint`` and saves there after every epoch.
+    """Train ``module`` in place by ``schedule``; goes on from the checkpoint, in the middle of an epoch if need be.
 
     The order of an epoch comes from ``stream(seed, name, "order", epoch)``, the step's randomness from
-    ``stream(seed, name, "step", number)``: a resumed training ends with the same bits. ``log("epoch", ...)`` is called
-    once an epoch with mean loss, seconds and images per second.
-    Raises: RushError on a non-finite loss, naming epoch and batch.
+    ``stream(seed, name, "step", number)``, with the process's number behind it where there are several: a resumed
+    training ends with the same bits. Resumed on another number of processes it goes on with the same weights, the same
+    global batches in the same order and the same learning rates; what a step draws is drawn anew, and sums over a batch
+    round otherwise.
+
+    After every epoch ``log("epoch", ...)`` is called with the mean loss, what the epoch cost and images per second,
+    then ``log("monitor", ...)`` with what ``monitor(epoch)`` measures (an empty answer is not logged), with averaged
+    weights where they are asked for.
+    Raises: RushError on a non-finite loss or gradient, naming epoch and batch; Interrupted when the process was asked
+    to stop, after a checkpoint.
     """
-    optimizer = build_optimizer(
-        module, schedule.optimizer, schedule.learning_rate, schedule.momentum, schedule.weight_decay
-    )
-    first = checkpoint.restore(module, optimizer) if checkpoint else 0
-    per_epoch = batches_per_epoch(num_images, schedule.batch_size)
-    images_per_epoch = per_epoch * schedule.batch_size
-    total = schedule.epochs * images_per_epoch
-    with progress(name, total, start=first * images_per_epoch) as advance:
-        for epoch in range(first, schedule.epochs):
-            started = time.perf_counter()
-            order = shuffled_batches(num_images, schedule.batch_size, stream(seed, name, "order", epoch))
-            losses = []
-            for batch, indices in enumerate(order):
-                number = epoch * per_epoch + batch
-                _set_learning_rate(optimizer, schedule, number, per_epoch)
-                loss = step(indices, stream(seed, name, "step", number, device=device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach())
-                advance(schedule.batch_size)
-            mean_loss = _finite_mean(losses, name, epoch)
-            seconds = time.perf_counter() - started
-            log(
-                "epoch",
-                stage=name,
-                epoch=epoch + 1,
-                loss=mean_loss,
-                seconds=seconds,
-                images_per_second=images_per_epoch / seconds,
-            )
-            # After the log: a kill between the two repeats the epoch and its event, and none is missing.
-            if checkpoint:
-                checkpoint.save(module, optimizer, epoch + 1)
+    run = _Run(module, step, name, images, schedule, seed, device, meter or Meter(device=device), keeping, monitor, log)
+    with stop_requests() as stop, run.meter.running():
+        run.restore()
+        with run.shown() as advance:
+            while run.number < run.total:
+                try:
+                    run.rest_of_epoch(stop, advance)
+                except _NotFiniteError as found:
+                    run.recover(found.number)
+    if run.average is not None:
+        run.average.copy_into(module)
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, number: int, per_epoch: int) -> None:
-    factor = cosine_factor(number, schedule.epochs * per_epoch, round(schedule.warmup_epochs * per_epoch))
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.learning_rate * factor
+class _NotFiniteError(Exception):
+    """Loss or gradients of step ``number`` are not finite."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def _finite_mean(losses: list[Tensor], name: str, epoch: int) -> float:
-    values = torch.stack(losses).double()
-    mean = float(values.mean())
-    if not math.isfinite(mean):
-        first = int((~values.isfinite()).nonzero()[0])
-        raise RushError(
-            f"{name}: loss is not finite from batch {first} of epoch {epoch + 1} on; "
-            "the checkpoint of the last good epoch is kept. "
-            f'Lower {name}.learning_rate or use execution.precision = "float32"'
+class _Run:
+    """One call of ``train``. What a kill must not lose is in ``_state``: weights, optimizer, average, place, cost."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        step: Step,
+        name: str,
+        images: TrainingImages,
+        schedule: Schedule,
+        seed: int,
+        device: str,
+        meter: Meter,
+        keeping: Keeping,
+        monitor: Callable[[int], dict[str, Any]] | None,
+        log: Callable[..., None],
+    ) -> None:
+        self.module, self.step, self.name, self.images, self.schedule = module, step, name, images, schedule
+        self.seed, self.device, self.meter, self.keeping = seed, device, meter, keeping
+        self.monitor, self.log = monitor, log
+        self.per_epoch = batches_per_epoch(len(images), schedule.batch_size)
+        self.total = schedule.epochs * self.per_epoch
+        self.optimizer = build_optimizer(
+            module, schedule.optimizer, schedule.learning_rate, schedule.momentum, schedule.weight_decay
         )
-    return mean
+        self.average = WeightAverage(module, schedule.ema_decay) if schedule.ema_decay > 0 else None
+        self.number = 0  # steps done
+        self.losses: list[Tensor] = []  # of the epoch under way
+        self.epoch_began = Cost(**meter.cost.as_dict())
+        self.skipped: set[int] = set()
+        self.saved_at = time.monotonic()
+
+    def shown(self) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar, in the first process."""
+        size = self.schedule.batch_size
+        if rank() > 0:
+            return nullcontext(lambda _: None)
+        return progress(self.name, self.total * size, start=self.number * size)
+
+    def rest_of_epoch(self, stop: StopRequest, advance: Callable[[int], None]) -> None:
+        """All steps from here to the end of the epoch, then its log and its checkpoint."""
+        epoch, first = divmod(self.number, self.per_epoch)
+        order = stream(self.seed, self.name, "order", epoch)
+        for batch in self.images.batches(order, self.schedule.batch_size, first):
+            stopping = None if self.number in self.skipped else self._one_step(batch, stop)
+            self.number += 1
+            advance(self.schedule.batch_size)
+            if (world_size() == 1 and stop) or self.number % _INSPECTED_STEPS == 0:
+                self._inspect()
+                if stop or (stopping is not None and bool(stopping > 0)):
+                    self._stop(stop)
+            if self._save_is_due():
+                self._save()
+        self._finish_epoch(epoch + 1)
+
+    def restore(self) -> None:
+        """Take up the last checkpoint, where there is one; with "skip" there is one from now on."""
+        checkpoint = self.keeping.checkpoint
+        if checkpoint is None:
+            return
+        state = checkpoint.load()
+        try:
+            if state is not None:
+                self._load(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.unreadable(error) from error
+        barrier()  # nobody writes before everybody has read
+        if state is None and self.keeping.on_nonfinite == "skip":
+            self._save()
+
+    def recover(self, number: int) -> None:
+        """After a batch that was not finite: back to the last checkpoint and on without the batch, or the error."""
+        epoch, batch = divmod(number, self.per_epoch)
+        told = f"{self.name}: loss or gradient is not finite from batch {batch} of epoch {epoch + 1} on"
+        remedy = f'Lower {self.name}.learning_rate or use execution.precision = "float32"'
+        if self.keeping.on_nonfinite == "stop":
+            raise RushError(
+                f"{told}; the checkpoint before it is kept. {remedy}, or leave such batches out with "
+                'execution.on_nonfinite = "skip"'
+            )
+        if len(self.skipped) >= _MOST_SKIPPED:
+            raise RushError(f"{told}, after {_MOST_SKIPPED} batches that were skipped for it. {remedy}")
+        self.restore()
+        self.skipped.add(number)
+        self.log("skipped", stage=self.name, epoch=epoch + 1, batch=batch)
+        self._save()
+
+    def _one_step(self, batch: Batch, stop: StopRequest) -> Tensor:
+        """Train on one batch; how large a share of the processes was asked to stop."""
+        generator = stream(self.seed, self.name, "step", self.number, *_process_name(), device=self.device)
+        self._set_learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.step(batch, self.number / self.per_epoch, generator)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, bool(stop))]))
+        norm = nn.utils.get_total_norm([own.grad for own in trained if own.grad is not None])
+        self.losses.append(loss + 0 * norm.to(loss.dtype))  # NaN where a gradient is not finite
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.module)
+        return stopping
+
+    def _set_learning_rate(self) -> None:
+        warmup = round(self.schedule.warmup_epochs * self.per_epoch)
+        factor = cosine_factor(self.number, self.total, warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate * factor
+
+    def _inspect(self) -> float:
+        """Mean loss of the epoch so far, NaN before its first step; raises _NotFiniteError naming the first such
+        step."""
+        if not self.losses:
+            return math.nan
+        losses = torch.stack(self.losses).double()
+        wrong = (~losses.isfinite()).nonzero()
+        if len(wrong):
+            start = (self.number - 1) // self.per_epoch * self.per_epoch
+            taken = [number for number in range(start, self.number) if number not in self.skipped]
+            raise _NotFiniteError(taken[int(wrong[0])])
+        return float(losses.mean())
+
+    def _finish_epoch(self, epoch: int) -> None:
+        loss, cost = self._inspect(), self.meter.read().minus(self.epoch_began)
+        images = self.per_epoch * self.schedule.batch_size
+        self.log(
+            "epoch",
+            stage=self.name,
+            epoch=epoch,
+            loss=loss,
+            images_per_second=images / cost.seconds,
+            peak_memory=peak_memory(self.device),
+            processes=world_size(),
+            **cost.times(world_size()).as_dict(),
+        )
+        if self.monitor is not None and rank() == 0:
+            with _evaluated(self.module, self.average):
+                figures = self.monitor(epoch)
+            if figures:
+                self.log("monitor", stage=self.name, epoch=epoch, **figures)
+        # After the logs: a kill between them and here repeats the epoch and its events, and none is missing.
+        self.losses, self.epoch_began = [], self.meter.read()
+        self._save()
+
+    def _save_is_due(self) -> bool:
+        """Whether it is time for a checkpoint in the middle of an epoch, in the first process."""
+        return rank() == 0 and time.monotonic() - self.saved_at >= 60 * self.keeping.minutes and self._is_finite()
+
+    def _is_finite(self) -> bool:
+        try:
+            self._inspect()
+        except _NotFiniteError:
+            return False  # all processes meet it together at the next inspection
+        return True
+
+    def _save(self) -> None:
+        if self.keeping.checkpoint is not None and rank() == 0:
+            self.keeping.checkpoint.save(self._state())
+        self.saved_at = time.monotonic()
+
+    def _stop(self, stop: StopRequest) -> None:
+        self._save()
+        barrier()
+        epoch, batch = divmod(self.number, self.per_epoch)
+        cause = stop.signal or signal.SIGTERM
+        kept = self.keeping.checkpoint
+        told = f"kept in {kept.path}; the same command goes on from there" if kept else "nothing was kept"
+        raise Interrupted(
+            f"{self.name}: stopped by {cause.name} after batch {batch} of epoch {epoch + 1}; {told}", 128 + cause
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
+            "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
+            "cost": self.meter.read().as_dict(),
+            "epoch_began": self.epoch_began.as_dict(),
+            "skipped": sorted(self.skipped),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.number = int(state["number"])
+        self.losses = list(state["losses"].to(self.device))
+        self.meter.cost, self.epoch_began = Cost(**state["cost"]), Cost(**state["epoch_began"])
+        self.skipped = set(state["skipped"])
+
+
+def _process_name() -> tuple[int, ...]:
+    """What names a process's own streams: nothing where it is alone."""
+    return (rank(),) if world_size() > 1 else ()
+
+
+@contextmanager
+def _evaluated(module: nn.Module, average: WeightAverage | None) -> Iterator[None]:
+    """Within the context ``module`` is as it would come out now: in evaluation mode, with averaged weights."""
+    modes = {own: own.training for own in module.modules()}
+    weights = {name: own.detach().clone() for name, own in module.state_dict().items()} if average else None
+    module.eval()
+    if average is not None:
+        average.copy_into(module)
+    try:
+        yield
+    finally:
+        if weights is not None:
+            module.load_state_dict(weights)
+        for own, training in modes.items():
+            own.training = training

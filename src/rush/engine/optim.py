@@ -6,6 +6,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from rush.engine.lars import LARS
 from rush.errors import ConfigError
 from rush.options import OptimizerName
 
@@ -14,19 +15,23 @@ def build_optimizer(
     module: nn.Module, name: OptimizerName, learning_rate: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Optimizer over the parameters of ``module`` that require gradients; biases and normalization layers are not
-    decayed.
+    decayed, nor adapted by LARS. On CUDA the optimizer is the fused one, where torch has it.
 
     Raises: ConfigError for an unknown name.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay, "adapt": True},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
     ]
+    if name == "lars":
+        return LARS(groups, lr=learning_rate, momentum=momentum)
+    groups = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]
+    fused = any(parameter.is_cuda for parameter in trainable)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=fused)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999), fused=fused)
     raise ConfigError(f"unknown optimizer {name!r}; allowed: {', '.join(get_args(OptimizerName))}")
 
 

@@ -2,12 +2,13 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rush.errors import ConfigError, ModelError
-from rush.options import CompileMode, Precision, PrecisionChoice
+from rush.options import CompileMode, Precision, PrecisionChoice, TrainingCompile
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", 
     resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
     layout = resolved == "bfloat16" or kind == "cuda"
     return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True)
+
+
+def compiled(module: nn.Module, mode: TrainingCompile) -> nn.Module:
+    """``module`` for training, compiled by torch or as it is; the weights are the same tensors."""
+    return module if mode == "none" else cast(nn.Module, torch.compile(module, mode=mode))
 
 
 def check_eval_mode(module: nn.Module) -> None:

@@ -1,19 +1,35 @@
-"""What a frozen encoder knows: nearest-neighbour accuracy of its representations."""
+"""What a frozen encoder knows: nearest-neighbour and linear accuracy of its representations, clean and under noise."""
 
+import warnings
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.data.images import ImageSet
 from rush.engine.precision import Execution
+from rush.noise import Gaussian
+from rush.randomness import stream
 
 
-def representations(images: ImageSet, represent: nn.Module, execution: Execution) -> Tensor:
-    """Representations (N, D) float32 of all images by ``represent``, a module from [0, 1] pixels in evaluation mode."""
-    parts = [
-        execution.tiled_logits(represent, images.pixels(slice(start, start + execution.tile), execution.device))
-        for start in range(0, len(images), execution.tile)
-    ]
+def representations(
+    images: ImageSet,
+    represent: nn.Module,
+    execution: Execution,
+    noise: Gaussian | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Representations (N, D) float32 of all images by ``represent``, a module from [0, 1] pixels in evaluation mode.
+
+    noise: one draw of it from ``generator``, on the device, is added to every image.
+    """
+    parts = []
+    for start in range(0, len(images), execution.tile):
+        x = images.pixels(slice(start, start + execution.tile), execution.device)
+        if noise is not None and generator is not None:
+            x = x + noise.sample(x.shape, generator)
+        parts.append(execution.tiled_logits(represent, x))
     return torch.cat(parts)
 
 
@@ -33,3 +49,65 @@ def knn_correct(
         votes.scatter_add_(1, bank_labels[index], (similarity / temperature).exp())
         correct += int((votes.argmax(1) == truth).sum())
     return correct
+
+
+def linear_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> int:
+    """Number of ``queries`` (M, D) whose label a logistic regression on the standardised ``bank`` (N, D) gives.
+
+    scikit-learn's, with its default penalty, for at most 200 steps: a thermometer, not the best probe there is.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, std = bank.mean(0), bank.std(0).clamp(min=1e-6)
+    known, asked = ((own - mean).div(std).cpu().numpy().astype(np.float64) for own in (bank, queries))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe = LogisticRegression(max_iter=200).fit(known, bank_labels.cpu().numpy())
+    return int((probe.predict(asked) == labels.cpu().numpy()).sum())
+
+
+def encoder_figures(
+    represent: nn.Module,
+    bank: ImageSet,
+    held_out: ImageSet,
+    noise: Gaussian | None,
+    execution: Execution,
+    *,
+    neighbours: int,
+    seed: int,
+) -> dict[str, float]:
+    """Accuracy on ``held_out`` by nearest neighbours in ``bank`` and by a linear probe on it: "knn" and "linear", and
+    "knn_noisy" and "linear_noisy" where one draw of ``noise`` lies on every image of both sets."""
+    assert bank.labels is not None
+    assert held_out.labels is not None
+    figures = {}
+    for suffix, added in (("", None), ("_noisy", noise)):
+        if suffix and noise is None:
+            break
+        generators = [stream(seed, "probe", part, device=execution.device) for part in ("bank", "held out")]
+        known, asked = (
+            representations(images, represent, execution, added, generator)
+            for images, generator in zip((bank, held_out), generators, strict=True)
+        )
+        labels, truth = bank.labels.to(known.device), held_out.labels.to(known.device)
+        figures[f"knn{suffix}"] = knn_correct(known, labels, asked, truth, neighbours) / len(held_out)
+        figures[f"linear{suffix}"] = linear_correct(known, labels, asked, truth) / len(held_out)
+    return figures
+
+
+def classifier_figures(
+    classifier: nn.Module, held_out: ImageSet, noise: Gaussian | None, execution: Execution, seed: int
+) -> dict[str, float]:
+    """Accuracy of the classifier on ``held_out``, "accuracy", and with one draw of ``noise`` on each image,
+    "accuracy_noisy"."""
+    assert held_out.labels is not None
+    figures = {}
+    for suffix, added in (("", None), ("_noisy", noise)):
+        if suffix and noise is None:
+            break
+        generator = stream(seed, "probe", "held out", device=execution.device)
+        logits = representations(held_out, classifier, execution, added, generator)
+        correct = logits.argmax(1) == held_out.labels.to(logits.device)
+        figures[f"accuracy{suffix}"] = float(correct.double().mean())
+    return figures

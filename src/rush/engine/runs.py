@@ -17,6 +17,12 @@ from rush.errors import RunError
 from rush.files import one_process, write_json, write_text
 from rush.options import STAGES, Stage
 
+_FREE_FIELDS = (
+    ("data", "root"),
+    ("data", "memory_gb"),
+    ("execution", "checkpoint_minutes"),
+    ("execution", "on_nonfinite"),
+)
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
 
 
@@ -30,6 +36,7 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
         self.recipe = recipe
+        self.loaded: dict[str, Any] = {}  # the images of the splits that this process has read, for the next stage
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
@@ -266,9 +273,11 @@ def _sections_until(recipe: Recipe, stage: Stage) -> str:
 
 
 def _deciding_values(recipe: Recipe) -> dict[str, Any]:
-    """All fields but where the data lie: the images' fingerprint in ``provenance.json`` says which they are."""
+    """All fields but those that no result depends on, and where the data lie: the images' fingerprint in
+    ``provenance.json`` says which they are."""
     values = recipe.model_dump(mode="json")
-    values["data"].pop("root")
+    for section, name in _FREE_FIELDS:
+        values[section].pop(name)
     return values
 
 

@@ -1,0 +1,275 @@
+"""A training that is killed, stopped, or meets a loss that is not finite loses nothing and ends with the same bits."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rush.data.batches import Batch, Resident
+from rush.data.images import ImageSet
+from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.loop import Keeping, Schedule, train
+from rush.engine.meter import Meter
+from rush.errors import CheckpointError, ConfigError, Interrupted, RushError
+from rush.randomness import seeded_init, stream
+
+SCHEDULE = Schedule(
+    epochs=3,
+    batch_size=8,
+    optimizer="sgd",
+    learning_rate=0.1,
+    momentum=0.9,
+    weight_decay=1e-3,
+    warmup_epochs=1,
+    ema_decay=0.9,
+)
+STEPS = 15  # 43 images: five whole batches an epoch
+NEVER, ALWAYS = 1e9, 0.0
+
+
+def images() -> Resident:
+    pixels = torch.randint(0, 256, (43, 1, 2, 3), generator=stream(0, "pixels")).to(torch.uint8)
+    labels = torch.randint(0, 3, (43,), generator=stream(0, "labels"))
+    return Resident(ImageSet(pixels, labels, ("a", "b", "c"), np.arange(43).astype(str), "random", "train"))
+
+
+def network() -> nn.Module:
+    """With BatchNorm, whose statistics must be resumed too."""
+    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    return seeded_init(module, stream(0, "weights")).train()
+
+
+class Training:
+    """A small noisy training that can be disturbed at any step; ``steps`` are the numbers of those that it took."""
+
+    def __init__(
+        self, keeping: Keeping, disturb: Callable[[int, Tensor], Tensor] | None = None, seconds: float = 0.0
+    ) -> None:
+        self.module, self.keeping, self.disturb, self.seconds = network(), keeping, disturb, seconds
+        self.steps: list[int] = []
+        self.events: list[dict[str, Any]] = []
+
+    def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+        self.steps.append(round(epoch * 5))
+        time.sleep(self.seconds)
+        assert batch.labels is not None
+        x = batch.images.flatten(1) / 255
+        x = x + torch.randn(x.shape, generator=generator)
+        loss = nn.functional.cross_entropy(self.module(x), batch.labels)
+        if self.disturb is not None:
+            loss = self.disturb(self.steps[-1], loss)
+        loss.backward()
+        return loss.detach()
+
+    def log(self, event: str, **values: Any) -> None:
+        self.events.append({"event": event, **values})
+
+    def run(self) -> "Training":
+        train(
+            self.module,
+            self.step,
+            name="pretrain",
+            images=images(),
+            schedule=SCHEDULE,
+            seed=0,
+            meter=Meter(self.module),
+            keeping=self.keeping,
+            log=self.log,
+        )
+        return self
+
+    @property
+    def bits(self) -> dict[str, bytes]:
+        return {name: tensor.detach().numpy().tobytes() for name, tensor in self.module.state_dict().items()}
+
+    @property
+    def epochs(self) -> list[tuple[int, float, int]]:
+        """Number, loss and passes of every logged epoch, the last event of each."""
+        told = {own["epoch"]: own for own in self.events if own["event"] == "epoch"}
+        return [(number, own["loss"], own["passes"]) for number, own in sorted(told.items())]
+
+
+def kept(folder: Path, minutes: float = NEVER, **options: Any) -> Keeping:
+    return Keeping(TrainingCheckpoint(folder / "state.pt", "recipe"), minutes, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Training:
+    return Training(Keeping()).run()
+
+
+def failing_at(number: int) -> Callable[[int, Tensor], Tensor]:
+    def disturb(step: int, loss: Tensor) -> Tensor:
+        if step == number:
+            raise KeyboardInterrupt
+        return loss
+
+    return disturb
+
+
+@pytest.mark.parametrize("number", [1, 5, 8, 14])
+def test_a_training_broken_off_in_the_middle_of_an_epoch_goes_on_there_and_ends_with_the_same_bits(
+    number: int, undisturbed: Training, tmp_path: Path
+) -> None:
+    broken = Training(kept(tmp_path, ALWAYS), failing_at(number))
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = Training(kept(tmp_path, ALWAYS)).run()
+    assert resumed.steps == list(range(number, STEPS))
+    assert resumed.bits == undisturbed.bits
+    # the epoch that was broken off is logged with all its losses and passes
+    assert resumed.epochs == undisturbed.epochs[number // 5 :]
+
+
+def test_checkpoints_come_by_time_and_at_the_end_of_epochs(tmp_path: Path) -> None:
+    seldom = Training(kept(tmp_path, NEVER), failing_at(8))
+    with pytest.raises(KeyboardInterrupt):
+        seldom.run()
+    assert Training(kept(tmp_path, NEVER)).run().steps == list(range(5, STEPS))
+
+
+def test_a_stop_asked_for_by_a_signal_is_answered_with_a_checkpoint(undisturbed: Training, tmp_path: Path) -> None:
+    def ask(step: int, loss: Tensor) -> Tensor:
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    before = signal.getsignal(signal.SIGTERM)
+    told = r"pretrain: stopped by SIGTERM after batch 3 of epoch 2; kept in .*state\.pt; the same command goes on"
+    with pytest.raises(Interrupted, match=told) as stopped:
+        Training(kept(tmp_path), ask).run()
+    assert stopped.value.status == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed = Training(kept(tmp_path)).run()
+    assert resumed.steps == list(range(8, STEPS))
+    assert resumed.bits == undisturbed.bits
+
+
+def test_twenty_kills_at_random_moments_leave_the_final_bits_unchanged(undisturbed: Training, tmp_path: Path) -> None:
+    """Children that are killed outright; the moments are random, what must come out is not."""
+    keeping, moments = kept(tmp_path, ALWAYS), np.random.default_rng(0).uniform(0.0, 0.12, 20)
+    survived = 0
+    for moment in moments:
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                Training(keeping, seconds=0.02).run()
+            os._exit(0)
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        survived += os.WIFEXITED(status)
+    last = Training(keeping).run()
+    assert last.bits == undisturbed.bits
+    assert survived < 20, "every child had finished before it was killed"
+    assert not [
+        path for path in tmp_path.iterdir() if path.name not in ("state.pt", "state.previous.pt", ".state.pt.partial")
+    ]
+
+
+def spoiling(bad: float, *numbers: int, gradient: bool = False) -> Callable[[int, Tensor], Tensor]:
+    """Loss, or gradient alone, that is not finite at these steps."""
+
+    def disturb(step: int, loss: Tensor) -> Tensor:
+        if step not in numbers:
+            return loss
+        # sqrt has an infinite slope at 0: its value is finite, what goes back is not
+        return loss + (loss - loss).abs().sqrt() if gradient else loss * bad
+
+    return disturb
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stops_the_training_and_keeps_the_last_good_checkpoint(
+    bad: float, gradient: bool, undisturbed: Training, tmp_path: Path
+) -> None:
+    broken = Training(kept(tmp_path, ALWAYS), spoiling(bad, 8, gradient=gradient))
+    told = (
+        r"pretrain: loss or gradient is not finite from batch 3 of epoch 2 on; .*kept\. Lower pretrain\.learning_rate"
+    )
+    with pytest.raises(RushError, match=told):
+        broken.run()
+    assert [number for number, *_ in broken.epochs] == [1]
+    resumed = Training(kept(tmp_path, ALWAYS)).run()
+    assert resumed.steps == list(range(8, STEPS))
+    assert resumed.bits == undisturbed.bits
+
+
+def test_batches_that_are_not_finite_are_skipped_on_wish(tmp_path: Path) -> None:
+    """The same as if these steps did not exist: the trainer without the fault takes all other steps alike."""
+    (tmp_path / "faulty").mkdir()
+    faulty = Training(kept(tmp_path / "faulty", on_nonfinite="skip"), spoiling(float("nan"), 3, 8)).run()
+    told = [(own["epoch"], own["batch"]) for own in faulty.events if own["event"] == "skipped"]
+    assert told == [(1, 3), (2, 3)]
+    assert faulty.steps == [0, 1, 2, 3, 4, 0, 1, 2, 4, 5, 6, 7, 8, 9, 5, 6, 7, 9, *range(10, STEPS)]
+    assert all(np.isfinite(loss) for _, loss, _ in faulty.epochs)
+    # broken off later, it resumes with the list of what it left out
+    (tmp_path / "broken").mkdir()
+
+    def both(step: int, loss: Tensor) -> Tensor:
+        return failing_at(12)(step, spoiling(float("nan"), 3, 8)(step, loss))
+
+    with pytest.raises(KeyboardInterrupt):
+        Training(kept(tmp_path / "broken", on_nonfinite="skip"), both).run()
+    assert Training(kept(tmp_path / "broken", on_nonfinite="skip")).run().bits == faulty.bits
+
+
+def test_skipping_has_an_end(tmp_path: Path) -> None:
+    always = spoiling(float("nan"), *range(STEPS))
+    endless = Training(kept(tmp_path, on_nonfinite="skip"), always)
+    with pytest.raises(RushError, match=r"not finite from batch 0 of epoch 3 on, after 10 batches that were skipped"):
+        endless.run()
+
+
+def test_skipping_needs_a_checkpoint_to_return_to() -> None:
+    with pytest.raises(ConfigError, match="give a checkpoint"):
+        Keeping(on_nonfinite="skip")
+
+
+def test_a_checkpoint_with_other_weights_is_refused_and_kept(tmp_path: Path) -> None:
+    keeping = kept(tmp_path)
+    Training(keeping).run()
+    assert keeping.checkpoint is not None
+    content = keeping.checkpoint.path.read_bytes()
+    other = Training(keeping)
+    other.module = nn.Linear(6, 3)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        other.run()
+    assert keeping.checkpoint.path.read_bytes() == content
+
+
+def test_the_average_of_the_weights_comes_out(undisturbed: Training) -> None:
+    plain = Training(Keeping())
+    weights: list[Tensor] = []
+
+    def remember(_module: nn.Module, _given: object) -> None:
+        weights.append(plain.module[0].weight.detach().clone())
+
+    plain.module.register_forward_pre_hook(remember)
+    train(plain.module, plain.step, name="pretrain", images=images(), schedule=replace(SCHEDULE, ema_decay=0.0), seed=0)
+    weights.append(plain.module[0].weight.detach().clone())
+    average = weights[0].double()
+    for done, now in enumerate(weights[1:]):
+        decay = min(0.9, (1 + done) / (10 + done))
+        average = decay * average + (1 - decay) * now
+    averaged = np.frombuffer(undisturbed.bits["0.weight"], np.float32).reshape(8, 6)
+    np.testing.assert_allclose(averaged, average.numpy(), atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A forked child must not wait for threads that it does not have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
