@@ -12,7 +12,6 @@ from rush.errors import ConfigError, InputError
 from rush.randomness import stream
 
 SHAPE = (400, 3, 16, 16)
-VALUES = 3 * 16 * 16
 
 
 def views() -> tuple[Tensor, Tensor]:

@@ -39,7 +39,8 @@ def cached_backward(
     pieces = _micro_batches(inputs, micro_batch)
     with torch.no_grad(), _kept_buffers(module):
         parts = [encode(torch.cat(piece)).chunk(len(inputs)) for piece in pieces]
-    # A cast weight that autocast kept from the pass without graph would cut the graph of the second one.
+    # Within an outer autocast some versions of torch keep weights that were cast without graph, which would cut the
+    # graph of the second pass.
     torch.clear_autocast_cache()
     projections = [torch.cat(rows).requires_grad_() for rows in zip(*parts, strict=True)]
     value = loss(*projections)

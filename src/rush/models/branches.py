@@ -32,8 +32,6 @@ class NormBranch(nn.Module):
             )
         self.names = tuple(found)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in found.values())
-        for parameter in self.parameters():
-            parameter.grad = None  # a deep copy takes the gradient along
 
     def call(self, module: nn.Module, x: Tensor) -> Tensor:
         """``module(x)`` with the normalization of this branch.

@@ -40,8 +40,6 @@ class KeyNetwork(nn.Module):
                 f"use for example {max(1, queue_size // max(1, global_batch)) * global_batch}"
             )
         self.network = copy.deepcopy(query).requires_grad_(False)
-        for parameter in self.network.parameters():
-            parameter.grad = None  # a deep copy takes the gradient along
         self.global_batch = global_batch
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, features, generator=generator), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
