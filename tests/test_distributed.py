@@ -47,7 +47,8 @@ def shared_gradient() -> list[Tensor]:
     """Gradients of two summands, one gathered, the other not: autograd hands both the same tensor."""
     x, other = torch.ones(2, 2, requires_grad=True), torch.ones(2 * WORLD, 2, requires_grad=True)
     weight = torch.arange(1.0, 1 + 2 * WORLD)[:, None].expand(-1, 2) * (rank() + 1)
-    ((gather(x) + other) * weight).sum().backward()
+    doubled = 2 * other  # made before the gather, so its backward comes after the gather's
+    ((gather(x) + doubled) * weight).sum().backward()
     assert x.grad is not None
     assert other.grad is not None
     return [x.grad, other.grad]
@@ -137,7 +138,7 @@ def test_the_gather_sums_the_ranks_gradients_and_leaves_those_of_others_alone(fo
     for number, own in enumerate(found):
         of_x, of_other = own["shared"]
         assert torch.equal(of_x, 6 * rows[2 * number : 2 * number + 2])  # 1 + 2 + 3 times this rank's rows
-        assert torch.equal(of_other, (number + 1) * rows)
+        assert torch.equal(of_other, 2 * (number + 1) * rows)
 
 
 @pytest.mark.parametrize("case", ["module", "small module"])
