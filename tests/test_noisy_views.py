@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rush.data.noisy_views import NoiseSchedule, NoisyViewsOption
+from rush.data.noisy_views import NoiseSchedule
 from rush.errors import ConfigError, InputError
+from rush.options import NoisyViewsOption
 from rush.randomness import stream
 
 SHAPE = (400, 3, 16, 16)

@@ -2,15 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from rush.data.views import gaussian_noise
 from rush.errors import ConfigError
-
-NoisyViewsOption = Literal["none", "one", "both"]
+from rush.options import NoisyViewsOption
 
 
 @dataclass(frozen=True)

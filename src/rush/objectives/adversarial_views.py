@@ -30,8 +30,9 @@ def adversarial_views(
     update them.
 
     project: [0, 1] pixels (2 B, C, H, W), the rows of view_a before those of view_b -> z (2 B, D), float.
-    view_a, view_b: (B, C, H, W) in [0, 1] (not checked), row by row. epsilon: in (0, 1]; step_size: > 0, in the same
-    pixel units; steps: >= 1. generator: on the device of the views; one uniform value a pixel is drawn.
+    view_a, view_b: (B, C, H, W) in [0, 1], row by row; not checked, that would wait for the device, so no noisy views.
+    epsilon: in (0, 1]; step_size: > 0, in the same pixel units; steps: >= 1. generator: on the device of the views; one
+    uniform value a pixel is drawn.
     Gradients are taken with respect to the views alone: no parameter's ``.grad`` changes. With several processes the
     loss is that of the global batch, every process attacks its own rows.
     Cost: ``steps`` forward and backward passes through ``project``.
