@@ -25,11 +25,12 @@ from torch.nn import functional as F
 import rush
 from rush.attacks.gradient import plain
 from rush.attacks.pgd import pgd
+from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
 from rush.data.views import Views
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.forward import fold_batch_norm
-from rush.engine.loop import Schedule, train
+from rush.engine.loop import Keeping, Schedule, train
 from rush.engine.precision import Execution, decide_execution
 from rush.files import write_json
 from rush.models.classifier import Classifier
@@ -144,22 +145,24 @@ def train_pgd(images: ImageSet, out: Path, schedule: Schedule, seed: int) -> Cla
     assert isinstance(classifier, Classifier)
     assert images.labels is not None
     mixed = Mixed(classifier)
-    views, pixels, labels = Views.weak(), images.images, images.labels
+    views = Views.weak()
     recipe = json.dumps([asdict(SPEC), asdict(schedule), EPSILON, ATTACK_STEPS, ATTACK_STEP_SIZE, seed])
 
-    def step(indices: Tensor, generator: torch.Generator) -> Tensor:
-        x, y = views(pixels[indices], generator), labels[indices]
-        adversarial = training_point(mixed, x, y, generator)
-        return F.cross_entropy(mixed.train()(adversarial), y)
+    def step(batch: Batch, _epoch: float, generator: torch.Generator) -> Tensor:
+        assert batch.labels is not None
+        adversarial = training_point(mixed, views(batch.images, generator), batch.labels, generator)
+        loss = F.cross_entropy(mixed.train()(adversarial), batch.labels)
+        loss.backward()
+        return loss.detach()
 
     train(
         classifier,
         step,
         name="pgd-network",
-        num_images=len(images),
+        images=Resident(images),
         schedule=schedule,
         seed=seed,
-        checkpoint=TrainingCheckpoint(out / "training.pt", recipe),
+        keeping=Keeping(TrainingCheckpoint(out / "training.pt", recipe)),
         log=lambda _, **values: print(json.dumps(values), flush=True),
     )
     return classifier.eval()

@@ -263,4 +263,35 @@ def test_a_shipped_recipe_writes_down_no_number_that_cannot_run(name: str) -> No
             else:
                 assert found[key] == value, f"{where}{key}"
 
-    check(tomllib.loads(recipe_text(name)), resolved, "")
+    written = tomllib.loads(recipe_text(name))
+    written.pop("base", None)
+    check(written, resolved, "")
+
+
+def test_a_recipe_gives_what_it_changes_in_its_base(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    text = 'base = "tiny.toml"\nname = "mine"\n[pretrain]\nepochs = 7\n[pretrain.views]\nflip = 0.25\n[audit]\nimages = 3\n'
+    (tmp_path / "mine.toml").write_text(text)
+    base, mine = tiny(tmp_path), load_recipe(str(tmp_path / "mine.toml"), ["pretrain.batch_size=64"])
+    views = base.pretrain.views.model_copy(update={"flip": 0.25})
+    pretrain = base.pretrain.model_copy(update={"epochs": 7, "batch_size": 64, "views": views})
+    audit = base.audit.model_copy(update={"images": 3})
+    assert mine == base.model_copy(update={"name": "mine", "pretrain": pretrain, "audit": audit})
+    assert "base" not in mine.to_json()
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [('"a.toml"', "base must name another recipe"), ("3", r"base must name another recipe \(given: 3\)")],
+)
+def test_a_base_that_is_no_other_recipe_is_refused(base: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('base = "b.toml"\nname = "a"\n')
+    (tmp_path / "b.toml").write_text(f'base = {base}\nname = "b"\n')
+    with pytest.raises(ConfigError, match=told):
+        load_recipe(str(tmp_path / "a.toml"))
+
+
+def test_an_unknown_base_is_told_with_the_recipes_that_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('base = "digit"\nname = "a"\n')
+    with pytest.raises(ConfigError, match="no recipe 'digit', did you mean 'digits'"):
+        load_recipe(str(tmp_path / "a.toml"))

@@ -425,13 +425,33 @@ def recipe_headline(name: str) -> str:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | None = None) -> Recipe:
     """The validated recipe; ``overrides`` are ``section.field=value`` texts, ``data`` replaces where the images lie.
 
+    A recipe that names a ``base``, a shipped recipe or a file beside it, gives what it changes in that one.
     Raises: ConfigError naming the field, what was given and what is allowed.
     """
+    values = recipe_values(name_or_path)
+    return build_recipe(values, overrides, data, source=f"recipe {name_or_path}")
+
+
+def recipe_values(name_or_path: str, _above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a recipe as they are written, over those of its ``base``; ConfigError when it is no TOML."""
     try:
         values = tomllib.loads(recipe_text(name_or_path))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error}") from error
-    return build_recipe(values, overrides, data, source=f"recipe {name_or_path}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    beside = Path(name_or_path).parent / str(base)
+    found = str(beside) if beside.is_file() else base
+    if not isinstance(found, str) or found in (*_above, name_or_path):
+        raise ConfigError(f"recipe {name_or_path}: base must name another recipe (given: {base!r})")
+    return _over(recipe_values(found, (*_above, name_or_path)), values)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` with the values of ``above``, section by section."""
+    both = [key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)]
+    return {**below, **above, **{key: _over(below[key], above[key]) for key in both}}
 
 
 def build_recipe(
