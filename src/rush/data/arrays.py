@@ -44,6 +44,16 @@ def load_npz(path: Path, split: str) -> ImageSet:
     return ImageSet(torch.from_numpy(images), checked, classes, ids, path.stem, split)
 
 
+def npz_bytes(path: Path, split: str) -> int:
+    """Bytes that the images of ``split`` take in memory, from the file's table of contents. Raises: DataError."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            sizes = {entry.filename: entry.file_size for entry in file.infolist()}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}; write plain arrays again with numpy.savez") from error
+    return sizes.get(f"x_{split}.npy", sizes.get("images.npy", 0))
+
+
 def _read(path: Path, pixels: str) -> tuple[Arrays, list[str]]:
     """The arrays that may be needed (the pixels of other splits are not), and the names of all."""
     if not zipfile.is_zipfile(path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -109,35 +110,105 @@ def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: t
     """
     if images.labels is None:
         raise InputError(f"{images!r} has no labels to stratify by; use images[index]")
-    if not isinstance(generator, torch.Generator):
-        raise InputError(
-            f"generator must be a torch.Generator, e.g. rush.randomness.stream(seed, 'subset'), got {generator!r}"
+    _check_generator(generator)
+    size = _subset_size(n_or_fraction, len(images), len(images.labels.unique()))
+    return images[_stratified_rows(images.labels.numpy(), size, generator, least=1)]
+
+
+def hold_out(images: ImageSet, count: int, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
+    """The images without ``count`` random ones, and these; both in the original order.
+
+    ``count``: 1..N-1. With labels every class gives its share, rounded by largest remainder (a rare class may give
+    none); without, all images are alike. Random: which images are drawn, from ``generator``.
+    Raises: InputError for another count.
+    """
+    held = held_out_rows(images.labels, len(images), count, generator)
+    return images[np.setdiff1d(np.arange(len(images)), held)], images[held]
+
+
+def held_out_rows(labels: torch.Tensor | None, total: int, count: int, generator: torch.Generator) -> np.ndarray:
+    """The ``count`` of ``total`` rows that ``hold_out`` draws, ascending. Raises: InputError as it does."""
+    _check_generator(generator)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < total:
+        raise InputError(f"of {total} images 1..{total - 1} can be held out, got {count!r}")
+    if labels is None:
+        order = torch.randperm(total, generator=generator, device=generator.device)
+        return np.sort(order[:count].cpu().numpy())
+    return _stratified_rows(labels.numpy(), count, generator, least=0)
+
+
+def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
+    """Splits of one data set as one, in order; labels are None if any part has none. A single part is itself.
+
+    Greyscale among RGB is repeated over the channels. ids: the parts' own where they differ, else "<split>/<id>".
+    Raises: DataError when sizes or classes differ or two parts are the same images.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    split = "+".join(part.split for part in parts)
+    where = f"{parts[0].name}/{split}"
+    sides = {tuple(part.images.shape[2:]) for part in parts}
+    if len(sides) > 1:
+        raise DataError(
+            f"{where}: the parts have images of {sorted(sides)} (height, width); give size to make them one"
         )
-    labels = images.labels.numpy()
-    present = np.unique(labels)
-    size = _subset_size(n_or_fraction, len(images), len(present))
-    counts = np.array([(labels == label).sum() for label in present])
-    drawn = []
-    for label, quota in zip(present, stratified_counts(counts, size), strict=True):
-        members = np.flatnonzero(labels == label)
-        order = torch.randperm(len(members), generator=generator, device=generator.device)
-        drawn.append(members[order[:quota].cpu().numpy()])
-    return images[np.sort(np.concatenate(drawn))]
+    for number, part in enumerate(parts):
+        if any(part.images.equal(other.images) for other in parts[:number]):
+            raise DataError(f"{where}: split {part.split!r} holds the images of another part; name it once")
+    labels = [part.labels for part in parts if part.labels is not None]
+    channels = max(part.images.shape[1] for part in parts)
+    return ImageSet(
+        torch.cat([part.images.expand(-1, channels, -1, -1) for part in parts]),
+        torch.cat(labels) if len(labels) == len(parts) else None,
+        common_classes([part.classes for part in parts], where),
+        unique_ids([part.ids for part in parts], [part.split for part in parts]),
+        parts[0].name,
+        split,
+    )
 
 
-def stratified_counts(counts: np.ndarray, size: int) -> np.ndarray:
-    """How many of ``size`` each class gets: in proportion to its positive ``counts`` (largest remainder), at least one.
+def common_classes(parts: Sequence[tuple[str, ...]], where: str) -> tuple[str, ...]:
+    """The longest of the class lists, where the others are its beginning (or empty). Raises: DataError otherwise."""
+    longest = max(parts, key=len)
+    for classes in parts:
+        if classes != longest[: len(classes)]:
+            raise DataError(f"{where}: the parts have the classes {classes} and {longest}; join splits of one data set")
+    return longest
 
-    Exact in integers; ties go to the earlier class. Needs len(counts) <= size <= counts.sum().
+
+def unique_ids(parts: Sequence[np.ndarray], splits: Sequence[str]) -> np.ndarray:
+    """The ids of all parts, each with its split before it ("<split>/<id>") where they would not all differ."""
+    ids = np.concatenate(parts)
+    if len(np.unique(ids)) == len(ids):
+        return ids
+    return np.array([f"{split}/{name}" for part, split in zip(parts, splits, strict=True) for name in part.tolist()])
+
+
+def stratified_counts(counts: np.ndarray, size: int, least: int = 1) -> np.ndarray:
+    """How many of ``size`` each class gets: in proportion to its positive ``counts`` (largest remainder), at least
+    ``least`` (0 or 1).
+
+    Exact in integers; ties go to the earlier class. Needs least * len(counts) <= size <= counts.sum().
     """
     total = counts.sum()
     due = size * counts  # in units of 1 / total images
-    quotas = np.maximum(due // total, 1)
+    quotas = np.maximum(due // total, least)
     while quotas.sum() < size:
         quotas[np.argmax(np.where(quotas < counts, due - quotas * total, -(total**2)))] += 1
     while quotas.sum() > size:
-        quotas[np.argmax(np.where(quotas > 1, quotas * total - due, -(total**2)))] -= 1
+        quotas[np.argmax(np.where(quotas > least, quotas * total - due, -(total**2)))] -= 1
     return quotas
+
+
+def _stratified_rows(labels: np.ndarray, size: int, generator: torch.Generator, least: int) -> np.ndarray:
+    """``size`` rows, ascending, of which each class present has its share; drawn class by class."""
+    present, counts = np.unique(labels, return_counts=True)
+    drawn = []
+    for label, quota in zip(present, stratified_counts(counts, size, least), strict=True):
+        members = np.flatnonzero(labels == label)
+        order = torch.randperm(len(members), generator=generator, device=generator.device)
+        drawn.append(members[order[:quota].cpu().numpy()])
+    return np.sort(np.concatenate(drawn))
 
 
 def _subset_size(n_or_fraction: int | float, total: int, num_present: int) -> int:
@@ -152,6 +223,13 @@ def _subset_size(n_or_fraction: int | float, total: int, num_present: int) -> in
             f"ask for at least {num_present} images"
         )
     return size
+
+
+def _check_generator(generator: torch.Generator) -> None:
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator must be a torch.Generator, e.g. rush.randomness.stream(seed, 'subset'), got {generator!r}"
+        )
 
 
 def _check_images(images: torch.Tensor, where: str) -> None:

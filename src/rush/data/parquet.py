@@ -2,23 +2,27 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rush.data.decoding import Encoded, decode_images
-from rush.data.images import ImageSet, check_labels
+from rush.data.decoding import Encoded
+from rush.data.images import check_labels
+from rush.data.records import Block
 from rush.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 _SERIES = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 _BATCH = 1024
+_BATCH_BYTES = 1 << 20  # what is taken out of a row group at a time; at most so much is read ahead of it
+_ROW_BYTES = 256  # what Python adds to each image that is held: its name for error texts, and objects
 
 
 def parquet_folder(folder: Path) -> Path | None:
@@ -27,15 +31,53 @@ def parquet_folder(folder: Path) -> Path | None:
     return next((path for path in candidates if any(path.glob("*.parquet"))), None)
 
 
-def load_parquet(folder: Path, split: str, name: str) -> ImageSet:
-    """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folder``, in order.
+@dataclass(frozen=True, eq=False)
+class ParquetRecords:
+    """The rows of all shards of a split, in order; see ``rush.data.records.Records``."""
 
-    ids: the ``path`` beside the image bytes where every row has one and all differ, else "<split>-<row>". Without class
-    names in the metadata the classes are "0".."K-1" with K - 1 the largest label; without a label column labels are
-    None.
+    shards: tuple["_Shard", ...]
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    labels: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def ids(self) -> np.ndarray:
+        """The ``path`` beside the image bytes where every row has one and all differ, else "<split>-<row>"."""
+        return _ids(self.shards, self.split)
+
+    def files(self) -> list[Path]:
+        return [shard.path for shard in self.shards]
+
+    def blocks(self, limit: int) -> list[Block]:
+        """The row groups; one that would take more than ``limit`` bytes in equal parts."""
+        blocks: list[Block] = []
+        for shard in self.shards:
+            for group in shard.groups:
+                blocks += _blocks(shard.path, group, limit, blocks[-1].stop if blocks else 0)
+        return blocks
+
+    def read(self, rows: np.ndarray) -> Iterator[Encoded]:
+        """The encoded images of the ascending ``rows``; a row group is read as far as the last of them, piece by
+        piece."""
+        offset = 0
+        for shard in self.shards:
+            own = rows[slice(*np.searchsorted(rows, [offset, offset + shard.rows]))]
+            if own.size:
+                yield from _encoded(shard, own - offset)
+            offset += shard.rows
+
+
+def parquet_records(folder: Path, split: str, name: str) -> ParquetRecords:
+    """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folder``, in order; no pixels are read.
+
+    Without class names in the metadata the classes are "0".."K-1" with K - 1 the largest label; without a label column
+    labels are None.
     Raises: DataError naming the shard that is missing, damaged, empty, mislabelled or of another layout.
     """
-    shards = [_open_shard(path) for path in find_shards(folder, split)]
+    shards = tuple(_open_shard(path) for path in find_shards(folder, split))
     for shard in shards:
         if (shard.label, shard.classes) != (shards[0].label, shards[0].classes):
             raise DataError(
@@ -47,9 +89,7 @@ def load_parquet(folder: Path, split: str, name: str) -> ImageSet:
         check_labels(values, shard.rows, len(classes), str(shard.path))
         for shard, values in zip(shards, labels, strict=bool(labels))
     ]
-    total = sum(shard.rows for shard in shards)
-    images = decode_images((item for shard in shards for item in _encoded(shard)), total)
-    return ImageSet(images, torch.cat(checked) if checked else None, classes, _ids(shards, split), name, split)
+    return ParquetRecords(shards, name, split, classes, torch.cat(checked) if checked else None)
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -75,26 +115,68 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 @dataclass(frozen=True)
+class _Group:
+    """A row group: its first row in the shard, its rows, and the bytes of its encoded images."""
+
+    start: int
+    rows: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows
+
+
+@dataclass(frozen=True)
 class _Shard:
     path: Path
-    rows: int
+    groups: tuple[_Group, ...]
     image: str
     label: str | None
     classes: tuple[str, ...] | None
     has_paths: bool
 
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.groups)
+
 
 def _open_shard(path: Path) -> _Shard:
     with _parquet(path) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
+        schema, metadata = file.schema_arrow, file.metadata
     image = _image_column(schema, path)
     label = next((column for column in LABEL_COLUMNS if column in schema.names), None)
     if label is None and any("label" in column for column in schema.names):
         raise DataError(f"{path} has the columns {schema.names}; name its label column 'label' or 'fine_label'")
-    if rows == 0:
+    if metadata.num_rows == 0:
         raise DataError(f"{path} is empty; get it again or remove it")
     has_paths = schema.field(image).type.get_field_index("path") >= 0
-    return _Shard(path, rows, image, label, _class_names(schema.metadata or {}, label, path), has_paths)
+    groups = tuple(_groups(metadata, f"{image}.bytes"))
+    return _Shard(path, groups, image, label, _class_names(schema.metadata or {}, label, path), has_paths)
+
+
+def _groups(metadata: Any, column: str) -> Iterator[_Group]:
+    start = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        columns = map(group.column, range(group.num_columns))
+        size = sum(part.total_uncompressed_size for part in columns if part.path_in_schema == column)
+        yield _Group(start, group.num_rows, size)
+        start += group.num_rows
+
+
+def _blocks(path: Path, group: _Group, limit: int, offset: int) -> list[Block]:
+    """The group's rows, from number ``offset`` on, in the fewest equal parts that stay within ``limit`` bytes."""
+    held = group.size + _ROW_BYTES * group.rows
+    parts = -(-held // limit)
+    if parts > group.rows:
+        raise DataError(
+            f"{path} has images of about {group.size // group.rows} bytes, too large to be held {limit} bytes at a "
+            f"time; give at least {8 * held // group.rows} bytes of memory"
+        )
+    bounds = [group.rows * part // parts for part in range(parts + 1)]
+    return [
+        Block(offset + start, offset + stop, held * (stop - start) // group.rows) for start, stop in pairwise(bounds)
+    ]
 
 
 def _image_column(schema: Any, path: Path) -> str:
@@ -116,7 +198,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         raise DataError(
@@ -148,18 +230,32 @@ def _labels(shard: _Shard) -> np.ndarray:
     return column.to_numpy()
 
 
-def _encoded(shard: _Shard) -> Iterator[Encoded]:
+def _encoded(shard: _Shard, rows: np.ndarray) -> Iterator[Encoded]:
+    """The images of the shard's ascending ``rows``."""
     with _parquet(shard.path) as file:
-        row = 0
-        for batch in file.iter_batches(_BATCH, columns=[f"{shard.image}.bytes"]):
-            for content in batch.column(0).field("bytes").to_pylist():
-                if content is None:
-                    raise DataError(f"{shard.path} row {row} has no image bytes; embed the image or remove the row")
-                yield f"{shard.path} row {row}", content
-                row += 1
+        for number, group in enumerate(shard.groups):
+            wanted = rows[slice(*np.searchsorted(rows, [group.start, group.stop]))]
+            if wanted.size:
+                yield from _of_group(file, shard, number, wanted)
 
 
-def _ids(shards: list[_Shard], split: str) -> np.ndarray:
+def _of_group(file: Any, shard: _Shard, number: int, wanted: np.ndarray) -> Iterator[Encoded]:
+    """Reads the group a few pages at a time and ends behind the last row that is wanted."""
+    group = shard.groups[number]
+    start, step = group.start, min(_BATCH, 1 + _BATCH_BYTES * group.rows // (group.size + 1))
+    for batch in file.iter_batches(step, [number], [f"{shard.image}.bytes"], use_threads=False):
+        column = batch.column(0).field("bytes")
+        for row in wanted[slice(*np.searchsorted(wanted, [start, start + len(column)]))].tolist():
+            content = column[row - start].as_py()
+            if content is None:
+                raise DataError(f"{shard.path} row {row} has no image bytes; embed the image or remove the row")
+            yield f"{shard.path} row {row}", content
+        start += len(column)
+        if start > wanted[-1]:
+            return
+
+
+def _ids(shards: Sequence[_Shard], split: str) -> np.ndarray:
     paths: list[str | None] = []
     for shard in shards:
         if shard.has_paths:

@@ -2,30 +2,37 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from rush.data.archives import Archive, download_archive, locate
-from rush.data.arrays import load_npz
-from rush.data.cifar import cifar10_versions, cifar100_versions, read_cifar
-from rush.data.digits import load_digits
-from rush.data.folders import load_folder
-from rush.data.images import ImageSet
-from rush.data.parquet import load_parquet, parquet_folder
-from rush.data.stl10 import STL10, read_stl10
+from rush.data.arrays import load_npz, npz_bytes
+from rush.data.cifar import CifarVersion, cifar10_versions, cifar100_versions, read_cifar
+from rush.data.decoding import decode
+from rush.data.digits import NUM_TEST, load_digits
+from rush.data.folders import folder_records
+from rush.data.images import ImageSet, concatenate
+from rush.data.parquet import parquet_folder, parquet_records
+from rush.data.records import Records, decoded, join
+from rush.data.resizing import check_size, resize_images
+from rush.data.stl10 import ROWS, STL10, read_stl10
 from rush.errors import DataError
 
-SPLITS = {
-    "digits": ("train", "test"),
-    "cifar10": ("train", "test"),
-    "cifar100": ("train", "test"),
-    "stl10": ("train", "test", "unlabeled"),
+SPLITS: dict[str, dict[str, int]] = {
+    "digits": {"train": 1_397, "test": NUM_TEST},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "cifar100": {"train": 50_000, "test": 10_000},
+    "stl10": ROWS,
 }
+"""The data sets known by name, their splits and how many images each has."""
 ROOT_VARIABLE = "RUSH_DATA"
-_SHAPES = {"cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "stl10": (3, 96, 96)}
+_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "stl10": (3, 96, 96)}
 _NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10}
-Read = Callable[[Path, str], ImageSet]
+Read = Callable[[Path, str, int | None], ImageSet]
 
 
 def load_images(
@@ -33,6 +40,8 @@ def load_images(
     split: str = "test",
     root: str | os.PathLike[str] | None = None,
     download: bool = True,
+    *,
+    size: int | None = None,
 ) -> ImageSet:
     """The ``split`` of a data set known by name, or of the images at a path.
 
@@ -43,20 +52,74 @@ def load_images(
     folder. Paths (relative ones are looked up in ``root`` if given): a folder of class folders, a folder of parquet
     shards, an .npz file.
 
+    ``split``: one, or several joined by "+" ("train+unlabeled"): one after the other, without labels if any has none,
+    ids as "<split>/<id>" where they would not differ. ``size``: None for images as they are stored, which must share
+    one size; else each image's central square, resampled to size x size pixels.
+
     Raises: DataError, naming the file and the remedy, when the name or split is unknown, or the data are missing,
-    truncated, altered, of a wrong shape, mislabelled or empty.
+    truncated, altered, of a wrong shape, mislabelled or empty. InputError for a wrong ``size``.
     """
-    name = os.fspath(name_or_path)
-    if isinstance(name_or_path, str) and name in SPLITS:
-        if split not in SPLITS[name]:
-            raise DataError(f"{name} has no split {split!r}; allowed are {', '.join(SPLITS[name])}")
-        return load_digits(split) if name == "digits" else _load_official(name, split, _root(root), download)
-    path = Path(root or "").expanduser() / Path(name).expanduser()
+    check_size(size)
+    name, parts = os.fspath(name_or_path), split.split("+")
+    if _is_known(name_or_path):
+        _check_splits(name, parts)
+        if name == "digits":
+            return concatenate([_resized(load_digits(part), size) for part in parts])
+        return _load_official(name, parts, _root(root), download, size)
+    path = _path(name, root)
     if path.is_dir():
-        return _load_path(path, split)
-    if path.is_file() and path.suffix == ".npz":
-        return load_npz(path, split)
-    raise _unknown(name, path)
+        return decoded(join([_folder_records(path, part) for part in parts]), size)
+    return concatenate([_resized(load_npz(_npz(name, path), part), size) for part in parts])
+
+
+def open_records(
+    name_or_path: str | os.PathLike[str], split: str, root: str | os.PathLike[str] | None = None
+) -> Records | None:
+    """The encoded images of a split (or several, joined by "+"), to be read as needed; None where there are no single
+    images to read: in official archives, .npz files and the digits.
+
+    Raises: DataError as ``load_images``.
+    """
+    name, parts = os.fspath(name_or_path), split.split("+")
+    if _is_known(name_or_path):
+        _check_splits(name, parts)
+        return None if name == "digits" else _official_records(name, parts, _root(root))
+    path = _path(name, root)
+    if path.is_dir():
+        return join([_folder_records(path, part) for part in parts])
+    _npz(name, path)
+    return None
+
+
+def decoded_bytes(
+    name_or_path: str | os.PathLike[str],
+    split: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    size: int | None = None,
+) -> int:
+    """About how much memory ``load_images`` would take for the images of ``split``, in bytes.
+
+    Shards and folders: their number times the size of the first image. Nothing else is decoded or downloaded.
+    Raises: DataError as ``load_images``.
+    """
+    records = open_records(name_or_path, split, root)
+    if records is not None:
+        return len(records) * decode(next(records.read(np.arange(1))), size).size
+    name, parts = os.fspath(name_or_path), split.split("+")
+    if _is_known(name_or_path):
+        channels, stored, _ = _SHAPES[name]
+        return sum(SPLITS[name][part] for part in parts) * channels * (size or stored) ** 2
+    path = _npz(name, _path(name, root))
+    return sum(npz_bytes(path, part) for part in parts)
+
+
+def _is_known(name_or_path: str | os.PathLike[str]) -> bool:
+    return isinstance(name_or_path, str) and name_or_path in SPLITS
+
+
+def _path(name: str, root: str | os.PathLike[str] | None) -> Path:
+    return Path(root or "").expanduser() / Path(name).expanduser()
 
 
 def _root(root: str | os.PathLike[str] | None) -> Path:
@@ -72,13 +135,19 @@ def _root(root: str | os.PathLike[str] | None) -> Path:
     return Path(pooch.os_cache("rush"))
 
 
-def _load_official(name: str, split: str, root: Path, may_download: bool) -> ImageSet:
+def _check_splits(name: str, parts: Sequence[str]) -> None:
+    for part in parts:
+        if part not in SPLITS[name]:
+            raise DataError(f"{name} has no split {part!r}; allowed are {', '.join(SPLITS[name])}")
+
+
+def _load_official(name: str, parts: Sequence[str], root: Path, may_download: bool, size: int | None) -> ImageSet:
     readers = _official_readers(name)
     located = locate(list(readers), root, name)
     if located is None:
-        shards = parquet_folder(root) or parquet_folder(root / name)
-        if shards is not None:
-            return _checked(load_parquet(shards, split, name), name, shards)
+        records = _official_records(name, parts, root)
+        if records is not None:
+            return decoded(records, size)
         if not may_download:
             known = ", ".join(f"{archive.file}, {archive.folder}" for archive in readers)
             raise DataError(
@@ -88,7 +157,7 @@ def _load_official(name: str, split: str, root: Path, may_download: bool) -> Ima
         preferred = next(iter(readers))
         located = preferred, download_archive(preferred, root)
     archive, path = located
-    return readers[archive](path, split)
+    return concatenate([readers[archive](path, part, size) for part in parts])
 
 
 def _official_readers(name: str) -> dict[Archive, Read]:
@@ -96,22 +165,42 @@ def _official_readers(name: str) -> dict[Archive, Read]:
     if name == "stl10":
         return {STL10: read_stl10}
     versions = cifar10_versions() if name == "cifar10" else cifar100_versions()
-    return {version.archive: partial(read_cifar, name, version) for version in versions}
+    return {version.archive: partial(_read_cifar, name, version) for version in versions}
 
 
-def _checked(images: ImageSet, name: str, folder: Path) -> ImageSet:
-    shape = tuple(images.images.shape[1:])
-    if shape != _SHAPES[name] or images.num_classes not in (0, _NUM_CLASSES[name]):
+def _read_cifar(name: str, version: CifarVersion, path: Path, split: str, size: int | None) -> ImageSet:
+    return _resized(read_cifar(name, version, path, split), size)
+
+
+def _official_records(name: str, parts: Sequence[str], root: Path) -> Records | None:
+    """The shards of ``name`` in ``root``; None without any. Raises: DataError when they are of another data set."""
+    shards = parquet_folder(root) or parquet_folder(root / name)
+    if shards is None:
+        return None
+    records = join([parquet_records(shards, part, name) for part in parts])
+    shape = decode(next(records.read(np.arange(1)))).shape
+    if shape != _SHAPES[name] or len(records.classes) not in (0, _NUM_CLASSES[name]):
         raise DataError(
-            f"{folder} holds images of shape {shape} in {images.num_classes} classes, but {name} has {_SHAPES[name]} "
+            f"{shards} holds images of shape {shape} in {len(records.classes)} classes, but {name} has {_SHAPES[name]} "
             f"in {_NUM_CLASSES[name]}; pass the right root, or the folder itself instead of {name!r}"
         )
-    return images
+    return records
 
 
-def _load_path(folder: Path, split: str) -> ImageSet:
+def _folder_records(folder: Path, split: str) -> Records:
     shards = parquet_folder(folder)
-    return load_folder(folder, split) if shards is None else load_parquet(shards, split, folder.resolve().name)
+    return folder_records(folder, split) if shards is None else parquet_records(shards, split, folder.resolve().name)
+
+
+def _resized(images: ImageSet, size: int | None) -> ImageSet:
+    return replace(images, images=resize_images(images.images, size))
+
+
+def _npz(name: str, path: Path) -> Path:
+    """``path`` if it is an .npz file. Raises: DataError otherwise."""
+    if path.is_file() and path.suffix == ".npz":
+        return path
+    raise _unknown(name, path)
 
 
 def _unknown(name: str, path: Path) -> DataError:

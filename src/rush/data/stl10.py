@@ -9,6 +9,7 @@ import torch
 
 from rush.data.archives import Archive, Parse, read_members
 from rush.data.images import ImageSet, check_labels
+from rush.data.resizing import resize_images
 from rush.errors import DataError
 
 STL10 = Archive(
@@ -23,13 +24,15 @@ _NUM_CLASSES = 10
 _CHUNK = 500  # images read at a time: 14 MB
 
 
-def read_stl10(path: Path, split: str) -> ImageSet:
+def read_stl10(path: Path, split: str, size: int | None = None) -> ImageSet:
     """The ``split`` stored at ``path``; labels 0..9 (None for "unlabeled"), ids are the official positions.
 
-    Memory: the split itself (2.8 GB for "unlabeled") and one chunk. Raises: DataError naming the file that is wrong.
+    ``size``: side of the images, each resampled from 96 x 96; None: as stored.
+    Memory: the split itself (2.8 GB for "unlabeled" at 96) and one chunk.
+    Raises: DataError naming the file that is wrong.
     """
     rows = ROWS[split]
-    parsers: dict[str, Parse] = {f"{split}_X.bin": partial(_read_pixels, rows), "class_names.txt": _read_names}
+    parsers: dict[str, Parse] = {f"{split}_X.bin": partial(_read_pixels, rows, size), "class_names.txt": _read_names}
     if split != "unlabeled":
         parsers[f"{split}_y.bin"] = partial(_read_labels, rows)
     found = read_members(STL10, path, parsers)
@@ -37,16 +40,16 @@ def read_stl10(path: Path, split: str) -> ImageSet:
     return ImageSet(found[f"{split}_X.bin"], found.get(f"{split}_y.bin"), found["class_names.txt"], ids, "stl10", split)
 
 
-def _read_pixels(rows: int, file: IO[bytes], where: str) -> torch.Tensor:
+def _read_pixels(rows: int, side: int | None, file: IO[bytes], where: str) -> torch.Tensor:
     size = 3 * SIDE * SIDE
-    images = torch.empty(rows, 3, SIDE, SIDE, dtype=torch.uint8)
+    images = torch.empty(rows, 3, side or SIDE, side or SIDE, dtype=torch.uint8)
     for start in range(0, rows, _CHUNK):
         count = min(_CHUNK, rows - start)
         content = file.read(count * size)
         if len(content) != count * size:
             raise _wrong_size(where, start * size + len(content), rows * size)
         columns = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, 3, SIDE, SIDE)
-        images[start : start + count] = columns.transpose(2, 3)  # stored column by column
+        images[start : start + count] = resize_images(columns.transpose(2, 3), side)  # stored column by column
     if file.read(1):
         raise _wrong_size(where, "more", rows * size)
     return images
