@@ -270,7 +270,8 @@ def test_a_shipped_recipe_writes_down_no_number_that_cannot_run(name: str) -> No
 
 def test_a_recipe_gives_what_it_changes_in_its_base(tmp_path: Path) -> None:
     write_tiny(tmp_path)
-    text = 'base = "tiny.toml"\nname = "mine"\n[pretrain]\nepochs = 7\n[pretrain.views]\nflip = 0.25\n[audit]\nimages = 3\n'
+    text = 'base = "tiny.toml"\nname = "mine"\n[pretrain]\nepochs = 7\n[pretrain.views]\nflip = 0.25\n'
+    text += "[audit]\nimages = 3\n"
     (tmp_path / "mine.toml").write_text(text)
     base, mine = tiny(tmp_path), load_recipe(str(tmp_path / "mine.toml"), ["pretrain.batch_size=64"])
     views = base.pretrain.views.model_copy(update={"flip": 0.25})

@@ -36,6 +36,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, lt=0.5)]
+WITHOUT_NOISE: tuple[FinetuneObjective, ...] = ("standard", "pgd-at", "trades")
+"""Fine-tuning objectives that draw no smoothing noise."""
 
 
 def _number_as_text(value: object) -> object:
@@ -84,9 +86,14 @@ class ModelConfig(Section):
 
 
 class SmoothingConfig(Section):
-    """Standard deviation of the smoothing noise, in [0, 1] pixel units."""
+    """Standard deviation of the smoothing noise, in [0, 1] pixel units.
 
-    sigma: Positive
+    0: no noise at all. The classifier itself is what is used and attacked, nothing is certified, and its ladder is the
+    one of deterministic networks, whose attackers have fixed budgets: of the recipe's, steps are those of the curve, and
+    strong_steps = 0 ends it with PGD-100.
+    """
+
+    sigma: NonNegative
 
 
 class ExecutionConfig(Section):
@@ -222,6 +229,8 @@ class PretrainConfig(TrainingConfig):
             raise ValueError(f"queue = {self.queue} must be a multiple of batch_size = {self.batch_size}")
         if self.micro_batch is not None and self.objective != "simclr":
             raise ValueError("micro_batch is for the objective simclr, whose loss spans the batch")
+        if self.objective == "acl" and self.noise.views != "none":
+            raise ValueError("acl attacks images in [0, 1], noise leaves that range; set noise.views to none")
         return self
 
 
@@ -381,6 +390,17 @@ class Recipe(Section):
     attack: AttackConfig = AttackConfig()
     audit: AuditConfig = AuditConfig()
 
+    @model_validator(mode="after")
+    def _noise_where_it_is_trained_with(self) -> "Recipe":
+        objective = self.finetune.objective
+        if self.smoothing.sigma == 0 and objective not in WITHOUT_NOISE:
+            raise ValueError(
+                f"smoothing.sigma = 0 leaves the classifier without noise, and finetune.objective = {objective} trains "
+                f"under it; set smoothing.sigma above 0, e.g. 0.25, or finetune.objective to one of "
+                f"{', '.join(WITHOUT_NOISE)}"
+            )
+        return self
+
     def to_json(self) -> str:
         """The resolved recipe, every default written out."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
@@ -499,7 +519,7 @@ def _explain(entry: Any) -> str:
         return f"{where}: unknown key{_closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
     message = entry["msg"].removeprefix("Value error, ")
     given = "" if entry["type"] == "missing" or isinstance(entry["input"], dict) else f" (given: {entry['input']!r})"
-    return f"{where}: {message}{given}"
+    return f"{where}: {message}{given}".removeprefix(": ")  # what joins sections has no place
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:

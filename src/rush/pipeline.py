@@ -190,7 +190,7 @@ def run_finetune(run: RunFolder) -> None:
     finetune(
         labelled,
         classifier,
-        objective=_objective(config),
+        objective=objective_of(config),
         noise=Gaussian(recipe.smoothing.sigma),
         mode=config.mode,
         head_epochs=config.head_epochs,
@@ -533,7 +533,7 @@ def _method(config: PretrainConfig) -> Method:
     return SimCLR(config.temperature, config.micro_batch)
 
 
-def _objective(config: FinetuneConfig) -> Objective:
+def objective_of(config: FinetuneConfig) -> Objective:
     """The fine-tuning objective that the recipe names, with its options."""
     budget = _budget(config.adversary)
     objectives: dict[FinetuneObjective, Objective] = {
