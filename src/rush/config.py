@@ -88,9 +88,9 @@ class ModelConfig(Section):
 class SmoothingConfig(Section):
     """Standard deviation of the smoothing noise, in [0, 1] pixel units.
 
-    0: no noise at all. The classifier itself is what is used and attacked, nothing is certified, and its ladder is the
-    one of deterministic networks, whose attackers have fixed budgets: of the recipe's, steps are those of the curve, and
-    strong_steps = 0 ends it with PGD-100.
+    0: no noise at all. The classifier itself is what is used and attacked, and nothing is certified. Its ladder is the
+    one of deterministic networks, whose attackers have fixed budgets: of the recipe's, attack.steps are those of the
+    curve, and attack.strong_steps = 0 ends the ladder with PGD-100.
     """
 
     sigma: NonNegative

@@ -1,4 +1,4 @@
-"""Fine-tuning: a classifier on the encoder, trained under the noise it will be smoothed with."""
+"""Fine-tuning: a classifier on the encoder, trained under the noise it will be smoothed with, if it will be."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from rush.engine.meter import Meter
 from rush.engine.modes import evaluation_mode
 from rush.engine.precision import Execution, compiled
 from rush.engine.sync_norm import desynchronised, synchronised
-from rush.errors import DataError
+from rush.errors import DataError, InputError
 from rush.models.classifier import Classifier
 from rush.noise import Gaussian
 from rush.options import FinetuneMode, TrainingCompile
@@ -27,16 +27,27 @@ class Examples:
     """What an objective is given: the network, a batch and the noise of the smoothed classifier.
 
     logits: pixels -> logits float32, in training mode. evaluated: the same weights in evaluation mode, for attacks. x:
-    (B, C, H, W) float32 in [0, 1], weakly augmented. y: (B,) int64. epoch: epochs done so far.
+    (B, C, H, W) float32 in [0, 1], weakly augmented. y: (B,) int64. smoothing: None where the classifier will not be
+    smoothed. epoch: epochs done so far.
     """
 
     logits: Callable[[Tensor], Tensor]
     evaluated: Callable[[Tensor], Tensor]
     x: Tensor
     y: Tensor
-    noise: Gaussian
+    smoothing: Gaussian | None
     generator: torch.Generator
     epoch: float
+
+    @property
+    def noise(self) -> Gaussian:
+        """The noise to train under. Raises: InputError where there is none."""
+        if self.smoothing is None:
+            raise InputError(
+                "this objective trains under the noise of the smoothed classifier, and there is none: give noise, or "
+                "an objective that draws none (standard, pgd-at, trades)"
+            )
+        return self.smoothing
 
 
 Objective = Callable[[Examples], Tensor]
@@ -47,7 +58,7 @@ def finetune(
     classifier: Classifier,
     *,
     objective: Objective,
-    noise: Gaussian,
+    noise: Gaussian | None,
     mode: FinetuneMode,
     views: Views,
     schedule: Schedule,
@@ -63,9 +74,10 @@ def finetune(
 
     ``full`` trains every weight, ``linear`` the head alone on the encoder as it is, in evaluation mode,
     ``linear-then-full`` the head alone for ``head_epochs`` and then every weight (Kumar et al. 2022), along one
-    learning-rate schedule. ``views`` is the weak augmentation before noise and attack. The classifier comes back in
-    evaluation mode. Cost: see the objectives; under ``linear`` all passes of the encoder are forward ones.
-    Raises: DataError when the images carry no labels.
+    learning-rate schedule. ``views`` is the weak augmentation before noise and attack. noise: None for a classifier
+    that will not be smoothed. The classifier comes back in evaluation mode. Cost: see the objectives; under ``linear``
+    all passes of the encoder are forward ones.
+    Raises: DataError when the images carry no labels; InputError when ``objective`` needs noise and there is none.
     """
     if images.labels is None:
         raise DataError(f"{images.name} ({images.split}) has no labels; fine-tuning needs a labelled training split")

@@ -1,4 +1,4 @@
-"""``rush.load``: a trained smoothed classifier from a folder."""
+"""``rush.load``: a trained classifier from a folder, smoothed or not."""
 
 from dataclasses import replace
 from os import PathLike
@@ -6,20 +6,26 @@ from pathlib import Path
 
 from rush.engine.precision import decide_execution
 from rush.errors import RunError
-from rush.saving import load_smoothed, read_description
+from rush.models.classifier import Classifier
+from rush.saving import is_plain, load_plain, load_smoothed, read_description
 from rush.smoothing import SmoothedClassifier
 
 
-def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = True) -> SmoothedClassifier:
+def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = True) -> SmoothedClassifier | Classifier:
     """The SmoothedClassifier of a run folder, or of a folder with ``model.json`` and ``model.safetensors``.
 
-    It runs in the precision, tile and form that it was certified with, on ``device``. Nothing is unpickled.
+    Of a run without noise (``smoothing.sigma = 0``, e.g. of adversarial training) the classifier itself: an nn.Module
+    in evaluation mode from [0, 1] pixels (B, C, H, W) to logits (B, K), in float32, on ``device``.
+    A smoothed one runs in the precision, tile and form that it was certified with, on ``device``. Nothing is unpickled.
     compiled: False runs it without torch.compile where it was certified with it, e.g. on a machine without a compiler;
     in a few of many thousand votes the last bits of the logits then decide otherwise.
     Raises: RunError when there is no model, or its files are damaged; ConfigError when the device is not there.
     """
     model = _model_folder(folder)
-    recorded = read_description(model)["execution"]
+    description = read_description(model)
+    if is_plain(description):
+        return load_plain(model, decide_execution(device).device)
+    recorded = description["execution"]
     smoothed = load_smoothed(model, decide_execution(device, recorded["precision"], recorded["tile"]))
     if not compiled:
         smoothed.execution = replace(smoothed.execution, compile_mode="none")
@@ -30,6 +36,11 @@ def image_shape(folder: str | PathLike[str]) -> tuple[int, int, int]:
     """(channels, height, width) of the images that the model in ``folder`` was trained on."""
     channels, height, width = read_description(_model_folder(folder))["image_shape"]
     return channels, height, width
+
+
+def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:
+    """Names of the classes that the model in ``folder`` tells apart."""
+    return tuple(read_description(_model_folder(folder))["classifier"]["classes"])
 
 
 def _model_folder(folder: str | PathLike[str]) -> Path:

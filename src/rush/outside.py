@@ -111,14 +111,11 @@ def load_model(name: str, sigma: float | None, num_classes: int) -> Model:
 
     Raises: ConfigError when it is neither, or gives something else than a module or a smoothed classifier.
     """
-    if ":" not in name:
-        if sigma is not None:
-            raise ConfigError(f"{name} is a run folder and has its own noise; leave --sigma away")
-        return load(name)
-    found = call(name)
+    found = call(name) if ":" in name else load(name)
     if isinstance(found, SmoothedClassifier):
         if sigma is not None:
-            raise ConfigError(f"{name} gives a smoothed classifier with its own noise; leave --sigma away")
+            what = "gives a smoothed classifier with" if ":" in name else "is a run folder and has"
+            raise ConfigError(f"{name} {what} its own noise; leave --sigma away")
         return found
     if not isinstance(found, nn.Module):
         raise ConfigError(

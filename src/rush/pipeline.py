@@ -34,8 +34,8 @@ from rush.engine.probes import classifier_figures, encoder_figures, knn_correct,
 from rush.engine.runs import RunFolder
 from rush.errors import ConfigError, DataError, RunError
 from rush.evaluation.audit import AuditReport, audit, write_audit
-from rush.evaluation.defenders import defend
-from rush.evaluation.ladder import curve, epsilon_text, ladder
+from rush.evaluation.defenders import Model, defend
+from rush.evaluation.ladder import curve, epsilon_text, ladder, plain_ladder
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, evaluate
@@ -49,13 +49,23 @@ from rush.objectives.classification import cat_rs, consistency, gaussian, pgd_at
 from rush.options import FinetuneObjective, Stage, parse_fraction
 from rush.pretraining import ACL, Method, MoCo, SimCLR, channel_statistics, pretrain
 from rush.randomness import seeded_init, stream
-from rush.saving import ClassifierSpec, load_smoothed, load_weights, save_smoothed, save_weights
+from rush.saving import (
+    ClassifierSpec,
+    load_plain,
+    load_smoothed,
+    load_weights,
+    read_description,
+    save_plain,
+    save_smoothed,
+    save_weights,
+)
 from rush.smoothing import SmoothedClassifier
 
 ENCODER = Path("checkpoints/encoder.safetensors")
 CERTIFICATES = Path("certificates.tsv")
 CERTIFICATE_PARTS = Path("certificates.parts")
 AUDIT = Path("audit.json")
+NOT_SMOOTHED = "the classifier is not smoothed (smoothing.sigma = 0): nothing is certified"
 _BANK_IMAGES = 10_000  # for the live figures; the figure at the end takes all training images
 _SEQUENTIAL_SHARE = 0.2  # of the cap that a sequential certification draws on average, for the trial of the forward
 
@@ -176,7 +186,7 @@ def run_pretrain(run: RunFolder) -> None:
 
 
 def run_finetune(run: RunFolder) -> None:
-    """Train the classifier under noise on the pre-trained encoder and save the smoothed model."""
+    """Train the classifier on the pre-trained encoder and save the model, smoothed where the recipe has noise."""
     if run.finished("finetune"):
         return
     run.require("pretrain")
@@ -191,7 +201,7 @@ def run_finetune(run: RunFolder) -> None:
         labelled,
         classifier,
         objective=objective_of(config),
-        noise=Gaussian(recipe.smoothing.sigma),
+        noise=_noise(recipe),
         mode=config.mode,
         head_epochs=config.head_epochs,
         views=Views.weak(shift_pad=config.shift, flip=config.flip),
@@ -204,9 +214,7 @@ def run_finetune(run: RunFolder) -> None:
         log=here.log,
     )
     if rank() == 0:
-        spec, sigma = _spec(recipe, train), recipe.smoothing.sigma
-        execution, forward = _choose_forward(here, classifier, train)
-        save_smoothed(run.path / "model", classifier, spec, sigma, execution, train.images.shape[1:])
+        forward = _save_model(here, classifier, train)
         figures = {**_training_figures(run, "finetune", len(labelled)), "objective": config.objective}
         run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled), forward=forward)
     barrier()
@@ -215,12 +223,16 @@ def run_finetune(run: RunFolder) -> None:
 def run_certify(run: RunFolder) -> None:
     """Certify the evaluation images, each written as soon as it is decided, and in the end ``certificates.tsv``.
 
-    Goes on behind a kill with the images that are missing; with several processes each takes its share of them.
+    Goes on behind a kill with the images that are missing; with several processes each takes its share of them. Without
+    noise there is nothing to certify, which is all that the stage then says.
     """
     if run.finished("certify"):
         return
     run.require("finetune")
     here = Conditions.of(run)
+    if _noise(here.recipe) is None:
+        _certify_nothing(here)
+        return
     smoothed = load_smoothed(run.path / "model", here.execution)
     config = here.recipe.certify
     indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
@@ -243,9 +255,17 @@ def run_certify(run: RunFolder) -> None:
     barrier()
 
 
+def _certify_nothing(here: Conditions) -> None:
+    here.begin("certify")
+    if rank() == 0:
+        here.run.finish("certify", seconds=0.0, images=0, certified=False, reason=NOT_SMOOTHED)
+    barrier()
+
+
 def run_attack(run: RunFolder) -> None:
-    """Climb the ladder, follow accuracy against epsilon and attack inside every certified ball; a group of images that
-    was judged before is not attacked again. With several processes each takes its share of the groups.
+    """Climb the ladder, follow accuracy against epsilon and attack inside every certified ball, of which there is none
+    without noise; a group of images that was judged before is not attacked again. With several processes each takes its
+    share of the groups.
 
     Raises: SandwichError when certified images are broken inside their radius more often than chance explains; the
     results are kept.
@@ -259,12 +279,11 @@ def run_attack(run: RunFolder) -> None:
     siege = _Siege.of(here)
     results = [siege.evaluate(plan) for plan in siege.rungs]
     curve_ = [siege.evaluate(plan, threat, siege.curve_rows) for threat, plan in siege.curve]
-    certificates = _read_certificates(run)
-    positions = sandwich_positions(certificates, siege.pixels.ids)
-    if positions:
-        balls = sandwich_threat(certificates, siege.pixels.select(positions).ids)
-        results.append(siege.evaluate(sandwich_plan(siege.config.steps), balls, positions))
-    sandwich = check_sandwich(certificates, [*results, *curve_], siege.config.alpha)
+    sandwich = Sandwich(0, (), 0)
+    if siege.smoothed is not None:
+        certificates = _read_certificates(run)
+        results += siege.inside(certificates)
+        sandwich = check_sandwich(certificates, [*results, *curve_], siege.config.alpha)
     if rank() == 0:
         write_attacks(run.path, results, dict(zip(siege.pixels.ids, siege.indices, strict=True)), siege.pixels)
         run.finish("attack", **_attack_figures(siege, results, curve_, sandwich))
@@ -294,9 +313,9 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
     here = Conditions.of(run)
     config, siege = here.recipe.audit, _Siege.of(here)
     rows = list(range(min(config.images or len(siege.pixels), len(siege.pixels))))
-    certificates = _read_certificates(run)
+    certificates = None if siege.smoothed is None else _read_certificates(run)
     return audit(
-        siege.smoothed,
+        siege.model,
         siege.pixels.select(rows),
         siege.threat,
         siege.audited(rung or config.rung, rows),
@@ -324,6 +343,18 @@ def run_stage(run: RunFolder, stage: Stage) -> None:
         raise RunError(f"stage {stage} runs in one process; start `rush {stage} {run.path}` without torchrun")
     with run.alone() if rank() == 0 else nullcontext():
         stages[stage](run)
+
+
+def _save_model(here: Conditions, classifier: Classifier, train: ImageSet) -> dict[str, Any]:
+    """Save what is used in the end, and say how it is computed."""
+    folder, spec, shape = here.run.path / "model", _spec(here.recipe, train), train.images.shape[1:]
+    noise = _noise(here.recipe)
+    if noise is None:
+        save_plain(folder, classifier, spec, here.execution.device, shape)
+        return {"compile_mode": "none"}
+    execution, forward = _choose_forward(here, classifier, train)
+    save_smoothed(folder, classifier, spec, noise.sigma, execution, shape)
+    return forward
 
 
 def _choose_forward(here: Conditions, classifier: Classifier, train: ImageSet) -> tuple[Execution, dict[str, Any]]:
@@ -380,12 +411,14 @@ def _read_parts(folder: Path, rule: Rule, ids: dict[int, str]) -> dict[int, Cert
 class _Siege:
     """What the attack stage and the audit share: model, images, threat, attackers and how points are judged.
 
-    curve_rows: the images that are also attacked at rising epsilon.
+    model: the smoothed classifier, or the classifier itself where the recipe has no noise. curve_rows: the images that
+    are also attacked at rising epsilon.
     """
 
     path: Path
     config: AttackConfig
-    smoothed: SmoothedClassifier
+    model: Model
+    num_classes: int
     indices: list[int]
     pixels: LabelledPixels
     threat: ThreatModel
@@ -395,27 +428,22 @@ class _Siege:
 
     @classmethod
     def of(cls, here: Conditions) -> "_Siege":
-        config, smoothed = here.recipe.attack, load_smoothed(here.run.path / "model", here.execution)
-        indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
-        epsilon = parse_fraction(config.epsilon)
-        threat = ThreatModel(config.norm, epsilon)
-        rungs = ladder(
-            config.steps,
-            parse_fraction(config.step_size) / epsilon,
-            config.restarts,
-            config.eot_samples,
-            threat=threat,
-            num_classes=smoothed.num_classes,
-            strong_steps=config.strong_steps,
-            strong_eot_samples=config.strong_eot_samples,
-            strong_restarts=config.strong_restarts,
-            queries=config.queries,
-        )
-        draws = config.strong_eot_samples
+        config = here.recipe.attack
+        model, num_classes = _load_model(here)
+        indices, pixels = here.evaluation_images(config.images, num_classes)
+        threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
+        smoothed = isinstance(model, SmoothedClassifier)
+        rungs = _smoothed_rungs(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
+        draws = config.strong_eot_samples if smoothed else 0
         curve_ = curve(threat, pixels.x[0].numel(), config.steps, draws) if config.curve_images else []
         # one verdict a rung and point of the curve, and one inside the certified ball
         judging = Judging(config.alpha / (len(rungs) + len(curve_) + 1), config.max_votes, here.recipe.seed)
-        return cls(here.run.path, config, smoothed, indices, pixels, threat, rungs, curve_, judging)
+        return cls(here.run.path, config, model, num_classes, indices, pixels, threat, rungs, curve_, judging)
+
+    @property
+    def smoothed(self) -> SmoothedClassifier | None:
+        """The model where it is smoothed, so that there are certificates."""
+        return self.model if isinstance(self.model, SmoothedClassifier) else None
 
     @property
     def curve_rows(self) -> list[int]:
@@ -427,7 +455,16 @@ class _Siege:
         """One attacker on all images or those in ``rows``; what is in the run's parts is read, not attacked again."""
         pixels = self.pixels if rows is None else self.pixels.select(rows)
         parts = self.path / "attacks/parts"
-        return evaluate(defend(self.smoothed), pixels, threat or self.threat, plan, self.judging, parts)
+        defender = defend(self.model, self.num_classes)
+        return evaluate(defender, pixels, threat or self.threat, plan, self.judging, parts)
+
+    def inside(self, certificates: Certificates) -> list[AttackResult]:
+        """The attack inside the balls of the images that are certified with the right class; [] where none is."""
+        positions = sandwich_positions(certificates, self.pixels.ids)
+        if not positions:
+            return []
+        balls = sandwich_threat(certificates, self.pixels.select(positions).ids)
+        return [self.evaluate(sandwich_plan(self.config.steps), balls, positions)]
 
     def audited(self, name: str | None, rows: list[int]) -> AttackResult | None:
         """The ladder's rung of this name on ``rows``; None, for the audit's default, without a name.
@@ -461,8 +498,42 @@ def _attack_figures(
             "checked": sandwich.checked,
             "violations": list(sandwich.violations),
             "allowed": sandwich.allowed,
+            **({} if siege.smoothed is not None else {"reason": NOT_SMOOTHED}),
         },
     }
+
+
+def _load_model(here: Conditions) -> tuple[Model, int]:
+    """The run's model, smoothed where its recipe has noise, and its number of classes."""
+    folder = here.run.path / "model"
+    if _noise(here.recipe) is None:
+        classifier = load_plain(folder, here.execution.device)
+        return classifier, len(read_description(folder)["classes"])
+    smoothed = load_smoothed(folder, here.execution)
+    return smoothed, smoothed.num_classes
+
+
+def _smoothed_rungs(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[Plan | Suite]:
+    return ladder(
+        config.steps,
+        parse_fraction(config.step_size) / parse_fraction(config.epsilon),
+        config.restarts,
+        config.eot_samples,
+        threat=threat,
+        num_classes=num_classes,
+        strong_steps=config.strong_steps,
+        strong_eot_samples=config.strong_eot_samples,
+        strong_restarts=config.strong_restarts,
+        queries=config.queries,
+    )
+
+
+def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:
+    """The ladder of deterministic networks, without its strong attackers where the recipe wants none."""
+    rungs = plain_ladder(num_classes)
+    if config.strong_steps:
+        return rungs
+    return [rung for rung in rungs if isinstance(rung, Plan) and rung.method in ("none", "fgsm", "pgd")]
 
 
 def _rung_figures(result: AttackResult) -> dict[str, Any]:
@@ -560,6 +631,11 @@ def objective_of(config: FinetuneConfig) -> Objective:
     return objectives[config.objective]
 
 
+def _noise(recipe: Recipe) -> Gaussian | None:
+    """The noise of the smoothed classifier; None where the classifier itself is used."""
+    return Gaussian(recipe.smoothing.sigma) if recipe.smoothing.sigma else None
+
+
 def _budget(adversary: AdversaryConfig) -> dict[str, Any]:
     return {
         "epsilon": parse_fraction(adversary.epsilon),
@@ -580,7 +656,7 @@ def _watch_encoder(here: Conditions, classifier: Classifier) -> Callable[[int], 
         return None
     train = here.training_images()
     known = train[: min(len(train), _BANK_IMAGES)]
-    noise, represent = Gaussian(here.recipe.smoothing.sigma), _Represent(classifier)
+    noise, represent = _noise(here.recipe), _Represent(classifier)
 
     def figures(epoch: int) -> dict[str, Any]:
         if epoch % config.monitor_epochs and epoch != config.epochs:
@@ -597,7 +673,7 @@ def _watch_classifier(here: Conditions, classifier: Classifier) -> Callable[[int
     held, config = here.held_out_images(), here.recipe.finetune
     if held is None:
         return None
-    noise = Gaussian(here.recipe.smoothing.sigma)
+    noise = _noise(here.recipe)
 
     def figures(epoch: int) -> dict[str, Any]:
         if epoch % config.monitor_epochs and epoch != config.epochs:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from rush.errors import DataError
-from rush.loading import image_shape, load
-from rush.smoothing import ABSTAIN
+from rush.evaluation.defenders import device_of, plain_logits
+from rush.loading import class_names, image_shape, load
+from rush.saving import plain_execution
+from rush.smoothing import ABSTAIN, SmoothedClassifier
 
 
 def predict_files(
@@ -23,15 +25,19 @@ def predict_files(
     resize: bool,
     compiled: bool = True,
 ) -> list[tuple[str, str]]:
-    """(file, class name or "abstain") for each image file, by the smoothed classifier in ``folder``.
+    """(file, class name or "abstain") for each image file, by the classifier in ``folder``.
 
+    One that is not smoothed never abstains; ``num_samples``, ``alpha`` and ``seed`` are for smoothed ones.
     Raises: DataError when a file is no image, or of another size than the model's and ``resize`` is False.
     """
-    smoothed = load(folder, compiled=compiled)
+    model, known = load(folder, compiled=compiled), class_names(folder)
     shape = image_shape(folder)
     x = torch.stack([_read_image(file, shape, resize) for file in files])
-    classes = smoothed.predict(x, num_samples=num_samples, alpha=alpha, seed=seed).tolist()
-    names = ["abstain" if own == ABSTAIN else smoothed.classes[own] for own in classes]
+    if isinstance(model, SmoothedClassifier):
+        classes = model.predict(x, num_samples=num_samples, alpha=alpha, seed=seed)
+    else:
+        classes = plain_logits(model, plain_execution(device_of(model)), x).argmax(1)
+    names = ["abstain" if own == ABSTAIN else known[own] for own in classes.tolist()]
     return [(str(file), name) for file, name in zip(files, names, strict=True)]
 
 
