@@ -126,8 +126,10 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+        unused = torch.ones(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        # BatchNorm's own reduction: on the CPU many times as fast as var_mean, and without a float32 copy of x. The
+        # running statistics that it wants to update say by their dtype in which one it works.
+        mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
         ctx.count = x.numel() // x.shape[1]
         ctx.save_for_backward(x, mean)
         return torch.stack([mean, var, torch.full_like(mean, ctx.count)])[None]
@@ -135,12 +137,12 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """dm/dx = 1/n, dv/dx = 2 (x - m) / n: one multiplication and one addition per value."""
+        """dm/dx = 1/n and dv/dx = 2 (x - m) / n, so dx = slope x + start: BatchNorm's pass with mean 0, variance 1."""
         x, mean = ctx.saved_tensors
         of_mean, of_var, _ = gradients[0][0] / ctx.count
-        shape = [1, -1, *[1] * (x.ndim - 2)]
-        slope, start = (own.view(shape) for own in (2 * of_var, of_mean - 2 * of_var * mean))
-        return torch.addcmul(start, x, slope).to(x.dtype)
+        slope, start = 2 * of_var, of_mean - 2 * of_var * mean
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        return nn.functional.batch_norm(x, zero, one, slope, start, training=False, eps=0.0)
 
 
 class _Normalize(torch.autograd.Function):
