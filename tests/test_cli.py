@@ -4,6 +4,7 @@ Calls that need torch cost seconds as processes of their own; where the process 
 within this one.
 """
 
+import json
 import os
 import random
 import shutil
@@ -20,7 +21,10 @@ from PIL import Image
 
 from commands import Call, refusal
 from rush.data.sources import load_images
+from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.runs import RunFolder
 from rush.loading import load
+from rush.options import STAGES
 from tiny import results, write_tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "xterm"}
@@ -281,3 +285,52 @@ def test_a_terminal_gets_a_progress_bar_with_rate(call: Call, tmp_path: Path, mo
     shown = call("pretrain", write_tiny(tmp_path), "--out", tmp_path / "run").stderr
     assert "images/s" in shown
     assert "2560/2560" in shown  # two epochs of ten batches of 128
+
+
+def test_a_training_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(tmp_path: Path) -> None:
+    recipe, out = write_tiny(tmp_path), tmp_path / "run"
+    command = [sys.executable, "-m", "rush", "pretrain", str(recipe), "--out", str(out)]
+    command += ["--set", "pretrain.epochs=4000"]
+    child = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not (out / "checkpoints/pretrain.pt").exists():
+        time.sleep(0.02)
+    child.terminate()
+    _, told = child.communicate(timeout=60)
+    assert child.returncode == 143
+    assert "rush: pretrain: stopped by SIGTERM after batch" in told
+    assert "the same command goes on from there" in told
+    assert "Traceback" not in told
+    state = TrainingCheckpoint(out / "checkpoints/pretrain.pt", RunFolder.open(out).fingerprint("pretrain")).load()
+    assert state is not None
+    assert 0 < state["number"] < 4000 * 10
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_do_all_stages_that_can_be_shared(tmp_path: Path) -> None:
+    recipe, out = write_tiny(tmp_path), tmp_path / "run"
+    # torchrun's own entry point, on a free port
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rush"]
+    command += ["run", str(recipe), "--out", str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "audit and report run in one process" in done.stderr
+    finished = {stage: json.loads((out / f"stages/{stage}.json").read_text()) for stage in STAGES[:-1]}
+    assert [own["processes"] for own in finished.values()] == [2, 2, 2, 2]
+    # every event once, and the passes of both processes
+    epochs = RunFolder.open(out).events("epoch", "pretrain")
+    assert [own["epoch"] for own in epochs] == [1, 2]
+    assert [own["passes"] for own in epochs] == [2 * 10 * 128] * 2
+    assert "audit: " in rush("run", out).stderr
+
+
+def test_a_run_begins_with_the_encoder_of_another(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fewer"
+    done = call("finetune", tiny_run, "--out", out, "--set", "finetune.label_fraction=0.2")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((out / "stages/finetune.json").read_text())
+    assert figures["labelled_images"] == 279
+    for name in ("stages/pretrain.json", "checkpoints/encoder.safetensors"):
+        assert (out / name).read_bytes() == (tiny_run / name).read_bytes()
+    refused = call("finetune", tiny_run, "--out", tmp_path / "other", "--set", "pretrain.epochs=1")
+    assert "was pre-trained with other values of pretrain.epochs" in refusal(refused)
+    assert not (tmp_path / "other").exists()

@@ -1,5 +1,6 @@
 """``rush`` and ``python -m rush``."""
 
+import os
 import sys
 
 
@@ -9,7 +10,13 @@ def main() -> None:
     from rush.errors import Interrupted, RushError
 
     try:
-        app()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+            from rush.engine.distributed import joined_processes
+
+            with joined_processes():
+                app()
+        else:
+            app()
     except Interrupted as stop:
         sys.stderr.write(f"rush: {stop}\n")
         sys.exit(stop.status)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, Parameter
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from rush.config import Recipe
     from rush.engine.runs import RunFolder
     from rush.outside import Subject
+
+T = TypeVar("T")
 
 app = App(
     name="rush",
@@ -120,6 +123,10 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
         Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
     """
     folder = _create(recipe, out, data, overrides)
+    if _several_processes():
+        _do(folder, STAGES[:-1])
+        _leader_says(f"audit and report run in one process; start `rush run {folder.path}` without torchrun for them")
+        return
     _report_on(folder, STAGES)
 
 
@@ -136,15 +143,23 @@ def pretrain(recipe: str, *, out: Out = None, data: Data = None, overrides: Over
 
 
 @app.command
-def finetune(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
-    """Fine-tune the pre-trained encoder of a run under noise.
+def finetune(
+    folder: Path,
+    *,
+    out: Annotated[Path | None, Parameter(help="New run folder that begins with the encoder of this one.")] = None,
+    data: Data = None,
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tune the pre-trained encoder of a run; with --out in a run of its own, e.g. with fewer labels or another
+    objective.
 
     Parameters
     ----------
     folder: Path
         Run folder.
     """
-    _do(_reopen(folder, data, overrides), ("finetune",))
+    run_ = _reopen(folder, data, overrides) if out is None else _branch(folder, out, data, overrides)
+    _do(run_, ("finetune",))
 
 
 @app.command
@@ -354,6 +369,43 @@ def compare(
 
 
 @app.command
+def cost(
+    recipes_: Annotated[list[str], Parameter(name="recipes")],
+    *,
+    steps: int | None = None,
+    file: Annotated[Path | None, Parameter(name="--json")] = None,
+    data: Data = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what training recipes would take on this machine: measured steps times the steps of the recipe. No data are
+    needed where the recipe names its data set.
+
+    Parameters
+    ----------
+    recipes_: list[str]
+        Names of shipped recipes or paths of .toml files; ratios are to the first.
+    steps: int
+        So many steps of each training are measured, after as many that warm up; 4 by default.
+    file: Path
+        File for all figures as JSON.
+    """
+    from rush.config import load_recipe
+
+    resolved = [load_recipe(name, overrides or (), _text(data)) for name in recipes_]
+    from rush.costing import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, measure_each, stage_rows, write_costs
+
+    costs = list(measure_each(resolved, STEPS if steps is None else steps))
+    conditions = dict.fromkeys(one.conditions for one in costs)
+    title = f"Cost of training, every figure extrapolated: {costs[0].measured_steps} measured steps stand for all"
+    _print_wide_table(title, COST_HEADER, cost_rows(costs))
+    _print_wide_table("By training, every figure extrapolated", STAGE_HEADER, stage_rows(costs))
+    _print_lines(f"extrapolated from steps measured on {text}" for text in conditions)
+    if file is not None:
+        write_costs(file, costs)
+        _print_lines([f"written to {file}"])
+
+
+@app.command
 def predict(
     folder: Path,
     images: list[Path],
@@ -431,20 +483,55 @@ def _create(recipe: str, out: Path | None, data: Path | None, overrides: list[st
             raise ConfigError(f"{recipe} is a run folder already; leave --out {out} away or give a recipe")
         return _reopen(Path(recipe), data, overrides)
     resolved = load_recipe(recipe, overrides or (), _text(data))
-    return RunFolder.create(out or Path("runs") / resolved.name, resolved)
+    return _in_turn(lambda: RunFolder.create(out or Path("runs") / resolved.name, resolved))
 
 
 def _reopen(folder: Path, data: Path | None, overrides: list[str] | None) -> RunFolder:
-    from rush.config import build_recipe
     from rush.engine.runs import RunFolder
 
     opened = RunFolder.open(folder)
     if data is None and not overrides:
         return opened
-    changed: Recipe = build_recipe(
-        opened.recipe.model_dump(mode="json"), overrides or (), _text(data), str(folder / "recipe.json")
-    )
-    return RunFolder.create(folder, changed)
+    return _in_turn(lambda: RunFolder.create(folder, _changed(opened, data, overrides)))
+
+
+def _branch(folder: Path, out: Path, data: Path | None, overrides: list[str] | None) -> RunFolder:
+    from rush.engine.runs import RunFolder
+
+    opened = RunFolder.open(folder)
+    return _in_turn(lambda: opened.branch(out, _changed(opened, data, overrides)))
+
+
+def _changed(opened: RunFolder, data: Path | None, overrides: list[str] | None) -> Recipe:
+    from rush.config import build_recipe
+
+    values = opened.recipe.model_dump(mode="json")
+    return build_recipe(values, overrides or (), _text(data), str(opened.path / "recipe.json"))
+
+
+def _several_processes() -> bool:
+    """Whether torchrun started more than this one; known without torch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _process_number() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _in_turn(work: Callable[[], T]) -> T:
+    """``work()``, of several processes in one after the other: they would write the same file."""
+    if not _several_processes():
+        return work()
+    from rush.engine.distributed import in_turn
+
+    return in_turn(work)
+
+
+def _leader_says(text: str) -> None:
+    """One line on standard error, from the first process."""
+    from rich.console import Console
+
+    Console(stderr=True, quiet=_process_number() > 0).print(text, highlight=False, soft_wrap=True)
 
 
 def _text(path: Path | None) -> str | None:
@@ -454,18 +541,16 @@ def _text(path: Path | None) -> str | None:
 def _do(folder: RunFolder, stages: Iterable[Stage]) -> None:
     from rich.console import Console
 
-    from rush.engine.distributed import joined_processes, rank
     from rush.pipeline import run_stage
 
-    with joined_processes():
-        console = Console(stderr=True, quiet=rank() > 0)
-        for stage in stages:
-            if folder.finished(stage):
-                console.print(f"{stage}: finished before, kept", highlight=False)
-                continue
-            console.print(f"{stage} ...", highlight=False)
-            run_stage(folder, stage)
-            console.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
+    console = Console(stderr=True, quiet=_process_number() > 0)
+    for stage in stages:
+        if folder.finished(stage):
+            console.print(f"{stage}: finished before, kept", highlight=False)
+            continue
+        console.print(f"{stage} ...", highlight=False)
+        run_stage(folder, stage)
+        console.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
 
 
 def _reopen_for(folder: Path, given: AnyModel, overrides: list[str] | None) -> RunFolder:

@@ -38,7 +38,12 @@ def joined_processes() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Certification and training leave the processes alone for hours between two meetings.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
-    yield
+    try:
+        yield
+    except SystemExit as end:
+        if not end.code:
+            distributed.destroy_process_group()
+        raise
     distributed.destroy_process_group()  # not after an error: the others would be waited for
 
 

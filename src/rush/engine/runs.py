@@ -14,7 +14,7 @@ from typing import Any
 
 from rush.config import STAGE_SECTIONS, Recipe, build_recipe
 from rush.errors import RunError
-from rush.files import one_process, write_json, write_text
+from rush.files import one_process, write_bytes, write_json, write_text
 from rush.options import STAGES, Stage
 
 _FREE_FIELDS = (
@@ -23,6 +23,7 @@ _FREE_FIELDS = (
     ("execution", "checkpoint_minutes"),
     ("execution", "on_nonfinite"),
 )
+_PRETRAINED = ("provenance.json", "checkpoints/encoder.safetensors")
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
 
 
@@ -67,6 +68,25 @@ class RunFolder:
                 f"{path} holds no recipe.json, so it is no run folder; start one with `rush run RECIPE --out {path}`"
             )
         return cls(path, build_recipe(_read_object(file), source=str(file)))
+
+    def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
+        """A run of ``recipe`` in ``path``, new or gone on with, that begins with the pre-trained encoder of this one.
+
+        Raises: RunError when this one has none, when ``recipe`` says otherwise how it was made, or when ``path`` holds
+        something else.
+        """
+        self.require("pretrain")
+        changed = _changed_fields(self.recipe, recipe, "pretrain")
+        if changed:
+            raise RunError(
+                f"{self.path} was pre-trained with other values of {', '.join(changed)}; a run that begins with its "
+                "encoder may change only later stages: leave them as they are, or start anew with `rush run`"
+            )
+        run = RunFolder.create(path, recipe)
+        if run.finished("pretrain") is None:
+            for name in (*_PRETRAINED, "stages/pretrain.json"):  # in this order: the last says that all are there
+                write_bytes(path / name, (self.path / name).read_bytes())
+        return run
 
     def fingerprint(self, stage: Stage) -> str:
         """JSON text of every recipe field that decides what ``stage`` computes, its own and those of the stages before
