@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rush.data.images import ImageSet, stratified_subset
+from rush.data.images import ImageSet, concatenate, hold_out, stratified_subset
 from rush.errors import DataError, InputError
 from rush.randomness import stream
 
@@ -162,3 +162,62 @@ def test_a_subset_needs_labels_and_a_generator() -> None:
         stratified_subset(numbered().without_labels(), 3, stream(0, "a"))
     with pytest.raises(InputError, match=r"torch\.Generator"):
         stratified_subset(numbered(), 3, None)
+
+
+def test_held_out_images_and_the_rest_are_the_set_and_classes_give_their_share() -> None:
+    images = numbered(100, labels=[0] * 69 + [1] * 30 + [2])
+    rest, held = hold_out(images, 10, stream(0, "held"))
+    assert np.bincount(held.labels.numpy(), minlength=3).tolist() == [7, 3, 0]
+    rows = [[int(name.removeprefix("id-")) for name in part.ids] for part in (rest, held)]
+    assert sorted(rows[0] + rows[1]) == list(range(100))
+    assert rows == [sorted(rows[0]), sorted(rows[1])]
+    assert hold_out(images, 10, stream(0, "held"))[1].fingerprint == held.fingerprint
+    # The same ten by chance: 1 / (C(69, 7) C(30, 3)), below 1e-12.
+    assert hold_out(images, 10, stream(1, "held"))[1].ids.tolist() != held.ids.tolist()
+
+
+def test_without_labels_all_images_are_held_out_alike() -> None:
+    images = numbered(100, labels=[0] * 50 + [1] * 50, classes=2).without_labels()
+    rest, held = hold_out(images, 30, stream(0, "held"))
+    assert (len(rest), len(held)) == (70, 30)
+    assert not set(rest.ids) & set(held.ids)
+    drawn = np.zeros(100)
+    for seed in range(300):
+        drawn[[int(name.removeprefix("id-")) for name in hold_out(images, 30, stream(seed, "held"))[1].ids]] += 1
+    # Each is drawn 90 times on average with a standard deviation of 7.9; six of them are exceeded with odds < 1e-6.
+    assert np.abs(drawn - 90).max() < 6 * 7.94
+
+
+@pytest.mark.parametrize("count", [0, 6, -1, 2.0, True])
+def test_an_impossible_number_of_held_out_images_is_refused(count: object) -> None:
+    with pytest.raises(InputError, match=r"of 6 images 1\.\.5 can be held out"):
+        hold_out(numbered(), count, stream(0, "held"))
+
+
+def test_splits_are_joined_with_ids_that_stay_unique() -> None:
+    train = replace(numbered(4), split="train")
+    other = replace(numbered(6)[4:], split="unlabeled", labels=None, classes=())
+    both = concatenate([train, other])
+    assert both.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
+    assert (both.labels, both.classes, both.split) == (None, ("a", "b", "c"), "train+unlabeled")
+    assert both.ids.tolist() == [f"id-{row}" for row in range(6)]
+    again = concatenate([train, replace(numbered(6)[2:4], split="test")])
+    assert again.ids.tolist() == [*(f"train/id-{row}" for row in range(4)), "test/id-2", "test/id-3"]
+    assert again.labels.tolist() == [0, 1, 2, 0, 2, 0]
+    colour = replace(other, images=other.images.repeat(1, 3, 1, 1))
+    assert concatenate([train, colour]).images[1].unique().tolist() == [10]
+    assert concatenate([train]) is train
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"classes": ("a", "c")}, "the parts have the classes"),
+        ({"images": torch.zeros(6, 1, 4, 4, dtype=torch.uint8)}, r"\[\(2, 2\), \(4, 4\)\].*give size"),
+        ({"split": "other"}, "split 'other' holds the images of another part"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_joined(change: dict, text: str) -> None:
+    given = {"labels": None, "ids": np.array([f"x{row}" for row in range(6)]), **change}
+    with pytest.raises(DataError, match=text):
+        concatenate([numbered(), replace(numbered(), **given)])

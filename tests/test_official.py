@@ -16,6 +16,7 @@ import pytest
 from rush.data import sources, stl10
 from rush.data.cifar import CifarVersion, cifar10_versions, cifar100_versions
 from rush.data.pickles import read_plain_pickle
+from rush.data.resizing import resize_images
 from rush.errors import DataError
 
 ROWS = 4
@@ -308,6 +309,17 @@ def test_stl10_is_turned_upright_and_its_labels_start_at_zero(
         assert (None if images.labels is None else images.labels.tolist()) == (
             None if split == "unlabeled" else [0, 9, 2, 3, 4, 5]
         )
+
+
+def test_stl10_at_another_size_and_with_its_splits_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_stl10(monkeypatch, tmp_path)
+    path = tmp_path / "stl10_binary" / "unlabeled_X.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    stored, both = (sources.load_images("stl10", "train+unlabeled", root=tmp_path, size=size) for size in (None, 32))
+    assert stored.images.shape == (12, 3, 96, 96)
+    assert both.images.equal(resize_images(stored.images, 32))
+    assert (both.labels, both.num_classes, both.split) == (None, 10, "train+unlabeled")
+    assert both.ids[[0, 6]].tolist() == ["train-00000", "unlabeled-00000"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from rush.data.resizing import resize_images
 from rush.data.sources import load_images
-from rush.errors import DataError
+from rush.errors import DataError, InputError
 
 
 def test_digits_are_scikit_learns_pixels_in_two_disjoint_stratified_splits() -> None:
@@ -94,6 +95,47 @@ def test_importing_the_loaders_imports_no_decoder() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": path}
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_joined_splits_and_one_size_for_sets_that_are_loaded_whole(tmp_path: Path) -> None:
+    train, test = load_images("digits", "train"), load_images("digits", "test")
+    both = load_images("digits", "test+train", size=5)
+    assert both.images.shape == (1797, 1, 5, 5)
+    assert both.ids.tolist() == [*test.ids, *train.ids]
+    assert both.labels.tolist() == [*test.labels.tolist(), *train.labels.tolist()]
+    with pytest.raises(DataError, match=r"no split 'dev'; allowed are train, test"):
+        load_images("digits", "train+dev")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 9, 3), np.uint8)
+    np.savez(tmp_path / "mine.npz", x_train=pixels, x_test=pixels[:1] // 2)
+    assert load_images(tmp_path / "mine.npz", "train+test", size=4).images.shape == (4, 3, 4, 4)
+    np.savez(tmp_path / "any.npz", images=pixels)
+    with pytest.raises(DataError, match="split 'test' holds the images of another part"):
+        load_images(tmp_path / "any.npz", "train+test")
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, True, "8"])
+def test_a_wrong_size_is_refused(size: object) -> None:
+    with pytest.raises(InputError, match="size must be a number of pixels >= 1"):
+        load_images("digits", size=size)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(96, 96, 32), (96, 96, 48), (40, 64, 16), (66, 42, 24)])
+def test_resizing_is_the_antialiased_bilinear_one_of_the_central_square(height: int, width: int, size: int) -> None:
+    """Against torch's own: both round to 8 bits, Pillow after each axis, so that they may differ by one level."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, height, width), generator=generator, dtype=torch.uint8)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = images[:, :, top : top + side, left : left + side]
+    expected = torch.nn.functional.interpolate(
+        square.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    resized = resize_images(images, size).float()
+    inner = slice(1, -1)  # beside a cut the one sees the pixels behind it, the other does not
+    assert (resized - expected)[:, :, inner, inner].abs().max() <= 1
+    assert resize_images(square, side) is square
+    grey = resize_images(images[:, :1], size)
+    assert grey[:, 0].equal(resize_images(images[:, :1].repeat(1, 3, 1, 1), size)[:, 2])
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar10"

@@ -90,10 +90,10 @@ def small(folder: Path, **options: Any) -> Stream:
 
 
 def same(one: Iterator[Batch], other: Iterator[Batch]) -> bool:
-    return all(
-        a.images.equal(b.images) and (a.labels is b.labels is None or a.labels.equal(b.labels))
-        for a, b in zip(one, other, strict=True)
-    )
+    def labels(batch: Batch) -> list[int] | None:
+        return None if batch.labels is None else batch.labels.tolist()
+
+    return all(a.images.equal(b.images) and labels(a) == labels(b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("source", ["files", "shards"])
@@ -145,7 +145,8 @@ def test_larger_sets_come_pool_by_pool_each_image_once_with_its_label(shards: Pa
     assert len(set(rows)) == len(rows) == 90
     images = load_images(shards, "train")
     assert torch.cat([batch.images for batch in batches]).equal(images.images[rows])
-    assert [int(label) for batch in batches for label in batch.labels] == [row % 3 for row in rows]
+    labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
+    assert labels.tolist() == [row % 3 for row in rows]
     # The same order by chance: below 1 / 90!.
     assert rows != [row for batch in streamed.batches(stream(4, "order"), 9) for row in numbers(batch)]
 
@@ -361,20 +362,20 @@ print(json.dumps([len(streamed), sizes]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
 def test_memory_stays_within_what_was_given_however_large_the_set(tmp_path: Path) -> None:
-    """84 MiB of encoded noise (48 KiB an image), in row groups of 0.8 MiB, through 8 MiB.
+    """84 MiB of encoded noise (12 KiB an image), in row groups of 0.8 MiB, through 8 MiB.
 
-    The slack of 24 MiB: four batches of 1.5 MiB at once, what two threads decode and what the reader of the files
+    The slack of 12 MiB: four batches of 0.4 MiB at once, what two threads decode and what the reader of the files
     buffers, each with the allocator's own share. Holding the set would take 84 MiB.
     """
     noise = np.random.default_rng(0)
-    some = [png(noise.integers(0, 256, (128, 128, 3), np.uint8), compress_level=0) for _ in range(16)]
-    folder = write_shards(tmp_path / "noise", some * 112, shards=3, group=16)
+    some = [png(noise.integers(0, 256, (64, 64, 3), np.uint8), compress_level=0) for _ in range(64)]
+    folder = write_shards(tmp_path / "noise", some * 112, shards=3, group=64)
     assert sum(path.stat().st_size for path in folder.iterdir()) > 80 * MIB
     command = [sys.executable, "-c", MEASURE, str(folder), str(8 * MIB)]
     count, sizes = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert count == 112 * 16
+    assert count == 112 * 64
     start, during = sizes[0], sizes[1:]
     assert len(during) == count // 32
     half = len(during) // 2
-    assert max(during) - start < (8 + 24) * MIB
-    assert max(during[half:]) - max(during[:half]) < 6 * MIB
+    assert max(during) - start < (8 + 12) * MIB
+    assert max(during[half:]) - max(during[:half]) < 4 * MIB

@@ -147,6 +147,7 @@ def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
         return parts[0]
     split = "+".join(part.split for part in parts)
     where = f"{parts[0].name}/{split}"
+    classes = common_classes([part.classes for part in parts], where)
     sides = {tuple(part.images.shape[2:]) for part in parts}
     if len(sides) > 1:
         raise DataError(
@@ -160,7 +161,7 @@ def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
     return ImageSet(
         torch.cat([part.images.expand(-1, channels, -1, -1) for part in parts]),
         torch.cat(labels) if len(labels) == len(parts) else None,
-        common_classes([part.classes for part in parts], where),
+        classes,
         unique_ids([part.ids for part in parts], [part.split for part in parts]),
         parts[0].name,
         split,

@@ -131,7 +131,7 @@ class Stream:
         return replace(self, rows=np.delete(self.rows, drawn)), held
 
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """As ``TrainingImages.batches``: a function of ``order``, ``batch_size`` and the files alone.
+        """As ``TrainingImages.batches``: a function of ``order``, ``batch_size``, ``memory`` and the files alone.
 
         Batches before ``first`` are neither read nor decoded. Raises: ConfigError for an impossible ``batch_size``;
         DataError, in its turn, naming an image that cannot be decoded or is of another size.
