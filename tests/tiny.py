@@ -93,6 +93,12 @@ def results(folder: Path) -> dict[str, object]:
     return found
 
 
+def results_of_training(folder: Path) -> dict[str, object]:
+    """The weights that both trainings left."""
+    names = ("checkpoints/encoder.safetensors", "model/model.safetensors")
+    return {name: {key: a.tobytes() for key, a in load_file(folder / name).items()} for name in names}
+
+
 def _without_time(table: str) -> list[list[str]]:
     lines = [line.split("\t") for line in table.splitlines()]
     time = lines[0].index("time")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
+from rush.data.streaming import Stream
 from rush.data.views import Views, unit_float
 from rush.engine.distributed import rank, world_size
 from rush.engine.loop import Keeping, Schedule, train
@@ -54,7 +55,7 @@ Objective = Callable[[Examples], Tensor]
 
 
 def finetune(
-    images: ImageSet,
+    images: ImageSet | Stream,
     classifier: Classifier,
     *,
     objective: Objective,
@@ -111,7 +112,7 @@ def finetune(
         classifier,
         step,
         name="finetune",
-        images=Resident(images, execution.device, rank(), world_size()),
+        images=images if isinstance(images, Stream) else Resident(images, execution.device, rank(), world_size()),
         schedule=schedule,
         seed=seed,
         device=execution.device,

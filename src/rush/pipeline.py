@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from rush.config import AdversaryConfig, AttackConfig, FinetuneConfig, PretrainC
 from rush.data.batches import Resident, TrainingImages
 from rush.data.images import ImageSet, evaluation_order, hold_out, stratified_subset
 from rush.data.noisy_views import NoiseSchedule
-from rush.data.sources import load_images
+from rush.data.sources import decoded_bytes, load_images
+from rush.data.streaming import Stream, open_stream
 from rush.data.views import Views
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import barrier, in_turn, rank, world_size
@@ -66,6 +68,7 @@ CERTIFICATES = Path("certificates.tsv")
 CERTIFICATE_PARTS = Path("certificates.parts")
 AUDIT = Path("audit.json")
 NOT_SMOOTHED = "the classifier is not smoothed (smoothing.sigma = 0): nothing is certified"
+_SAMPLE = 20_000  # of streamed images: what statistics and nearest neighbours are taken from
 _BANK_IMAGES = 10_000  # for the live figures; the figure at the end takes all training images
 _SEQUENTIAL_SHARE = 0.2  # of the cap that a sequential certification draws on average, for the trial of the forward
 
@@ -100,37 +103,79 @@ class Conditions:
             return self.run.loaded[split]
         data = self.recipe.data
         images = load_images(data.name, split=split, root=data.root, size=data.size)
-        found = {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}}
-        in_turn(lambda: self.run.record_provenance(self.execution.as_dict(), found))
+        self._record(split, images)
         self.run.loaded[split] = images
         return images
 
-    def training_images(self) -> ImageSet:
+    def training_images(self) -> ImageSet | Stream:
         """The training images without those that are held out."""
-        return self._divided()[0]
+        return self._divided[0]
 
     def held_out_images(self) -> ImageSet | None:
         """The training images that neither training sees; None where none is held out."""
-        return self._divided()[1]
+        return self._divided[1]
 
     def pretraining_images(self) -> TrainingImages:
         """What pre-training draws from: the images of its split but the held-out ones, without labels."""
-        split = self.recipe.data.pretrain_split
-        images = self.images(split)
-        held = self.held_out_images()
+        split, held = self.recipe.data.pretrain_split, self.held_out_images()
+        if split == "train":
+            return self.source(self.training_images().without_labels())
+        images = self._split(split)
         if held is not None:
-            images = images[np.flatnonzero(~np.isin(images.ids, _ids_in(split, held)))]
-        return Resident(images.without_labels(), self.execution.device, rank(), world_size())
+            images = _without(images, np.concatenate([held.ids, np.char.add("train/", held.ids)]))
+        return self.source(images.without_labels())
+
+    def known_images(self, count: int | None = None) -> ImageSet:
+        """Training images in memory: all, or at most ``count`` that are not held out, of streams a random sample."""
+        images = self._split("train") if count is None else self.training_images()
+        if isinstance(images, ImageSet):
+            return images if count is None else images[: min(count, len(images))]
+        wanted = min(count or _SAMPLE, len(images) - 1)
+        return images.holding_out(wanted, stream(self.recipe.seed, "known images"))[1]
+
+    def source(self, images: ImageSet | Stream) -> TrainingImages:
+        """``images`` as a training draws from them, on the device."""
+        if isinstance(images, Stream):
+            return images
+        return Resident(images, self.execution.device, rank(), world_size())
+
+    @cached_property
+    def _divided(self) -> tuple[ImageSet | Stream, ImageSet | None]:
+        train, count = self._split("train"), self.recipe.data.held_out
+        if not count:
+            return train, None
+        generator = stream(self.recipe.seed, "held out")
+        return hold_out(train, count, generator) if isinstance(train, ImageSet) else train.holding_out(count, generator)
+
+    def _split(self, split: str) -> ImageSet | Stream:
+        """A split in memory, or streamed where it would take more than the recipe's share of it."""
+        data = self.recipe.data
+        limit = int(data.memory_gb * 2**30)
+        if split in self.run.loaded or decoded_bytes(data.name, split, data.root, size=data.size) <= limit:
+            return self.images(split)
+        streamed = open_stream(
+            data.name,
+            split,
+            root=data.root,
+            size=data.size,
+            memory=limit,
+            device=self.execution.device,
+            rank=rank(),
+            processes=world_size(),
+        )
+        self._record(split, streamed)
+        return streamed
+
+    def _record(self, split: str, images: ImageSet | Stream) -> None:
+        """Check that this run has used these images before, or note that it does now."""
+        found = {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}}
+        in_turn(lambda: self.run.record_provenance(self.execution.as_dict(), found))
 
     def keeping(self, stage: Stage) -> Keeping:
         """Where and how often a training is kept."""
         checkpoint = TrainingCheckpoint(self.run.path / f"checkpoints/{stage}.pt", self.run.fingerprint(stage))
         execution = self.recipe.execution
         return Keeping(checkpoint, execution.checkpoint_minutes, execution.on_nonfinite)
-
-    def _divided(self) -> tuple[ImageSet, ImageSet | None]:
-        train, count = self.images("train"), self.recipe.data.held_out
-        return hold_out(train, count, stream(self.recipe.seed, "held out")) if count else (train, None)
 
     def evaluation_images(self, count: int | None, num_classes: int) -> tuple[list[int], LabelledPixels]:
         """The first ``count`` test images (all for None) of one seeded order, with their positions in the split.
@@ -154,7 +199,7 @@ def run_pretrain(run: RunFolder) -> None:
     if run.finished("pretrain"):
         return
     here = Conditions.of(run)
-    train, test = here.images("train"), here.images("test")
+    train, test = here.known_images(), here.images("test")
     _check_separate(train, test)
     here.begin("pretrain")
     config, recipe = here.recipe.pretrain, here.recipe
@@ -191,7 +236,7 @@ def run_finetune(run: RunFolder) -> None:
         return
     run.require("pretrain")
     here = Conditions.of(run)
-    train = here.images("train")
+    train = here.known_images()
     here.begin("finetune")
     config, recipe = here.recipe.finetune, here.recipe
     labelled = _labelled(here.training_images(), recipe)
@@ -644,9 +689,11 @@ def _budget(adversary: AdversaryConfig) -> dict[str, Any]:
     }
 
 
-def _ids_in(split: str, held: ImageSet) -> np.ndarray:
-    """The ids of held-out training images as they are in ``split``, where several are joined or not."""
-    return np.concatenate([held.ids, np.char.add("train/", held.ids)]) if "+" in split else held.ids
+def _without(images: ImageSet | Stream, ids: np.ndarray) -> ImageSet | Stream:
+    """The images that have none of these ids."""
+    if isinstance(images, ImageSet):
+        return images[np.flatnonzero(~np.isin(images.ids, ids))]
+    return replace(images, rows=images.rows[~np.isin(images.records.ids()[images.rows], ids)])
 
 
 def _watch_encoder(here: Conditions, classifier: Classifier) -> Callable[[int], dict[str, Any]] | None:
@@ -654,8 +701,7 @@ def _watch_encoder(here: Conditions, classifier: Classifier) -> Callable[[int], 
     held, config = here.held_out_images(), here.recipe.pretrain
     if held is None or held.labels is None:
         return None
-    train = here.training_images()
-    known = train[: min(len(train), _BANK_IMAGES)]
+    known = here.known_images(_BANK_IMAGES)
     noise, represent = _noise(here.recipe), _Represent(classifier)
 
     def figures(epoch: int) -> dict[str, Any]:
@@ -687,7 +733,7 @@ def _schedule(config: TrainingConfig) -> Schedule:
     return Schedule(**config.model_dump(include=set(Schedule.__dataclass_fields__)))
 
 
-def _labelled(train: ImageSet, recipe: Recipe) -> ImageSet:
+def _labelled(train: ImageSet | Stream, recipe: Recipe) -> ImageSet | Stream:
     """The training images whose labels fine-tuning may read: all, a fraction or so many a class, stratified and
     seeded."""
     config = recipe.finetune
@@ -696,7 +742,10 @@ def _labelled(train: ImageSet, recipe: Recipe) -> ImageSet:
     if config.labels_per_class is None and config.label_fraction == 1.0:
         return train
     wanted = config.label_fraction if config.labels_per_class is None else config.labels_per_class * train.num_classes
-    return stratified_subset(train, wanted, stream(recipe.seed, "finetune", "labels"))
+    generator = stream(recipe.seed, "finetune", "labels")
+    if isinstance(train, ImageSet):
+        return stratified_subset(train, wanted, generator)
+    return train.holding_out(wanted if isinstance(wanted, int) else round(wanted * len(train)), generator)[1]
 
 
 class _Represent(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rush.data.batches import Batch, TrainingImages, batches_per_epoch
 from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.distributed import average_gradients, barrier, rank, world_size
+from rush.engine.distributed import average_gradients, barrier, broadcast_module, rank, world_size
 from rush.engine.ema import WeightAverage
 from rush.engine.interruption import StopRequest, stop_requests
 from rush.engine.meter import Cost, Meter, peak_memory
@@ -136,6 +136,7 @@ class _Run:
         monitor: Callable[[int], dict[str, Any]] | None,
         log: Callable[..., None],
     ) -> None:
+        broadcast_module(module)  # processes whose weights differ in a bit would drift apart unseen
         self.module, self.step, self.name, self.images, self.schedule = module, step, name, images, schedule
         self.seed, self.device, self.meter, self.keeping = seed, device, meter, keeping
         self.monitor, self.log = monitor, log

@@ -19,7 +19,6 @@ from rush.options import STAGES, Stage
 
 _FREE_FIELDS = (
     ("data", "root"),
-    ("data", "memory_gb"),
     ("execution", "checkpoint_minutes"),
     ("execution", "on_nonfinite"),
 )

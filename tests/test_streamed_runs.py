@@ -1,0 +1,93 @@
+"""A run whose training images stream from the disk: the same as one that holds them, where both are possible."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rush.data.sources import load_images
+from rush.engine.runs import RunFolder
+from rush.pipeline import Conditions, run_stage
+from tiny import results_of_training, run_tiny, tiny
+
+MEMORY = "data.memory_gb=3e-5"  # 32 kB: the digits take 90 kB decoded and more as PNG files
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as parquet shards of small row groups, one without labels."""
+    folder = tmp_path_factory.mktemp("shards")
+    for split, rows in (("train", slice(None)), ("test", slice(None)), ("unlabeled", slice(300))):
+        images = load_images("digits", "test" if split == "test" else "train")
+        columns: dict[str, list[object]] = {"image": [], "label": []}
+        assert images.labels is not None
+        for number, (image, label) in enumerate(zip(images.images[rows], images.labels[rows], strict=True)):
+            buffer = io.BytesIO()
+            Image.fromarray(image[0].numpy()).save(buffer, "PNG")
+            columns["image"].append({"bytes": buffer.getvalue(), "path": f"{split}{number}.png"})
+            columns["label"].append(int(label))
+        if split == "unlabeled":
+            del columns["label"]
+        pq.write_table(pa.table(columns), folder / f"{split}-00000.parquet", row_group_size=64)
+    return folder
+
+
+def test_streams_are_taken_where_the_images_would_take_more_memory_than_allowed(shards: Path, tmp_path: Path) -> None:
+    loaded = Conditions.of(RunFolder.create(tmp_path / "a", tiny(tmp_path, f"data.name={shards}")))
+    assert type(loaded.training_images()).__name__ == "ImageSet"
+    streamed = Conditions.of(RunFolder.create(tmp_path / "b", tiny(tmp_path, f"data.name={shards}", MEMORY)))
+    assert type(streamed.training_images()).__name__ == "Stream"
+    assert len(streamed.training_images()) == 1397
+
+
+def test_a_whole_run_streams_resumes_and_holds_out(shards: Path, tmp_path: Path) -> None:
+    given = (f"data.name={shards}", MEMORY, "data.held_out=200", "pretrain.monitor_epochs=1")
+    run = run_tiny(tmp_path / "first", *given, stages=("pretrain", "finetune", "certify"))
+    figures = run.require("finetune")
+    assert (figures["images"], figures["labelled_images"]) == (1197, 1197)
+    assert len(run.events("monitor", "pretrain")) == 2
+    assert run.require("certify")["images"] == 20
+    again = run_tiny(tmp_path / "second", *given, stages=("pretrain", "finetune"))
+    assert results_of_training(again.path) == results_of_training(run.path)
+    provenance = json.loads((run.path / "provenance.json").read_text())
+    assert provenance["data"]["train"]["images"] == 1397
+
+
+def test_fewer_labels_are_drawn_from_a_stream(shards: Path, tmp_path: Path) -> None:
+    run = run_tiny(
+        tmp_path, f"data.name={shards}", MEMORY, "finetune.label_fraction=0.2", stages=("pretrain", "finetune")
+    )
+    assert run.require("finetune")["labelled_images"] == 279
+
+
+def test_pre_training_reads_the_splits_it_is_told_and_no_held_out_image(shards: Path, tmp_path: Path) -> None:
+    """The unlabelled shard repeats the first 300 training images: ids, not pixels, say what is held out."""
+    for number, memory in enumerate(("data.memory_gb=1", MEMORY)):
+        run = RunFolder.create(
+            tmp_path / str(number),
+            tiny(tmp_path, f"data.name={shards}", memory, "data.held_out=200", "data.pretrain_split=train+unlabeled"),
+        )
+        here = Conditions.of(run)
+        assert len(here.pretraining_images()) == 1397 - 200 + 300
+        run_stage(run, "pretrain")
+        assert run.require("pretrain")["images"] == 1497
+
+
+def test_a_run_that_streamed_does_not_go_on_with_other_files(shards: Path, tmp_path: Path) -> None:
+    run = run_tiny(tmp_path, f"data.name={shards}", MEMORY, stages=("pretrain",))
+    table = pq.read_table(shards / "train-00000.parquet")
+    other = tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "test"):
+        pq.write_table(table.slice(0, 1000 if split == "train" else 300), other / f"{split}-00000.parquet")
+    values = json.loads((run.path / "recipe.json").read_text())
+    values["data"]["name"] = str(other)
+    (run.path / "recipe.json").write_text(json.dumps(values))
+    with pytest.raises(Exception, match="begun under other conditions"):
+        run_stage(RunFolder.open(run.path), "finetune")
+    assert np.isfinite(run.require("pretrain")["seconds"])
