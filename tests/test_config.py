@@ -41,7 +41,7 @@ def values() -> dict[str, Any]:
         ("certify.radii=[0.25, -0.5]", r"certify\.radii\.1: .*\(given: -0\.5\)"),
         ("certify.radii=[inf]", r"certify\.radii\.0"),
         ("certify.images=0", r"certify\.images"),
-        ("smoothing.sigma=0", r"smoothing\.sigma"),
+        ("smoothing.sigma=0", r"recipe: smoothing\.sigma = 0 .* finetune\.objective = gaussian trains under it; set"),
         ("smoothing.sigma=-0.25", r"smoothing\.sigma"),
         ("smoothing.sigma=inf", r"smoothing\.sigma"),
         ("smoothing.sigma=nan", r"smoothing\.sigma"),
@@ -93,7 +93,7 @@ def test_a_value_that_is_not_allowed_is_told_with_its_place_and_what_was_given(o
 
 def test_every_wrong_value_is_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"model\.width: .*; smoothing\.sigma: .*; pretrain\.epoch: "):
-        build_recipe(values(), ["pretrain.epoch=3", "smoothing.sigma=0", "model.width=0"])
+        build_recipe(values(), ["pretrain.epoch=3", "smoothing.sigma=-1", "model.width=0"])
 
 
 def test_a_missing_field_is_named() -> None:

@@ -112,6 +112,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "ladder": results.ladder,
         "floor": _floor(results),
         "floor_lower": _floor_lower(results),
+        "not_certified": tables.NOT_CERTIFIED if results.plain else "",
         "proved_on": len(results.threat_certificates) if results.threat_certificates else 0,
         "inner": _inner(results),
         "grown": _grown_plot(results),

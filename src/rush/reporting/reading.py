@@ -54,7 +54,8 @@ def read_run(folder: Path | str) -> RunResults:
         )
     recipe = _read_json(folder / "recipe.json", "restore it from a copy, or start a new run with `rush run`")
     stages = {stage: _read_stage(folder, stage) for stage in STAGES if (folder / "stages" / f"{stage}.json").exists()}
-    certificates = _read_certificates(folder, stages["certify"]) if "certify" in stages else None
+    certified = "certify" in stages and stages["certify"].fields.get("certified") is not False
+    certificates = _read_certificates(folder, stages["certify"]) if certified else None
     return RunResults(
         folder=folder,
         recipe=recipe,

@@ -435,7 +435,10 @@ class Audit:
 
 @dataclass(frozen=True)
 class RunResults:
-    """All that a run folder says; ``certificates``, ``ladder`` and ``audit`` are None until their stage is finished."""
+    """All that a run folder says; ``certificates``, ``ladder`` and ``audit`` are None until their stage is finished.
+
+    certificates: None also where there is nothing to certify (``plain``).
+    """
 
     folder: Path
     recipe: Mapping[str, Any]
@@ -450,6 +453,11 @@ class RunResults:
     @property
     def name(self) -> str:
         return str(self.recipe.get("name") or self.folder.name)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the classifier itself is used, without noise, so that nothing is certified."""
+        return self.setting("smoothing", "sigma") == 0
 
     @property
     def missing(self) -> tuple[Stage, ...]:

@@ -21,6 +21,10 @@ from rush.reporting.results import (
 )
 
 NORM_SIGNS: Mapping[str, str] = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
+NOT_CERTIFIED = (
+    "the classifier is used without smoothing noise, of which certificates speak; what attacks leave of it is an upper "
+    "bound, and nothing is proved"
+)
 _METHOD_SIGNS: Mapping[CertifyMethod, str] = {"clopper-pearson": "Clopper–Pearson", "sequential": "Sequential"}
 _LISTED = 8  # a longer grid is told by its ends
 _NOT_DONE: Mapping[Stage, str] = {
@@ -127,6 +131,26 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def passes_text(passes: float, forward_passes: float) -> str:
+    """Forward and backward passes together, then those that only went forward, where there are any."""
+    if not passes and forward_passes:
+        return f"{count(forward_passes)} forward only"
+    return count(passes) + (f" + {count(forward_passes)} forward only" if forward_passes else "")
+
+
+def memory_text(size: float | None) -> str:
+    """Bytes as gigabytes, "–" where they are not known."""
+    return f"{size / 1e9:.2f} GB" if size else "–"
+
+
+def energy_text(joules: float | None) -> str:
+    """Joules with their prefix, "–" where the device did not tell."""
+    if joules is None:
+        return "–"
+    scale, unit = next(pair for pair in ((1e6, "MJ"), (1e3, "kJ"), (0, "J")) if joules >= pair[0])
+    return f"{joules / (scale or 1):.3g} {unit}"
+
+
 def threat_text(ladder: Ladder) -> str:
     return f"{NORM_SIGNS[ladder.norm]} {ladder.epsilon_text}"
 
@@ -150,6 +174,8 @@ def summary_rows(results: RunResults) -> list[tuple[str, str]]:
 
 def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     certificates, ladder = results.certificates, results.ladder
+    if results.plain:
+        yield "certificates", f"none: {NOT_CERTIFIED}"
     if certificates is None:
         return
     yield "certified by", method_text(certificates)
@@ -227,7 +253,8 @@ def _attacked_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     yield "attacked, by any rung of the ladder", f"{share(ladder.combined)} {size}"
     if ladder.flattering is not None:
         yield f"{ladder.flattering.label} flatters by", f"{points(ladder.flattering.above(ladder.reference))} points"
-    yield "sandwich", sandwich_text(results)
+    if not results.plain:
+        yield "sandwich", sandwich_text(results)
 
 
 def _audit_rows(results: RunResults) -> Iterator[tuple[str, str]]:
