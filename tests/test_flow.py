@@ -23,6 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("reporting",),
     ("pipeline", "loading", "prediction", "recomputation", "outside"),
+    ("costing",),
     ("cli",),
     ("__main__",),
 )
@@ -88,7 +89,7 @@ if TYPE_CHECKING:
     assert own_imports(code) == {"engine.loop", "data.images", "data.views", "cli", "pipeline", "smoothing"}
     assert "torch.nn" in imported(code)
     assert own_imports(code, late=False) == {"engine.loop", "data.images", "data.views", "cli"}
-    assert [level(name) for name in ("models.resnet", "saving", "cli")] == [2, 3, 9]
+    assert [level(name) for name in ("models.resnet", "saving", "cli")] == [2, 3, 10]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name])

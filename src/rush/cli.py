@@ -396,7 +396,7 @@ def cost(
 
     costs = list(measure_each(resolved, STEPS if steps is None else steps))
     conditions = dict.fromkeys(one.conditions for one in costs)
-    title = f"Cost of training, every figure extrapolated: {costs[0].measured_steps} measured steps stand for all"
+    title = f"Cost of training, every figure extrapolated (steps measured: {costs[0].measured_steps})"
     _print_wide_table(title, COST_HEADER, cost_rows(costs))
     _print_wide_table("By training, every figure extrapolated", STAGE_HEADER, stage_rows(costs))
     _print_lines(f"extrapolated from steps measured on {text}" for text in conditions)

@@ -1,0 +1,304 @@
+"""What recipes would cost: passes as the methods' docstrings say, sizes as the data have them, arithmetic by hand."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from commands import Call, refusal
+from rush import costing
+from rush.config import Recipe
+from rush.costing import (
+    COST_HEADER,
+    STAGE_HEADER,
+    DataSize,
+    RecipeCost,
+    StageCost,
+    cost_rows,
+    data_size,
+    measure,
+    stage_rows,
+    write_costs,
+)
+from rush.data.images import hold_out, stratified_subset
+from rush.data.sources import load_images
+from rush.errors import ConfigError, RushError
+from rush.randomness import stream
+from tiny import run_tiny, tiny, write_tiny
+
+TRAIN = 1397  # training digits
+BATCH = 16
+SMALL = (f"pretrain.batch_size={BATCH}", f"finetune.batch_size={BATCH}", "model.width=2")
+
+
+def cost_of(folder: Path, stage: str, *overrides: str) -> StageCost:
+    """The cost of one training of the tiny recipe, from one step."""
+    wanted = (*SMALL, *(("pretrain.epochs=0",) if stage == "finetune" else ()), *overrides)
+    return next(cost for cost in measure(tiny(folder, *wanted), steps=1).stages if cost.stage == stage)
+
+
+# Forward and backward, and forward alone, for an image and epoch.
+PRETRAINING = {
+    "simclr": ((), 2, 0),
+    "simclr by parts": (("pretrain.micro_batch=4",), 2, 2),
+    "simclr with noise": (('pretrain.noise.views="both"',), 2, 0),
+    "moco": (('pretrain.objective="moco"', "pretrain.queue=32"), 1, 1),
+    "acl": (('pretrain.objective="acl"', "pretrain.adversary.steps=3"), 4 + 2 * 3, 0),
+}
+FINETUNING = {
+    "standard": ((), 1, 0),
+    "gaussian": ((), 1, 0),
+    "consistency": (("finetune.consistency.draws=3",), 3, 0),
+    "smoothadv": (("finetune.smoothadv.draws=2", "finetune.smoothadv.steps=3"), (3 + 1) * 2, 0),
+    "cat-rs": (("finetune.cat_rs.draws=2", "finetune.cat_rs.steps=3"), (3 + 2) * 2, 0),
+    "pgd-at": (("finetune.adversary.steps=3",), 1 + 3, 0),
+    "trades": (("finetune.adversary.steps=3",), 2 + 3, 1),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_passes_of_pretraining_are_those_of_its_docstring(tmp_path: Path, name: str) -> None:
+    overrides, both, forward = PRETRAINING[name]
+    cost = cost_of(tmp_path, "pretrain", *overrides)
+    seen = cost.steps * BATCH
+    assert cost.steps == 2 * (TRAIN // BATCH)
+    assert (cost.passes, cost.forward_passes) == (both * seen, forward * seen)
+    assert cost.passes_per_image == both * seen / TRAIN
+    assert cost.objective == name.split()[0]
+
+
+@pytest.mark.parametrize("name", FINETUNING)
+def test_passes_of_finetuning_are_those_of_its_docstring(tmp_path: Path, name: str) -> None:
+    overrides, both, forward = FINETUNING[name]
+    cost = cost_of(tmp_path, "finetune", f'finetune.objective="{name}"', *overrides)
+    seen = cost.steps * BATCH
+    assert cost.steps == 2 * (TRAIN // BATCH)
+    assert (cost.passes, cost.forward_passes) == (both * seen, forward * seen)
+
+
+def test_a_frozen_encoder_only_goes_forward_for_as_long_as_it_is_frozen(tmp_path: Path) -> None:
+    linear = cost_of(tmp_path, "finetune", 'finetune.mode="linear"')
+    assert (linear.passes, linear.forward_passes) == (0, linear.steps * BATCH)
+    assert linear.objective == "gaussian (linear)"
+    wanted = ('finetune.mode="linear-then-full"', "finetune.epochs=5", "finetune.head_epochs=3")
+    both, epoch = cost_of(tmp_path, "finetune", *wanted), TRAIN // BATCH * BATCH
+    assert (both.passes, both.forward_passes) == (2 * epoch, 3 * epoch)
+
+
+def test_passes_and_images_are_those_that_a_run_logs(tmp_path: Path) -> None:
+    """Held-out images, a share of the labels and batches that do not come out even, all of them counted alike."""
+    overrides = (
+        "data.held_out=97", "finetune.label_fraction=0.5", "model.width=2", "pretrain.monitor_epochs=9",
+        "finetune.monitor_epochs=9", "certify.num_estimation=20", "certify.images=1",
+    )  # fmt: skip
+    run = run_tiny(tmp_path, *overrides, stages=("pretrain", "finetune"))
+    for cost in measure(run.recipe, steps=1).stages:
+        told = run.require(cost.stage)
+        assert cost.images == told["images"]
+        assert cost.passes_per_image == pytest.approx(told["passes_per_image"], rel=1e-12)
+        assert cost.forward_passes_per_image == told["forward_passes_per_image"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        (("data.name=cifar10",), DataSize((3, 32, 32), 10, 50_000, 50_000)),
+        (
+            ("data.name=cifar10", "data.held_out=5000", "finetune.label_fraction=0.01", "data.size=16"),
+            DataSize((3, 16, 16), 10, 45_000, 450),
+        ),
+        (("data.name=cifar100", "finetune.labels_per_class=4"), DataSize((3, 32, 32), 100, 50_000, 400)),
+        (
+            ("data.name=stl10", 'data.pretrain_split="train+unlabeled"', "data.held_out=500"),
+            DataSize((3, 96, 96), 10, 104_500, 4_500),
+        ),
+        (
+            ("data.name=stl10", 'data.pretrain_split="unlabeled"', "data.held_out=500"),
+            DataSize((3, 96, 96), 10, 100_000, 4_500),
+        ),
+    ],
+)
+def test_sizes_of_known_data_need_no_files(tmp_path: Path, overrides: tuple[str, ...], size: DataSize) -> None:
+    assert data_size(tiny(tmp_path, f"data.root={tmp_path}", *overrides)) == size
+
+
+def test_sizes_are_those_of_the_images_themselves(tmp_path: Path) -> None:
+    """Of the digits, which are always there, and of a file that only its images describe."""
+    train = load_images("digits", "train")
+    kept, _ = hold_out(train, 200, stream(0, "held out"))
+    labelled = stratified_subset(kept, 0.1, stream(0, "labels"))
+    recipe = tiny(tmp_path, "data.held_out=200", "finetune.label_fraction=0.1")
+    assert data_size(recipe) == DataSize((1, 8, 8), train.num_classes, len(kept), len(labelled))
+    generator = np.random.default_rng(0)
+    images = {f"x_{split}": generator.integers(0, 256, (n, 5, 5, 3), np.uint8) for split, n in SPLIT_SIZES}
+    labels = {f"y_{split}": np.arange(n) % 3 for split, n in SPLIT_SIZES}
+    np.savez(tmp_path / "own.npz", **images, **labels)  # type: ignore[arg-type]
+    own = tiny(tmp_path, f"data.name={tmp_path / 'own.npz'}", "data.held_out=10")
+    assert data_size(own) == DataSize((3, 5, 5), 3, 50, 50)
+    assert data_size(own.model_copy(update={"data": own.data.model_copy(update={"size": 4})})).shape == (3, 4, 4)
+
+
+SPLIT_SIZES = (("train", 60), ("test", 9))
+
+
+def logged(*epochs: dict[str, Any]) -> Callable[..., None]:
+    """A training that does nothing but log these epochs."""
+
+    def trained(*_: object, log: Callable[..., None], **__: object) -> None:
+        log("started")
+        for epoch in epochs:
+            log("epoch", **epoch)
+            log("monitor", knn=0.5)
+
+    return trained
+
+
+def epoch(seconds: float, passes: int, peak: int | None = 1000, joules: float | None = None) -> dict[str, Any]:
+    return {"seconds": seconds, "passes": passes, "forward_passes": 1, "peak_memory": peak, "joules": joules}
+
+
+def test_only_the_steps_after_the_warm_up_are_multiplied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four measured steps in 2 s are half a second a step, whatever the epoch before them took."""
+    monkeypatch.setattr(costing, "finetune", logged(epoch(900.0, 7, 5000, 9e9), epoch(2.0, 640, 1000, 12.0)))
+    cost = measure(tiny(tmp_path, "pretrain.epochs=0"), steps=4).stages[0]
+    steps = 2 * (TRAIN // 128)
+    assert (cost.steps, cost.seconds_per_step, cost.images_per_second) == (steps, 0.5, 256.0)
+    assert (cost.seconds, cost.joules) == (steps * 0.5, steps * 3.0)
+    assert (cost.passes, cost.forward_passes) == (steps * 160, round(steps / 4))
+    assert cost.peak_memory == 1000 + 64 * (TRAIN - 4 * 128)  # 64 bytes an image
+
+
+def test_each_kind_of_step_stands_for_its_own_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third epoch warms the steps of every weight up; one unknown number of joules leaves the sum unknown."""
+    shown = (epoch(900.0, 7), epoch(1.0, 0, 500, 2.0), epoch(900.0, 7), epoch(4.0, 128, 700))
+    monkeypatch.setattr(costing, "finetune", logged(*shown))
+    wanted = ('finetune.mode="linear-then-full"', "finetune.epochs=5", "finetune.head_epochs=3", "pretrain.epochs=0")
+    cost = measure(tiny(tmp_path, *wanted), steps=1).stages[0]
+    per_epoch = TRAIN // 128
+    assert cost.seconds == per_epoch * (3 * 1.0 + 2 * 4.0)
+    assert (cost.passes, cost.joules) == (per_epoch * 2 * 128, None)
+    assert cost.peak_memory == 700 + 64 * (TRAIN - 128)
+
+
+def test_images_that_are_streamed_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costing, "pretrain", logged(epoch(1.0, 1), epoch(1.0, 1)))
+    monkeypatch.setattr(costing, "finetune", logged(epoch(1.0, 1), epoch(1.0, 1, None)))
+    recipe = tiny(tmp_path, "data.name=stl10", 'data.pretrain_split="train+unlabeled"', "data.memory_gb=2")
+    pretrained, finetuned = measure(recipe, steps=1).stages
+    assert (pretrained.peak_memory, finetuned.peak_memory) == (1000, None)
+    held = measure(replace_memory(recipe, 8.0), steps=1).stages[0].peak_memory
+    assert held == 1000 + 3 * 96 * 96 * (105_000 - 128)
+
+
+def replace_memory(recipe: Recipe, gigabytes: float) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"memory_gb": gigabytes})})
+
+
+def made() -> list[RecipeCost]:
+    """Two recipes: one pre-trains on 1,000 images and fine-tunes on 100 of them, one trains on 500."""
+    first = StageCost("pretrain", "moco", 1000, 40, 20_000, 20_000, 7200.0, 100.0, 3_000_000_000, 5000.0)
+    second = StageCost("finetune", "gaussian", 100, 10, 1000, 0, 1800.0, 50.0, None, 1000.0)
+    other = StageCost("finetune", "trades", 500, 100, 10_000, 500, 36_000.0, 5.0, 1_500_000_000, None)
+    one = RecipeCost("one", "small, width 2", "cpu", 4, (first, second))
+    return [one, replace(one, recipe="two", stages=(other,))]
+
+
+def test_a_recipe_is_the_sum_of_its_trainings() -> None:
+    one, two = made()
+    assert (one.steps, one.seconds, one.joules, one.peak_memory) == (50, 9000.0, 6000.0, 3_000_000_000)
+    assert (one.images, one.passes_per_image, one.forward_passes_per_image) == (1000, 21.0, 20.0)
+    assert (one.objectives, two.joules) == ("moco + gaussian", None)
+    rows = cost_rows([one, two])
+    assert rows == [
+        ("one", "small, width 2", "moco + gaussian", "21 + 20 forward only", "50", "180", "2.5", "1.00"),
+        ("two", "small, width 2", "trades", "20 + 1 forward only", "100", "360", "10", "4.00"),
+        ("all", "", "", "", "150", "", "12.5", "5.00"),
+    ]
+    assert [len(row) for row in rows] == [len(COST_HEADER)] * 3
+    assert cost_rows([two])[0][-1] == "1.00"
+    assert len(cost_rows([two])) == 1
+    shown = stage_rows([one, two])
+    assert {len(row) for row in shown} == {len(STAGE_HEADER)}
+    assert shown[0][-3:] == ("2 h 00 min", "3.00 GB", "5 kJ")
+    assert shown[1][-3:] == ("30 min 00 s", "–", "1 kJ")
+    assert shown[2][-3:] == ("10 h 00 min", "1.50 GB", "–")
+
+
+def test_figures_in_the_file_are_marked(tmp_path: Path) -> None:
+    write_costs(tmp_path / "cost.json", made())
+    told = json.loads((tmp_path / "cost.json").read_text())["recipes"]
+    assert [(entry["recipe"], entry["extrapolated"], entry["hours"], entry["time_ratio"]) for entry in told] == [
+        ("one", True, 2.5, 1.0),
+        ("two", True, 10.0, 4.0),
+    ]
+    assert told[0]["passes_per_image"] == 21.0
+    stages = told[0]["stages"]
+    assert [(stage["stage"], stage["extrapolated"], stage["seconds_per_step"]) for stage in stages] == [
+        ("pretrain", True, 180.0),
+        ("finetune", True, 180.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "told"),
+    [
+        ((), 0, "steps must be at least 1, got 0"),
+        (("pretrain.batch_size=1398",), 1, "batch_size = 1398 exceeds the 1397 training images"),
+        (("data.held_out=1397",), 1, "held_out = 1397 leaves none of 1397"),
+        (('data.pretrain_split="train+unlabeled"',), 1, "digits has no split 'unlabeled'; allowed are train, test"),
+    ],
+)
+def test_what_cannot_be_trained_has_no_cost(tmp_path: Path, overrides: tuple[str, ...], steps: int, told: str) -> None:
+    with pytest.raises(ConfigError, match=told.replace("+", r"\+")):
+        measure(tiny(tmp_path, *overrides), steps)
+
+
+def test_an_error_comes_back_from_the_process_that_measures(tmp_path: Path) -> None:
+    receiver, sender = Pipe(duplex=False)
+    costing._answer(sender, tiny(tmp_path, "finetune.batch_size=5000").to_json(), 1, 1)
+    answer = receiver.recv()
+    assert isinstance(answer, ConfigError)
+    assert "batch_size = 5000" in str(answer)
+
+
+def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costing, "_answer", "ends at once".format)
+    with pytest.raises(RushError, match=r"tiny: .* ended without an answer \(exit status 0\).*lower batch_size"):
+        list(costing.measure_each([tiny(tmp_path)]))
+
+
+@pytest.mark.slow
+def test_a_recipe_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """With the threads of the one that asks; an error comes back as it is."""
+    (cost,) = costing.measure_each([tiny(tmp_path, *SMALL)], steps=1)
+    assert [stage.steps for stage in cost.stages] == [2 * (TRAIN // BATCH)] * 2
+    assert "float32, 1 thread," in cost.conditions
+    assert all(stage.seconds > 0 for stage in cost.stages)
+    with pytest.raises(ConfigError, match="steps must be at least 1"):
+        list(costing.measure_each([tiny(tmp_path)], steps=0))
+
+
+def test_the_command_prints_and_writes_what_it_measured(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costing, "_measure_apart", measure)
+    recipe, file = write_tiny(tmp_path), tmp_path / "cost.json"
+    done = call("cost", recipe, "--steps", 1, "--json", file, "--set", "pretrain.epochs=0")
+    assert done.returncode == 0, done.stderr
+    assert "every figure extrapolated (steps measured: 1)" in done.stdout
+    assert "extrapolated from steps measured on cpu (" in done.stdout
+    assert "float32, 1 thread, torch" in done.stdout
+    told = json.loads(file.read_text())["recipes"][0]
+    assert [stage["stage"] for stage in told["stages"]] == ["finetune"]
+    assert told["seconds"] > 0
+    assert f"{told['seconds_per_step']:.3g}" in done.stdout
+
+
+def test_the_command_refuses_before_it_measures(call: Call, tmp_path: Path) -> None:
+    assert "no recipe 'digit'" in refusal(call("cost", write_tiny(tmp_path), "digit"))
+    assert "pretrain.epochs" in refusal(call("cost", write_tiny(tmp_path), "--set", "pretrain.epochs=-1"))
