@@ -11,11 +11,10 @@ from scipy import special
 
 from rush.errors import ConfigError
 from rush.evaluation.intervals import Interval, paired_difference, share_interval
+from rush.reporting.attacked import Table, attacked_tables
 from rush.reporting.logs import CertificationLog, flags, read_log, states_sigma
+from rush.reporting.reading import read_run
 from rush.reporting.tables import percent, points, share
-
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
-"""Title, header and rows, all of them texts."""
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _STEP = 0.25
@@ -109,13 +108,18 @@ def compare_command(
     radius: float | None = None,
     assume_same_images: bool = False,
 ) -> list[Table]:
-    """The tables of ``rush compare``: run folders and logs at ``paths``.
+    """The tables of ``rush compare``: run folders and logs at ``paths``, those of attacks where runs were attacked.
 
+    A run without noise has no certificates and stands among the attacked ones alone.
     sigma: one value for each path in order, or a single one for every log that does not say its sigma.
     Raises: ConfigError for numbers that are not allowed or missing; DataError and RunError for damaged files.
     """
-    logs = [read_log(path, sigma=value) for path, value in zip(paths, _sigma_of_each(paths, sigma), strict=True)]
-    return comparison_tables(compare(logs, radii, radius, assume_same_images))
+    runs = {path: read_run(path) for path in paths if (path / "recipe.json").is_file()}
+    plain = {path for path, run in runs.items() if run.plain}
+    sigmas = zip(paths, _sigma_of_each(paths, sigma), strict=True)
+    logs = [read_log(path, sigma=value) for path, value in sigmas if path not in plain]
+    certified = comparison_tables(compare(logs, radii, radius, assume_same_images)) if logs or not plain else []
+    return certified + attacked_tables(list(runs.values()))
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:

@@ -349,10 +349,14 @@ class Ladder:
         return weakest if weakest is not None and weakest.above(self.reference).low > 0 else None
 
     @property
+    def standing(self) -> np.ndarray:
+        """Which images no rung of the ladder broke."""
+        return np.logical_and.reduce([rung.standing for rung in self.rungs])
+
+    @property
     def combined(self) -> Interval:
         """Share of images that no rung of the ladder broke."""
-        standing = np.logical_and.reduce([rung.standing for rung in self.rungs])
-        return share_interval(int(standing.sum()), len(standing))
+        return share_interval(int(self.standing.sum()), len(self.clean))
 
     def around(self, epsilon: float) -> float:
         """Radius of the smallest l2 ball around the threat's ball of ``epsilon``: that of a corner for l-inf, epsilon *
