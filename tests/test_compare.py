@@ -1,6 +1,7 @@
 """Logs side by side, and paired tests only where the images are shown or said to be the same."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rush.reporting.compare import (
 from rush.reporting.logs import CertificationLog, read_log
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
+RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 
 
@@ -309,6 +311,44 @@ def test_two_run_folders_are_paired_by_what_they_say(tmp_path: Path) -> None:
     tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
     row = table(tables, "one minus two, paired on 2 images, the same by fingerprint and id")[2][0]
     assert (row[0], row[1].split()[0], *row[2:]) == ("0.25", "+50.0", "1", "0", "1")
+    assert not [title for title, *_ in tables if title.startswith("Cost of training")]
+
+
+def trained(folder: Path, images: int, **finetune: object) -> Path:
+    """The kept run with other trainings: 2 passes over 1,000 images in an hour, and what ``finetune`` says."""
+    shutil.copytree(RESULTS, folder)
+    stages = {
+        "pretrain": {"objective": "simclr", "images": 1000, "passes_per_image": 2.0, "seconds": 3600.0, "epochs": 1},
+        "finetune": {"images": images, "seconds": 1800.0, "epochs": 3, **finetune},
+    }
+    for stage, fields in stages.items():
+        (folder / "stages" / f"{stage}.json").write_text(json.dumps({"peak_memory": 2e9, **fields}))
+    return folder
+
+
+def test_cost_of_training_stands_beside_the_accuracies_of_runs(tmp_path: Path) -> None:
+    """A run that does not say something has a dash there; a log is of no run and has no column."""
+    one = trained(tmp_path / "one", 500, objective="trades", passes_per_image=4.0, forward_passes_per_image=1.0)
+    two = trained(tmp_path / "two", 2000, passes_per_image=3.0, peak_memory=None, joules=9.0)
+    title, header, rows = table(compare_command([one, two]), "Cost of training")
+    assert (header, "over the images of the larger training" in title) == (("", "one", "two"), True)
+    assert {row[0]: row[1:] for row in rows} == {
+        "network": ("resnet18, width 16",) * 2,
+        "objectives": ("simclr + trades", "–"),
+        "passes an image": ("4 + 0.5 forward only", "4"),
+        "hours": ("1.5", "1.5"),
+        "peak memory": ("2.00 GB", "–"),
+        "energy": ("–", "–"),
+    }
+    tables = compare_command([one, public_log(tmp_path / "x_sigma_0.25.tsv")])
+    assert table(tables, "Cost of training")[1] == ("", "one")
+    (one / "stages" / "pretrain.json").unlink()
+    assert cells(compare_command([one]), "Cost of training")["hours"] == ("–",)
+
+
+def test_a_run_of_older_days_has_what_it_says() -> None:
+    shown = cells(compare_command([RESULTS]), "Cost of training")
+    assert (shown["passes an image"], shown["hours"], shown["peak memory"]) == (("46",), ("1.21",), ("–",))
 
 
 @pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")

@@ -33,8 +33,9 @@ from rush.reporting import results
 from rush.reporting.page import render, write_report
 from rush.reporting.plots import certified_curve, epsilon_curve
 from rush.reporting.reading import read_run
-from rush.reporting.results import Audit, Certificates, Ladder
+from rush.reporting.results import Audit, Certificates, Ladder, Watched
 from rush.reporting.tables import (
+    CostRow,
     audit_sentence,
     bounds,
     certified_rows,
@@ -49,6 +50,7 @@ from rush.reporting.tables import (
     summary_rows,
     zero_text,
 )
+from rush.reporting.training import TrainingCost, training_cost, training_sentence
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
 GRID = (0.0, 0.25, 0.5)
@@ -309,6 +311,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.pictures: list[np.ndarray] = []
         self.words: list[str] = []
+        self.labels: list[str] = []
         self._silent = False
         self.feed(html)
 
@@ -318,6 +321,8 @@ class Page(HTMLParser):
         for name, value in attrs:
             if name in ("src", "href", "srcset", "data", "poster", "xlink:href", "action"):
                 self.loads.append(value or "")
+            if name == "aria-label":
+                self.labels.append(value or "")
             if name == "id":
                 self.ids.append(value or "")
             if tag == "img" and name == "src":
@@ -361,7 +366,7 @@ def page_of(folder: Path, drawn: bool = False) -> Page:
     """The page of a run; without its plots, which take nearly all of the time, unless ``drawn``."""
     if drawn:
         return Page(write_report(folder).read_text(encoding="utf-8"))
-    names = ("certified_curve", "ladder_plot", "epsilon_curve", "training_curve")
+    names = ("certified_curve", "ladder_plot", "epsilon_curve", "training_curve", "watched_curve")
     with mock.patch.multiple("rush.reporting.plots", **dict.fromkeys(names, lambda *_: Markup(""))):
         return page_of(folder, drawn=True)
 
@@ -702,6 +707,7 @@ def test_run_that_is_kept_in_the_repository_is_readable() -> None:
     page = Page(render(read_run(KEPT)))
     assert not {"epsilon", "audit", "first", "doubt"} & set(page.ids)
     assert "to PGD, EOT 64" in page.text
+    assert "Training took 46 passes for an image, 1 h 12 min." in page.text
     rows = dict(summary_rows(read_run(KEPT)))
     assert rows["certified by"] == "Clopper–Pearson"
     assert rows["ACR"].endswith("(N = 10,000)")
@@ -709,7 +715,85 @@ def test_run_that_is_kept_in_the_repository_is_readable() -> None:
 
 def test_time_of_several_processes_is_told_as_their_sum(run: Path) -> None:
     edit_json(run / "stages" / "certify.json", processes=3)
-    assert ("certify", "1 min 05 s (sum of 3 processes)") in [row[:2] for row in cost_rows(read_run(run))]
+    rows = {row.stage: row for row in cost_rows(read_run(run))}
+    assert rows["certify"].time == "1 min 05 s (sum of 3 processes)"
+
+
+def test_cost_of_a_stage_is_told_as_far_as_the_stage_says_it(run: Path) -> None:
+    """Older runs know neither memory nor energy; energy has a column where one stage tells it."""
+    rows = {row.stage: row for row in cost_rows(read_run(run))}
+    assert rows["pretrain"] == CostRow("pretrain", "", "1 min 05 s", "6", "812", "–", "–")
+    assert rows["all"] == CostRow("all", "", "4 min 20 s", "–", "–", "–", "–")
+    page = page_of(run)
+    assert "peak memory" in page.text
+    assert "energy" not in page.text
+    told = {"objective": "moco", "forward_passes_per_image": 2.5, "peak_memory": 2_345_000_000, "joules": 45_600.0}
+    edit_json(run / "stages" / "pretrain.json", **told)
+    rows = {row.stage: row for row in cost_rows(read_run(run))}
+    shown = ("6 + 2.5 forward only", "812", "2.35 GB", "45.6 kJ")
+    assert rows["pretrain"] == CostRow("pretrain", "moco", "1 min 05 s", *shown)
+    page = page_of(run)
+    assert all(text in page.text for text in ("energy", "moco", *shown))
+
+
+def test_a_linear_head_costs_no_backward_pass_and_no_epochs_have_no_objective(run: Path) -> None:
+    edit_json(run / "stages" / "finetune.json", passes_per_image=0.0, forward_passes_per_image=9.0)
+    edit_json(run / "stages" / "pretrain.json", passes_per_image=0.0, epochs=0, objective="simclr", peak_memory=0)
+    rows = {row.stage: row for row in cost_rows(read_run(run))}
+    assert rows["finetune"].passes == "9 forward only"
+    assert (rows["pretrain"].passes, rows["pretrain"].objective, rows["pretrain"].memory) == ("0", "", "–")
+
+
+def test_trainings_are_summed_over_the_images_of_the_larger(run: Path) -> None:
+    """Six passes over 1,000 images and six over 100 of them are 6.6 for one of the 1,000."""
+    assert training_cost(read_run(run)) == TrainingCost(None, 12.0, 0.0, 130.0, None, None)
+    told = {"forward_passes_per_image": 2.0, "peak_memory": 1_000_000_000, "joules": 500.0}
+    edit_json(run / "stages" / "pretrain.json", images=1000, objective="moco", **told)
+    edit_json(run / "stages" / "finetune.json", images=100, objective="trades", **{**told, "peak_memory": 3e9})
+    cost = training_cost(read_run(run))
+    assert cost == TrainingCost("moco + trades", pytest.approx(6.6), pytest.approx(2.2), 130.0, 3e9, 1000.0)
+    sentence = "Training took 6.6 + 2.2 forward only passes for an image, 2 min 10 s, at most 3.00 GB of memory, 1 kJ."
+    assert training_sentence(read_run(run)) == sentence
+    assert sentence in page_of(run).text
+    edit_json(run / "stages" / "pretrain.json", epochs=0, seconds=0.0, objective="simclr", joules=None)
+    scratch = training_cost(read_run(run))
+    assert scratch == TrainingCost("trades", 6.0, 2.0, 65.0, 3e9, 500.0)
+    (run / "stages" / "pretrain.json").unlink()
+    assert training_cost(read_run(run)) is None
+    assert "Training took" not in page_of(run).text
+
+
+def test_damaged_cost_is_told(run: Path) -> None:
+    edit_json(run / "stages" / "finetune.json", peak_memory="much")
+    with pytest.raises(RunError, match=r"finetune\.json is damaged: 'peak_memory' must be a finite number, got 'much'"):
+        read_run(run)
+
+
+def watch(folder: Path, *events: dict) -> None:
+    """Put events of live figures behind the epochs of the log, in place of its broken last line."""
+    lines = (folder / "log.jsonl").read_text().split("\n")[:-1]
+    lines += [json.dumps({"event": "monitor", **event}) for event in events]
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_live_figures_are_drawn_by_epoch(run: Path) -> None:
+    """The last record of an epoch counts; what is not a figure is none; a stage without them has no plot of them."""
+    first = {"stage": "pretrain", "epoch": 1, "time": "2026-01-01T10:00:00", "knn": 0.5, "knn_noisy": 0.25}
+    again = {**first, "epoch": 3, "linear": 0.75}
+    watch(run, first, {**again, "knn": 0.125}, again)
+    assert read_run(run).watched == (
+        Watched("pretrain", 1, {"knn": 0.5, "knn_noisy": 0.25}),
+        Watched("pretrain", 3, {"knn": 0.5, "knn_noisy": 0.25, "linear": 0.75}),
+    )
+    told = "nearest neighbours: 50.0 %; nearest neighbours, noisy: 25.0 %; linear probe: 75.0 %"
+    drawn = [label for label in page_of(run, drawn=True).labels if "held-out" in label]
+    assert drawn == [f"Pre-training, held-out images, after the last epoch: {told}"]
+
+
+def test_damaged_live_figures_are_told(run: Path) -> None:
+    watch(run, {"stage": "pretrain", "epoch": 1, "knn": "good"}, {"stage": "pretrain", "epoch": 2, "knn": 0.5})
+    with pytest.raises(RunError, match=r"log\.jsonl is damaged: line 8 cannot be read"):
+        read_run(run)
 
 
 def test_floor_beyond_the_ceiling_is_explained(run: Path) -> None:

@@ -21,7 +21,7 @@ def attacked_tables(runs: Sequence[RunResults]) -> list[Table]:
     Attackers are told by their labels: a dash stands where a run's ladder has no such rung. The last row, with several
     runs, is the paired difference to the first of them where threat, data and images are the same.
     """
-    named = list(zip(_different_names(runs), runs, strict=True))
+    named = list(zip(run_names(runs), runs, strict=True))
     ladders = [(name, run, run.ladder) for name, run in named if run.ladder is not None]
     plain = [(name, NOT_CERTIFIED) for name, run in named if run.plain]
     return [*([_attacked_table(ladders)] if ladders else []), *([_plain_table(plain)] if plain else [])]
@@ -78,7 +78,7 @@ def _dataset(run: RunResults) -> str | None:
     return test.get("fingerprint") if isinstance(test, dict) else None
 
 
-def _different_names(runs: Sequence[RunResults]) -> list[str]:
+def run_names(runs: Sequence[RunResults]) -> list[str]:
     """Names of folders; where two are equal, their paths."""
     names = [run.folder.resolve().name for run in runs]
     return [name if Counter(names)[name] == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]

@@ -15,6 +15,7 @@ from rush.reporting.attacked import Table, attacked_tables
 from rush.reporting.logs import CertificationLog, flags, read_log, states_sigma
 from rush.reporting.reading import read_run
 from rush.reporting.tables import percent, points, share
+from rush.reporting.training import training_tables
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _STEP = 0.25
@@ -108,7 +109,8 @@ def compare_command(
     radius: float | None = None,
     assume_same_images: bool = False,
 ) -> list[Table]:
-    """The tables of ``rush compare``: run folders and logs at ``paths``, those of attacks where runs were attacked.
+    """The tables of ``rush compare``: run folders and logs at ``paths``, of attacks where runs were attacked, of what
+    training cost.
 
     A run without noise has no certificates and stands among the attacked ones alone.
     sigma: one value for each path in order, or a single one for every log that does not say its sigma.
@@ -119,7 +121,7 @@ def compare_command(
     sigmas = zip(paths, _sigma_of_each(paths, sigma), strict=True)
     logs = [read_log(path, sigma=value) for path, value in sigmas if path not in plain]
     certified = comparison_tables(compare(logs, radii, radius, assume_same_images)) if logs or not plain else []
-    return certified + attacked_tables(list(runs.values()))
+    return certified + attacked_tables(list(runs.values())) + training_tables(list(runs.values()))
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:

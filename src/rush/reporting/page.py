@@ -17,8 +17,10 @@ from rush.files import write_text
 from rush.reporting import plots, tables
 from rush.reporting.reading import read_run, read_samples
 from rush.reporting.results import RunResults, Sample
+from rush.reporting.training import training_sentence
 
 SAMPLE_COUNT = 9
+_TRAININGS = (("pretrain", "Pre-training"), ("finetune", "Fine-tuning"))
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "votes": results.ladder.votes_per_image if results.ladder else 0.0,
         "training": _training_plots(results),
         "cost": tables.cost_rows(results),
+        "training_told": training_sentence(results),
         "recipe": tables.nested_rows(results.recipe),
         "provenance": tables.nested_rows(results.provenance),
     }
@@ -205,12 +208,16 @@ def _grown_plot(results: RunResults) -> Plot | None:
 
 
 def _training_plots(results: RunResults) -> list[Markup]:
-    """One curve per trained stage, narrow on every screen: two stand side by side on a wide one."""
+    """Loss and live figures of each trained stage, narrow on every screen: two stand side by side on a wide one."""
     shown = []
-    for stage, title in (("pretrain", "Pre-training"), ("finetune", "Fine-tuning")):
+    for stage, title in _TRAININGS:
         epochs = tuple(epoch for epoch in results.epochs if epoch.stage == stage)
         if epochs:
             shown.append(plots.training_curve(epochs, title, f"loss-{stage}", "narrow"))
+    for stage, title in _TRAININGS:
+        watched = tuple(one for one in results.watched if one.stage == stage)
+        if watched:
+            shown.append(plots.watched_curve(watched, f"{title}, held-out images", f"watched-{stage}", "narrow"))
     return shown
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from rush.evaluation.intervals import Interval
-from rush.reporting.results import Certificates, CurvePoint, Epoch, Ladder
+from rush.reporting.results import Certificates, CurvePoint, Epoch, Ladder, Watched
 from rush.reporting.tables import percent, radius_text, threat_text
 
 if TYPE_CHECKING:
@@ -22,6 +22,14 @@ Format = Literal["wide", "narrow"]
 # Colour in the figure -> variable of the page's style sheet; the colour itself is the fallback.
 _COLOURS = {"#1c2430": "ink", "#5d6876": "muted", "#dde2e8": "rule", "#1f6f8b": "proof", "#b4492d": "attack"}
 _INK, _MUTED, _RULE, _PROOF, _ATTACK = _COLOURS
+_WATCHED = {
+    "knn": "nearest neighbours",
+    "knn_noisy": "nearest neighbours, noisy",
+    "linear": "linear probe",
+    "linear_noisy": "linear probe, noisy",
+    "accuracy": "classifier",
+    "accuracy_noisy": "classifier, noisy",
+}
 _POINTS = 400  # more steps than pixels are of no use
 
 
@@ -143,6 +151,29 @@ def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Forma
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     ends = f": {shown[0].loss:.3g} to {shown[-1].loss:.3g} in {len(shown)} epochs" if shown else ""
     return _svg(figure, name, f"{title}{ends}")
+
+
+def watched_curve(watched: tuple[Watched, ...], title: str, name: str, form: Format) -> Markup:
+    """Live figures by epoch: one colour for each kind, dashed where noise lies on the images."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(form, height=2.5)
+    names = list(dict.fromkeys(figure_name for one in watched for figure_name in one.figures))
+    kinds = list(dict.fromkeys(figure_name.removesuffix("_noisy") for figure_name in names))
+    ends = []
+    for figure_name in names:
+        shown = [(one.number, one.figures[figure_name]) for one in watched if figure_name in one.figures]
+        colour = (_INK, _PROOF, _ATTACK)[kinds.index(figure_name.removesuffix("_noisy")) % 3]
+        style = "--" if figure_name.endswith("_noisy") else "-"
+        label = _WATCHED.get(figure_name, figure_name)
+        epochs, shares = zip(*shown, strict=True)
+        axes.plot(epochs, shares, style, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
+        ends.append(f"{label}: {percent(shown[-1][1])}")
+    axes.set(ylim=(0, 1), xlabel="epoch", ylabel="accuracy", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    _percent_ticks(axes.yaxis)
+    axes.legend(frameon=False, fontsize=axes.xaxis.label.get_fontsize(), labelcolor=_MUTED, loc="best")
+    return _svg(figure, name, f"{title}, after the last epoch: {'; '.join(ends)}")
 
 
 def _curve_radii(certificates: Certificates, end: float) -> np.ndarray:

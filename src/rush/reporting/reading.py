@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from rush.reporting.results import (
     Sample,
     Sandwich,
     StageRecord,
+    Watched,
     stage_command,
 )
 
@@ -37,9 +38,18 @@ from rush.reporting.results import (
 CERTIFICATE_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "id")
 ATTACK_COLUMNS = ("rung", "idx", "id", "label", "verdict", "linf", "l2", "challenger")
 # Numbers that a stage, a rung or the sandwich may give or leave out.
-_COST_FIELDS = ("passes_per_image", "forward_passes_per_image", "images_per_second", "votes_per_image")
+_COST_FIELDS = (
+    "passes_per_image",
+    "forward_passes_per_image",
+    "images_per_second",
+    "votes_per_image",
+    "peak_memory",
+    "joules",
+)
 _RUNG_FIELDS = ("eot_samples", "passes_per_image", "forward_passes_per_image", "votes_per_image", "seconds")
 _AUDIT_FORMAT = 1  # of audit.json
+_NO_FIGURES = ("event", "time", "stage", "epoch")  # of a log's event of live figures
+Logged = TypeVar("Logged", Epoch, Watched)
 
 
 def read_run(folder: Path | str) -> RunResults:
@@ -66,6 +76,7 @@ def read_run(folder: Path | str) -> RunResults:
         certificates=certificates,
         ladder=_read_ladder(folder, stages["attack"], certificates) if "attack" in stages else None,
         audit=_read_audit(folder) if "audit" in stages else None,
+        watched=_read_watched(folder / "log.jsonl"),
     )
 
 
@@ -183,23 +194,44 @@ def _read_stage(folder: Path, stage: Stage) -> StageRecord:
 
 
 def _read_epochs(file: Path) -> tuple[Epoch, ...]:
-    """Epochs by stage and number, the last record of each; a truncated last line is left out."""
+    """Epochs by stage and number, the last record of each."""
+    return _last_records(
+        file,
+        "epoch",
+        lambda record: Epoch(
+            str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"])
+        ),
+    )
+
+
+def _read_watched(file: Path) -> tuple[Watched, ...]:
+    """Live figures by stage and epoch, the last record of each."""
+
+    def watched(record: Mapping[str, Any]) -> Watched:
+        figures = {name: value for name, value in record.items() if name not in _NO_FIGURES}
+        return Watched(
+            str(record["stage"]), int(record["epoch"]), {name: float(value) for name, value in figures.items()}
+        )
+
+    return _last_records(file, "monitor", watched)
+
+
+def _last_records(file: Path, event: str, parse: Callable[[Mapping[str, Any]], Logged]) -> tuple[Logged, ...]:
+    """The log's events of this name by stage and epoch, the last of each; a truncated last line is left out."""
     remedy = "delete the line; only the training curves lose a point"
     lines = _read_text(file, remedy).split("\n") if file.exists() else []
     lines = [line for line in lines if line.strip()]
-    epochs: dict[tuple[str, int], Epoch] = {}
+    found: dict[tuple[str, int], Logged] = {}
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if isinstance(record, dict) and record.get("event") == "epoch":
-                epoch = Epoch(
-                    str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"])
-                )
-                epochs[epoch.stage, epoch.number] = epoch
+            if isinstance(record, dict) and record.get("event") == event:
+                parsed = parse(record)
+                found[parsed.stage, parsed.number] = parsed
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise _damaged(file, f"line {number} cannot be read ({error!r})", remedy) from error
-    return tuple(epochs[key] for key in sorted(epochs))
+    return tuple(found[key] for key in sorted(found))
 
 
 def _read_table(

@@ -44,6 +44,16 @@ class Epoch:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Watched:
+    """Live figures after an epoch of training, shares of the held-out images: "knn", "linear", "accuracy", and each
+    with "_noisy" behind it where noise lies on the images."""
+
+    stage: str
+    number: int
+    figures: Mapping[str, float]
+
+
 @dataclass(frozen=True, eq=False)
 class Certificates:
     """The certificates of a run: arrays (N,) over images; ``radius`` in [0, 1] pixel units, 0.0 where abstaining.
@@ -453,6 +463,7 @@ class RunResults:
     certificates: Certificates | None
     ladder: Ladder | None
     audit: Audit | None
+    watched: tuple[Watched, ...] = ()
 
     @property
     def name(self) -> str:

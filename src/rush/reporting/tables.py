@@ -56,6 +56,20 @@ class LadderRow:
 
 
 @dataclass(frozen=True)
+class CostRow:
+    """What a stage took, as printed; ``objective`` is empty where a stage has none, "–" stands for what it does not
+    say."""
+
+    stage: str
+    objective: str
+    time: str
+    passes: str
+    rate: str
+    memory: str
+    energy: str
+
+
+@dataclass(frozen=True)
 class CurveRow:
     """One epsilon of the curve as printed; ``floor`` is empty without certificates, ``own`` marks the run's threat."""
 
@@ -505,13 +519,22 @@ def unequal_conditions(results: RunResults) -> list[str]:
     return [text for holds, text in checks if not holds]
 
 
-def cost_rows(results: RunResults) -> list[tuple[str, str, str, str]]:
-    """Stage, wall time, forward and backward passes per image, images per second; the last row sums the times."""
+def cost_rows(results: RunResults) -> list[CostRow]:
+    """One row a stage; the last one sums the times."""
     rows = [
-        (name, _stage_time(stage), _passes(results, name), _rate(stage.fields.get("images_per_second")))
+        CostRow(
+            stage=name,
+            objective=str(stage.fields.get("objective") or "") if stage.fields.get("epochs") != 0 else "",
+            time=_stage_time(stage),
+            passes=_passes(results, name),
+            rate=_rate(stage.fields.get("images_per_second")),
+            memory=memory_text(stage.fields.get("peak_memory")),
+            energy=energy_text(stage.fields.get("joules")),
+        )
         for name, stage in results.stages.items()
     ]
-    return [*rows, ("all", duration(sum(stage.seconds for stage in results.stages.values())), "–", "–")]
+    total = duration(sum(stage.seconds for stage in results.stages.values()))
+    return [*rows, CostRow("all", "", total, "–", "–", "–", "–")]
 
 
 def _stage_time(stage: StageRecord) -> str:
@@ -526,7 +549,7 @@ def _passes(results: RunResults, name: Stage) -> str:
     if name == "attack" and results.ladder is not None:
         return _attack_passes(results.ladder)
     made = fields.get("passes_per_image")
-    return "–" if made is None else count(float(made))
+    return "–" if made is None else passes_text(float(made), float(fields.get("forward_passes_per_image") or 0))
 
 
 def _attack_passes(ladder: Ladder) -> str:
