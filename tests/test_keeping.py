@@ -144,7 +144,7 @@ def test_a_stop_asked_for_by_a_signal_is_answered_with_a_checkpoint(undisturbed:
         return loss
 
     before = signal.getsignal(signal.SIGTERM)
-    told = r"pretrain: stopped by SIGTERM after batch 3 of epoch 2; kept in .*state\.pt; the same command goes on"
+    told = r"pretrain: stopped by SIGTERM after 8 of 15 steps; kept in .*state\.pt; the same command goes on"
     with pytest.raises(Interrupted, match=told) as stopped:
         Training(kept(tmp_path), ask).run()
     assert stopped.value.status == 143
@@ -152,6 +152,50 @@ def test_a_stop_asked_for_by_a_signal_is_answered_with_a_checkpoint(undisturbed:
     resumed = Training(kept(tmp_path)).run()
     assert resumed.steps == list(range(8, STEPS))
     assert resumed.bits == undisturbed.bits
+
+
+@pytest.mark.parametrize("number", [4, 14])
+def test_a_stop_in_the_last_step_of_an_epoch_is_answered_after_its_log(
+    number: int, undisturbed: Training, tmp_path: Path
+) -> None:
+    def ask(step: int, loss: Tensor) -> Tensor:
+        if step == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    stopped = Training(kept(tmp_path), ask)
+    with pytest.raises(Interrupted, match=f"after {number + 1} of 15 steps"):
+        stopped.run()
+    resumed = Training(kept(tmp_path)).run()
+    assert resumed.steps == list(range(number + 1, STEPS))
+    assert stopped.epochs + resumed.epochs == undisturbed.epochs
+    assert resumed.bits == undisturbed.bits
+
+
+class Killed(TrainingCheckpoint):
+    """Breaks the training off right after a checkpoint was written."""
+
+    saves = 10**9
+
+    def save(self, state: dict[str, Any]) -> None:
+        super().save(state)
+        self.saves -= 1
+        if self.saves == 0:
+            raise KeyboardInterrupt
+
+
+def test_wherever_a_training_is_broken_off_behind_a_checkpoint_no_epoch_goes_unlogged(
+    undisturbed: Training, tmp_path: Path
+) -> None:
+    for saves in range(1, STEPS + 1):
+        checkpoint = Killed(tmp_path / f"{saves}.pt", "recipe")
+        checkpoint.saves = saves
+        broken = Training(Keeping(checkpoint, ALWAYS))
+        with pytest.raises(KeyboardInterrupt):
+            broken.run()
+        resumed = Training(Keeping(checkpoint, ALWAYS)).run()
+        assert [*broken.steps, *resumed.steps] == list(range(STEPS)), saves
+        assert broken.epochs + resumed.epochs == undisturbed.epochs, saves
 
 
 def test_twenty_kills_at_random_moments_leave_the_final_bits_unchanged(undisturbed: Training, tmp_path: Path) -> None:

@@ -163,17 +163,20 @@ class _Run:
         """All steps from here to the end of the epoch, then its log and its checkpoint."""
         epoch, first = divmod(self.number, self.per_epoch)
         order = stream(self.seed, self.name, "order", epoch)
+        stopping = None
         for batch in self.images.batches(order, self.schedule.batch_size, first):
             stopping = None if self.number in self.skipped else self._one_step(batch, stop)
             self.number += 1
             advance(self.schedule.batch_size)
+            if self.number % self.per_epoch == 0:
+                break  # what is kept at the end of an epoch is kept after its log
             if (world_size() == 1 and stop) or self.number % _INSPECTED_STEPS == 0:
                 self._inspect()
-                if stop or (stopping is not None and bool(stopping > 0)):
-                    self._stop(stop)
+                self._answer(stop, stopping)
             if self._save_is_due():
                 self._save()
         self._finish_epoch(epoch + 1)
+        self._answer(stop, stopping)
 
     def restore(self) -> None:
         """Take up the last checkpoint, where there is one; with "skip" there is one from now on."""
@@ -252,7 +255,7 @@ class _Run:
             images_per_second=images / cost.seconds,
             peak_memory=peak_memory(self.device),
             processes=world_size(),
-            **cost.times(world_size()).as_dict(),
+            **cost.as_dict(),
         )
         if self.monitor is not None and rank() == 0:
             with _evaluated(self.module, self.average):
@@ -279,15 +282,17 @@ class _Run:
             self.keeping.checkpoint.save(self._state())
         self.saved_at = time.monotonic()
 
-    def _stop(self, stop: StopRequest) -> None:
+    def _answer(self, stop: StopRequest, stopping: Tensor | None) -> None:
+        """End the training if it was asked to; of several processes all or none, by what they told each other."""
+        asked = bool(stop) if world_size() == 1 else stopping is not None and bool(stopping > 0)
+        if not asked:
+            return
         self._save()
         barrier()
-        epoch, batch = divmod(self.number, self.per_epoch)
-        cause = stop.signal or signal.SIGTERM
-        kept = self.keeping.checkpoint
+        cause, kept = stop.signal or signal.SIGTERM, self.keeping.checkpoint
         told = f"kept in {kept.path}; the same command goes on from there" if kept else "nothing was kept"
         raise Interrupted(
-            f"{self.name}: stopped by {cause.name} after batch {batch} of epoch {epoch + 1}; {told}", 128 + cause
+            f"{self.name}: stopped by {cause.name} after {self.number:,} of {self.total:,} steps; {told}", 128 + cause
         )
 
     def _state(self) -> dict[str, Any]:

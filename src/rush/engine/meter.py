@@ -5,20 +5,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rush.engine.distributed import world_size
+
 _RAPL = Path("/sys/class/powercap")
 
 
 @dataclass
 class Cost:
-    """Running totals. passes: images forward and backward; forward_passes: images forward alone; joules: of the
-    processor or the accelerator, None where the device does not tell; seconds: wall clock."""
+    """Running totals. passes: images forward and backward, in all processes; forward_passes: images forward alone;
+    seconds: wall clock; joules: of this process's processor or accelerator, None where the device does not tell."""
 
     passes: int = 0
     forward_passes: int = 0
@@ -38,30 +40,28 @@ class Cost:
             joules,
         )
 
-    def times(self, processes: int) -> "Cost":
-        """The passes of so many processes like this one; time and joules stay those of one and of its device."""
-        return replace(self, passes=processes * self.passes, forward_passes=processes * self.forward_passes)
-
 
 class Meter:
     """Counts what ``networks`` are asked within ``running``: every row that goes forward, by whether it can go back.
 
     A row counts as forward and backward when gradients are on and either the input or a weight asks for one. A backward
-    pass to the input alone costs less than one to the weights too and counts the same. No waiting for the device.
-    ``cost`` may be set to what an earlier attempt had counted.
+    pass to the input alone costs less than one to the weights too and counts the same. Rows of other processes, which
+    are as many, are counted with these. No waiting for the device. ``cost`` may be set to what an earlier attempt had
+    counted.
     """
 
     def __init__(self, *networks: nn.Module, device: str = "cpu") -> None:
-        self.cost = Cost(joules=0.0 if _energy_reader(device) else None)
         self._networks, self._device = networks, device
+        self._read_energy = _energy_reader(device)
+        self._since, self._energy = time.perf_counter(), 0.0
+        self.cost = Cost(joules=0.0 if self._read_energy else None)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         handles = [network.register_forward_pre_hook(self._count) for network in self._networks]
         if torch.device(self._device).type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._since, self._read = time.perf_counter(), _energy_reader(self._device)
-        self._energy = self._read() if self._read else 0.0
+        self._since, self._energy = time.perf_counter(), self._read_energy() if self._read_energy else 0.0
         try:
             yield
         finally:
@@ -73,8 +73,8 @@ class Meter:
         now = time.perf_counter()
         self.cost.seconds += now - self._since
         self._since = now
-        if self._read and self.cost.joules is not None:
-            energy = self._read()
+        if self._read_energy and self.cost.joules is not None:
+            energy = self._read_energy()
             self.cost.joules += max(0.0, energy - self._energy)  # the processor's counter starts again at times
             self._energy = energy
         return Cost(**self.cost.as_dict())
@@ -82,9 +82,9 @@ class Meter:
     def _count(self, network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0]
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in network.parameters())):
-            self.cost.passes += len(x)
+            self.cost.passes += len(x) * world_size()
         else:
-            self.cost.forward_passes += len(x)
+            self.cost.forward_passes += len(x) * world_size()
 
 
 def peak_memory(device: str) -> int | None:
