@@ -16,7 +16,7 @@ from rush.config import FinetuneConfig, Recipe, TrainingConfig
 from rush.data.batches import Resident, batches_per_epoch
 from rush.data.images import ImageSet
 from rush.data.noisy_views import NoiseSchedule
-from rush.data.sources import _NUM_CLASSES, _SHAPES, SPLITS, load_images
+from rush.data.sources import NUM_CLASSES, SHAPES, SPLITS, load_images
 from rush.data.views import Views
 from rush.engine.loop import Schedule
 from rush.engine.precision import Execution, decide_execution
@@ -26,7 +26,7 @@ from rush.files import write_text
 from rush.finetuning import finetune
 from rush.noise import Gaussian
 from rush.options import Stage
-from rush.pipeline import _method, _new_classifier, _schedule, objective_of
+from rush.pipeline import method_of, new_classifier, objective_of, schedule_of
 from rush.pretraining import pretrain
 from rush.randomness import stream
 from rush.reporting.tables import duration, energy_text, memory_text, passes_text
@@ -262,13 +262,13 @@ class _Trial:
         config = self.recipe.pretrain
         batches_per_epoch(self.size.pretrain, config.batch_size)
         images = self._images(config.batch_size)
-        classifier = _new_classifier(self.recipe, images)
+        classifier = new_classifier(self.recipe, images)
         log = _Epochs()
         pretrain(
             Resident(images.without_labels(), self.execution.device),
             classifier.encoder,
             classifier.normalize,
-            method=_method(config),
+            method=method_of(config),
             views=Views(**config.views.model_dump()),
             noise=NoiseSchedule(**config.noise.model_dump()),
             schedule=_short(config, phases=1),
@@ -289,7 +289,7 @@ class _Trial:
         epochs = _phases(config)
         finetune(
             images,
-            _new_classifier(self.recipe, images),
+            new_classifier(self.recipe, images),
             objective=objective_of(config),
             noise=Gaussian(sigma) if sigma else None,
             mode=config.mode,
@@ -379,7 +379,7 @@ def _phases(config: FinetuneConfig) -> list[int]:
 
 
 def _short(config: TrainingConfig, phases: int) -> Schedule:
-    return replace(_schedule(config), epochs=2 * phases, learning_rate=_NO_STEP, warmup_epochs=0.0)
+    return replace(schedule_of(config), epochs=2 * phases, learning_rate=_NO_STEP, warmup_epochs=0.0)
 
 
 def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
@@ -389,9 +389,9 @@ def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
     unknown = [part for part in parts if part not in splits]
     if unknown:
         raise ConfigError(f"{data.name} has no split {unknown[0]!r}; allowed are {', '.join(splits)}")
-    channels, side, _ = _SHAPES[data.name]
+    channels, side, _ = SHAPES[data.name]
     side = data.size or side
-    classes = {"digits": 10, **_NUM_CLASSES}[data.name]
+    classes = {"digits": 10, **NUM_CLASSES}[data.name]
     further = sum(splits[part] for part in parts if part != "train")
     return (channels, side, side), classes, splits["train"], further
 

@@ -85,14 +85,13 @@ def finetune(
     synchronised(execution.place(classifier)).train()
     if mode == "linear":
         classifier.encoder.requires_grad_(False)
-    network = compiled(classifier, compile_mode)
 
     def trained(x: Tensor) -> Tensor:
-        return execution.logits(network, x)
+        return execution.logits(classifier, x)
 
     def head_alone(x: Tensor) -> Tensor:
         with evaluation_mode(classifier.encoder):
-            return execution.logits(network, x)
+            return execution.logits(classifier, x)
 
     def evaluated(x: Tensor) -> Tensor:
         with evaluation_mode(classifier):
@@ -108,17 +107,18 @@ def finetune(
         loss.backward()
         return loss.detach()
 
-    train(
-        classifier,
-        step,
-        name="finetune",
-        images=images if isinstance(images, Stream) else Resident(images, execution.device, rank(), world_size()),
-        schedule=schedule,
-        seed=seed,
-        device=execution.device,
-        meter=Meter(classifier.encoder, device=execution.device),
-        keeping=keeping,
-        monitor=monitor,
-        log=log,
-    )
+    with compiled(classifier.encoder, compile_mode):
+        train(
+            classifier,
+            step,
+            name="finetune",
+            images=images if isinstance(images, Stream) else Resident(images, execution.device, rank(), world_size()),
+            schedule=schedule,
+            seed=seed,
+            device=execution.device,
+            meter=Meter(classifier.encoder, device=execution.device),
+            keeping=keeping,
+            monitor=monitor,
+            log=log,
+        )
     desynchronised(classifier).requires_grad_(True).eval()

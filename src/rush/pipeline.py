@@ -203,16 +203,16 @@ def run_pretrain(run: RunFolder) -> None:
     _check_separate(train, test)
     here.begin("pretrain")
     config, recipe = here.recipe.pretrain, here.recipe
-    classifier = _new_classifier(recipe, train)
+    classifier = new_classifier(recipe, train)
     source = here.pretraining_images()
     pretrain(
         source,
         classifier.encoder,
         classifier.normalize,
-        method=_method(config),
+        method=method_of(config),
         views=Views(**config.views.model_dump()),
         noise=NoiseSchedule(**config.noise.model_dump()),
-        schedule=_schedule(config),
+        schedule=schedule_of(config),
         projector_hidden=config.projector_hidden,
         projector_out=config.projector_out,
         seed=recipe.seed,
@@ -240,7 +240,7 @@ def run_finetune(run: RunFolder) -> None:
     here.begin("finetune")
     config, recipe = here.recipe.finetune, here.recipe
     labelled = _labelled(here.training_images(), recipe)
-    classifier = _new_classifier(recipe, train)
+    classifier = new_classifier(recipe, train)
     load_weights(classifier.encoder, run.path / ENCODER)
     finetune(
         labelled,
@@ -250,7 +250,7 @@ def run_finetune(run: RunFolder) -> None:
         mode=config.mode,
         head_epochs=config.head_epochs,
         views=Views.weak(shift_pad=config.shift, flip=config.flip),
-        schedule=_schedule(config),
+        schedule=schedule_of(config),
         seed=recipe.seed,
         execution=here.execution,
         compile_mode=recipe.execution.compile_training,
@@ -633,14 +633,14 @@ def _spec(recipe: Recipe, train: ImageSet) -> ClassifierSpec:
     return ClassifierSpec(model.encoder, model.width, train.images.shape[1], mean, std, train.classes, stem=model.stem)
 
 
-def _new_classifier(recipe: Recipe, train: ImageSet) -> Classifier:
+def new_classifier(recipe: Recipe, train: ImageSet) -> Classifier:
     """The recipe's classifier with its seeded initial weights."""
     classifier = _spec(recipe, train).build()
     seeded_init(classifier, stream(recipe.seed, "classifier", "weights"))
     return classifier
 
 
-def _method(config: PretrainConfig) -> Method:
+def method_of(config: PretrainConfig) -> Method:
     """The pre-training method that the recipe names."""
     if config.objective == "moco":
         return MoCo(config.temperature, config.queue, config.key_momentum, config.shuffle_groups)
@@ -729,7 +729,7 @@ def _watch_classifier(here: Conditions, classifier: Classifier) -> Callable[[int
     return figures
 
 
-def _schedule(config: TrainingConfig) -> Schedule:
+def schedule_of(config: TrainingConfig) -> Schedule:
     return Schedule(**config.model_dump(include=set(Schedule.__dataclass_fields__)))
 
 

@@ -123,7 +123,7 @@ def pretrain(
 
     The projector is drawn from ``stream(seed, "pretrain", "projector")``, trained along and dropped. The encoder comes
     back in evaluation mode. With several processes BatchNorm is synchronised and losses span the global batch.
-    compile_mode: torch.compile of the network in training (not of ACL's, whose BatchNorm changes between calls).
+    compile_mode: torch.compile of the encoder in training (not of ACL's, whose BatchNorm changes between calls).
     Cost: see the methods.
     """
     features = encoder.features
@@ -131,7 +131,6 @@ def pretrain(
     head = seeded_init(projector(features, projector_hidden, projector_out), stream(seed, "pretrain", "projector"))
     network = ContrastiveNetwork(encoder, head, normalize, execution)
     synchronised(execution.place(network)).train()
-    project = compiled(network, compile_mode)
 
     def pair(batch: Batch, epoch: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         view_a, view_b = views(batch.images, generator), views(batch.images, generator)
@@ -140,7 +139,7 @@ def pretrain(
     module: nn.Module = network
     counted: list[nn.Module] = [network]
     if isinstance(method, SimCLR):
-        step = _simclr_step(method, network, project, pair)
+        step = _simclr_step(method, network, pair)
     elif isinstance(method, MoCo):
         keys = KeyNetwork(
             network,
@@ -151,52 +150,51 @@ def pretrain(
         )
         desynchronised(keys.network)
         module, counted = nn.ModuleDict({"query": network, "key": keys}), [network, keys.network]
-        step = _moco_step(method, network, project, keys, pair)
+        step = _moco_step(method, network, keys, pair)
     else:
         branch = NormBranch(network)
         module = nn.ModuleDict({"network": network, "branch": branch})
         step = _acl_step(method, network, branch, pair)
-    train(
-        execution.place(module),
-        step,
-        name="pretrain",
-        images=images,
-        schedule=schedule,
-        seed=seed,
-        device=execution.device,
-        meter=Meter(*counted, device=execution.device),
-        keeping=keeping,
-        monitor=monitor,
-        log=log,
-    )
+    with compiled(encoder, "none" if isinstance(method, ACL) else compile_mode):
+        train(
+            execution.place(module),
+            step,
+            name="pretrain",
+            images=images,
+            schedule=schedule,
+            seed=seed,
+            device=execution.device,
+            meter=Meter(*counted, device=execution.device),
+            keeping=keeping,
+            monitor=monitor,
+            log=log,
+        )
     if isinstance(method, ACL):
         branch.copy_into(network)
     desynchronised(network).eval()
 
 
-def _simclr_step(method: SimCLR, network: nn.Module, project: Callable[[Tensor], Tensor], pair: Pair) -> Step:
+def _simclr_step(method: SimCLR, network: nn.Module, pair: Pair) -> Step:
     def loss_of(view_a: Tensor, view_b: Tensor) -> Tensor:
         return nt_xent(view_a, view_b, method.temperature)
 
     def step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
         both = pair(batch, epoch, generator)
         if method.micro_batch is not None:
-            return cached_backward(project, both, method.micro_batch, loss_of, network)
-        loss = loss_of(*project(torch.cat(both)).chunk(2))
+            return cached_backward(network, both, method.micro_batch, loss_of, network)
+        loss = loss_of(*network(torch.cat(both)).chunk(2))
         loss.backward()
         return loss.detach()
 
     return step
 
 
-def _moco_step(
-    method: MoCo, network: nn.Module, project: Callable[[Tensor], Tensor], keys: KeyNetwork, pair: Pair
-) -> Step:
+def _moco_step(method: MoCo, network: nn.Module, keys: KeyNetwork, pair: Pair) -> Step:
     def step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
         view_a, view_b = pair(batch, epoch, generator)
         keys.follow(network, method.key_momentum)
         own_keys = keys.shuffled(view_b, method.shuffle_groups, generator)
-        loss = info_nce(project(view_a), own_keys, keys.queue, method.temperature)
+        loss = info_nce(network(view_a), own_keys, keys.queue, method.temperature)
         loss.backward()
         keys.enqueue(own_keys)
         return loss.detach()

@@ -30,8 +30,8 @@ SPLITS: dict[str, dict[str, int]] = {
 }
 """The data sets known by name, their splits and how many images each has."""
 ROOT_VARIABLE = "RUSH_DATA"
-_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "stl10": (3, 96, 96)}
-_NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10}
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "stl10": (3, 96, 96)}
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10}
 Read = Callable[[Path, str, int | None], ImageSet]
 
 
@@ -108,7 +108,7 @@ def decoded_bytes(
         return len(records) * decode(next(records.read(np.arange(1))), size).size
     name, parts = os.fspath(name_or_path), split.split("+")
     if _is_known(name_or_path):
-        channels, stored, _ = _SHAPES[name]
+        channels, stored, _ = SHAPES[name]
         return sum(SPLITS[name][part] for part in parts) * channels * (size or stored) ** 2
     path = _npz(name, _path(name, root))
     return sum(npz_bytes(path, part) for part in parts)
@@ -179,10 +179,10 @@ def _official_records(name: str, parts: Sequence[str], root: Path) -> Records | 
         return None
     records = join([parquet_records(shards, part, name) for part in parts])
     shape = decode(next(records.read(np.arange(1)))).shape
-    if shape != _SHAPES[name] or len(records.classes) not in (0, _NUM_CLASSES[name]):
+    if shape != SHAPES[name] or len(records.classes) not in (0, NUM_CLASSES[name]):
         raise DataError(
-            f"{shards} holds images of shape {shape} in {len(records.classes)} classes, but {name} has {_SHAPES[name]} "
-            f"in {_NUM_CLASSES[name]}; pass the right root, or the folder itself instead of {name!r}"
+            f"{shards} holds images of shape {shape} in {len(records.classes)} classes, but {name} has {SHAPES[name]} "
+            f"in {NUM_CLASSES[name]}; pass the right root, or the folder itself instead of {name!r}"
         )
     return records
 

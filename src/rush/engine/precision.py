@@ -1,8 +1,8 @@
 """Where and in what precision a classifier runs: decided once per run, recorded, enforced afterwards."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +86,17 @@ def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", 
     return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True)
 
 
-def compiled(module: nn.Module, mode: TrainingCompile) -> nn.Module:
-    """``module`` for training, compiled by torch or as it is; the weights are the same tensors."""
-    return module if mode == "none" else cast(nn.Module, torch.compile(module, mode=mode))
+@contextmanager
+def compiled(module: nn.Module, mode: TrainingCompile) -> Iterator[None]:
+    """Within the context the forward of ``module`` is compiled by torch, its hooks outside; "none" changes nothing."""
+    if mode == "none":
+        yield
+        return
+    module.forward = torch.compile(module.forward, mode=mode)
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def check_eval_mode(module: nn.Module) -> None:
