@@ -235,9 +235,8 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
     columns = _sampling(left, box_width, width)
     if flip is not None:
         columns = torch.where(_per_sample("flip", flip, batch).view(batch, 1), columns.flip(1), columns)
-    grid = torch.empty(batch, height, width, 2, device=x.device)
-    grid[..., 0] = columns[:, None, :]
-    grid[..., 1] = rows[:, :, None]
+    shape = (batch, height, width)
+    grid = torch.view_as_real(torch.complex(columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)))
     return F.grid_sample(unit_float(x), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
