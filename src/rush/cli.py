@@ -416,7 +416,7 @@ def predict(
     resize: bool = False,
     eager: bool = False,
 ) -> None:
-    """Predict the class of image files with the smoothed classifier of a run.
+    """Predict the class of image files with the classifier of a run, smoothed or not.
 
     Parameters
     ----------

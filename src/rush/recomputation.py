@@ -22,7 +22,10 @@ def recompute_table(path: Path, out: Path | None, **changes: Any) -> tuple[str, 
     table = path / "certificates.tsv" if path.is_dir() else path
     read = read_certificates(table)
     if read is None:
-        raise RunError(f"{table} is missing or holds no certificates; run `rush certify` first")
+        raise RunError(
+            f"{table} is missing or holds no certificates; run `rush certify` first "
+            "(a run with smoothing.sigma = 0 has nothing to certify)"
+        )
     if out is not None and out.exists():
         raise RunError(f"{out} exists; give another file to --out")
     indices, stored = read
