@@ -50,9 +50,9 @@ class Resident:
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
         """As ``TrainingImages.batches``: batch k holds places k B to (k + 1) B of one random permutation."""
         per_epoch, own = batches_per_epoch(len(self), batch_size), own_rows(batch_size, self._rank, self._processes)
-        permutation = torch.randperm(len(self), generator=order)
+        permutation = torch.randperm(len(self), generator=order).to(self._images.device)
         for number in range(first, per_epoch):
-            chosen = permutation[number * batch_size : (number + 1) * batch_size][own].to(self._images.device)
+            chosen = permutation[number * batch_size : (number + 1) * batch_size][own]
             yield Batch(self._images[chosen], None if self._labels is None else self._labels[chosen])
 
 
