@@ -210,11 +210,6 @@ def test_one_draw_of_a_shifting_model_is_flattering(shifts_report: AuditReport) 
     assert "more-eot-samples" in shifts_report.failed
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the first finding is more-steps: twice the steps of one draw are twice the draws, and it comes before "
-    "more-eot-samples; a gradient of cosine 0.5 takes 0.73 draws, so that signal-to-noise passes",
-)
 def test_one_draw_of_a_shifting_model_is_named_as_the_cause(shifts_report: AuditReport) -> None:
     assert first_failed(shifts_report) in SHIFTS.first, str(shifts_report)
 

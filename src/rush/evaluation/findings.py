@@ -75,8 +75,9 @@ ORDER = (
     "step-size",
     "signal-to-noise",
     "path",
-    "more-steps",
+    # Twice the steps of a random model are twice the draws too: where more draws help, they are what was missing.
     "more-eot-samples",
+    "more-steps",
     "more-restarts",
     "other-loss",
     "large-epsilon",
