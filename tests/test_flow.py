@@ -22,7 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("attacks",),
     ("evaluation",),
     ("reporting",),
-    ("pipeline", "loading", "prediction", "recomputation", "outside"),
+    ("pipeline", "stages", "loading", "prediction", "recomputation", "outside"),
     ("costing",),
     ("cli",),
     ("__main__",),

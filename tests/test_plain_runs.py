@@ -25,7 +25,7 @@ from rush.evaluation.results import AttackResult
 from rush.finetuning import Examples
 from rush.options import STAGES, FinetuneObjective
 from rush.outside import load_model
-from rush.pipeline import _plain_rungs, run_stage
+from rush.pipeline import run_stage
 from rush.prediction import predict_files
 from rush.reporting.compare import compare_command
 from rush.reporting.page import write_report
@@ -33,6 +33,7 @@ from rush.reporting.reading import read_run
 from rush.reporting.tables import summary_rows
 from rush.saving import load_plain, load_smoothed
 from rush.smoothing import SmoothedClassifier
+from rush.stages.attacking import _plain_rungs
 from tiny import results, run_tiny, tiny
 
 PLAIN = (

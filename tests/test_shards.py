@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 
 import rush.pipeline
+import rush.stages.certifying
 from certifying import METHODS, assert_same, certified, pixel_images
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
@@ -25,7 +26,8 @@ from rush.certification.table import append_certificates, read_certificates, wri
 from rush.engine.runs import RunFolder
 from rush.errors import RunError
 from rush.options import STAGES, Stage
-from rush.pipeline import CERTIFICATE_PARTS, CERTIFICATES, run_stage
+from rush.pipeline import run_stage
+from rush.stages.certifying import CERTIFICATE_PARTS, CERTIFICATES
 from tiny import run_tiny
 
 WORLD = 2
@@ -97,7 +99,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.extend(positions)
         return certify_each(smoothed, pixels, rule, seed, positions)
 
-    monkeypatch.setattr(rush.pipeline, "certify_each", recorded)
+    monkeypatch.setattr(rush.stages.certifying, "certify_each", recorded)
     return asked
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from rush.data.sources import load_images
 from rush.engine.runs import RunFolder
-from rush.pipeline import Conditions, run_stage
+from rush.pipeline import run_stage
+from rush.stages.conditions import Conditions
 from tiny import results_of_training, run_tiny, tiny
 
 MEMORY = "data.memory_gb=3e-5"  # 32 kB: the digits take 90 kB decoded and more as PNG files

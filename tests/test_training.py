@@ -28,9 +28,9 @@ from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
 from rush.noise import Gaussian
 from rush.options import FinetuneMode, FinetuneObjective
-from rush.pipeline import objective_of
 from rush.pretraining import ACL, Method, MoCo, SimCLR, pretrain
 from rush.randomness import seeded_init, stream
+from rush.stages.training import objective_of
 
 SCHEDULE = Schedule(
     epochs=2, batch_size=32, optimizer="sgd", learning_rate=0.05, momentum=0.9, weight_decay=1e-3, warmup_epochs=1

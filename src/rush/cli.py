@@ -570,7 +570,7 @@ def _audit_run(opened: RunFolder, rung: str | None) -> None:
     if rung is None:
         _do(opened, ("audit",))
     elif not file.exists():
-        from rush.pipeline import audit_run
+        from rush.stages.attacking import audit_run
 
         write_audit(file, audit_run(opened, rung))
     report_ = AuditReport.from_json(json.loads(file.read_text(encoding="utf-8")))

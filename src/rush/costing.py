@@ -26,10 +26,10 @@ from rush.files import write_text
 from rush.finetuning import finetune
 from rush.noise import Gaussian
 from rush.options import Stage
-from rush.pipeline import method_of, new_classifier, objective_of, schedule_of
 from rush.pretraining import pretrain
 from rush.randomness import stream
 from rush.reporting.tables import duration, energy_text, memory_text, passes_text
+from rush.stages.training import method_of, new_classifier, objective_of, schedule_of
 
 STEPS = 4
 COST_HEADER = ("recipe", "network", "objectives", "passes an image", "steps", "s a step", "hours", "to the first")

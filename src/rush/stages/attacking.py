@@ -1,0 +1,258 @@
+"""The attack stage of a run and its audit: the ladder, accuracy against epsilon, every certified ball."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rush.attacks.threat import ThreatModel
+from rush.certification.certificates import Certificates
+from rush.config import AttackConfig
+from rush.engine.distributed import barrier, rank, world_size
+from rush.engine.runs import RunFolder
+from rush.errors import ConfigError
+from rush.evaluation.audit import AuditReport, audit, write_audit
+from rush.evaluation.defenders import Model, defend
+from rush.evaluation.ladder import curve, epsilon_text, ladder, plain_ladder
+from rush.evaluation.plans import Plan, Suite
+from rush.evaluation.results import AttackResult
+from rush.evaluation.robust import Judging, evaluate
+from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
+from rush.evaluation.table import write_attacks
+from rush.inputs import LabelledPixels
+from rush.options import parse_fraction
+from rush.saving import (
+    load_plain,
+    load_smoothed,
+    read_description,
+)
+from rush.smoothing import SmoothedClassifier
+from rush.stages.certifying import NOT_SMOOTHED, read_run_certificates
+from rush.stages.conditions import Conditions
+
+AUDIT = Path("audit.json")
+
+
+def run_attack(run: RunFolder) -> None:
+    """Climb the ladder, follow accuracy against epsilon and attack inside every certified ball, of which there is none
+    without noise; a group of images that was judged before is not attacked again. With several processes each takes its
+    share of the groups.
+
+    Raises: SandwichError when certified images are broken inside their radius more often than chance explains; the
+    results are kept.
+    """
+    if run.finished("attack"):
+        return
+    run.require("certify")
+    here = Conditions.of(run)
+    here.begin("attack")
+    barrier()
+    siege = _Siege.of(here)
+    results = [siege.evaluate(plan) for plan in siege.rungs]
+    curve_ = [siege.evaluate(plan, threat, siege.curve_rows) for threat, plan in siege.curve]
+    sandwich = Sandwich(0, (), 0)
+    if siege.smoothed is not None:
+        certificates = read_run_certificates(run)
+        results += siege.inside(certificates)
+        sandwich = check_sandwich(certificates, [*results, *curve_], siege.config.alpha)
+    if rank() == 0:
+        write_attacks(run.path, results, dict(zip(siege.pixels.ids, siege.indices, strict=True)), siege.pixels)
+        run.finish("attack", **_attack_figures(siege, results, curve_, sandwich))
+    barrier()
+    sandwich.require()
+
+
+def run_audit(run: RunFolder) -> None:
+    """Audit the recipe's evaluation on the first attacked images and write ``audit.json``."""
+    if run.finished("audit"):
+        return
+    run.require("attack")
+    run.begin("audit")
+    started = time.perf_counter()
+    report = audit_run(run)
+    write_audit(run.path / AUDIT, report)
+    figures = {"verdict": report.verdict, "images": report.images, "evaluation": report.evaluation}
+    run.finish("audit", seconds=time.perf_counter() - started, **figures)
+
+
+def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
+    """The audit of a run's evaluation: of the ladder's ``rung``, or of the one that the recipe names.
+
+    Raises: ConfigError for a rung that the ladder does not have; RunError where the attack stage is not finished.
+    """
+    run.require("attack")
+    here = Conditions.of(run)
+    config, siege = here.recipe.audit, _Siege.of(here)
+    rows = list(range(min(config.images or len(siege.pixels), len(siege.pixels))))
+    certificates = None if siege.smoothed is None else read_run_certificates(run)
+    return audit(
+        siege.model,
+        siege.pixels.select(rows),
+        siege.threat,
+        siege.audited(rung or config.rung, rows),
+        config.tolerance,
+        certificates=certificates,
+        alpha=config.alpha,
+        max_votes=config.max_votes,
+        seed=here.recipe.seed,
+    )
+
+
+@dataclass(frozen=True)
+class _Siege:
+    """What the attack stage and the audit share: model, images, threat, attackers and how points are judged.
+
+    model: the smoothed classifier, or the classifier itself where the recipe has no noise. curve_rows: the images that
+    are also attacked at rising epsilon.
+    """
+
+    path: Path
+    config: AttackConfig
+    model: Model
+    num_classes: int
+    indices: list[int]
+    pixels: LabelledPixels
+    threat: ThreatModel
+    rungs: list[Plan | Suite]
+    curve: list[tuple[ThreatModel, Plan]]
+    judging: Judging
+
+    @classmethod
+    def of(cls, here: Conditions) -> "_Siege":
+        config = here.recipe.attack
+        model, num_classes = _load_model(here)
+        indices, pixels = here.evaluation_images(config.images, num_classes)
+        threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
+        smoothed = isinstance(model, SmoothedClassifier)
+        rungs = _smoothed_rungs(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
+        draws = config.strong_eot_samples if smoothed else 0
+        curve_ = curve(threat, pixels.x[0].numel(), config.steps, draws) if config.curve_images else []
+        # one verdict a rung and point of the curve, and one inside the certified ball
+        judging = Judging(config.alpha / (len(rungs) + len(curve_) + 1), config.max_votes, here.recipe.seed)
+        return cls(here.run.path, config, model, num_classes, indices, pixels, threat, rungs, curve_, judging)
+
+    @property
+    def smoothed(self) -> SmoothedClassifier | None:
+        """The model where it is smoothed, so that there are certificates."""
+        return self.model if isinstance(self.model, SmoothedClassifier) else None
+
+    @property
+    def curve_rows(self) -> list[int]:
+        return list(range(min(self.config.curve_images, len(self.pixels))))
+
+    def evaluate(
+        self, plan: Plan | Suite, threat: ThreatModel | None = None, rows: list[int] | None = None
+    ) -> AttackResult:
+        """One attacker on all images or those in ``rows``; what is in the run's parts is read, not attacked again."""
+        pixels = self.pixels if rows is None else self.pixels.select(rows)
+        parts = self.path / "attacks/parts"
+        defender = defend(self.model, self.num_classes)
+        return evaluate(defender, pixels, threat or self.threat, plan, self.judging, parts)
+
+    def inside(self, certificates: Certificates) -> list[AttackResult]:
+        """The attack inside the balls of the images that are certified with the right class; [] where none is."""
+        positions = sandwich_positions(certificates, self.pixels.ids)
+        if not positions:
+            return []
+        balls = sandwich_threat(certificates, self.pixels.select(positions).ids)
+        return [self.evaluate(sandwich_plan(self.config.steps), balls, positions)]
+
+    def audited(self, name: str | None, rows: list[int]) -> AttackResult | None:
+        """The ladder's rung of this name on ``rows``; None, for the audit's default, without a name.
+
+        Raises: ConfigError when there is no such rung.
+        """
+        if name is None:
+            return None
+        known = {plan.name: plan for plan in self.rungs}
+        if name not in known:
+            raise ConfigError(f"the ladder has no rung {name!r}; it has {', '.join(known)}")
+        return self.evaluate(known[name]).select(rows)
+
+
+def _load_model(here: Conditions) -> tuple[Model, int]:
+    """The run's model, smoothed where its recipe has noise, and its number of classes."""
+    folder = here.run.path / "model"
+    if here.noise is None:
+        classifier = load_plain(folder, here.execution.device)
+        return classifier, len(read_description(folder)["classes"])
+    smoothed = load_smoothed(folder, here.execution)
+    return smoothed, smoothed.num_classes
+
+
+def _smoothed_rungs(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[Plan | Suite]:
+    return ladder(
+        config.steps,
+        parse_fraction(config.step_size) / parse_fraction(config.epsilon),
+        config.restarts,
+        config.eot_samples,
+        threat=threat,
+        num_classes=num_classes,
+        strong_steps=config.strong_steps,
+        strong_eot_samples=config.strong_eot_samples,
+        strong_restarts=config.strong_restarts,
+        queries=config.queries,
+    )
+
+
+def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:
+    """The ladder of deterministic networks, without its strong attackers where the recipe wants none."""
+    rungs = plain_ladder(num_classes)
+    if config.strong_steps:
+        return rungs
+    return [rung for rung in rungs if isinstance(rung, Plan) and rung.method in ("none", "fgsm", "pgd")]
+
+
+def _attack_figures(
+    siege: _Siege, results: list[AttackResult], curve_: list[AttackResult], sandwich: Sandwich
+) -> dict[str, Any]:
+    rungs, config = [_rung_figures(result) for result in results], siege.config
+    return {
+        "seconds": sum(float(result.seconds.sum()) for result in (*results, *curve_)),
+        "processes": world_size(),
+        "threat": {"norm": config.norm, "epsilon": parse_fraction(config.epsilon), "epsilon_text": config.epsilon},
+        "alpha": config.alpha,
+        "level": siege.judging.level,
+        "num_verdicts": len(results) + len(curve_),
+        "max_votes": config.max_votes,
+        "rungs": [rung for rung in rungs if rung["name"] != "sandwich"],
+        **({"curve": _curve_figures(curve_)} if curve_ else {}),
+        "sandwich": {
+            **next((rung for rung in rungs if rung["name"] == "sandwich"), {}),
+            "checked": sandwich.checked,
+            "violations": list(sandwich.violations),
+            "allowed": sandwich.allowed,
+            **({} if siege.smoothed is not None else {"reason": NOT_SMOOTHED}),
+        },
+    }
+
+
+def _rung_figures(result: AttackResult) -> dict[str, Any]:
+    plan = result.plan
+    own: dict[str, Any]
+    if isinstance(plan, Suite):
+        broken_by = np.bincount(result.attacker[result.broken], minlength=len(plan.plans))
+        own = {
+            "suite": plan.version,
+            "attackers": dict(zip((p.name for p in plan.plans), broken_by.tolist(), strict=True)),
+        }
+    else:
+        budget = ("method", "loss", "gradient", "steps", "step_size", "restarts", "eot_samples")
+        own = {name: getattr(plan, name) for name in budget}
+    return {"name": plan.name, "label": plan.label, **own, **result.budget, "seconds": float(result.seconds.sum())}
+
+
+def _curve_figures(results: list[AttackResult]) -> dict[str, Any]:
+    points = [
+        {
+            "epsilon": float(result.threat.epsilon),
+            "epsilon_text": epsilon_text(result.threat.norm, float(result.threat.epsilon)),
+            "broken": int(result.broken.sum()),
+            "held": int(result.held.sum()),
+            "undecided": int(result.undecided.sum()),
+        }
+        for result in results
+    ]
+    return {"label": results[0].plan.label, "images": len(results[0]), "points": points}

@@ -1,0 +1,110 @@
+"""The certification of a run: each image written as soon as it is decided, in the end one table."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rush.certification.certificates import Certificates, join_certificates
+from rush.certification.certify import certify_each
+from rush.certification.rules import Rule, make_rule
+from rush.certification.sequential import UNDECIDED
+from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates, write_certificates
+from rush.engine.distributed import barrier, in_turn, rank, world_size
+from rush.engine.runs import RunFolder
+from rush.errors import RunError
+from rush.saving import (
+    load_smoothed,
+)
+from rush.stages.conditions import Conditions
+
+CERTIFICATES = Path("certificates.tsv")
+CERTIFICATE_PARTS = Path("certificates.parts")
+NOT_SMOOTHED = "the classifier is not smoothed (smoothing.sigma = 0): nothing is certified"
+
+
+def run_certify(run: RunFolder) -> None:
+    """Certify the evaluation images, each written as soon as it is decided, and in the end ``certificates.tsv``.
+
+    Goes on behind a kill with the images that are missing; with several processes each takes its share of them. Without
+    noise there is nothing to certify, which is all that the stage then says.
+    """
+    if run.finished("certify"):
+        return
+    run.require("finetune")
+    here = Conditions.of(run)
+    if here.noise is None:
+        _certify_nothing(here)
+        return
+    smoothed = load_smoothed(run.path / "model", here.execution)
+    config = here.recipe.certify
+    indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
+    rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
+    parts = run.path / CERTIFICATE_PARTS
+    here.begin("certify")
+    done = in_turn(lambda: _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True))))
+    missing = [position for position, index in enumerate(indices) if index not in done]
+    for position, certificate in certify_each(
+        smoothed, pixels, rule, here.recipe.seed, missing[rank() :: world_size()]
+    ):
+        append_certificates(parts / f"{rank()}.tsv", certificate, [indices[position]])
+    barrier()
+    if rank() == 0:
+        done = _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True)))
+        certificates = join_certificates([done[index] for index in indices])
+        write_certificates(run.path / CERTIFICATES, certificates, indices)
+        shutil.rmtree(parts, ignore_errors=True)
+        run.finish("certify", **_certify_figures(certificates))
+    barrier()
+
+
+def read_run_certificates(run: RunFolder) -> Certificates:
+    read = read_certificates(run.path / CERTIFICATES)
+    if read is None:
+        raise RunError(
+            f"{run.path / CERTIFICATES} is missing or empty; remove stages/certify.json and run `rush certify` again"
+        )
+    return read[1]
+
+
+def _certify_nothing(here: Conditions) -> None:
+    here.begin("certify")
+    if rank() == 0:
+        here.run.finish("certify", seconds=0.0, images=0, certified=False, reason=NOT_SMOOTHED)
+    barrier()
+
+
+def _certify_figures(certificates: Certificates) -> dict[str, Any]:
+    seconds = float(certificates.seconds.sum())
+    rule = certificates.rule
+    return {
+        "seconds": seconds,
+        "processes": world_size(),
+        "images": len(certificates),
+        **asdict(rule),
+        "statement": rule.statement,
+        "forward_passes_per_image": float(certificates.num_samples.mean()),
+        "undecided": int((certificates.outcome == UNDECIDED).sum()),
+        "images_per_second": len(certificates) / seconds,
+    }
+
+
+def _read_parts(folder: Path, rule: Rule, ids: dict[int, str]) -> dict[int, Certificates]:
+    """The certificates that are written already, by their images' indices.
+
+    Raises: RunError when they were made under another rule or of other images.
+    """
+    found: dict[int, Certificates] = {}
+    for part in (folder / CERTIFICATES, *sorted((folder / CERTIFICATE_PARTS).glob("*.tsv"))):
+        drop_unfinished_line(part)
+        indices, certificates = read_certificates(part) or ((), None)
+        if certificates is None:
+            continue
+        if certificates.rule != rule:
+            raise RunError(f"{part} was made under another rule than the recipe's; move it away and certify again")
+        for row, index in enumerate(indices):
+            if ids.get(index) != certificates.ids[row]:
+                raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
+            found[index] = certificates.select([row])
+    (folder / CERTIFICATE_PARTS).mkdir(exist_ok=True)
+    return found

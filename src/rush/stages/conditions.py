@@ -1,0 +1,159 @@
+"""What every stage of a run shares: recipe, recorded execution, and which images are used for what."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from rush.config import Recipe
+from rush.data.batches import Resident, TrainingImages
+from rush.data.images import ImageSet, evaluation_order, hold_out
+from rush.data.sources import decoded_bytes, load_images
+from rush.data.streaming import Stream, open_stream
+from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.distributed import in_turn, rank, world_size
+from rush.engine.loop import Keeping
+from rush.engine.precision import Execution, decide_execution
+from rush.engine.runs import RunFolder
+from rush.errors import ConfigError
+from rush.inputs import LabelledPixels, labelled_pixels
+from rush.noise import Gaussian
+from rush.options import Stage
+from rush.randomness import stream
+
+_SAMPLE = 20_000  # of streamed images: what statistics and nearest neighbours are taken from
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every stage of a run shares: its folder, its recipe and the recorded execution."""
+
+    run: RunFolder
+    recipe: Recipe
+    execution: Execution
+
+    @classmethod
+    def of(cls, run: RunFolder) -> "Conditions":
+        wanted = run.recipe.execution
+        torch.set_num_threads(run.recorded("threads") or torch.get_num_threads())
+        return cls(run, run.recipe, decide_execution(wanted.device, wanted.precision, wanted.tile))
+
+    @property
+    def noise(self) -> Gaussian | None:
+        """What smooths the classifier; None for a classifier that is not smoothed."""
+        sigma = self.recipe.smoothing.sigma
+        return Gaussian(sigma) if sigma > 0 else None
+
+    def log(self, event: str, **values: Any) -> None:
+        """Write one event of the run, in the first process."""
+        if rank() == 0:
+            self.run.log(event, **values)
+
+    def begin(self, stage: Stage) -> None:
+        """Log that an attempt at ``stage`` begins, once for all processes."""
+        if rank() == 0:
+            self.run.begin(stage)
+
+    def images(self, split: str) -> ImageSet:
+        """A split of the recipe's data, checked to be the one this run has used before; its fingerprint is recorded."""
+        if split in self.run.loaded:
+            return self.run.loaded[split]
+        data = self.recipe.data
+        images = load_images(data.name, split=split, root=data.root, size=data.size)
+        self._record(split, images)
+        self.run.loaded[split] = images
+        return images
+
+    def training_images(self) -> ImageSet | Stream:
+        """The training images without those that are held out."""
+        return self._divided[0]
+
+    def held_out_images(self) -> ImageSet | None:
+        """The training images that neither training sees; None where none is held out."""
+        return self._divided[1]
+
+    def pretraining_images(self) -> TrainingImages:
+        """What pre-training draws from: the images of its split but the held-out ones, without labels."""
+        split, held = self.recipe.data.pretrain_split, self.held_out_images()
+        if split == "train":
+            return self.source(self.training_images().without_labels())
+        images = self._split(split)
+        if held is not None:
+            images = _without(images, np.concatenate([held.ids, np.char.add("train/", held.ids)]))
+        return self.source(images.without_labels())
+
+    def known_images(self, count: int | None = None) -> ImageSet:
+        """Training images in memory: all, or at most ``count`` that are not held out, of streams a random sample."""
+        images = self._split("train") if count is None else self.training_images()
+        if isinstance(images, ImageSet):
+            return images if count is None else images[: min(count, len(images))]
+        wanted = min(count or _SAMPLE, len(images) - 1)
+        return images.holding_out(wanted, stream(self.recipe.seed, "known images"))[1]
+
+    def source(self, images: ImageSet | Stream) -> TrainingImages:
+        """``images`` as a training draws from them, on the device."""
+        if isinstance(images, Stream):
+            return images
+        return Resident(images, self.execution.device, rank(), world_size())
+
+    @cached_property
+    def _divided(self) -> tuple[ImageSet | Stream, ImageSet | None]:
+        train, count = self._split("train"), self.recipe.data.held_out
+        if not count:
+            return train, None
+        generator = stream(self.recipe.seed, "held out")
+        return hold_out(train, count, generator) if isinstance(train, ImageSet) else train.holding_out(count, generator)
+
+    def _split(self, split: str) -> ImageSet | Stream:
+        """A split in memory, or streamed where it would take more than the recipe's share of it."""
+        data = self.recipe.data
+        limit = int(data.memory_gb * 2**30)
+        if split in self.run.loaded or decoded_bytes(data.name, split, data.root, size=data.size) <= limit:
+            return self.images(split)
+        streamed = open_stream(
+            data.name,
+            split,
+            root=data.root,
+            size=data.size,
+            memory=limit,
+            device=self.execution.device,
+            rank=rank(),
+            processes=world_size(),
+        )
+        self._record(split, streamed)
+        return streamed
+
+    def _record(self, split: str, images: ImageSet | Stream) -> None:
+        """Check that this run has used these images before, or note that it does now."""
+        found = {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}}
+        in_turn(lambda: self.run.record_provenance(self.execution.as_dict(), found))
+
+    def keeping(self, stage: Stage) -> Keeping:
+        """Where and how often a training is kept."""
+        checkpoint = TrainingCheckpoint(self.run.path / f"checkpoints/{stage}.pt", self.run.fingerprint(stage))
+        execution = self.recipe.execution
+        return Keeping(checkpoint, execution.checkpoint_minutes, execution.on_nonfinite)
+
+    def evaluation_images(self, count: int | None, num_classes: int) -> tuple[list[int], LabelledPixels]:
+        """The first ``count`` test images (all for None) of one seeded order, with their positions in the split.
+
+        Certification and attacks take the beginning of the same order: whatever their numbers, they speak of the same
+        images.
+        """
+        test = self.images("test")
+        if count is not None and count > len(test):
+            raise ConfigError(
+                f"the recipe asks for {count} test images, {test.name} has {len(test)}; "
+                "lower certify.images and attack.images"
+            )
+        order = evaluation_order(len(test), count, self.recipe.seed)
+        return order, labelled_pixels(test[order], num_classes)
+
+
+def _without(images: ImageSet | Stream, ids: np.ndarray) -> ImageSet | Stream:
+    """The images that have none of these ids."""
+    if isinstance(images, ImageSet):
+        return images[np.flatnonzero(~np.isin(images.ids, ids))]
+    return replace(images, rows=images.rows[~np.isin(images.records.ids()[images.rows], ids)])
