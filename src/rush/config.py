@@ -8,7 +8,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rush.errors import ConfigError
 from rush.options import (
@@ -31,14 +40,6 @@ from rush.options import (
     parse_fraction,
 )
 
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(gt=0, lt=0.5)]
-WITHOUT_NOISE: tuple[FinetuneObjective, ...] = ("standard", "pgd-at", "trades")
-"""Fine-tuning objectives that draw no smoothing noise."""
-
 
 def _number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -53,6 +54,24 @@ def _positive_fraction(value: str) -> str:
     if parse_fraction(value) <= 0:
         raise ValueError(f"must be > 0, got {value}")
     return value
+
+
+def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"must be (least, greatest), got {list(value)}")
+    return value
+
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(gt=0, lt=0.5)]
+PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_ascending)]
+NonNegativeRange = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_check_ascending)]
+Fraction = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_positive_fraction)]  # e.g. "8/255"
+WITHOUT_NOISE: tuple[FinetuneObjective, ...] = ("standard", "pgd-at", "trades")
+"""Fine-tuning objectives that draw no smoothing noise."""
 
 
 class Section(BaseModel):
@@ -75,6 +94,11 @@ class DataConfig(Section):
     size: Annotated[int, Field(ge=4, le=4096)] | None = None
     held_out: Annotated[int, Field(ge=0)] = 0
     memory_gb: Positive = 8.0
+
+    @property
+    def memory_bytes(self) -> int:
+        """``memory_gb`` in bytes, a gigabyte being 2**30."""
+        return int(self.memory_gb * 2**30)
 
 
 class ModelConfig(Section):
@@ -117,8 +141,8 @@ class ViewsConfig(Section):
     """Distribution of one contrastive view; probabilities and strengths as in SimCLR (Chen et al. 2020, appendix A and
     B.9)."""
 
-    crop_scale: tuple[Positive, Positive] = (0.2, 1.0)
-    crop_ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
+    crop_scale: PositiveRange = (0.2, 1.0)
+    crop_ratio: PositiveRange = (0.75, 1.3333333333333333)
     flip: Share = 0.5
     jitter: Share = 0.8
     brightness: NonNegative = 0.4
@@ -127,15 +151,8 @@ class ViewsConfig(Section):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     greyscale: Share = 0.2
     blur: Share = 0.0
-    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    blur_sigma: PositiveRange = (0.1, 2.0)
     noise_sigma: NonNegative = 0.0
-
-    @field_validator("crop_scale", "crop_ratio", "blur_sigma")
-    @classmethod
-    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"must be (least, greatest), got {list(value)}")
-        return value
 
     @field_validator("crop_scale")
     @classmethod
@@ -167,33 +184,16 @@ class NoiseConfig(Section):
     """
 
     views: NoisyViewsOption = "none"
-    sigma: tuple[NonNegative, NonNegative] = (0.0, 0.5)
+    sigma: NonNegativeRange = (0.0, 0.5)
     ramp_epochs: NonNegative = 0.0
-
-    @field_validator("sigma")
-    @classmethod
-    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"must be (least, greatest), got {list(value)}")
-        return value
 
 
 class AdversaryConfig(Section):
     """The attack inside adversarial training, in l-inf; numbers or fractions such as "8/255"."""
 
-    epsilon: str = "8/255"
-    step_size: str = "2/255"
+    epsilon: Fraction = "8/255"
+    step_size: Fraction = "2/255"
     steps: Count = 10
-
-    @field_validator("epsilon", "step_size", mode="before")
-    @classmethod
-    def _as_text(cls, value: object) -> object:
-        return _number_as_text(value)
-
-    @field_validator("epsilon", "step_size")
-    @classmethod
-    def _positive(cls, value: str) -> str:
-        return _positive_fraction(value)
 
     @model_validator(mode="after")
     def _epsilon_in_pixels(self) -> "AdversaryConfig":
@@ -333,9 +333,9 @@ class AttackConfig(Section):
 
     images: Count | None = None
     norm: Norm = "linf"
-    epsilon: str = "8/255"
+    epsilon: Fraction = "8/255"
     steps: Count = 20
-    step_size: str = "2/255"
+    step_size: Fraction = "2/255"
     restarts: Count = 1
     eot_samples: tuple[Count, ...] = (1, 4, 16, 64, 256)
     strong_steps: Annotated[int, Field(ge=0)] = 50
@@ -345,16 +345,6 @@ class AttackConfig(Section):
     curve_images: Annotated[int, Field(ge=0)] = 100
     alpha: Probability = 0.001
     max_votes: Annotated[int, Field(ge=100)] = 10_000
-
-    @field_validator("epsilon", "step_size", mode="before")
-    @classmethod
-    def _as_text(cls, value: object) -> object:
-        return _number_as_text(value)
-
-    @field_validator("epsilon", "step_size")
-    @classmethod
-    def _positive(cls, value: str) -> str:
-        return _positive_fraction(value)
 
     @model_validator(mode="after")
     def _epsilon_in_pixels(self) -> "AttackConfig":

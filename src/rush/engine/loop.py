@@ -17,6 +17,7 @@ from rush.engine.distributed import average_gradients, barrier, broadcast_module
 from rush.engine.ema import WeightAverage
 from rush.engine.interruption import StopRequest, stop_requests
 from rush.engine.meter import Cost, Meter, peak_memory
+from rush.engine.modes import evaluation_mode
 from rush.engine.optim import build_optimizer, cosine_factor
 from rush.engine.progress import progress
 from rush.errors import ConfigError, Interrupted, RushError
@@ -119,36 +120,34 @@ class _NotFiniteError(Exception):
         self.number = number
 
 
+@dataclass
 class _Run:
     """One call of ``train``. What a kill must not lose is in ``_state``: weights, optimizer, average, place, cost."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        step: Step,
-        name: str,
-        images: TrainingImages,
-        schedule: Schedule,
-        seed: int,
-        device: str,
-        meter: Meter,
-        keeping: Keeping,
-        monitor: Callable[[int], dict[str, Any]] | None,
-        log: Callable[..., None],
-    ) -> None:
-        broadcast_module(module)  # processes whose weights differ in a bit would drift apart unseen
-        self.module, self.step, self.name, self.images, self.schedule = module, step, name, images, schedule
-        self.seed, self.device, self.meter, self.keeping = seed, device, meter, keeping
-        self.monitor, self.log = monitor, log
-        self.per_epoch = batches_per_epoch(len(images), schedule.batch_size)
+    module: nn.Module
+    step: Step
+    name: str
+    images: TrainingImages
+    schedule: Schedule
+    seed: int
+    device: str
+    meter: Meter
+    keeping: Keeping
+    monitor: Callable[[int], dict[str, Any]] | None
+    log: Callable[..., None]
+
+    def __post_init__(self) -> None:
+        broadcast_module(self.module)  # processes whose weights differ in a bit would drift apart unseen
+        schedule = self.schedule
+        self.per_epoch = batches_per_epoch(len(self.images), schedule.batch_size)
         self.total = schedule.epochs * self.per_epoch
         self.optimizer = build_optimizer(
-            module, schedule.optimizer, schedule.learning_rate, schedule.momentum, schedule.weight_decay
+            self.module, schedule.optimizer, schedule.learning_rate, schedule.momentum, schedule.weight_decay
         )
-        self.average = WeightAverage(module, schedule.ema_decay) if schedule.ema_decay > 0 else None
+        self.average = WeightAverage(self.module, schedule.ema_decay) if schedule.ema_decay > 0 else None
         self.number = 0  # steps done
         self.losses: list[Tensor] = []  # of the epoch under way
-        self.epoch_began = Cost(**meter.cost.as_dict())
+        self.epoch_began = Cost(**self.meter.cost.as_dict())
         self.skipped: set[int] = set()
         self.saved_at = time.monotonic()
 
@@ -326,15 +325,13 @@ def _process_name() -> tuple[int, ...]:
 @contextmanager
 def _evaluated(module: nn.Module, average: WeightAverage | None) -> Iterator[None]:
     """Within the context ``module`` is as it would come out now: in evaluation mode, with averaged weights."""
-    modes = {own: own.training for own in module.modules()}
-    weights = {name: own.detach().clone() for name, own in module.state_dict().items()} if average else None
-    module.eval()
-    if average is not None:
+    with evaluation_mode(module):
+        if average is None:
+            yield
+            return
+        weights = {name: own.detach().clone() for name, own in module.state_dict().items()}
         average.copy_into(module)
-    try:
-        yield
-    finally:
-        if weights is not None:
+        try:
+            yield
+        finally:
             module.load_state_dict(weights)
-        for own, training in modes.items():
-            own.training = training
