@@ -1,16 +1,15 @@
 """``rush`` and ``python -m rush``."""
 
-import os
 import sys
 
 
 def main() -> None:
     """Run the command line; an error of the user's is one clear line on standard error and exit status 1."""
-    from rush.cli import app
+    from rush.cli import app, several_processes
     from rush.errors import Interrupted, RushError
 
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+        if several_processes():
             from rush.engine.distributed import joined_processes
 
             with joined_processes():

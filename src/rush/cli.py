@@ -123,7 +123,7 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
         Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
     """
     folder = _create(recipe, out, data, overrides)
-    if _several_processes():
+    if several_processes():
         _do(folder, STAGES[:-1])
         _leader_says(f"audit and report run in one process; start `rush run {folder.path}` without torchrun for them")
         return
@@ -509,7 +509,7 @@ def _changed(opened: RunFolder, data: Path | None, overrides: list[str] | None) 
     return build_recipe(values, overrides or (), _text(data), str(opened.path / "recipe.json"))
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
     """Whether torchrun started more than this one; known without torch."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
@@ -520,7 +520,7 @@ def _process_number() -> int:
 
 def _in_turn(work: Callable[[], T]) -> T:
     """``work()``, of several processes in one after the other: they would write the same file."""
-    if not _several_processes():
+    if not several_processes():
         return work()
     from rush.engine.distributed import in_turn
 

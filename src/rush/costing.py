@@ -15,21 +15,18 @@ import torch
 from rush.config import FinetuneConfig, Recipe, TrainingConfig
 from rush.data.batches import Resident, batches_per_epoch
 from rush.data.images import ImageSet
-from rush.data.noisy_views import NoiseSchedule
 from rush.data.sources import NUM_CLASSES, SHAPES, SPLITS, load_images
-from rush.data.views import Views
 from rush.engine.loop import Schedule
 from rush.engine.precision import Execution, decide_execution
 from rush.engine.runs import machine
 from rush.errors import ConfigError, Interrupted, RushError
 from rush.files import write_text
-from rush.finetuning import finetune
-from rush.noise import Gaussian
+from rush.models.classifier import Classifier
 from rush.options import Stage
-from rush.pretraining import pretrain
 from rush.randomness import stream
 from rush.reporting.tables import duration, energy_text, memory_text, passes_text
-from rush.stages.training import method_of, new_classifier, objective_of, schedule_of
+from rush.reporting.training import known_sum
+from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
 
 STEPS = 4
 COST_HEADER = ("recipe", "network", "objectives", "passes an image", "steps", "s a step", "hours", "to the first")
@@ -124,7 +121,7 @@ class RecipeCost:
 
     @property
     def joules(self) -> float | None:
-        return _sum(stage.joules for stage in self.stages)
+        return known_sum([stage.joules for stage in self.stages])
 
 
 def data_size(recipe: Recipe) -> DataSize:
@@ -261,48 +258,36 @@ class _Trial:
     def pretrain(self) -> StageCost:
         config = self.recipe.pretrain
         batches_per_epoch(self.size.pretrain, config.batch_size)
-        images = self._images(config.batch_size)
-        classifier = new_classifier(self.recipe, images)
-        log = _Epochs()
-        pretrain(
+        images, log = self._images(config.batch_size), _Epochs()
+        pretrain_by(
+            self.recipe,
             Resident(images.without_labels(), self.execution.device),
-            classifier.encoder,
-            classifier.normalize,
-            method=method_of(config),
-            views=Views(**config.views.model_dump()),
-            noise=NoiseSchedule(**config.noise.model_dump()),
+            self._classifier(images),
+            self.execution,
             schedule=_short(config, phases=1),
-            projector_hidden=config.projector_hidden,
-            projector_out=config.projector_out,
-            seed=self.recipe.seed,
-            execution=self.execution,
-            compile_mode=self.recipe.execution.compile_training,
             log=log,
         )
         phases = log.phases([config.epochs])
         return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, phases)
 
     def finetune(self) -> StageCost:
-        config, sigma, log = self.recipe.finetune, self.recipe.smoothing.sigma, _Epochs()
+        config = self.recipe.finetune
         batches_per_epoch(self.size.finetune, config.batch_size)
-        images = self._images(config.batch_size)
-        epochs = _phases(config)
-        finetune(
+        images, log, epochs = self._images(config.batch_size), _Epochs(), _phases(config)
+        finetune_by(
+            self.recipe,
             images,
-            new_classifier(self.recipe, images),
-            objective=objective_of(config),
-            noise=Gaussian(sigma) if sigma else None,
-            mode=config.mode,
-            head_epochs=2,
-            views=Views.weak(shift_pad=config.shift, flip=config.flip),
+            self._classifier(images),
+            self.execution,
             schedule=_short(config, phases=len(epochs)),
-            seed=self.recipe.seed,
-            execution=self.execution,
-            compile_mode=self.recipe.execution.compile_training,
+            head_epochs=2,
             log=log,
         )
         objective = config.objective if config.mode == "full" else f"{config.objective} ({config.mode})"
         return self._extrapolated("finetune", objective, config, self.size.finetune, log.phases(epochs))
+
+    def _classifier(self, images: ImageSet) -> Classifier:
+        return new_classifier(spec_of(self.recipe, images), self.recipe.seed)
 
     def _images(self, batch_size: int) -> ImageSet:
         """Random images with random labels, ``steps`` batches of them."""
@@ -319,9 +304,11 @@ class _Trial:
         repeated = [phase.epochs * per_epoch / self.steps for phase in phases]  # how often the measured steps are made
 
         def total(name: str) -> float | None:
-            return _sum(
-                None if phase.measured[name] is None else times * phase.measured[name]
-                for phase, times in zip(phases, repeated, strict=True)
+            return known_sum(
+                [
+                    None if phase.measured[name] is None else times * phase.measured[name]
+                    for phase, times in zip(phases, repeated, strict=True)
+                ]
             )
 
         seconds, steps = total("seconds"), config.epochs * per_epoch
@@ -345,7 +332,7 @@ class _Trial:
         if not told:
             return None
         size, trial = (count * int(np.prod(self.size.shape)) for count in (images, self.steps * config.batch_size))
-        held = size if size <= self.recipe.data.memory_gb * 1e9 else trial
+        held = size if size <= self.recipe.data.memory_bytes else trial
         return max(told) + held - trial
 
 
@@ -437,12 +424,6 @@ def _answer(sender: Connection, recipe: str, steps: int, threads: int) -> None:
         sys.exit(stop.status)
     except RushError as error:
         sender.send(error)
-
-
-def _sum(parts: Iterable[float | None]) -> float | None:
-    """The sum; None where a part is not known."""
-    known = list(parts)
-    return None if None in known else sum(part for part in known if part is not None)
 
 
 def _figures(cost: RecipeCost | StageCost, *names: str) -> dict[str, Any]:

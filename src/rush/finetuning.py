@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rush.data.batches import Batch, Resident
+from rush.data.batches import Batch
 from rush.data.images import ImageSet
-from rush.data.streaming import Stream
+from rush.data.streaming import Stream, training_source
 from rush.data.views import Views, unit_float
 from rush.engine.distributed import rank, world_size
 from rush.engine.loop import Keeping, Schedule, train
@@ -112,7 +112,7 @@ def finetune(
             classifier,
             step,
             name="finetune",
-            images=images if isinstance(images, Stream) else Resident(images, execution.device, rank(), world_size()),
+            images=training_source(images, execution.device, rank(), world_size()),
             schedule=schedule,
             seed=seed,
             device=execution.device,

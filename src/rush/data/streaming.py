@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rush.data.batches import Batch, batches_per_epoch, own_rows
+from rush.data.batches import Batch, Resident, TrainingImages, batches_per_epoch, own_rows
 from rush.data.decoding import Encoded, Form, decode
 from rush.data.images import ImageSet, held_out_rows
 from rush.data.records import Block, Records
@@ -235,6 +235,11 @@ class Stream:
     def _sent(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` on the stream's device; from pinned memory, so that nothing waits for what is computed there."""
         return (values.pin_memory() if self._on_gpu else values).to(self.device, non_blocking=True)
+
+
+def training_source(images: ImageSet | Stream, device: torch.device | str, rank: int, processes: int) -> TrainingImages:
+    """What a training draws from: a stream as it is, images in memory on ``device``."""
+    return images if isinstance(images, Stream) else Resident(images, device, rank, processes)
 
 
 class _Shelf:

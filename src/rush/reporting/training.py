@@ -45,7 +45,7 @@ def training_cost(results: RunResults) -> TrainingCost | None:
         forward_passes_per_image=_all_passes(trained, "forward_passes_per_image", unsaid=0.0) or 0.0,
         seconds=sum(stage.seconds for stage in trained),
         peak_memory=max(memories) if all(memories) else None,
-        joules=_sum([stage.fields.get("joules") for stage in trained]),
+        joules=known_sum([stage.fields.get("joules") for stage in trained]),
     )
 
 
@@ -92,10 +92,10 @@ def _all_passes(stages: Sequence[StageRecord], key: str, unsaid: float | None = 
     most = max(float(stage.fields.get("images") or 1) for stage in stages)
     shares = [float(stage.fields.get("images") or most) / most for stage in stages]
     made = [stage.fields.get(key, unsaid) for stage in stages]
-    return _sum([None if one is None else share * one for one, share in zip(made, shares, strict=True)])
+    return known_sum([None if one is None else share * one for one, share in zip(made, shares, strict=True)])
 
 
-def _sum(parts: Sequence[float | None]) -> float | None:
+def known_sum(parts: Sequence[float | None]) -> float | None:
     """The sum; None where a part is not known."""
     known = [part for part in parts if part is not None]
     return sum(known) if len(known) == len(parts) else None

@@ -23,11 +23,7 @@ from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sa
 from rush.evaluation.table import write_attacks
 from rush.inputs import LabelledPixels
 from rush.options import parse_fraction
-from rush.saving import (
-    load_plain,
-    load_smoothed,
-    read_description,
-)
+from rush.saving import load_plain, load_smoothed, read_description
 from rush.smoothing import SmoothedClassifier
 from rush.stages.certifying import NOT_SMOOTHED, read_run_certificates
 from rush.stages.conditions import Conditions

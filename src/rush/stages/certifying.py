@@ -13,9 +13,7 @@ from rush.certification.table import append_certificates, drop_unfinished_line, 
 from rush.engine.distributed import barrier, in_turn, rank, world_size
 from rush.engine.runs import RunFolder
 from rush.errors import RunError
-from rush.saving import (
-    load_smoothed,
-)
+from rush.saving import load_smoothed
 from rush.stages.conditions import Conditions
 
 CERTIFICATES = Path("certificates.tsv")
@@ -59,6 +57,7 @@ def run_certify(run: RunFolder) -> None:
 
 
 def read_run_certificates(run: RunFolder) -> Certificates:
+    """The certificates of a run whose certification is finished; RunError where their file is gone."""
     read = read_certificates(run.path / CERTIFICATES)
     if read is None:
         raise RunError(

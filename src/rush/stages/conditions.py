@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from rush.config import Recipe
-from rush.data.batches import Resident, TrainingImages
+from rush.data.batches import TrainingImages
 from rush.data.images import ImageSet, evaluation_order, hold_out
 from rush.data.sources import decoded_bytes, load_images
-from rush.data.streaming import Stream, open_stream
+from rush.data.streaming import Stream, open_stream, training_source
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import in_turn, rank, world_size
 from rush.engine.loop import Keeping
@@ -43,8 +43,7 @@ class Conditions:
     @property
     def noise(self) -> Gaussian | None:
         """What smooths the classifier; None for a classifier that is not smoothed."""
-        sigma = self.recipe.smoothing.sigma
-        return Gaussian(sigma) if sigma > 0 else None
+        return noise_of(self.recipe)
 
     def log(self, event: str, **values: Any) -> None:
         """Write one event of the run, in the first process."""
@@ -77,12 +76,10 @@ class Conditions:
     def pretraining_images(self) -> TrainingImages:
         """What pre-training draws from: the images of its split but the held-out ones, without labels."""
         split, held = self.recipe.data.pretrain_split, self.held_out_images()
-        if split == "train":
-            return self.source(self.training_images().without_labels())
-        images = self._split(split)
-        if held is not None:
+        images = self.training_images() if split == "train" else self._split(split)
+        if split != "train" and held is not None:
             images = _without(images, np.concatenate([held.ids, np.char.add("train/", held.ids)]))
-        return self.source(images.without_labels())
+        return training_source(images.without_labels(), self.execution.device, rank(), world_size())
 
     def known_images(self, count: int | None = None) -> ImageSet:
         """Training images in memory: all, or at most ``count`` that are not held out, of streams a random sample."""
@@ -91,12 +88,6 @@ class Conditions:
             return images if count is None else images[: min(count, len(images))]
         wanted = min(count or _SAMPLE, len(images) - 1)
         return images.holding_out(wanted, stream(self.recipe.seed, "known images"))[1]
-
-    def source(self, images: ImageSet | Stream) -> TrainingImages:
-        """``images`` as a training draws from them, on the device."""
-        if isinstance(images, Stream):
-            return images
-        return Resident(images, self.execution.device, rank(), world_size())
 
     @cached_property
     def _divided(self) -> tuple[ImageSet | Stream, ImageSet | None]:
@@ -109,15 +100,14 @@ class Conditions:
     def _split(self, split: str) -> ImageSet | Stream:
         """A split in memory, or streamed where it would take more than the recipe's share of it."""
         data = self.recipe.data
-        limit = int(data.memory_gb * 2**30)
-        if split in self.run.loaded or decoded_bytes(data.name, split, data.root, size=data.size) <= limit:
+        if split in self.run.loaded or decoded_bytes(data.name, split, data.root, size=data.size) <= data.memory_bytes:
             return self.images(split)
         streamed = open_stream(
             data.name,
             split,
             root=data.root,
             size=data.size,
-            memory=limit,
+            memory=data.memory_bytes,
             device=self.execution.device,
             rank=rank(),
             processes=world_size(),
@@ -150,6 +140,12 @@ class Conditions:
             )
         order = evaluation_order(len(test), count, self.recipe.seed)
         return order, labelled_pixels(test[order], num_classes)
+
+
+def noise_of(recipe: Recipe) -> Gaussian | None:
+    """The smoothing noise that the recipe names; None where its sigma is 0."""
+    sigma = recipe.smoothing.sigma
+    return Gaussian(sigma) if sigma > 0 else None
 
 
 def _without(images: ImageSet | Stream, ids: np.ndarray) -> ImageSet | Stream:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rush.config import AdversaryConfig, FinetuneConfig, PretrainConfig, Recipe, TrainingConfig
+from rush.data.batches import TrainingImages
 from rush.data.images import ImageSet, stratified_subset
 from rush.data.noisy_views import NoiseSchedule
 from rush.data.streaming import Stream
@@ -26,14 +27,8 @@ from rush.objectives.classification import cat_rs, consistency, gaussian, pgd_at
 from rush.options import FinetuneObjective, Stage, parse_fraction
 from rush.pretraining import ACL, Method, MoCo, SimCLR, channel_statistics, pretrain
 from rush.randomness import seeded_init, stream
-from rush.saving import (
-    ClassifierSpec,
-    load_weights,
-    save_plain,
-    save_smoothed,
-    save_weights,
-)
-from rush.stages.conditions import Conditions
+from rush.saving import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
+from rush.stages.conditions import Conditions, noise_of
 
 ENCODER = Path("checkpoints/encoder.safetensors")
 _BANK_IMAGES = 10_000  # for the live figures; the figure at the end takes all training images
@@ -50,21 +45,13 @@ def run_pretrain(run: RunFolder) -> None:
     _check_separate(train, test)
     here.begin("pretrain")
     config, recipe = here.recipe.pretrain, here.recipe
-    classifier = new_classifier(recipe, train)
+    classifier = new_classifier(spec_of(recipe, train), recipe.seed)
     source = here.pretraining_images()
-    pretrain(
+    pretrain_by(
+        recipe,
         source,
-        classifier.encoder,
-        classifier.normalize,
-        method=method_of(config),
-        views=Views(**config.views.model_dump()),
-        noise=NoiseSchedule(**config.noise.model_dump()),
-        schedule=schedule_of(config),
-        projector_hidden=config.projector_hidden,
-        projector_out=config.projector_out,
-        seed=recipe.seed,
-        execution=here.execution,
-        compile_mode=recipe.execution.compile_training,
+        classifier,
+        here.execution,
         keeping=here.keeping("pretrain"),
         monitor=_watch_encoder(here, classifier),
         log=here.log,
@@ -87,29 +74,79 @@ def run_finetune(run: RunFolder) -> None:
     here.begin("finetune")
     config, recipe = here.recipe.finetune, here.recipe
     labelled = _labelled(here.training_images(), recipe)
-    classifier = new_classifier(recipe, train)
+    spec = spec_of(recipe, train)
+    classifier = new_classifier(spec, recipe.seed)
     load_weights(classifier.encoder, run.path / ENCODER)
-    finetune(
+    finetune_by(
+        recipe,
         labelled,
         classifier,
-        objective=objective_of(config),
-        noise=here.noise,
-        mode=config.mode,
-        head_epochs=config.head_epochs,
-        views=Views.weak(shift_pad=config.shift, flip=config.flip),
-        schedule=schedule_of(config),
-        seed=recipe.seed,
-        execution=here.execution,
-        compile_mode=recipe.execution.compile_training,
+        here.execution,
         keeping=here.keeping("finetune"),
         monitor=_watch_classifier(here, classifier),
         log=here.log,
     )
     if rank() == 0:
-        forward = _save_model(here, classifier, train)
+        forward = _save_model(here, classifier, spec, train)
         figures = {**_training_figures(run, "finetune", len(labelled)), "objective": config.objective}
         run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled), forward=forward)
     barrier()
+
+
+def pretrain_by(
+    recipe: Recipe,
+    images: TrainingImages,
+    classifier: Classifier,
+    execution: Execution,
+    schedule: Schedule | None = None,
+    **watched: Any,
+) -> None:
+    """Pre-train the encoder of ``classifier`` as the recipe says, along its schedule or another one; ``watched`` are
+    the arguments of ``pretrain`` that say how it is kept, monitored and logged."""
+    config = recipe.pretrain
+    pretrain(
+        images,
+        classifier.encoder,
+        classifier.normalize,
+        method=method_of(config),
+        views=Views(**config.views.model_dump()),
+        noise=NoiseSchedule(**config.noise.model_dump()),
+        schedule=schedule or schedule_of(config),
+        projector_hidden=config.projector_hidden,
+        projector_out=config.projector_out,
+        seed=recipe.seed,
+        execution=execution,
+        compile_mode=recipe.execution.compile_training,
+        **watched,
+    )
+
+
+def finetune_by(
+    recipe: Recipe,
+    images: ImageSet | Stream,
+    classifier: Classifier,
+    execution: Execution,
+    schedule: Schedule | None = None,
+    head_epochs: int | None = None,
+    **watched: Any,
+) -> None:
+    """Fine-tune ``classifier`` as the recipe says, along its schedule and for its ``head_epochs``, or others;
+    ``watched`` as in ``pretrain_by``."""
+    config = recipe.finetune
+    finetune(
+        images,
+        classifier,
+        objective=objective_of(config),
+        noise=noise_of(recipe),
+        mode=config.mode,
+        head_epochs=config.head_epochs if head_epochs is None else head_epochs,
+        views=Views.weak(shift_pad=config.shift, flip=config.flip),
+        schedule=schedule or schedule_of(config),
+        seed=recipe.seed,
+        execution=execution,
+        compile_mode=recipe.execution.compile_training,
+        **watched,
+    )
 
 
 def method_of(config: PretrainConfig) -> Method:
@@ -149,6 +186,7 @@ def objective_of(config: FinetuneConfig) -> Objective:
 
 
 def schedule_of(config: TrainingConfig) -> Schedule:
+    """How long and by which optimizer a training of the recipe goes."""
     return Schedule(**config.model_dump(include=set(Schedule.__dataclass_fields__)))
 
 
@@ -160,16 +198,17 @@ def _budget(adversary: AdversaryConfig) -> dict[str, Any]:
     }
 
 
-def _spec(recipe: Recipe, train: ImageSet) -> ClassifierSpec:
+def spec_of(recipe: Recipe, train: ImageSet) -> ClassifierSpec:
+    """The recipe's classifier for these images, normalized by their statistics, which takes a look at every pixel."""
     mean, std = channel_statistics(train)
     model = recipe.model
     return ClassifierSpec(model.encoder, model.width, train.images.shape[1], mean, std, train.classes, stem=model.stem)
 
 
-def new_classifier(recipe: Recipe, train: ImageSet) -> Classifier:
-    """The recipe's classifier with its seeded initial weights."""
-    classifier = _spec(recipe, train).build()
-    seeded_init(classifier, stream(recipe.seed, "classifier", "weights"))
+def new_classifier(spec: ClassifierSpec, seed: int) -> Classifier:
+    """The classifier with its seeded initial weights."""
+    classifier = spec.build()
+    seeded_init(classifier, stream(seed, "classifier", "weights"))
     return classifier
 
 
@@ -196,10 +235,9 @@ def _labelled(train: ImageSet | Stream, recipe: Recipe) -> ImageSet | Stream:
     return train.holding_out(wanted if isinstance(wanted, int) else round(wanted * len(train)), generator)[1]
 
 
-def _save_model(here: Conditions, classifier: Classifier, train: ImageSet) -> dict[str, Any]:
+def _save_model(here: Conditions, classifier: Classifier, spec: ClassifierSpec, train: ImageSet) -> dict[str, Any]:
     """Save what is used in the end, and say how it is computed."""
-    folder, spec, shape = here.run.path / "model", _spec(here.recipe, train), train.images.shape[1:]
-    noise = here.noise
+    folder, shape, noise = here.run.path / "model", train.images.shape[1:], here.noise
     if noise is None:
         save_plain(folder, classifier, spec, here.execution.device, shape)
         return {"compile_mode": "none"}
@@ -222,43 +260,48 @@ def _choose_forward(here: Conditions, classifier: Classifier, train: ImageSet) -
     return chosen, {"compile_mode": chosen.compile_mode, **trial}
 
 
-def _watch_encoder(here: Conditions, classifier: Classifier) -> Callable[[int], dict[str, Any]] | None:
+Watch = Callable[[int], dict[str, Any]]
+
+
+def _watch_encoder(here: Conditions, classifier: Classifier) -> Watch | None:
     """Live figures of the encoder on the held-out images; None where none is held out."""
     held, config = here.held_out_images(), here.recipe.pretrain
     if held is None or held.labels is None:
         return None
-    known = here.known_images(_BANK_IMAGES)
-    noise, represent = here.noise, _Represent(classifier)
-
-    def figures(epoch: int) -> dict[str, Any]:
-        if epoch % config.monitor_epochs and epoch != config.epochs:
-            return {}
-        return encoder_figures(
-            represent, known, held, noise, here.execution, neighbours=config.knn_neighbours, seed=here.recipe.seed
-        )
-
-    return figures
+    known, represent = here.known_images(_BANK_IMAGES), _Represent(classifier)
+    return _now_and_then(
+        config,
+        lambda: encoder_figures(
+            represent, known, held, here.noise, here.execution, neighbours=config.knn_neighbours, seed=here.recipe.seed
+        ),
+    )
 
 
-def _watch_classifier(here: Conditions, classifier: Classifier) -> Callable[[int], dict[str, Any]] | None:
+def _watch_classifier(here: Conditions, classifier: Classifier) -> Watch | None:
     """Live figures of the classifier on the held-out images; None where none is held out."""
     held, config = here.held_out_images(), here.recipe.finetune
     if held is None:
         return None
-    noise = here.noise
+    return _now_and_then(
+        config, lambda: classifier_figures(classifier, held, here.noise, here.execution, here.recipe.seed)
+    )
 
-    def figures(epoch: int) -> dict[str, Any]:
-        if epoch % config.monitor_epochs and epoch != config.epochs:
-            return {}
-        return classifier_figures(classifier, held, noise, here.execution, here.recipe.seed)
 
-    return figures
+def _now_and_then(config: TrainingConfig, figures: Callable[[], dict[str, Any]]) -> Watch:
+    """``figures`` every ``monitor_epochs`` epochs and after the last one, else nothing."""
+
+    def watch(epoch: int) -> dict[str, Any]:
+        return figures() if epoch % config.monitor_epochs == 0 or epoch == config.epochs else {}
+
+    return watch
 
 
 class _Represent(nn.Module):
+    """Pixels -> representations, as a module."""
+
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.classifier = classifier.eval()
+        self.classifier = classifier
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier.represent(x)
