@@ -1,15 +1,15 @@
 """NT-Xent against the paper's formula written slowly, its symmetries, another library, and itself in two processes."""
 
 import math
-import os
-import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from ranks import on_ranks
+from rush.engine.distributed import rank
 from rush.errors import InputError
 from rush.objectives.contrastive import nt_xent
 from rush.randomness import seeded_init, stream
@@ -101,37 +101,24 @@ def network() -> nn.Module:
     return seeded_init(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)), stream(0, "network")).double()
 
 
-def train_on_shard(rank: int, folder: Path) -> None:
-    """One process: loss and gradients of its rows through DistributedDataParallel, left in ``folder``."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+def train_on_shard() -> tuple[Tensor, list[Tensor | None]]:
+    """In one of the processes: loss and gradients of its rows through DistributedDataParallel."""
     model = nn.parallel.DistributedDataParallel(network())
-    view_a, view_b = (view.chunk(WORLD)[rank] for view in pair(8))
+    view_a, view_b = (view.chunk(WORLD)[rank()] for view in pair(8))
     loss = nt_xent(model(view_a), model(view_b), 0.3)
     loss.backward()
-    torch.save((loss.detach(), [p.grad for p in model.parameters()]), folder / f"rank{rank}.partial")
-    os.replace(folder / f"rank{rank}.partial", folder / f"rank{rank}.pt")
-    while not all((folder / f"rank{other}.pt").exists() for other in range(WORLD)):
-        time.sleep(0.01)
-    os._exit(0)  # gloo's threads are not taken down, which now and then hangs
+    return loss.detach(), [p.grad for p in model.parameters()]
 
 
 @pytest.mark.timeout(120)
 def test_two_processes_on_different_images_equal_one_on_all_of_them(
     processes: ForkServerContext, tmp_path: Path
 ) -> None:
-    children = [processes.Process(target=train_on_shard, args=(rank, tmp_path), daemon=True) for rank in range(WORLD)]
-    for child in children:
-        child.start()
     model = network()
     view_a, view_b = pair(8)
     loss = nt_xent(model(view_a), model(view_b), 0.3)
     loss.backward()
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
-    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD)]
+    found = on_ranks(processes, train_on_shard, WORLD, tmp_path)
     assert found[0][0] != found[1][0]  # each rank's loss is over its own rows
     torch.testing.assert_close(torch.stack([own for own, _ in found]).mean(), loss.detach(), atol=1e-10, rtol=0)
     for _, gradients in found:

@@ -1,8 +1,6 @@
 """Cached gradients against one graph: the plain batch without BatchNorm, micro-batches side by side with it."""
 
 import copy
-import os
-import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -11,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
+from ranks import on_ranks
+from rush.engine.distributed import rank
 from rush.engine.gradient_cache import cached_backward
 from rush.errors import InputError
 from rush.objectives.contrastive import info_nce, nt_xent
@@ -189,40 +189,25 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         cached_backward(model, views(), 0, loss, model)
 
 
-def train_on_shard(rank: int, folder: Path) -> None:
-    """One process: loss and mean gradients of its rows of the global batch, left in ``folder``."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+def train_on_shard() -> tuple[Tensor, list[Tensor]]:
+    """In one of the processes: loss and mean gradients of its rows of the global batch."""
     model = network()
-    value = cached_backward(model, [view.chunk(WORLD)[rank] for view in views(10)], 2, loss, model)
+    value = cached_backward(model, [view.chunk(WORLD)[rank()] for view in views(10)], 2, loss, model)
     gradients = [parameter.grad for parameter in model.parameters()]
     for gradient in gradients:
         assert gradient is not None
         distributed.all_reduce(gradient)
-    torch.save(
-        (value, [gradient / WORLD for gradient in gradients if gradient is not None]), folder / f"{rank}.partial"
-    )
-    os.replace(folder / f"{rank}.partial", folder / f"{rank}.pt")
-    while not all((folder / f"{other}.pt").exists() for other in range(WORLD)):
-        time.sleep(0.01)
-    os._exit(0)  # gloo's threads are not taken down, which now and then hangs
+    return value, [gradient / WORLD for gradient in gradients if gradient is not None]
 
 
 @pytest.mark.timeout(120)
 def test_two_processes_with_cached_gradients_equal_one_plain_process(
     processes: ForkServerContext, tmp_path: Path
 ) -> None:
-    children = [processes.Process(target=train_on_shard, args=(rank, tmp_path), daemon=True) for rank in range(WORLD)]
-    for child in children:
-        child.start()
     plain = network()
     expected = loss(*(plain(view) for view in views(10)))
     expected.backward()
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    found = on_ranks(processes, train_on_shard, WORLD, tmp_path)
     assert found[0][0] != found[1][0]  # each rank's loss is over its own rows
     torch.testing.assert_close(torch.stack([own for own, _ in found]).mean(), expected.detach(), atol=1e-10, rtol=0)
     for _, gradients in found:

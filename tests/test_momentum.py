@@ -1,17 +1,16 @@
 """InfoNCE against slow textbook code; the key network's average and its queue in closed form, resumed and shared."""
 
 import math
-import os
-import time
-from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ranks import on_ranks
+from rush.engine.distributed import rank
 from rush.errors import ConfigError, InputError
 from rush.models.momentum import KeyNetwork
 from rush.objectives.contrastive import info_nce
@@ -215,29 +214,12 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         keys.follow(nn.Linear(4, 3), 0.9)
 
 
-def enqueue_shard(rank: int, folder: Path) -> None:
-    """One process: its rows of three global batches go into its queue, which it leaves in ``folder``."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+def enqueue_shard() -> dict[str, Tensor]:
+    """In one of the processes: its rows of three global batches go into its queue, which comes back."""
     keys = key_network(network(), queue_size=8, global_batch=4)
     for i in range(3):
-        keys.enqueue(rows(4, 3, f"batch {i}").requires_grad_().chunk(WORLD)[rank])
-    torch.save(keys.state_dict(), folder / f"rank{rank}.partial")
-    os.replace(folder / f"rank{rank}.partial", folder / f"rank{rank}.pt")
-    while not all((folder / f"rank{other}.pt").exists() for other in range(WORLD)):
-        time.sleep(0.01)
-    os._exit(0)  # gloo's threads are not taken down, which now and then hangs
-
-
-def joined(context: ForkServerContext, target: Callable[[int, Path], None], folder: Path) -> list[dict[str, Tensor]]:
-    children = [context.Process(target=target, args=(rank, folder), daemon=True) for rank in range(WORLD)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+        keys.enqueue(rows(4, 3, f"batch {i}").requires_grad_().chunk(WORLD)[rank()])
+    return keys.state_dict()
 
 
 @pytest.mark.timeout(120)
@@ -245,6 +227,6 @@ def test_every_process_holds_the_queue_of_one_process(processes: ForkServerConte
     single = key_network(network(), queue_size=8, global_batch=4)
     for i in range(3):
         single.enqueue(rows(4, 3, f"batch {i}"))
-    for state in joined(processes, enqueue_shard, tmp_path):
+    for state in on_ranks(processes, enqueue_shard, WORLD, tmp_path):
         assert torch.equal(state["queue"], single.queue)
         assert torch.equal(state["position"], single.position)

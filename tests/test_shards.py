@@ -5,24 +5,24 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import distributed
 
 import rush.pipeline
 import rush.stages.certifying
 from certifying import METHODS, assert_same, certified, pixel_images
+from ranks import on_ranks
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
 from rush.certification.table import append_certificates, read_certificates, write_certificates
+from rush.engine.distributed import rank
 from rush.engine.runs import RunFolder
 from rush.errors import RunError
 from rush.options import STAGES, Stage
@@ -33,35 +33,24 @@ from tiny import run_tiny
 WORLD = 2
 
 
-def certify_shard(rank: int, folder: Path) -> None:
-    """One of two processes: all certificates of some images, as ``rush.certify`` returns them, left in ``folder``."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+def certify_shard(folder: Path) -> None:
+    """In one of two processes: all certificates of some images, as ``rush.certify`` returns them, left in
+    ``folder``."""
     for method in METHODS:
         for count in (1, 9):
             found = certified(method, pixel_images(count))
-            write_certificates(folder / f"{method}-{count}-{rank}.tsv", found, range(count))
-    (folder / f"done{rank}").touch()
-    while not all((folder / f"done{other}").exists() for other in range(WORLD)):
-        time.sleep(0.01)
-    os._exit(0)  # gloo's threads are not taken down, which now and then hangs
+            write_certificates(folder / f"{method}-{count}-{rank()}.tsv", found, range(count))
 
 
 @pytest.mark.timeout(120)
 def test_two_processes_return_the_certificates_of_one(processes: ForkServerContext, tmp_path: Path) -> None:
     """Nine images, so that the shares are unequal, and one, so that a process has none."""
-    children = [processes.Process(target=certify_shard, args=(rank, tmp_path), daemon=True) for rank in range(WORLD)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
+    on_ranks(processes, partial(certify_shard, tmp_path), WORLD, tmp_path)
     for method in METHODS:
         for count in (1, 9):
             expected = certified(method, pixel_images(count))
-            for rank in range(WORLD):
-                found = read_certificates(tmp_path / f"{method}-{count}-{rank}.tsv")
+            for own in range(WORLD):
+                found = read_certificates(tmp_path / f"{method}-{count}-{own}.tsv")
                 assert found is not None
                 assert_same(found[1], expected)
 

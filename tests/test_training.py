@@ -56,8 +56,8 @@ def bits(module: nn.Module) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
 
 
-class Stopper:
-    """Raises in place of the second epoch's event."""
+class Epochs:
+    """Keeps what a training logs."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -77,8 +77,10 @@ def pretrained(
     log: Callable[..., None] = lambda *_, **__: None,
     views: Any = VIEWS,
     noise: NoiseSchedule | None = None,
+    own: Classifier | None = None,
+    **given: Any,
 ) -> Classifier:
-    own = classifier()
+    own = own or classifier()
     pretrain(
         Resident(images().without_labels(), "cpu", rank(), world_size()),
         own.encoder,
@@ -93,6 +95,7 @@ def pretrained(
         execution=Execution(),
         keeping=keeping,
         log=log,
+        **given,
     )
     return own
 
@@ -153,14 +156,14 @@ OBJECTIVES: dict[FinetuneObjective, tuple[float, float]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_pre_training_costs_the_passes_that_it_says(name: str) -> None:
-    (method, passes), told = METHODS[name], Stopper()
+    (method, passes), told = METHODS[name], Epochs()
     pretrained(method, log=told)
     assert told.passes == passes
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_fine_tuning_costs_the_passes_that_it_says(name: FinetuneObjective) -> None:
-    told = Stopper()
+    told = Epochs()
     finetuned(name, log=told)
     assert told.passes == OBJECTIVES[name]
 
@@ -205,19 +208,7 @@ def test_the_encoder_of_acl_comes_back_with_the_normalization_of_the_adversarial
             monitored[:] = [own.encoder.layers[1].running_mean.clone()]  # type: ignore[union-attr, index]
             return {}
 
-        pretrain(
-            Resident(images().without_labels()),
-            own.encoder,
-            own.normalize,
-            method=ACL(epsilon=epsilon, step_size=epsilon, steps=1),
-            views=VIEWS,
-            schedule=SCHEDULE,
-            projector_hidden=16,
-            projector_out=8,
-            seed=0,
-            execution=Execution(),
-            monitor=look,
-        )
+        pretrained(ACL(epsilon=epsilon, step_size=epsilon, steps=1), own=own, monitor=look)
         mean = own.encoder.layers[1].running_mean  # type: ignore[union-attr, index]
         assert isinstance(mean, Tensor)
         return mean
@@ -229,14 +220,14 @@ def test_the_encoder_of_acl_comes_back_with_the_normalization_of_the_adversarial
 
 
 def test_linear_then_full_trains_the_head_alone_at_first() -> None:
-    told = Stopper()
+    told = Epochs()
     own = finetuned("gaussian", "linear-then-full", log=told)
     assert [(event["passes"], event["forward_passes"]) for event in told.events] == [
         (0, EPOCH_IMAGES),
         (EPOCH_IMAGES, 0),
     ]
     assert bits(own.encoder) != bits(classifier().encoder)
-    head_only = Stopper()
+    head_only = Epochs()
     kept = finetuned("gaussian", "linear-then-full", log=head_only, head_epochs=2)
     assert bits(kept.encoder) == bits(classifier().encoder)
     assert bits(kept.head) != bits(classifier().head)
@@ -246,22 +237,8 @@ def test_linear_then_full_trains_the_head_alone_at_first() -> None:
 @pytest.mark.slow
 def test_a_compiled_encoder_trains_alike_and_is_counted_alike() -> None:
     """Compiled kernels round otherwise: six steps of SGD leave 1e-4."""
-    plain, told, compiled = classifier(), Stopper(), classifier()
-    for own, mode, log in ((plain, "none", Stopper()), (compiled, "default", told)):
-        pretrain(
-            Resident(images().without_labels()),
-            own.encoder,
-            own.normalize,
-            method=SimCLR(),
-            views=VIEWS,
-            schedule=SCHEDULE,
-            projector_hidden=16,
-            projector_out=8,
-            seed=0,
-            execution=Execution(),
-            compile_mode=mode,  # type: ignore[arg-type]
-            log=log,
-        )
+    told = Epochs()
+    plain, compiled = pretrained(SimCLR()), pretrained(SimCLR(), log=told, compile_mode="default")
     assert told.passes == (2, 0)
     assert bits(compiled) != bits(plain)
     for name, tensor in plain.state_dict().items():

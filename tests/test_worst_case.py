@@ -5,9 +5,9 @@ import math
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import special, stats
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from exact_models import HalfSpace, Recorder, assert_in_threat
 from random_models import NoisyHalfSpace, SharedNoise
+from ranks import on_ranks
 from rush.attacks.losses import margin
 from rush.attacks.threat import ThreatModel
 from rush.data.images import ImageSet
@@ -556,17 +557,10 @@ def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], tmp_path: Pat
 # Processes
 
 
-def attack_share(rank: int, folder: Path) -> None:
-    """One of two processes: results of 150 images, of one group, and of 66 with files, left in ``folder``."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    results = [_attacked(), _attacked(count=5), _attacked(folder / "parts", count=66)]
-    torch.save([_plain_values(result) for result in results], folder / f"{rank}.pt")
-    (folder / f"done{rank}").touch()
-    while not all((folder / f"done{other}").exists() for other in range(WORLD)):
-        time.sleep(0.01)
-    os._exit(0)  # gloo's threads are not taken down, which now and then hangs
+def attack_share(folder: Path) -> list[dict[str, Tensor | list[str]]]:
+    """In one of two processes: results of 150 images, of one group, and of 66 with files in ``folder``."""
+    results = [_attacked(), _attacked(count=5), _attacked(folder, count=66)]
+    return [_plain_values(result) for result in results]
 
 
 def _plain_values(result: AttackResult) -> dict[str, Tensor | list[str]]:
@@ -579,15 +573,9 @@ def test_two_processes_share_the_groups_and_each_returns_the_bits_of_one(
     processes: ForkServerContext, undisturbed: AttackResult, tmp_path: Path
 ) -> None:
     """Three groups, so that shares are unequal, and one, so that a process has none."""
-    children = [processes.Process(target=attack_share, args=(rank, tmp_path), daemon=True) for rank in range(WORLD)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
+    found_on_ranks = on_ranks(processes, partial(attack_share, tmp_path / "parts"), WORLD, tmp_path)
     expected = [_plain_values(result) for result in (undisturbed, _attacked(count=5), _attacked(count=66))]
-    for rank in range(WORLD):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in found_on_ranks:
         for own, other in zip(found, expected, strict=True):
             assert own.keys() == other.keys()
             assert own["ids"] == other["ids"]

@@ -79,9 +79,7 @@ def run_tiny(folder: Path, *overrides: str, stages: tuple[Stage, ...] = STAGES) 
 
 def results(folder: Path) -> dict[str, object]:
     """Everything of a run that depends on nothing but recipe and machine: weights, votes, points; no times."""
-    found: dict[str, object] = {}
-    for name in ("checkpoints/encoder.safetensors", "model/model.safetensors"):
-        found[name] = {key: (str(a.dtype), a.shape, a.tobytes()) for key, a in load_file(folder / name).items()}
+    found = results_of_training(folder)
     for name in ("certificates.tsv", "attacks.tsv"):
         found[name] = _without_time((folder / name).read_text())
     found["audit.json"] = (folder / "audit.json").read_text()
@@ -96,7 +94,10 @@ def results(folder: Path) -> dict[str, object]:
 def results_of_training(folder: Path) -> dict[str, object]:
     """The weights that both trainings left."""
     names = ("checkpoints/encoder.safetensors", "model/model.safetensors")
-    return {name: {key: a.tobytes() for key, a in load_file(folder / name).items()} for name in names}
+    weights = {name: load_file(folder / name) for name in names}
+    return {
+        name: {key: (str(a.dtype), a.shape, a.tobytes()) for key, a in found.items()} for name, found in weights.items()
+    }
 
 
 def _without_time(table: str) -> list[list[str]]:
