@@ -325,8 +325,10 @@ def test_two_processes_do_all_stages_that_can_be_shared(tmp_path: Path) -> None:
 
 def test_a_run_begins_with_the_encoder_of_another(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "fewer"
-    done = call("finetune", tiny_run, "--out", out, "--set", "finetune.label_fraction=0.2")
+    own = ("--set", "finetune.label_fraction=0.2", "--set", "name=fewer")
+    done = call("finetune", tiny_run, "--out", out, *own)
     assert done.returncode == 0, done.stderr
+    assert RunFolder.open(out).recipe.name == "fewer"
     figures = json.loads((out / "stages/finetune.json").read_text())
     assert figures["labelled_images"] == 279
     for name in ("stages/pretrain.json", "checkpoints/encoder.safetensors"):

@@ -76,6 +76,7 @@ class RunFolder:
         """
         self.require("pretrain")
         changed = _changed_fields(self.recipe, recipe, "pretrain")
+        changed = [field for field in changed if field != "name"]  # a run of its own may have a name of its own
         if changed:
             raise RunError(
                 f"{self.path} was pre-trained with other values of {', '.join(changed)}; a run that begins with its "
