@@ -251,6 +251,13 @@ def test_conditions_that_differ_are_noted_and_radii_off_a_grid_left_out() -> Non
     assert [row[2].endswith(" *") for row in rows] == [False, True, False, True]
     assert not any(row[1].endswith(" *") for row in rows)
     assert "*" not in table(comparison_tables(compare([first])), "Certified accuracy by ℓ2")[0]
+    assert comparison.radius == 0.25, "half the smaller sigma is not on the grid"
+    title, _, rows = table(comparison_tables(comparison), "Certified accuracy by class")
+    assert "*" not in title + "".join(map("".join, rows))
+    title, _, rows = table(comparison_tables(compare([first, second], radius=0.125)), "Certified accuracy by class")
+    assert "radius 0.125 (* not on the log's grid" in title
+    assert rows[0][2].endswith(" *")
+    assert not rows[0][1].endswith(" *")
 
 
 def test_the_first_log_is_paired_with_every_other_and_names_stay_apart() -> None:

@@ -358,7 +358,7 @@ def compare(
     radii: list[float]
         Radii at which to compare; multiples of 0.25 by default.
     class_radius: float
-        Radius of the figures by class.
+        Radius of the figures by class; half the smallest sigma, or the next one of the logs' grids, by default.
     assume_same_images: bool
         Test pairs although nothing but index and label says that the images are the same.
     """

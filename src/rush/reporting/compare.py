@@ -21,6 +21,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _STEP = 0.25
 _MOST_RADII = 40
 _NONE = "–"
+_OFF_GRID = " (* not on the log's grid: what is certified at its next larger radius)"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def compare(
     """The logs side by side, and the first of them paired with every other one.
 
     radii: where accuracies are compared; by default the multiples of 0.25 (of 0.5, 1, ... for very large ones) up to
-    the largest certified radius. radius: where classes are compared; half the smallest sigma by default.
+    the largest certified radius. radius: where classes are compared; by default half the smallest sigma, or the
+    next larger radius that all logs with a grid hold.
 
     A pair needs the same images. Data-set fingerprints that differ refuse it. Where they agree, images are matched by
     id, and both logs must hold the same ids: which images a log lacks might depend on how hard they are. Where one is
@@ -97,7 +99,7 @@ def compare(
     return Comparison(
         logs=named,
         radii=grid,
-        radius=min(log.sigma for log in named) / 2 if radius is None else _checked_radii([radius])[0],
+        radius=_default_radius(named) if radius is None else _checked_radii([radius])[0],
         pairs=tuple(_paired(named[0], other, grid, assume_same_images) for other in named[1:]),
     )
 
@@ -184,6 +186,12 @@ def _default_radii(logs: Sequence[CertificationLog]) -> tuple[float, ...]:
     while largest / step >= _MOST_RADII:
         step *= 2
     return tuple(step * number for number in range(int(largest / step) + 1))
+
+
+def _default_radius(logs: Sequence[CertificationLog]) -> float:
+    half = min(log.sigma for log in logs) / 2
+    held = [radius for log in logs for radius in log.radii or () if radius >= half]
+    return min((radius for radius in held if all(_on_grid(log, radius) for log in logs)), default=half)
 
 
 def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
@@ -293,6 +301,10 @@ def _on_grid(log: CertificationLog, radius: float) -> bool:
     return log.radii is None or any(math.isclose(radius, step, abs_tol=1e-9) for step in log.radii)
 
 
+def _star(log: CertificationLog, radius: float) -> str:
+    return "" if _on_grid(log, radius) else " *"
+
+
 def _table(
     comparison: Comparison, title: str, corner: str, rows: Sequence[tuple[str, Callable[[CertificationLog], str]]]
 ) -> Table:
@@ -319,12 +331,12 @@ def _conditions_table(comparison: Comparison) -> Table:
 
 def _accuracy_table(comparison: Comparison) -> Table:
     def cell(log: CertificationLog, radius: float) -> str:
-        return share(log.accuracy(radius)) + ("" if _on_grid(log, radius) else " *")
+        return share(log.accuracy(radius)) + _star(log, radius)
 
     rows = [(f"{radius:g}", lambda log, radius=radius: cell(log, radius)) for radius in comparison.radii]
     title = "Certified accuracy by ℓ2 radius, exact 95 % intervals"
     if not all(_on_grid(log, radius) for log in comparison.logs for radius in comparison.radii):
-        title += " (* not on the log's grid: what is certified at its next larger radius)"
+        title += _OFF_GRID
     return _table(comparison, title, "radius", rows)
 
 
@@ -393,11 +405,14 @@ def _class_table(comparison: Comparison) -> Table:
 
     def worst(log: CertificationLog) -> str:
         label, accuracy = min(found[log.name].items(), key=lambda item: item[1].estimate)
-        return f"{percent(accuracy.estimate)} (class {label})"
+        return f"{percent(accuracy.estimate)} (class {label})" + _star(log, comparison.radius)
 
     rows: list[tuple[str, Callable[[CertificationLog], str]]] = [("worst", worst)]
     rows += [(f"{label}", lambda log, label=label: cell(log, label)) for label in labels]  # type: ignore[misc]
-    return _table(comparison, f"Certified accuracy by class at ℓ2 radius {comparison.radius:g}", "class", rows)
+    title = f"Certified accuracy by class at ℓ2 radius {comparison.radius:g}"
+    if not all(_on_grid(log, comparison.radius) for log in comparison.logs):
+        title += _OFF_GRID
+    return _table(comparison, title, "class", rows)
 
 
 def _probability_table(comparison: Comparison) -> Table:
