@@ -225,6 +225,22 @@ def test_the_commands_show_such_a_run(plain_run: Path, call: Call) -> None:
     assert (alone.returncode, "PGD-20" in alone.stdout) == (0, True)
 
 
+def test_a_comparison_of_many_runs_breaks_no_word_of_a_narrow_terminal(
+    plain_run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"seed-{seed}-trained-against" for seed in range(5)]
+    runs = [shutil.copytree(plain_run, tmp_path / name) for name in names]
+    monkeypatch.setenv("COLUMNS", "70")
+    narrow = call("compare", *runs).stdout
+    assert max(map(len, narrow.splitlines())) <= 70
+    assert all(name in narrow for name in names)
+    monkeypatch.delenv("COLUMNS")
+    piped = call("compare", *runs).stdout
+    assert max(map(len, piped.splitlines())) > 110, "one table with a column for every run"
+    words = [{word for word in text.split() if not word.startswith("━")} for text in (narrow, piped)]
+    assert words[0] == words[1]
+
+
 def test_runs_with_and_without_certificates_are_compared(plain_run: Path, tmp_path: Path) -> None:
     again = shutil.copytree(plain_run, tmp_path / "again")
     tables = {title: (header, rows) for title, header, rows in compare_command([again, SMOOTHED, plain_run])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rush.outside import Subject
 
 T = TypeVar("T")
+
+_UNLIMITED = 10_000  # a width that no table reaches
+_BETWEEN = len(" | ")
 
 app = App(
     name="rush",
@@ -629,13 +632,50 @@ def _print_table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None
 
 
 def _print_wide_table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table, in several one below the other where its words need more columns than a terminal has; in a pipe or file
+    as wide as it is."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*header, title=title, title_justify="left", show_edge=False)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    _console().print(table)
+    console = _console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _UNLIMITED
+    columns = [tuple(column) for column in zip(header, *rows, strict=True)]
+    for part in _parts(columns, console.width):
+        table = Table(title=title, title_justify="left", show_edge=False)
+        for column, width in zip(part, _widths(part, console.width), strict=True):
+            table.add_column(column[0], width=width)
+        for row in zip(*(column[1:] for column in part), strict=True):
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+
+
+def _parts(columns: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[str, ...]]]:
+    """The columns after the first in groups that fit ``width`` without a broken word, each with the first before it."""
+    first, *others = columns
+    parts = [[first]]
+    for column in others:
+        least = sum(_longest_word(held) + _BETWEEN for held in (*parts[-1], column))
+        if least > width and len(parts[-1]) > 1:
+            parts.append([first])
+        parts[-1].append(column)
+    return parts
+
+
+def _widths(columns: Sequence[tuple[str, ...]], width: int) -> list[int]:
+    """The longest word of each column, and up to its longest cell while ``width`` lasts, the least wishes first."""
+    widths = [_longest_word(column) for column in columns]
+    wishes = [max(map(len, column)) - least for column, least in zip(columns, widths, strict=True)]
+    spare = max(0, width - sum(least + _BETWEEN for least in widths))
+    for index in sorted(range(len(columns)), key=wishes.__getitem__):
+        given = min(wishes[index], spare)
+        widths[index] += given
+        spare -= given
+    return widths
+
+
+def _longest_word(column: tuple[str, ...]) -> int:
+    return max(len(word) for cell in column for word in (*cell.split(), ""))
 
 
 def _console(stderr: bool = False):  # type: ignore[no-untyped-def]  # rich is imported late
