@@ -38,7 +38,7 @@ from rush.errors import ConfigError, InputError
 
 _LUMA = (0.299, 0.587, 0.114)
 _CROP_ATTEMPTS = 10
-_CHUNK_VALUES = 128 * 3 * 32 * 32  # on a CPU this many values at a time: they and their temporaries stay in the cache
+_CHUNK_VALUES = 128 * 3 * 32 * 32  # on a CPU so many values a thread at a time: they and their temporaries stay cached
 _TINY_CHROMA = 1e-12  # below it a pixel is grey and its hue is of no consequence
 
 # Columns of the uniform matrix that Views.draw takes.
@@ -207,9 +207,10 @@ def apply_view(x: Tensor, parameters: ViewParameters) -> Tensor:
     x: (B, C, H, W) float32 in [0, 1] or uint8. Raises: InputError as the operations do.
     """
     _check_images(x)
-    if x.device.type != "cpu" or x.numel() <= _CHUNK_VALUES:
+    most = _CHUNK_VALUES * torch.get_num_threads()
+    if x.device.type != "cpu" or x.numel() <= most:
         return _apply_to_chunk(x, parameters)
-    step = max(1, _CHUNK_VALUES // x[0].numel())
+    step = max(1, most // x[0].numel())
     view = torch.empty(x.shape, device=x.device)
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
@@ -235,8 +236,8 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
     columns = _sampling(left, box_width, width)
     if flip is not None:
         columns = torch.where(_per_sample("flip", flip, batch).view(batch, 1), columns.flip(1), columns)
-    shape = (batch, height, width)
-    grid = torch.view_as_real(torch.complex(columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)))
+    zero = columns.new_zeros(())  # the sum interleaves both without a copy of either
+    grid = torch.view_as_real(torch.complex(columns, zero)[:, None, :] + torch.complex(zero, rows)[:, :, None])
     return F.grid_sample(unit_float(x), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
