@@ -75,11 +75,10 @@ class RunFolder:
         something else.
         """
         self.require("pretrain")
-        changed = _changed_fields(self.recipe, recipe, "pretrain")
-        changed = [field for field in changed if field != "name"]  # a run of its own may have a name of its own
+        changed = set(_changed_fields(self.recipe, recipe, "pretrain")) - {"name"}  # a branch may have its own
         if changed:
             raise RunError(
-                f"{self.path} was pre-trained with other values of {', '.join(changed)}; a run that begins with its "
+                f"{self.path} was pre-trained with other values of {', '.join(sorted(changed))}; a run that begins with its "
                 "encoder may change only later stages: leave them as they are, or start anew with `rush run`"
             )
         run = RunFolder.create(path, recipe)

@@ -21,7 +21,6 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _STEP = 0.25
 _MOST_RADII = 40
 _NONE = "–"
-_OFF_GRID = " (* not on the log's grid: what is certified at its next larger radius)"
 
 
 @dataclass(frozen=True)
@@ -305,6 +304,11 @@ def _star(log: CertificationLog, radius: float) -> str:
     return "" if _on_grid(log, radius) else " *"
 
 
+def _star_note(logs: Sequence[CertificationLog], radii: Sequence[float]) -> str:
+    starred = any(_star(log, radius) for log in logs for radius in radii)
+    return " (* not on the log's grid: what is certified at its next larger radius)" if starred else ""
+
+
 def _table(
     comparison: Comparison, title: str, corner: str, rows: Sequence[tuple[str, Callable[[CertificationLog], str]]]
 ) -> Table:
@@ -334,9 +338,7 @@ def _accuracy_table(comparison: Comparison) -> Table:
         return share(log.accuracy(radius)) + _star(log, radius)
 
     rows = [(f"{radius:g}", lambda log, radius=radius: cell(log, radius)) for radius in comparison.radii]
-    title = "Certified accuracy by ℓ2 radius, exact 95 % intervals"
-    if not all(_on_grid(log, radius) for log in comparison.logs for radius in comparison.radii):
-        title += _OFF_GRID
+    title = "Certified accuracy by ℓ2 radius, exact 95 % intervals" + _star_note(comparison.logs, comparison.radii)
     return _table(comparison, title, "radius", rows)
 
 
@@ -409,9 +411,8 @@ def _class_table(comparison: Comparison) -> Table:
 
     rows: list[tuple[str, Callable[[CertificationLog], str]]] = [("worst", worst)]
     rows += [(f"{label}", lambda log, label=label: cell(log, label)) for label in labels]  # type: ignore[misc]
-    title = f"Certified accuracy by class at ℓ2 radius {comparison.radius:g}"
-    if not all(_on_grid(log, comparison.radius) for log in comparison.logs):
-        title += _OFF_GRID
+    note = _star_note(comparison.logs, [comparison.radius])
+    title = f"Certified accuracy by class at ℓ2 radius {comparison.radius:g}{note}"
     return _table(comparison, title, "class", rows)
 
 
