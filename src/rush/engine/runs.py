@@ -71,14 +71,14 @@ class RunFolder:
     def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
         """A run of ``recipe`` in ``path``, new or gone on with, that begins with the pre-trained encoder of this one.
 
-        Raises: RunError when this one has none, when ``recipe`` says otherwise how it was made, or when ``path`` holds
-        something else.
+        It may have a name of its own. Raises: RunError when this one has none, when ``recipe`` says otherwise how it
+        was made, or when ``path`` holds something else.
         """
         self.require("pretrain")
-        changed = set(_changed_fields(self.recipe, recipe, "pretrain")) - {"name"}  # a branch may have its own
+        changed = [field for field in _changed_fields(self.recipe, recipe, "pretrain") if field != "name"]
         if changed:
             raise RunError(
-                f"{self.path} was pre-trained with other values of {', '.join(sorted(changed))}; a run that begins with its "
+                f"{self.path} was pre-trained with other values of {', '.join(changed)}; a run that begins with its "
                 "encoder may change only later stages: leave them as they are, or start anew with `rush run`"
             )
         run = RunFolder.create(path, recipe)
