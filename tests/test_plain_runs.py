@@ -228,12 +228,13 @@ def test_the_commands_show_such_a_run(plain_run: Path, call: Call) -> None:
 def test_a_comparison_of_many_runs_breaks_no_word_of_a_narrow_terminal(
     plain_run: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [f"seed-{seed}-trained-against" for seed in range(5)]
+    names = ["first", "seed-1-trained-against-noise", "second", "seed-2", "seed-3-trained-for-half-as-long"]
     runs = [shutil.copytree(plain_run, tmp_path / name) for name in names]
-    monkeypatch.setenv("COLUMNS", "70")
-    narrow = call("compare", *runs).stdout
-    assert max(map(len, narrow.splitlines())) <= 70
-    assert all(name in narrow for name in names)
+    for columns in (60, 80, 90, 70):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        narrow = call("compare", *runs).stdout
+        assert max(map(len, narrow.splitlines())) <= columns
+        assert all(name in narrow for name in names)
     monkeypatch.delenv("COLUMNS")
     piped = call("compare", *runs).stdout
     assert max(map(len, piped.splitlines())) > 110, "one table with a column for every run"
