@@ -153,7 +153,10 @@ def most_false(count: int) -> float:
 
 
 # A product of four pixels in float32 may differ by a last bit from row to row of a tile, by the processor.
-@pytest.mark.filterwarnings("ignore::rush.errors.NumericsWarning")
+last_bit_by_row = pytest.mark.filterwarnings("ignore::rush.errors.NumericsWarning")
+
+
+@last_bit_by_row
 def test_two_thousand_certificates_at_the_radii_are_false_no_more_often_than_alpha() -> None:
     """400 images at each of five exact null probabilities. Odds of failing by chance: 5e-6; and less than 1e-6 for the
     lower limit, without which the test would have no power: 0.4 of the level is used, or more."""

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from test_certify import false_at_the_radii, most_false
+from test_certify import false_at_the_radii, last_bit_by_row, most_false
 
 pytestmark = pytest.mark.slow
 
 
+@last_bit_by_row
 def test_twenty_thousand_certificates_at_the_radii_are_false_no_more_often_than_alpha() -> None:
     """4,000 images at the exact probability of each radius, 1/2 included. Odds of failing by chance: 5e-6."""
     for radius, false in false_at_the_radii(4000, num_estimation=1500, seed=1).items():

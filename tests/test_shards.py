@@ -221,10 +221,10 @@ def test_the_stage_under_torchrun_leaves_the_table_of_one_process(method: str, t
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_another_stage_under_torchrun_is_refused_in_a_line(tiny_run: Path, tmp_path: Path) -> None:
-    run = uncertified(tiny_run, tmp_path / "run")
-    (run.path / "stages/finetune.json").unlink()
+    run = RunFolder.open(shutil.copytree(tiny_run, tmp_path / "run"))
+    (run.path / "stages/audit.json").unlink()
     before = np.sort([file.stat().st_mtime_ns for file in run.path.rglob("*.*")])
-    done = torchrun("finetune", run.path)
+    done = torchrun("audit", run.path)
     assert done.returncode != 0
-    assert f"rush: stage finetune runs in one process; start `rush finetune {run.path}` without torchrun" in done.stderr
+    assert f"rush: stage audit runs in one process; start `rush audit {run.path}` without torchrun" in done.stderr
     np.testing.assert_array_equal(np.sort([file.stat().st_mtime_ns for file in run.path.rglob("*.*")]), before)
