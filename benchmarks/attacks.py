@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ from rush.attacks.threat import distances
 from rush.data.images import ImageSet, stratified_subset
 from rush.engine.precision import Execution
 from rush.evaluation.intervals import paired_difference
-from rush.files import write_atomically
 from rush.randomness import stream
+from shared import labels_of, save_arrays
 
 STEPS = 100
 SLACK = 1e-6  # float32 rounding of a point at the edge of the ball
@@ -82,25 +82,22 @@ class Found:
     forwards: int
 
     def save(self, path: Path) -> None:
-        def write(target: Path) -> None:
-            with open(target, "wb") as file:  # numpy would add a suffix to a name
-                np.savez(file, **vars(self))
-
-        write_atomically(path, write)
+        save_arrays(path, **vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "Found":
         with np.load(path) as stored:
-            scalars = {"seconds": float, "gradients": int, "forwards": int}
-            return cls(**{name: scalars.get(name, np.asarray)(stored[name]) for name in stored.files})
+            values: dict[str, Any] = {name: stored[name] for name in stored.files}
+        return cls(**{name: value if value.ndim else value.item() for name, value in values.items()})
 
     @classmethod
     def join(cls, parts: list["Found"]) -> "Found":
-        arrays = ("ids", "clean", "standing", "adversarial")
-        return cls(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in arrays),
-            *(sum(getattr(part, name) for part in parts) for name in ("seconds", "gradients", "forwards")),
-        )
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("ids", "clean", "standing", "adversarial")
+        }
+        spent = {name: sum(getattr(part, name) for part in parts) for name in ("seconds", "gradients", "forwards")}
+        return cls(**joined, **spent)
 
     @property
     def cost(self) -> str:
@@ -159,7 +156,7 @@ def _attack_batch(attacker: Attacker, network: nn.Module, images: ImageSet, epsi
 
 def correct(network: nn.Module, points: Tensor, images: ImageSet) -> NDArray[np.bool_]:
     """Whether the network's class at each point is the label, by the forward that judges everywhere."""
-    return (Execution().tiled_logits(network, points).argmax(1) == images.labels).numpy()
+    return (Execution().tiled_logits(network, points).argmax(1) == labels_of(images)).numpy()
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -190,7 +187,7 @@ def original(network: nn.Module, images: ImageSet, *, attack: str, epsilon: floa
     if attack != "standard":
         suite.attacks_to_run = [attack]
         suite.square.n_queries = queries
-    points, _ = suite.run_standard_evaluation(images.pixels(), images.labels, batch_size=len(images))
+    points, _ = suite.run_standard_evaluation(images.pixels(), labels_of(images), batch_size=len(images))
     return points
 
 
@@ -224,14 +221,14 @@ def our_side(arguments: argparse.Namespace, case: str, network: nn.Module, image
 def our_apgd(network: nn.Module, images: ImageSet, *, epsilon: float, loss: Loss) -> Tensor:
     threat, x = rush.ThreatModel("linf", epsilon), images.pixels()
     start = threat.random_start(x, streams(images, "apgd"))
-    best, _ = apgd(plain(network, Execution()), x, images.labels, threat, steps=STEPS, loss=loss, start=start)
+    best, _ = apgd(plain(network, Execution()), x, labels_of(images), threat, steps=STEPS, loss=loss, start=start)
     return best
 
 
 def our_square(network: nn.Module, images: ImageSet, *, epsilon: float, queries: int) -> Tensor:
     threat = rush.ThreatModel("linf", epsilon)
     log_probs, generators = plain(network, Execution()), streams(images, "square")
-    return square(log_probs, images.pixels(), images.labels, threat, generators, queries=queries)
+    return square(log_probs, images.pixels(), labels_of(images), threat, generators, queries=queries)
 
 
 def our_worst_case(network: nn.Module, images: ImageSet, *, epsilon: float) -> Tensor:

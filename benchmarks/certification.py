@@ -47,9 +47,11 @@ from rush.certification.rules import Rule, make_rule, null_probability
 from rush.certification.sequential import UNDECIDED
 from rush.engine.forward import Forward, try_forwards
 from rush.engine.precision import Execution, decide_execution
+from rush.inputs import labelled_pixels
 from rush.randomness import seeded_init, stream
 from rush.reporting.logs import CertificationLog, read_log
 from rush.saving import ClassifierSpec
+from shared import smoothed_model
 
 CAP, ALPHA, BLOCK = 100_000, 0.001, 100
 ONE_RADIUS = (("catrs", 0.25), ("gaussian", 0.25), ("catrs", 0.5), ("gaussian", 0.5), ("catrs", 1.0), ("gaussian", 1.0))
@@ -90,7 +92,7 @@ def compare_samples(
     print(f"{title}, {what}: fixed N certified {percents((fixed & correct[:, None]).mean(0))}")
     for bound in ("geometric", "beta"):
         rule = sequential_rule(sigma, radii, len(p), bound)
-        passed, outcome, _, trials = follow(rule, votes.astype(np.uint8), np.full(len(p), CAP))
+        passed, outcome, _, trials = follow(rule, list(votes.astype(np.uint8)), np.full(len(p), CAP))
         accuracy = ((passed[:, None] > np.arange(len(radii))) & correct[:, None]).mean(0)
         known = known_p_bound(p, nulls, rule)
         print(
@@ -161,16 +163,16 @@ def textbook(model: nn.Module, x: Tensor, sigma: float, selection: int, estimati
 
 
 def wall_time(arguments: argparse.Namespace) -> None:
-    stored = rush.load(arguments.run)
+    stored = smoothed_model(arguments.run)
     sigma = stored.sigma
-    images = real_images(arguments)
-    pixels = images.pixels()
-    plain = rush.load(arguments.run).classifier.to(memory_format=torch.contiguous_format)
+    images = labelled_pixels(real_images(arguments))
+    pixels = images.x
+    plain = smoothed_model(arguments.run).classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     per_image = textbook_time(plain, pixels, sigma, CAP, arguments.textbook_full)
     textbook_time(plain, pixels, sigma, arguments.textbook_samples, arguments.textbook_images)
     log = read_log(arguments.logs / f"catrs_sigma_{sigma:g}.tsv")
     models = {
-        "network": ("trained network", stored.classifier, (pixels, images.labels)),
+        "network": ("trained network", stored.classifier, (pixels, images.y)),
         "margins": ("linear margins of the logs", *margins_model(stored.classifier, sigma, log, len(images))),
     }
     for title, classifier, data in (models[name] for name in arguments.models):
@@ -214,6 +216,7 @@ class Margins(nn.Module):
     def __init__(self, network: nn.Module, weight: Tensor) -> None:
         super().__init__()
         self.network = network
+        self.weight: Tensor
         self.register_buffer("weight", weight)
         self.eval()
 
@@ -242,7 +245,7 @@ def margins_model(
 
 
 def loss(arguments: argparse.Namespace) -> None:
-    stored = rush.load(arguments.run)
+    stored = smoothed_model(arguments.run)
     images = real_images(arguments)
     execution, _ = try_forwards(stored.classifier, stored_execution(), (3, 32, 32), 10, 10_000_000)
     smoothed = rush.SmoothedClassifier(stored.classifier, stored.sigma, 10, execution=execution)
@@ -319,7 +322,7 @@ def rate(work: Callable[[], object], amount: float, seconds: float) -> float:
 
 
 def votes(arguments: argparse.Namespace) -> None:
-    stored = rush.load(arguments.run)
+    stored = smoothed_model(arguments.run)
     images = real_images(arguments)
     reference = replace(stored_execution(), compile_mode="default")
     others = {

@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +96,8 @@ def _in_float32(layer: nn.Module) -> nn.Module:
         twin: nn.Module = Float32Linear(layer.in_features, layer.out_features, layer.bias is not None)
     else:
         assert isinstance(layer, nn.Conv2d)
-        twin = Float32Conv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-            bias=layer.bias is not None,
-        )  # fmt: skip
+        shape: dict[str, Any] = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding")}
+        twin = Float32Conv2d(layer.in_channels, layer.out_channels, bias=layer.bias is not None, **shape)
     twin.load_state_dict(layer.state_dict())
     return twin
 

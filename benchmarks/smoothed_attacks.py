@@ -39,12 +39,12 @@ from rush.evaluation.defenders import defend
 from rush.evaluation.intervals import paired_difference, share_interval
 from rush.evaluation.plans import scaled, worst_case
 from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import Judging, evaluate, verdict
-from rush.files import write_atomically
+from rush.evaluation.robust import Judging, Method, evaluate, verdict
 from rush.inputs import labelled_pixels
 from rush.options import parse_fraction
 from rush.randomness import stream
 from rush.smoothing import SmoothedClassifier
+from shared import labels_of, save_arrays, smoothed_model
 
 ALPHA, MAX_VOTES = 0.001, 10_000
 PGDRS_STEPS, PGDRS_DRAWS, PGDRS_STEP = 125, 32, 2 / 255
@@ -56,8 +56,7 @@ GROUP = 64
 
 def gradient(arguments: argparse.Namespace) -> None:
     smoothed, images = model_and_images(arguments)
-    x, y = images.pixels(), images.labels
-    assert y is not None
+    x, y = images.pixels(), labels_of(images)
     print(f"device {smoothed.execution.device}, {smoothed.execution.precision}, {torch.get_num_threads()} threads")
     for draws in (1, 4, 16, 64):
         print_rate(smoothed, x, y, draws, arguments.repeats)
@@ -137,7 +136,7 @@ def strength(arguments: argparse.Namespace) -> None:
 
 
 def evaluated(
-    arguments: argparse.Namespace, smoothed: SmoothedClassifier, images: ImageSet, method: str
+    arguments: argparse.Namespace, smoothed: SmoothedClassifier, images: ImageSet, method: Method
 ) -> AttackResult:
     return rush.attack(
         smoothed,
@@ -146,7 +145,7 @@ def evaluated(
         method,
         alpha=ALPHA,
         max_votes=MAX_VOTES,
-        resume=arguments.cache / method,  # type: ignore[arg-type]
+        resume=arguments.cache / method,
     )
 
 
@@ -164,19 +163,18 @@ def judged(
         if not path.exists():
             started = time.perf_counter()
             points = attack(smoothed, images[first : first + GROUP], epsilon).detach().numpy()
-            save(path, points=points, seconds=np.array(time.perf_counter() - started))
+            save_arrays(path, points=points, seconds=time.perf_counter() - started)
         with np.load(path) as stored:
             parts.append(torch.from_numpy(stored["points"]))
             seconds += float(stored["seconds"])
-    points = torch.cat(parts)
+    joined = torch.cat(parts)
     print(f"{name}: {seconds:,.0f} s for the attack on {len(images)} images", flush=True)
-    return verdict(smoothed, images, points, threat_of(arguments), alpha=ALPHA, max_votes=MAX_VOTES, name=name)
+    return verdict(smoothed, images, joined, threat_of(arguments), alpha=ALPHA, max_votes=MAX_VOTES, name=name)
 
 
 def pgdrs(smoothed: SmoothedClassifier, images: ImageSet, epsilon: float) -> Tensor:
     """The first author's attack as it was published in its second form (noise drawn anew at every step)."""
-    x, y = images.pixels(), images.labels
-    assert y is not None
+    x, y = images.pixels(), labels_of(images)
     generators = [stream(0, "benchmark", "pgdrs", str(own)) for own in images.ids]
     rows = max(1, smoothed.execution.tile // PGDRS_DRAWS)
     found = []
@@ -197,7 +195,7 @@ def autoattack_rand(smoothed: SmoothedClassifier, images: ImageSet, epsilon: flo
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     module = smoothed.as_module(num_samples=1, generator=stream(0, "benchmark", "rand", str(images.ids[0])))
     suite = AutoAttack(module, norm="Linf", eps=epsilon, seed=0, version="rand", device="cpu")
-    points, _ = suite.run_standard_evaluation(images.pixels(), images.labels, batch_size=GROUP)
+    points, _ = suite.run_standard_evaluation(images.pixels(), labels_of(images), batch_size=GROUP)
     return points
 
 
@@ -255,15 +253,7 @@ def model_and_images(arguments: argparse.Namespace) -> tuple[SmoothedClassifier,
         torch.set_num_threads(arguments.threads)
     test = rush.load_images(recipe(arguments)["data"]["name"], split="test", root=arguments.data)
     images = stratified_subset(test, arguments.images, stream(0, "benchmark", "images"))
-    return rush.load(arguments.run, compiled=False), images
-
-
-def save(path: Path, **arrays: np.ndarray) -> None:
-    def write(target: Path) -> None:
-        with open(target, "wb") as file:  # numpy would add a suffix to a name
-            np.savez(file, **arrays)
-
-    write_atomically(path, write)
+    return smoothed_model(arguments.run, compiled=False), images
 
 
 def main() -> None:
