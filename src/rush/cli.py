@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 
 from rush.errors import ConfigError
 from rush.options import STAGES, Decision, Level, Norm, Stage
+from rush.terminal import console, print_lines, print_table, print_wide_table
 
 if TYPE_CHECKING:
     from rush.config import Recipe
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from rush.outside import Subject
 
 T = TypeVar("T")
-
-_UNLIMITED = 10_000  # a width that no table reaches
-_BETWEEN = len(" | ")
 
 app = App(
     name="rush",
@@ -214,9 +212,9 @@ def certify(
     from rush.recomputation import HEADER, recompute_table
 
     statement, rows = recompute_table(folder, out, **given)
-    _print_wide_table(None, HEADER, rows)
+    print_wide_table(None, HEADER, rows)
     text = f"{statement}; the last column, with 95 % confidence, is over images and noise together"
-    _console().print(text, soft_wrap=True, highlight=False)
+    console().print(text, soft_wrap=True, highlight=False)
 
 
 @app.command
@@ -251,9 +249,9 @@ def ladder(folder: Path | None = None, *, given: AnyModel = _NO_MODEL, overrides
     subject, results = given.subject(), []
     for result in subject.climb(given.seed):
         results.append(result)
-        _console(stderr=True).print(f"{result.plan.label}: {percent(result.robust_accuracy)}", highlight=False)
+        console(stderr=True).print(f"{result.plan.label}: {percent(result.robust_accuracy)}", highlight=False)
     title = f"{given.model}, {given.norm} {given.epsilon}, {len(results[0])} images"
-    _print_wide_table(title, LADDER_HEADER, ladder_rows(results))
+    print_wide_table(title, LADDER_HEADER, ladder_rows(results))
 
 
 @app.command
@@ -290,7 +288,7 @@ def audit(
     report_ = given.subject().audit(tolerance, given.seed)
     file = out or Path("audit.json")
     write_audit(file, report_)
-    _print_lines([*report_.summary(), f"written to {file}"])
+    print_lines([*report_.summary(), f"written to {file}"])
 
 
 @app.command
@@ -325,7 +323,7 @@ def verdict(file: Path, *, given: AnyModel = _NO_MODEL, alpha: float = 0.001, ma
         ("largest change", f"l-inf {result.linf.max():.5f}, l2 {result.l2.max():.4f}, l1 {result.l1.max():.3f}"),
         ("votes an image", f"{result.votes.mean():,.0f}"),
     ]
-    _print_table(("", str(file)), rows)
+    print_table(("", str(file)), rows)
 
 
 @app.command
@@ -368,7 +366,7 @@ def compare(
     from rush.reporting.compare import compare_command
 
     for title, header, rows in compare_command(runs_or_logs, sigma, radii, class_radius, assume_same_images):
-        _print_wide_table(title, header, rows)
+        print_wide_table(title, header, rows)
 
 
 @app.command
@@ -400,12 +398,12 @@ def cost(
     costs = list(measure_each(resolved, STEPS if steps is None else steps))
     conditions = dict.fromkeys(one.conditions for one in costs)
     title = f"Cost of training, every figure extrapolated (steps measured: {costs[0].measured_steps})"
-    _print_wide_table(title, COST_HEADER, cost_rows(costs))
-    _print_wide_table("By training, every figure extrapolated", STAGE_HEADER, stage_rows(costs))
-    _print_lines(f"extrapolated from steps measured on {text}" for text in conditions)
+    print_wide_table(title, COST_HEADER, cost_rows(costs))
+    print_wide_table("By training, every figure extrapolated", STAGE_HEADER, stage_rows(costs))
+    print_lines(f"extrapolated from steps measured on {text}" for text in conditions)
     if file is not None:
         write_costs(file, costs)
-        _print_lines([f"written to {file}"])
+        print_lines([f"written to {file}"])
 
 
 @app.command
@@ -443,7 +441,7 @@ def predict(
     rows = predict_files(
         folder, images, num_samples=num_samples, alpha=alpha, seed=seed, resize=resize, compiled=not eager
     )
-    _print_table(("image", "class"), rows)
+    print_table(("image", "class"), rows)
 
 
 @app.command
@@ -451,7 +449,7 @@ def recipes() -> None:
     """List the shipped recipes."""
     from rush.config import recipe_headline, recipe_names
 
-    _print_table(("recipe", "about"), [(name, recipe_headline(name)) for name in recipe_names()])
+    print_table(("recipe", "about"), [(name, recipe_headline(name)) for name in recipe_names()])
 
 
 @app.command
@@ -468,7 +466,7 @@ def info(folder: Path) -> None:
 
     opened = _reopen(folder, None, None)
     states = [(stage, "finished" if opened.finished(stage) else "not finished") for stage in STAGES]
-    _print_table((f"{opened.recipe.name}: {folder}", ""), [*states, *summary_rows(read_run(folder))])
+    print_table((f"{opened.recipe.name}: {folder}", ""), [*states, *summary_rows(read_run(folder))])
 
 
 def _version() -> str:
@@ -532,9 +530,7 @@ def _in_turn(work: Callable[[], T]) -> T:
 
 def _leader_says(text: str) -> None:
     """One line on standard error, from the first process."""
-    from rich.console import Console
-
-    Console(stderr=True, quiet=_process_number() > 0).print(text, highlight=False, soft_wrap=True)
+    console(stderr=True, quiet=_process_number() > 0).print(text, highlight=False, soft_wrap=True)
 
 
 def _text(path: Path | None) -> str | None:
@@ -542,18 +538,16 @@ def _text(path: Path | None) -> str | None:
 
 
 def _do(folder: RunFolder, stages: Iterable[Stage]) -> None:
-    from rich.console import Console
-
     from rush.pipeline import run_stage
 
-    console = Console(stderr=True, quiet=_process_number() > 0)
+    progress = console(stderr=True, quiet=_process_number() > 0)
     for stage in stages:
         if folder.finished(stage):
-            console.print(f"{stage}: finished before, kept", highlight=False)
+            progress.print(f"{stage}: finished before, kept", highlight=False)
             continue
-        console.print(f"{stage} ...", highlight=False)
+        progress.print(f"{stage} ...", highlight=False)
         run_stage(folder, stage)
-        console.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
+        progress.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
 
 
 def _reopen_for(folder: Path, given: AnyModel, overrides: list[str] | None) -> RunFolder:
@@ -577,7 +571,7 @@ def _audit_run(opened: RunFolder, rung: str | None) -> None:
 
         write_audit(file, audit_run(opened, rung))
     report_ = AuditReport.from_json(json.loads(file.read_text(encoding="utf-8")))
-    _print_lines([*report_.summary(), f"in {file}"])
+    print_lines([*report_.summary(), f"in {file}"])
 
 
 def _print_ladder(folder: Path) -> None:
@@ -591,12 +585,7 @@ def _print_ladder(folder: Path) -> None:
         (row.label, row.passes, row.accuracy, row.held, row.undecided, row.step, row.seconds)
         for row in ladder_rows(ladder_)
     ]
-    _print_wide_table(str(folder), header, rows)
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        _console().print(line, soft_wrap=True, highlight=False, markup=False)
+    print_wide_table(str(folder), header, rows)
 
 
 def _report_on(folder: RunFolder, stages: Iterable[Stage]) -> None:
@@ -617,68 +606,5 @@ def _print_report(folder: Path) -> None:
     from rush.reporting.tables import summary_rows
 
     page = write_report(folder)
-    _print_table(("", str(folder)), summary_rows(read_run(folder)))
-    _console().print(f"report: {page}", soft_wrap=True, highlight=False)
-
-
-def _print_table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*head, show_edge=False)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    _console().print(table)
-
-
-def _print_wide_table(title: str | None, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table, in several one below the other where its words need more columns than a terminal has; in a pipe or file
-    as wide as it is."""
-    from rich.table import Table
-    from rich.text import Text
-
-    console = _console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _UNLIMITED
-    columns = [tuple(column) for column in zip(header, *rows, strict=True)]
-    for part in _parts(columns, console.width):
-        table = Table(title=title, title_justify="left", show_edge=False)
-        for column, width in zip(part, _widths(part, console.width), strict=True):
-            table.add_column(column[0], width=width)
-        for row in zip(*(column[1:] for column in part), strict=True):
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-
-
-def _parts(columns: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[str, ...]]]:
-    """The columns after the first in groups that fit ``width`` without a broken word, each with the first before it."""
-    first, *others = columns
-    parts = [[first]]
-    for column in others:
-        least = sum(_longest_word(held) + _BETWEEN for held in (*parts[-1], column))
-        if least > width and len(parts[-1]) > 1:
-            parts.append([first])
-        parts[-1].append(column)
-    return parts
-
-
-def _widths(columns: Sequence[tuple[str, ...]], width: int) -> list[int]:
-    """The longest word of each column, and up to its longest cell while ``width`` lasts, the least wishes first."""
-    widths = [_longest_word(column) for column in columns]
-    wishes = [max(map(len, column)) - least for column, least in zip(columns, widths, strict=True)]
-    spare = max(0, width - sum(least + _BETWEEN for least in widths))
-    for index in sorted(range(len(columns)), key=wishes.__getitem__):
-        given = min(wishes[index], spare)
-        widths[index] += given
-        spare -= given
-    return widths
-
-
-def _longest_word(column: tuple[str, ...]) -> int:
-    return max(len(word) for cell in column for word in (*cell.split(), ""))
-
-
-def _console(stderr: bool = False):  # type: ignore[no-untyped-def]  # rich is imported late
-    from rich.console import Console
-
-    return Console(stderr=stderr)
+    print_table(("", str(folder)), summary_rows(read_run(folder)))
+    console().print(f"report: {page}", soft_wrap=True, highlight=False)
