@@ -13,6 +13,8 @@ An image stands if the network's plain output at the returned point is its label
 points must lie in the ball and in [0, 1]. Only images that the network has right are attacked. The networks are those
 of reference_models.py, bfloat16 within: both sides attack this same fixed function. Passes are counted at the network,
 images forward and backward + images forward alone, over the number of attacked images.
+The original's Square shrinks its squares as for 10,000 queries whatever its budget; --attacks square-as-theirs is ours
+with the same sizes.
 After a change of the library give --ours another name: what is cached by the old name is not computed again.
 """
 
@@ -46,6 +48,8 @@ from shared import labels_of, save_arrays
 STEPS = 100
 SLACK = 1e-6  # float32 rounding of a point at the edge of the ball
 SINGLE = ("apgd-ce", "apgd-dlr", "square")
+AS_THEIRS = "square-as-theirs"  # our Square with the sizes of squares of the original
+THEIR_SCHEDULE = 10_000  # the queries that the original's sizes of squares are made for, whatever its budget
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def reference(arguments: argparse.Namespace) -> None:
 def reference_side(arguments: argparse.Namespace, case: str, network: nn.Module, images: ImageSet) -> dict[str, Found]:
     epsilon, queries = CASES[case].epsilon, CASES[case].queries
     found = {}
-    for attack in arguments.attacks:
+    for attack in dict.fromkeys(their_name(attack) for attack in arguments.attacks):
         attacker = partial(original, attack=attack, epsilon=epsilon, queries=queries)
         folder = arguments.cache / case / f"original-{arguments.images}"
         name = cached_name(attack, queries)
@@ -207,6 +211,7 @@ def our_side(arguments: argparse.Namespace, case: str, network: nn.Module, image
         "apgd-ce": partial(our_apgd, epsilon=epsilon, loss=cross_entropy),
         "apgd-dlr": partial(our_apgd, epsilon=epsilon, loss=dlr),
         "square": partial(our_square, epsilon=epsilon, queries=queries),
+        AS_THEIRS: partial(our_square, epsilon=epsilon, queries=queries, schedule=THEIR_SCHEDULE),
         "standard": partial(our_worst_case, epsilon=epsilon),
     }
     folder = arguments.cache / case / f"{arguments.ours}-{arguments.images}"
@@ -225,10 +230,12 @@ def our_apgd(network: nn.Module, images: ImageSet, *, epsilon: float, loss: Loss
     return best
 
 
-def our_square(network: nn.Module, images: ImageSet, *, epsilon: float, queries: int) -> Tensor:
+def our_square(
+    network: nn.Module, images: ImageSet, *, epsilon: float, queries: int, schedule: int | None = None
+) -> Tensor:
     threat = rush.ThreatModel("linf", epsilon)
     log_probs, generators = plain(network, Execution()), streams(images, "square")
-    return square(log_probs, images.pixels(), labels_of(images), threat, generators, queries=queries)
+    return square(log_probs, images.pixels(), labels_of(images), threat, generators, queries=queries, schedule=schedule)
 
 
 def our_worst_case(network: nn.Module, images: ImageSet, *, epsilon: float) -> Tensor:
@@ -245,10 +252,10 @@ def print_table(case: str, ours: dict[str, Found], theirs: dict[str, Found]) -> 
         f"{case}: {len(clean)} images, clean {100 * clean.mean():.1f} %, Square alone {CASES[case].queries:,} queries"
     )
     for name, own in ours.items():
-        other = theirs[name]
+        other = theirs[their_name(name)]
         gap = paired_difference(own.standing, other.standing)
         print(
-            f"  {'worst case' if name == 'standard' else name:10s} ours {100 * own.standing.mean():5.1f} %  "
+            f"  {'worst case' if name == 'standard' else name:16s} ours {100 * own.standing.mean():5.1f} %  "
             f"theirs {100 * other.standing.mean():5.1f} %  difference {100 * gap.estimate:+.1f} "
             f"({100 * gap.low:+.1f} to {100 * gap.high:+.1f}) points  ours {own.cost}; theirs {other.cost}",
             flush=True,
@@ -258,8 +265,12 @@ def print_table(case: str, ours: dict[str, Found], theirs: dict[str, Found]) -> 
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
+def their_name(attack: str) -> str:
+    return "square" if attack == AS_THEIRS else attack
+
+
 def cached_name(attack: str, queries: int) -> str:
-    return f"{attack}-{queries}" if attack == "square" else attack
+    return f"{attack}-{queries}" if attack.startswith("square") else attack
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module, ImageSet]]:
@@ -284,7 +295,7 @@ def main() -> None:
     parser.add_argument("--robust", type=Path, help="folder with the adversarially trained network")
     parser.add_argument("--cache", type=Path, required=True, help="folder for what every attack found")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=tuple(CASES))
-    parser.add_argument("--attacks", nargs="+", choices=(*SINGLE, "standard"), default=(*SINGLE, "standard"))
+    parser.add_argument("--attacks", nargs="+", choices=(*SINGLE, AS_THEIRS, "standard"), default=(*SINGLE, "standard"))
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batch", type=int, default=125)
     parser.add_argument("--ours", default="ours", help="name of this version's results in --cache")

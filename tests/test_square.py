@@ -103,6 +103,31 @@ def _square(queries: int) -> Attack:
     return attack
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_schedule_may_be_that_of_another_number_of_queries(norm: Norm) -> None:
+    def sides(schedule: int | None) -> list[int]:
+        seen: list[Tensor] = []
+
+        def flat(points: Tensor) -> Tensor:
+            seen.append(points.clone())
+            return torch.log_softmax(points.new_zeros((len(points), 2)), 1)
+
+        x = torch.full((1, 1, 16, 16), 0.5)
+        square(
+            flat,
+            x,
+            torch.zeros(1, dtype=torch.int64),
+            ThreatModel(norm, 0.1),
+            [stream(0, "t")],
+            queries=60,
+            schedule=schedule,
+        )
+        return [int((points != seen[0]).any(2).sum()) for points in seen[1:]]
+
+    assert sides(None) == sides(60)
+    assert sum(sides(10_000)) > 1.5 * sum(sides(60))
+
+
 def test_square_reaches_the_corner_of_the_linf_ball() -> None:
     """Its proposals are corners, and from a tenth of the queries on they set one pixel: 2,700 chances of 1 in 128 for
     each pixel and its right sign. Odds that one of the 1,024 pixels is missed: 7e-7."""

@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def square(
     queries: int,
     loss: Loss = margin,
     p_init: float = 0.8,
+    schedule: int | None = None,
     refresh: int = REFRESH,
 ) -> Tensor:
     """The point (B, C, H, W) in the ball and [0, 1] of largest ``loss`` that a random search by squares ends at.
@@ -37,17 +39,21 @@ def square(
     l-inf: starts at vertical stripes of +-epsilon; a proposal sets one square to +-epsilon, channel by channel, so that
     all proposals are corners of the ball. l2, l1: starts at a grid of bumps; a proposal moves the size of the change
     from one square, and what is left up to epsilon, into a bump in another. The squares' area falls from ``p_init`` of
-    the image on a schedule fixed by ``queries``. No gradient is computed.
+    the image on a schedule made for ``schedule`` queries, for ``queries`` by default. No gradient is computed.
 
     generators: one an image, the only ones drawn from, and those twice. Images broken by a margin of ``ENOUGH`` are
     left as they are. Random ``log_probs``: two points are compared on common random numbers, newly drawn after every
     ``refresh`` proposals, see ``best_of_proposals``. Cost: exactly ``queries`` forward passes, fewer when all images
     are done before.
     """
+
+    def share(query: int) -> float:
+        return share_of_image(query, queries if schedule is None else schedule, p_init)
+
     if threat.norm == "linf":
-        first, propose = _stripes(x, threat, generators), _squares(x, threat, generators, queries, p_init)
+        first, propose = _stripes(x, threat, generators), _squares(x, threat, generators, queries, share)
     else:
-        first, propose = _grid(x, threat, generators), _bumps(x, threat, generators, queries, p_init)
+        first, propose = _grid(x, threat, generators), _bumps(x, threat, generators, queries, share)
     return best_of_proposals(log_probs, y, first, propose, passes=queries, loss=loss, refresh=refresh, enough=ENOUGH)
 
 
@@ -62,14 +68,14 @@ def _stripes(x: Tensor, threat: ThreatModel, generators: list[torch.Generator]) 
 
 
 def _squares(
-    x: Tensor, threat: ThreatModel, generators: list[torch.Generator], queries: int, p_init: float
+    x: Tensor, threat: ThreatModel, generators: list[torch.Generator], queries: int, share: Callable[[int], float]
 ) -> Proposal:
     channels, height, width = x.shape[1:]
     draws = _uniform(generators, (queries, 2 + channels), x)
     epsilon = threat.radius(x)
 
     def propose(query: int, best: Tensor) -> Tensor:
-        side = _side(share_of_image(query, queries, p_init), height, width, smallest=1)
+        side = _side(share(query), height, width, smallest=1)
         inside = _inside(draws[:, query, :2], side, height, width)
         signs = _signs(draws[:, query, 2:]).view(-1, channels, 1, 1)
         return torch.where(inside, (x + signs * epsilon).clamp(0.0, 1.0), best)
@@ -90,7 +96,9 @@ def _grid(x: Tensor, threat: ThreatModel, generators: list[torch.Generator]) -> 
     return threat.project(x + _of_size(change, threat.norm, (1, 2, 3)) * threat.radius(x), x)
 
 
-def _bumps(x: Tensor, threat: ThreatModel, generators: list[torch.Generator], queries: int, p_init: float) -> Proposal:
+def _bumps(
+    x: Tensor, threat: ThreatModel, generators: list[torch.Generator], queries: int, share: Callable[[int], float]
+) -> Proposal:
     channels, height, width = x.shape[1:]
     draws = _uniform(generators, (queries, 5 + channels), x)
     epsilon, norm = threat.radius(x), threat.norm
@@ -98,7 +106,7 @@ def _bumps(x: Tensor, threat: ThreatModel, generators: list[torch.Generator], qu
 
     def propose(query: int, best: Tensor) -> Tensor:
         row, change = draws[:, query], best - x
-        side = _side(share_of_image(query, queries, p_init), height, width, smallest=3)
+        side = _side(share(query), height, width, smallest=3)
         side = min(side + 1 - side % 2, height, width)
         into, emptied = _inside(row[:, :2], side, height, width), _inside(row[:, 2:4], side, height, width)
         signs = _signs(row[:, 5:]).view(-1, channels, 1, 1)
