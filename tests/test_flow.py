@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("reporting",),
     ("pipeline", "stages", "loading", "prediction", "recomputation", "outside"),
-    ("costing",),
+    ("costing", "terminal"),
     ("cli",),
     ("__main__",),
 )
