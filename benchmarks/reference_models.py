@@ -37,6 +37,7 @@ from rush.files import write_json
 from rush.models.classifier import Classifier
 from rush.randomness import seeded_init, stream
 from rush.saving import ClassifierSpec, load_weights, save_weights
+from shared import labels_of
 
 EPSILON = 8 / 255
 ATTACK_STEPS, ATTACK_STEP_SIZE = 3, 2.5 / 3  # the step is a share of epsilon
@@ -185,13 +186,12 @@ def training_point(mixed: nn.Module, x: Tensor, y: Tensor, generator: torch.Gene
 
 def pgd_accuracy(model: nn.Module, images: ImageSet, steps: int, seed: int) -> tuple[float, float]:
     """Clean and PGD accuracy of ``model`` at 8/255, step 2/255, one random start, best iterate."""
-    assert images.labels is not None
-    threat = rush.ThreatModel("linf", EPSILON)
+    threat, labels = rush.ThreatModel("linf", EPSILON), labels_of(images)
     log_probs = plain(model, Execution())
     clean = broken = 0
     for start in range(0, len(images), 250):
         rows = range(start, min(start + 250, len(images)))
-        x, y = images.pixels(slice(rows.start, rows.stop)), images.labels[rows.start : rows.stop]
+        x, y = images.pixels(slice(rows.start, rows.stop)), labels[rows.start : rows.stop]
         starts = [stream(seed, "pgd-network", "test", row) for row in rows]
         best, _ = pgd(log_probs, x, y, threat, steps=steps, step_size=0.25, start=threat.random_start(x, starts))
         with torch.no_grad():
