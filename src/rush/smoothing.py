@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from rush.binomial import sign_test
 from rush.engine.forward import Forward
+from rush.engine.inspection import check_logits
 from rush.engine.precision import Execution, check_eval_mode, decide_execution
 from rush.errors import InputError, ModelError
 from rush.inputs import check_pixels, check_positive_integer, pixel_ids
@@ -75,7 +76,7 @@ class SmoothedClassifier:
         whole blocks, so the votes for an image depend on its pixels and its generator alone. Cost: B x num_samples
         forward passes, in full tiles.
         Raises: ModelError when the classifier is in training mode, is random, looks at neighbours, or gives logits of
-        the wrong shape or not finite.
+        the wrong shape or not finite. ``recheck`` ends the use of votes.
         """
         _check_one_each(generators, len(x))
         blocks = -(-num_samples // BLOCK)
@@ -105,6 +106,7 @@ class SmoothedClassifier:
             raise InputError(f"alpha must lie in (0, 1), got {alpha!r}")
         generators = self.streams(seed, "predict", pixel_ids(x))
         votes, classes = self.counts(x, num_samples, generators).topk(2, dim=1)
+        self.recheck()
         p_value = torch.from_numpy(2 * sign_test(votes[:, 0].numpy(), votes[:, 1].numpy()))
         return torch.where(p_value <= alpha, classes[:, 0], ABSTAIN)
 
@@ -147,7 +149,18 @@ class SmoothedClassifier:
 
     def voter(self) -> Voter:
         """The engine that counts votes, with the forward made anew when the classifier's weights have changed."""
-        return Voter(self._current(), self.noise, self.num_classes, self.execution.device, self.execution.tile)
+        return Voter(self._current(), self.noise, self.num_classes, self.execution)
+
+    def recheck(self) -> None:
+        """Ask the classifier for some of the images of its first tile again: the end of whatever was computed.
+
+        Cost: one tile.
+
+        Raises:
+            ModelError: if it is no longer the function that the votes so far are of; then none of them counts.
+        """
+        if self._forward is not None:
+            self._forward.recheck()
 
     def differentiable(self) -> Callable[[Tensor], Tensor]:
         """The judged forward before compilation: noisy pixels (B, C, H, W) -> logits (B, K), differentiable; what
@@ -161,7 +174,7 @@ class SmoothedClassifier:
         return self._forward
 
     def _logits(self, x: Tensor) -> Tensor:
-        return _checked_logits(self.execution.logits(self.classifier, x), len(x), self.num_classes)
+        return check_logits(self.execution.logits(self.classifier, x), len(x), self.num_classes)
 
 
 class _SmoothedModule(nn.Module):
@@ -187,17 +200,6 @@ def mean_log_softmax(logits: Tensor, images: int) -> Tensor:
 def _check_one_each(generators: Sequence[torch.Generator], num_images: int) -> None:
     if len(generators) != num_images:
         raise InputError(f"got {len(generators)} generators for {num_images} images; give one an image")
-
-
-def _checked_logits(logits: Tensor, rows: int, num_classes: int) -> Tensor:
-    if logits.shape != (rows, num_classes):
-        raise ModelError(
-            f"the classifier gave logits of shape {tuple(logits.shape)} for {rows} images, "
-            f"expected {(rows, num_classes)}"
-        )
-    if not bool(logits.isfinite().all()):
-        raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
-    return logits
 
 
 def _device_of(module: nn.Module) -> str:

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from rush.engine.forward import Forward
+from rush.engine.inspection import SENTINEL_MOVED, Sentinel
+from rush.engine.precision import Execution
 from rush.errors import ModelError
 from rush.noise import Gaussian
 
 BLOCK = 100  # noise samples that are drawn together, and the unit in which votes are stored
+_SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
 
 
 class Request(NamedTuple):
@@ -28,11 +31,16 @@ class Voter:
     Noise is drawn by whole blocks, added in float32 and never clipped. A tile that a launch leaves unfinished is filled
     by the next one, and padded only where votes in it are read before. Nothing waits for the device until votes are
     read, and memory does not grow with the number of requests.
+
+    The last row of a tile of 16 rows or more does not vote: it holds one and the same noisy image throughout, whose
+    logits show in every tile whether the forward still looks at one image alone.
     """
 
-    def __init__(self, forward: Forward, noise: Gaussian, num_classes: int, device: str, tile: int) -> None:
-        self._forward, self._noise = forward, noise
-        self._num_classes, self._device, self._rows = num_classes, device, tile
+    def __init__(self, forward: Forward, noise: Gaussian, num_classes: int, execution: Execution) -> None:
+        self._forward, self._noise, self._num_classes = forward, noise, num_classes
+        self._execution, self._device = execution, execution.device
+        self._rows = execution.tile - 1 if execution.tile >= _SENTINEL_TILE else execution.tile  # that vote
+        self._sentinel: Sentinel | None = None
         self._tile = self._block = torch.empty(0)
         self._places = torch.empty(0, dtype=torch.int64)
         self._filled = 0
@@ -62,7 +70,7 @@ class Voter:
     def flush(self) -> None:
         """Count the unfinished tile, padded with its first row."""
         if self._filled:
-            self._tile[self._filled :] = self._tile[0].clone()
+            self._tile[self._filled : self._rows] = self._tile[0].clone()
             self._count()
 
     def _noisy(self, request: Request) -> Tensor:
@@ -70,19 +78,31 @@ class Voter:
         if self._block.shape[1:] != shape:
             self.flush()
             self._block = torch.empty(BLOCK, *shape, device=self._device)
-            self._tile = torch.empty(self._rows, *shape, device=self._device)
+            self._tile = torch.empty(self._execution.tile, *shape, device=self._device)
             self._places = torch.empty(self._rows, dtype=torch.int64, device=self._device)
+            self._sentinel = None
         return self._noise.fill(self._block, request.generator).add_(request.pixels)
 
     def _count(self) -> None:
         """Give each launch in the tile the votes of its rows."""
         filled, owners = self._filled, self._owners
         self._filled, self._owners = 0, []  # also where the forward fails: what it refused is not tried again
-        logits = self._forward(self._tile)
-        voted, finite = self._places + logits.argmax(1), logits.isfinite().all(1)
+        logits = self._classified()
+        unmoved = self._sentinel.unmoved(logits) if self._sentinel else None
+        voting = logits[: self._rows]
+        voted, finite = self._places + voting.argmax(1), voting.isfinite().all(1)
         ends = [first for _, first in owners[1:]] + [filled]
         for (pending, first), last in zip(owners, ends, strict=True):
-            pending.add(voted[first:last], finite[first:last])
+            pending.add(voted[first:last], finite[first:last], unmoved)
+
+    def _classified(self) -> Tensor:
+        """Return the logits of the tile; the first tile of a shape gives the sentinel."""
+        if self._rows == self._execution.tile or self._sentinel is not None:
+            return self._forward(self._tile)
+        self._tile[-1] = self._tile[0]
+        logits = self._forward(self._tile)
+        self._sentinel = Sentinel(logits, self._execution.precision)
+        return logits
 
 
 class PendingVotes:
@@ -93,12 +113,16 @@ class PendingVotes:
         self._voter, self._shape, self._closed = voter, (count, num_classes), False
         self._votes = torch.zeros(count * num_classes, dtype=torch.int64, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._unmoved = torch.ones((), dtype=torch.bool, device=device)
         self._ready = torch.cuda.Event() if self._votes.is_cuda else None
 
-    def add(self, places: Tensor, finite: Tensor) -> None:
-        """Count one vote at each of ``places`` (rows,), request x K + class, if ``finite`` (rows,) holds everywhere."""
+    def add(self, places: Tensor, finite: Tensor, unmoved: Tensor | None) -> None:
+        """Count one vote at each of ``places`` (rows,), request x K + class, if ``finite`` (rows,) holds everywhere and
+        the tile's sentinel, where it has one, is ``unmoved``."""
         self._votes.index_add_(0, places, torch.ones_like(places))
         self._finite &= finite.all()
+        if unmoved is not None:
+            self._unmoved &= unmoved
         self.waiting -= len(places)
         self._fetch_if_complete()
 
@@ -108,13 +132,16 @@ class PendingVotes:
         self._fetch_if_complete()
 
     def result(self) -> Tensor:
-        """int64 (count, K) on the CPU; waits for the device. Raises: ModelError where logits were not finite."""
+        """int64 (count, K) on the CPU; waits for the device. Raises: ModelError where logits were not finite or the
+        sentinel's were not what they had been."""
         if self.waiting:
             self._voter.flush()
         if self._ready is not None:
             self._ready.synchronize()
         if not bool(self._finite):
             raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
+        if not bool(self._unmoved):
+            raise ModelError(SENTINEL_MOVED)
         return self._votes.view(self._shape).cpu()
 
     def _fetch_if_complete(self) -> None:
@@ -122,4 +149,5 @@ class PendingVotes:
         if self._closed and self.waiting == 0 and self._ready is not None:
             self._votes = self._votes.to("cpu", non_blocking=True)
             self._finite = self._finite.to("cpu", non_blocking=True)
+            self._unmoved = self._unmoved.to("cpu", non_blocking=True)
             self._ready.record()

@@ -56,7 +56,8 @@ def certify(
     in_flight: images sampled at once; changes no result. With torch.distributed initialised the images are shared among
     the processes, and each returns all certificates.
     Raises: InputError for bad images, labels or numbers, a radius beyond what ``num_estimation`` can certify among
-    them; ModelError for a classifier that cannot be certified (training mode, random, looking at neighbours).
+    them; ModelError for a classifier that cannot be certified (training mode, stochastic, dependent on neighbours, or
+    no longer the same function at the end).
     """
     pixels = labelled_pixels(images, smoothed.num_classes)
     rule = make_rule(
@@ -88,6 +89,9 @@ def certify_each(
     ``certify``.
 
     Two cohorts of images take turns: while the device counts the votes of one, the other's are looked at.
+
+    Raises:
+        ModelError: as ``certify``. If the iteration ends with one, no certificate that it yielded is valid.
     """
     if in_flight is not None:
         check_positive_integer("in_flight", in_flight)
@@ -107,8 +111,9 @@ def certify_each(
                 advance(1)
             flights = [[flight for flight in cohort if not flight.done] for cohort in flights]
             if launched is None and following is None:
-                return
+                break
             launched = following
+    smoothed.recheck()
 
 
 @dataclass(eq=False)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node, symbolic_trace
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rush.engine.inspection import check_forward, check_structure
-from rush.engine.precision import Execution
+from rush.engine.inspection import Watch, check_forward, check_logits, check_structure
+from rush.engine.precision import Execution, foreign_call
 from rush.errors import ModelError, NumericsWarning
 from rush.options import CompileMode
 
@@ -26,10 +26,12 @@ _WORTH_TRYING_SECONDS = 60.0
 class Forward:
     """Full tiles (T, C, H, W) float32 -> logits (T, num_classes) float32, without gradients, as ``execution`` says.
 
-    ``classifier`` must be in evaluation mode. Folding works on a copy: weights that change later call for a new one
-    (``is_current``). The first tile is run several times to see that the logits of an image depend on nothing but the
-    image.
-    Raises: ModelError when they do not, when the mode is wrong, or when logits have the wrong shape.
+    ``classifier`` must be in evaluation mode and is only ever given copies. Folding works on a copy: weights that
+    change later call for a new one (``is_current``). The first tile is run several times to see that the logits of an
+    image depend on nothing but the image. Some of its images are asked for again at random tiles and by ``recheck``,
+    which ends whatever was computed with this forward.
+    Raises: ModelError when they do not, when the mode is wrong, when logits have the wrong shape, or when the
+    classifier itself raises.
     """
 
     def __init__(self, classifier: nn.Module, execution: Execution, num_classes: int) -> None:
@@ -38,14 +40,22 @@ class Forward:
         self._weights = {name: tensor.detach().clone() for name, tensor in _tensors(classifier).items()}
         self._original = classifier
         self._module = fold_batch_norm(classifier) if execution.folded else classifier
-        self._call = _compiled(self.differentiable, execution.compile_mode)
-        self._inspected = False
+        self._call = _compiled(self._unguarded, execution.compile_mode)
+        self._watch: Watch | None = None
 
     def __call__(self, tile: Tensor) -> Tensor:
         with torch.no_grad():
-            if not self._inspected:
-                self._inspect(tile)
-            return self._call(tile)
+            if self._watch is None or self._watch.shape != tile.shape:
+                self.recheck()
+                self._watch = self._inspect(tile)
+            logits = self._guarded(tile)
+            self._watch.observe(tile, logits)
+            return logits
+
+    def recheck(self) -> None:
+        """Ask for some of the first images again. Raises: ModelError when their logits are no longer those."""
+        if self._watch is not None:
+            self._watch.conclude()
 
     def is_current(self, classifier: nn.Module) -> bool:
         """Whether ``classifier`` still has the weights that this forward was made of."""
@@ -59,24 +69,35 @@ class Forward:
         """Logits (B, K) of any number of rows (B, C, H, W), differentiable: this forward before it is compiled."""
         return self._execution.logits(self._module, x)
 
-    def _inspect(self, tile: Tensor) -> None:
-        logits = self._first(tile)
-        if logits.shape != (len(tile), self._num_classes):
-            raise ModelError(
-                f"the classifier gave logits of shape {tuple(logits.shape)} for {len(tile)} images, "
-                f"expected {(len(tile), self._num_classes)}"
-            )
-        check_forward(self._call, tile, self._execution.precision)
+    def _unguarded(self, x: Tensor) -> Tensor:
+        return self._execution.unguarded_logits(self._module, x)
+
+    def _unguarded(self, x: Tensor) -> Tensor:
+        return self._execution.unguarded_logits(self._module, x)
+
+    def _guarded(self, tile: Tensor) -> Tensor:
+        """Return the logits of a tile. They are copied, since a CUDA graph writes over its output at the next call."""
+        with foreign_call(tile):
+            logits = self._call(tile).clone()
+        expected = (len(tile), self._num_classes)
+        return logits if logits.shape == expected else check_logits(logits, *expected)
+
+    def _inspect(self, tile: Tensor) -> Watch:
+        self._compile(tile)
+        logits = self._guarded(tile)
+        check_forward(self._guarded, tile, self._execution.precision)
         if self._execution.folded:
             self._check_folding(tile)
-        self._inspected = True
+        return Watch(self._guarded, tile, logits, self._execution.precision)
 
-    def _first(self, tile: Tensor) -> Tensor:
+    def _compile(self, tile: Tensor) -> None:
+        """Make the first call of a compiled forward, which compiles it."""
+        if self._execution.compile_mode == "none":
+            return
         try:
-            return self._call(tile)
+            self._call(tile)
         except Exception as error:
-            if self._execution.compile_mode == "none":
-                raise
+            self.differentiable(tile)  # what fails without the compiler, too, is the classifier's own error
             raise ModelError(
                 f"this classifier's forward is recorded as compiled ({self._execution.compile_mode}) and "
                 f"cannot be compiled here ({type(error).__name__}: {str(error)[:300]}); install a C++ compiler, or run "

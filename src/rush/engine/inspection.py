@@ -1,12 +1,13 @@
-"""Is a classifier one fixed function of one image? Asked once, before any sampling.
+"""Is a classifier one fixed function of one image? Checked before any sampling, at random tiles and at the end.
 
-Every guarantee is about votes of one function f under noise. A classifier that draws chance, or whose logits for an
-image depend on the other images or on its row in the tile, is no such function. What the layers tell is read by
-``check_structure``; what only a call can show is measured by ``check_forward``.
+Every guarantee is about votes of one function f under noise. A classifier that is stochastic, that changes in the
+course of its calls, or whose logits for an image depend on the other images or on its row in the tile, is no such
+function. ``check_structure`` reads what the layers declare. ``check_forward`` measures what only a call can show.
+``Watch`` keeps some of the first images with their logits and asks for them again later, in other company.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rush.engine.precision import check_eval_mode
 from rush.errors import ModelError, NumericsWarning
 from rush.options import Precision
+from rush.randomness import stream
 
 RELATIVE = 16  # epsilons of the arithmetic, of the spread of the logits: what rounding inside a deep network explains
 ULPS = 4  # epsilons of the logits' own type, of their magnitude: what rounding of the logits themselves explains
@@ -44,6 +46,16 @@ _NEIGHBOURS = _Question(
     "the classifier must be a function of one image: remove batch statistics, attention across the batch (batch_first) "
     "and whatever else mixes images",
     "votes may depend on the tile: the other images in flight may turn a close one",
+)
+_LATER = _Question(
+    "of one image are no longer those that it gave before, or depend on the other images or on its row in the tile",
+    "the classifier must be one fixed function of one image from the first call to the last: remove counters, caches, "
+    "updated averages and whatever depends on the rest of the batch; nothing that was computed with it is kept",
+    "",
+)
+SENTINEL_MOVED = (
+    "the classifier's logits of an image that is in every tile depend on the other images, or changed from one tile to "
+    f"another, by more than rounding explains: {_LATER.remedy}"
 )
 _POSITION = _Question(
     "of one image depend on its row in the tile",
@@ -97,17 +109,155 @@ def check_forward(forward: Callable[[Tensor], Tensor], tile: Tensor, precision: 
     Warns: NumericsWarning, once, for the first difference in that order that is not zero, yet no more than rounding;
     a forward that changes from call to call differs in the other comparisons too.
     """
+    notes = list(filter(None, compare_calls(forward, tile, precision)))
+    if notes:
+        warnings.warn(notes[0], NumericsWarning, stacklevel=2)
+
+
+def compare_calls(
+    forward: Callable[[Tensor], Tensor], tile: Tensor, precision: Precision = "float32", movable: bool = True
+) -> Iterator[str]:
+    """Make the calls of ``check_forward`` one by one; yield for each what to warn of, empty where nothing differs.
+
+    Args:
+        forward, tile, precision: as in ``check_forward``.
+        movable: whether an image's logits may be compared at another row; not where each row has its own seeded draw.
+
+    Raises:
+        ModelError: at the first difference that is no rounding.
+    """
     first = _logits(forward, tile)
     if not bool(first.isfinite().all()):
         raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
-    notes = [_judge(first, _logits(forward, tile), precision, _CALLS)]
+    yield _judge(first, _logits(forward, tile), precision, _CALLS)
     if len(tile) > 1:
-        stay = torch.tensor([row.bit_count() % 2 == 0 for row in range(len(tile))])
-        replaced = torch.where(stay.to(tile.device)[:, None, None, None], tile, 3 - 2 * tile)
-        notes.append(_judge(first[stay], _logits(forward, replaced)[stay], precision, _NEIGHBOURS))
-        notes.append(_judge(first, _logits(forward, tile.roll(1, 0)).roll(-1, 0), precision, _POSITION))
-    if any(notes):
-        warnings.warn(next(filter(None, notes)), NumericsWarning, stacklevel=2)
+        stay = _staying(len(tile))
+        replaced = torch.where(_column(stay, tile), tile, _replaced(tile))
+        yield _judge(first[stay], _logits(forward, replaced)[stay], precision, _NEIGHBOURS)
+        if movable:
+            yield _judge(first, _logits(forward, tile.roll(1, 0)).roll(-1, 0), precision, _POSITION)
+
+
+class Sentinel:
+    """One image in every tile whose logits must stay what they are, whatever the other rows hold.
+
+    Args:
+        logits: what the forward gave for a whole tile (T, K); the sentinel's row is the last.
+        precision: what the forward computes in.
+    """
+
+    def __init__(self, logits: Tensor, precision: Precision) -> None:
+        _, limits = _rounding(_compared(logits), precision)
+        self._expected, self._limit = logits[-1].clone(), float(limits[-1])
+
+    def unmoved(self, logits: Tensor) -> Tensor:
+        """Return whether the last row of ``logits`` (T, K) is as it was, up to rounding: a bool () on its device."""
+        return (logits[-1] - self._expected).abs().amax() <= self._limit
+
+
+class Watch:
+    """A few images with the logits that a forward gave for them, to be asked for again.
+
+    The forward is asked again after a random number of observed tiles, ``spacing`` on average, and by ``conclude``.
+    It then gets kept images and new ones mixed, at other rows than before, so that one call shows a function that has
+    changed, a dependence on neighbours and one on the row. What counts as rounding is said in ``check_forward``; a
+    difference of that size passes without a warning, which the first inspection gives.
+
+    Args:
+        forward: maps images (T, C, H, W) to logits (T, K).
+        tile, logits: images (T, C, H, W) to keep, with what the forward gave for them, (T, K).
+        precision: what the forward computes in.
+        movable: whether an image may be asked for at another row; not where a row has its own seeded draw.
+        spacing: mean number of observed tiles between two calls; the sequence is the same in every process.
+
+    Cost: one call per ``spacing`` tiles on average, and one per ``conclude``; the memory of one tile.
+
+    Raises:
+        ModelError: if logits differ by more than rounding explains.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        tile: Tensor,
+        logits: Tensor,
+        precision: Precision = "float32",
+        movable: bool = True,
+        spacing: int = 32,
+    ) -> None:
+        self._forward, self._precision, self._movable, self._spacing = forward, precision, movable, spacing
+        self._tile, self._logits = tile.clone(), _compared(logits)
+        self._generator = stream(0, "inspection")
+        self._remaining = self._draw(2 * spacing - 1) + 1
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (T, C, H, W) of the tiles that are observed."""
+        return self._tile.shape
+
+    def observe(self, tile: Tensor, logits: Tensor) -> None:
+        """Note that the forward gave ``logits`` (T, K) for ``tile``, shaped like the kept one; check it now and then.
+
+        Raises: ModelError, see the class.
+        """
+        self._remaining -= 1
+        if self._remaining == 0:
+            self._remaining = self._draw(2 * self._spacing - 1) + 1
+            self._ask(tile, _compared(logits))
+
+    @torch.no_grad()
+    def conclude(self) -> None:
+        """Ask for half of the kept images again, the others replaced. Raises: ModelError, see the class."""
+        self._ask(_replaced(self._tile), None)
+
+    def _ask(self, tile: Tensor, logits: Tensor | None) -> None:
+        """Compare in one call the images that stay of the kept tile with its logits, and the others with theirs."""
+        stay = _staying(len(tile))
+        shift = self._draw(len(tile)) if self._movable else 0
+        mixed = torch.where(_column(stay, tile), self._tile, tile)
+        now = _logits(self._forward, mixed.roll(shift, 0)).roll(-shift, 0)
+        _judge(self._logits[stay], now[stay], self._precision, _LATER)
+        if logits is not None and len(tile) > 1:
+            _judge(logits[~stay], now[~stay], self._precision, _LATER)
+
+    def _draw(self, below: int) -> int:
+        return int(torch.randint(below, (), generator=self._generator))
+
+
+def check_logits(logits: Tensor, rows: int, num_classes: int | None = None) -> Tensor:
+    """Return ``logits`` if they are finite and (rows, num_classes), any number >= 2 of classes where that is None.
+
+    Raises: ModelError.
+    """
+    if logits.ndim == 2 and logits.shape[1] == 1 or logits.ndim == 1 and len(logits) == rows:
+        raise ModelError(
+            f"the classifier gave one logit per image (shape {tuple(logits.shape)}), expected one per class; a binary "
+            "classifier with a single logit z becomes one with two by returning torch.cat([-z, z], 1)"
+        )
+    allowed = f"({rows}, {num_classes or 'classes'})"
+    if logits.ndim != 2 or len(logits) != rows or (num_classes is not None and logits.shape[1] != num_classes):
+        raise ModelError(
+            f"the classifier gave logits of shape {tuple(logits.shape)} for {rows} images, expected {allowed}; it must "
+            "return one row of logits per image, one per class"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
+    return logits
+
+
+def _staying(rows: int) -> Tensor:
+    """Rows (T,) whose number has an even number of ones in binary; row 0 is one."""
+    return torch.tensor([row.bit_count() % 2 == 0 for row in range(rows)])
+
+
+def _column(mask: Tensor, tile: Tensor) -> Tensor:
+    return mask.to(tile.device)[:, None, None, None]
+
+
+def _replaced(tile: Tensor) -> Tensor:
+    """Images of another brightness and contrast: within [0, 1] where ``tile`` is, else brighter than white."""
+    inside = bool((tile >= 0).all()) and bool((tile <= 1).all())
+    return (1 - tile) / 2 if inside else 3 - 2 * tile
 
 
 def _uses_batch_statistics(layer: nn.Module) -> bool:
@@ -123,7 +273,11 @@ def _logits(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             f"the classifier gave logits of shape {tuple(logits.shape)} for {len(x)} images, "
             f"expected ({len(x)}, classes)"
         )
-    return logits.cpu().double()
+    return _compared(logits)
+
+
+def _compared(logits: Tensor) -> Tensor:
+    return logits.detach().cpu().double()
 
 
 def _judge(expected: Tensor, found: Tensor, precision: Precision, question: _Question) -> str:
@@ -131,10 +285,7 @@ def _judge(expected: Tensor, found: Tensor, precision: Precision, question: _Que
     gaps = (found - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     if not bool((gaps > 0).any()):
         return ""
-    own = expected.std(1, correction=0)
-    spreads = own.maximum(own.median())
-    resolution = _resolution(expected)
-    limits = RELATIVE * max(ARITHMETIC[precision], resolution) * spreads + ULPS * resolution * expected.abs().amax(1)
+    spreads, limits = _rounding(expected, precision)
     worst = int((gaps / limits).nan_to_num(nan=0.0).argmax())  # 0 / 0: an image of equal logits that did not move
     finding = (
         f"the classifier's logits {question.finding}, by up to {gaps[worst]:.2g} where those of an image have a "
@@ -143,6 +294,14 @@ def _judge(expected: Tensor, found: Tensor, precision: Precision, question: _Que
     if gaps[worst] > limits[worst]:
         raise ModelError(f"{finding}, more than rounding explains: {question.remedy}")
     return f"{finding}, which may be rounding: {question.consequence}"
+
+
+def _rounding(logits: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """Spreads (R,) of logits (R, K) and how far rounding may move them, (R,); see ``check_forward``."""
+    deviations = logits.std(1, correction=0)
+    spreads = deviations.maximum(deviations.median())
+    resolution = _resolution(logits)
+    return spreads, RELATIVE * max(ARITHMETIC[precision], resolution) * spreads + ULPS * resolution * logits.abs().amax(1)
 
 
 def _resolution(logits: Tensor) -> float:

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from rush.errors import ConfigError, ModelError
+from rush.errors import ConfigError, ModelError, RushError
 from rush.options import CompileMode, Precision, PrecisionChoice, TrainingCompile
+
+_SAID = 300  # characters of a foreign error's text that are quoted
 
 
 @dataclass(frozen=True)
@@ -39,30 +41,44 @@ class Execution:
         x = x.to(self.device)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x.contiguous()
 
+    def copied(self, x: Tensor) -> Tensor:
+        """Return a copy of the images (B, C, H, W) on the device in the run's layout, for foreign code."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.to(self.device, copy=True, memory_format=layout)
+
     def autocast(self) -> AbstractContextManager[object]:
         """Context in which networks are evaluated or trained."""
         enabled = self.precision == "bfloat16"
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled)
 
     def logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
-        """Logits (B, K) in float32, differentiable in ``x`` (B, C, H, W) float32.
+        """Return logits (B, K) in float32, differentiable in ``x`` (B, C, H, W) float32.
 
-        Raises: ModelError when the classifier returns something else than a tensor.
+        The classifier gets a copy of ``x`` and its answer is copied: it may overwrite its input and reuse its output.
+
+        Raises:
+            ModelError: if the classifier raises, or returns something else than a real tensor.
         """
+        with foreign_call(x):
+            return self.unguarded_logits(classifier, x)
+
+    def unguarded_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
+        """Return ``logits`` without translating exceptions: the part that torch.compile can take."""
         with self.autocast():
-            logits = classifier(self.layout(x))
-        if not isinstance(logits, Tensor):
+            logits = classifier(self.copied(x))
+        if not isinstance(logits, Tensor) or logits.is_complex():
+            given = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(
-                f"the classifier returned {type(logits).__name__}, expected a tensor of logits (B, K); wrap it in a "
+                f"the classifier returned {given}, expected a real tensor of logits (B, K); wrap it in a "
                 "module that returns the logits alone"
             )
-        return logits.float()
+        return logits.to(torch.float32, copy=True)
 
     def tiled_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
         """Logits (B, K) without gradients, computed ``tile`` rows at a time, the last tile padded with its first
         row."""
         rows = []
-        with torch.inference_mode():
+        with torch.no_grad():
             for part in x.split(self.tile):
                 padding = part[:1].expand(self.tile - len(part), *part.shape[1:])
                 rows.append(self.logits(classifier, torch.cat([part, padding]) if len(padding) else part)[: len(part)])
@@ -84,6 +100,25 @@ def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", 
     resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
     layout = resolved == "bfloat16" or kind == "cuda"
     return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True)
+
+
+@contextmanager
+def foreign_call(x: Tensor) -> Iterator[None]:
+    """Within the context, code of the classifier runs on images like ``x``: what it raises becomes a ModelError.
+
+    Errors of this library and a device out of memory pass as they are.
+    """
+    try:
+        yield
+    except (RushError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # any code may run in there, and fail in any way
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"the classifier fails on {str(x.dtype).removeprefix('torch.')} images of shape {tuple(x.shape)} on "
+            f"{x.device}: {type(error).__name__}{said and ': '}{said[:_SAID]}{'...' if len(said) > _SAID else ''}; it must "
+            "take images (B, C, H, W) of that type, size and number of channels"
+        ) from error
 
 
 @contextmanager
