@@ -143,9 +143,9 @@ class SmoothedClassifier:
         """An nn.Module x -> ``log_probs`` with fresh noise at every call, for attack libraries that take a network."""
         return _SmoothedModule(self, num_samples, generator)
 
-    def streams(self, seed: int, purpose: str, ids: Sequence[str]) -> list[torch.Generator]:
-        """One generator an image, named by what it serves and the image's id."""
-        return [stream(seed, purpose, own, device=self.execution.device) for own in ids]
+    def streams(self, seed: int, purpose: str, *names: Sequence[str]) -> list[torch.Generator]:
+        """Return one generator per image, named by what it serves and the image's names, e.g. its id."""
+        return [stream(seed, purpose, *each, device=self.execution.device) for each in zip(*names, strict=True)]
 
     def voter(self) -> Voter:
         """The engine that counts votes, with the forward made anew when the classifier's weights have changed."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.attacks.losses import Loss
-from rush.engine.precision import Execution
+from rush.engine.precision import Execution, foreign_call
 from rush.smoothing import SmoothedClassifier, mean_log_softmax
 
 LogProbs: TypeAlias = Callable[[Tensor], Tensor]
@@ -99,7 +99,8 @@ def loss_and_gradient(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss) -> 
         values = loss(log_probs(x), y)
         if not values.requires_grad:
             return values, torch.zeros_like(x)
-        (gradient,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+        with foreign_call(x):
+            (gradient,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
     return values.detach(), torch.zeros_like(x) if gradient is None else gradient
 
 
@@ -141,7 +142,8 @@ def gradient_statistics(
         noisy = (x[row : row + 1, None] + noise).flatten(0, 1).requires_grad_(True)
         with torch.enable_grad():
             value = loss(mean_log_softmax(logits(noisy), 1), y[row : row + 1]).sum()
-            (gradient,) = torch.autograd.grad(value, noisy)
+            with foreign_call(noisy):
+                (gradient,) = torch.autograd.grad(value, noisy)
         shares.append((draws * gradient).flatten(1).double())
     squared = torch.stack([share.square().sum(1).mean() for share in shares])
     mean_squared = torch.stack([share.mean(0).square().sum() for share in shares])

@@ -72,9 +72,6 @@ class Forward:
     def _unguarded(self, x: Tensor) -> Tensor:
         return self._execution.unguarded_logits(self._module, x)
 
-    def _unguarded(self, x: Tensor) -> Tensor:
-        return self._execution.unguarded_logits(self._module, x)
-
     def _guarded(self, tile: Tensor) -> Tensor:
         """Return the logits of a tile. They are copied, since a CUDA graph writes over its output at the next call."""
         with foreign_call(tile):

@@ -131,8 +131,7 @@ def compare_calls(
         raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
     yield _judge(first, _logits(forward, tile), precision, _CALLS)
     if len(tile) > 1:
-        stay = _staying(len(tile))
-        replaced = torch.where(_column(stay, tile), tile, _replaced(tile))
+        stay, replaced = with_others_replaced(tile)
         yield _judge(first[stay], _logits(forward, replaced)[stay], precision, _NEIGHBOURS)
         if movable:
             yield _judge(first, _logits(forward, tile.roll(1, 0)).roll(-1, 0), precision, _POSITION)
@@ -195,15 +194,15 @@ class Watch:
         """Shape (T, C, H, W) of the tiles that are observed."""
         return self._tile.shape
 
-    def observe(self, tile: Tensor, logits: Tensor) -> None:
-        """Note that the forward gave ``logits`` (T, K) for ``tile``, shaped like the kept one; check it now and then.
+    def observe(self, tile: Tensor, logits: Tensor | None = None) -> None:
+        """Check now and then that the logits (T, K) of ``tile``, shaped like the kept one, depend on nothing else.
 
-        Raises: ModelError, see the class.
+        The forward is asked for them where they are not given. Raises: ModelError, see the class.
         """
         self._remaining -= 1
         if self._remaining == 0:
             self._remaining = self._draw(2 * self._spacing - 1) + 1
-            self._ask(tile, _compared(logits))
+            self._ask(tile, _compared(self._forward(tile) if logits is None else logits))
 
     @torch.no_grad()
     def conclude(self) -> None:
@@ -229,7 +228,7 @@ def check_logits(logits: Tensor, rows: int, num_classes: int | None = None) -> T
 
     Raises: ModelError.
     """
-    if logits.ndim == 2 and logits.shape[1] == 1 or logits.ndim == 1 and len(logits) == rows:
+    if logits.shape in ((rows,), (rows, 1)):
         raise ModelError(
             f"the classifier gave one logit per image (shape {tuple(logits.shape)}), expected one per class; a binary "
             "classifier with a single logit z becomes one with two by returning torch.cat([-z, z], 1)"
@@ -245,8 +244,16 @@ def check_logits(logits: Tensor, rows: int, num_classes: int | None = None) -> T
     return logits
 
 
+def with_others_replaced(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which images of ``tile`` (T, C, H, W) stay, bool (T,), and the tile with the others replaced.
+
+    Those stay whose row has an even number of ones in binary, row 0 among them; see ``check_forward``.
+    """
+    stay = _staying(len(tile))
+    return stay, torch.where(_column(stay, tile), tile, _replaced(tile))
+
+
 def _staying(rows: int) -> Tensor:
-    """Rows (T,) whose number has an even number of ones in binary; row 0 is one."""
     return torch.tensor([row.bit_count() % 2 == 0 for row in range(rows)])
 
 
@@ -301,7 +308,9 @@ def _rounding(logits: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     deviations = logits.std(1, correction=0)
     spreads = deviations.maximum(deviations.median())
     resolution = _resolution(logits)
-    return spreads, RELATIVE * max(ARITHMETIC[precision], resolution) * spreads + ULPS * resolution * logits.abs().amax(1)
+    return spreads, RELATIVE * max(ARITHMETIC[precision], resolution) * spreads + ULPS * resolution * logits.abs().amax(
+        1
+    )
 
 
 def _resolution(logits: Tensor) -> float:

@@ -113,12 +113,15 @@ def foreign_call(x: Tensor) -> Iterator[None]:
     except (RushError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # any code may run in there, and fail in any way
-        said = " ".join(str(error).split())
-        raise ModelError(
-            f"the classifier fails on {str(x.dtype).removeprefix('torch.')} images of shape {tuple(x.shape)} on "
-            f"{x.device}: {type(error).__name__}{said and ': '}{said[:_SAID]}{'...' if len(said) > _SAID else ''}; it must "
-            "take images (B, C, H, W) of that type, size and number of channels"
-        ) from error
+        given = f"{str(x.dtype).removeprefix('torch.')} images of shape {tuple(x.shape)} on {x.device}"
+        raise ModelError(f"the classifier was given {given} and raised {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Return the type and the text of an error in one line, shortened to 300 characters."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _SAID else f"{text[:_SAID]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextmanager

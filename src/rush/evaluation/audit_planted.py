@@ -54,6 +54,15 @@ class PlantedDefender:
         self._inner = defender
         self._plants = _plant(defender, images, threat, seed)
 
+    def inspect(self, x: Tensor, declared: bool) -> None:
+        self._inner.inspect(x, declared)
+
+    def recheck(self) -> None:
+        self._inner.recheck()
+
+    def fingerprint(self) -> str:
+        return f"planted/{self._inner.fingerprint()}"
+
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         inner = self._inner.log_probs(plan, x, ids, seed, name)
         tilt = self._tilt(ids, x.device)

@@ -4,8 +4,8 @@ An attacker gets log-probabilities, the verdict votes (or probabilities) of draw
 choice among an attacker's candidates votes of a third stream.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -27,6 +27,8 @@ from rush.attacks.gradient import (
 )
 from rush.attacks.losses import margin
 from rush.binomial import sign_test
+from rush.engine.fingerprint import fingerprint_of
+from rush.engine.inspection import Watch, check_logits, check_structure, compare_calls, with_others_replaced
 from rush.engine.precision import Execution, check_eval_mode
 from rush.errors import InputError, ModelError
 from rush.evaluation.plans import Kind, Plan
@@ -40,7 +42,7 @@ from rush.evaluation.verdict import (
     judge_means,
     judge_votes,
 )
-from rush.inputs import LabelledPixels
+from rush.inputs import LabelledPixels, pixel_ids
 from rush.options import Decision
 from rush.randomness import stream
 from rush.smoothing import BLOCK, SmoothedClassifier
@@ -49,6 +51,8 @@ Model: TypeAlias = nn.Module | SmoothedClassifier
 
 CHOICE_VOTES = BLOCK  # that choose among candidates of a random model, the same noise for all of them
 _RANKING_DRAWS = 64
+_FEW = 16  # images that a module without noise of its own is inspected on
+_MEAN_DRAWS, _STANDARD_ERRORS = 32, 12
 
 
 class Defender(Protocol):
@@ -74,6 +78,21 @@ class Defender(Protocol):
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
         """Classes (N, K - 1) but the label, the most probable one first."""
+        ...
+
+    def inspect(self, x: Tensor, declared: bool) -> None:
+        """Raise ModelError unless the model is a function of one image, and of its draws, on the images ``x``.
+
+        declared: refuse a random model that is not said to be one.
+        """
+        ...
+
+    def recheck(self) -> None:
+        """Raise ModelError unless the model is still what it was when inspected; the end of an evaluation."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return 64 hex digits that change with weights, noise, execution, decision and surrogate."""
         ...
 
 
@@ -118,6 +137,24 @@ class PlainDefender:
     def __init__(self, model: nn.Module, num_classes: int, surrogate: nn.Module | None) -> None:
         self.model, self.num_classes, self._surrogate = model, num_classes, surrogate
         self.execution = Execution(device=device_of(model))
+        self._watch: Watch | None = None
+
+    def inspect(self, x: Tensor, declared: bool) -> None:
+        random = _calls_differ(self.model, self.execution, x)
+        if random and declared:
+            raise ModelError(
+                "the model gives other outputs for the same images from call to call, so it is random; say what it is "
+                'used for: decision="vote" (the class most often given), "mean" (of the largest mean probability) or '
+                '"single" (one draw)'
+            )
+        self._watch = _watch(self.model, self.execution, x, random)
+
+    def recheck(self) -> None:
+        if self._watch is not None:
+            self._watch.conclude()
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self, self.model, self._surrogate)
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
         return _through(plain(self.model, self.execution), self._surrogate, self.execution)
@@ -131,7 +168,10 @@ class PlainDefender:
         max_votes: int,  # noqa: ARG002
         seed: int,  # noqa: ARG002
     ) -> Verdicts:
-        return judge_deterministic(plain_logits(self.model, self.execution, points.x), points.y)
+        logits = plain_logits(self.model, self.execution, points.x)
+        if self._watch is not None:
+            self._watch.observe(_few(points.x))
+        return judge_deterministic(logits, points.y)
 
     def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:  # noqa: ARG002
         with torch.no_grad():
@@ -150,6 +190,15 @@ class SmoothedDefender:
     def __init__(self, smoothed: SmoothedClassifier, surrogate: nn.Module | None) -> None:
         self.smoothed, self._surrogate = smoothed, surrogate
         self.execution, self.num_classes = smoothed.execution, smoothed.num_classes
+
+    def inspect(self, x: Tensor, declared: bool) -> None:
+        """Do nothing: the smoothed classifier inspects the first tile that it votes on."""
+
+    def recheck(self) -> None:
+        self.smoothed.recheck()
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self, self.smoothed.classifier, self._surrogate, noise=self.smoothed.noise)
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         if plan.gradient == "transfer":
@@ -192,6 +241,17 @@ class RandomDefender:
         self.model, self.num_classes, self._decision, self._surrogate = model, num_classes, decision, surrogate
         self.execution = Execution(device=device_of(model))
         self.single = decision == "single"
+        self._watch: Watch | None = None
+
+    def inspect(self, x: Tensor, declared: bool) -> None:  # noqa: ARG002
+        self._watch = _watch(self.model, self.execution, x, random=True)
+
+    def recheck(self) -> None:
+        if self._watch is not None:
+            self._watch.conclude()
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self, self.model, self._surrogate, decision=self._decision)
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
         generator = stream(seed, f"{name}/noise", ids[0])
@@ -199,8 +259,9 @@ class RandomDefender:
         return _through(pinned(fresh) if plan.gradient == "frozen" else fresh, self._surrogate, self.execution)
 
     def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
-        y, generator = points.y.numpy(), stream(seed, f"verdict/{purpose}", points.ids[0])
-        challenging = self._probabilities(points.x, BLOCK, stream(seed, f"challenger/{purpose}", points.ids[0]))
+        y, names = points.y.numpy(), (points.ids[0], *pixel_ids(points.x))
+        generator = stream(seed, f"verdict/{purpose}", *names)
+        challenging = self._probabilities(points.x, BLOCK, stream(seed, f"challenger/{purpose}", *names))
 
         def draw(rows: list[int], number: int) -> NDArray[np.float64]:
             return self._probabilities(points.x[rows], number, generator)
@@ -245,62 +306,75 @@ class RandomDefender:
         with torch.no_grad(), seeded(draw_seed(generator)):
             for _ in range(draws):
                 logits = torch.cat([self.execution.logits(self.model, part) for part in x.split(self.execution.tile)])
-                found.append(F.softmax(checked_logits(logits, len(x)).double(), dim=1).cpu())
+                found.append(F.softmax(check_logits(logits, len(x)).double(), dim=1).cpu())
         return torch.stack(found, 1).numpy()
 
 
-def check_deterministic(model: nn.Module, execution: Execution, x: Tensor) -> None:
-    """Raises ModelError when two calls of ``model`` on the same images differ by more than rounding."""
-    if calls_differ(model, execution, x):
+@torch.no_grad()
+def _calls_differ(model: nn.Module, execution: Execution, x: Tensor) -> bool:
+    """Return whether two calls on some of the images ``x`` differ by more than 0.1 % of the logits' spread."""
+    return _unlike(*(check_logits(execution.logits(model, _few(x)), _FEW) for _ in range(2)))
+
+
+@torch.no_grad()
+def _watch(model: nn.Module, execution: Execution, x: Tensor, random: bool) -> Watch | None:
+    """Inspect ``model`` on a few of the images ``x``; return what checks it later.
+
+    A random model is called from the same seeds of the process's generators, so that rows which stay have the same
+    draws. One that these seeds do not pin has generators of its own: the means of many draws are compared, and it is
+    not checked again (None).
+
+    Raises:
+        ModelError: if an image's logits depend on the other images or, for a deterministic model, on its row.
+    """
+    check_structure(model)
+    few = _few(x)
+
+    def call(images: Tensor) -> Tensor:
+        with torch.no_grad(), seeded(0) if random else nullcontext():
+            return check_logits(execution.logits(model, images), len(images))
+
+    if random and _unlike(call(few), call(few)):
+        _check_means(call, few)
+        return None
+    for _ in compare_calls(call, few, movable=not random):
+        pass  # rounding decides no verdict of a plain model's class worth a warning
+    return Watch(call, few, call(few), movable=not random, spacing=1)
+
+
+def _unlike(first: Tensor, second: Tensor) -> bool:
+    return float((second - first).abs().max()) > 1e-3 * max(float(first.std()), 1e-12)
+
+
+def _check_means(call: Callable[[Tensor], Tensor], few: Tensor) -> None:
+    """Raise ModelError where mean logits over 32 draws change with the other images by 12 standard errors."""
+    stay, replaced = with_others_replaced(few)
+    alone, beside = (
+        torch.stack([call(images)[stay].double() for _ in range(_MEAN_DRAWS)]) for images in (few, replaced)
+    )
+    errors = ((alone.var(0) + beside.var(0)) / _MEAN_DRAWS).sqrt()
+    gaps = (alone.mean(0) - beside.mean(0)).abs()
+    if bool((gaps > _STANDARD_ERRORS * errors + 1e-3 * alone.mean(0).std(1, keepdim=True)).any()):
         raise ModelError(
-            "the model gives other outputs for the same images from call to call, so it is random; say what it is used "
-            'for: decision="vote" (the class most often given), "mean" (of the largest mean probability) or "single" '
-            "(one draw)"
+            "the model's logits of one image depend on the other images of a call: it must be a function of one image "
+            "and of its own draws; remove batch statistics and whatever else mixes images"
         )
 
 
-def calls_differ(model: nn.Module, execution: Execution, x: Tensor) -> bool:
-    """Whether two calls on the images ``x`` differ by more than 0.1 % of the logits' spread."""
-    first, second = (plain_logits(model, execution, x) for _ in range(2))
-    return float((second - first).abs().max()) > 1e-3 * max(float(first.std()), 1e-12)
+def _few(rows: Tensor) -> Tensor:
+    """The first 16 rows, cyclically where there are fewer."""
+    return rows[torch.arange(_FEW) % len(rows)]
 
 
 def plain_logits(model: nn.Module, execution: Execution, x: Tensor) -> Tensor:
     """Logits (N, K) of a plain model on the CPU; ModelError when they have another shape or are not finite."""
-    return checked_logits(execution.tiled_logits(model, x), len(x)).cpu()
+    return check_logits(execution.tiled_logits(model, x), len(x)).cpu()
 
 
-def checked_logits(logits: Tensor, rows: int) -> Tensor:
-    """``logits``; ModelError unless they are finite and (rows, K) with K >= 2."""
-    if logits.ndim != 2 or len(logits) != rows or logits.shape[1] < 2:
-        raise ModelError(
-            f"the model gave outputs of shape {tuple(logits.shape)} for {rows} images, expected (N, classes)"
-        )
-    if not bool(logits.isfinite().all()):
-        raise ModelError("the model gave outputs that are not finite; such an output has no class")
-    return logits
-
-
-def fingerprint(defender: Defender) -> str:
-    """64 hex digits that change with the model's type, weights, noise, execution and decision, and its surrogate's.
-
-    What a module keeps outside its parameters and buffers is not seen.
-    """
-    found = hashlib.sha256(type(defender).__name__.encode())
-    for name, value in sorted(vars(defender).items()):
-        module = value.classifier if isinstance(value, SmoothedClassifier) else value
-        facts = value.noise if isinstance(value, SmoothedClassifier) else type(value)
-        found.update(repr((name, facts if isinstance(module, nn.Module) else value)).encode())
-        if isinstance(module, nn.Module):
-            _add_weights(found, module)
-    return found.hexdigest()
-
-
-def _add_weights(found: "hashlib._Hash", module: nn.Module) -> None:
-    found.update(repr(type(module)).encode())
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        found.update(repr((name, value.dtype, value.shape)).encode())
-        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+def _fingerprint(defender: Defender, model: nn.Module, surrogate: nn.Module | None, **facts: object) -> str:
+    modules = {"model": model} if surrogate is None else {"model": model, "surrogate": surrogate}
+    facts |= {"defender": type(defender).__name__, "execution": defender.execution, "classes": defender.num_classes}
+    return fingerprint_of(modules, facts)
 
 
 def device_of(model: nn.Module) -> str:

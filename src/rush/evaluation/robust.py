@@ -16,6 +16,7 @@ from rush.attacks.gradient import gradient_statistics, seeded
 from rush.attacks.losses import LossName, cross_entropy, named_loss
 from rush.attacks.threat import ORDERS, ThreatModel, distances, norms
 from rush.engine.distributed import gather_objects, rank, world_size
+from rush.engine.inspection import check_logits
 from rush.engine.progress import progress
 from rush.errors import InputError, ModelError
 from rush.evaluation.attacking import GROUP, Points, find_points
@@ -25,10 +26,7 @@ from rush.evaluation.defenders import (
     PlainDefender,
     RandomDefender,
     SmoothedDefender,
-    check_deterministic,
-    checked_logits,
     defend,
-    fingerprint,
 )
 from rush.evaluation.parts import read_part, write_part
 from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, worst_case
@@ -161,7 +159,9 @@ def verdict(
         group, found = pixels.select(rows), Points(points[rows], torch.zeros(len(rows)), 0.0, 0.0)
         return _judged(defender, group, threat.select(rows), plan, found, judging)
 
-    return join_results([judged(rows) for rows in _groups(len(points))], threat)
+    results = [judged(rows) for rows in _groups(len(points))]
+    defender.recheck()
+    return join_results(results, threat)
 
 
 def prepare(
@@ -188,19 +188,19 @@ def prepare(
 
 
 def _check_outputs(defender: Defender, pixels: LabelledPixels, declared: bool) -> None:
-    """The model's logits on the first image, by which a module's number of classes becomes known."""
+    """Check the model's logits on the first image, by which a module's number of classes becomes known, and inspect
+    whether it is a function of one image."""
     assert isinstance(defender, PlainDefender | SmoothedDefender | RandomDefender)
     model = defender.smoothed.classifier if isinstance(defender, SmoothedDefender) else defender.model
     with torch.no_grad():
-        classes = checked_logits(defender.execution.logits(model, pixels.x[:1]), 1).shape[1]
+        classes = check_logits(defender.execution.logits(model, pixels.x[:1]), 1).shape[1]
     if isinstance(defender, SmoothedDefender) and classes != defender.num_classes:
         raise ModelError(
-            f"the classifier gave {classes} logits an image, expected num_classes = {defender.num_classes}"
+            f"the classifier gave {classes} logits per image, expected num_classes = {defender.num_classes}"
         )
     defender.num_classes = classes
     check_labels(pixels.y, len(pixels), classes)
-    if isinstance(defender, PlainDefender) and declared:
-        check_deterministic(defender.model, defender.execution, pixels.x[:8])
+    defender.inspect(pixels.x, declared)
 
 
 def evaluate(
@@ -215,7 +215,7 @@ def evaluate(
     groups = list(_groups(len(pixels)))
     own = range(rank(), len(groups), world_size())
     found: dict[int, AttackResult] = {}
-    made_by = "" if resume is None else repr((judging, fingerprint(defender)))
+    made_by = "" if resume is None else repr((judging, defender.fingerprint()))
     with progress(f"attack {plan.name}", sum(len(groups[number]) for number in own)) as advance:
         for number in own:
             rows = groups[number]
@@ -226,6 +226,7 @@ def evaluate(
             )
             if part is None:
                 part = attack_group(defender, group, balls, plan, judging, advance)
+                defender.recheck()
                 if file is not None:
                     write_part(file, part, group, made_by)
             else:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rush.binomial import sign_test
-from rush.inputs import LabelledPixels
+from rush.inputs import LabelledPixels, pixel_ids
 from rush.options import VERDICTS
 from rush.smoothing import BLOCK, SmoothedClassifier
 
@@ -65,11 +65,13 @@ def judge(
 ) -> Verdicts:
     """Verdicts on ``points``, each wrong with probability <= ``level`` (see the module).
 
-    Noise comes from ``stream(seed, "challenger/<purpose>", id)`` and ``stream(seed, "verdict/<purpose>", id)``: other
-    streams than any attack's. Cost: 200 to 100 + ``max_votes`` forward passes a point.
+    Noise comes from ``stream(seed, "challenger/<purpose>", id, hash)`` and ``stream(seed, "verdict/<purpose>", id,
+    hash)``, the hash that of the point's float32 pixels: no attack draws from these streams, and no point can be fitted
+    to noise that changes with it. Cost: 200 to 100 + ``max_votes`` forward passes per point.
     """
-    votes = smoothed.counts(points.x, BLOCK, smoothed.streams(seed, f"challenger/{purpose}", points.ids))
-    generators = smoothed.streams(seed, f"verdict/{purpose}", points.ids)
+    hashes = pixel_ids(points.x)
+    votes = smoothed.counts(points.x, BLOCK, smoothed.streams(seed, f"challenger/{purpose}", points.ids, hashes))
+    generators = smoothed.streams(seed, f"verdict/{purpose}", points.ids, hashes)
 
     def count(rows: list[int], number: int) -> NDArray[np.int64]:
         return smoothed.counts(points.x[rows], number, [generators[row] for row in rows]).numpy()
