@@ -527,13 +527,13 @@ class Answering(nn.Module):
 
 
 ANSWERS: list[tuple[Callable[[Tensor], object], str]] = [
-    (lambda x: x.flatten(1)[:, 0], "outputs of shape"),
-    (lambda x: x.flatten(1)[:, :1], "outputs of shape"),
-    (lambda x: x[:, :, :1], "outputs of shape"),
-    (lambda x: x.flatten(1)[:1].repeat(3, 1), "outputs of shape"),
+    (lambda x: x.flatten(1)[:, 0], r"one logit per image .*torch\.cat\(\[-z, z\], 1\)"),
+    (lambda x: x.flatten(1)[:, :1], r"one logit per image .*torch\.cat\(\[-z, z\], 1\)"),
+    (lambda x: x[:, :, :1], "logits of shape"),
+    (lambda x: x.flatten(1)[:1].repeat(3, 1), "logits of shape"),
     (lambda x: x.flatten(1)[:, :2] / 0, "not finite"),
     (lambda x: x.flatten(1)[:, :2] * torch.nan, "not finite"),
-    (lambda x: (x.flatten(1)[:, :2], None), "expected a tensor of logits"),
+    (lambda x: (x.flatten(1)[:, :2], None), "expected a real tensor of logits"),
 ]
 
 
@@ -562,17 +562,18 @@ def test_an_output_that_stops_being_finite_is_an_error_and_no_verdict(decision: 
 
 
 def test_the_number_of_classes_is_asked_of_the_network_once() -> None:
-    """Two forwards of a deterministic network tell whether it is one."""
+    """Two forwards of a deterministic network tell whether it is one, four whether it looks at one image alone; what
+    the last gives is kept."""
     recorder = Recorder(square_half_space())
     x = square_images(np.linspace(-0.2, 0.2, 12), seed=0)
     defender, pixels = prepare(recorder, (x, torch.ones(12).long()), BALL)
     assert defender.num_classes == 2
     assert len(pixels) == 12
-    assert [len(batch) for batch in recorder.inputs] == [1, 256, 256]
+    assert [len(batch) for batch in recorder.inputs] == [1, *[16] * 7]
 
 
 def test_a_smoothed_classifier_of_another_number_of_classes_is_refused() -> None:
     smoothed = SmoothedClassifier(Recorder(square_half_space()), 0.1, 10)
     x = square_images(np.linspace(-0.2, 0.2, 3), seed=0)
-    with pytest.raises(ModelError, match="the classifier gave 2 logits an image, expected num_classes = 10"):
+    with pytest.raises(ModelError, match="the classifier gave 2 logits per image, expected num_classes = 10"):
         rush.attack(smoothed, (x, torch.ones(3).long()), BALL, "worst-case")

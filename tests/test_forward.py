@@ -433,13 +433,21 @@ def test_a_recorded_compilation_that_fails_here_is_told_with_the_way_around(
     assert len(predict_files(compiled_run, [tmp_path / "image.png"], compiled=False, **given)) == 1  # type: ignore[arg-type]
 
 
-def test_an_error_of_an_eager_network_stays_its_own() -> None:
+@pytest.mark.parametrize("mode", ["none", "default"])
+def test_an_error_of_the_network_is_one_line_that_says_what_it_was_given(
+    mode: CompileMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it runs compiled: the compiler is not to blame."""
+    monkeypatch.setattr(forward_module, "_compiled", lambda function, _: function)
+
     class Broken(nn.Module):
         def forward(self, _: Tensor) -> Tensor:
-            raise ZeroDivisionError("the network's own")
+            raise ZeroDivisionError("the network's own\n error")
 
-    with pytest.raises(ZeroDivisionError, match="the network's own"):
-        Forward(Broken().eval(), Execution(), 5)(_tile())
+    text = "was given float32 images of shape (16, 3, 8, 8) on cpu and raised ZeroDivisionError: the network's own error"
+    with pytest.raises(ModelError, match=f"{re.escape(text)}$") as caught:
+        Forward(Broken().eval(), Execution(compile_mode=mode), 5)(_tile())
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import rush
 from exact_models import bins_with, square_half_space, square_images
 from rush.engine.precision import Execution
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, VERDICTS, Verdicts, judge, judge_deterministic, looks
-from rush.inputs import LabelledPixels
+from rush.inputs import LabelledPixels, pixel_ids
 from rush.noise import Gaussian
 from rush.randomness import stream
 from rush.smoothing import SmoothedClassifier
@@ -75,11 +75,11 @@ def test_verdicts_are_those_of_scipys_exact_tests_look_by_look() -> None:
     probabilities, level, stops = (0.36, 0.3, 0.34), 0.2, [100, 400, 900]
     verdicts = _judged(probabilities, 2, 200, level=level, max_votes=900, seed=3)
     model, x = bins_with(probabilities, SIGMA)
-    smoothed = SmoothedClassifier(model, SIGMA, 3)
+    smoothed, pixels = SmoothedClassifier(model, SIGMA, 3), pixel_ids(x)[0]
     for point in range(200):
-        first = smoothed.counts(x, 100, [stream(3, "challenger/test", str(point))])[0].tolist()
+        first = smoothed.counts(x, 100, [stream(3, "challenger/test", str(point), pixels)])[0].tolist()
         challenger = 0 if first[0] >= first[1] else 1
-        blocks = smoothed.vote_blocks(x, 900, [stream(3, "verdict/test", str(point))])[0]
+        blocks = smoothed.vote_blocks(x, 900, [stream(3, "verdict/test", str(point), pixels)])[0]
         expected, counts = UNDECIDED, [0, 0, 0]
         for stop in stops:
             counts = blocks[: stop // 100].sum(0).tolist()

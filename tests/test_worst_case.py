@@ -184,7 +184,7 @@ def test_the_worst_case_is_the_worst_of_its_stages_image_by_image(kind: Kind) ->
     """A suite of weak attackers, so that several of them count. Each alone, at the level that it has there, breaks what
     it breaks in the suite; what holds is returned at its most harmful."""
     model, x, y = _bumpy(kind)
-    suite, threat, judging = worst_case(kind, 3), ThreatModel("linf", 0.02), Judging(0.01, 1600, 0)
+    suite, threat, judging = worst_case(kind, 3), ThreatModel("linf", 0.02), Judging(0.01, 1600, 1)
     plans = tuple(
         replace(plan, steps=FEW_STEPS.get(plan.method, 0), eot_samples=min(plan.eot_samples, 2)) for plan in suite.plans
     )
@@ -232,9 +232,12 @@ def test_an_image_leaves_when_it_is_broken_and_the_passes_say_so() -> None:
     assert recorder.backward_rows == result.passes.sum()
     stages, targeted = len(worst_case("plain", 2).plans), 1
     assert result.votes.tolist() == [1] * 4 + [2] * 2 + [stages] * 2
-    seen_by_the_door = 1 + 2 * 256
-    judged = 256 * (stages + targeted)
-    assert recorder.forward_rows == (result.passes + result.forward_passes).sum() + judged + seen_by_the_door
+    seen_by_the_door = 1 + (2 + 4 + 1) * 16  # is it random, is it a function of one image, what is kept of it
+    judged = 256 * stages + 2 * 16 * stages  # each look at points is followed by two at some of them alone and mixed
+    ranked, asked_at_the_end = 256 * targeted, 16
+    assert recorder.forward_rows == (
+        (result.passes + result.forward_passes).sum() + judged + ranked + seen_by_the_door + asked_at_the_end
+    )
 
 
 def test_an_image_of_a_smoothed_model_leaves_too() -> None:
