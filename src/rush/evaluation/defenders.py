@@ -52,7 +52,7 @@ Model: TypeAlias = nn.Module | SmoothedClassifier
 CHOICE_VOTES = BLOCK  # that choose among candidates of a random model, the same noise for all of them
 _RANKING_DRAWS = 64
 _FEW = 16  # images that a module without noise of its own is inspected on
-_MEAN_DRAWS, _STANDARD_ERRORS = 32, 12
+_MEAN_DRAWS, _STANDARD_ERRORS = 128, 8
 
 
 class Defender(Protocol):
@@ -191,8 +191,12 @@ class SmoothedDefender:
         self.smoothed, self._surrogate = smoothed, surrogate
         self.execution, self.num_classes = smoothed.execution, smoothed.num_classes
 
-    def inspect(self, x: Tensor, declared: bool) -> None:
-        """Do nothing: the smoothed classifier inspects the first tile that it votes on."""
+    def inspect(self, x: Tensor, declared: bool) -> None:  # noqa: ARG002
+        """Count a tile of votes, the first of which are inspected, before anything is attacked."""
+        few = _few(x)
+        names = [str(row) for row in range(_FEW)]
+        samples = max(1, self.execution.tile // _FEW)
+        self.smoothed.counts(few, samples, self.smoothed.streams(0, "inspection", names))
 
     def recheck(self) -> None:
         self.smoothed.recheck()
@@ -334,12 +338,13 @@ def _watch(model: nn.Module, execution: Execution, x: Tensor, random: bool) -> W
         with torch.no_grad(), seeded(0) if random else nullcontext():
             return check_logits(execution.logits(model, images), len(images))
 
-    if random and _unlike(call(few), call(few)):
+    logits = call(few)
+    if random and _unlike(logits, call(few)):
         _check_means(call, few)
         return None
     for _ in compare_calls(call, few, movable=not random):
-        pass  # rounding decides no verdict of a plain model's class worth a warning
-    return Watch(call, few, call(few), movable=not random, spacing=1)
+        pass  # a difference that may be rounding is worth no warning where no votes are counted
+    return Watch(call, few, logits, movable=not random, spacing=1)
 
 
 def _unlike(first: Tensor, second: Tensor) -> bool:
@@ -347,7 +352,7 @@ def _unlike(first: Tensor, second: Tensor) -> bool:
 
 
 def _check_means(call: Callable[[Tensor], Tensor], few: Tensor) -> None:
-    """Raise ModelError where mean logits over 32 draws change with the other images by 12 standard errors."""
+    """Raise ModelError where mean logits over 128 draws change with the other images by 8 standard errors."""
     stay, replaced = with_others_replaced(few)
     alone, beside = (
         torch.stack([call(images)[stay].double() for _ in range(_MEAN_DRAWS)]) for images in (few, replaced)

@@ -12,7 +12,7 @@ from rush.certification.sequential import UNDECIDED
 from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates, write_certificates
 from rush.engine.distributed import barrier, in_turn, rank, world_size
 from rush.engine.runs import RunFolder
-from rush.errors import RunError
+from rush.errors import ModelError, RunError
 from rush.saving import load_smoothed
 from rush.stages.conditions import Conditions
 
@@ -42,10 +42,14 @@ def run_certify(run: RunFolder) -> None:
     here.begin("certify")
     done = in_turn(lambda: _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True))))
     missing = [position for position, index in enumerate(indices) if index not in done]
-    for position, certificate in certify_each(
-        smoothed, pixels, rule, here.recipe.seed, missing[rank() :: world_size()]
-    ):
-        append_certificates(parts / f"{rank()}.tsv", certificate, [indices[position]])
+    try:
+        for position, certificate in certify_each(
+            smoothed, pixels, rule, here.recipe.seed, missing[rank() :: world_size()]
+        ):
+            append_certificates(parts / f"{rank()}.tsv", certificate, [indices[position]])
+    except ModelError:
+        shutil.rmtree(parts, ignore_errors=True)  # votes of what turned out to be no fixed function
+        raise
     barrier()
     if rank() == 0:
         done = _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True)))
