@@ -9,8 +9,7 @@ from torch import Tensor
 from rush.engine.forward import Forward
 from rush.errors import ModelError
 from rush.noise import Gaussian
-
-BLOCK = 100  # noise samples that are drawn together, and the unit in which votes are stored
+from rush.options import BLOCK
 
 
 class Request(NamedTuple):

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from rush.certification.bounds import Certified, certify_votes
 from rush.certification.rules import Rule, null_probability
 from rush.certification.sequential import CERTIFIED, UNDECIDED
-from rush.smoothing import ABSTAIN
-from rush.voting import BLOCK
+from rush.options import ABSTAIN, BLOCK
 
 
 class Decider:

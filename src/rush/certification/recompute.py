@@ -9,8 +9,7 @@ from rush.certification.certificates import UNKNOWN, Certificates
 from rush.certification.decide import Decider, follow
 from rush.certification.rules import CLOPPER_PEARSON, make_rule, within_reach
 from rush.errors import InputError
-from rush.options import Level
-from rush.voting import BLOCK
+from rush.options import BLOCK, Level
 
 
 def recompute(
