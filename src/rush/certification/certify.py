@@ -21,7 +21,7 @@ from rush.certification.decide import Decider
 from rush.certification.rules import Rule, make_rule
 from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.progress import progress
-from rush.inputs import Images, LabelledPixels, check_positive_integer, labelled_pixels
+from rush.inputs import Images, LabelledPixels, check_positive_integer, labelled_pixels, pixel_ids
 from rush.options import CertifyMethod, Level
 from rush.smoothing import SmoothedClassifier
 from rush.voting import BLOCK, PendingVotes, Request
@@ -216,6 +216,7 @@ class _Engine:
             labels=np.array([flight.label], np.int64),
             ids=(flight.own,),
             rule=self._rule,
+            pixels=pixel_ids(flight.pixels[None]),
         )
 
     def _look(self, step: Sequence[tuple[_Flight, NDArray[np.int64], int]]) -> None:
