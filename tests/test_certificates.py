@@ -230,7 +230,7 @@ def test_a_line_with_too_few_fields_a_foreign_header_and_a_shortened_run_are_ref
     text = path.read_text()
     lines = text.splitlines()
     path.write_text("\n".join([*lines[:3], "3\t1\t1", *lines[4:]]) + "\n")
-    with pytest.raises(RunError, match="line 4: 3 fields instead of 14; move the file away and certify again"):
+    with pytest.raises(RunError, match="line 4: 3 fields instead of 15; move the file away and certify again"):
         read_certificates(path)
     path.write_text("idx\tlabel\n1\t2\n")
     with pytest.raises(RunError, match="line 1: expected the columns idx label predict"):

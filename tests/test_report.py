@@ -51,6 +51,7 @@ from rush.reporting.tables import (
     zero_text,
 )
 from rush.reporting.training import TrainingCost, training_cost, training_sentence
+from stored import rule_of, stored_certificates, votes_for
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
 GRID = (0.0, 0.25, 0.5)
@@ -136,48 +137,54 @@ def write_log(file: Path) -> None:
     file.write_text("\n".join(lines) + '\n{"event": "epo', encoding="utf-8")
 
 
-def write_certificates(folder: Path, timing: dict) -> None:
-    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tid\tp_lower\tnum_samples\tcounts\tblocks"]
-    for i in range(CERTIFIED):
-        label, counts = i % 10, ",".join(["100"] * 10)
-        right, abstained = i < 30 or 40 <= i < 45, 30 <= i < 40
-        predict = label if right else -1 if abstained else (label + 1) % 10
-        radius = 0.9 - 0.05 * i if i < 10 else 0.0 if abstained else max(0.2 - 0.005 * (i - 10), 0.1)
-        correct = int(predict == label)
-        rows.append(f"{i}\t{label}\t{predict}\t{radius!r}\t{correct}\t0.01\timg-{i}\t0.9\t1100\t{counts}\teJw=")
-    (folder / "certificates.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    fields = {"images": CERTIFIED, "sigma": SIGMA, "alpha": 0.001, "num_selection": 100, "num_estimation": 1000}
+def stored_votes() -> tuple[list[int], list[int]]:
+    """Votes and selected classes: 30 images right, the first ten with radii from 0.9 down to 0.45 and the others from
+    0.2 to 0.1; 10 abstained; 5 right and 15 wrong at 0.1."""
+    radii = [0.9 - 0.05 * i if i < 10 else max(0.2 - 0.005 * (i - 10), 0.1) for i in range(CERTIFIED)]
+    votes = [500 if 30 <= i < 40 else votes_for(radii[i], rule_of()) for i in range(CERTIFIED)]
+    return votes, [i % 10 if i < 45 else (i + 1) % 10 for i in range(CERTIFIED)]
+
+
+def write_certificates(folder: Path, timing: dict, votes: dict[int, int] | None = None, **rule: object) -> None:
+    """votes: of some images others than ``stored_votes``."""
+    stored, selected = stored_votes()
+    chosen = [(votes or {}).get(i, count) for i, count in enumerate(stored)]
+    certificates = stored_certificates(rule_of(**rule), chosen, selected, [i % 10 for i in range(CERTIFIED)])
+    write_table(folder / "certificates.tsv", certificates, range(CERTIFIED))
+    said = ("sigma", "alpha", "num_selection", "num_estimation")
+    fields = {"images": CERTIFIED, **{name: getattr(certificates.rule, name) for name in said}}
     cost = {"forward_passes_per_image": 1100, "images_per_second": 9.5}
     write_json(folder / "stages" / "certify.json", {"stage": "certify", **timing, **fields, **cost})
 
 
-def make_sequential(folder: Path, **changes: object) -> Path:
+def table_of(folder: Path) -> list[dict[str, str]]:
+    """The lines of certificates.tsv by column."""
+    header, *lines = (line.split("\t") for line in (folder / "certificates.tsv").read_text().splitlines())
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def make_sequential(folder: Path, **rule: object) -> Path:
     """The run's certificates made sequential ones: 9 images right at 0.5, 1 more at 0.25, 25 more at 0; 15 wrong at
-    0.25; 5 given up at 0 and 10 at 0.25; 700 samples an image on average.
+    0.25; 5 given up at 0 and 10 at 0.25; 840 samples an image on average.
     """
-    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tid\tp_lower\tnum_samples\toutcome\tcounts\tselection"]
-    for i in range(CERTIFIED):
-        abstained, wrong = 30 <= i < 40, i >= 45
-        predict = -1 if abstained else (i + 1) % 10 if wrong else i % 10
-        radius = 0.5 if i < 9 else 0.25 if i == 9 or wrong else 0.0
-        given_up = (i < 30 and i % 2 == 0) or 30 <= i < 35
-        outcome = "certified" if i < 9 else "not certifiable" if given_up else "undecided"
-        cells = (
-            i,
-            i % 10,
-            predict,
-            f"{radius:.6f}",
-            int(predict == i % 10),
-            0.01,
-            f"img-{i}",
-            0.6,
-            300 + 200 * (i % 5),
-        )
-        rows.append("\t".join(str(cell) for cell in (*cells, outcome, "1,2", "3,4")))
-    (folder / "certificates.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    rule = {"method": "sequential", "bound": "geometric", "level": "family", "num_images": 60, "radii": list(GRID)}
-    said = {"futility": 0.01, "statement": "all 60 certificates hold together with probability at least 0.999"}
-    edit_json(folder / "stages" / "certify.json", **{**rule, **said, **changes})
+
+    def votes(i: int) -> int:
+        if i < 9:
+            return 1000
+        if i == 9 or i >= 45:
+            return 850
+        if 30 <= i < 40:
+            return 200 if i < 35 else 500
+        return 600 if i < 30 and i % 2 == 0 else 700
+
+    radii = tuple(rule.pop("radii", GRID))  # type: ignore[call-overload]
+    sequential = rule_of(method="sequential", level="family", radii=radii, **rule)
+    labels = [i % 10 for i in range(CERTIFIED)]
+    certificates = stored_certificates(sequential, [votes(i) for i in range(CERTIFIED)], stored_votes()[1], labels)
+    write_table(folder / "certificates.tsv", certificates, range(CERTIFIED))
+    said = {**asdict(sequential), "statement": sequential.statement}
+    passes = float(certificates.num_samples.mean())
+    edit_json(folder / "stages" / "certify.json", **{**said, "forward_passes_per_image": passes})
     return folder
 
 
@@ -407,7 +414,8 @@ def test_summary_rows_are_the_counts_in_the_files(run: Path) -> None:
     difference = paired_difference(standing(30), standing(12))
     assert rows[f"{LABELS['frozen']} flatters by"] == f"{points(difference)} points"
     assert rows["sandwich"] == "0 violations, 30 images checked, 1 allowed"
-    radii = [0.9 - 0.05 * i for i in range(10)] + [max(0.2 - 0.005 * (i - 10), 0.1) for i in range(10, 30)] + [0.1] * 5
+    radii = [float(line["radius"]) for line in table_of(run) if line["label"] == line["predict"]]
+    assert len(radii) == 35
     assert rows["ACR"] == f"{sum(radii) / 60:.3f} (N = 1,000)"
 
 
@@ -435,7 +443,7 @@ def test_changing_a_verdict_changes_the_page(run: Path) -> None:
 def test_changing_a_radius_changes_the_page(run: Path) -> None:
     """Image 9 loses its radius: 9 instead of 10 of 60 are certified at sigma/2, and the floor is 9 of 40."""
     assert bounds(share_interval(10, 60)) in page_of(run).text
-    edit(run / "certificates.tsv", f"9\t9\t9\t{0.9 - 0.05 * 9!r}\t1", "9\t9\t9\t0.01\t1")
+    write_certificates(run, {"seconds": 65.0}, votes={9: votes_for(0.01, rule_of())})
     after = page_of(run).text
     assert bounds(share_interval(10, 60)) not in after
     assert bounds(share_interval(9, 60)) in after
@@ -551,9 +559,10 @@ def test_certificates_match_a_slow_count(run: Path) -> None:
     """Certified accuracy at any radius equals a loop over the lines, also at and beside a radius in the file."""
     certificates = read_run(run).certificates
     assert certificates is not None
-    lines = [line.split("\t") for line in (run / "certificates.tsv").read_text().splitlines()[1:]]
-    for radius in (0.0, 0.1, 0.1 + 1e-9, 0.2, 0.25, 0.9, 0.95):
-        slow = sum(line[1] == line[2] and float(line[3]) >= radius for line in lines)
+    lines = table_of(run)
+    held = float(lines[0]["radius"])
+    for radius in (0.0, 0.1, held, held + 1e-9, 0.2, 0.25, 0.9, 0.95):
+        slow = sum(line["label"] == line["predict"] and float(line["radius"]) >= radius for line in lines)
         assert certificates.accuracy(radius).estimate == slow / 60
     # Closed form: p_lower = 0.001^(1/1000) = 0.993116, whose normal quantile is 2.46326.
     assert certificates.ceiling == pytest.approx(0.5 * 2.46326, abs=1e-5)
@@ -564,7 +573,7 @@ def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Pat
     rows = dict(summary_rows(read_run(make_sequential(run))))
     assert rows["certified by"] == "Sequential (geometric), grid 0 / 0.25 / 0.5"
     assert rows["level"] == "all 60 certificates hold together with probability at least 0.999, over the noise"
-    assert rows["samples an image"] == "700 on average, at most 1,100, 100 of them to select the class"
+    assert rows["samples an image"] == "840 on average, at most 1,100, 100 of them to select the class"
     level = 0.001 / 60
     assert rows["certified at ℓ2 0"] == (
         f"{share(share_interval(35, 60))} (n = 60), true ≥ {true_share(35, 60, level)}"
@@ -575,7 +584,7 @@ def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Pat
         ", wrong class 25.0 %, not certifiable 25.0 %, undecided 33.3 %"
     )
     acr = (9 * 0.5 + 0.25) / 60
-    assert rows["grid ACR"] == f"{acr:.3f} (700 samples an image, at most 1,100; grid 0 / 0.25 / 0.5)"
+    assert rows["grid ACR"] == f"{acr:.3f} (840 samples an image, at most 1,100; grid 0 / 0.25 / 0.5)"
     assert "ACR" not in rows
 
 
@@ -586,7 +595,7 @@ def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
         "certified: sequential, level family",
         "All 60 certificates hold together with probability at least 0.999, over the draws of the noise.",
         "That is α = 0.001 for all of them, 1.67e-05 for each.",
-        "700 on average, at most 1,100",
+        "840 on average, at most 1,100",
         "wrongly with probability at most 0.01 an image",
         "end of the grid",
         "Grid ACR 0.079",
@@ -595,7 +604,7 @@ def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
         assert told in text, told
     assert "ceiling, N" not in text
     assert [row.radius for row in certified_rows(read_run(run))] == ["0", "0.25", "0.5"]
-    edit_json(run / "stages" / "certify.json", sigma=0.4)  # sigma / 2 is no radius of the grid: the next one speaks
+    make_sequential(run, sigma=0.4)  # sigma / 2 is no radius of the grid: the next one speaks
     assert "Within ℓ2 0.25 it is proved right" in page_of(run).text
     assert [row.radius for row in certified_rows(read_run(run))] == ["0", "0.25", "0.5"]
 
@@ -613,13 +622,13 @@ def test_images_divide_as_a_slow_count_says(run: Path, radius: float) -> None:
     """An image given up at 0.25 is given up at all that is larger, but at 0.1, where nothing was tested, undecided."""
     certificates = certificates_of(make_sequential(run))
     found = dict.fromkeys(("right", "wrong class", "not certifiable", "undecided"), 0)
-    for line in (run / "certificates.tsv").read_text().splitlines()[1:]:
-        cells = line.split("\t")
-        following = GRID[0] if cells[2] == "-1" else next((r for r in GRID if r > float(cells[3])), math.inf)
-        if cells[2] != "-1" and float(cells[3]) >= radius:
-            found["right" if cells[1] == cells[2] else "wrong class"] += 1
+    for line in table_of(run):
+        reached, certified = float(line["radius"]), line["predict"] != "-1"
+        following = next((r for r in GRID if r > reached), math.inf) if certified else GRID[0]
+        if certified and reached >= radius:
+            found["right" if line["label"] == line["predict"] else "wrong class"] += 1
         else:
-            given_up = cells[9] == "not certifiable" and radius >= following
+            given_up = line["outcome"] == "not certifiable" and radius >= following
             found["not certifiable" if given_up else "undecided"] += 1
     decided = certificates.decided(radius)
     assert decided is not None
@@ -647,31 +656,34 @@ def test_curve_of_a_grid_ends_with_the_grid(run: Path, monkeypatch: pytest.Monke
 
 def test_grid_of_radius_zero_alone_is_drawn(run: Path) -> None:
     make_sequential(run, radii=[0.0])
-    content = (run / "certificates.tsv").read_text()
-    (run / "certificates.tsv").write_text(content.replace("0.500000", "0.000000").replace("0.250000", "0.000000"))
     assert "Within ℓ2 0 it is proved right" in page_of(run).text
 
 
 def test_family_lowers_the_ceiling(run: Path) -> None:
     """At level alpha / 60 an image's N agreeing votes certify less: sigma * Phi^-1((alpha / 60)^(1/N))."""
-    edit_json(run / "stages" / "certify.json", level="family", num_images=60)
+    write_certificates(run, {"seconds": 65.0}, level="family")
     expected = 0.5 * special.ndtri((0.001 / 60) ** (1 / 1000))
-    assert certificates_of(run).ceiling == pytest.approx(expected, abs=1e-9)
-    assert "probability at most 1.66667e-05" in dict(summary_rows(read_run(run)))["level"]
+    assert certificates_of(run).ceiling == pytest.approx(expected, abs=1e-6)
+    assert dict(summary_rows(read_run(run)))["level"].startswith("all 60 certificates hold together")
 
 
-def test_record_of_an_older_run_is_of_clopper_pearson_for_each_image(run: Path) -> None:
+def test_the_rule_of_the_table_speaks_where_the_record_of_an_older_run_is_silent(run: Path) -> None:
     certificates = certificates_of(run)
-    assert (certificates.method, certificates.level, certificates.num_images) == ("clopper-pearson", "image", 60)
-    assert (certificates.radii, certificates.outcome, certificates.decided(0.25)) == (None, None, None)
-    edit(run / "certificates.tsv", "\tnum_samples\t", "\tsamples\t")
-    assert certificates_of(run).mean_samples == 1100
+    assert (certificates.method, certificates.level) == ("clopper-pearson", "image")
+    assert (certificates.radii, certificates.decided(0.25), certificates.mean_samples) == (None, None, 1100)
 
 
-def test_an_image_twice_leaves_no_bound_on_the_distribution(run: Path) -> None:
+def test_a_table_without_its_votes_is_refused(run: Path) -> None:
+    lines = [line.split("\t")[:9] for line in (run / "certificates.tsv").read_text().splitlines()]
+    (run / "certificates.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=r"line 1: expected the columns idx label .* blocks rule"):
+        read_run(run)
+
+
+def test_an_image_twice_is_refused(run: Path) -> None:
     edit(run / "certificates.tsv", "img-59", "img-58")
-    assert certificates_of(run).accuracy_lower(0.0) is None
-    assert "true ≥ –" in dict(summary_rows(read_run(run)))["certified at ℓ2 0"]
+    with pytest.raises(RunError, match="line 61: the image is there twice, by its id"):
+        read_run(run)
 
 
 @pytest.mark.parametrize(
@@ -799,7 +811,7 @@ def test_damaged_live_figures_are_told(run: Path) -> None:
 def test_floor_beyond_the_ceiling_is_explained(run: Path) -> None:
     """sigma 0.05 cannot certify the ball around the threat, whatever the votes: the page says why the floor is zero."""
     assert "larger than the ceiling" not in page_of(run).text
-    edit_json(run / "stages" / "certify.json", sigma=0.05)
+    write_certificates(run, {"seconds": 65.0}, sigma=0.05)
     assert "larger than the ceiling" in page_of(run).text
 
 
@@ -1255,7 +1267,7 @@ DAMAGES = {
     "stages/certify.json": lambda file: edit_json(file, num_estimation=0),
     "audit.json": lambda file: file.write_text('{"format": 1, "verdict"'),
     "stages/attack.json": lambda file: edit_json(file, threat={"norm": "l7", "epsilon": 1.0}),
-    "certificates.tsv": lambda file: edit(file, "\t1\t0.01\timg-0", "\t0\t0.01\timg-0"),
+    "certificates.tsv": lambda file: edit(file, "\t1\t0.0100\timg-0", "\t0\t0.0100\timg-0"),
     "attacks.tsv": lambda file: edit(file, "frozen\t7\timg-7\t7\theld", "frozen\t7\timg-7\t7\tshaken"),
     "attacks/images.npz": lambda file: file.write_bytes(file.read_bytes()[:300]),
     "attacks/worst-case.npz": lambda file: file.unlink(),
@@ -1278,11 +1290,12 @@ def test_damaged_file_is_named_with_its_remedy(full: Path, name: str) -> None:
     ("table", "old", "new", "told"),
     [
         ("certificates.tsv", "idx\tlabel", "label\tidx", "line 1"),
-        ("certificates.tsv", "\n1\t1\t1\t", "\n1\t1\t1\tx", "line 3, column radius"),
-        ("certificates.tsv", "\n1\t1\t1\t0.85", "\n1\t1\t1\tnan", "line 3, column radius"),
-        ("certificates.tsv", "\n1\t1\t1\t0.85", "\n1\t1\t1\t-0.85", "line 3: a radius is negative"),
+        ("certificates.tsv", "\n1\t1\t1\t", "\n1\t1\t1\tx", "line 3: 'x0.84"),
+        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\tnan", "line 3: 'nan"),
+        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\t-0.8", "line 3: '-0.8"),
+        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\t9.8", "line 3: radius is 9.8"),
         ("certificates.tsv", "\n1\t1\t1\t", "\n0\t1\t1\t", "twice"),
-        ("certificates.tsv", "\teJw=\n", "\n", "line 2 has 10 fields, expected 11"),
+        ("certificates.tsv", f"\t{0:032x}\n", "\n", "line 2: 14 fields instead of 15"),
         ("attacks.tsv", "frozen\t7\t", "frozen\t8\t", "'frozen' is not on the same images"),
         ("attacks.tsv", "frozen\t7\t", "thawed\t7\t", "unknown rung 'thawed'"),
     ],
@@ -1297,9 +1310,11 @@ def test_damaged_line_is_told(run: Path, table: str, old: str, new: str, told: s
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("\n9\t9\t9\t0.25", "\n9\t9\t9\t0.35", "line 11: its radius is none of the grid's"),
-        ("img-4\t0.6\t1100", "img-4\t0.6\t1101", "line 6: num_samples must lie in [101, 1100]"),
-        ("img-4\t0.6\t1100\tcertified", "img-4\t0.6\t1100\tlikely", "line 6: outcome must be one of certified, not"),
+        ("\n9\t9\t9\t0.25", "\n9\t9\t9\t0.35", "line 11: radius is 0.35"),
+        ("img-4\t0.8", "img-4\t0.7", "line 6: p_lower is 0.7"),
+        ("\t200\tcertified", "\t300\tcertified", "line 2: its votes do not add up to num_samples"),
+        ("\t200\tcertified", "\t200\tlikely", "line 2: outcome is 'likely'"),
+        ("\t200\tcertified", "\t200\tundecided", "line 2: outcome is 'undecided', its votes and rule give 'certified'"),
     ],
 )
 def test_line_that_the_rule_cannot_give_is_told(run: Path, old: str, new: str, told: str) -> None:
@@ -1309,25 +1324,23 @@ def test_line_that_the_rule_cannot_give_is_told(run: Path, old: str, new: str, t
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("field", "value"),
     [
-        ({"method": "guess"}, "got 'guess' and 'family'"),
-        ({"level": "galaxy"}, "clopper-pearson or sequential, and image or family"),
-        ({"radii": None}, "'radii' must be ascending numbers >= 0, got None"),
-        ({"radii": [0.5, 0.25, 0.0]}, "'radii' must be ascending"),
-        ({"radii": []}, "'radii' must be ascending"),
-        ({"num_images": 59}, "num_images >= 60"),
-        ({"futility": "none"}, "'futility' must be a finite number"),
+        ("method", "guess"),
+        ("level", "image"),
+        ("radii", None),
+        ("radii", [0.0, 0.25]),
+        ("num_images", 59),
+        ("futility", "none"),
+        ("alpha", 0.01),
+        ("sigma", 0.25),
+        ("undecided", 3),
+        ("forward_passes_per_image", 100.0),
     ],
 )
-def test_rule_that_cannot_be_is_damage(run: Path, changes: dict, told: str) -> None:
-    with pytest.raises(RunError, match=re.escape(told)):
-        read_run(make_sequential(run, **changes))
-
-
-def test_fixed_number_of_samples_is_the_same_for_every_image(run: Path) -> None:
-    edit(run / "certificates.tsv", "img-4\t0.9\t1100", "img-4\t0.9\t1000", 1)
-    with pytest.raises(RunError, match="line 6: num_samples must be 1100"):
+def test_a_record_that_is_not_that_of_the_table_is_damage(run: Path, field: str, value: object) -> None:
+    edit_json(make_sequential(run) / "stages" / "certify.json", **{field: value})
+    with pytest.raises(RunError, match=rf"certify\.json is damaged: {field} is {re.escape(repr(value))}, by cert"):
         read_run(run)
 
 
@@ -1335,7 +1348,7 @@ def test_missing_lines_of_a_finished_stage_are_damage(run: Path) -> None:
     """A certificate table that lost lines after the stage was finished gives no figures on fewer images."""
     lines = (run / "certificates.tsv").read_text().splitlines(keepends=True)
     (run / "certificates.tsv").write_text("".join(lines[:-5]))
-    with pytest.raises(RunError, match=r"holds 55 images, stages/certify\.json says 60"):
+    with pytest.raises(RunError, match=r"certify\.json is damaged: images is 60, by certificates\.tsv it is 55"):
         read_run(run)
 
 

@@ -63,8 +63,8 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a ``log.jsonl`` in their order, none where there is no file.
+def read_events(path: Path) -> dict[int, dict[str, Any]]:
+    """Return the events of a ``log.jsonl`` by the numbers of their lines, none where there is no file.
 
     The last line may be cut off, as a kill leaves it; it is then omitted.
     Raises: RunError naming the line where another one is not an event, or where the file cannot be read.
@@ -75,7 +75,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         raise RunError(
             f"{path} cannot be read ({error.strerror}); allow it, or restore the file from a copy"
         ) from error
-    events = []
+    events = {}
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -86,12 +86,17 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if is_cut_off(line) and content.endswith(line):
                 break
-            raise RunError(
-                f"{path}, line {number} is not an event ({error}): {line[:60]!r}; "
-                "restore the file from a copy, or delete the line: only the training curves lose a point"
-            ) from error
-        events.append(event)
+            raise damaged_event(path, number, f"{error}: {line[:60]!r}") from error
+        events[number] = event
     return events
+
+
+def damaged_event(path: Path, number: int, why: str) -> RunError:
+    """Return what to say where line ``number`` of a log is not what it should be."""
+    return RunError(
+        f"{path} is damaged: line {number} cannot be read ({why}). Remedy: restore the file from a copy, or delete the "
+        "line; only the training curves lose a point."
+    )
 
 
 def is_cut_off(line: bytes) -> bool:

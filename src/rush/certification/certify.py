@@ -119,6 +119,7 @@ class _Flight:
     pixels: Tensor
     label: int
     own: str
+    picture: str  # hash of the pixels
     generators: tuple[torch.Generator, torch.Generator]  # selection, estimation
     selection: NDArray[np.int64]
     counts: NDArray[np.int64]
@@ -159,6 +160,7 @@ class _Engine:
             pixels=pixels.x[position].to(self._smoothed.execution.device, torch.float32),
             label=int(pixels.y[position]),
             own=own,
+            picture=pixel_ids(pixels.x[position][None])[0],
             generators=(selection, estimation),
             selection=np.zeros(classes, np.int64),
             counts=np.zeros(classes, np.int64),
@@ -216,7 +218,7 @@ class _Engine:
             labels=np.array([flight.label], np.int64),
             ids=(flight.own,),
             rule=self._rule,
-            pixels=pixel_ids(flight.pixels[None]),
+            pixels=(flight.picture,),
         )
 
     def _look(self, step: Sequence[tuple[_Flight, NDArray[np.int64], int]]) -> None:

@@ -183,10 +183,9 @@ class _Table:
         possible = (drawn > 0) & (drawn <= rule.num_estimation) & (counts.min(1) >= UNKNOWN) & ~wrong_sum
         self.check(possible, "its votes do not add up to num_samples, or exceed the rule's")
         if rule.method == "clopper-pearson":
-            self.check(
-                drawn == rule.num_estimation,
-                lambda row: f"it has {drawn[row]} votes instead of num_estimation = {rule.num_estimation}",
-            )
+            complete = drawn == rule.num_estimation
+            votes = drawn[int(np.argmin(complete))]
+            self.check(complete, f"it has {votes} votes instead of num_estimation = {rule.num_estimation}")
         selects = (selection.min(1) >= 0) & (selection.sum(1) == rule.num_selection)
         same_classes = counts.shape[1] == selection.shape[1]
         self.check(selects & same_classes, f"its votes do not add up to num_selection = {rule.num_selection}")
@@ -224,27 +223,20 @@ class _Table:
 
     def _compare(self, derived: Certificates) -> None:
         """Refuse a printed value that is not the one that votes and rule give."""
-        numbers: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {
-            "radius": (self._real("radius"), derived.radius),
-            "p_lower": (self._real("p_lower"), derived.p_lower),
-        }
-        for column, (printed, exact) in numbers.items():
-            self.check(
-                np.abs(printed - exact) <= TOLERANCE * (1 + 1e-6),  # one in the sixth decimal is within it
-                lambda row, c=column, p=printed, e=exact: f"{c} is {p[row]:g}, its votes and rule give {e[row]:.9g}",
-            )
-        whole = {"predict": derived.prediction, "correct": derived.correct.astype(np.int64)}
-        for column, exact_ in whole.items():
-            given = self.whole(column)
-            self.check(
-                given == exact_, lambda row, c=column, g=given, e=exact_: f"{c} is {g[row]}, its votes give {e[row]}"
-            )
+        for column, exact in (("radius", derived.radius), ("p_lower", derived.p_lower)):
+            printed = self._real(column)
+            near = np.abs(printed - exact) <= TOLERANCE * (1 + 1e-6)  # one in the sixth decimal is within it
+            row = int(np.argmin(near))
+            self.check(near, f"{column} is {printed[row]:g}, its votes and rule give {exact[row]:.9g}")
+        for column, given in (("predict", derived.prediction), ("correct", derived.correct.astype(np.int64))):
+            same = self.whole(column) == given
+            row = int(np.argmin(same))
+            self.check(same, f"{column} is {self.whole(column)[row]}, its votes and rule give {given[row]}")
         names = np.array(OUTCOMES)[derived.outcome]
-        outcomes = self._cells["outcome"]
-        self.check(
-            np.array(outcomes) == names,
-            lambda row: f"outcome is {escape(outcomes[row])!r}, its votes and rule give {names[row]!r}",
-        )
+        same = np.array(self._cells["outcome"]) == names
+        row = int(np.argmin(same))
+        told = escape(self._cells["outcome"][row][:60])
+        self.check(same, f"outcome is {told!r}, its votes and rule give {str(names[row])!r}")
 
     def whole(self, column: str) -> NDArray[np.int64]:
         return np.array([self._parsed(row, _whole, text) for row, text in enumerate(self._cells[column])], np.int64)
@@ -265,11 +257,10 @@ class _Table:
         except (ValueError, TypeError, ArithmeticError, RecursionError, zlib.error) as error:
             self.refuse(row, str(error))
 
-    def check(self, right: NDArray[np.bool_], what: str | Callable[[int], str]) -> None:
+    def check(self, right: NDArray[np.bool_], what: str) -> None:
         """Refuse the first line where ``right`` (N,) is false."""
         if not right.all():
-            row = int(np.argmin(right))
-            self.refuse(row, what if isinstance(what, str) else what(row))
+            self.refuse(int(np.argmin(right)), what)
 
     def refuse(self, row: int, what: str) -> NoReturn:
         raise RunError(f"{self.path}, line {row + 2}: {what}; move the file away and certify again")

@@ -118,7 +118,7 @@ class RunFolder:
 
         Raises: RunError naming the line where another one is not an event.
         """
-        events = read_events(self.path / "log.jsonl")
+        events = read_events(self.path / "log.jsonl").values()
         return [entry for entry in events if entry["event"] == event and entry.get("stage") == stage]
 
     def finish(self, stage: Stage, seconds: float, **figures: Any) -> None:

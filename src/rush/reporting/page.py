@@ -132,6 +132,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "certified_rows": tables.certified_rows(results),
         "decided_names": _decided_names(results),
         "acr": tables.acr_text(results),
+        "copies": tables.copies_text(results.certificates.stored) if results.certificates else "",
         "ladder_plot": _ladder_plot(results),
         "ladder_rows": tables.ladder_rows(results.ladder) if results.ladder else [],
         "comparison": tables.comparison_rows(results),
