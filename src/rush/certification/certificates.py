@@ -166,6 +166,22 @@ def join_certificates(parts: Sequence[Certificates]) -> Certificates:
     return replace(parts[0], **arrays, blocks=blocks, ids=ids, pixels=pixels)
 
 
+def first_difference(
+    certificates: Certificates, ids: Sequence[str], labels: Sequence[int], pixels: Sequence[str]
+) -> str | None:
+    """Return the first of these images, by its id, that has another label or other pixels in ``certificates``, None
+    where none has; images that are not in both are passed over."""
+    rows = {image_id: row for row, image_id in enumerate(certificates.ids)}
+    for image_id, label, picture in zip(ids, labels, pixels, strict=True):
+        row = rows.get(image_id)
+        if row is None:
+            continue
+        known = picture if certificates.pixels is None else certificates.pixels[row]
+        if (label, picture) != (certificates.labels[row], known):
+            return image_id
+    return None
+
+
 def of_pictures(flags: NDArray[np.bool_], pixels: Sequence[str] | None) -> NDArray[np.bool_]:
     """Return for each different picture whether ``flags`` (N,) holds for all of its copies, ``pixels`` naming the
     picture of each image; ``flags`` itself where that is not known."""
