@@ -67,6 +67,7 @@ LABELS = {
     "eot-16": "PGD, fresh noise, EOT 16",
 }
 FIRST = {"clean": 4, "transfer": 16, "pgd": 0, "apgd": 10}
+VOTES = {"held": "700\t200", "broken": "200\t700", "undecided": "450\t450"}  # for the label, for the challenger
 CURVE = {
     "label": "PGD-20, margin of the mean, EOT 16",
     "images": 20,
@@ -155,6 +156,7 @@ def write_certificates(folder: Path, timing: dict, votes: dict[int, int] | None 
     fields = {"images": CERTIFIED, **{name: getattr(certificates.rule, name) for name in said}}
     cost = {"forward_passes_per_image": 1100, "images_per_second": 9.5}
     write_json(folder / "stages" / "certify.json", {"stage": "certify", **timing, **fields, **cost})
+    recount_sandwich(folder)
 
 
 def table_of(folder: Path) -> list[dict[str, str]]:
@@ -185,13 +187,30 @@ def make_sequential(folder: Path, **rule: object) -> Path:
     said = {**asdict(sequential), "statement": sequential.statement}
     passes = float(certificates.num_samples.mean())
     edit_json(folder / "stages" / "certify.json", **{**said, "forward_passes_per_image": passes})
+    recount_sandwich(folder)
     return folder
+
+
+def recount_sandwich(folder: Path) -> None:
+    record = folder / "stages" / "attack.json"
+    if record.exists():
+        sandwich = json.loads(record.read_text())["sandwich"]
+        edit_json(record, sandwich={**sandwich, **count_sandwich(folder)})
 
 
 def certificates_of(folder: Path) -> Certificates:
     certificates = read_run(folder).certificates
     assert certificates is not None
     return certificates
+
+
+def count_sandwich(folder: Path) -> dict[str, int]:
+    """Attacked images that are certified right with a positive radius, and how many of them may be broken by chance."""
+    lines = table_of(folder)[:ATTACKED]
+    checked = sum(line["correct"] == "1" and float(line["radius"]) > 0 for line in lines)
+    rule = json.loads(lines[0]["rule"])
+    level = rule["alpha"] / (rule["num_images"] if rule["level"] == "family" else 1)
+    return {"checked": checked, "allowed": int(stats.binom.isf(1e-6, checked, level + 0.001)) if checked else 0}
 
 
 def write_attacks(folder: Path, timing: dict) -> None:
@@ -201,7 +220,9 @@ def write_attacks(folder: Path, timing: dict) -> None:
             # One image stays undecided on the strongest rung.
             verdict = "broken" if i >= standing else "undecided" if rung == "eot-16" and i == 0 else "held"
             l2 = 0.0 if rung == "clean" else COVERING  # above the radius of every image that breaks
-            rows.append(f"{rung}\t{i}\timg-{i}\t{i % 10}\t{verdict}\t0.03\t{l2}\t{(i + 3) % 10}\t1000\t700\t200")
+            rows.append(
+                f"{rung}\t{i}\timg-{i}\t{i % 10}\t{verdict}\t0.03\t{l2}\t{(i + 3) % 10}\t1000\t{VOTES[verdict]}"
+            )
     rows += [f"sandwich\t{i}\timg-{i}\t{i % 10}\theld\t0.2\t0.1\t0\t1000\t900\t50" for i in range(30)]
     (folder / "attacks.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     rungs = [
@@ -217,7 +238,7 @@ def write_attacks(folder: Path, timing: dict) -> None:
         }
         for place, name in enumerate(STANDING)
     ]
-    sandwich = {"checked": 30, "violations": [], "allowed": 1, "passes_per_image": 40, "seconds": 12.0}
+    sandwich = {"violations": [], "passes_per_image": 40, "seconds": 12.0, **count_sandwich(folder)}
     threat = {"norm": "linf", "epsilon": EPSILON, "epsilon_text": "8/255"}
     judged = {"alpha": 0.001, "level": 0.0002, "num_verdicts": 5, "max_votes": 10000, "votes_per_image": 800.0}
     write_json(
@@ -230,12 +251,12 @@ def write_attacks(folder: Path, timing: dict) -> None:
 def make_full(folder: Path, newly: int = 12, verdict: str = "overestimated") -> Path:
     """The run with a ladder in full (APGD leaves 11, Square 25, the worst case 10), a curve to zero and an audit."""
     standing = {"apgd": 11, "square": 25, "worst-case": 10}
-    lines = [
-        f"{rung}\t{i}\timg-{i}\t{i % 10}\t{'held' if i < count else 'broken'}\t0.03\t{COVERING}\t{(i + 3) % 10}"
-        "\t9\t7\t2"
-        for rung, count in standing.items()
-        for i in range(ATTACKED)
-    ]
+    lines = []
+    for rung, count in standing.items():
+        for i in range(ATTACKED):
+            judged = "held" if i < count else "broken"
+            cells = (rung, i, f"img-{i}", i % 10, judged, 0.03, COVERING, (i + 3) % 10, 1000, VOTES[judged])
+            lines.append("\t".join(map(str, cells)))
     with open(folder / "attacks.tsv", "a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     spent = {"passes_per_image": 800.0, "forward_passes_per_image": 216.0, "votes_per_image": 300.0, "seconds": 30.0}
@@ -384,6 +405,15 @@ def edit(file: Path, old: str, new: str, times: int = -1) -> None:
     file.write_text(content.replace(old, new, times), encoding="utf-8")
 
 
+def set_verdict(folder: Path, rung: str, image: int, verdict: str) -> None:
+    """Change a verdict of attacks.tsv, and its votes with it."""
+    header, *lines = (line.split("\t") for line in (folder / "attacks.tsv").read_text().splitlines())
+    row = next(line for line in lines if (line[0], line[1]) == (rung, str(image)))
+    row[4], row[9], row[10] = verdict, *VOTES[verdict].split("\t")
+    row[7] = str((image + 3) % 10)
+    (folder / "attacks.tsv").write_text("".join("\t".join(line) + "\n" for line in [header, *lines]))
+
+
 def edit_json(file: Path, **changes: object) -> None:
     write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **changes})
 
@@ -413,7 +443,7 @@ def test_summary_rows_are_the_counts_in_the_files(run: Path) -> None:
     assert rows["certified floor at ℓ∞ 8/255"] == floor
     difference = paired_difference(standing(30), standing(12))
     assert rows[f"{LABELS['frozen']} flatters by"] == f"{points(difference)} points"
-    assert rows["sandwich"] == "0 violations, 30 images checked, 1 allowed"
+    assert rows["sandwich"] == "0 violations, 30 images checked, 3 allowed"
     radii = [float(line["radius"]) for line in table_of(run) if line["label"] == line["predict"]]
     assert len(radii) == 35
     assert rows["ACR"] == f"{sum(radii) / 60:.3f} (N = 1,000)"
@@ -429,7 +459,7 @@ def test_figures_are_printed_as_percent_with_both_ends(run: Path) -> None:
 def test_changing_a_verdict_changes_the_page(run: Path) -> None:
     """One more broken image under one attacker: its accuracy, interval and paired difference follow."""
     before = page_of(run).text
-    edit(run / "attacks.tsv", "eot-1\t16\timg-16\t6\theld", "eot-1\t16\timg-16\t6\tbroken")
+    set_verdict(run, "eot-1", 16, "broken")
     after = page_of(run).text
     old, new = share_interval(17, 40), share_interval(16, 40)
     step = points(paired_difference(standing(16), standing(20)))
@@ -479,13 +509,9 @@ def test_flattering_evaluation_is_told_in_a_sentence(run: Path) -> None:
     text = page_of(run).text
     assert f"An evaluation that stops at “ {LABELS['frozen']} ” would have reported 75.0 %" in text
     assert f"{100 * difference.estimate:.1f} points too much" in text
-    content = (run / "attacks.tsv").read_text()
     for rung in ("frozen", "eot-1"):
         for i in range(12, ATTACKED):
-            content = content.replace(
-                f"{rung}\t{i}\timg-{i}\t{i % 10}\theld", f"{rung}\t{i}\timg-{i}\t{i % 10}\tbroken"
-            )
-    (run / "attacks.tsv").write_text(content)
+            set_verdict(run, rung, i, "broken")
     assert "An evaluation that stops at" not in page_of(run).text
 
 
@@ -537,7 +563,7 @@ def test_step_size_is_a_share_of_epsilon_or_pixels(run: Path) -> None:
 
 def test_an_image_that_any_attacker_broke_counts_for_all_of_them_together(run: Path) -> None:
     """Image 3 falls under the weakest attacker alone: the strongest keeps its 12 images, all together leave 11."""
-    edit(run / "attacks.tsv", "frozen\t3\timg-3\t3\theld", "frozen\t3\timg-3\t3\tbroken")
+    set_verdict(run, "frozen", 3, "broken")
     ladder = read_run(run).ladder
     assert ladder is not None
     assert ladder.strongest.accuracy == share_interval(12, 40)
@@ -818,11 +844,11 @@ def test_floor_beyond_the_ceiling_is_explained(run: Path) -> None:
 def test_violation_is_found_in_the_tables_themselves(run: Path) -> None:
     """An image broken within its certified radius is told although the stage's own list is empty."""
     assert "No violation" in page_of(run).text
-    edit(run / "attacks.tsv", "sandwich\t4\timg-4\t4\theld", "sandwich\t4\timg-4\t4\tbroken")
-    edit(run / "attacks.tsv", "sandwich\t5\timg-5\t5\theld", "sandwich\t5\timg-5\t5\tbroken")
+    for image in (4, 5, 6, 7):
+        set_verdict(run, "sandwich", image, "broken")
     text = page_of(run).text
-    assert "2 broken within what was proved" in text
-    assert "img-4, img-5" in text
+    assert "4 broken within what was proved" in text
+    assert "img-4, img-5, img-6, img-7" in text
     assert "more than chance allows" in text
     assert "Do not trust the figures below" in text
 
@@ -979,20 +1005,16 @@ def test_only_pgd_rungs_are_candidates_for_a_flattering_evaluation(full: Path) -
     assert ladder.last_eot.name == "eot-16"
     assert ladder.flattering is not None
     assert ladder.flattering.name == "frozen"
-    content = (full / "attacks.tsv").read_text()
     for rung, count in verdicts:
         for i in range(count, ATTACKED):
-            content = content.replace(
-                f"{rung}\t{i}\timg-{i}\t{i % 10}\theld", f"{rung}\t{i}\timg-{i}\t{i % 10}\tbroken"
-            )
-    (full / "attacks.tsv").write_text(content)
+            set_verdict(full, rung, i, "broken")
     assert ladder_of(full).flattering is None
 
 
 def test_flattery_is_measured_by_the_worst_case_even_where_one_attacker_broke_more(full: Path) -> None:
     """What was planned as the reference stays it: APGD now leaves 9, the worst case 10, and 30 - 10 is the flattery."""
-    edit(full / "attacks.tsv", "apgd\t10\timg-10\t0\theld", "apgd\t10\timg-10\t0\tbroken")
-    edit(full / "attacks.tsv", "apgd\t9\timg-9\t9\theld\t0.03", "apgd\t9\timg-9\t9\tbroken\t0.03")
+    set_verdict(full, "apgd", 10, "broken")
+    set_verdict(full, "apgd", 9, "broken")
     ladder = ladder_of(full)
     assert (ladder.strongest.name, ladder.reference.name) == ("apgd", "worst-case")
     assert ladder.combined == share_interval(9, 40)
@@ -1197,7 +1219,8 @@ def test_report_and_audit_say_the_same(run: Path, newly: int, total: int, tolera
     """Bounds and constants of the page are those of ``evaluation``, which it may not import."""
     verdict = decide(newly, total, tolerance, [])
     write_audit(run, newly, verdict)
-    edit_json(run / "audit.json", images=total, tolerance=tolerance)
+    left = {"evaluation_accuracy": 0.5, "accuracy_here": 0.5 - newly / total}
+    edit_json(run / "audit.json", images=total, tolerance=tolerance, **left)
     made = AuditReport.from_json(json.loads((run / "audit.json").read_text()))
     shown = audit_of(run)
     assert (shown.d.estimate, shown.d.low, shown.d.high) == (made.d, made.d_low, made.d_high)

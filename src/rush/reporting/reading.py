@@ -14,14 +14,17 @@ from typing import Any, TypeVar, get_args
 
 import numpy as np
 
+from rush.binomial import upper_quantile
 from rush.certification.sequential import UNDECIDED
 from rush.certification.table import read_certificates
 from rush.errors import RunError
 from rush.lines import damaged_event, escape, read_events, read_lines, read_object, unescape
 from rush.options import STAGES, VERDICTS, Norm, Stage
 from rush.reporting.results import (
+    GAIN,
     SANDWICH,
     STATUSES,
+    TAIL,
     Audit,
     AuditVerdict,
     Certificates,
@@ -41,6 +44,7 @@ from rush.reporting.results import (
 
 # What the tables open with and the report reads; later columns are their writers' own.
 ATTACK_COLUMNS = ("rung", "idx", "id", "label", "verdict", "linf", "l2", "challenger")
+_JUDGED = ("votes_label", "votes_challenger")
 # Numbers that a stage, a rung or the sandwich may give or leave out.
 _COST_FIELDS = (
     "passes_per_image",
@@ -397,13 +401,14 @@ def _is_named(rung: Any) -> bool:
 
 def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tuple[tuple[Rung, ...], tuple[Rung, ...]]:
     """The rungs of the ladder, all on the same images, and the sandwich's attack if there is one."""
-    table = _read_table(file, ATTACK_COLUMNS, remedy)
+    table = _read_table(file, ATTACK_COLUMNS, remedy, optional=_JUDGED)
     names = [rung["name"] for rung in settings]
     for number, (rung, verdict) in enumerate(zip(table["rung"], table["verdict"], strict=True), start=2):
         if rung not in (*names, SANDWICH) or verdict not in VERDICTS:
             raise _damaged(file, f"line {number}: unknown rung {rung!r} or verdict {verdict!r}", remedy)
     arrays = {name: _numbers(table[name], int, name, file, remedy) for name in ("idx", "label", "challenger")}
     arrays |= {"l2": _numbers(table["l2"], float, "l2", file, remedy)}
+    _check_verdicts(table, arrays, file, remedy)
     arrays |= {name: np.array(table[name]) for name in ("rung", "verdict")}
     arrays["id"] = np.array([unescape(text) for text in table["id"]])
     rungs = tuple(_rung(arrays, fields) for fields in settings)
@@ -412,6 +417,20 @@ def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tupl
             raise _damaged(file, f"rung {one.name!r} is not on the same images, each once, as {names[0]!r}", remedy)
     inside = _rung(arrays, {"name": SANDWICH})
     return rungs, (inside,) if len(inside) else ()
+
+
+def _check_verdicts(table: Mapping[str, list[str]], arrays: Mapping[str, np.ndarray], file: Path, remedy: str) -> None:
+    """Raises: RunError where a verdict contradicts its own votes. An older table does not hold them."""
+    if not set(_JUDGED) <= table.keys():
+        return
+    for_label, against = (_numbers(table[name], int, name, file, remedy) for name in _JUDGED)
+    verdict = np.array(table["verdict"])
+    wrong = (verdict == "broken") & ~((against > for_label) & (arrays["challenger"] != arrays["label"]))
+    wrong |= (verdict == "held") & ~(for_label > against)
+    if wrong.any():
+        row = int(wrong.argmax())
+        told = f"{for_label[row]} votes for the label and {against[row]} for the challenger are not {verdict[row]}"
+        raise _damaged(file, f"line {row + 2}: {told}", remedy)
 
 
 def _rung(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> Rung:
@@ -434,27 +453,44 @@ def _rung(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> Rung:
 def _read_sandwich(
     record: Path, stage: StageRecord, attacks: tuple[Rung, ...], certificates: Certificates | None, remedy: str
 ) -> Sandwich:
-    """The stage's own account, plus every violation that attacks.tsv and certificates.tsv show by themselves."""
+    """The stage's own account, plus every violation that attacks.tsv and certificates.tsv show by themselves.
+
+    Raises: RunError where the numbers of images checked and allowed are not those that the tables and levels give.
+    """
     fields = stage.fields.get("sandwich")
+    alpha = _number(stage.fields, "alpha", record, remedy)
     if not isinstance(fields, dict) or not isinstance(fields.get("violations"), list):
         raise _damaged(record, "'sandwich' must be an object with a list 'violations'", remedy)
     _check_optional(fields, _RUNG_FIELDS, record, remedy)
     found = {str(name) for name in fields["violations"]}
     found |= {name for attack in attacks for name in _violations(attack, certificates)}
+    checked, allowed = (_count(fields, name, record, remedy) for name in ("checked", "allowed"))
+    if certificates is not None:
+        proved = len({index for attack in attacks for index in attack.idx.tolist()} & _proved(certificates).keys())
+        chance = min(1.0, certificates.image_alpha + alpha)
+        derived = proved, upper_quantile(proved, chance, TAIL) if proved else 0
+        if (checked, allowed) != derived:
+            told = f"the sandwich has {checked} images checked and {allowed} allowed, by the tables and levels "
+            raise _damaged(record, f"{told}{derived[0]} and {derived[1]}", remedy)
     return Sandwich(
-        checked=int(_number(fields, "checked", record, remedy)),
+        checked=checked,
         violations=tuple(sorted(found)),
-        allowed=int(_number(fields, "allowed", record, remedy)),
+        allowed=allowed,
         passes_per_image=float(fields.get("passes_per_image") or 0.0),
         seconds=float(fields.get("seconds") or 0.0),
     )
 
 
-def _violations(attack: Rung, certificates: Certificates | None) -> list[str]:
+def _proved(certificates: Certificates | None) -> dict[int, float]:
+    """The radii of the images that are certified with the correct class and a positive radius, by their idx."""
     if certificates is None:
-        return []
+        return {}
     right = certificates.correct & (certificates.radius > 0)
-    proved = dict(zip(certificates.idx[right].tolist(), certificates.radius[right].tolist(), strict=True))
+    return dict(zip(certificates.idx[right].tolist(), certificates.radius[right].tolist(), strict=True))
+
+
+def _violations(attack: Rung, certificates: Certificates | None) -> list[str]:
+    proved = _proved(certificates)
     rows = zip(attack.idx, attack.ids, attack.broken, attack.l2, strict=True)
     return [str(name) for i, name, broken, l2 in rows if broken and int(i) in proved and l2 <= proved[int(i)]]
 
@@ -513,8 +549,17 @@ def _check_audit(audit: Audit, file: Path, remedy: str) -> None:
         raise _damaged(file, f"{audit.newly_broken} of {audit.images} images cannot be newly broken", remedy)
     if not (0 <= audit.accuracy_here <= 1 and 0 <= audit.evaluation_accuracy <= 1 and 0 < audit.tolerance < 1):
         raise _damaged(file, "accuracies must lie in [0, 1] and the tolerance in (0, 1)", remedy)
-    if audit.verdict == "holds" and (audit.failed or audit.d.high >= audit.tolerance):
-        raise _damaged(file, "'holds' does not agree with its own findings and newly broken images", remedy)
+    share = audit.newly_broken / audit.images
+    if abs(audit.evaluation_accuracy - audit.accuracy_here - share) > 1e-9:
+        told = f"{audit.evaluation_accuracy} there and {audit.accuracy_here} here do not differ by the {share} that are"
+        raise _damaged(file, f"{told} newly broken", remedy)
+    agrees = {
+        "holds": not audit.failed and audit.d.high < audit.tolerance,
+        "overestimated": bool(audit.failed) or audit.d.low > GAIN,
+        "undecided": audit.d.low <= GAIN and (bool(audit.failed) or audit.d.high >= audit.tolerance),
+    }[audit.verdict]
+    if not agrees:
+        raise _damaged(file, f"{audit.verdict!r} does not agree with its own findings and newly broken images", remedy)
 
 
 def _read_arrays(file: Path, names: tuple[str, ...], remedy: str) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ AuditVerdict = Literal["holds", "overestimated", "undecided"]
 Status = Literal["failed", "undecided", "passed", "skipped"]
 STATUSES: tuple[Status, ...] = ("failed", "undecided", "passed", "skipped")  # what asks for a reader first
 GAIN = 0.01  # what the audit puts up with for sure: one point, see ``evaluation.findings``
+TAIL = 1e-6  # probability that more images violate the sandwich by chance, see ``evaluation.sandwich``
 ONE_SIDED = 0.95  # confidence of each bound of the audit
 
 
