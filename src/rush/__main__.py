@@ -8,7 +8,7 @@ def main() -> None:
     """Run the command line; an error of the user's is one clear line on standard error and exit status 1."""
     from rush.cli import app, several_processes
     from rush.errors import Interrupted, RushError
-    from rush.lines import escape
+    from rush.lines import printable
 
     try:
         if several_processes():
@@ -19,13 +19,13 @@ def main() -> None:
         else:
             app()
     except Interrupted as stop:
-        sys.stderr.write(f"rush: {escape(str(stop))}\n")
+        sys.stderr.write(f"rush: {printable(str(stop))}\n")
         sys.exit(stop.status)
     except RushError as error:
-        sys.stderr.write(f"rush: {escape(str(error))}\n")
+        sys.stderr.write(f"rush: {printable(str(error))}\n")
         sys.exit(1)
     except OSError as error:
-        sys.stderr.write(f"rush: {escape(_system_said(error))}\n")
+        sys.stderr.write(f"rush: {printable(_system_said(error))}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("rush: stopped; the same command goes on from here\n")

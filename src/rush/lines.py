@@ -17,6 +17,7 @@ from rush.errors import RunError
 _UNSAFE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
 _CODE = r"x[0-9a-f]{2}|u[0-9a-f]{4}"
 _TO_ESCAPE = re.compile(rf"[{_UNSAFE}]|\\(?={_CODE})")
+_NOT_PRINTABLE = re.compile(f"[{_UNSAFE}]")
 _ESCAPED = re.compile(rf"\\({_CODE})")
 
 
@@ -33,6 +34,11 @@ def escape(text: str) -> str:
 def unescape(text: str) -> str:
     """Return the text of which ``text`` is the escaped form."""
     return _ESCAPED.sub(lambda match: chr(int(match.group(1)[1:], 16)), text)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` for a reader: as ``escape``, but not to be read back, so that backslashes stay as they are."""
+    return _NOT_PRINTABLE.sub(lambda match: _code(ord(match.group())), text)
 
 
 def read_lines(path: Path) -> list[str]:

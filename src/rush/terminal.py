@@ -1,7 +1,7 @@
 """Tables and lines on the terminal, in a pipe or in a file. rich is imported only where something is printed.
 
-Whatever is printed passes ``escape`` and is plain text: names from outside neither end a line nor move the cursor, and
-nothing in them is read as markup or as an emoji.
+Whatever is printed passes ``printable`` and is plain text: names from outside neither end a line nor move the cursor,
+and nothing in them is read as markup or as an emoji.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rush.lines import escape
+from rush.lines import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def print_wide_table(title: str | None, header: Iterable[str], rows: Iterable[It
     out = _console()
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = _UNLIMITED
-    columns = [tuple(map(escape, column)) for column in zip(header, *rows, strict=True)]
+    columns = [tuple(map(printable, column)) for column in zip(header, *rows, strict=True)]
     for part in _parts(columns, out.width):
         table = Table(title=None if title is None else _text(title), title_justify="left", show_edge=False)
         for column, width in zip(part, _widths(part, out.width), strict=True):
@@ -65,7 +65,7 @@ def _console(stderr: bool = False, quiet: bool = False) -> Console:
 def _text(text: str) -> Text:
     from rich.text import Text
 
-    return Text(escape(text))
+    return Text(printable(text))
 
 
 def _parts(columns: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[str, ...]]]:

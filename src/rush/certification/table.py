@@ -22,7 +22,7 @@ from rush.certification.rules import Rule
 from rush.certification.sequential import OUTCOMES
 from rush.errors import RunError
 from rush.files import append_text, cut_file, write_text
-from rush.lines import escape, read_lines, unescape
+from rush.lines import escape, printable, read_lines, unescape
 from rush.options import BLOCK
 
 # The first six columns are the field's (locuslab/smoothing), so that existing scripts read the file.
@@ -235,7 +235,7 @@ class _Table:
         names = np.array(OUTCOMES)[derived.outcome]
         same = np.array(self._cells["outcome"]) == names
         row = int(np.argmin(same))
-        told = escape(self._cells["outcome"][row][:60])
+        told = printable(self._cells["outcome"][row][:60])
         self.check(same, f"outcome is {told!r}, its votes and rule give {str(names[row])!r}")
 
     def whole(self, column: str) -> NDArray[np.int64]:
@@ -268,13 +268,13 @@ class _Table:
 
 def _whole(text: str) -> int:
     if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise ValueError(f"{escape(text[:60])!r} is not a whole number")
+        raise ValueError(f"{printable(text[:60])!r} is not a whole number")
     return int(text)
 
 
 def _real(text: str) -> float:
     if not re.fullmatch(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", text) or not math.isfinite(float(text)):
-        raise ValueError(f"{escape(text[:60])!r} is not a finite number >= 0")
+        raise ValueError(f"{printable(text[:60])!r} is not a finite number >= 0")
     return float(text)
 
 

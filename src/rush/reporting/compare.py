@@ -12,7 +12,7 @@ from scipy import special
 from rush.certification.certificates import of_pictures
 from rush.errors import ConfigError
 from rush.evaluation.intervals import Interval, paired_difference, share_interval
-from rush.lines import escape
+from rush.lines import printable
 from rush.reporting.attacked import Table, attacked_tables
 from rush.reporting.logs import CertificationLog, flags, read_log, states_sigma
 from rush.reporting.reading import read_run
@@ -494,5 +494,5 @@ def _findings_table(comparison: Comparison) -> Table:
 def _markdown_table(table: Table) -> str:
     title, header, rows = table
     lines = [header, tuple("---" for _ in header), *rows]
-    body = "\n".join("| " + " | ".join(escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"**{escape(title)}**\n\n{body}\n"
+    body = "\n".join("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"**{printable(title)}**\n\n{body}\n"

@@ -18,7 +18,7 @@ from rush.binomial import upper_quantile
 from rush.certification.sequential import UNDECIDED
 from rush.certification.table import read_certificates
 from rush.errors import RunError
-from rush.lines import damaged_event, escape, read_events, read_lines, read_object, unescape
+from rush.lines import damaged_event, printable, read_events, read_lines, read_object, unescape
 from rush.options import STAGES, VERDICTS, Norm, Stage
 from rush.reporting.results import (
     GAIN,
@@ -215,7 +215,9 @@ def _read_watched(file: Path) -> tuple[Watched, ...]:
     def watched(record: Mapping[str, Any]) -> Watched:
         figures = {name: value for name, value in record.items() if name not in _NO_FIGURES}
         return Watched(
-            str(record["stage"]), int(record["epoch"]), {name: float(value) for name, value in figures.items()}
+            str(record["stage"]),
+            int(record["epoch"]),
+            {printable(name): float(value) for name, value in figures.items()},
         )
 
     return _last_records(file, "monitor", watched)
@@ -261,7 +263,9 @@ def _numbers(cells: list[str], kind: Callable[[str], float], column: str, file: 
             readable = False
         if not readable:
             raise _damaged(
-                file, f"line {number}, column {column}: {escape(cell[:60])!r} is not a finite {kind.__name__}", remedy
+                file,
+                f"line {number}, column {column}: {printable(cell[:60])!r} is not a finite {kind.__name__}",
+                remedy,
             )
     return np.array([kind(cell) for cell in cells])
 
@@ -314,7 +318,7 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
     return Ladder(
         norm=threat["norm"],
         epsilon=epsilon,
-        epsilon_text=str(threat.get("epsilon_text", f"{epsilon:g}")),
+        epsilon_text=printable(str(threat.get("epsilon_text", f"{epsilon:g}"))),
         alpha=_number(stage.fields, "alpha", record, remedy),
         max_votes=int(_number(stage.fields, "max_votes", record, remedy)),
         votes_per_image=stage.fields.get("votes_per_image") or sum(r.get("votes_per_image") or 0.0 for r in settings),
@@ -368,7 +372,9 @@ def _read_curve(curve: Any, record: Path, remedy: str) -> EpsilonCurve | None:
     points = curve.get("points") if isinstance(curve, dict) else None
     if not isinstance(points, list) or not points or not all(isinstance(point, dict) for point in points):
         raise _damaged(record, "'curve' must be an object with a list 'points' of objects", remedy)
-    read = EpsilonCurve(str(curve.get("label", "")), tuple(_curve_point(point, record, remedy) for point in points))
+    read = EpsilonCurve(
+        printable(str(curve.get("label", ""))), tuple(_curve_point(point, record, remedy) for point in points)
+    )
     epsilons = [point.epsilon for point in read.points]
     if epsilons[0] <= 0 or epsilons != sorted(set(epsilons)):
         raise _damaged(record, f"the curve's epsilons must be > 0 and ascending, got {epsilons}", remedy)
@@ -382,7 +388,7 @@ def _read_curve(curve: Any, record: Path, remedy: str) -> EpsilonCurve | None:
 def _curve_point(point: Mapping[str, Any], record: Path, remedy: str) -> CurvePoint:
     epsilon = _number(point, "epsilon", record, remedy)
     counts = {name: _count(point, name, record, remedy) for name in VERDICTS}
-    return CurvePoint(epsilon, str(point.get("epsilon_text", f"{epsilon:.4g}")), **counts)
+    return CurvePoint(epsilon, printable(str(point.get("epsilon_text", f"{epsilon:.4g}"))), **counts)
 
 
 def _image_shape(folder: Path, remedy: str) -> tuple[int, int, int]:
@@ -438,7 +444,7 @@ def _rung(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> Rung:
     rows = rows[np.argsort(arrays["idx"][rows], kind="stable")]
     return Rung(
         name=fields["name"],
-        label=str(fields.get("label") or fields["name"]),
+        label=printable(str(fields.get("label") or fields["name"])),
         settings=fields,
         idx=arrays["idx"][rows],
         ids=arrays["id"][rows],
