@@ -266,7 +266,7 @@ def test_a_line_with_too_few_fields_a_foreign_header_and_a_shortened_run_are_ref
         ("outcome", lambda text: "certified" if text != "certified" else "undecided", "outcome is"),
         ("idx", "11", "the image is there twice, by its idx"),
         ("pixels", "", "pixels must be a hash"),
-        ("counts", "9" * 5000, "is not a whole number"),
+        ("counts", "9" * 5000, "is not a list of whole numbers"),
         ("blocks", lambda text: "!" + text, "base64"),
         ("id", "\u2028", "."),
     ],

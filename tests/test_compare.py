@@ -26,6 +26,7 @@ from rush.reporting.compare import (
     probability_ecdf,
 )
 from rush.reporting.logs import CertificationLog, read_log
+from rush.reporting.tables import share
 from stored import rule_of, stored_certificates
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
@@ -319,6 +320,30 @@ def test_two_run_folders_are_paired_by_what_they_say(tmp_path: Path) -> None:
     row = table(tables, "one minus two, paired on 2 images, the same by fingerprint and id")[2][0]
     assert (row[0], row[1].split()[0], *row[2:]) == ("0.25", "+50.0", "1", "0", "1")
     assert not [title for title, *_ in tables if title.startswith("Cost of training")]
+
+
+def test_copies_count_once_in_every_figure_and_pair(tmp_path: Path) -> None:
+    """Five images, of which three are one picture: certified in the first log in all copies, in the second in two."""
+    pixels = [letter * 32 for letter in "aaabc"]
+    for name, votes in (("one", [900] * 5), ("two", [900, 900, 500, 900, 500])):
+        certificates = stored_certificates(rule_of(num_images=5), votes, [1] * 5, [1] * 5, list("vwxyz"), pixels=pixels)
+        (tmp_path / name).mkdir()
+        write_certificates(tmp_path / name / "certificates.tsv", certificates, range(5))
+        (tmp_path / name / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
+    tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
+    assert cells(tables, "Conditions")["copies of another image, not counted"] == ("2", "2")
+    shown = cells(tables, "Certified accuracy by ℓ2")["0.25"]
+    assert shown == tuple(share(share_interval(count, 3)) for count in (3, 1))
+    assert cells(tables, "Certified accuracy by class")["1"] == shown
+    row = table(tables, "one minus two, paired on 3 images")[2][0]
+    assert (row[0], *row[2:]) == ("0.25", "2", "0", "0.5")
+    notes = [row[1] for row in table(tables, "Paired tests: what to know")[2]]
+    assert notes == ["2 images are copies of others: each picture is counted once"]
+
+
+def test_a_log_that_does_not_tell_pictures_apart_says_so(tmp_path: Path) -> None:
+    tables = compare_command([public_log(tmp_path / "x_sigma_0.25.tsv")])
+    assert cells(tables, "Conditions")["copies of another image, not counted"] == ("not known",)
 
 
 def trained(folder: Path, images: int, **finetune: object) -> Path:

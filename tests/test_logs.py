@@ -151,6 +151,37 @@ def test_a_damaged_public_log_is_refused_by_file_and_line(tmp_path: Path, old: s
         read_log(path)
 
 
+def test_a_public_log_with_a_byte_order_mark_and_other_line_ends_reads_the_same(tmp_path: Path) -> None:
+    plain = read_log(stored(tmp_path / "one_sigma_0.25.tsv", SECONDS))
+    (tmp_path / "two_sigma_0.25.tsv").write_bytes(b"\xef\xbb\xbf" + SECONDS.replace("\n", "\r\n").encode() + b"\r\n")
+    other = read_log(tmp_path / "two_sigma_0.25.tsv")
+    for name in ("idx", "label", "predict", "radius", "correct", "seconds"):
+        assert np.array_equal(getattr(plain, name), getattr(other, name))
+    assert states_sigma(tmp_path / "two_sigma_0.25.tsv")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("0.529", "0." + "5" * 5000, None),
+        ("15.4", "9" * 5000 + " days, 0:00:01", "time '999"),
+        ("15.4", "9" * 4000 + " days, 0:00:01", "time '999"),
+        ("0\t3", "9" * 5000 + "\t3", "idx '999"),
+        ("0.529", "1e" + "9" * 5000, "radius '1e99"),
+        ("15.4", "1\u2028", "time '1.u2028' is not"),
+        ("15.4", "1\x1b[31m", r"time '1.x1b\[31m'|time"),
+    ],
+)
+def test_huge_and_strange_fields_are_named_without_harm(tmp_path: Path, old: str, new: str, text: str | None) -> None:
+    path = stored(tmp_path / "x_sigma_0.25.tsv", SECONDS.replace(old, new, 1))
+    if text is None:
+        assert read_log(path).radius[0] == pytest.approx(5 / 9)
+        return
+    with pytest.raises(DataError, match=rf"line 2: {text}") as caught:
+        read_log(path)
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
 def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"nothing\.tsv is missing"):
         read_log(tmp_path / "nothing.tsv")

@@ -1367,6 +1367,110 @@ def test_a_record_that_is_not_that_of_the_table_is_damage(run: Path, field: str,
         read_run(run)
 
 
+def test_copies_count_once_and_the_page_says_so(run: Path) -> None:
+    """Images 1 to 9 are copies of image 0: one picture of 51, certified as far as the last of them."""
+    stored, selected = stored_votes()
+    pixels = [f"{0 if i < 10 else i:032x}" for i in range(CERTIFIED)]
+    votes = stored_certificates(rule_of(), stored, selected, [i % 10 for i in range(CERTIFIED)], pixels=pixels)
+    write_table(run / "certificates.tsv", votes, range(CERTIFIED))
+    certificates = certificates_of(run)
+    assert certificates.num_pictures == 51
+    assert certificates.accuracy(0.25) == share_interval(1, 51)
+    assert certificates.accuracy(0.6) == share_interval(0, 51)
+    assert certificates.accuracy_lower(0.0) == votes.accuracy_lower(0.0)
+    told = "9 images are copies of others: each picture is counted once, as certified only if all of its copies are"
+    rows = dict(summary_rows(read_run(run)))
+    assert rows["copies of a picture"] == told
+    assert f"{share(share_interval(1, 51))} (n = 51)" in rows["certified at ℓ2 0.25"]
+    assert told in page_of(run).text
+
+
+def test_a_table_that_does_not_tell_pictures_apart_says_so(run: Path) -> None:
+    assert "copies of a picture" not in dict(summary_rows(read_run(run)))
+    assert "Copies of a picture" not in page_of(run).text
+    lines = (run / "certificates.tsv").read_text().splitlines()
+    (run / "certificates.tsv").write_text("".join(line.rpartition("\t")[0] + "\n" for line in lines))
+    assert "not known: the table is older" in dict(summary_rows(read_run(run)))["copies of a picture"]
+    assert "Not known: the table is older" in page_of(run).text
+
+
+def test_attacked_copies_count_once(run: Path) -> None:
+    """Attacked images 0 to 35 are one picture, which the clean rung leaves standing with each of its copies, EOT 16
+    not; known from the stored images, and without these from the certificates."""
+    with np.load(run / "attacks" / "images.npz") as stored:
+        arrays = dict(stored)
+    pixels = np.random.default_rng(0).integers(0, 255, arrays["images"].shape, dtype=np.uint8)
+    names = arrays["ids"].tolist()
+    for i in range(36):
+        pixels[names.index(f"img-{i}")] = 7
+    np.savez(run / "attacks" / "images.npz", **{**arrays, "images": pixels})
+    ladder = ladder_of(run)
+    assert ladder.clean.num_pictures == 5
+    assert ladder.clean.accuracy == share_interval(1, 5)
+    assert ladder.strongest.accuracy == share_interval(0, 5)
+    assert "(n = 5)" in dict(summary_rows(read_run(run)))["clean accuracy"]
+    edit_json(run / "model" / "model.json", image_shape=[1, 8, 8])
+    shutil.rmtree(run / "attacks")
+    assert ladder_of(run).clean.num_pictures == 40
+
+
+def test_an_attacked_image_has_the_label_of_its_certificate(run: Path) -> None:
+    edit(run / "attacks.tsv", "frozen\t3\timg-3\t3\theld", "frozen\t3\timg-3\t4\theld")
+    with pytest.raises(RunError, match=r"attacks\.tsv is damaged: the image of idx 3 has label 4 and id 'img-3', in"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("held\t0.03", "broken\t0.03", "700 votes for the label and 200 for the challenger are not broken"),
+        ("broken\t0.03", "held\t0.03", "200 votes for the label and 700 for the challenger are not held"),
+    ],
+)
+def test_a_verdict_that_its_votes_contradict_is_damage(run: Path, old: str, new: str, told: str) -> None:
+    edit(run / "attacks.tsv", old, new, 1)
+    with pytest.raises(RunError, match=told):
+        read_run(run)
+
+
+@pytest.mark.parametrize("changes", [{"allowed": 30}, {"checked": 40}, {"allowed": "3"}, {"checked": None}])
+def test_a_sandwich_that_allows_more_than_its_levels_is_damage(run: Path, changes: dict) -> None:
+    sandwich = json.loads((run / "stages" / "attack.json").read_text())["sandwich"]
+    edit_json(run / "stages" / "attack.json", sandwich={**sandwich, **changes})
+    with pytest.raises(RunError, match=r"attack\.json is damaged: .*(allowed|checked)"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"accuracy_here": 0.4}, {"evaluation_accuracy": 0.9}, {"verdict": "undecided"}, {"verdict": "holds"}],
+)
+def test_an_audit_whose_figures_do_not_follow_from_each_other_is_damage(full: Path, changes: dict) -> None:
+    edit_json(full / "audit.json", **changes)
+    with pytest.raises(RunError, match=r"audit\.json is damaged: .*(newly broken|does not agree)"):
+        read_run(full)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x81\n", b"garbage", b"[1]\n", b"{}\n", b'{"event": "epoch"}\n'])
+def test_a_garbage_log_does_not_drop_the_curves_in_silence(run: Path, content: bytes) -> None:
+    (run / "log.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match=r"log\.jsonl is damaged: line 1 cannot be read"):
+        write_report(run)
+
+
+def test_names_that_cannot_be_written_or_that_hide_are_shown_escaped(tmp_path: Path) -> None:
+    """Control characters and bytes that are not UTF-8 in the names of run, classes, attackers and sizes."""
+    hostile = "a\x1b[31m\n\u2028\u202e\udce9"
+    run = make_full(write_run(tmp_path / "run", name=hostile, classes=[f"{hostile}{k}" for k in range(10)]))
+    rungs = [{**rung, "label": f"{hostile} {rung['name']}"} for rung in attack_rungs(run)]
+    tick = [{**point, "epsilon_text": hostile} for point in CURVE["points"]]
+    edit_json(run / "stages" / "attack.json", rungs=rungs, curve={**CURVE, "label": hostile, "points": tick})
+    text = write_report(run).read_text(encoding="utf-8")
+    assert r"a\x1b[31m\x0a\u2028\u202e\udce9" in text
+    for character in "\x1b\u2028\u202e":
+        assert character not in text
+
+
 def test_missing_lines_of_a_finished_stage_are_damage(run: Path) -> None:
     """A certificate table that lost lines after the stage was finished gives no figures on fewer images."""
     lines = (run / "certificates.tsv").read_text().splitlines(keepends=True)

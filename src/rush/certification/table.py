@@ -22,7 +22,7 @@ from rush.certification.rules import Rule
 from rush.certification.sequential import OUTCOMES
 from rush.errors import RunError
 from rush.files import append_text, cut_file, write_text
-from rush.lines import escape, printable, read_lines, unescape
+from rush.lines import escape, read_lines, unescape
 from rush.options import BLOCK
 
 # The first six columns are the field's (locuslab/smoothing), so that existing scripts read the file.
@@ -33,6 +33,9 @@ COLUMNS = (
 COLUMNS_WITHOUT_PIXELS = COLUMNS[:-1]  # of tables that were written before pictures were told apart
 TOLERANCE = 1e-6  # how far a printed radius or bound may lie from the derived one
 _OTHER_BLOCKS = "its blocks do not add up to its counts"
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
+_VOTES = re.compile(r"-?[0-9]{1,15}(,-?[0-9]{1,15})*")
+_REAL = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?")
 T = TypeVar("T")
 
 
@@ -235,7 +238,7 @@ class _Table:
         names = np.array(OUTCOMES)[derived.outcome]
         same = np.array(self._cells["outcome"]) == names
         row = int(np.argmin(same))
-        told = printable(self._cells["outcome"][row][:60])
+        told = self._cells["outcome"][row][:60]
         self.check(same, f"outcome is {told!r}, its votes and rule give {str(names[row])!r}")
 
     def whole(self, column: str) -> NDArray[np.int64]:
@@ -267,19 +270,21 @@ class _Table:
 
 
 def _whole(text: str) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise ValueError(f"{printable(text[:60])!r} is not a whole number")
+    if not _WHOLE.fullmatch(text):
+        raise ValueError(f"{text[:60]!r} is not a whole number")
     return int(text)
 
 
 def _real(text: str) -> float:
-    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", text) or not math.isfinite(float(text)):
-        raise ValueError(f"{printable(text[:60])!r} is not a finite number >= 0")
+    if not _REAL.fullmatch(text) or not math.isfinite(float(text)):
+        raise ValueError(f"{text[:60]!r} is not a finite number >= 0")
     return float(text)
 
 
 def _votes(text: str) -> list[int]:
-    return [_whole(number) for number in text.split(",")]
+    if not _VOTES.fullmatch(text):
+        raise ValueError(f"{text[:60]!r} is not a list of whole numbers")
+    return [int(number) for number in text.split(",")]
 
 
 def _unpacked(text: str, number: int) -> NDArray[np.uint8]:

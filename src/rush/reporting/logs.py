@@ -26,7 +26,7 @@ from rush.certification.table import read_certificates
 from rush.errors import ConfigError, DataError, RunError
 from rush.evaluation.intervals import Interval, share_interval
 from rush.files import write_text
-from rush.lines import printable, read_lines, read_object
+from rush.lines import read_lines, read_object
 from rush.options import CertifyMethod, Level
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -410,7 +410,7 @@ def _parsed(table: _Table, column: str, parse: Callable[[str], float]) -> np.nda
         try:
             values.append(parse(cell))
         except (ValueError, OverflowError) as error:
-            raise table.damaged(row, f"{column} {printable(cell[:60])!r} {error}") from None
+            raise table.damaged(row, f"{column} {cell[:60]!r} {error}") from None
     return np.array(values)
 
 

@@ -264,7 +264,7 @@ def _numbers(cells: list[str], kind: Callable[[str], float], column: str, file: 
         if not readable:
             raise _damaged(
                 file,
-                f"line {number}, column {column}: {printable(cell[:60])!r} is not a finite {kind.__name__}",
+                f"line {number}, column {column}: {cell[:60]!r} is not a finite {kind.__name__}",
                 remedy,
             )
     return np.array([kind(cell) for cell in cells])
