@@ -21,7 +21,7 @@ from rush.certification.decide import apply_rule
 from rush.certification.rules import Rule
 from rush.certification.sequential import OUTCOMES
 from rush.errors import RunError
-from rush.files import append_text, cut_file, write_text
+from rush.files import append_text, cut_file, refuse_links, write_text
 from rush.lines import escape, read_lines, unescape
 from rush.options import BLOCK
 
@@ -70,7 +70,8 @@ def read_certificates(path: Path) -> tuple[list[int], Certificates] | None:
 
 def drop_unfinished_line(path: Path) -> None:
     """Cut off what a kill left after the last line feed."""
-    if path.exists():
+    refuse_links(path)
+    if path.is_file():
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole != len(content):
