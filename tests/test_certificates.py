@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,13 +14,16 @@ from typing import Any
 import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from certifying import METHODS, SIGMA, assert_same, certified, pixel_images
+import rush
+from certifying import METHODS, SIGMA, assert_same, certified, pixel_images, pixel_vote
 from rush.binomial import lower_bound
 from rush.certification.bounds import certified_radius, certify_votes
-from rush.certification.certificates import UNKNOWN, Certificates, join_certificates
+from rush.certification.certificates import UNKNOWN, Certificates, first_difference, join_certificates
+from rush.certification.decide import Decider
 from rush.certification.recompute import recompute
 from rush.certification.rules import Rule, make_rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, UNDECIDED
@@ -31,7 +35,10 @@ from rush.certification.table import (
     write_certificates,
 )
 from rush.errors import InputError, RunError
+from rush.inputs import LabelledPixels, pixel_ids
 from rush.smoothing import ABSTAIN
+from stored import rule_of, stored_certificates
+from test_lines import NASTY
 
 TAIL = 1e-6
 
@@ -230,7 +237,7 @@ def test_a_line_with_too_few_fields_a_foreign_header_and_a_shortened_run_are_ref
     text = path.read_text()
     lines = text.splitlines()
     path.write_text("\n".join([*lines[:3], "3\t1\t1", *lines[4:]]) + "\n")
-    with pytest.raises(RunError, match="line 4: 3 fields instead of 14; move the file away and certify again"):
+    with pytest.raises(RunError, match="line 4: 3 fields instead of 15; move the file away and certify again"):
         read_certificates(path)
     path.write_text("idx\tlabel\n1\t2\n")
     with pytest.raises(RunError, match="line 1: expected the columns idx label predict"):
@@ -240,6 +247,218 @@ def test_a_line_with_too_few_fields_a_foreign_header_and_a_shortened_run_are_ref
         _change(path, line, "rule", _with_field(num_estimation=1300))
     with pytest.raises(RunError, match="line 2: it has 1230 votes instead of num_estimation = 1300"):
         read_certificates(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("radius", "9.000000", "radius is 9, its votes and rule give 0"),
+        ("radius", lambda text: f"{float(text) + 2e-6:.6f}", "radius is"),
+        ("p_lower", lambda text: repr(float(text) + 2e-6), "p_lower is"),
+        ("p_lower", "nan", "'nan' is not a finite number"),
+        ("radius", "1e999", "'1e999' is not a finite number"),
+        ("predict", lambda text: str(-1 if int(text) >= 0 else 0), "predict is"),
+        ("correct", lambda text: str(1 - int(text)), "correct is"),
+        ("correct", "2", "correct is 2"),
+        ("label", lambda text: str((int(text) + 1) % 4), "correct is"),
+        ("label", "4", "its label is none of the classes"),
+        ("label", "-1", "its label is none of the classes"),
+        ("outcome", lambda text: "certified" if text != "certified" else "undecided", "outcome is"),
+        ("idx", "11", "the image is there twice, by its idx"),
+        ("pixels", "", "pixels must be a hash"),
+        ("counts", "9" * 5000, "is not a list of whole numbers"),
+        ("blocks", lambda text: "!" + text, "base64"),
+        ("id", "\u2028", "."),
+    ],
+)
+def test_a_printed_value_that_the_votes_do_not_give_is_refused_by_its_line(
+    written: tuple[Path, Certificates], column: str, value: str | Callable[[str], str], told: str
+) -> None:
+    path, certificates = written
+    if column == "id":  # anything may be one: it is no value of the votes
+        _change(path, 4, column, lambda _: str(value))
+        assert _read(path).ids[2] == value
+        return
+    _change(path, 4, column, value if callable(value) else lambda _: str(value))
+    with pytest.raises(RunError, match=rf"line [45]: .*{told}"):
+        read_certificates(path)
+    assert len(certificates) == 8
+
+
+def test_the_last_decimal_of_a_printed_radius_is_free_and_not_used(written: tuple[Path, Certificates]) -> None:
+    path, certificates = written
+    row = int(np.flatnonzero(certificates.radius > 0)[0])
+    _change(path, row + 2, "radius", lambda text: f"{float(text) + 1e-6:.6f}")
+    assert_same(_read(path), certificates)
+
+
+def _packed(blocks: list[int]) -> str:
+    return base64.b64encode(zlib.compress(bytes(blocks))).decode()
+
+
+def test_blocks_that_hold_more_than_they_can_are_refused(tmp_path: Path) -> None:
+    """The sum stays, so that no other number contradicts it; 1,230 votes end in a block of 30."""
+    certificates = stored_certificates(rule_of(num_images=1, num_estimation=1230), [1000], [0], [0])
+    path = tmp_path / "table.tsv"
+    for place, votes, right in ((0, 100, True), (0, 101, False), (-1, 30, True), (-1, 31, False)):
+        blocks = certificates.blocks[0].tolist()
+        blocks[5] += blocks[place] - votes
+        blocks[place] = votes
+        write_certificates(path, certificates, [0])
+        _change(path, 2, "blocks", lambda _, blocks=blocks: _packed(blocks))
+        if right:
+            assert _read(path).radius == certificates.radius
+            continue
+        with pytest.raises(RunError, match="line 2: a block holds more than its 100 votes"):
+            read_certificates(path)
+
+
+def test_no_more_blocks_are_unpacked_than_there_can_be(tmp_path: Path) -> None:
+    """A thousandfold packed billion of votes costs nothing."""
+    path = tmp_path / "table.tsv"
+    write_certificates(path, stored_certificates(rule_of(num_images=1), [1000], [0], [0]), [0])
+    _change(path, 2, "blocks", lambda _: _packed([0] * 50_000_000))
+    tracemalloc.start()
+    with pytest.raises(RunError, match="its blocks do not add up"):
+        read_certificates(path)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_votes_after_the_decision_are_refused(tmp_path: Path) -> None:
+    """A sequential path that goes on behind its end: what was drawn then is no part of the certificate."""
+    rule = rule_of(method="sequential", num_images=1, radii=(0.0, 0.25, 0.5))
+    found = stored_certificates(rule, [1000], [0], [0])
+    longer = replace(
+        found,
+        num_samples=found.num_samples + 100,
+        counts=found.counts + 100 * np.eye(10, dtype=np.int64)[:1],
+        blocks=(np.append(found.blocks[0], np.uint8(100)),),
+    )
+    write_certificates(tmp_path / "table.tsv", longer, [0])
+    with pytest.raises(RunError, match="line 2: votes were drawn after its rule had decided"):
+        read_certificates(tmp_path / "table.tsv")
+
+
+def test_more_lines_than_the_family_has_images_are_refused(tmp_path: Path) -> None:
+    certificates = stored_certificates(rule_of(level="family", num_images=3), [900] * 3, [0] * 3, [0] * 3)
+    write_certificates(tmp_path / "table.tsv", certificates, range(3))
+    for line in (2, 3, 4):
+        _change(tmp_path / "table.tsv", line, "rule", _with_field(num_images=2))
+    with pytest.raises(RunError, match="line 4: its rule is one of 2 images"):
+        read_certificates(tmp_path / "table.tsv")
+
+
+def test_any_id_reads_back_and_none_forges_a_line(tmp_path: Path) -> None:
+    forged = "x\n99\t1\t1\t9.000000\t1\t0.1\tforged"
+    ids = [*NASTY, forged, "plain.png"]
+    votes, classes = [900] * len(ids), [0] * len(ids)
+    certificates = stored_certificates(rule_of(num_images=len(ids)), votes, classes, classes, ids)
+    path = tmp_path / "table.tsv"
+    append_certificates(path, certificates.select(range(3)), range(3))
+    append_certificates(path, certificates.select(range(3, len(ids))), range(3, len(ids)))
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 1 + len(ids)
+    drop_unfinished_line(path)
+    read = read_certificates(path)
+    assert read is not None
+    assert read[0] == list(range(len(ids)))
+    assert read[1].ids == tuple(ids)
+    assert "\tplain.png\t" in path.read_text(encoding="utf-8")
+
+
+def test_a_table_with_a_byte_order_mark_and_other_line_ends_is_read(written: tuple[Path, Certificates]) -> None:
+    path, certificates = written
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert_same(_read(path), certificates)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RunError, match=r"certificates\.tsv cannot be read"):
+        read_certificates(path)
+
+
+def test_ten_thousand_lines_are_read_in_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All images are looked at together, so that looks are as many as the longest path has blocks."""
+    votes = [600 + 5 * (row % 70) for row in range(300)]
+    rule = rule_of(method="sequential", num_images=300, radii=(0.0, 0.25, 0.5))
+    write_certificates(tmp_path / "t.tsv", stored_certificates(rule, votes, [0] * 300, [0] * 300), range(300))
+    looks: list[int] = []
+    look = Decider.look
+
+    def counted(self: Decider, passed: NDArray[np.int64], *rest: Any) -> Any:
+        looks.append(len(passed))
+        return look(self, passed, *rest)
+
+    monkeypatch.setattr(Decider, "look", counted)
+    _read(tmp_path / "t.tsv")
+    assert len(looks) <= 10
+    assert looks[0] == 300
+
+
+# Copies of a picture
+
+
+def _with_copies(votes: list[int], pixels: list[str], labels: list[int] | None = None) -> Certificates:
+    zeros = [0] * len(votes)
+    return stored_certificates(rule_of(num_images=1000), votes, zeros, labels or zeros, pixels=pixels)
+
+
+def test_a_hundred_copies_are_one_picture() -> None:
+    """A hundred certified copies say no more than one image: 0.05^1 instead of 0.05^(1/100)."""
+    copies = _with_copies([1000] * 100, ["a" * 32] * 100)
+    assert copies.num_copies == 99
+    assert copies.certified_pictures() == (1, 1)
+    assert copies.accuracy_lower() == _with_copies([1000], ["a" * 32]).accuracy_lower() < 0.05
+    apart = _with_copies([1000] * 100, [f"{row:032x}" for row in range(100)])
+    assert (apart.num_copies, apart.certified_pictures()) == (0, (100, 100))
+    assert apart.accuracy_lower() > 0.96
+    unknown = replace(copies, pixels=None)
+    assert (unknown.num_copies, unknown.certified_pictures()) == (None, (100, 100))
+    assert unknown.accuracy_lower() == apart.accuracy_lower()
+
+
+def test_a_picture_is_certified_only_if_all_of_its_copies_are() -> None:
+    pixels = [letter * 32 for letter in "aabbcd"]
+    found = _with_copies([1000, 1000, 1000, 500, 1000, 500], pixels)  # a twice, b once of two, c, not d
+    assert found.certified_pictures() == (2, 4)
+    share = stats.beta.ppf(0.05, 2, 3)
+    assert found.accuracy_lower() == pytest.approx((share - 0.001) / 0.999, abs=1e-9)
+    assert _with_copies([1000] * 2, ["a" * 32] * 2, labels=[0, 1]).certified_pictures() == (0, 1)  # labels that differ
+    assert _with_copies([1000, 700], ["a" * 32] * 2).certified_pictures(0.5) == (0, 1)
+    assert found.accuracy() == 4 / 6  # of images
+
+
+def test_pixels_are_those_of_the_images_and_read_back(tmp_path: Path) -> None:
+    x, y = pixel_images(4)
+    twice = LabelledPixels(torch.cat([x, x[:1]]), torch.cat([y, y[:1]]), tuple("abcde"))
+    found = rush.certify(pixel_vote(), twice, num_estimation=200)
+    assert found.pixels == pixel_ids(twice.x)
+    assert found.num_copies == 1
+    write_certificates(tmp_path / "table.tsv", found, range(5))
+    assert (_read(tmp_path / "table.tsv").pixels, _read(tmp_path / "table.tsv").num_copies) == (found.pixels, 1)
+    assert found.select([4, 0]).pixels == (found.pixels[0],) * 2
+    assert join_certificates([found.select([1]), found.select([2])]).pixels == found.pixels[1:3]
+    assert recompute(found, alpha=0.01).pixels == found.pixels
+
+
+def test_an_older_table_is_read_without_its_pictures(written: tuple[Path, Certificates]) -> None:
+    path, certificates = written
+    path.write_text("".join(line.rpartition("\t")[0] + "\n" for line in path.read_text().splitlines()))
+    assert path.read_text().startswith("\t".join(COLUMNS[:14]) + "\n")
+    assert_same(_read(path), certificates, but="pixels")
+    assert (_read(path).pixels, _read(path).num_copies) == (None, None)
+    write_certificates(path, _read(path), range(10, 18))
+    assert path.read_text().startswith("\t".join(COLUMNS[:14]) + "\n")
+    assert join_certificates([_read(path).select([0]), certificates.select([1])]).pixels is None
+
+
+def test_an_image_that_is_not_the_certified_one_is_found(written: tuple[Path, Certificates]) -> None:
+    _, certificates = written
+    assert certificates.pixels is not None
+    ids, labels, pixels = list(certificates.ids), certificates.labels.tolist(), list(certificates.pixels)
+    assert first_difference(certificates, ids, labels, pixels) is None
+    assert first_difference(certificates, ["other"], [9], ["f" * 32]) is None
+    assert first_difference(certificates, ids[:2], [labels[0], labels[1] + 1], pixels[:2]) == ids[1]
+    assert first_difference(certificates, ids[:1], labels[:1], ["f" * 32]) == ids[0]
+    assert first_difference(replace(certificates, pixels=None), ids[:1], labels[:1], ["f" * 32]) is None
 
 
 # What they say

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
+from rush.certification.table import write_certificates
 from rush.errors import ConfigError
 from rush.evaluation.intervals import paired_difference, share_interval
 from rush.reporting.compare import (
@@ -25,6 +26,8 @@ from rush.reporting.compare import (
     probability_ecdf,
 )
 from rush.reporting.logs import CertificationLog, read_log
+from rush.reporting.tables import share
+from stored import rule_of, stored_certificates
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
@@ -308,17 +311,39 @@ def test_the_command_gives_tables_of_texts_and_markdown(tmp_path: Path) -> None:
 
 
 def test_two_run_folders_are_paired_by_what_they_say(tmp_path: Path) -> None:
-    for name, radius in (("one", "0.500000"), ("two", "0.200000")):
-        lines = [f"{HEADER}\tid\tp_lower", f"4\t1\t1\t{radius}\t1\t2.0\ta\t0.99", "9\t2\t2\t0.100000\t1\t2.0\tb\t0.99"]
-        (tmp_path / name / "stages").mkdir(parents=True)
-        (tmp_path / name / "certificates.tsv").write_text("\n".join(lines) + "\n")
-        record = {"sigma": 0.25, "alpha": 0.001, "num_selection": 10, "num_estimation": 1000}
-        (tmp_path / name / "stages" / "certify.json").write_text(json.dumps(record))
+    for name, votes in (("one", 900), ("two", 700)):
+        certificates = stored_certificates(rule_of(num_images=2), [votes, 600], [1, 2], [1, 2], ["a", "b"])
+        (tmp_path / name).mkdir()
+        write_certificates(tmp_path / name / "certificates.tsv", certificates, [4, 9])
         (tmp_path / name / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
     tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
     row = table(tables, "one minus two, paired on 2 images, the same by fingerprint and id")[2][0]
     assert (row[0], row[1].split()[0], *row[2:]) == ("0.25", "+50.0", "1", "0", "1")
     assert not [title for title, *_ in tables if title.startswith("Cost of training")]
+
+
+def test_copies_count_once_in_every_figure_and_pair(tmp_path: Path) -> None:
+    """Five images, of which three are one picture: certified in the first log in all copies, in the second in two."""
+    pixels = [letter * 32 for letter in "aaabc"]
+    for name, votes in (("one", [900] * 5), ("two", [900, 900, 500, 900, 500])):
+        certificates = stored_certificates(rule_of(num_images=5), votes, [1] * 5, [1] * 5, list("vwxyz"), pixels=pixels)
+        (tmp_path / name).mkdir()
+        write_certificates(tmp_path / name / "certificates.tsv", certificates, range(5))
+        (tmp_path / name / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
+    tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
+    assert cells(tables, "Conditions")["copies of another image, not counted"] == ("2", "2")
+    shown = cells(tables, "Certified accuracy by ℓ2")["0.25"]
+    assert shown == tuple(share(share_interval(count, 3)) for count in (3, 1))
+    assert cells(tables, "Certified accuracy by class")["1"] == shown
+    row = table(tables, "one minus two, paired on 3 images")[2][0]
+    assert (row[0], *row[2:]) == ("0.25", "2", "0", "0.5")
+    notes = [row[1] for row in table(tables, "Paired tests: what to know")[2]]
+    assert notes == ["2 images are copies of others: each picture is counted once"]
+
+
+def test_a_log_that_does_not_tell_pictures_apart_says_so(tmp_path: Path) -> None:
+    tables = compare_command([public_log(tmp_path / "x_sigma_0.25.tsv")])
+    assert cells(tables, "Conditions")["copies of another image, not counted"] == ("not known",)
 
 
 def trained(folder: Path, images: int, **finetune: object) -> Path:

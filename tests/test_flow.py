@@ -14,7 +14,7 @@ SOURCE = Path(rush.__file__).parent
 
 # From the first to the last; a module may import from its own level and from those before. The longest prefix counts.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "options", "randomness", "config", "files"),
+    ("errors", "options", "checks", "lines", "randomness", "config", "files"),
     ("data", "noise", "binomial"),
     ("engine", "models", "objectives"),
     ("pretraining", "finetuning", "inputs", "voting", "smoothing", "saving"),  # saved models are smoothed classifiers
@@ -108,7 +108,8 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def test_reporting_reads_run_folders_and_runs_no_model() -> None:
-    allowed = {"errors", "options", "files", "evaluation.intervals"}
+    allowed = {"errors", "options", "files", "lines", "binomial", "evaluation.intervals"}
+    allowed |= {f"certification.{name}" for name in ("certificates", "sequential", "table")}
     for module, path in MODULES.items():
         if module == "reporting" or module.startswith("reporting."):
             code = path.read_text(encoding="utf-8")
@@ -130,6 +131,44 @@ def test_the_library_does_not_print(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     assert "print" not in calls
+
+
+def calls(module: str) -> list[ast.Call]:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether ``call`` opens a file to write, other than the temporary ``target`` that ``files`` hands out."""
+    name = ast.unparse(call.func)
+    modes = [a.value for a in [*call.args, *(k.value for k in call.keywords)] if isinstance(a, ast.Constant)]
+    opened = [*map(ast.unparse, call.args), name][0].split(".")[0] if name == "open" else name.split(".")[0]
+    to_write = name.split(".")[-1] == "open" and any(isinstance(m, str) and set("wax+") & set(m) for m in modes)
+    methods = (".write_text", ".write_bytes", ".symlink_to", "os.truncate", ".touch", "shutil.copy", "shutil.move")
+    return (to_write or name.endswith(methods)) and opened != "target"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("files", "data.download")])
+def test_files_are_written_by_one_module(module: str) -> None:
+    """``data.download`` fills the cache of archives, which is no run folder."""
+    found = [ast.unparse(call) for call in calls(module) if writes(call)]
+    assert not found, f"rush.{module} writes by itself: {found}; use rush.files"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_lines_end_at_a_line_feed_alone(module: str) -> None:
+    found = [ast.unparse(call) for call in calls(module) if ast.unparse(call.func).endswith(".splitlines")]
+    assert not found, f"rush.{module}: {found} also splits at U+2028, U+0085 and U+001C; split at a line feed"
+
+
+def test_what_is_printed_is_printed_by_one_module() -> None:
+    printers = {
+        name
+        for name in MODULES
+        if {"rich.table", "rich.console"}
+        & {found.rsplit(".", 1)[0] for found in imported(MODULES[name].read_text(encoding="utf-8"))}
+    }
+    assert printers == {"terminal", "engine.progress", "data.download"}  # bars, of names that the library gives
 
 
 def test_importing_rush_loads_neither_torch_nor_numpy() -> None:

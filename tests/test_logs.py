@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from rush.certification.bounds import largest_radius
+from rush.certification.table import write_certificates
 from rush.errors import ConfigError, DataError, RunError
 from rush.reporting.logs import CertificationLog, flags, read_log, states_sigma, write_log
 from rush.reporting.reading import read_run
+from stored import rule_of, stored_certificates
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 SECONDS = f"{HEADER}\n0\t3\t3\t0.529\t1\t15.4\n20\t8\t-1\t0.0\t0\t15.6\n40\t8\t4\t3.63e-05\t0\t0.5\n"
@@ -28,24 +30,18 @@ RULE = {
     "radii": [0.0, 0.25, 0.5],
     "futility": 0.001,
 }
-OWN = (
-    (7, 1, 1, "0.250000", 1, "b.png", 0.7, 900),
-    (2, 0, -1, "0.000000", 0, "a.png", 0.4, 5100),
-    (5, 2, 1, "0.500000", 0, "c.png", 0.9, 300),
-)
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
 
 
-def own_table(rows: tuple = OWN, rule: Any = RULE) -> str:
-    """A certificates.tsv with the columns that the reader knows and one that it does not."""
-    lines = [f"{HEADER}\tid\tp_lower\tnum_samples\toutcome\tcounts" + ("" if rule is None else "\trule")]
-    for idx, label, predict, radius, correct, name, p_lower, samples in rows:
-        outcome = "undecided" if samples > 5000 else "certified"
-        fields = (idx, label, predict, radius, correct, 0.5, name, p_lower, samples, outcome, "1,2")
-        tail = "" if rule is None else "\t" + json.dumps(rule, separators=(",", ":"))
-        lines.append("\t".join(map(str, fields)) + tail)
-    return "\n".join(lines) + "\n"
+def own_table(path: Path, **rule: Any) -> Path:
+    """Three images: given up at 0.5, undecided at 0, and certified at the grid's end."""
+    certificates = stored_certificates(
+        rule_of(**{**RULE, **rule}), [7800, 5005, 9900], [1, 0, 1], [1, 0, 2], ["b.png", "a.png", "c.png"]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_certificates(path, certificates, [7, 2, 5])
+    return path
 
 
 def stored(path: Path, text: str) -> Path:
@@ -155,6 +151,37 @@ def test_a_damaged_public_log_is_refused_by_file_and_line(tmp_path: Path, old: s
         read_log(path)
 
 
+def test_a_public_log_with_a_byte_order_mark_and_other_line_ends_reads_the_same(tmp_path: Path) -> None:
+    plain = read_log(stored(tmp_path / "one_sigma_0.25.tsv", SECONDS))
+    (tmp_path / "two_sigma_0.25.tsv").write_bytes(b"\xef\xbb\xbf" + SECONDS.replace("\n", "\r\n").encode() + b"\r\n")
+    other = read_log(tmp_path / "two_sigma_0.25.tsv")
+    for name in ("idx", "label", "predict", "radius", "correct", "seconds"):
+        assert np.array_equal(getattr(plain, name), getattr(other, name))
+    assert states_sigma(tmp_path / "two_sigma_0.25.tsv")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("0.529", "0." + "5" * 5000, None),
+        ("15.4", "9" * 5000 + " days, 0:00:01", "time '999"),
+        ("15.4", "9" * 4000 + " days, 0:00:01", "time '999"),
+        ("0\t3", "9" * 5000 + "\t3", "idx '999"),
+        ("0.529", "1e" + "9" * 5000, "radius '1e99"),
+        ("15.4", "1\u2028", "time '1.u2028' is not"),
+        ("15.4", "1\x1b[31m", r"time '1.x1b\[31m'|time"),
+    ],
+)
+def test_huge_and_strange_fields_are_named_without_harm(tmp_path: Path, old: str, new: str, text: str | None) -> None:
+    path = stored(tmp_path / "x_sigma_0.25.tsv", SECONDS.replace(old, new, 1))
+    if text is None:
+        assert read_log(path).radius[0] == pytest.approx(5 / 9)
+        return
+    with pytest.raises(DataError, match=rf"line 2: {text}") as caught:
+        read_log(path)
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
 def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"nothing\.tsv is missing"):
         read_log(tmp_path / "nothing.tsv")
@@ -166,16 +193,22 @@ def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
 
 
 def test_a_log_of_our_own_says_everything(tmp_path: Path) -> None:
-    log = read_log(stored(tmp_path / "mine.tsv", own_table()))
+    log = read_log(own_table(tmp_path / "mine.tsv"))
     assert (log.sigma, log.alpha, log.method, log.bound) == (0.5, 0.01, "sequential", "geometric")
     assert (log.level, log.num_images, log.num_selection, log.num_estimation) == ("family", 3, 100, 10_000)
     assert (log.radii, log.ids) == ((0.0, 0.25, 0.5), ("b.png", "a.png", "c.png"))
-    assert (log.p_lower.tolist(), log.num_samples.tolist()) == ([0.7, 0.4, 0.9], [900, 5100, 300])
+    assert (log.idx.tolist(), log.label.tolist(), log.predict.tolist()) == ([7, 2, 5], [1, 0, 2], [1, -1, 1])
+    assert (log.radius.tolist(), log.correct.tolist()) == ([0.25, 0.0, 0.5], [True, False, False])
+    shown = [NormalDist().cdf(0.5), 0.0, NormalDist().cdf(1.0)]
+    assert log.p_lower == pytest.approx(shown, abs=1e-9)
+    assert log.num_samples[1] == 10_100
+    assert log.num_samples[2] < 1000
     assert log.undecided.tolist() == [False, True, False]
     assert (log.rounding, log.dataset, log.name) == (None, None, "mine")
+    assert log.num_copies == 0
     assert log.image_alpha == 0.01 / 3
     assert log.level_text == "all 3 images together, alpha = 0.01"
-    assert log.probability.tolist() == [0.7, 0.4, 0.9]
+    assert log.probability.tolist() == log.p_lower.tolist()
     assert log.at_ceiling.tolist() == [False, False, True]
     assert named(log) == {}
     assert read_log(log.path, sigma=0.5).sigma == 0.5
@@ -186,55 +219,52 @@ def test_a_log_of_our_own_says_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"sigma": -1}, "sigma must be a number > 0"),
-        ({"method": "guess"}, "method must be clopper-pearson or sequential"),
-        ({"level": "all"}, "level must be image or family"),
+        ({"sigma": -1}, "sigma must be a finite number > 0"),
+        ({"method": "guess"}, "unknown method 'guess'; allowed: clopper-pearson, sequential"),
+        ({"level": "all"}, "unknown level 'all'; allowed: image, family"),
         ({"num_images": 0}, "num_images must be"),
-        ({"radii": [0.5, 0.25]}, "radii must be null or a list of ascending"),
-        ({"radii": []}, "radii must be"),
+        ({"num_images": 2}, "its rule is one of 2 images"),
+        ({"radii": [9.0]}, "radius 9 cannot be certified"),
+        ({"radii": []}, "radii is empty"),
     ],
 )
 def test_an_impossible_rule_is_refused(tmp_path: Path, change: dict, text: str) -> None:
-    path = stored(tmp_path / "mine.tsv", own_table(rule={**RULE, **change}))
-    with pytest.raises(RunError, match=rf"mine\.tsv: {text}"):
+    path = own_table(tmp_path / "mine.tsv")
+    old = path.read_text().split("\t")[-2]
+    stored(path, path.read_text().replace(old, json.dumps({**RULE, **change})))
+    with pytest.raises(RunError, match=rf"mine\.tsv, line \d: {text}"):
         read_log(path)
 
 
 def test_a_damaged_log_of_our_own_is_a_matter_of_the_run(tmp_path: Path) -> None:
-    whole = own_table()
+    whole = own_table(tmp_path / "mine.tsv").read_text()
     for old, new, text in (
-        ("c.png", "a.png", "line 4: the image a.png stands in the table before"),
-        ("\t0.9\t", "\t1.1\t", "line 4: p_lower is larger than 1"),
-        ("\t5100\t", "\tmany\t", "line 3: num_samples 'many' is not a whole number"),
-        ("c.png\t0.9\t300\tcertified\t1,2\t", "c.png", "line 4: 7 fields instead of 12"),
+        ("c.png", "a.png", "line 4: the image is there twice, by its id"),
+        ("\t0.5000", "\t9.0000", "line 4: radius is 9, its votes and rule give 0.5"),
+        ("\t10100\t", "\tmany\t", "line 3: 'many' is not a whole number"),
+        ("c.png\t", "c.png", "line 4: 14 fields instead of 15"),
+        ("\tblocks", "\tvotes", "line 1: expected the columns idx"),
     ):
+        assert whole.count(old) == 1, old
         with pytest.raises(RunError, match=rf"mine\.tsv, {text}"):
             read_log(stored(tmp_path / "mine.tsv", whole.replace(old, new)))
     lines = whole.splitlines()
     other = "\n".join([*lines[:3], lines[3].replace('"sigma":0.5', '"sigma":0.25')])
-    with pytest.raises(RunError, match=r"line 4: its rule is not that of the first image"):
+    with pytest.raises(RunError, match=r"line 4: its rule is not that of line 2"):
         read_log(stored(tmp_path / "mine.tsv", other))
 
 
-def test_a_run_folder_gives_the_fingerprint_and_what_old_tables_do_not_say(tmp_path: Path) -> None:
+def test_a_run_folder_gives_the_fingerprint(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    stored(run / "certificates.tsv", own_table(rule=None))
-    with pytest.raises(ConfigError, match="does not say sigma, alpha, num_estimation"):
-        read_log(run)
-    assert read_log(run, sigma=0.5, alpha=0.001, num_estimation=50).num_estimation == 50
-    record = {"sigma": 0.25, "alpha": 0.002, "num_selection": 10, "num_estimation": 500, "images": 3, "level": "other"}
-    stored(run / "stages" / "certify.json", json.dumps(record))
+    own_table(run / "certificates.tsv", sigma=0.5)
     stored(run / "provenance.json", json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
     for path in (run, run / "certificates.tsv"):
         log = read_log(path)
-        assert (log.name, log.dataset, log.sigma, log.alpha) == ("run", "f00d", 0.25, 0.002)
-        assert (log.num_selection, log.num_estimation, log.method, log.level) == (
-            10, 500, "clopper-pearson", "image",
-        )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"certify\.json says alpha = 0\.002"):
+        assert (log.name, log.dataset, log.sigma, log.alpha) == ("run", "f00d", 0.5, 0.01)
+    with pytest.raises(ConfigError, match=r"certificates\.tsv says alpha = 0\.01"):
         read_log(run, alpha=0.001)
-    stored(run / "stages" / "certify.json", "{")
-    with pytest.raises(RunError, match=r"certify\.json is not JSON"):
+    stored(run / "provenance.json", "{")
+    with pytest.raises(RunError, match=r"provenance\.json cannot be read"):
         read_log(run)
 
 
@@ -243,9 +273,9 @@ def test_the_kept_run_reads_as_in_its_report() -> None:
     log, shown = read_log(RESULTS), read_run(RESULTS)
     certificates = shown.certificates
     assert certificates is not None
-    assert (log.acr, log.ids, log.sigma) == (certificates.acr, tuple(certificates.ids), certificates.sigma)
+    assert (log.acr, log.ids, log.sigma) == (certificates.acr, certificates.stored.ids, certificates.sigma)
     assert log.accuracy(0.25) == certificates.accuracy(0.25)
-    assert log.ceiling == pytest.approx(certificates.ceiling, rel=1e-9)
+    assert log.ceiling == pytest.approx(certificates.ceiling, abs=1e-6)  # certified radii are rounded down
     assert log.dataset == shown.provenance["data"]["test"]["fingerprint"]
     assert log.rounding is None
     assert named(log) == {}
@@ -281,10 +311,11 @@ def test_radii_are_never_written_larger(tmp_path: Path) -> None:
 
 
 def test_writing_spares_votes_and_knows_its_formats(tmp_path: Path) -> None:
-    path = stored(tmp_path / "certificates.tsv", own_table())
+    path = own_table(tmp_path / "certificates.tsv")
+    before = path.read_bytes()
     with pytest.raises(RunError, match="votes, which would be lost"):
         write_log(path, made([0.5]))
-    assert path.read_text() == own_table()
+    assert path.read_bytes() == before
     with pytest.raises(ConfigError, match="unknown time format 'hours'; allowed: seconds, clock"):
         write_log(tmp_path / "x.tsv", made([0.5]), "hours")  # type: ignore[arg-type]
     stored(tmp_path / "x.tsv", SECONDS)

@@ -51,6 +51,7 @@ from rush.reporting.tables import (
     zero_text,
 )
 from rush.reporting.training import TrainingCost, training_cost, training_sentence
+from stored import rule_of, stored_certificates, votes_for
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
 GRID = (0.0, 0.25, 0.5)
@@ -66,6 +67,7 @@ LABELS = {
     "eot-16": "PGD, fresh noise, EOT 16",
 }
 FIRST = {"clean": 4, "transfer": 16, "pgd": 0, "apgd": 10}
+VOTES = {"held": "700\t200", "broken": "200\t700", "undecided": "450\t450"}  # for the label, for the challenger
 CURVE = {
     "label": "PGD-20, margin of the mean, EOT 16",
     "images": 20,
@@ -136,55 +138,79 @@ def write_log(file: Path) -> None:
     file.write_text("\n".join(lines) + '\n{"event": "epo', encoding="utf-8")
 
 
-def write_certificates(folder: Path, timing: dict) -> None:
-    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tid\tp_lower\tnum_samples\tcounts\tblocks"]
-    for i in range(CERTIFIED):
-        label, counts = i % 10, ",".join(["100"] * 10)
-        right, abstained = i < 30 or 40 <= i < 45, 30 <= i < 40
-        predict = label if right else -1 if abstained else (label + 1) % 10
-        radius = 0.9 - 0.05 * i if i < 10 else 0.0 if abstained else max(0.2 - 0.005 * (i - 10), 0.1)
-        correct = int(predict == label)
-        rows.append(f"{i}\t{label}\t{predict}\t{radius!r}\t{correct}\t0.01\timg-{i}\t0.9\t1100\t{counts}\teJw=")
-    (folder / "certificates.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    fields = {"images": CERTIFIED, "sigma": SIGMA, "alpha": 0.001, "num_selection": 100, "num_estimation": 1000}
+def stored_votes() -> tuple[list[int], list[int]]:
+    """Votes and selected classes: 30 images right, the first ten with radii from 0.9 down to 0.45 and the others from
+    0.2 to 0.1; 10 abstained; 5 right and 15 wrong at 0.1."""
+    radii = [0.9 - 0.05 * i if i < 10 else max(0.2 - 0.005 * (i - 10), 0.1) for i in range(CERTIFIED)]
+    votes = [500 if 30 <= i < 40 else votes_for(radii[i], rule_of()) for i in range(CERTIFIED)]
+    return votes, [i % 10 if i < 45 else (i + 1) % 10 for i in range(CERTIFIED)]
+
+
+def write_certificates(folder: Path, timing: dict, votes: dict[int, int] | None = None, **rule: object) -> None:
+    """votes: of some images others than ``stored_votes``."""
+    stored, selected = stored_votes()
+    chosen = [(votes or {}).get(i, count) for i, count in enumerate(stored)]
+    certificates = stored_certificates(rule_of(**rule), chosen, selected, [i % 10 for i in range(CERTIFIED)])
+    write_table(folder / "certificates.tsv", certificates, range(CERTIFIED))
+    said = ("sigma", "alpha", "num_selection", "num_estimation")
+    fields = {"images": CERTIFIED, **{name: getattr(certificates.rule, name) for name in said}}
     cost = {"forward_passes_per_image": 1100, "images_per_second": 9.5}
     write_json(folder / "stages" / "certify.json", {"stage": "certify", **timing, **fields, **cost})
+    recount_sandwich(folder)
 
 
-def make_sequential(folder: Path, **changes: object) -> Path:
+def table_of(folder: Path) -> list[dict[str, str]]:
+    """The lines of certificates.tsv by column."""
+    header, *lines = (line.split("\t") for line in (folder / "certificates.tsv").read_text().splitlines())
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def make_sequential(folder: Path, **rule: object) -> Path:
     """The run's certificates made sequential ones: 9 images right at 0.5, 1 more at 0.25, 25 more at 0; 15 wrong at
-    0.25; 5 given up at 0 and 10 at 0.25; 700 samples an image on average.
+    0.25; 5 given up at 0 and 10 at 0.25; 840 samples an image on average.
     """
-    rows = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tid\tp_lower\tnum_samples\toutcome\tcounts\tselection"]
-    for i in range(CERTIFIED):
-        abstained, wrong = 30 <= i < 40, i >= 45
-        predict = -1 if abstained else (i + 1) % 10 if wrong else i % 10
-        radius = 0.5 if i < 9 else 0.25 if i == 9 or wrong else 0.0
-        given_up = (i < 30 and i % 2 == 0) or 30 <= i < 35
-        outcome = "certified" if i < 9 else "not certifiable" if given_up else "undecided"
-        cells = (
-            i,
-            i % 10,
-            predict,
-            f"{radius:.6f}",
-            int(predict == i % 10),
-            0.01,
-            f"img-{i}",
-            0.6,
-            300 + 200 * (i % 5),
-        )
-        rows.append("\t".join(str(cell) for cell in (*cells, outcome, "1,2", "3,4")))
-    (folder / "certificates.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    rule = {"method": "sequential", "bound": "geometric", "level": "family", "num_images": 60, "radii": list(GRID)}
-    said = {"futility": 0.01, "statement": "all 60 certificates hold together with probability at least 0.999"}
-    edit_json(folder / "stages" / "certify.json", **{**rule, **said, **changes})
+
+    def votes(i: int) -> int:
+        if i < 9:
+            return 1000
+        if i == 9 or i >= 45:
+            return 850
+        if 30 <= i < 40:
+            return 200 if i < 35 else 500
+        return 600 if i < 30 and i % 2 == 0 else 700
+
+    radii = tuple(rule.pop("radii", GRID))  # type: ignore[call-overload]
+    sequential = rule_of(method="sequential", level="family", radii=radii, **rule)
+    labels = [i % 10 for i in range(CERTIFIED)]
+    certificates = stored_certificates(sequential, [votes(i) for i in range(CERTIFIED)], stored_votes()[1], labels)
+    write_table(folder / "certificates.tsv", certificates, range(CERTIFIED))
+    said = {**asdict(sequential), "statement": sequential.statement}
+    passes = float(certificates.num_samples.mean())
+    edit_json(folder / "stages" / "certify.json", **{**said, "forward_passes_per_image": passes})
+    recount_sandwich(folder)
     return folder
+
+
+def recount_sandwich(folder: Path) -> None:
+    record = folder / "stages" / "attack.json"
+    if record.exists():
+        sandwich = json.loads(record.read_text())["sandwich"]
+        edit_json(record, sandwich={**sandwich, **count_sandwich(folder)})
 
 
 def certificates_of(folder: Path) -> Certificates:
     certificates = read_run(folder).certificates
     assert certificates is not None
     return certificates
+
+
+def count_sandwich(folder: Path) -> dict[str, int]:
+    """Attacked images that are certified right with a positive radius, and how many of them may be broken by chance."""
+    lines = table_of(folder)[:ATTACKED]
+    checked = sum(line["correct"] == "1" and float(line["radius"]) > 0 for line in lines)
+    rule = json.loads(lines[0]["rule"])
+    level = rule["alpha"] / (rule["num_images"] if rule["level"] == "family" else 1)
+    return {"checked": checked, "allowed": int(stats.binom.isf(1e-6, checked, level + 0.001)) if checked else 0}
 
 
 def write_attacks(folder: Path, timing: dict) -> None:
@@ -194,7 +220,9 @@ def write_attacks(folder: Path, timing: dict) -> None:
             # One image stays undecided on the strongest rung.
             verdict = "broken" if i >= standing else "undecided" if rung == "eot-16" and i == 0 else "held"
             l2 = 0.0 if rung == "clean" else COVERING  # above the radius of every image that breaks
-            rows.append(f"{rung}\t{i}\timg-{i}\t{i % 10}\t{verdict}\t0.03\t{l2}\t{(i + 3) % 10}\t1000\t700\t200")
+            rows.append(
+                f"{rung}\t{i}\timg-{i}\t{i % 10}\t{verdict}\t0.03\t{l2}\t{(i + 3) % 10}\t1000\t{VOTES[verdict]}"
+            )
     rows += [f"sandwich\t{i}\timg-{i}\t{i % 10}\theld\t0.2\t0.1\t0\t1000\t900\t50" for i in range(30)]
     (folder / "attacks.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     rungs = [
@@ -210,7 +238,7 @@ def write_attacks(folder: Path, timing: dict) -> None:
         }
         for place, name in enumerate(STANDING)
     ]
-    sandwich = {"checked": 30, "violations": [], "allowed": 1, "passes_per_image": 40, "seconds": 12.0}
+    sandwich = {"violations": [], "passes_per_image": 40, "seconds": 12.0, **count_sandwich(folder)}
     threat = {"norm": "linf", "epsilon": EPSILON, "epsilon_text": "8/255"}
     judged = {"alpha": 0.001, "level": 0.0002, "num_verdicts": 5, "max_votes": 10000, "votes_per_image": 800.0}
     write_json(
@@ -223,12 +251,12 @@ def write_attacks(folder: Path, timing: dict) -> None:
 def make_full(folder: Path, newly: int = 12, verdict: str = "overestimated") -> Path:
     """The run with a ladder in full (APGD leaves 11, Square 25, the worst case 10), a curve to zero and an audit."""
     standing = {"apgd": 11, "square": 25, "worst-case": 10}
-    lines = [
-        f"{rung}\t{i}\timg-{i}\t{i % 10}\t{'held' if i < count else 'broken'}\t0.03\t{COVERING}\t{(i + 3) % 10}"
-        "\t9\t7\t2"
-        for rung, count in standing.items()
-        for i in range(ATTACKED)
-    ]
+    lines = []
+    for rung, count in standing.items():
+        for i in range(ATTACKED):
+            judged = "held" if i < count else "broken"
+            cells = (rung, i, f"img-{i}", i % 10, judged, 0.03, COVERING, (i + 3) % 10, 1000, VOTES[judged])
+            lines.append("\t".join(map(str, cells)))
     with open(folder / "attacks.tsv", "a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     spent = {"passes_per_image": 800.0, "forward_passes_per_image": 216.0, "votes_per_image": 300.0, "seconds": 30.0}
@@ -377,6 +405,15 @@ def edit(file: Path, old: str, new: str, times: int = -1) -> None:
     file.write_text(content.replace(old, new, times), encoding="utf-8")
 
 
+def set_verdict(folder: Path, rung: str, image: int, verdict: str) -> None:
+    """Change a verdict of attacks.tsv, and its votes with it."""
+    header, *lines = (line.split("\t") for line in (folder / "attacks.tsv").read_text().splitlines())
+    row = next(line for line in lines if (line[0], line[1]) == (rung, str(image)))
+    row[4], row[9], row[10] = verdict, *VOTES[verdict].split("\t")
+    row[7] = str((image + 3) % 10)
+    (folder / "attacks.tsv").write_text("".join("\t".join(line) + "\n" for line in [header, *lines]))
+
+
 def edit_json(file: Path, **changes: object) -> None:
     write_json(file, {**json.loads(file.read_text(encoding="utf-8")), **changes})
 
@@ -406,8 +443,9 @@ def test_summary_rows_are_the_counts_in_the_files(run: Path) -> None:
     assert rows["certified floor at ℓ∞ 8/255"] == floor
     difference = paired_difference(standing(30), standing(12))
     assert rows[f"{LABELS['frozen']} flatters by"] == f"{points(difference)} points"
-    assert rows["sandwich"] == "0 violations, 30 images checked, 1 allowed"
-    radii = [0.9 - 0.05 * i for i in range(10)] + [max(0.2 - 0.005 * (i - 10), 0.1) for i in range(10, 30)] + [0.1] * 5
+    assert rows["sandwich"] == "0 violations, 30 images checked, 3 allowed"
+    radii = [float(line["radius"]) for line in table_of(run) if line["label"] == line["predict"]]
+    assert len(radii) == 35
     assert rows["ACR"] == f"{sum(radii) / 60:.3f} (N = 1,000)"
 
 
@@ -421,7 +459,7 @@ def test_figures_are_printed_as_percent_with_both_ends(run: Path) -> None:
 def test_changing_a_verdict_changes_the_page(run: Path) -> None:
     """One more broken image under one attacker: its accuracy, interval and paired difference follow."""
     before = page_of(run).text
-    edit(run / "attacks.tsv", "eot-1\t16\timg-16\t6\theld", "eot-1\t16\timg-16\t6\tbroken")
+    set_verdict(run, "eot-1", 16, "broken")
     after = page_of(run).text
     old, new = share_interval(17, 40), share_interval(16, 40)
     step = points(paired_difference(standing(16), standing(20)))
@@ -435,7 +473,7 @@ def test_changing_a_verdict_changes_the_page(run: Path) -> None:
 def test_changing_a_radius_changes_the_page(run: Path) -> None:
     """Image 9 loses its radius: 9 instead of 10 of 60 are certified at sigma/2, and the floor is 9 of 40."""
     assert bounds(share_interval(10, 60)) in page_of(run).text
-    edit(run / "certificates.tsv", f"9\t9\t9\t{0.9 - 0.05 * 9!r}\t1", "9\t9\t9\t0.01\t1")
+    write_certificates(run, {"seconds": 65.0}, votes={9: votes_for(0.01, rule_of())})
     after = page_of(run).text
     assert bounds(share_interval(10, 60)) not in after
     assert bounds(share_interval(9, 60)) in after
@@ -471,13 +509,9 @@ def test_flattering_evaluation_is_told_in_a_sentence(run: Path) -> None:
     text = page_of(run).text
     assert f"An evaluation that stops at “ {LABELS['frozen']} ” would have reported 75.0 %" in text
     assert f"{100 * difference.estimate:.1f} points too much" in text
-    content = (run / "attacks.tsv").read_text()
     for rung in ("frozen", "eot-1"):
         for i in range(12, ATTACKED):
-            content = content.replace(
-                f"{rung}\t{i}\timg-{i}\t{i % 10}\theld", f"{rung}\t{i}\timg-{i}\t{i % 10}\tbroken"
-            )
-    (run / "attacks.tsv").write_text(content)
+            set_verdict(run, rung, i, "broken")
     assert "An evaluation that stops at" not in page_of(run).text
 
 
@@ -529,7 +563,7 @@ def test_step_size_is_a_share_of_epsilon_or_pixels(run: Path) -> None:
 
 def test_an_image_that_any_attacker_broke_counts_for_all_of_them_together(run: Path) -> None:
     """Image 3 falls under the weakest attacker alone: the strongest keeps its 12 images, all together leave 11."""
-    edit(run / "attacks.tsv", "frozen\t3\timg-3\t3\theld", "frozen\t3\timg-3\t3\tbroken")
+    set_verdict(run, "frozen", 3, "broken")
     ladder = read_run(run).ladder
     assert ladder is not None
     assert ladder.strongest.accuracy == share_interval(12, 40)
@@ -551,9 +585,10 @@ def test_certificates_match_a_slow_count(run: Path) -> None:
     """Certified accuracy at any radius equals a loop over the lines, also at and beside a radius in the file."""
     certificates = read_run(run).certificates
     assert certificates is not None
-    lines = [line.split("\t") for line in (run / "certificates.tsv").read_text().splitlines()[1:]]
-    for radius in (0.0, 0.1, 0.1 + 1e-9, 0.2, 0.25, 0.9, 0.95):
-        slow = sum(line[1] == line[2] and float(line[3]) >= radius for line in lines)
+    lines = table_of(run)
+    held = float(lines[0]["radius"])
+    for radius in (0.0, 0.1, held, held + 1e-9, 0.2, 0.25, 0.9, 0.95):
+        slow = sum(line["label"] == line["predict"] and float(line["radius"]) >= radius for line in lines)
         assert certificates.accuracy(radius).estimate == slow / 60
     # Closed form: p_lower = 0.001^(1/1000) = 0.993116, whose normal quantile is 2.46326.
     assert certificates.ceiling == pytest.approx(0.5 * 2.46326, abs=1e-5)
@@ -564,7 +599,7 @@ def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Pat
     rows = dict(summary_rows(read_run(make_sequential(run))))
     assert rows["certified by"] == "Sequential (geometric), grid 0 / 0.25 / 0.5"
     assert rows["level"] == "all 60 certificates hold together with probability at least 0.999, over the noise"
-    assert rows["samples an image"] == "700 on average, at most 1,100, 100 of them to select the class"
+    assert rows["samples an image"] == "840 on average, at most 1,100, 100 of them to select the class"
     level = 0.001 / 60
     assert rows["certified at ℓ2 0"] == (
         f"{share(share_interval(35, 60))} (n = 60), true ≥ {true_share(35, 60, level)}"
@@ -575,7 +610,7 @@ def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Pat
         ", wrong class 25.0 %, not certifiable 25.0 %, undecided 33.3 %"
     )
     acr = (9 * 0.5 + 0.25) / 60
-    assert rows["grid ACR"] == f"{acr:.3f} (700 samples an image, at most 1,100; grid 0 / 0.25 / 0.5)"
+    assert rows["grid ACR"] == f"{acr:.3f} (840 samples an image, at most 1,100; grid 0 / 0.25 / 0.5)"
     assert "ACR" not in rows
 
 
@@ -586,7 +621,7 @@ def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
         "certified: sequential, level family",
         "All 60 certificates hold together with probability at least 0.999, over the draws of the noise.",
         "That is α = 0.001 for all of them, 1.67e-05 for each.",
-        "700 on average, at most 1,100",
+        "840 on average, at most 1,100",
         "wrongly with probability at most 0.01 an image",
         "end of the grid",
         "Grid ACR 0.079",
@@ -595,7 +630,7 @@ def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
         assert told in text, told
     assert "ceiling, N" not in text
     assert [row.radius for row in certified_rows(read_run(run))] == ["0", "0.25", "0.5"]
-    edit_json(run / "stages" / "certify.json", sigma=0.4)  # sigma / 2 is no radius of the grid: the next one speaks
+    make_sequential(run, sigma=0.4)  # sigma / 2 is no radius of the grid: the next one speaks
     assert "Within ℓ2 0.25 it is proved right" in page_of(run).text
     assert [row.radius for row in certified_rows(read_run(run))] == ["0", "0.25", "0.5"]
 
@@ -613,13 +648,13 @@ def test_images_divide_as_a_slow_count_says(run: Path, radius: float) -> None:
     """An image given up at 0.25 is given up at all that is larger, but at 0.1, where nothing was tested, undecided."""
     certificates = certificates_of(make_sequential(run))
     found = dict.fromkeys(("right", "wrong class", "not certifiable", "undecided"), 0)
-    for line in (run / "certificates.tsv").read_text().splitlines()[1:]:
-        cells = line.split("\t")
-        following = GRID[0] if cells[2] == "-1" else next((r for r in GRID if r > float(cells[3])), math.inf)
-        if cells[2] != "-1" and float(cells[3]) >= radius:
-            found["right" if cells[1] == cells[2] else "wrong class"] += 1
+    for line in table_of(run):
+        reached, certified = float(line["radius"]), line["predict"] != "-1"
+        following = next((r for r in GRID if r > reached), math.inf) if certified else GRID[0]
+        if certified and reached >= radius:
+            found["right" if line["label"] == line["predict"] else "wrong class"] += 1
         else:
-            given_up = cells[9] == "not certifiable" and radius >= following
+            given_up = line["outcome"] == "not certifiable" and radius >= following
             found["not certifiable" if given_up else "undecided"] += 1
     decided = certificates.decided(radius)
     assert decided is not None
@@ -647,31 +682,34 @@ def test_curve_of_a_grid_ends_with_the_grid(run: Path, monkeypatch: pytest.Monke
 
 def test_grid_of_radius_zero_alone_is_drawn(run: Path) -> None:
     make_sequential(run, radii=[0.0])
-    content = (run / "certificates.tsv").read_text()
-    (run / "certificates.tsv").write_text(content.replace("0.500000", "0.000000").replace("0.250000", "0.000000"))
     assert "Within ℓ2 0 it is proved right" in page_of(run).text
 
 
 def test_family_lowers_the_ceiling(run: Path) -> None:
     """At level alpha / 60 an image's N agreeing votes certify less: sigma * Phi^-1((alpha / 60)^(1/N))."""
-    edit_json(run / "stages" / "certify.json", level="family", num_images=60)
+    write_certificates(run, {"seconds": 65.0}, level="family")
     expected = 0.5 * special.ndtri((0.001 / 60) ** (1 / 1000))
-    assert certificates_of(run).ceiling == pytest.approx(expected, abs=1e-9)
-    assert "probability at most 1.66667e-05" in dict(summary_rows(read_run(run)))["level"]
+    assert certificates_of(run).ceiling == pytest.approx(expected, abs=1e-6)
+    assert dict(summary_rows(read_run(run)))["level"].startswith("all 60 certificates hold together")
 
 
-def test_record_of_an_older_run_is_of_clopper_pearson_for_each_image(run: Path) -> None:
+def test_the_rule_of_the_table_speaks_where_the_record_of_an_older_run_is_silent(run: Path) -> None:
     certificates = certificates_of(run)
-    assert (certificates.method, certificates.level, certificates.num_images) == ("clopper-pearson", "image", 60)
-    assert (certificates.radii, certificates.outcome, certificates.decided(0.25)) == (None, None, None)
-    edit(run / "certificates.tsv", "\tnum_samples\t", "\tsamples\t")
-    assert certificates_of(run).mean_samples == 1100
+    assert (certificates.method, certificates.level) == ("clopper-pearson", "image")
+    assert (certificates.radii, certificates.decided(0.25), certificates.mean_samples) == (None, None, 1100)
 
 
-def test_an_image_twice_leaves_no_bound_on_the_distribution(run: Path) -> None:
+def test_a_table_without_its_votes_is_refused(run: Path) -> None:
+    lines = [line.split("\t")[:9] for line in (run / "certificates.tsv").read_text().splitlines()]
+    (run / "certificates.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+    with pytest.raises(RunError, match=r"line 1: expected the columns idx label .* blocks rule"):
+        read_run(run)
+
+
+def test_an_image_twice_is_refused(run: Path) -> None:
     edit(run / "certificates.tsv", "img-59", "img-58")
-    assert certificates_of(run).accuracy_lower(0.0) is None
-    assert "true ≥ –" in dict(summary_rows(read_run(run)))["certified at ℓ2 0"]
+    with pytest.raises(RunError, match="line 61: the image is there twice, by its id"):
+        read_run(run)
 
 
 @pytest.mark.parametrize(
@@ -799,18 +837,18 @@ def test_damaged_live_figures_are_told(run: Path) -> None:
 def test_floor_beyond_the_ceiling_is_explained(run: Path) -> None:
     """sigma 0.05 cannot certify the ball around the threat, whatever the votes: the page says why the floor is zero."""
     assert "larger than the ceiling" not in page_of(run).text
-    edit_json(run / "stages" / "certify.json", sigma=0.05)
+    write_certificates(run, {"seconds": 65.0}, sigma=0.05)
     assert "larger than the ceiling" in page_of(run).text
 
 
 def test_violation_is_found_in_the_tables_themselves(run: Path) -> None:
     """An image broken within its certified radius is told although the stage's own list is empty."""
     assert "No violation" in page_of(run).text
-    edit(run / "attacks.tsv", "sandwich\t4\timg-4\t4\theld", "sandwich\t4\timg-4\t4\tbroken")
-    edit(run / "attacks.tsv", "sandwich\t5\timg-5\t5\theld", "sandwich\t5\timg-5\t5\tbroken")
+    for image in (4, 5, 6, 7):
+        set_verdict(run, "sandwich", image, "broken")
     text = page_of(run).text
-    assert "2 broken within what was proved" in text
-    assert "img-4, img-5" in text
+    assert "4 broken within what was proved" in text
+    assert "img-4, img-5, img-6, img-7" in text
     assert "more than chance allows" in text
     assert "Do not trust the figures below" in text
 
@@ -967,20 +1005,16 @@ def test_only_pgd_rungs_are_candidates_for_a_flattering_evaluation(full: Path) -
     assert ladder.last_eot.name == "eot-16"
     assert ladder.flattering is not None
     assert ladder.flattering.name == "frozen"
-    content = (full / "attacks.tsv").read_text()
     for rung, count in verdicts:
         for i in range(count, ATTACKED):
-            content = content.replace(
-                f"{rung}\t{i}\timg-{i}\t{i % 10}\theld", f"{rung}\t{i}\timg-{i}\t{i % 10}\tbroken"
-            )
-    (full / "attacks.tsv").write_text(content)
+            set_verdict(full, rung, i, "broken")
     assert ladder_of(full).flattering is None
 
 
 def test_flattery_is_measured_by_the_worst_case_even_where_one_attacker_broke_more(full: Path) -> None:
     """What was planned as the reference stays it: APGD now leaves 9, the worst case 10, and 30 - 10 is the flattery."""
-    edit(full / "attacks.tsv", "apgd\t10\timg-10\t0\theld", "apgd\t10\timg-10\t0\tbroken")
-    edit(full / "attacks.tsv", "apgd\t9\timg-9\t9\theld\t0.03", "apgd\t9\timg-9\t9\tbroken\t0.03")
+    set_verdict(full, "apgd", 10, "broken")
+    set_verdict(full, "apgd", 9, "broken")
     ladder = ladder_of(full)
     assert (ladder.strongest.name, ladder.reference.name) == ("apgd", "worst-case")
     assert ladder.combined == share_interval(9, 40)
@@ -1185,7 +1219,8 @@ def test_report_and_audit_say_the_same(run: Path, newly: int, total: int, tolera
     """Bounds and constants of the page are those of ``evaluation``, which it may not import."""
     verdict = decide(newly, total, tolerance, [])
     write_audit(run, newly, verdict)
-    edit_json(run / "audit.json", images=total, tolerance=tolerance)
+    left = {"evaluation_accuracy": 0.5, "accuracy_here": 0.5 - newly / total}
+    edit_json(run / "audit.json", images=total, tolerance=tolerance, **left)
     made = AuditReport.from_json(json.loads((run / "audit.json").read_text()))
     shown = audit_of(run)
     assert (shown.d.estimate, shown.d.low, shown.d.high) == (made.d, made.d_low, made.d_high)
@@ -1255,7 +1290,7 @@ DAMAGES = {
     "stages/certify.json": lambda file: edit_json(file, num_estimation=0),
     "audit.json": lambda file: file.write_text('{"format": 1, "verdict"'),
     "stages/attack.json": lambda file: edit_json(file, threat={"norm": "l7", "epsilon": 1.0}),
-    "certificates.tsv": lambda file: edit(file, "\t1\t0.01\timg-0", "\t0\t0.01\timg-0"),
+    "certificates.tsv": lambda file: edit(file, "\t1\t0.0100\timg-0", "\t0\t0.0100\timg-0"),
     "attacks.tsv": lambda file: edit(file, "frozen\t7\timg-7\t7\theld", "frozen\t7\timg-7\t7\tshaken"),
     "attacks/images.npz": lambda file: file.write_bytes(file.read_bytes()[:300]),
     "attacks/worst-case.npz": lambda file: file.unlink(),
@@ -1278,11 +1313,12 @@ def test_damaged_file_is_named_with_its_remedy(full: Path, name: str) -> None:
     ("table", "old", "new", "told"),
     [
         ("certificates.tsv", "idx\tlabel", "label\tidx", "line 1"),
-        ("certificates.tsv", "\n1\t1\t1\t", "\n1\t1\t1\tx", "line 3, column radius"),
-        ("certificates.tsv", "\n1\t1\t1\t0.85", "\n1\t1\t1\tnan", "line 3, column radius"),
-        ("certificates.tsv", "\n1\t1\t1\t0.85", "\n1\t1\t1\t-0.85", "line 3: a radius is negative"),
+        ("certificates.tsv", "\n1\t1\t1\t", "\n1\t1\t1\tx", "line 3: 'x0.84"),
+        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\tnan", "line 3: 'nan"),
+        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\t-0.8", "line 3: '-0.8"),
+        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\t9.8", "line 3: radius is 9.8"),
         ("certificates.tsv", "\n1\t1\t1\t", "\n0\t1\t1\t", "twice"),
-        ("certificates.tsv", "\teJw=\n", "\n", "line 2 has 10 fields, expected 11"),
+        ("certificates.tsv", f"\t{0:032x}\n", "\n", "line 2: 14 fields instead of 15"),
         ("attacks.tsv", "frozen\t7\t", "frozen\t8\t", "'frozen' is not on the same images"),
         ("attacks.tsv", "frozen\t7\t", "thawed\t7\t", "unknown rung 'thawed'"),
     ],
@@ -1297,9 +1333,11 @@ def test_damaged_line_is_told(run: Path, table: str, old: str, new: str, told: s
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("\n9\t9\t9\t0.25", "\n9\t9\t9\t0.35", "line 11: its radius is none of the grid's"),
-        ("img-4\t0.6\t1100", "img-4\t0.6\t1101", "line 6: num_samples must lie in [101, 1100]"),
-        ("img-4\t0.6\t1100\tcertified", "img-4\t0.6\t1100\tlikely", "line 6: outcome must be one of certified, not"),
+        ("\n9\t9\t9\t0.25", "\n9\t9\t9\t0.35", "line 11: radius is 0.35"),
+        ("img-4\t0.8", "img-4\t0.7", "line 6: p_lower is 0.7"),
+        ("\t200\tcertified", "\t300\tcertified", "line 2: its votes do not add up to num_samples"),
+        ("\t200\tcertified", "\t200\tlikely", "line 2: outcome is 'likely'"),
+        ("\t200\tcertified", "\t200\tundecided", "line 2: outcome is 'undecided', its votes and rule give 'certified'"),
     ],
 )
 def test_line_that_the_rule_cannot_give_is_told(run: Path, old: str, new: str, told: str) -> None:
@@ -1309,33 +1347,135 @@ def test_line_that_the_rule_cannot_give_is_told(run: Path, old: str, new: str, t
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("field", "value"),
     [
-        ({"method": "guess"}, "got 'guess' and 'family'"),
-        ({"level": "galaxy"}, "clopper-pearson or sequential, and image or family"),
-        ({"radii": None}, "'radii' must be ascending numbers >= 0, got None"),
-        ({"radii": [0.5, 0.25, 0.0]}, "'radii' must be ascending"),
-        ({"radii": []}, "'radii' must be ascending"),
-        ({"num_images": 59}, "num_images >= 60"),
-        ({"futility": "none"}, "'futility' must be a finite number"),
+        ("method", "guess"),
+        ("level", "image"),
+        ("radii", None),
+        ("radii", [0.0, 0.25]),
+        ("num_images", 59),
+        ("futility", "none"),
+        ("alpha", 0.01),
+        ("sigma", 0.25),
+        ("undecided", 3),
+        ("forward_passes_per_image", 100.0),
     ],
 )
-def test_rule_that_cannot_be_is_damage(run: Path, changes: dict, told: str) -> None:
-    with pytest.raises(RunError, match=re.escape(told)):
-        read_run(make_sequential(run, **changes))
-
-
-def test_fixed_number_of_samples_is_the_same_for_every_image(run: Path) -> None:
-    edit(run / "certificates.tsv", "img-4\t0.9\t1100", "img-4\t0.9\t1000", 1)
-    with pytest.raises(RunError, match="line 6: num_samples must be 1100"):
+def test_a_record_that_is_not_that_of_the_table_is_damage(run: Path, field: str, value: object) -> None:
+    edit_json(make_sequential(run) / "stages" / "certify.json", **{field: value})
+    with pytest.raises(RunError, match=rf"certify\.json is damaged: {field} is {re.escape(repr(value))}, by cert"):
         read_run(run)
+
+
+def test_copies_count_once_and_the_page_says_so(run: Path) -> None:
+    """Images 1 to 9 are copies of image 0: one picture of 51, certified as far as the last of them."""
+    stored, selected = stored_votes()
+    pixels = [f"{0 if i < 10 else i:032x}" for i in range(CERTIFIED)]
+    votes = stored_certificates(rule_of(), stored, selected, [i % 10 for i in range(CERTIFIED)], pixels=pixels)
+    write_table(run / "certificates.tsv", votes, range(CERTIFIED))
+    certificates = certificates_of(run)
+    assert certificates.num_pictures == 51
+    assert certificates.accuracy(0.25) == share_interval(1, 51)
+    assert certificates.accuracy(0.6) == share_interval(0, 51)
+    assert certificates.accuracy_lower(0.0) == votes.accuracy_lower(0.0)
+    told = "9 images are copies of others: each picture is counted once, as certified only if all of its copies are"
+    rows = dict(summary_rows(read_run(run)))
+    assert rows["copies of a picture"] == told
+    assert f"{share(share_interval(1, 51))} (n = 51)" in rows["certified at ℓ2 0.25"]
+    assert told in page_of(run).text
+
+
+def test_a_table_that_does_not_tell_pictures_apart_says_so(run: Path) -> None:
+    assert "copies of a picture" not in dict(summary_rows(read_run(run)))
+    assert "Copies of a picture" not in page_of(run).text
+    lines = (run / "certificates.tsv").read_text().splitlines()
+    (run / "certificates.tsv").write_text("".join(line.rpartition("\t")[0] + "\n" for line in lines))
+    assert "not known: the table is older" in dict(summary_rows(read_run(run)))["copies of a picture"]
+    assert "Not known: the table is older" in page_of(run).text
+
+
+def test_attacked_copies_count_once(run: Path) -> None:
+    """Attacked images 0 to 35 are one picture, which the clean rung leaves standing with each of its copies, EOT 16
+    not; known from the stored images, and without these from the certificates."""
+    with np.load(run / "attacks" / "images.npz") as stored:
+        arrays = dict(stored)
+    pixels = np.random.default_rng(0).integers(0, 255, arrays["images"].shape, dtype=np.uint8)
+    names = arrays["ids"].tolist()
+    for i in range(36):
+        pixels[names.index(f"img-{i}")] = 7
+    np.savez(run / "attacks" / "images.npz", **{**arrays, "images": pixels})
+    ladder = ladder_of(run)
+    assert ladder.clean.num_pictures == 5
+    assert ladder.clean.accuracy == share_interval(1, 5)
+    assert ladder.strongest.accuracy == share_interval(0, 5)
+    assert "(n = 5)" in dict(summary_rows(read_run(run)))["clean accuracy"]
+    edit_json(run / "model" / "model.json", image_shape=[1, 8, 8])
+    shutil.rmtree(run / "attacks")
+    assert ladder_of(run).clean.num_pictures == 40
+
+
+def test_an_attacked_image_has_the_label_of_its_certificate(run: Path) -> None:
+    edit(run / "attacks.tsv", "frozen\t3\timg-3\t3\theld", "frozen\t3\timg-3\t4\theld")
+    with pytest.raises(RunError, match=r"attacks\.tsv is damaged: the image of idx 3 has label 4 and id 'img-3', in"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("held\t0.03", "broken\t0.03", "700 votes for the label and 200 for the challenger are not broken"),
+        ("broken\t0.03", "held\t0.03", "200 votes for the label and 700 for the challenger are not held"),
+    ],
+)
+def test_a_verdict_that_its_votes_contradict_is_damage(run: Path, old: str, new: str, told: str) -> None:
+    edit(run / "attacks.tsv", old, new, 1)
+    with pytest.raises(RunError, match=told):
+        read_run(run)
+
+
+@pytest.mark.parametrize("changes", [{"allowed": 30}, {"checked": 40}, {"allowed": "3"}, {"checked": None}])
+def test_a_sandwich_that_allows_more_than_its_levels_is_damage(run: Path, changes: dict) -> None:
+    sandwich = json.loads((run / "stages" / "attack.json").read_text())["sandwich"]
+    edit_json(run / "stages" / "attack.json", sandwich={**sandwich, **changes})
+    with pytest.raises(RunError, match=r"attack\.json is damaged: .*(allowed|checked)"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"accuracy_here": 0.4}, {"evaluation_accuracy": 0.9}, {"verdict": "undecided"}, {"verdict": "holds"}],
+)
+def test_an_audit_whose_figures_do_not_follow_from_each_other_is_damage(full: Path, changes: dict) -> None:
+    edit_json(full / "audit.json", **changes)
+    with pytest.raises(RunError, match=r"audit\.json is damaged: .*(newly broken|does not agree)"):
+        read_run(full)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x81\n", b"garbage", b"[1]\n", b"{}\n", b'{"event": "epoch"}\n'])
+def test_a_garbage_log_does_not_drop_the_curves_in_silence(run: Path, content: bytes) -> None:
+    (run / "log.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match=r"log\.jsonl is damaged: line 1 cannot be read"):
+        write_report(run)
+
+
+def test_names_that_cannot_be_written_or_that_hide_are_shown_escaped(tmp_path: Path) -> None:
+    """Control characters and bytes that are not UTF-8 in the names of run, classes, attackers and sizes."""
+    hostile = "a\x1b[31m\n\u2028\u202e\udce9"
+    run = make_full(write_run(tmp_path / "run", name=hostile, classes=[f"{hostile}{k}" for k in range(10)]))
+    rungs = [{**rung, "label": f"{hostile} {rung['name']}"} for rung in attack_rungs(run)]
+    tick = [{**point, "epsilon_text": hostile} for point in CURVE["points"]]
+    edit_json(run / "stages" / "attack.json", rungs=rungs, curve={**CURVE, "label": hostile, "points": tick})
+    text = write_report(run).read_text(encoding="utf-8")
+    assert r"a\x1b[31m\x0a\u2028\u202e\udce9" in text
+    for character in "\x1b\u2028\u202e":
+        assert character not in text
 
 
 def test_missing_lines_of_a_finished_stage_are_damage(run: Path) -> None:
     """A certificate table that lost lines after the stage was finished gives no figures on fewer images."""
     lines = (run / "certificates.tsv").read_text().splitlines(keepends=True)
     (run / "certificates.tsv").write_text("".join(lines[:-5]))
-    with pytest.raises(RunError, match=r"holds 55 images, stages/certify\.json says 60"):
+    with pytest.raises(RunError, match=r"certify\.json is damaged: images is 60, by certificates\.tsv it is 55"):
         read_run(run)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, Parameter
 
-from rush.errors import ConfigError
+from rush.errors import ConfigError, RunError
+from rush.lines import read_object
 from rush.options import STAGES, Decision, Level, Norm, Stage
-from rush.terminal import console, print_lines, print_table, print_wide_table
+from rush.terminal import print_lines, print_table, print_wide_table
 
 if TYPE_CHECKING:
     from rush.config import Recipe
@@ -213,8 +213,7 @@ def certify(
 
     statement, rows = recompute_table(folder, out, **given)
     print_wide_table(None, HEADER, rows)
-    text = f"{statement}; the last column, with 95 % confidence, is over images and noise together"
-    console().print(text, soft_wrap=True, highlight=False)
+    print_lines([f"{statement}; the last column, with 95 % confidence, is over images and noise together"])
 
 
 @app.command
@@ -249,7 +248,7 @@ def ladder(folder: Path | None = None, *, given: AnyModel = _NO_MODEL, overrides
     subject, results = given.subject(), []
     for result in subject.climb(given.seed):
         results.append(result)
-        console(stderr=True).print(f"{result.plan.label}: {percent(result.robust_accuracy)}", highlight=False)
+        print_lines([f"{result.plan.label}: {percent(result.robust_accuracy)}"], stderr=True)
     title = f"{given.model}, {given.norm} {given.epsilon}, {len(results[0])} images"
     print_wide_table(title, LADDER_HEADER, ladder_rows(results))
 
@@ -530,7 +529,7 @@ def _in_turn(work: Callable[[], T]) -> T:
 
 def _leader_says(text: str) -> None:
     """One line on standard error, from the first process."""
-    console(stderr=True, quiet=_process_number() > 0).print(text, highlight=False, soft_wrap=True)
+    print_lines([text], stderr=True, quiet=_process_number() > 0)
 
 
 def _text(path: Path | None) -> str | None:
@@ -540,14 +539,13 @@ def _text(path: Path | None) -> str | None:
 def _do(folder: RunFolder, stages: Iterable[Stage]) -> None:
     from rush.pipeline import run_stage
 
-    progress = console(stderr=True, quiet=_process_number() > 0)
     for stage in stages:
         if folder.finished(stage):
-            progress.print(f"{stage}: finished before, kept", highlight=False)
+            _leader_says(f"{stage}: finished before, kept")
             continue
-        progress.print(f"{stage} ...", highlight=False)
+        _leader_says(f"{stage} ...")
         run_stage(folder, stage)
-        progress.print(f"{stage}: {folder.require(stage)['seconds']:.0f} s", highlight=False)
+        _leader_says(f"{stage}: {folder.require(stage)['seconds']:.0f} s")
 
 
 def _reopen_for(folder: Path, given: AnyModel, overrides: list[str] | None) -> RunFolder:
@@ -570,7 +568,10 @@ def _audit_run(opened: RunFolder, rung: str | None) -> None:
         from rush.stages.attacking import audit_run
 
         write_audit(file, audit_run(opened, rung))
-    report_ = AuditReport.from_json(json.loads(file.read_text(encoding="utf-8")))
+    try:
+        report_ = AuditReport.from_json(read_object(file))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} is damaged: {error}; delete it and audit again") from error
     print_lines([*report_.summary(), f"in {file}"])
 
 
@@ -607,4 +608,4 @@ def _print_report(folder: Path) -> None:
 
     page = write_report(folder)
     print_table(("", str(folder)), summary_rows(read_run(folder)))
-    console().print(f"report: {page}", soft_wrap=True, highlight=False)
+    print_lines([f"report: {page}"])

@@ -429,7 +429,7 @@ def recipe_text(name_or_path: str) -> str:
 
 def recipe_headline(name: str) -> str:
     """The first comment line of a shipped recipe: what it is, in one sentence."""
-    return recipe_text(name).splitlines()[0].removeprefix("#").strip()
+    return recipe_text(name).split("\n")[0].removeprefix("#").strip()
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | None = None) -> Recipe:

@@ -25,6 +25,17 @@ class RunError(RushError):
     """A run folder does not hold what a stage needs, or holds something that would be overwritten."""
 
 
+class WriteError(RunError, OSError):
+    """A file cannot be written: the disk is full or read-only, or writing is not allowed; ``reason`` says which."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"{path} cannot be written: {reason}. What is finished is kept: free space or allow writing there, and the "
+            "same command resumes"
+        )
+
+
 class CheckpointError(RushError):
     """A checkpoint cannot be read or does not belong to this run."""
 

@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from rush.checks import check_positive_integer as check_positive_integer  # also found here
 from rush.data.images import ImageSet
 from rush.errors import InputError
 
@@ -41,12 +42,6 @@ def check_pixels(x: Tensor) -> None:
             f"pixels must be finite and lie in [0, 1], got minimum {low:g} and maximum {high:g}; "
             "divide uint8 images by 255 and move normalization into the model"
         )
-
-
-def check_positive_integer(name: str, value: object) -> None:
-    """Raises InputError unless ``value`` is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be an integer >= 1, got {value!r}")
 
 
 def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> None:

@@ -1,12 +1,11 @@
 """Smoothing noise: one object trains, certifies, predicts and is attacked."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rush.errors import InputError
+from rush.checks import check_sigma
 
 
 @dataclass(frozen=True)
@@ -16,13 +15,7 @@ class Gaussian:
     sigma: float
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.sigma, bool)
-            or not isinstance(self.sigma, int | float)
-            or not math.isfinite(self.sigma)
-            or self.sigma <= 0
-        ):
-            raise InputError(f"sigma must be a finite number > 0 in [0, 1] pixel units, got {self.sigma!r}")
+        check_sigma(self.sigma)
 
     def sample(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
         """Noise of ``shape`` in float32 on the generator's device."""

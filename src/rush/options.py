@@ -1,4 +1,4 @@
-"""The closed sets of string options, free of heavy imports so that the command line can show them at once."""
+"""Closed sets of string options, and constants; free of heavy imports, so that the command line shows them at once."""
 
 import math
 from fractions import Fraction
@@ -27,6 +27,9 @@ Start = Literal["random", "clean", "best"]
 Stem = Literal["small", "standard"]
 TrainingCompile = Literal["none", "default", "reduce-overhead"]
 Verdict = Literal["broken", "held", "undecided"]
+
+ABSTAIN = -1  # the prediction where the votes do not decide
+BLOCK = 100  # noise samples that are drawn together, and the unit in which votes are stored
 
 VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack", "audit")

@@ -9,6 +9,7 @@ from rush.certification.recompute import recompute
 from rush.certification.table import read_certificates, write_certificates
 from rush.errors import RunError
 from rush.evaluation.intervals import share_interval
+from rush.reporting.tables import copies_text
 
 HEADER = ("", "certified", "true one at least")
 
@@ -42,6 +43,7 @@ def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
     return [
         ("method, bound", f"{rule.method}, {rule.bound}", ""),
         ("samples an image", samples, ""),
+        *([("copies", copies_text(certificates), "")] if copies_text(certificates) else []),
         *((f"l2 radius {radius:g}", *_accuracy(certificates, radius)) for radius in rule.radii or halves),
         (certificates.acr_name, f"{certificates.acr:.4f}", ""),
     ]
@@ -49,7 +51,6 @@ def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
 
 def _accuracy(certificates: Certificates, radius: float) -> tuple[str, str]:
     """Certified accuracy with its interval, and its lower bound over images and noise, rounded down."""
-    share = certificates.accuracy(radius)
-    interval = share_interval(round(share * len(certificates)), len(certificates))
+    interval = share_interval(*certificates.certified_pictures(radius))
     lower = math.floor(1000 * certificates.accuracy_lower(radius)) / 10
-    return f"{100 * share:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]", f"{lower:.1f} %"
+    return f"{100 * interval.estimate:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]", f"{lower:.1f} %"

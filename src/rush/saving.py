@@ -51,7 +51,14 @@ class ClassifierSpec:
 def save_weights(module: nn.Module, path: Path) -> None:
     """Weights and buffers of ``module`` to ``path`` as safetensors, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    write_atomically(path, lambda target: save_file(tensors, target))
+
+    def write(target: Path) -> None:
+        try:
+            save_file(tensors, target)
+        except SafetensorError as error:  # what the system says comes as one of its own errors
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

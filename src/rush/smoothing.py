@@ -14,10 +14,9 @@ from rush.engine.precision import Execution, check_eval_mode, decide_execution
 from rush.errors import InputError, ModelError
 from rush.inputs import check_pixels, check_positive_integer, pixel_ids
 from rush.noise import Gaussian
+from rush.options import ABSTAIN, BLOCK
 from rush.randomness import stream
-from rush.voting import BLOCK, Request, Voter
-
-ABSTAIN = -1
+from rush.voting import Request, Voter
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 

@@ -11,8 +11,8 @@ from rush.engine.inspection import SENTINEL_MOVED, Sentinel
 from rush.engine.precision import Execution
 from rush.errors import ModelError
 from rush.noise import Gaussian
+from rush.options import BLOCK
 
-BLOCK = 100  # noise samples that are drawn together, and the unit in which votes are stored
 _SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from rush.binomial import SAFETY, lower_bound
-from rush.smoothing import ABSTAIN
+from rush.options import ABSTAIN
 
 RADIUS_DIGITS = 6
 

@@ -24,7 +24,9 @@ class Certificates:
     be at least so much; num_samples int64 (N,), selection and estimation together; counts int64 (N, K) of the
     estimation votes, UNKNOWN (-1) but for the selected class where recomputed from the first of them; blocks: for each
     image uint8 (B,), the votes for the selected class by blocks of 100; selection int64 (N, K); outcome uint8 (N,),
-    index into ``OUTCOMES``, of the radius after the certified one; seconds (N,); labels int64 (N,); ids.
+    index into ``OUTCOMES``, of the radius after the certified one; seconds (N,); labels int64 (N,); ids; pixels: for
+    each image the hash of its pixels (``rush.inputs.pixel_ids``), by which copies of one picture are known, None where
+    the table was written without it.
     """
 
     prediction: NDArray[np.int64]
@@ -39,6 +41,7 @@ class Certificates:
     labels: NDArray[np.int64]
     ids: tuple[str, ...]
     rule: Rule
+    pixels: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,21 +89,33 @@ class Certificates:
         """A lower bound on the true certified accuracy at ``radius``, over the images' draw *and* the noise.
 
         The true one is a = P(g(X) = Y and the smoothed classifier's exact radius at X is >= ``radius``), (X, Y) drawn
-        from the images' distribution. Assumption: the N images are independent draws of it and each has noise of its
-        own (their ids differ). Proof: whether an image is certified correctly is then an independent coin of
-        probability s. That takes an image for which it is true, or a false certificate, which has probability at most
-        alpha_i, the level of a single certificate, given the image; so s <= a + (1 - a) alpha_i, and
-        a >= (s - alpha_i) / (1 - alpha_i). With the Clopper-Pearson bound on s in its place the inequality holds with
-        probability >= ``confidence``; no correction for the number of images is due.
+        from the images' distribution. Copies of one picture (equal ``pixels``) count as one draw, which is certified
+        correctly only if all of its copies are; without ``pixels`` copies cannot be known. Assumption: the pictures are
+        independent draws of the distribution and each image has noise of its own (their ids differ). Proof: whether a
+        picture is certified correctly is then an independent coin of probability s. That takes a picture for which it
+        is true, or a false certificate of its first copy, which has probability at most alpha_i, the level of a single
+        certificate, given the picture; further copies can only turn a success into a failure. So
+        s <= a + (1 - a) alpha_i, and a >= (s - alpha_i) / (1 - alpha_i). With the Clopper-Pearson bound on s in its
+        place the inequality holds with probability >= ``confidence``; no correction for the number of pictures is due.
         Raises: InputError unless 0 < confidence < 1, or when an id occurs twice.
         """
         if not 0 < confidence < 1:
             raise InputError(f"confidence must lie in (0, 1), got {confidence!r}")
         if len(set(self.ids)) < len(self.ids):
             raise InputError("an image (id) is there twice; the bound needs independent images")
-        certified = int(self._certified_correctly(radius).sum())
-        share = float(lower_bound(certified, len(self), 1 - confidence))
+        share = float(lower_bound(*self.certified_pictures(radius), 1 - confidence))
         return max(0.0, (share - self.rule.image_alpha) / (1 - self.rule.image_alpha))
+
+    def certified_pictures(self, radius: float = 0.0) -> tuple[int, int]:
+        """Return how many different pictures are certified at ``radius`` with the correct class, all copies of each,
+        and how many there are; images where ``pixels`` is None."""
+        pictures = of_pictures(self._certified_correctly(radius), self.pixels)
+        return int(pictures.sum()), len(pictures)
+
+    @property
+    def num_copies(self) -> int | None:
+        """Number of images beyond the first of each picture; None where the table does not tell pictures apart."""
+        return None if self.pixels is None else len(self) - len(set(self.pixels))
 
     def decision(self, radius: float) -> NDArray[np.str_]:
         """Of each image (N,): "certified" at ``radius`` with the selected class, "not certifiable" or "undecided".
@@ -132,7 +147,8 @@ class Certificates:
         """The certificates of these rows, in their order; the rule stays, and with it the family's size."""
         arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in _ARRAYS}
         blocks, ids = (tuple(getattr(self, name)[row] for row in rows) for name in ("blocks", "ids"))
-        return replace(self, **arrays, blocks=blocks, ids=ids)
+        pixels = None if self.pixels is None else tuple(self.pixels[row] for row in rows)
+        return replace(self, **arrays, blocks=blocks, ids=ids, pixels=pixels)
 
     def _certified_correctly(self, radius: float) -> NDArray[np.bool_]:
         return self.correct & (self.radius >= radius)
@@ -143,8 +159,38 @@ def join_certificates(parts: Sequence[Certificates]) -> Certificates:
     if any(part.rule != parts[0].rule for part in parts):
         raise InputError("certificates of different rules cannot be joined; certify all images under one rule")
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
-    blocks = tuple(own for part in parts for own in part.blocks)
-    return replace(parts[0], **arrays, blocks=blocks, ids=tuple(own for part in parts for own in part.ids))
+    blocks = tuple(path for part in parts for path in part.blocks)
+    ids = tuple(image_id for part in parts for image_id in part.ids)
+    known = all(part.pixels is not None for part in parts)
+    pixels = tuple(picture for part in parts for picture in part.pixels or ()) if known else None
+    return replace(parts[0], **arrays, blocks=blocks, ids=ids, pixels=pixels)
 
 
-_ARRAYS = tuple(field.name for field in fields(Certificates) if field.name not in ("blocks", "ids", "rule"))
+def first_difference(
+    certificates: Certificates, ids: Sequence[str], labels: Sequence[int], pixels: Sequence[str]
+) -> str | None:
+    """Return the first of these images, by its id, that has another label or other pixels in ``certificates``, None
+    where none has; images that are not in both are passed over."""
+    rows = {image_id: row for row, image_id in enumerate(certificates.ids)}
+    for image_id, label, picture in zip(ids, labels, pixels, strict=True):
+        row = rows.get(image_id)
+        if row is None:
+            continue
+        known = picture if certificates.pixels is None else certificates.pixels[row]
+        if (label, picture) != (certificates.labels[row], known):
+            return image_id
+    return None
+
+
+def of_pictures(flags: NDArray[np.bool_], pixels: Sequence[str] | None) -> NDArray[np.bool_]:
+    """Return for each different picture whether ``flags`` (N,) holds for all of its copies, ``pixels`` naming the
+    picture of each image; ``flags`` itself where that is not known."""
+    if pixels is None:
+        return flags
+    _, picture = np.unique(np.array(pixels, object), return_inverse=True)
+    failed = np.zeros(picture.max(initial=-1) + 1, bool)
+    failed[picture[~flags]] = True
+    return ~failed
+
+
+_ARRAYS = tuple(field.name for field in fields(Certificates) if field.name not in ("blocks", "ids", "rule", "pixels"))

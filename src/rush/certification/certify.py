@@ -21,7 +21,7 @@ from rush.certification.decide import Decider
 from rush.certification.rules import Rule, make_rule
 from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.progress import progress
-from rush.inputs import Images, LabelledPixels, check_positive_integer, labelled_pixels
+from rush.inputs import Images, LabelledPixels, check_positive_integer, labelled_pixels, pixel_ids
 from rush.options import CertifyMethod, Level
 from rush.smoothing import SmoothedClassifier
 from rush.voting import BLOCK, PendingVotes, Request
@@ -124,6 +124,7 @@ class _Flight:
     pixels: Tensor
     label: int
     own: str
+    picture: str  # hash of the pixels
     generators: tuple[torch.Generator, torch.Generator]  # selection, estimation
     selection: NDArray[np.int64]
     counts: NDArray[np.int64]
@@ -164,6 +165,7 @@ class _Engine:
             pixels=pixels.x[position].to(self._smoothed.execution.device, torch.float32),
             label=int(pixels.y[position]),
             own=own,
+            picture=pixel_ids(pixels.x[position][None])[0],
             generators=(selection, estimation),
             selection=np.zeros(classes, np.int64),
             counts=np.zeros(classes, np.int64),
@@ -221,6 +223,7 @@ class _Engine:
             labels=np.array([flight.label], np.int64),
             ids=(flight.own,),
             rule=self._rule,
+            pixels=(flight.picture,),
         )
 
     def _look(self, step: Sequence[tuple[_Flight, NDArray[np.int64], int]]) -> None:

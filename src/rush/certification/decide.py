@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from rush.certification.bounds import Certified, certify_votes
 from rush.certification.rules import Rule, null_probability
 from rush.certification.sequential import CERTIFIED, UNDECIDED
-from rush.smoothing import ABSTAIN
-from rush.voting import BLOCK
+from rush.options import ABSTAIN, BLOCK
 
 
 class Decider:
@@ -61,17 +60,32 @@ def follow(
     """
     decider = Decider(rule)
     stop = np.minimum(lengths, rule.num_estimation)
+    votes = np.zeros((len(paths), max((len(path) for path in paths), default=0)), np.uint8)
+    for row, path in enumerate(paths):
+        votes[row, : len(path)] = path
     passed, outcome = np.zeros(len(paths), np.int64), np.full(len(paths), UNDECIDED, np.uint8)
     successes, trials = np.zeros(len(paths), np.int64), np.zeros(len(paths), np.int64)
     alive = np.flatnonzero(stop > 0)
-    for block in range(max((len(path) for path in paths), default=0)):
-        successes[alive] += np.array([paths[row][block] for row in alive.tolist()], np.int64)
+    for block in range(votes.shape[1]):
+        successes[alive] += votes[alive, block]
         trials[alive] = np.minimum((block + 1) * BLOCK, stop[alive])
         passed[alive], outcome[alive], done = decider.look(passed[alive], successes[alive], trials[alive])
         alive = alive[~done & (trials[alive] < stop[alive])]
         if not alive.size:
             break
     return passed, outcome, successes, trials
+
+
+def apply_rule(
+    rule: Rule, paths: Sequence[NDArray[np.uint8]], lengths: NDArray[np.int64], selected: NDArray[np.int64]
+) -> tuple[Certified, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+    """Return what ``rule`` makes of stored paths with the ``selected`` classes (B,), as it would have on drawing them.
+
+    That is certificates, outcomes, and successes and trials where each path stops, all of B images.
+    """
+    passed, outcome, successes, trials = follow(rule, paths, lengths)
+    certified, outcome = Decider(rule).conclude(selected, successes, trials, passed, outcome)
+    return certified, outcome, successes, trials
 
 
 def _conclude_fixed(

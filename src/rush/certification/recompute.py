@@ -6,11 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 from rush.certification.certificates import UNKNOWN, Certificates
-from rush.certification.decide import Decider, follow
+from rush.certification.decide import apply_rule
 from rush.certification.rules import CLOPPER_PEARSON, make_rule, within_reach
 from rush.errors import InputError
-from rush.options import Level
-from rush.voting import BLOCK
+from rush.options import BLOCK, Level
 
 
 def recompute(
@@ -74,9 +73,8 @@ def recompute(
             )
         rule = replace(rule, radii=kept)
     drawn = certificates.num_samples - old.num_selection
-    passed, outcome, successes, trials = follow(rule, certificates.blocks, drawn)
     selected = certificates.selected
-    certified, outcome = Decider(rule).conclude(selected, successes, trials, passed, outcome)
+    certified, outcome, successes, trials = apply_rule(rule, certificates.blocks, drawn, selected)
     blocks = tuple(own[: -(-int(used) // BLOCK)] for own, used in zip(certificates.blocks, trials, strict=True))
     counts = np.where((trials < drawn)[:, None], UNKNOWN, certificates.counts)
     counts[np.arange(len(counts)), selected] = successes

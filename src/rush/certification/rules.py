@@ -12,9 +12,8 @@ from scipy import special
 
 from rush.certification.bounds import RADIUS_DIGITS, largest_radius
 from rush.certification.sequential import FixedSequence, reachable
+from rush.checks import check_positive_integer, check_sigma
 from rush.errors import InputError
-from rush.inputs import check_positive_integer
-from rush.noise import Gaussian
 from rush.options import CertifyMethod, Level, SequentialBound, fewest_samples
 
 CLOPPER_PEARSON = "clopper-pearson"
@@ -118,7 +117,7 @@ def make_rule(
     for name, value in (("num_selection", num_selection), ("num_estimation", num_estimation)):
         check_positive_integer(name, value)
     check_positive_integer("num_images", num_images)
-    Gaussian(sigma)  # its check of sigma
+    check_sigma(sigma)
     for name, level_ in (("alpha", alpha), ("futility", futility)):
         if not isinstance(level_, float) or not 0 < level_ < 0.5:
             raise InputError(f"{name} must lie in (0, 0.5), got {level_!r}")

@@ -1,86 +1,89 @@
-"""``certificates.tsv``: one line an image, written as it is certified, read back to the same bits."""
+"""``certificates.tsv``: one line per image, written as it is certified.
+
+What a table says of an image is derived from its votes and its rule whenever it is read. The printed class, radius,
+bound and outcome are for other readers: they are compared with the derived ones and never used.
+"""
 
 import base64
-import os
+import math
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rush.certification.bounds import RADIUS_DIGITS
-from rush.certification.certificates import UNKNOWN, Certificates, join_certificates
+from rush.certification.certificates import UNKNOWN, Certificates
+from rush.certification.decide import apply_rule
 from rush.certification.rules import Rule
 from rush.certification.sequential import OUTCOMES
 from rush.errors import RunError
-from rush.files import write_text
-from rush.voting import BLOCK
+from rush.files import append_text, cut_file, refuse_links, write_text
+from rush.lines import escape, read_lines, unescape
+from rush.options import BLOCK
 
 # The first six columns are the field's (locuslab/smoothing), so that existing scripts read the file.
 COLUMNS = (
     "idx", "label", "predict", "radius", "correct", "time",
-    "id", "p_lower", "num_samples", "outcome", "counts", "selection", "blocks", "rule",
+    "id", "p_lower", "num_samples", "outcome", "counts", "selection", "blocks", "rule", "pixels",
 )  # fmt: skip
+COLUMNS_WITHOUT_PIXELS = COLUMNS[:-1]  # of tables that were written before pictures were told apart
+TOLERANCE = 1e-6  # how far a printed radius or bound may lie from the derived one
+_OTHER_BLOCKS = "its blocks do not add up to its counts"
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
+_VOTES = re.compile(r"-?[0-9]{1,15}(,-?[0-9]{1,15})*")
+_REAL = re.compile(r"[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?")
+T = TypeVar("T")
 
 
 def write_certificates(path: Path, certificates: Certificates, indices: Sequence[int]) -> None:
     """Write the table of ``certificates``, whose images have these ``indices`` in their split, whole or not at all."""
-    lines = [_line(certificates, row, index) for row, index in enumerate(indices)]
-    write_text(path, "\t".join(COLUMNS) + "\n" + "".join(lines))
+    write_text(path, _header(certificates) + _lines(certificates, indices))
 
 
 def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) -> None:
     """Append the lines of ``part``, whose images have these ``indices`` in their split; writes the header into a new
     file.
 
-    Radii have six decimals, rounded toward zero already; ``p_lower`` is written so that it reads back exactly;
-    ``blocks`` holds the votes for the selected class by blocks of 100 noise samples, uint8, compressed by zlib, in
-    base64; ``rule``, the same in every line, says how the votes were drawn and which level speaks.
+    Radii have six decimals, rounded toward zero already; ``p_lower`` is written so that it reads back exactly; ids are
+    escaped where they would break a line; ``blocks`` holds the votes for the selected class by blocks of 100 noise
+    samples, uint8, compressed by zlib, in base64; ``rule``, the same in every line, says how the votes were drawn and
+    which level speaks; ``pixels`` is a hash of the image's pixels.
     """
-    lines = [_line(part, row, index) for row, index in enumerate(indices)]
-    with open(path, "a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            file.write("\t".join(COLUMNS) + "\n")
-        file.write("".join(lines))
-        file.flush()
-        os.fsync(file.fileno())
+    append_text(path, _lines(part, indices), header=_header(part))
 
 
 def read_certificates(path: Path) -> tuple[list[int], Certificates] | None:
-    """The indices of the images in their split, and their certificates; None when the file is missing or holds none.
+    """Return the indices of the images in their split, and their certificates; None when the file is missing or holds
+    none.
 
-    Raises: RunError naming the line when the file is damaged.
+    Class, radius, bound and outcome are derived from votes and rule, as they were when the image was certified.
+    Raises: RunError naming the line when the file is damaged: votes that do not add up or exceed their block or the
+    rule, an image that is there twice, or a printed value that is not the derived one (1e-6 for radius and bound).
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if len(lines) < 2:
-        return None
-    if tuple(lines[0].split("\t")) != COLUMNS:
-        raise RunError(
-            f"{path}, line 1: expected the columns {' '.join(COLUMNS)}; move the file away and certify again"
-        )
-    indices: list[int] = []
-    parts: list[Certificates] = []
-    rules: dict[str, Rule] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            index, part = _certificate(line.split("\t"), rules)
-        except (ValueError, OverflowError, zlib.error) as error:
-            raise RunError(f"{path}, line {number}: {error}; move the file away and certify again") from error
-        if part.rule != (parts or [part])[0].rule:
-            raise RunError(f"{path}, line {number}: its rule is not that of line 2; certify again into another folder")
-        indices.append(index)
-        parts.append(part)
-    return indices, join_certificates(parts)
+    table = _Table.read(path)
+    return None if table is None else (table.whole("idx").tolist(), table.certificates())
 
 
 def drop_unfinished_line(path: Path) -> None:
     """Cut off what a kill left after the last line feed."""
-    if path.exists():
+    refuse_links(path)
+    if path.is_file():
         content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) != len(content):
-            os.truncate(path, len(whole))
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            cut_file(path, whole)
+
+
+def _header(certificates: Certificates) -> str:
+    return "\t".join(COLUMNS if certificates.pixels is not None else COLUMNS_WITHOUT_PIXELS) + "\n"
+
+
+def _lines(certificates: Certificates, indices: Sequence[int]) -> str:
+    return "".join(_line(certificates, row, index) for row, index in enumerate(indices))
 
 
 def _line(part: Certificates, row: int, index: int) -> str:
@@ -91,7 +94,7 @@ def _line(part: Certificates, row: int, index: int) -> str:
         f"{part.radius[row]:.{RADIUS_DIGITS}f}",
         int(part.correct[row]),
         f"{part.seconds[row]:.4f}",
-        part.ids[row],
+        escape(part.ids[row]),
         repr(float(part.p_lower[row])),
         part.num_samples[row],
         OUTCOMES[part.outcome[row]],
@@ -99,47 +102,202 @@ def _line(part: Certificates, row: int, index: int) -> str:
         _listed(part.selection[row]),
         base64.b64encode(zlib.compress(part.blocks[row].tobytes(), 9)).decode(),
         part.rule.to_json(),
+        *(() if part.pixels is None else (part.pixels[row],)),
     )
     return "\t".join(str(field) for field in fields) + "\n"
-
-
-def _certificate(fields: list[str], rules: dict[str, Rule]) -> tuple[int, Certificates]:
-    """Index and certificate of one image; ValueError when a field is damaged or the votes do not add up."""
-    if len(fields) != len(COLUMNS):
-        raise ValueError(f"{len(fields)} fields instead of {len(COLUMNS)}")
-    row = dict(zip(COLUMNS, fields, strict=True))
-    rule = rules[row["rule"]] if row["rule"] in rules else rules.setdefault(row["rule"], Rule.from_json(row["rule"]))
-    counts, selection = _numbers(row["counts"]), _numbers(row["selection"])
-    blocks = np.frombuffer(zlib.decompress(base64.b64decode(row["blocks"])), np.uint8)
-    samples = int(row["num_samples"])
-    drawn = samples - rule.num_selection
-    if not 0 < drawn <= rule.num_estimation or (counts.min() > UNKNOWN and counts.sum() != drawn):
-        raise ValueError(f"its votes do not add up to num_samples = {samples}, or exceed the rule's")
-    if rule.method == "clopper-pearson" and drawn != rule.num_estimation:
-        raise ValueError(f"it has {drawn} votes instead of num_estimation = {rule.num_estimation}")
-    if len(selection) != len(counts) or selection.sum() != rule.num_selection:
-        raise ValueError(f"its votes do not add up to num_selection = {rule.num_selection}")
-    if len(blocks) != -(-drawn // BLOCK) or blocks.sum(dtype=np.int64) != counts[selection.argmax()]:
-        raise ValueError("its blocks do not add up to its counts")
-    return int(row["idx"]), Certificates(
-        prediction=_numbers(row["predict"]),
-        radius=np.array([float(row["radius"])]),
-        p_lower=np.array([float(row["p_lower"])]),
-        num_samples=np.array([samples], np.int64),
-        counts=counts[None],
-        blocks=(blocks,),
-        selection=selection[None],
-        outcome=np.array([OUTCOMES.index(row["outcome"])], np.uint8),
-        seconds=np.array([float(row["time"])]),
-        labels=_numbers(row["label"]),
-        ids=(row["id"],),
-        rule=rule,
-    )
 
 
 def _listed(values: NDArray[np.int64]) -> str:
     return ",".join(str(value) for value in values)
 
 
-def _numbers(text: str) -> NDArray[np.int64]:
-    return np.array([int(value) for value in text.split(",")], np.int64)
+class _Table:
+    """The cells of a table by column."""
+
+    def __init__(self, path: Path, cells: dict[str, list[str]]) -> None:
+        self.path, self._cells = path, cells
+
+    @classmethod
+    def read(cls, path: Path) -> "_Table | None":
+        try:
+            lines = read_lines(path) if path.exists() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{path} cannot be read: {error}; move the file away and certify again") from error
+        if len(lines) < 2:
+            return None
+        columns = tuple(lines[0].split("\t"))
+        table = cls(path, {})
+        if columns not in (COLUMNS, COLUMNS_WITHOUT_PIXELS):
+            table.refuse(-1, f"expected the columns {' '.join(COLUMNS)}")
+        rows = [line.split("\t") for line in lines[1:]]
+        for row, fields in enumerate(rows):
+            if len(fields) != len(columns):
+                table.refuse(row, f"{len(fields)} fields instead of {len(columns)}")
+        table._cells = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+        return table
+
+    def certificates(self) -> Certificates:
+        """The certificates that votes and rule give, compared with what is printed."""
+        rule = self._rule()
+        counts, selection = self._votes("counts"), self._votes("selection")
+        samples = self.whole("num_samples")
+        drawn = samples - rule.num_selection
+        self._check_votes(rule, counts, selection, drawn)
+        selected = selection.argmax(1).astype(np.int64)
+        blocks = self._blocks(drawn, counts[np.arange(len(counts)), selected])
+        certified, outcome, _, trials = apply_rule(rule, blocks, drawn, selected)
+        self.check(trials == drawn, "votes were drawn after its rule had decided")
+        derived = Certificates(
+            prediction=certified.prediction,
+            radius=certified.radius,
+            p_lower=certified.p_lower,
+            num_samples=samples,
+            counts=counts,
+            blocks=blocks,
+            selection=selection,
+            outcome=outcome,
+            seconds=self._real("time"),
+            labels=self.whole("label"),
+            ids=self._ids(),
+            rule=rule,
+            pixels=self._pixels(),
+        )
+        self._compare(derived)
+        return derived
+
+    def _rule(self) -> Rule:
+        texts = self._cells["rule"]
+        rules: dict[str, Rule] = {}
+        for row, text in enumerate(texts):
+            if text not in rules:
+                rules[text] = self._parsed(row, Rule.from_json, text)
+            if rules[text] != rules[texts[0]]:
+                raise RunError(
+                    f"{self.path}, line {row + 2}: its rule is not that of line 2; certify again into another folder"
+                )
+        rule = rules[texts[0]]
+        self.check(np.arange(len(texts)) < rule.num_images, f"its rule is one of {rule.num_images} images")
+        return rule
+
+    def _check_votes(
+        self, rule: Rule, counts: NDArray[np.int64], selection: NDArray[np.int64], drawn: NDArray[np.int64]
+    ) -> None:
+        """Refuse votes that the rule cannot have drawn or that contradict each other."""
+        wrong_sum = (counts.min(1) > UNKNOWN) & (counts.sum(1) != drawn)
+        possible = (drawn > 0) & (drawn <= rule.num_estimation) & (counts.min(1) >= UNKNOWN) & ~wrong_sum
+        self.check(possible, "its votes do not add up to num_samples, or exceed the rule's")
+        if rule.method == "clopper-pearson":
+            complete = drawn == rule.num_estimation
+            votes = drawn[int(np.argmin(complete))]
+            self.check(complete, f"it has {votes} votes instead of num_estimation = {rule.num_estimation}")
+        selects = (selection.min(1) >= 0) & (selection.sum(1) == rule.num_selection)
+        same_classes = counts.shape[1] == selection.shape[1]
+        self.check(selects & same_classes, f"its votes do not add up to num_selection = {rule.num_selection}")
+        labels = self.whole("label")
+        self.check((labels >= 0) & (labels < counts.shape[1]), "its label is none of the classes that were voted for")
+
+    def _blocks(self, drawn: NDArray[np.int64], successes: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
+        numbers = -(-drawn // BLOCK)
+        packed = zip(self._cells["blocks"], numbers.tolist(), strict=True)
+        blocks = tuple(self._parsed(row, _unpacked, *cell) for row, cell in enumerate(packed))
+        sums = np.array([block.sum(dtype=np.int64) for block in blocks])
+        self.check(sums == successes, _OTHER_BLOCKS)
+        largest = np.array([block.max() for block in blocks])
+        last = np.array([block[-1] for block in blocks])
+        self.check(
+            (largest <= BLOCK) & (last <= drawn - (numbers - 1) * BLOCK), f"a block holds more than its {BLOCK} votes"
+        )
+        return blocks
+
+    def _ids(self) -> tuple[str, ...]:
+        ids = [unescape(text) for text in self._cells["id"]]
+        for column, values in (("idx", self._cells["idx"]), ("id", ids)):
+            self.check(_first_of_each(values), f"the image is there twice, by its {column}")
+        return tuple(ids)
+
+    def _pixels(self) -> tuple[str, ...] | None:
+        hashes = self._cells.get("pixels")
+        if hashes is None:
+            return None
+        self.check(
+            np.array([re.fullmatch(r"[0-9a-f]{32}", text) is not None for text in hashes]),
+            "pixels must be a hash of 32 hexadecimal digits",
+        )
+        return tuple(hashes)
+
+    def _compare(self, derived: Certificates) -> None:
+        """Refuse a printed value that is not the one that votes and rule give."""
+        for column, exact in (("radius", derived.radius), ("p_lower", derived.p_lower)):
+            printed = self._real(column)
+            near = np.abs(printed - exact) <= TOLERANCE * (1 + 1e-6)  # one in the sixth decimal is within it
+            row = int(np.argmin(near))
+            self.check(near, f"{column} is {printed[row]:g}, its votes and rule give {exact[row]:.9g}")
+        for column, given in (("predict", derived.prediction), ("correct", derived.correct.astype(np.int64))):
+            same = self.whole(column) == given
+            row = int(np.argmin(same))
+            self.check(same, f"{column} is {self.whole(column)[row]}, its votes and rule give {given[row]}")
+        names = np.array(OUTCOMES)[derived.outcome]
+        same = np.array(self._cells["outcome"]) == names
+        row = int(np.argmin(same))
+        told = self._cells["outcome"][row][:60]
+        self.check(same, f"outcome is {told!r}, its votes and rule give {str(names[row])!r}")
+
+    def whole(self, column: str) -> NDArray[np.int64]:
+        return np.array([self._parsed(row, _whole, text) for row, text in enumerate(self._cells[column])], np.int64)
+
+    def _real(self, column: str) -> NDArray[np.float64]:
+        return np.array([self._parsed(row, _real, text) for row, text in enumerate(self._cells[column])])
+
+    def _votes(self, column: str) -> NDArray[np.int64]:
+        votes = [self._parsed(row, _votes, text) for row, text in enumerate(self._cells[column])]
+        self.check(
+            np.array([len(row) == len(votes[0]) for row in votes]), f"{column} is not of as many classes as in line 2"
+        )
+        return np.array(votes, np.int64)
+
+    def _parsed(self, row: int, parse: Callable[..., T], *arguments: object) -> T:
+        try:
+            return parse(*arguments)
+        except (ValueError, TypeError, ArithmeticError, RecursionError, zlib.error) as error:
+            self.refuse(row, str(error))
+
+    def check(self, right: NDArray[np.bool_], what: str) -> None:
+        """Refuse the first line where ``right`` (N,) is false."""
+        if not right.all():
+            self.refuse(int(np.argmin(right)), what)
+
+    def refuse(self, row: int, what: str) -> NoReturn:
+        raise RunError(f"{self.path}, line {row + 2}: {what}; move the file away and certify again")
+
+
+def _whole(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        raise ValueError(f"{text[:60]!r} is not a whole number")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    if not _REAL.fullmatch(text) or not math.isfinite(float(text)):
+        raise ValueError(f"{text[:60]!r} is not a finite number >= 0")
+    return float(text)
+
+
+def _votes(text: str) -> list[int]:
+    if not _VOTES.fullmatch(text):
+        raise ValueError(f"{text[:60]!r} is not a list of whole numbers")
+    return [int(number) for number in text.split(",")]
+
+
+def _unpacked(text: str, number: int) -> NDArray[np.uint8]:
+    """The votes of ``number`` blocks; no more than these are unpacked."""
+    unpacker = zlib.decompressobj()
+    content = unpacker.decompress(base64.b64decode(text, validate=True), number + 1)
+    if len(content) != number or not unpacker.eof:
+        raise ValueError(_OTHER_BLOCKS)
+    return np.frombuffer(content, np.uint8)
+
+
+def _first_of_each(values: Sequence[str]) -> NDArray[np.bool_]:
+    first = np.zeros(len(values), bool)
+    first[np.unique(np.array(values, object), return_index=True)[1]] = True
+    return first

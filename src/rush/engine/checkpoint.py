@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rush.errors import CheckpointError
+from rush.errors import CheckpointError, WriteError
 from rush.files import write_atomically
 
 _OPENING = b"rush checkpoint 2\n"
@@ -48,10 +48,10 @@ class TrainingCheckpoint:
 
         try:
             write_atomically(self.path, write)
-        except OSError as error:
+        except WriteError as error:
             kept = "; the last one is kept" if self.path.exists() else ""
             raise CheckpointError(
-                f"checkpoint {self.path} cannot be written: {error}{kept}. "
+                f"checkpoint {self.path} cannot be written: {error.reason}{kept}. "
                 "Free or allow space there; the same command then goes on from the last checkpoint"
             ) from error
 

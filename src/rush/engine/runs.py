@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rush.config import STAGE_SECTIONS, Recipe, build_recipe
-from rush.errors import RunError
-from rush.files import one_process, write_bytes, write_json, write_text
+from rush.errors import RunError, WriteError
+from rush.files import append_text, cut_file, one_process, refuse_links, write_bytes, write_json, write_text
+from rush.lines import is_cut_off, read_events, read_object
 from rush.options import STAGES, Stage
 
 _FREE_FIELDS = (
@@ -54,8 +55,11 @@ class RunFolder:
             run._check_unchanged(cls.open(path).recipe)
         try:
             write_text(path / "recipe.json", recipe.to_json())
-        except OSError as error:
-            raise RunError(f"run folder {path} cannot be written: {error}; give another --out") from error
+        except WriteError as error:
+            raise RunError(
+                f"run folder {path} cannot be written: {error.reason}; give another --out, or free space or allow "
+                "writing there"
+            ) from error
         return run
 
     @classmethod
@@ -93,13 +97,12 @@ class RunFolder:
         return _sections_until(self.recipe, stage)
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one event to ``log.jsonl`` and flush it; what a kill has left of a line is cut off before."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Append one event to ``log.jsonl`` and flush it; what a kill has left of a line is cut off before.
+
+        Raises: RunError where the last line is not the beginning of an event; WriteError where nothing can be written.
+        """
         _mend_last_line(self.path / "log.jsonl")
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "time": now(), **values}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_text(self.path / "log.jsonl", json.dumps({"event": event, "time": now(), **values}) + "\n")
 
     def finished(self, stage: Stage) -> dict[str, Any] | None:
         """The figures of ``stage`` if it is finished, else None."""
@@ -111,21 +114,20 @@ class RunFolder:
         self.log("started", stage=stage, commit=commit())
 
     def events(self, event: str, stage: Stage) -> list[dict[str, Any]]:
-        """Logged events of one kind and stage in their order; a last line cut off by a kill is passed over."""
-        file = self.path / "log.jsonl"
-        if not file.exists():
-            return []
-        lines = file.read_text(encoding="utf-8").split("\n")
-        whole = lines if _is_json(lines[-1]) else lines[:-1]
-        return [entry for entry in map(json.loads, whole) if entry["event"] == event and entry.get("stage") == stage]
+        """Logged events of one kind and stage in their order; a last line cut off by a kill is omitted.
+
+        Raises: RunError naming the line where another one is not an event.
+        """
+        events = read_events(self.path / "log.jsonl").values()
+        return [entry for entry in events if entry["event"] == event and entry.get("stage") == stage]
 
     def finish(self, stage: Stage, seconds: float, **figures: Any) -> None:
         """Record that ``stage`` is finished, with its figures; ``seconds`` is the time its parts took, over all
         attempts."""
-        started = self.events("started", stage)[0]["time"]
+        started = self.events("started", stage)  # none where the log was deleted
         values = {
             "stage": stage,
-            "started": started,
+            "started": started[0].get("time") if started else None,
             "finished": now(),
             "seconds": seconds,
             "commit": commit(),
@@ -208,32 +210,38 @@ def _not_ours(entry: Path) -> bool:
 def _read_object(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``; RunError when it is damaged."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"expected an object, found {type(values).__name__}")
+        return read_object(file)
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror}; allow it, or restore the file") from error
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
-    return values
 
 
 def _mend_last_line(file: Path) -> None:
-    """End ``file`` with a line feed: completed where the last line is whole, cut back where it is not."""
-    content = file.read_bytes() if file.exists() else b""
+    """End ``file`` with a line feed: completed where the last line is whole, cut back where it is the beginning of one.
+
+    Raises: RunError where it is something else, which is not deleted.
+    """
+    refuse_links(file)
+    content = file.read_bytes() if file.is_file() else b""
     last = content[content.rfind(b"\n") + 1 :]
     if not last:
         return
-    with open(file, "r+b") as opened:
-        if _is_json(last):
-            opened.seek(0, os.SEEK_END)
-            opened.write(b"\n")
-        else:
-            opened.truncate(len(content) - len(last))
+    if _is_json(last):
+        append_text(file, "\n")
+    elif is_cut_off(last):
+        cut_file(file, len(content) - len(last))
+    else:
+        raise RunError(
+            f"{file}: its last line is not the beginning of an event: {last[:60]!r}; delete the line, or restore the "
+            "file from a copy"
+        )
 
 
-def _is_json(text: str | bytes) -> bool:
+def _is_json(text: bytes) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -279,7 +287,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or sys.platform

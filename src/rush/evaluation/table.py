@@ -10,6 +10,7 @@ from rush.evaluation.parts import save_arrays
 from rush.evaluation.results import AttackResult
 from rush.files import write_text
 from rush.inputs import LabelledPixels
+from rush.lines import escape
 from rush.options import VERDICTS
 
 COLUMNS = (
@@ -38,7 +39,7 @@ def _line(result: AttackResult, row: int, index_of: Mapping[str, int]) -> str:
     values = (
         result.plan.name,
         index_of[result.ids[row]],
-        result.ids[row],
+        escape(result.ids[row]),
         label,
         VERDICTS[result.verdict[row]],
         f"{result.linf[row]:.6f}",

@@ -68,7 +68,8 @@ def _difference_text(first: RunResults, first_ladder: Ladder, run: RunResults, l
         return "not known to be the same data"
     if not np.array_equal(first_ladder.clean.ids, ladder.clean.ids):
         return "other images"
-    return points(paired_difference(ladder.standing, first_ladder.standing))
+    of_pictures = ladder.clean.of_pictures
+    return points(paired_difference(of_pictures(ladder.standing), of_pictures(first_ladder.standing)))
 
 
 def _dataset(run: RunResults) -> str | None:

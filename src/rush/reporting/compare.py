@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 from scipy import special
 
+from rush.certification.certificates import of_pictures
 from rush.errors import ConfigError
 from rush.evaluation.intervals import Interval, paired_difference, share_interval
+from rush.lines import printable
 from rush.reporting.attacked import Table, attacked_tables
 from rush.reporting.logs import CertificationLog, flags, read_log, states_sigma
 from rush.reporting.reading import read_run
@@ -40,7 +42,7 @@ class PairedRadius:
 
 @dataclass(frozen=True)
 class Paired:
-    """The paired comparison of two logs, by name, on ``images`` images, or why it is ``refused``.
+    """The paired comparison of two logs, by name, on ``images`` different images, or why it is ``refused``.
 
     assumed: that the images are the same was the caller's word, and no label contradicts it.
     notes: what else a reader must know, such as conditions that differ.
@@ -155,8 +157,13 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
 def class_accuracies(log: CertificationLog, radius: float) -> dict[int, Interval]:
     """Certified accuracy at ``radius`` by class, with exact 95 % intervals; only classes that the log has images of."""
     right = log.certified(radius)
-    labels = [int(label) for label in np.unique(log.label)]
-    return {k: share_interval(int(right[log.label == k].sum()), int((log.label == k).sum())) for k in labels}
+    pixels = None if log.pixels is None else np.array(log.pixels)
+    accuracies = {}
+    for label in np.unique(log.label).tolist():
+        rows = log.label == label
+        pictures = of_pictures(right[rows], None if pixels is None else pixels[rows].tolist())
+        accuracies[label] = share_interval(int(pictures.sum()), len(pictures))
+    return accuracies
 
 
 def probability_ecdf(log: CertificationLog) -> Ecdf:
@@ -220,14 +227,25 @@ def _paired(
         return Paired(first.name, second.name, matched, 0, False, (), ())
     here, there, notes = matched
     shown = [radius for radius in radii if _on_grid(first, radius) and _on_grid(second, radius)]
-    rows = tuple(
-        _paired_radius(radius, first.certified(radius)[here], second.certified(radius)[there]) for radius in shown
-    )
+    pixels = _pixels(first, here) or _pixels(second, there)
+
+    def row(radius: float) -> PairedRadius:
+        certified = (first.certified(radius)[here], second.certified(radius)[there])
+        return _paired_radius(radius, *(of_pictures(flags, pixels) for flags in certified))
+
+    pictures = len(here) if pixels is None else len(set(pixels))
     notes += _differing_conditions(first, second)
+    if pictures < len(here):
+        notes += (f"{len(here) - pictures:,} images are copies of others: each picture is counted once",)
     if len(shown) < len(radii):
         notes += ("radii that are not on the grid of both logs are left out",)
     assumed = first.dataset is None or second.dataset is None
-    return Paired(first.name, second.name, None, len(here), assumed, notes, rows)
+    return Paired(first.name, second.name, None, pictures, assumed, notes, tuple(map(row, shown)))
+
+
+def _pixels(log: CertificationLog, rows: np.ndarray) -> list[str] | None:
+    """The pictures of the images in ``rows``, None where the log does not tell them apart."""
+    return None if log.pixels is None else [log.pixels[row] for row in rows.tolist()]
 
 
 def _same_images(
@@ -328,9 +346,15 @@ def _conditions_table(comparison: Comparison) -> Table:
             ("level", lambda log: log.level_text),
             ("N", lambda log: f"{log.num_estimation:,}" + (" at most" if log.method == "sequential" else "")),
             ("images", lambda log: f"{len(log):,}"),
+            ("copies of another image, not counted", lambda log: _copies_text(log)),
             ("data set", lambda log: "not said" if log.dataset is None else log.dataset[:12]),
         ],
     )
+
+
+def _copies_text(log: CertificationLog) -> str:
+    """How many images each figure leaves out, since their picture is counted already."""
+    return "not known" if log.num_copies is None else f"{log.num_copies:,}"
 
 
 def _accuracy_table(comparison: Comparison) -> Table:
@@ -350,7 +374,7 @@ def _summary_table(comparison: Comparison) -> Table:
         [
             ("ACR", lambda log: _NONE if log.radii else f"{log.acr:.3f} (N = {log.num_estimation:,})"),
             *_grid_rows(comparison.logs),
-            ("abstained", lambda log: share(share_interval(int(log.abstained.sum()), len(log)))),
+            ("abstained", lambda log: share(log.share(log.abstained))),
             ("right, at the largest radius", _ceiling_text),
             *([("undecided at the largest N", _undecided_text)] if any(map(_stops_early, comparison.logs)) else []),
             ("samples an image, mean", _samples_text),
@@ -389,7 +413,7 @@ def _stops_early(log: CertificationLog) -> bool:
 def _undecided_text(log: CertificationLog) -> str:
     if log.undecided is None or not _stops_early(log):
         return _NONE
-    return share(share_interval(int(log.undecided.sum()), len(log)))
+    return share(log.share(log.undecided))
 
 
 def _samples_text(log: CertificationLog) -> str:
@@ -470,5 +494,5 @@ def _findings_table(comparison: Comparison) -> Table:
 def _markdown_table(table: Table) -> str:
     title, header, rows = table
     lines = [header, tuple("---" for _ in header), *rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"**{title}**\n\n{body}\n"
+    body = "\n".join("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"**{printable(title)}**\n\n{body}\n"

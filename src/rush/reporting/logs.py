@@ -2,14 +2,16 @@
 
 A public log is a tab-separated table ``idx label predict radius correct time``, one line an image; predict -1 means
 abstained. It says neither sigma nor alpha nor the number of samples. Our ``certificates.tsv`` opens with the same
-columns and goes on with its own, among them the rule of the certification.
+columns and goes on with its own, among them the votes and the rule of the certification; what it says is derived from
+these alone (``certification.table``).
 """
 
-import json
+import codecs
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
@@ -18,9 +20,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from scipy import special
 
+from rush.certification.certificates import of_pictures
+from rush.certification.sequential import UNDECIDED
+from rush.certification.table import read_certificates
 from rush.errors import ConfigError, DataError, RunError
 from rush.evaluation.intervals import Interval, share_interval
 from rush.files import write_text
+from rush.lines import read_lines, read_object
 from rush.options import CertifyMethod, Level
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -31,6 +37,7 @@ PUBLIC_NUM_ESTIMATION = 100_000
 TimeFormat = Literal["seconds", "clock"]
 
 _DIGITS = 6  # decimals of a written radius
+_LONGEST_HEADER = 10_000  # bytes
 _TIE_STEP = 0.25  # accuracies are published at multiples of it
 _CLOCK = re.compile(r"(?:(\d+) days?, )?(\d+):([0-5]\d):([0-5]\d(?:\.\d+)?)")
 
@@ -42,9 +49,9 @@ class CertificationLog:
     alpha: level of each certificate (``level`` image) or of all ``num_images`` together (family). num_estimation: votes
     that bound an image, the largest number for a sequential rule. radii: the grid a radius was taken from, None for any
     radius. p_lower, num_samples (selection and estimation together), ids, undecided (a larger radius was still open
-    after the last vote): None where the log does not say. rounding: how far each radius as printed may lie above what
-    was certified, None where none does. dataset: fingerprint of the whole split that the images are from, None where it
-    is not known.
+    after the last vote): None where the log does not say. pixels: for each image the hash of its pixels, by which
+    copies of one picture are known. rounding: how far each radius as printed may lie above what was certified, None
+    where none does. dataset: fingerprint of the whole split that the images are from, None where it is not known.
     """
 
     name: str
@@ -68,6 +75,7 @@ class CertificationLog:
     p_lower: np.ndarray | None = None
     num_samples: np.ndarray | None = None
     undecided: np.ndarray | None = None
+    pixels: tuple[str, ...] | None = None
     rounding: np.ndarray | None = None
     dataset: str | None = None
 
@@ -119,8 +127,19 @@ class CertificationLog:
         return self.correct & (self.radius >= radius)
 
     def accuracy(self, radius: float) -> Interval:
-        """Certified accuracy at ``radius`` with its exact 95 % interval over images."""
-        return share_interval(int(self.certified(radius).sum()), len(self))
+        """Certified accuracy at ``radius`` with its exact 95 % interval over pictures, each counted once: as certified
+        only if all of its copies are."""
+        return self.share(self.certified(radius))
+
+    def share(self, flags: np.ndarray) -> Interval:
+        """The share of pictures whose copies all have ``flags`` (N,), with its exact 95 % interval."""
+        pictures = of_pictures(flags, self.pixels)
+        return share_interval(int(pictures.sum()), len(pictures))
+
+    @property
+    def num_copies(self) -> int | None:
+        """Number of images beyond the first of each picture; None where pictures cannot be told apart."""
+        return None if self.pixels is None else len(self) - len(set(self.pixels))
 
     @property
     def _slack(self) -> np.ndarray | float:
@@ -142,22 +161,25 @@ def read_log(
     """The log in the file ``path``, public or our own, or in the run folder ``path``.
 
     What a public log does not say is taken from the arguments; else sigma from the file's name (``sigma_0.25``, or
-    ``noise_0.25`` where there is no sigma), alpha 0.001, num_estimation 100,000. A log of our own says all this, in its
-    column ``rule`` or in the run folder's stages/certify.json; an argument that contradicts it is an error.
+    ``noise_0.25`` where there is no sigma), alpha 0.001, num_estimation 100,000. A log of our own says all this in its
+    column ``rule``; an argument that contradicts it is an error. Its classes and radii are those of its votes.
     Raises: ConfigError for a number that is missing, not allowed or contradicted; DataError for a damaged public log,
     RunError for a damaged or missing file of our own, both naming file and line.
     """
     path = Path(path)
     given = {"sigma": sigma, "alpha": alpha, "num_estimation": num_estimation}
-    _check_conditions({key: value for key, value in given.items() if value is not None}, f"{path}", ConfigError)
-    table = _read_table(path / TABLE if path.is_dir() else path)
-    rows = _read_rows(table)
-    if table.own:
-        parts = {**_own_columns(table), **_own_conditions(table, given), "dataset": _fingerprint(table)}
+    _check_conditions({key: value for key, value in given.items() if value is not None}, f"{path}")
+    file = path / TABLE if path.is_dir() else path
+    own = _is_own(_read_lines(file)[0].split("\t"))
+    home = file.parent if own and file.name == TABLE else None  # the run folder
+    if own:
+        parts = {**_own_log(file, given), "dataset": None if home is None else _fingerprint(home)}
     else:
-        parts = {**_public_conditions(table, given), "rounding": _rounding(table.columns["radius"])}
-    name = (table.home or table.file).resolve().name.removesuffix(".tsv").removesuffix(".txt")
-    return CertificationLog(name=name, path=path, **rows, **parts)
+        table = _read_table(file)
+        parts = {**_read_rows(table), **_public_conditions(table, given)}
+        parts["rounding"] = _rounding(table.columns["radius"])
+    name = (home or file).resolve().name.removesuffix(".tsv").removesuffix(".txt")
+    return CertificationLog(name=name, path=path, **parts)
 
 
 def name_sigma(path: Path | str) -> float | None:
@@ -172,7 +194,7 @@ def name_sigma(path: Path | str) -> float | None:
 def states_sigma(path: Path | str) -> bool:
     """Whether the log at ``path`` says its sigma: a run folder, a log of our own, or by the file's name."""
     path = Path(path)
-    return path.is_dir() or name_sigma(path) is not None or (path.is_file() and _read_table(path).own)
+    return path.is_dir() or name_sigma(path) is not None or (path.is_file() and _holds_own(path))
 
 
 def write_log(path: Path | str, log: CertificationLog, time_format: TimeFormat = "seconds") -> None:
@@ -186,7 +208,7 @@ def write_log(path: Path | str, log: CertificationLog, time_format: TimeFormat =
     path = Path(path)
     if time_format not in get_args(TimeFormat):
         raise ConfigError(f"unknown time format {time_format!r}; allowed: {', '.join(get_args(TimeFormat))}")
-    if path.exists() and _is_own(path.read_text(encoding="utf-8").split("\n", 1)[0].split("\t")):
+    if path.is_file() and _holds_own(path):
         raise RunError(f"{path} holds certificates with their votes, which would be lost; give another file")
     lines = [
         "\t".join(fields)
@@ -278,53 +300,85 @@ def _unfinished(log: CertificationLog) -> Finding:
 
 @dataclass(frozen=True)
 class _Table:
-    """The cells of a log by column; ``own`` where it has our columns too."""
+    """The cells of a public log by column."""
 
     file: Path
     columns: Mapping[str, list[str]]
-    own: bool
 
-    @property
-    def home(self) -> Path | None:
-        """The run folder, where the table has the place and the name that it has in one."""
-        return self.file.parent if self.own and self.file.name == TABLE else None
-
-    def damaged(self, row: int, what: str) -> DataError | RunError:
-        return _damaged(self.file, row + 2, what, self.own)
+    def damaged(self, row: int, what: str) -> DataError:
+        return _damaged(self.file, row + 2, what)
 
 
-def _damaged(file: Path, line: int, what: str, own: bool) -> DataError | RunError:
-    if own:
-        return RunError(f"{file}, line {line}: {what}; move the file away and certify again")
+def _damaged(file: Path, line: int, what: str) -> DataError:
     return DataError(f"{file}, line {line}: {what}; get the log again, or mend the line")
 
 
 def _is_own(header: list[str]) -> bool:
+    """Whether ``header`` is that of our own tables, also of one whose votes were left out."""
     return tuple(header[: len(COLUMNS)]) == COLUMNS and {"id", "p_lower"} <= set(header)
 
 
-def _read_table(file: Path) -> _Table:
+def _holds_own(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        first = opened.readline(_LONGEST_HEADER)
+    return _is_own(first.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").rstrip("\r\n").split("\t"))
+
+
+def _read_lines(file: Path) -> list[str]:
     try:
-        header, *lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = read_lines(file)
     except FileNotFoundError:
         raise RunError(
             f"{file} is missing; give a log file, or the folder of a run that `rush certify` has finished"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as a log: {error}; give a tab-separated text file") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines or [""]
+
+
+def _read_table(file: Path) -> _Table:
+    header, *lines = _read_lines(file)
     names = header.split("\t")
     if tuple(names[: len(COLUMNS)]) != COLUMNS or len(set(names)) < len(names):
         raise DataError(
             f"{file}, line 1: a log opens with the tab-separated columns {' '.join(COLUMNS)}, got {header[:100]!r}"
         )
-    own = _is_own(names)
     if not lines:
-        raise _damaged(file, 1, "no image follows", own)
+        raise _damaged(file, 1, "no image follows")
     rows = [line.split("\t") for line in lines]
     for number, row in enumerate(rows, start=2):
         if len(row) != len(names):
-            raise _damaged(file, number, f"{len(row)} fields instead of {len(names)}", own)
-    return _Table(file, {name: [row[place] for row in rows] for place, name in enumerate(names)}, own)
+            raise _damaged(file, number, f"{len(row)} fields instead of {len(names)}")
+    return _Table(file, {name: [row[place] for row in rows] for place, name in enumerate(names)})
+
+
+def _own_log(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our own certificates, as their votes give them. Raises: ConfigError where ``given`` contradicts their rule."""
+    read = read_certificates(file)
+    if read is None:
+        raise RunError(f"{file}, line 1: no image follows; move the file away and certify again")
+    indices, certificates = read
+    rule = asdict(certificates.rule)
+    for key, value in given.items():
+        if value is not None and rule[key] != value:
+            raise ConfigError(f"{file} says {key} = {rule[key]}, {value} was given; leave it away")
+    del rule["futility"]
+    return {
+        **rule,
+        "idx": np.array(indices),
+        "label": certificates.labels,
+        "predict": certificates.prediction,
+        "radius": certificates.radius,
+        "correct": certificates.correct,
+        "seconds": certificates.seconds,
+        "ids": certificates.ids,
+        "p_lower": certificates.p_lower,
+        "num_samples": certificates.num_samples,
+        "undecided": certificates.outcome == UNDECIDED,
+        "pixels": certificates.pixels,
+    }
 
 
 def _read_rows(table: _Table) -> dict[str, Any]:
@@ -344,24 +398,6 @@ def _read_rows(table: _Table) -> dict[str, Any]:
     return {**whole, "correct": correct, "radius": radius, "seconds": seconds}
 
 
-def _own_columns(table: _Table) -> dict[str, Any]:
-    ids = np.array(table.columns["id"])
-    again = ~_first_of_each(ids)
-    if again.any():
-        raise table.damaged(int(again.argmax()), f"the image {ids[again][0]} stands in the table before")
-    p_lower = _parsed(table, "p_lower", _positive_number)
-    if (p_lower > 1).any():
-        raise table.damaged(int((p_lower > 1).argmax()), "p_lower is larger than 1")
-    samples = _parsed(table, "num_samples", _whole_number) if "num_samples" in table.columns else None
-    outcome = np.array(table.columns["outcome"]) if "outcome" in table.columns else None
-    return {
-        "ids": tuple(table.columns["id"]),
-        "p_lower": p_lower,
-        "num_samples": samples,
-        "undecided": None if outcome is None else outcome == "undecided",
-    }
-
-
 def _first_of_each(values: np.ndarray) -> np.ndarray:
     first = np.zeros(len(values), bool)
     first[np.unique(values, return_index=True)[1]] = True
@@ -373,8 +409,8 @@ def _parsed(table: _Table, column: str, parse: Callable[[str], float]) -> np.nda
     for row, cell in enumerate(table.columns[column]):
         try:
             values.append(parse(cell))
-        except ValueError as error:
-            raise table.damaged(row, f"{column} {cell!r} {error}") from None
+        except (ValueError, OverflowError) as error:
+            raise table.damaged(row, f"{column} {cell[:60]!r} {error}") from None
     return np.array(values)
 
 
@@ -421,111 +457,53 @@ def _public_conditions(table: _Table, given: Mapping[str, Any]) -> dict[str, Any
             f"{table.file} is a public log, which does not say its noise, and its name does not either "
             "(sigma_0.25, noise_0.25); give --sigma"
         )
-    conditions = {
+    return {
         "sigma": sigma,
         "alpha": PUBLIC_ALPHA if given["alpha"] is None else given["alpha"],
         "num_estimation": PUBLIC_NUM_ESTIMATION if given["num_estimation"] is None else given["num_estimation"],
+        "num_selection": None,
+        "method": "clopper-pearson",
+        "bound": "clopper-pearson",
+        "level": "image",
+        "num_images": len(table.columns["idx"]),
+        "radii": None,
     }
-    return _completed(conditions, table)
 
 
-def _own_conditions(table: _Table, given: Mapping[str, Any]) -> dict[str, Any]:
-    said, source = _said(table)
-    for key, value in given.items():
-        if value is not None and said.get(key, value) != value:
-            raise ConfigError(f"{source} says {key} = {said[key]}, {value} was given; leave it away")
-    wanted = {**{key: value for key, value in given.items() if value is not None}, **said}
-    missing = [key for key in given if wanted.get(key) is None]
-    if missing:
-        raise ConfigError(f"{table.file} does not say {', '.join(missing)}, nor does its folder; give it")
-    _check_conditions(wanted, source, RunError)
-    return _completed(wanted, table)
-
-
-def _said(table: _Table) -> tuple[dict[str, Any], str]:
-    """What the column ``rule`` says, else stages/certify.json beside; and which of them."""
-    rules = table.columns.get("rule")
-    if rules is not None:
-        other = next((row for row, rule in enumerate(rules) if rule != rules[0]), None)
-        if other is not None:
-            raise table.damaged(other, "its rule is not that of the first image")
-        return _object(rules[0], f"{table.file}, line 2, rule"), f"{table.file}"
-    file = table.home / "stages" / "certify.json" if table.home is not None else None
-    if file is None or not file.is_file():
-        return {}, f"{table.file}"
-    said = _object(_text(file), f"{file}")
-    return {key: said[key] for key in ("sigma", "alpha", "num_selection", "num_estimation") if key in said}, f"{file}"
-
-
-def _completed(conditions: Mapping[str, Any], table: _Table) -> dict[str, Any]:
-    """All conditions of a log, those of a public one where ``conditions`` are silent."""
-    images = len(table.columns["idx"])
-    defaults = {"method": "clopper-pearson", "level": "image", "num_images": images, "num_selection": None}
-    found = {**defaults, "radii": None, **conditions}
-    keys = ("sigma", "alpha", "num_estimation", "num_selection", "method", "level", "num_images")
-    grid = None if found["radii"] is None else tuple(float(radius) for radius in found["radii"])
-    return {**{key: found[key] for key in keys}, "bound": str(found.get("bound", found["method"])), "radii": grid}
-
-
-def _check_conditions(values: Mapping[str, Any], source: str, error: type[ConfigError] | type[RunError]) -> None:
-    """Raises ``error`` naming ``source`` unless each of ``values`` is allowed."""
+def _check_conditions(values: Mapping[str, Any], source: str) -> None:
+    """Raises ConfigError naming ``source`` unless each of ``values`` is allowed."""
     for key, (allowed, holds) in _CONDITIONS.items():
         if key in values and not holds(values[key]):
-            raise error(f"{source}: {key} must be {allowed}, got {values[key]!r}")
+            raise ConfigError(f"{source}: {key} must be {allowed}, got {values[key]!r}")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_grid(value: Any) -> bool:
-    if value is None:
-        return True
-    if not isinstance(value, list) or not value or not all(_is_number(radius) for radius in value):
-        return False
-    return value == sorted(set(value)) and value[0] >= 0
-
-
 _CONDITIONS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "sigma": ("a number > 0", lambda value: _is_number(value) and value > 0),
     "alpha": ("a number in (0, 1)", lambda value: _is_number(value) and 0 < value < 1),
-    **dict.fromkeys(("num_estimation", "num_selection", "num_images"), ("a whole number >= 1", _is_count)),
-    "method": (" or ".join(get_args(CertifyMethod)), lambda value: value in get_args(CertifyMethod)),
-    "level": (" or ".join(get_args(Level)), lambda value: value in get_args(Level)),
-    "radii": ("null or a list of ascending numbers >= 0", _is_grid),
+    "num_estimation": ("a whole number >= 1", _is_count),
 }
 
 
-def _fingerprint(table: _Table) -> str | None:
+def _fingerprint(folder: Path) -> str | None:
     """What the run folder says of its test images, None where it says nothing."""
-    file = table.home / "provenance.json" if table.home is not None else None
-    if file is None or not file.is_file():
+    file = folder / "provenance.json"
+    if not file.is_file():
         return None
-    found: Any = _object(_text(file), f"{file}")
+    try:
+        found: Any = read_object(file)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read: {error}; restore it from a copy, or certify again") from error
     for key in ("data", "test", "fingerprint"):
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, str) else None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} cannot be read: {error}; restore it from a copy") from error
-
-
-def _object(text: str, source: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RunError(f"{source} is not JSON ({error}); restore the file from a copy, or certify again") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{source} must be a JSON object, got {text[:60]!r}; restore the file, or certify again")
-    return found
 
 
 def _radius_text(radius: float, printed_short: bool) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from rush.evaluation.intervals import Interval, share_interval
 from rush.files import write_text
+from rush.lines import printable
 from rush.reporting import plots, tables
 from rush.reporting.reading import read_run, read_samples
 from rush.reporting.results import RunResults, Sample
@@ -72,6 +73,7 @@ def render(results: RunResults) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -89,6 +91,11 @@ def render(results: RunResults) -> str:
         "d": tables.d_text,
     }
     return environment.get_template("page.html.j2").render(_context(results))
+
+
+def _shown(value: object) -> object:
+    """``value`` as the page holds it: text from outside without characters that cannot be written or that hide."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def png_uri(image: np.ndarray) -> str:
@@ -132,6 +139,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "certified_rows": tables.certified_rows(results),
         "decided_names": _decided_names(results),
         "acr": tables.acr_text(results),
+        "copies": tables.copies_text(results.certificates.stored) if results.certificates else "",
         "ladder_plot": _ladder_plot(results),
         "ladder_rows": tables.ladder_rows(results.ladder) if results.ladder else [],
         "comparison": tables.comparison_rows(results),

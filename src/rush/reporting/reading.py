@@ -1,22 +1,30 @@
 """The files of a run folder, checked and read into the results that a report shows."""
 
+import hashlib
 import json
 import math
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import numpy as np
 
+from rush.binomial import upper_quantile
+from rush.certification.sequential import UNDECIDED
+from rush.certification.table import read_certificates
 from rush.errors import RunError
-from rush.options import STAGES, VERDICTS, CertifyMethod, Level, Norm, Stage
+from rush.lines import damaged_event, printable, read_events, read_lines, read_object, unescape
+from rush.options import STAGES, VERDICTS, Norm, Stage
 from rush.reporting.results import (
-    OUTCOMES,
+    GAIN,
     SANDWICH,
     STATUSES,
+    TAIL,
     Audit,
     AuditVerdict,
     Certificates,
@@ -35,8 +43,8 @@ from rush.reporting.results import (
 )
 
 # What the tables open with and the report reads; later columns are their writers' own.
-CERTIFICATE_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "id")
 ATTACK_COLUMNS = ("rung", "idx", "id", "label", "verdict", "linf", "l2", "challenger")
+_JUDGED = ("votes_label", "votes_challenger")
 # Numbers that a stage, a rung or the sandwich may give or leave out.
 _COST_FIELDS = (
     "passes_per_image",
@@ -50,6 +58,7 @@ _RUNG_FIELDS = ("eot_samples", "passes_per_image", "forward_passes_per_image", "
 _AUDIT_FORMAT = 1  # of audit.json
 _NO_FIGURES = ("event", "time", "stage", "epoch")  # of a log's event of live figures
 Logged = TypeVar("Logged", Epoch, Watched)
+Content = TypeVar("Content")
 
 
 def read_run(folder: Path | str) -> RunResults:
@@ -123,28 +132,24 @@ def _damaged(file: Path, what: str, remedy: str) -> RunError:
     return RunError(f"{file} is damaged: {what}. Remedy: {remedy}.")
 
 
-def _read_text(file: Path, remedy: str) -> str:
+def _read(file: Path, read: Callable[[Path], Content], remedy: str) -> Content:
     try:
-        return file.read_text(encoding="utf-8")
+        return read(file)
     except FileNotFoundError:
         raise RunError(f"{file} is missing. Remedy: {remedy}.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
+        raise _damaged(file, f"not JSON ({error})", remedy) from error
+    except (OSError, ValueError) as error:
         raise _damaged(file, str(error), remedy) from error
 
 
 def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(file, remedy))
-    except json.JSONDecodeError as error:
-        raise _damaged(file, f"not JSON ({error})", remedy) from error
-    if not isinstance(content, dict):
-        raise _damaged(file, f"it holds a {type(content).__name__}, not an object", remedy)
-    return content
+    return _read(file, read_object, remedy)
 
 
 def _number(fields: Mapping[str, Any], key: str, file: Path, remedy: str) -> float:
     value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise _damaged(file, f"{key!r} must be a finite number, got {value!r}", remedy)
     return value
 
@@ -210,27 +215,24 @@ def _read_watched(file: Path) -> tuple[Watched, ...]:
     def watched(record: Mapping[str, Any]) -> Watched:
         figures = {name: value for name, value in record.items() if name not in _NO_FIGURES}
         return Watched(
-            str(record["stage"]), int(record["epoch"]), {name: float(value) for name, value in figures.items()}
+            str(record["stage"]),
+            int(record["epoch"]),
+            {printable(name): float(value) for name, value in figures.items()},
         )
 
     return _last_records(file, "monitor", watched)
 
 
 def _last_records(file: Path, event: str, parse: Callable[[Mapping[str, Any]], Logged]) -> tuple[Logged, ...]:
-    """The log's events of this name by stage and epoch, the last of each; a truncated last line is left out."""
-    remedy = "delete the line; only the training curves lose a point"
-    lines = _read_text(file, remedy).split("\n") if file.exists() else []
-    lines = [line for line in lines if line.strip()]
+    """The log's events of this name by stage and epoch, the last of each."""
     found: dict[tuple[str, int], Logged] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if isinstance(record, dict) and record.get("event") == event:
+    for number, record in read_events(file).items():
+        if record["event"] == event:
+            try:
                 parsed = parse(record)
-                found[parsed.stage, parsed.number] = parsed
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise _damaged(file, f"line {number} cannot be read ({error!r})", remedy) from error
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                raise damaged_event(file, number, repr(error)) from error
+            found[parsed.stage, parsed.number] = parsed
     return tuple(found[key] for key in sorted(found))
 
 
@@ -238,7 +240,7 @@ def _read_table(
     file: Path, columns: tuple[str, ...], remedy: str, optional: tuple[str, ...] = ()
 ) -> dict[str, list[str]]:
     """The cells of ``columns``, which the table must open with, and of those of ``optional`` that it has."""
-    first, *lines = _read_text(file, remedy).removesuffix("\n").split("\n")
+    first, *lines = _read(file, read_lines, remedy) or [""]
     header = first.split("\t")
     width = len(header)
     if tuple(header[: len(columns)]) != columns:
@@ -257,114 +259,41 @@ def _numbers(cells: list[str], kind: Callable[[str], float], column: str, file: 
     for number, cell in enumerate(cells, start=2):
         try:
             readable = math.isfinite(kind(cell))
-        except ValueError:
+        except (ValueError, OverflowError):
             readable = False
         if not readable:
-            raise _damaged(file, f"line {number}, column {column}: {cell!r} is not a finite {kind.__name__}", remedy)
+            raise _damaged(
+                file,
+                f"line {number}, column {column}: {cell[:60]!r} is not a finite {kind.__name__}",
+                remedy,
+            )
     return np.array([kind(cell) for cell in cells])
 
 
 def _read_certificates(folder: Path, stage: StageRecord) -> Certificates:
+    """The certificates as their votes give them, compared with what the stage's record says of them."""
     file, remedy = folder / "certificates.tsv", _redo(folder, "certify")
-    table = _read_table(file, CERTIFICATE_COLUMNS, remedy, optional=("num_samples", "outcome"))
-    whole = {name: _numbers(table[name], int, name, file, remedy) for name in ("idx", "label", "predict", "correct")}
-    radius = _numbers(table["radius"], float, "radius", file, remedy)
-    flags_agree = whole["correct"] == (whole["predict"] == whole["label"])
-    _check_lines(flags_agree, "correct does not agree with predict and label", file, remedy)
-    radii_possible = (radius >= 0) & ((whole["predict"] >= 0) | (radius == 0))
-    _check_lines(radii_possible, "a radius is negative, or not 0 at an abstention", file, remedy)
-    if len(set(table["idx"])) < len(table["idx"]):
-        raise _damaged(file, "an image (idx) stands in it twice", remedy)
-    said = stage.fields.get("images", len(radius))
-    if said != len(radius):
-        raise _damaged(file, f"it holds {len(radius)} images, stages/certify.json says {said}", remedy)
-    certificates = Certificates(
-        **_read_rule(folder / "stages" / "certify.json", stage.fields, len(radius), remedy),
-        idx=whole["idx"],
-        label=whole["label"],
-        predict=whole["predict"],
-        radius=radius,
-        correct=whole["correct"].astype(bool),
-        ids=np.array(table["id"]),
-        num_samples=_numbers(table["num_samples"], int, "num_samples", file, remedy)
-        if "num_samples" in table
-        else None,
-        outcome=np.array(table["outcome"]) if "outcome" in table else None,
-    )
-    _check_against_rule(certificates, file, remedy)
+    if not file.exists():
+        raise RunError(f"{file} is missing. Remedy: {remedy}.")
+    try:
+        read = read_certificates(file)
+    except RunError as error:
+        raise RunError(f"{error}. Remedy: {remedy}.") from error
+    if read is None:
+        raise _damaged(file, "it holds no image", remedy)
+    certificates = Certificates(np.array(read[0]), read[1])
+    record, rule = folder / "stages" / "certify.json", asdict(read[1].rule)
+    derived = {
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in rule.items()},
+        "images": len(certificates),
+        "undecided": int((read[1].outcome == UNDECIDED).sum()),
+        "forward_passes_per_image": certificates.mean_samples,
+    }
+    for name, value in derived.items():
+        if stage.fields.get(name, value) != value:
+            told = f"{name} is {stage.fields[name]!r}, by {file.name} it is {value!r}"
+            raise _damaged(record, told, remedy)
     return certificates
-
-
-def _read_rule(record: Path, fields: Mapping[str, Any], images: int, remedy: str) -> dict[str, Any]:
-    """How the images were certified. A record without method and level is of Clopper-Pearson, each image at alpha."""
-    said: dict[str, Any] = {
-        "method": "clopper-pearson",
-        "level": "image",
-        "num_images": images,
-        "radii": None,
-        "futility": None,
-    }
-    said |= {"bound": fields.get("method", "clopper-pearson"), "statement": ""} | dict(fields)
-    if said["method"] not in get_args(CertifyMethod) or said["level"] not in get_args(Level):
-        allowed = f"{' or '.join(get_args(CertifyMethod))}, and {' or '.join(get_args(Level))}"
-        raise _damaged(
-            record, f"method and level must be {allowed}, got {said['method']!r} and {said['level']!r}", remedy
-        )
-    sigma, alpha, selection, estimation, family = (
-        _number(said, key, record, remedy)
-        for key in ("sigma", "alpha", "num_selection", "num_estimation", "num_images")
-    )
-    _check_optional(said, ("futility",), record, remedy)
-    if not (sigma > 0 and 0 < alpha < 1 and selection >= 0 and estimation >= 1 and family >= images):
-        needs = f"sigma > 0, 0 < alpha < 1, num_selection >= 0, num_estimation >= 1, num_images >= {images}"
-        raise _damaged(record, f"need {needs}", remedy)
-    image_alpha = alpha if said["level"] == "image" else alpha / family
-    return {
-        "sigma": sigma,
-        "method": said["method"],
-        "bound": str(said["bound"]),
-        "alpha": alpha,
-        "level": said["level"],
-        "num_images": int(family),
-        "num_selection": int(selection),
-        "num_estimation": int(estimation),
-        "radii": _grid(said["radii"], said["method"], record, remedy),
-        "futility": said["futility"],
-        "statement": str(
-            said["statement"] or f"each certificate by itself is false with probability at most {image_alpha:g}"
-        ),
-    }
-
-
-def _grid(radii: Any, method: CertifyMethod, record: Path, remedy: str) -> tuple[float, ...] | None:
-    if radii is None and method != "sequential":
-        return None
-    numbers = isinstance(radii, list) and all(type(radius) in (int, float) for radius in radii)
-    if not numbers or not radii or radii[0] < 0 or radii != sorted(set(radii)) or not math.isfinite(sum(radii)):
-        raise _damaged(record, f"'radii' must be ascending numbers >= 0, got {radii!r}", remedy)
-    return tuple(radii)
-
-
-def _check_against_rule(certificates: Certificates, file: Path, remedy: str) -> None:
-    """Raises: RunError when a line cannot come from the rule that the stage's record gives."""
-    if certificates.radii is not None:
-        certified = np.where(certificates.predict >= 0, certificates.radius, certificates.radii[0])
-        _check_lines(np.isin(certified, certificates.radii), "its radius is none of the grid's", file, remedy)
-    if certificates.num_samples is not None:
-        drawn, most = certificates.num_samples, certificates.most_samples
-        fewest = certificates.num_selection + 1 if certificates.method == "sequential" else most
-        told = f"num_samples must be {most}" if fewest == most else f"num_samples must lie in [{fewest}, {most}]"
-        _check_lines((fewest <= drawn) & (drawn <= most), told, file, remedy)
-    if certificates.outcome is not None:
-        _check_lines(
-            np.isin(certificates.outcome, OUTCOMES), f"outcome must be one of {', '.join(OUTCOMES)}", file, remedy
-        )
-
-
-def _check_lines(right: np.ndarray, told: str, file: Path, remedy: str) -> None:
-    wrong = np.flatnonzero(~right)
-    if wrong.size:
-        raise _damaged(file, f"line {wrong[0] + 2}: {told}", remedy)
 
 
 def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | None) -> Ladder:
@@ -379,13 +308,17 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
     for rung in settings:
         _check_optional(rung, _RUNG_FIELDS, record, remedy)
     rungs, inside = _read_rungs(folder / "attacks.tsv", settings, remedy)
+    pictures = _pictures(folder, rungs[0], certificates, remedy)
+    rungs = tuple(replace(rung, pictures=pictures) for rung in rungs)
     for one in rungs:
         _check_attackers(one, record, remedy)
+    for one in (*rungs, *inside):
+        _check_labels(one, certificates, folder / "attacks.tsv", remedy)
     epsilon = _number(threat, "epsilon", record, remedy)
     return Ladder(
         norm=threat["norm"],
         epsilon=epsilon,
-        epsilon_text=str(threat.get("epsilon_text", f"{epsilon:g}")),
+        epsilon_text=printable(str(threat.get("epsilon_text", f"{epsilon:g}"))),
         alpha=_number(stage.fields, "alpha", record, remedy),
         max_votes=int(_number(stage.fields, "max_votes", record, remedy)),
         votes_per_image=stage.fields.get("votes_per_image") or sum(r.get("votes_per_image") or 0.0 for r in settings),
@@ -394,6 +327,31 @@ def _read_ladder(folder: Path, stage: StageRecord, certificates: Certificates | 
         curve=_read_curve(stage.fields.get("curve"), record, remedy),
         sandwich=_read_sandwich(record, stage, (*rungs, *inside), certificates, remedy),
     )
+
+
+def _pictures(folder: Path, rung: Rung, certificates: Certificates | None, remedy: str) -> np.ndarray | None:
+    """For each attacked image the hash of its picture, from the stored images, else from the certificates."""
+    if (folder / "attacks").is_dir():
+        stored = _read_arrays(folder / "attacks" / "images.npz", ("images", "ids"), remedy)
+        hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in stored["images"]]
+        by_id = dict(zip(stored["ids"].tolist(), hashes, strict=True))
+        return np.array([by_id.get(name, f"id {name}") for name in rung.ids.tolist()])
+    if certificates is None or certificates.stored.pixels is None or not np.isin(rung.idx, certificates.idx).all():
+        return None
+    by_idx = dict(zip(certificates.idx.tolist(), certificates.stored.pixels, strict=True))
+    return np.array([by_idx[index] for index in rung.idx.tolist()])
+
+
+def _check_labels(rung: Rung, certificates: Certificates | None, file: Path, remedy: str) -> None:
+    """Raises: RunError where an attacked image has another label or id than the certificate of the same index."""
+    if certificates is None:
+        return
+    stored = zip(certificates.idx.tolist(), certificates.label.tolist(), certificates.stored.ids, strict=True)
+    known = {index: (label, image_id) for index, label, image_id in stored}
+    for index, label, image_id in zip(rung.idx.tolist(), rung.labels.tolist(), rung.ids.tolist(), strict=True):
+        if known.get(index, (label, image_id)) != (label, image_id):
+            told = f"the image of idx {index} has label {label} and id {image_id!r}, in certificates.tsv {known[index]}"
+            raise _damaged(file, told, remedy)
 
 
 def _check_attackers(rung: Rung, record: Path, remedy: str) -> None:
@@ -414,7 +372,9 @@ def _read_curve(curve: Any, record: Path, remedy: str) -> EpsilonCurve | None:
     points = curve.get("points") if isinstance(curve, dict) else None
     if not isinstance(points, list) or not points or not all(isinstance(point, dict) for point in points):
         raise _damaged(record, "'curve' must be an object with a list 'points' of objects", remedy)
-    read = EpsilonCurve(str(curve.get("label", "")), tuple(_curve_point(point, record, remedy) for point in points))
+    read = EpsilonCurve(
+        printable(str(curve.get("label", ""))), tuple(_curve_point(point, record, remedy) for point in points)
+    )
     epsilons = [point.epsilon for point in read.points]
     if epsilons[0] <= 0 or epsilons != sorted(set(epsilons)):
         raise _damaged(record, f"the curve's epsilons must be > 0 and ascending, got {epsilons}", remedy)
@@ -428,7 +388,7 @@ def _read_curve(curve: Any, record: Path, remedy: str) -> EpsilonCurve | None:
 def _curve_point(point: Mapping[str, Any], record: Path, remedy: str) -> CurvePoint:
     epsilon = _number(point, "epsilon", record, remedy)
     counts = {name: _count(point, name, record, remedy) for name in VERDICTS}
-    return CurvePoint(epsilon, str(point.get("epsilon_text", f"{epsilon:.4g}")), **counts)
+    return CurvePoint(epsilon, printable(str(point.get("epsilon_text", f"{epsilon:.4g}"))), **counts)
 
 
 def _image_shape(folder: Path, remedy: str) -> tuple[int, int, int]:
@@ -447,14 +407,16 @@ def _is_named(rung: Any) -> bool:
 
 def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tuple[tuple[Rung, ...], tuple[Rung, ...]]:
     """The rungs of the ladder, all on the same images, and the sandwich's attack if there is one."""
-    table = _read_table(file, ATTACK_COLUMNS, remedy)
+    table = _read_table(file, ATTACK_COLUMNS, remedy, optional=_JUDGED)
     names = [rung["name"] for rung in settings]
     for number, (rung, verdict) in enumerate(zip(table["rung"], table["verdict"], strict=True), start=2):
         if rung not in (*names, SANDWICH) or verdict not in VERDICTS:
             raise _damaged(file, f"line {number}: unknown rung {rung!r} or verdict {verdict!r}", remedy)
     arrays = {name: _numbers(table[name], int, name, file, remedy) for name in ("idx", "label", "challenger")}
     arrays |= {"l2": _numbers(table["l2"], float, "l2", file, remedy)}
-    arrays |= {name: np.array(table[name]) for name in ("rung", "id", "verdict")}
+    _check_verdicts(table, arrays, file, remedy)
+    arrays |= {name: np.array(table[name]) for name in ("rung", "verdict")}
+    arrays["id"] = np.array([unescape(text) for text in table["id"]])
     rungs = tuple(_rung(arrays, fields) for fields in settings)
     for one in rungs:
         if not len(one) or not np.array_equal(one.idx, rungs[0].idx) or len(np.unique(one.idx)) < len(one):
@@ -463,12 +425,26 @@ def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tupl
     return rungs, (inside,) if len(inside) else ()
 
 
+def _check_verdicts(table: Mapping[str, list[str]], arrays: Mapping[str, np.ndarray], file: Path, remedy: str) -> None:
+    """Raises: RunError where a verdict contradicts its own votes. An older table does not hold them."""
+    if not set(_JUDGED) <= table.keys():
+        return
+    for_label, against = (_numbers(table[name], int, name, file, remedy) for name in _JUDGED)
+    verdict = np.array(table["verdict"])
+    wrong = (verdict == "broken") & ~((against > for_label) & (arrays["challenger"] != arrays["label"]))
+    wrong |= (verdict == "held") & ~(for_label > against)
+    if wrong.any():
+        row = int(wrong.argmax())
+        told = f"{for_label[row]} votes for the label and {against[row]} for the challenger are not {verdict[row]}"
+        raise _damaged(file, f"line {row + 2}: {told}", remedy)
+
+
 def _rung(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> Rung:
     rows = np.flatnonzero(arrays["rung"] == fields["name"])
     rows = rows[np.argsort(arrays["idx"][rows], kind="stable")]
     return Rung(
         name=fields["name"],
-        label=str(fields.get("label") or fields["name"]),
+        label=printable(str(fields.get("label") or fields["name"])),
         settings=fields,
         idx=arrays["idx"][rows],
         ids=arrays["id"][rows],
@@ -483,27 +459,44 @@ def _rung(arrays: dict[str, np.ndarray], fields: Mapping[str, Any]) -> Rung:
 def _read_sandwich(
     record: Path, stage: StageRecord, attacks: tuple[Rung, ...], certificates: Certificates | None, remedy: str
 ) -> Sandwich:
-    """The stage's own account, plus every violation that attacks.tsv and certificates.tsv show by themselves."""
+    """The stage's own account, plus every violation that attacks.tsv and certificates.tsv show by themselves.
+
+    Raises: RunError where the numbers of images checked and allowed are not those that the tables and levels give.
+    """
     fields = stage.fields.get("sandwich")
+    alpha = _number(stage.fields, "alpha", record, remedy)
     if not isinstance(fields, dict) or not isinstance(fields.get("violations"), list):
         raise _damaged(record, "'sandwich' must be an object with a list 'violations'", remedy)
     _check_optional(fields, _RUNG_FIELDS, record, remedy)
     found = {str(name) for name in fields["violations"]}
     found |= {name for attack in attacks for name in _violations(attack, certificates)}
+    checked, allowed = (_count(fields, name, record, remedy) for name in ("checked", "allowed"))
+    if certificates is not None:
+        proved = len({index for attack in attacks for index in attack.idx.tolist()} & _proved(certificates).keys())
+        chance = min(1.0, certificates.image_alpha + alpha)
+        derived = proved, upper_quantile(proved, chance, TAIL) if proved else 0
+        if (checked, allowed) != derived:
+            told = f"the sandwich has {checked} images checked and {allowed} allowed, by the tables and levels "
+            raise _damaged(record, f"{told}{derived[0]} and {derived[1]}", remedy)
     return Sandwich(
-        checked=int(_number(fields, "checked", record, remedy)),
+        checked=checked,
         violations=tuple(sorted(found)),
-        allowed=int(_number(fields, "allowed", record, remedy)),
+        allowed=allowed,
         passes_per_image=float(fields.get("passes_per_image") or 0.0),
         seconds=float(fields.get("seconds") or 0.0),
     )
 
 
-def _violations(attack: Rung, certificates: Certificates | None) -> list[str]:
+def _proved(certificates: Certificates | None) -> dict[int, float]:
+    """The radii of the images that are certified with the correct class and a positive radius, by their idx."""
     if certificates is None:
-        return []
+        return {}
     right = certificates.correct & (certificates.radius > 0)
-    proved = dict(zip(certificates.idx[right].tolist(), certificates.radius[right].tolist(), strict=True))
+    return dict(zip(certificates.idx[right].tolist(), certificates.radius[right].tolist(), strict=True))
+
+
+def _violations(attack: Rung, certificates: Certificates | None) -> list[str]:
+    proved = _proved(certificates)
     rows = zip(attack.idx, attack.ids, attack.broken, attack.l2, strict=True)
     return [str(name) for i, name, broken, l2 in rows if broken and int(i) in proved and l2 <= proved[int(i)]]
 
@@ -562,8 +555,17 @@ def _check_audit(audit: Audit, file: Path, remedy: str) -> None:
         raise _damaged(file, f"{audit.newly_broken} of {audit.images} images cannot be newly broken", remedy)
     if not (0 <= audit.accuracy_here <= 1 and 0 <= audit.evaluation_accuracy <= 1 and 0 < audit.tolerance < 1):
         raise _damaged(file, "accuracies must lie in [0, 1] and the tolerance in (0, 1)", remedy)
-    if audit.verdict == "holds" and (audit.failed or audit.d.high >= audit.tolerance):
-        raise _damaged(file, "'holds' does not agree with its own findings and newly broken images", remedy)
+    share = audit.newly_broken / audit.images
+    if abs(audit.evaluation_accuracy - audit.accuracy_here - share) > 1e-9:
+        told = f"{audit.evaluation_accuracy} there and {audit.accuracy_here} here do not differ by the {share} that are"
+        raise _damaged(file, f"{told} newly broken", remedy)
+    agrees = {
+        "holds": not audit.failed and audit.d.high < audit.tolerance,
+        "overestimated": bool(audit.failed) or audit.d.low > GAIN,
+        "undecided": audit.d.low <= GAIN and (bool(audit.failed) or audit.d.high >= audit.tolerance),
+    }[audit.verdict]
+    if not agrees:
+        raise _damaged(file, f"{audit.verdict!r} does not agree with its own findings and newly broken images", remedy)
 
 
 def _read_arrays(file: Path, names: tuple[str, ...], remedy: str) -> dict[str, np.ndarray]:

@@ -3,24 +3,25 @@
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 
+from rush.certification.certificates import Certificates as StoredCertificates
+from rush.certification.certificates import of_pictures
+from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
 from rush.evaluation.intervals import Interval, paired_difference, share_interval
 from rush.options import STAGES, CertifyMethod, Level, Norm, Stage
 
 SANDWICH = "sandwich"
-NOT_CERTIFIABLE = "not certifiable"
-OUTCOMES = ("certified", NOT_CERTIFIABLE, "undecided")
 
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
 Status = Literal["failed", "undecided", "passed", "skipped"]
 STATUSES: tuple[Status, ...] = ("failed", "undecided", "passed", "skipped")  # what asks for a reader first
 GAIN = 0.01  # what the audit puts up with for sure: one point, see ``evaluation.findings``
+TAIL = 1e-6  # probability that more images violate the sandwich by chance, see ``evaluation.sandwich``
 ONE_SIDED = 0.95  # confidence of each bound of the audit
 
 
@@ -56,88 +57,114 @@ class Watched:
 
 @dataclass(frozen=True, eq=False)
 class Certificates:
-    """The certificates of a run: arrays (N,) over images; ``radius`` in [0, 1] pixel units, 0.0 where abstaining.
+    """The certificates of a run: ``stored``, of images that have the indices ``idx`` (N,) in their split.
 
-    alpha: for each image (level ``image``) or for all ``num_images`` together (``family``); statement: the level in
-    words. num_estimation: votes for the bound, with method ``sequential`` the most there may be. radii: the grid of
-    which every certified radius is one, ascending; None: any radius. futility: level at which a sequential run gives a
-    radius up. num_samples: selection and estimation together; outcome: of the radius after the certified one,
-    "certified" where there is none, "not certifiable" or "undecided"; both None where the table has no such column.
+    Accuracies count each picture once, as certified correctly only if all of its copies are.
     """
 
-    sigma: float
-    method: CertifyMethod
-    bound: str
-    alpha: float
-    level: Level
-    num_images: int
-    num_selection: int
-    num_estimation: int
-    radii: tuple[float, ...] | None
-    futility: float | None
-    statement: str
     idx: np.ndarray
-    label: np.ndarray
-    predict: np.ndarray
-    radius: np.ndarray
-    correct: np.ndarray
-    ids: np.ndarray
-    num_samples: np.ndarray | None
-    outcome: np.ndarray | None
+    stored: StoredCertificates
 
     def __len__(self) -> int:
         return len(self.idx)
 
     @property
+    def sigma(self) -> float:
+        return self.stored.rule.sigma
+
+    @property
+    def method(self) -> CertifyMethod:
+        return self.stored.rule.method
+
+    @property
+    def bound(self) -> str:
+        return self.stored.rule.bound
+
+    @property
+    def level(self) -> Level:
+        return self.stored.rule.level
+
+    @property
+    def num_selection(self) -> int:
+        return self.stored.rule.num_selection
+
+    @property
+    def num_estimation(self) -> int:
+        return self.stored.rule.num_estimation
+
+    @property
+    def radii(self) -> tuple[float, ...] | None:
+        return self.stored.rule.radii
+
+    @property
+    def alpha(self) -> float:
+        return self.stored.rule.alpha
+
+    @property
+    def futility(self) -> float:
+        return self.stored.rule.futility
+
+    @property
     def image_alpha(self) -> float:
-        """The level of each single certificate: alpha, or alpha / num_images for the family."""
-        return self.alpha if self.level == "image" else self.alpha / self.num_images
+        """The level of each single certificate."""
+        return self.stored.rule.image_alpha
+
+    @property
+    def statement(self) -> str:
+        """Which level speaks, in a sentence."""
+        return self.stored.rule.statement
+
+    @property
+    def label(self) -> np.ndarray:
+        return self.stored.labels
+
+    @property
+    def radius(self) -> np.ndarray:
+        return self.stored.radius
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.stored.correct
 
     @property
     def most_samples(self) -> int:
         """Most samples of an image, selection and estimation together."""
-        return self.num_selection + self.num_estimation
+        return self.stored.rule.num_samples
 
     @property
     def mean_samples(self) -> float:
         """Samples of an image on average, selection and estimation together."""
-        return float(self.most_samples if self.num_samples is None else self.num_samples.mean())
+        return float(self.stored.num_samples.mean())
+
+    @property
+    def num_pictures(self) -> int:
+        """Number of different pictures, over which accuracies are; of images where they are not told apart."""
+        return len(self) - (self.stored.num_copies or 0)
 
     def accuracy(self, radius: float) -> Interval:
-        """Share of images whose class is right and whose certified radius is >= ``radius``, with its 95 % interval.
+        """Share of pictures whose class is right and whose certified radius is >= ``radius``, with its 95 % interval.
 
         With a grid only its radii are ever certified: between two of them this is the accuracy at the larger.
         """
-        return share_interval(self._certified_correctly(radius), len(self))
+        return share_interval(*self.stored.certified_pictures(radius))
 
-    def accuracy_lower(self, radius: float, confidence: float = 0.95) -> float | None:
-        """A lower bound on the true certified accuracy at ``radius`` with ``confidence`` over images *and* noise.
-
-        With s >= low the one-sided Clopper-Pearson bound on the share that is certified correctly, of which at most
-        image_alpha comes from false certificates: (low - image_alpha) / (1 - image_alpha), as proved in
-        ``certification.certificates``. The images must be independent draws; None where one (id) is there twice.
-        """
-        if len(np.unique(self.ids)) < len(self.ids):
-            return None
-        # The lower end of a two-sided interval of confidence 2c - 1 is the one-sided bound of confidence c.
-        low = share_interval(self._certified_correctly(radius), len(self), confidence=2 * confidence - 1).low
-        return max(0.0, (low - self.image_alpha) / (1 - self.image_alpha))
+    def accuracy_lower(self, radius: float, confidence: float = 0.95) -> float:
+        """A lower bound on the true certified accuracy at ``radius`` with ``confidence`` over images *and* noise, as
+        proved in ``certification.certificates``."""
+        return self.stored.accuracy_lower(radius, confidence)
 
     def decided(self, radius: float) -> Mapping[str, Interval] | None:
         """How the images divide at ``radius``, their right certificates (``accuracy``) aside: shares certified with
         another class than the label, not certifiable, and undecided; None with a fixed number of samples, which gives
-        nothing up, and where the table does not tell.
+        nothing up.
         """
-        if self.method != "sequential" or self.outcome is None or self.radii is None:
+        if self.method != "sequential":
             return None
-        certified = (self.predict >= 0) & (self.radius >= radius)
-        passed = np.where(self.predict >= 0, np.searchsorted(self.radii, self.radius, side="right"), 0)
-        following = np.array([*self.radii, math.inf])[passed]  # what is given up, and with it all that is larger
-        given_up = (self.outcome == NOT_CERTIFIABLE) & (radius >= following)
+        decision = self.stored.decision(radius)
         rows = {
-            "wrong class": certified & ~self.correct,
-            "not certifiable": given_up,
-            "undecided": ~certified & ~given_up,
+            "wrong class": (decision == OUTCOMES[CERTIFIED]) & ~self.correct,
+            OUTCOMES[NOT_CERTIFIABLE]: decision == OUTCOMES[NOT_CERTIFIABLE],
+            OUTCOMES[UNDECIDED]: decision == OUTCOMES[UNDECIDED],
         }
         return {name: share_interval(int(chosen.sum()), len(self)) for name, chosen in rows.items()}
 
@@ -155,44 +182,37 @@ class Certificates:
 
     @property
     def acr_name(self) -> str:
-        """ "ACR", or "grid ACR" where radii are those of a grid."""
-        return "ACR" if self.radii is None else "grid ACR"
+        return self.stored.acr_name
 
     @property
     def acr(self) -> float:
         """Average certified radius, wrong and abstained images counted as 0; of the grid's radii where there is one."""
-        return float(np.where(self.correct, self.radius, 0.0).mean())
+        return self.stored.acr
 
     @property
     def abstained(self) -> int:
-        return int((self.predict < 0).sum())
+        return int((self.stored.prediction < 0).sum())
 
     @property
     def ceiling(self) -> float:
-        """No image can be certified beyond: the grid's last radius, or that of N agreeing votes, which is
-        sigma * Phi^-1(image_alpha^(1/N)) (Cohen et al. 2019).
-        """
-        if self.radii is not None:
-            return self.radii[-1]
-        return self.sigma * NormalDist().inv_cdf(self.image_alpha ** (1 / self.num_estimation))
+        """No image can be certified beyond: the grid's last radius, or that of N agreeing votes."""
+        return self.stored.largest_radius
 
     def of(self, idx: np.ndarray) -> "Certificates | None":
         """The certificates of the images ``idx``, or None where one of them has none; the family keeps its size."""
         if not np.isin(idx, self.idx).all():
             return None
-        rows = np.isin(self.idx, idx)
-        arrays: dict[str, Any] = {
-            name: array[rows] for name, array in vars(self).items() if isinstance(array, np.ndarray)
-        }
-        return replace(self, **arrays)
-
-    def _certified_correctly(self, radius: float) -> int:
-        return int((self.correct & (self.radius >= radius)).sum())
+        rows = np.flatnonzero(np.isin(self.idx, idx))
+        return Certificates(self.idx[rows], self.stored.select(rows))
 
 
 @dataclass(frozen=True, eq=False)
 class Rung:
-    """The verdicts under one attacker, sorted by ``idx``: arrays (n,), ``broken`` and ``held`` exclude each other."""
+    """The verdicts under one attacker, sorted by ``idx``: arrays (n,), ``broken`` and ``held`` exclude each other.
+
+    pictures: text that is equal for copies of one picture, None where these are not known. Accuracies count each
+    picture once, by the worst of its copies.
+    """
 
     name: str
     label: str
@@ -204,6 +224,7 @@ class Rung:
     held: np.ndarray
     l2: np.ndarray
     challenger: np.ndarray
+    pictures: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.idx)
@@ -219,12 +240,25 @@ class Rung:
     @property
     def accuracy(self) -> Interval:
         """1 - share of broken images (``robust_accuracy``), 95 % Clopper-Pearson."""
-        return share_interval(int(self.standing.sum()), len(self))
+        return self.share(self.standing)
+
+    def share(self, flags: np.ndarray) -> Interval:
+        """The share of pictures whose copies all have ``flags`` (n,), 95 % Clopper-Pearson."""
+        pictures = self.of_pictures(flags)
+        return share_interval(int(pictures.sum()), len(pictures))
+
+    def of_pictures(self, flags: np.ndarray) -> np.ndarray:
+        """For each different picture whether ``flags`` (n,) holds for all of its copies."""
+        return of_pictures(flags, None if self.pictures is None else self.pictures.tolist())
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self) if self.pictures is None else len(np.unique(self.pictures))
 
     @property
     def accuracy_lower(self) -> Interval:
         """Share of held images (``robust_accuracy_lower``), 95 % Clopper-Pearson."""
-        return share_interval(int(self.held.sum()), len(self))
+        return self.share(self.held)
 
     @property
     def eot_samples(self) -> int:
@@ -248,7 +282,7 @@ class Rung:
 
     def above(self, other: "Rung") -> Interval:
         """By how much the accuracy under this attacker lies above that under ``other``, paired over the same images."""
-        return paired_difference(self.standing, other.standing)
+        return paired_difference(self.of_pictures(self.standing), self.of_pictures(other.standing))
 
 
 @dataclass(frozen=True)
@@ -366,7 +400,7 @@ class Ladder:
     @property
     def combined(self) -> Interval:
         """Share of images that no rung of the ladder broke."""
-        return share_interval(int(self.standing.sum()), len(self.clean))
+        return self.clean.share(self.standing)
 
     def around(self, epsilon: float) -> float:
         """Radius of the smallest l2 ball around the threat's ball of ``epsilon``: that of a corner for l-inf, epsilon *

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rush.certification.certificates import Certificates as StoredCertificates
 from rush.evaluation.intervals import Interval
 from rush.options import CertifyMethod, Stage
 from rush.reporting.results import (
@@ -200,6 +201,8 @@ def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
             f"certified at ℓ2 {radius_text(radius)}",
             _certified_text(certificates, radius) + _rest(certificates, radius),
         )
+    if copies_text(certificates.stored):
+        yield "copies of a picture", copies_text(certificates.stored)
     yield certificates.acr_name, acr_text(results)
     proved = results.threat_certificates
     if ladder is not None and proved is not None:
@@ -208,7 +211,7 @@ def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
 
 
 def _certified_text(certificates: Certificates, radius: float) -> str:
-    size = f"(n = {len(certificates):,})"
+    size = f"(n = {certificates.num_pictures:,})"
     return f"{share(certificates.accuracy(radius))} {size}, true ≥ {lower_text(certificates, radius)}"
 
 
@@ -219,9 +222,17 @@ def _rest(certificates: Certificates, radius: float) -> str:
 
 
 def lower_text(certificates: Certificates, radius: float) -> str:
-    """The lower bound on the true certified accuracy, rounded down; a dash where an image is there twice."""
-    lower = certificates.accuracy_lower(radius)
-    return "–" if lower is None else percent(math.floor(1000 * lower) / 1000)
+    """The lower bound on the true certified accuracy, rounded down."""
+    return percent(math.floor(1000 * certificates.accuracy_lower(radius)) / 1000)
+
+
+def copies_text(certificates: StoredCertificates) -> str:
+    """Say how many images are not counted because they are copies, or that this is not known; empty without any."""
+    copies = certificates.num_copies
+    if copies is None:
+        return "not known: the table is older than the column that tells pictures apart, so every image is counted"
+    one = "1 image is a copy of another" if copies == 1 else f"{copies:,} images are copies of others"
+    return f"{one}: each picture is counted once, as certified only if all of its copies are" if copies else ""
 
 
 def method_text(certificates: Certificates) -> str:
@@ -258,7 +269,7 @@ def _attacked_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     ladder = results.ladder
     if ladder is None:
         return
-    size = f"(n = {len(ladder.clean):,})"
+    size = f"(n = {ladder.clean.num_pictures:,})"
     yield "clean accuracy", f"{share(ladder.clean.accuracy)} {size}"
     yield f"attacked, {threat_text(ladder)}, {ladder.strongest.label}", f"{share(ladder.strongest.accuracy)} {size}"
     if ladder.worst_case is not None:

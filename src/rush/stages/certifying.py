@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rush.certification.certificates import Certificates, join_certificates
+from rush.certification.certificates import Certificates, first_difference, join_certificates
 from rush.certification.certify import certify_each
 from rush.certification.rules import Rule, make_rule
 from rush.certification.sequential import UNDECIDED
@@ -13,6 +13,8 @@ from rush.certification.table import append_certificates, drop_unfinished_line, 
 from rush.engine.distributed import barrier, in_turn, rank, world_size
 from rush.engine.runs import RunFolder
 from rush.errors import ModelError, RunError
+from rush.files import make_folder
+from rush.inputs import LabelledPixels, pixel_ids
 from rush.saving import load_smoothed
 from rush.stages.conditions import Conditions
 
@@ -40,7 +42,7 @@ def run_certify(run: RunFolder) -> None:
     rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
     parts = run.path / CERTIFICATE_PARTS
     here.begin("certify")
-    done = in_turn(lambda: _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True))))
+    done = in_turn(lambda: _read_parts(run.path, rule, indices, pixels))
     missing = [position for position, index in enumerate(indices) if index not in done]
     try:
         for position, certificate in certify_each(
@@ -52,7 +54,7 @@ def run_certify(run: RunFolder) -> None:
         raise
     barrier()
     if rank() == 0:
-        done = _read_parts(run.path, rule, dict(zip(indices, pixels.ids, strict=True)))
+        done = _read_parts(run.path, rule, indices, pixels)
         certificates = join_certificates([done[index] for index in indices])
         write_certificates(run.path / CERTIFICATES, certificates, indices)
         shutil.rmtree(parts, ignore_errors=True)
@@ -60,12 +62,26 @@ def run_certify(run: RunFolder) -> None:
     barrier()
 
 
-def read_run_certificates(run: RunFolder) -> Certificates:
-    """The certificates of a run whose certification is finished; RunError where their file is gone."""
+def differing_image(certificates: Certificates, pixels: LabelledPixels) -> str | None:
+    """The first of ``pixels``, by its id, that has another label or other pixels in ``certificates``; None without."""
+    return first_difference(certificates, pixels.ids, pixels.y.tolist(), pixel_ids(pixels.x))
+
+
+def read_run_certificates(run: RunFolder, pixels: LabelledPixels) -> Certificates:
+    """The certificates of a run whose certification is finished.
+
+    Raises: RunError where their file is gone, or says something else of the images ``pixels`` than they are.
+    """
     read = read_certificates(run.path / CERTIFICATES)
     if read is None:
         raise RunError(
             f"{run.path / CERTIFICATES} is missing or empty; remove stages/certify.json and run `rush certify` again"
+        )
+    differing = differing_image(read[1], pixels)
+    if differing is not None:
+        raise RunError(
+            f"{run.path / CERTIFICATES}: image {differing!r} has another label or other pixels there than in the data; "
+            "restore the file from a copy, or remove it and stages/certify.json and run `rush certify` again"
         )
     return read[1]
 
@@ -92,22 +108,24 @@ def _certify_figures(certificates: Certificates) -> dict[str, Any]:
     }
 
 
-def _read_parts(folder: Path, rule: Rule, ids: dict[int, str]) -> dict[int, Certificates]:
+def _read_parts(folder: Path, rule: Rule, indices: list[int], pixels: LabelledPixels) -> dict[int, Certificates]:
     """The certificates that are written already, by their images' indices.
 
     Raises: RunError when they were made under another rule or of other images.
     """
     found: dict[int, Certificates] = {}
+    ids = dict(zip(indices, pixels.ids, strict=True))
     for part in (folder / CERTIFICATES, *sorted((folder / CERTIFICATE_PARTS).glob("*.tsv"))):
         drop_unfinished_line(part)
-        indices, certificates = read_certificates(part) or ((), None)
-        if certificates is None:
+        read = read_certificates(part)
+        if read is None:
             continue
+        stored, certificates = read
         if certificates.rule != rule:
             raise RunError(f"{part} was made under another rule than the recipe's; move it away and certify again")
-        for row, index in enumerate(indices):
-            if ids.get(index) != certificates.ids[row]:
-                raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
-            found[index] = certificates.select([row])
-    (folder / CERTIFICATE_PARTS).mkdir(exist_ok=True)
+        same = all(ids.get(index) == image_id for index, image_id in zip(stored, certificates.ids, strict=True))
+        if not same or differing_image(certificates, pixels) is not None:
+            raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
+        found |= {index: certificates.select([row]) for row, index in enumerate(stored)}
+    make_folder(folder / CERTIFICATE_PARTS)
     return found

@@ -1,0 +1,66 @@
+"""Certificates made from votes that a test chooses, as a run would have stored them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rush.certification.bounds import certify_votes
+from rush.certification.certificates import Certificates
+from rush.certification.decide import apply_rule
+from rush.certification.rules import Rule, make_rule
+from rush.options import BLOCK
+
+
+def rule_of(**changes: Any) -> Rule:
+    """sigma 0.5, 100 votes to select and 1,000 for the bound at level 0.001, if nothing else is said."""
+    given = {
+        "sigma": 0.5, "method": "clopper-pearson", "alpha": 0.001, "level": "image", "num_images": 60,
+        "num_selection": 100, "num_estimation": 1000, "radii": None, "futility": 0.01,
+    }  # fmt: skip
+    return make_rule(**{**given, **changes})
+
+
+def votes_for(radius: float, rule: Rule) -> int:
+    """The most votes of ``rule.num_estimation`` that certify at most ``radius``."""
+    successes = np.arange(rule.num_estimation + 1)
+    trials = np.full(len(successes), rule.num_estimation)
+    radii = certify_votes(np.zeros_like(successes), successes, trials, rule.sigma, rule.image_alpha).radius
+    return int(np.searchsorted(radii, radius, side="right")) - 1
+
+
+def stored_certificates(
+    rule: Rule,
+    votes: Sequence[int],
+    selected: Sequence[int],
+    labels: Sequence[int],
+    ids: Sequence[str] | None = None,
+    pixels: Sequence[str] | None = None,
+    classes: int = 10,
+) -> Certificates:
+    """What ``rule`` makes of images whose ``selected`` class gets ``votes`` of all that may be drawn, spread evenly."""
+    most = np.arange(0, rule.num_estimation + BLOCK, BLOCK).clip(max=rule.num_estimation)
+    paths = [np.diff(most * count // rule.num_estimation).astype(np.uint8) for count in votes]
+    chosen = np.array(selected, np.int64)
+    drawn = np.full(len(paths), rule.num_estimation)
+    certified, outcome, successes, trials = apply_rule(rule, paths, drawn, chosen)
+    rows = np.arange(len(paths))
+    counts, selection = (np.zeros((len(paths), classes), np.int64) for _ in range(2))
+    counts[rows, chosen] = successes
+    counts[rows, (chosen + 1) % classes] += trials - successes
+    selection[rows, chosen] = rule.num_selection
+    return Certificates(
+        prediction=certified.prediction,
+        radius=certified.radius,
+        p_lower=certified.p_lower,
+        num_samples=rule.num_selection + trials,
+        counts=counts,
+        blocks=tuple(path[: -(-int(used) // BLOCK)] for path, used in zip(paths, trials, strict=True)),
+        selection=selection,
+        outcome=outcome,
+        seconds=np.full(len(paths), 0.01),
+        labels=np.array(labels, np.int64),
+        ids=tuple(f"img-{row}" for row in rows) if ids is None else tuple(ids),
+        rule=rule,
+        pixels=tuple(f"{row:032x}" for row in rows) if pixels is None else tuple(pixels),
+    )
