@@ -54,11 +54,11 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 
 
 def test_all_greyscale_stays_one_channel_and_any_colour_makes_three(tmp_path: Path) -> None:
-    write(tmp_path / "a/0.png", pixels(0, 1))
-    write(tmp_path / "a/1.png", pixels(1, 1))
+    write(tmp_path / "0.png", pixels(0, 1))
+    write(tmp_path / "1.png", pixels(1, 1))
     assert load_images(tmp_path).images[:, 0].tolist() == [pixels(0, 1).tolist(), pixels(1, 1).tolist()]
-    write(tmp_path / "a/2.png", pixels(2))
-    write(tmp_path / "a/3.png", pixels(3, 1))
+    write(tmp_path / "2.png", pixels(2))
+    write(tmp_path / "3.png", pixels(3, 1))
     images = load_images(tmp_path).images
     for row, seed in ((0, 0), (1, 1), (3, 3)):
         assert images[row].tolist() == [pixels(seed, 1).tolist()] * 3
@@ -68,9 +68,9 @@ def test_all_greyscale_stays_one_channel_and_any_colour_makes_three(tmp_path: Pa
 def test_palettes_bitmaps_and_opaque_alpha_lose_nothing(tmp_path: Path) -> None:
     flat = np.zeros((4, 4, 3), np.uint8)
     flat[:2] = (200, 30, 90)
-    write(tmp_path / "a/0.png", flat, "RGBA")
-    Image.fromarray(flat).quantize(2).save(tmp_path / "a/1.png")
-    write(tmp_path / "a/2.png", np.array([[0, 255, 0, 255]] * 4, np.uint8), "1")
+    write(tmp_path / "0.png", flat, "RGBA")
+    Image.fromarray(flat).quantize(2).save(tmp_path / "1.png")
+    write(tmp_path / "2.png", np.array([[0, 255, 0, 255]] * 4, np.uint8), "1")
     images = load_images(tmp_path).images
     assert images[0].tolist() == images[1].tolist() == flat.transpose(2, 0, 1).tolist()
     assert images[2].tolist() == [[[0, 255, 0, 255]] * 4] * 3

@@ -16,6 +16,7 @@ from rush.data.decoding import decode
 from rush.data.digits import NUM_TEST, load_digits
 from rush.data.folders import folder_records
 from rush.data.images import ImageSet, concatenate
+from rush.data.labels import check_several_classes
 from rush.data.parquet import parquet_folder, parquet_records
 from rush.data.records import Records, decoded, join
 from rush.data.resizing import check_size, resize_images
@@ -57,19 +58,12 @@ def load_images(
     one size; else each image's central square, resampled to size x size pixels.
 
     Raises: DataError, naming the file and the remedy, when the name or split is unknown, or the data are missing,
-    truncated, altered, of a wrong shape, mislabelled or empty. InputError for a wrong ``size``.
+    truncated, altered, of a wrong shape, mislabelled, empty or of one class only. InputError for a wrong ``size``.
     """
     check_size(size)
-    name, parts = os.fspath(name_or_path), split.split("+")
-    if _is_known(name_or_path):
-        _check_splits(name, parts)
-        if name == "digits":
-            return concatenate([_resized(load_digits(part), size) for part in parts])
-        return _load_official(name, parts, _root(root), download, size)
-    path = _path(name, root)
-    if path.is_dir():
-        return decoded(join([_folder_records(path, part) for part in parts]), size)
-    return concatenate([_resized(load_npz(_npz(name, path), part), size) for part in parts])
+    images = _load(name_or_path, split.split("+"), root, download, size)
+    check_several_classes(images.labels, images.classes, split, f"{os.fspath(name_or_path)} ({split})")
+    return images
 
 
 def open_records(
@@ -114,12 +108,39 @@ def decoded_bytes(
     return sum(npz_bytes(path, part) for part in parts)
 
 
+def _load(
+    name_or_path: str | os.PathLike[str],
+    parts: Sequence[str],
+    root: str | os.PathLike[str] | None,
+    download: bool,
+    size: int | None,
+) -> ImageSet:
+    name = os.fspath(name_or_path)
+    if _is_known(name_or_path):
+        _check_splits(name, parts)
+        if name == "digits":
+            return concatenate([_resized(load_digits(part), size) for part in parts])
+        return _load_official(name, parts, _root(root), download, size)
+    path = _path(name, root)
+    if path.is_dir():
+        return decoded(join([_folder_records(path, part) for part in parts]), size)
+    return concatenate([_resized(load_npz(_npz(name, path), part), size) for part in parts])
+
+
 def _is_known(name_or_path: str | os.PathLike[str]) -> bool:
     return isinstance(name_or_path, str) and name_or_path in SPLITS
 
 
 def _path(name: str, root: str | os.PathLike[str] | None) -> Path:
-    return Path(root or "").expanduser() / Path(name).expanduser()
+    """Return the path that ``name`` stands for. Raise DataError where the system takes no such path."""
+    path = Path(root or "").expanduser() / Path(name).expanduser()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name[:100]!r} cannot be looked up as a path: {error}; give another path") from error
+    return path
 
 
 def _root(root: str | os.PathLike[str] | None) -> Path:
