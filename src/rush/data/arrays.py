@@ -80,11 +80,13 @@ def read_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
 
 
 def _reading(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
-    """Return what ``read`` makes of the opened file; whatever a damaged one raises becomes a DataError that names it."""
+    """Return what ``read`` makes of the opened file; whatever a damaged one raises becomes a DataError naming it."""
     if not path.is_file():
         raise DataError(f"{path} is {describe_kind(path)}, not an .npz file; give the path of one")
     if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is truncated or no .npz file; write it again with numpy.savez")
+        raise DataError(
+            f"{path} is truncated or no .npz file and cannot be read as arrays; write it again with numpy.savez"
+        )
     try:
         with zipfile.ZipFile(path) as file:
             return read(file)
@@ -117,13 +119,13 @@ def _check_header(stream: IO[bytes], entry: zipfile.ZipInfo, where: str) -> None
     claimed, stored = math.prod(shape) * dtype.itemsize, entry.file_size - stream.tell()
     if claimed != stored or min(shape, default=0) < 0:
         raise DataError(
-            f"{where} cannot be read: it claims {dtype} {shape}, {claimed} bytes, and has {stored}; write it again with "
-            "numpy.savez"
+            f"{where} cannot be read: it claims {dtype} {shape}, {claimed} bytes, and has {stored}; write it again "
+            "with numpy.savez"
         )
     if claimed > max(_FREE_BYTES, _MOST_EXPANSION * entry.compress_size):
         raise DataError(
-            f"{where} would grow from {entry.compress_size} to {claimed} bytes, more than {_MOST_EXPANSION}-fold; write "
-            "it again with numpy.savez, which does not compress"
+            f"{where} would grow from {entry.compress_size} to {claimed} bytes, more than {_MOST_EXPANSION}-fold; "
+            "write it again with numpy.savez, which does not compress"
         )
 
 
@@ -145,11 +147,13 @@ def _channels_first(images: np.ndarray, where: str) -> np.ndarray:
 
 def _classes(arrays: Arrays, path: Path) -> tuple[str, ...]:
     if "classes" not in arrays:
-        return number_classes([part for key, part in arrays.items() if key == "labels" or key.startswith("y_")], f"{path}")
+        return number_classes(
+            [part for key, part in arrays.items() if key == "labels" or key.startswith("y_")], f"{path}"
+        )
     classes = arrays["classes"]
     if classes.ndim != 1 or len(classes) > MAX_CLASSES:
         raise DataError(
-            f"{path}: classes has shape {classes.shape}, expected (K,) with K <= {MAX_CLASSES}; store one name per class"
+            f"{path}: classes has shape {classes.shape}, expected (K,), K <= {MAX_CLASSES}; store one name per class"
         )
     return check_class_names(decode_texts(classes, "classes", f"{path}"), f"{path}")
 

@@ -153,10 +153,12 @@ def _identified(file: IO[bytes], where: str) -> "Image.Image":
             image = factory(file, "")
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
-                    f"{where} is {image.width}x{image.height}, at most {MAX_PIXELS} pixels are decoded; store it smaller"
+                    f"{where} is {image.width}x{image.height}, at most {MAX_PIXELS} pixels are read; store it smaller"
                 )
             return image
-    raise DataError(f"{where} cannot be decoded: it is none of {', '.join(FORMATS)}; convert, replace or remove it")
+    raise DataError(
+        f"{where} cannot be read as an image: it is none of {', '.join(FORMATS)}; convert, replace or remove it"
+    )
 
 
 def _check_plain(image: "Image.Image", where: str) -> None:

@@ -30,7 +30,9 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(f"{folder} cannot be listed: {error.strerror}; allow reading it or give another folder") from error
+        raise DataError(
+            f"{folder} cannot be listed: {error.strerror}; allow reading it or give another folder"
+        ) from error
 
 
 def list_folders(folder: Path) -> list[Path]:

@@ -219,7 +219,9 @@ def _holds_bytes(kind: Any) -> bool:
     """Return whether the struct's field ``bytes`` is binary and its field ``path``, if there is one, text."""
     import pyarrow as pa
 
-    content, path = (kind.field(index).type if index >= 0 else None for index in map(kind.get_field_index, ("bytes", "path")))
+    content, path = (
+        kind.field(index).type if index >= 0 else None for index in map(kind.get_field_index, ("bytes", "path"))
+    )
     is_text = path is None or pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)
     return content is not None and is_text and (pa.types.is_binary(content) or pa.types.is_large_binary(content))
 
@@ -238,8 +240,8 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise
     except Exception as error:  # pyarrow raises many kinds on damaged files
         raise DataError(
-            f"{path} cannot be read: {error or type(error).__name__}; it is truncated or no parquet file: delete it and "
-            "get it again"
+            f"{path} cannot be read: {error or type(error).__name__}; it is truncated or no parquet file: delete it "
+            "and get it again"
         ) from error
 
 

@@ -9,16 +9,16 @@ import numpy as np
 
 from rush.errors import DataError
 
-
 _MOST_BYTES = 1 << 28
 _MOST_OPCODES = 1 << 22  # CIFAR's largest file has a tenth of them
 _MOST_TUPLES = 1000  # how deeply tuples can lie in each other, which hashing follows in C without a limit of its own
-_OPCODES = frozenset(
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
-    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE "
-    "BINUNICODE8 EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 "
-    "TUPLE3 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD".split()
-)
+_OPCODES = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
+_ALLOWED = frozenset(_OPCODES.split())
 
 
 def read_plain_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
@@ -54,9 +54,9 @@ def _check_opcodes(stored: bytes) -> None:
         raise ValueError(f"more than {_MOST_BYTES} bytes")
     tuples = 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stored)):
-        if opcode.name not in _OPCODES or number >= _MOST_OPCODES:
+        if opcode.name not in _ALLOWED or number >= _MOST_OPCODES:
             raise ValueError(f"opcode {opcode.name}, number {number}")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument) <= number + _MOST_TUPLES:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= number + _MOST_TUPLES:
             raise ValueError(f"place {argument} of the memo")
         tuples += opcode.name.startswith("TUPLE")
         if tuples > _MOST_TUPLES:

@@ -7,7 +7,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from rush.data.archives import Archive, Parse, read_words, read_members
+from rush.data.archives import Archive, Parse, read_members, read_words
 from rush.data.images import ImageSet
 from rush.data.labels import check_class_names, check_labels
 from rush.data.resizing import resize_images

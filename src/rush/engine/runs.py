@@ -208,11 +208,13 @@ def _not_ours(entry: Path) -> bool:
 def _read_object(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``; RunError when it is damaged."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError(f"expected an object, found {type(values).__name__}")
-    except ValueError as error:
-        raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"{file} is damaged: {error or type(error).__name__}; restore it or start again in another folder"
+        ) from error
     return values
 
 
