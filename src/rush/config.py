@@ -425,8 +425,8 @@ def recipe_text(name_or_path: str) -> str:
     if path.suffix != ".toml" or not _is_file(path):
         hint = _closest(name_or_path, recipe_names())
         raise ConfigError(
-            f"no recipe {name_or_path[:200]!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a .toml "
-            "file"
+            f"no recipe {name_or_path[:200]!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a "
+            ".toml file"
         )
     try:
         with path.open("rb") as file:

@@ -17,12 +17,28 @@ from rush.data.records import Block
 from rush.errors import DataError
 
 SUFFIXES = frozenset(
-    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif"}
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".gif"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"}
 )
 """Image files that are read."""
 _UNREAD = frozenset(
-    {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".psd", ".tga", ".pcx", ".eps", ".exr", ".hdr"}
+    {
+        ".dib",
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+        ".jp2",
+        ".j2k",
+        ".svg",
+        ".ico",
+        ".psd",
+        ".tga",
+        ".pcx",
+        ".eps",
+        ".exr",
+        ".hdr",
+    }
     | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm", ".pfm"}
 )
 """Image files that are not: omitting them would lose images."""

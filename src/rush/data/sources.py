@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -133,12 +134,11 @@ def _is_known(name_or_path: str | os.PathLike[str]) -> bool:
 
 def _path(name: str, root: str | os.PathLike[str] | None) -> Path:
     """Return the path that ``name`` stands for. Raise DataError where the system takes no such path."""
-    path = Path(root or "").expanduser() / Path(name).expanduser()
     try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
+        path = Path(root or "").expanduser() / Path(name).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError for a user who is not known
         raise DataError(f"{name[:100]!r} cannot be looked up as a path: {error}; give another path") from error
     return path
 

@@ -44,7 +44,7 @@ class _Classifier(_Part):
     def _fit_each_other(self) -> "_Classifier":
         if not len(self.mean) == len(self.std) == self.in_channels:
             raise ValueError(
-                f"{len(self.mean)} means and {len(self.std)} deviations for {self.in_channels} channels, expected one each"
+                f"{len(self.mean)} means and {len(self.std)} deviations for {self.in_channels} channels, needs one each"
             )
         check_class_names(self.classes, "classes")
         return self
