@@ -55,11 +55,13 @@ def npy(array: np.ndarray) -> bytes:
 
 def bomb(path: Path) -> Path:
     """Two gigabytes of zeros in two megabytes."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        with file.open("images.npy", "w", force_zip64=True) as member:
-            member.write(header("(2097152, 32, 32)"))
-            for _ in range(128):
-                member.write(bytes(1 << 24))
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        file.open("images.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(header("(2097152, 32, 32)"))
+        for _ in range(128):
+            member.write(bytes(1 << 24))
     return path
 
 
@@ -497,5 +499,5 @@ def test_class_names_in_text_have_a_bound_and_no_byte_order_mark() -> None:
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "~nobody-of-this-name/x"])
 def test_a_text_that_is_no_path_is_refused(path: str) -> None:
-    with pytest.raises(DataError, match="cannot be looked up as a path|does not exist"):
+    with pytest.raises(DataError, match=r"cannot be looked up as a path|does not exist"):
         load_images(path)

@@ -41,7 +41,7 @@ from rush.options import (
     parse_fraction,
 )
 
-_MOST_BYTES = 1 << 20  # of a recipe
+_MOST_BYTES, _LONGEST_LINE = 1 << 16, 4096  # of a recipe: the parser's memory grows with the square of a dotted key
 _DEEPEST = 16  # tables and lists in each other
 _GIVEN = reprlib.Repr()
 _GIVEN.maxstring = _GIVEN.maxother = _GIVEN.maxlong = 100
@@ -433,9 +433,11 @@ def recipe_text(name_or_path: str) -> str:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        if max(map(len, content.splitlines()), default=0) > _LONGEST_LINE:
+            raise ValueError(f"it has a line of more than {_LONGEST_LINE} bytes")
         return content.decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}; it must be a text file in UTF-8") from error
+        raise ConfigError(f"recipe {path} cannot be read: {error}; it must be a short text file in UTF-8") from error
 
 
 def recipe_headline(name: str) -> str:
