@@ -297,6 +297,28 @@ def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [file.name for file in stream.records.files()] == [f"test-{number}.parquet" for number in range(11)]
 
 
+def test_all_splits_of_shards_name_the_same_classes(tmp_path: Path) -> None:
+    for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
+        shard(tmp_path, [0, 1] * 3, metadata=named(names))
+        os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"{split}-0.parquet")
+    for split in ("train", "test"):
+        with pytest.raises(DataError, match=r"0\.parquet names the classes .*give all splits the same names"):
+            load_images(tmp_path, split)
+    shard(tmp_path, [0, 1] * 3, metadata=named(["a", "b"]))
+    os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / "test-0.parquet")
+    assert load_images(tmp_path, "test").classes == ("a", "b")
+
+
+def test_classes_that_are_not_named_are_counted_over_all_splits(tmp_path: Path) -> None:
+    for split, labels in (("train", [0, 1, 2] * 2), ("test", [1] * 6)):
+        shard(tmp_path, labels)
+        os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"{split}.parquet")
+    (tmp_path / "val-0.parquet").write_bytes(b"damaged")
+    assert load_images(tmp_path, "train").classes == load_images(tmp_path, "test").classes == ("0", "1", "2")
+    with pytest.raises(DataError, match=r"val-0\.parquet cannot be read"):
+        load_images(tmp_path, "val")
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 

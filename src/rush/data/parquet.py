@@ -2,8 +2,9 @@
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -75,9 +76,11 @@ class ParquetRecords:
 def parquet_records(folder: Path, split: str, name: str) -> ParquetRecords:
     """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folder``, in order; no pixels are read.
 
-    Without class names in the metadata the classes are "0".."K-1" with K - 1 the largest label; without a label column
-    labels are None. Labels are integers. What lies beside the shards and is no note is omitted with a DataWarning.
-    Raises: DataError naming the shard that is missing, damaged, empty, mislabelled or of another layout.
+    Without class names in the metadata the classes are "0".."K-1" with K - 1 the largest label of all splits in
+    ``folder``; without a label column labels are None. Labels are integers. What lies beside the shards and is no note
+    is omitted with a DataWarning.
+    Raises: DataError naming the shard that is missing, damaged, empty, mislabelled, of another layout, or whose split
+    names other classes.
     """
     _warn_of_strays(folder)
     shards = tuple(_open_shard(path) for path in find_shards(folder, split))
@@ -87,12 +90,42 @@ def parquet_records(folder: Path, split: str, name: str) -> ParquetRecords:
                 f"{shard.path} has another label column or other classes than {shards[0].path}; use one source"
             )
     labels = [_labels(shard) for shard in shards] if shards[0].label else []
-    classes = shards[0].classes or number_classes(labels, str(folder))
+    others = list(_other_shards(folder, shards)) if labels else []
+    _check_same_names(shards[0], others)
+    classes = shards[0].classes or number_classes([*labels, *map(_labels, others)], str(folder))
     checked = [
         check_labels(values, shard.rows, len(classes), str(shard.path))
         for shard, values in zip(shards, labels, strict=bool(labels))
     ]
     return ParquetRecords(shards, name, split, classes, torch.cat(checked) if checked else None)
+
+
+def _other_shards(folder: Path, shards: Sequence["_Shard"]) -> Iterator["_Shard"]:
+    """Yield the labelled shards of the other splits: the first of each where classes are named, else all.
+
+    One that cannot be read is passed over here; it is named when its own split is loaded.
+    """
+    seen = {shards[0].path.name.partition("-")[0].removesuffix(".parquet")}
+    for path in sorted(set(folder.glob("*.parquet")) - {shard.path for shard in shards}):
+        split = path.name.partition("-")[0].removesuffix(".parquet")
+        if shards[0].classes and split in seen:
+            continue
+        seen.add(split)
+        with suppress(DataError):
+            other = _open_shard(path)
+            if other.label == shards[0].label:
+                yield other
+
+
+def _check_same_names(shard: "_Shard", others: Sequence["_Shard"]) -> None:
+    """Raise DataError where another split names other classes, so that one label would stand for two of them."""
+    for other in others:
+        if other.classes != shard.classes:
+            named, known = (reprlib.repr(list(one.classes or "none")) for one in (other, shard))
+            raise DataError(
+                f"{other.path} names the classes {named}, {shard.path} names {known}; give all splits the same names "
+                "in the same order"
+            )
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:

@@ -15,6 +15,7 @@ from rush.data.arrays import load_npz, npz_bytes
 from rush.data.cifar import CifarVersion, cifar10_versions, cifar100_versions, read_cifar
 from rush.data.decoding import decode
 from rush.data.digits import NUM_TEST, load_digits
+from rush.data.entries import describe_kind
 from rush.data.folders import folder_records
 from rush.data.images import ImageSet, concatenate
 from rush.data.labels import check_several_classes
@@ -226,6 +227,8 @@ def _npz(name: str, path: Path) -> Path:
 
 def _unknown(name: str, path: Path) -> DataError:
     allowed = f"allowed are {', '.join(SPLITS)}, a folder of class folders, a folder of parquet shards, or an .npz file"
+    if path.exists() and not path.is_file():
+        return DataError(f"{path} is {describe_kind(path)}; {allowed}")
     if path.is_file():
         return DataError(f"{path} is a {path.suffix or 'nameless'} file; {allowed}")
     close = difflib.get_close_matches(name.lower(), SPLITS, n=1)
