@@ -284,6 +284,32 @@ def test_a_hostile_shard_is_refused(name: str, tmp_path: Path, processes: ForkSe
     assert text in told
 
 
+def load_damaged(folder: Path, seed: int, attempts: int) -> None:
+    """Load a shard with a few bytes of its footer replaced, again and again."""
+    chance = np.random.default_rng(seed)
+    file = folder / "test-00000-of-00001.parquet"
+    content = file.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for _ in range(attempts):
+        damaged = bytearray(content)
+        for place in chance.integers(footer, len(content), 3):
+            damaged[place] = chance.integers(256)
+        file.write_bytes(damaged)
+        try:
+            load_images(folder)
+        except DataError as error:
+            if str(folder) not in str(error):
+                raise RuntimeError(str(error)) from error
+    raise DataError("all were refused or read")
+
+
+@pytest.mark.timeout(120)
+def test_a_damaged_footer_is_refused_and_ends_no_process(tmp_path: Path, processes: ForkServerContext) -> None:
+    """pyarrow ended the process for about one such footer in some thousand."""
+    shard(tmp_path, [0, 1] * 3, pa.array([{"bytes": png(GREY[0]), "path": str(k)} for k in range(6)], STRUCT))
+    assert refused(processes, load_damaged, tmp_path, 0, 600) == "all were refused or read"
+
+
 def test_integers_in_a_dictionary_are_labels(tmp_path: Path) -> None:
     shard(tmp_path, pa.array([0, 1, 2] * 2).dictionary_encode())
     assert load_images(tmp_path).labels.tolist() == [0, 1, 2, 0, 1, 2]

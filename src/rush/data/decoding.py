@@ -72,6 +72,8 @@ def decode_images(encoded: Iterable[Encoded], total: int, size: int | None = Non
         images[row] = Form((images.shape[1], *images.shape[2:]), first).fit(image, where)
     if images is None:
         raise DataError("no image to decode; the set is empty")
+    if row + 1 < total:
+        raise DataError(f"{row + 1} images were read of {total}, the last is {where}; the files after it are damaged")
     return torch.from_numpy(images)
 
 

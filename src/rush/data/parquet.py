@@ -171,7 +171,7 @@ def _warn_of_strays(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Group:
-    """A row group: its first row in the shard, its rows, and the bytes of its encoded images."""
+    """A row group: its first row in the shard, its rows, and the bytes of its columns, mostly encoded images."""
 
     start: int
     rows: int
@@ -197,8 +197,11 @@ class _Shard:
 
 
 def _open_shard(path: Path) -> _Shard:
-    with _parquet(path) as file:
-        schema, metadata = file.schema_arrow, file.metadata
+    with _parquet(path) as file:  # around all of it, since names in a damaged schema may not even be text
+        return _described(file.schema_arrow, file.metadata, path)
+
+
+def _described(schema: Any, metadata: Any, path: Path) -> _Shard:
     image = _image_column(schema, path)
     label = next((column for column in LABEL_COLUMNS if column in schema.names), None)
     if label is None and any("label" in column for column in schema.names):
@@ -208,16 +211,20 @@ def _open_shard(path: Path) -> _Shard:
     if metadata.num_rows > max(_FREE_ROWS, path.stat().st_size):
         raise DataError(f"{path} claims {metadata.num_rows} rows in {path.stat().st_size} bytes; get it again")
     has_paths = schema.field(image).type.get_field_index("path") >= 0
-    groups = tuple(_groups(metadata, f"{image}.bytes"))
+    groups = tuple(_groups(metadata))
+    if any(group.rows < 0 or group.size < 0 for group in groups) or groups[-1].stop != metadata.num_rows:
+        raise DataError(
+            f"{path} is damaged: its row groups do not have the {metadata.num_rows} rows claimed; get it again"
+        )
     return _Shard(path, groups, image, label, _class_names(schema.metadata or {}, label, path), has_paths)
 
 
-def _groups(metadata: Any, column: str) -> Iterator[_Group]:
+def _groups(metadata: Any) -> Iterator[_Group]:
+    """Yield the row groups. The size is that of all columns: pyarrow ends the process where the metadata of a single
+    one are damaged, and beside the images the others are small."""
     start = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        columns = map(group.column, range(group.num_columns))
-        size = sum(part.total_uncompressed_size for part in columns if part.path_in_schema == column)
-        yield _Group(start, group.num_rows, size)
+        yield _Group(start, group.num_rows, group.total_byte_size)
         start += group.num_rows
 
 
@@ -333,15 +340,22 @@ def _of_group(file: Any, shard: _Shard, number: int, wanted: np.ndarray) -> Iter
         start += len(column)
         if start > wanted[-1]:
             return
+    raise DataError(f"{shard.path} is damaged: it ends before row {wanted[-1]} of {shard.rows}; get it again")
 
 
 def _ids(shards: Sequence[_Shard], split: str) -> np.ndarray:
     paths: list[str | None] = []
     for shard in shards:
-        if shard.has_paths:
-            with _parquet(shard.path) as file:
-                paths += file.read(columns=[f"{shard.image}.path"]).column(0).combine_chunks().field("path").to_pylist()
-        else:
-            paths += [None] * shard.rows
+        paths += _paths(shard) if shard.has_paths else [None] * shard.rows
     unique = None not in paths and len(set(paths)) == len(paths)
     return np.array(paths if unique else [f"{split}-{row:05d}" for row in range(len(paths))], dtype=str)
+
+
+def _paths(shard: _Shard) -> list[str | None]:
+    """Return the path beside each image of the shard. Raise DataError where there is another number of them."""
+    with _parquet(shard.path) as file:
+        column = file.read(columns=[f"{shard.image}.path"], use_threads=False).column(0).combine_chunks()
+        paths: list[str | None] = column.field("path").to_pylist()
+    if len(paths) != shard.rows:
+        raise DataError(f"{shard.path} is damaged: it has {len(paths)} paths for {shard.rows} images; get it again")
+    return paths
