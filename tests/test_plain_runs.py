@@ -184,7 +184,7 @@ def test_a_file_is_predicted_by_the_network_and_never_abstained_on(plain_run: Pa
     found = predict_files(plain_run, files, num_samples=10, alpha=0.001, seed=0, resize=False)
     model = rush.load(plain_run, device="cpu")
     expected = classes_at(model, stored["images"][:5].astype(np.float32) / 255)  # type: ignore[arg-type]
-    assert [int(name) for _, name in found] == expected.tolist()
+    assert [int(one.answer) for one in found] == expected.tolist()
 
 
 def test_the_network_of_a_run_can_be_smoothed_from_outside(plain_run: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from cyclopts import App, Parameter
 
-from rush.errors import ConfigError, RunError
+from rush.errors import ConfigError, DataError, RunError
 from rush.lines import read_object
 from rush.options import STAGES, Decision, Level, Norm, Stage
 from rush.terminal import print_lines, print_table, print_wide_table
@@ -423,7 +423,8 @@ def predict(
     folder: Path
         Run folder, or a folder with model.json and model.safetensors.
     images: list[Path]
-        Image files of the size the model was trained on.
+        Image files. They are read like the training images; where these were resized (data.size), so are they. A
+        file that cannot be read is named, and the others are answered.
     num_samples: int
         Noisy copies that vote on each image.
     alpha: float
@@ -431,16 +432,23 @@ def predict(
     seed: int
         Seed of the noise.
     resize: bool
-        Resize images of another size instead of refusing them.
+        Resample the central part of images of another size instead of refusing them, also where the training images
+        were not resized.
     eager: bool
         Do not compile the network, even where it was certified compiled: for a machine without a compiler.
     """
     from rush.prediction import predict_files
 
-    rows = predict_files(
+    predictions = predict_files(
         folder, images, num_samples=num_samples, alpha=alpha, seed=seed, resize=resize, compiled=not eager
     )
-    print_table(("image", "class"), rows)
+    answered = [(str(one.file), one.answer) for one in predictions if one.answer is not None]
+    if answered:
+        print_table(("image", "class"), answered)
+    errors = [one.error for one in predictions if one.error is not None]
+    print_lines([f"rush: {error}" for error in errors[:-1]], stderr=True)
+    if errors:
+        raise DataError(errors[-1])
 
 
 @app.command

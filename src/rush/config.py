@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -39,6 +40,11 @@ from rush.options import (
     fewest_samples,
     parse_fraction,
 )
+
+_MOST_BYTES, _LONGEST_LINE = 1 << 16, 4096  # of a recipe: the parser's memory grows with the square of a dotted key
+_DEEPEST = 16  # tables and lists in each other
+_GIVEN = reprlib.Repr()
+_GIVEN.maxstring = _GIVEN.maxother = _GIVEN.maxlong = 100
 
 
 def _number_as_text(value: object) -> object:
@@ -416,15 +422,22 @@ def recipe_text(name_or_path: str) -> str:
     if name_or_path in recipe_names():
         return _shipped().joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
     path = Path(name_or_path)
-    if path.suffix != ".toml" or not path.is_file():
+    if path.suffix != ".toml" or not _is_file(path):
         hint = _closest(name_or_path, recipe_names())
         raise ConfigError(
-            f"no recipe {name_or_path!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a .toml file"
+            f"no recipe {name_or_path[:200]!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a "
+            ".toml file"
         )
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}; it must be a text file in UTF-8") from error
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        if max(map(len, content.splitlines()), default=0) > _LONGEST_LINE:
+            raise ValueError(f"it has a line of more than {_LONGEST_LINE} bytes")
+        return content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}; it must be a short text file in UTF-8") from error
 
 
 def recipe_headline(name: str) -> str:
@@ -444,17 +457,19 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | No
 
 def recipe_values(name_or_path: str, _above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of a recipe as they are written, over those of its ``base``; ConfigError when it is no TOML."""
+    text = recipe_text(name_or_path)
     try:
-        values = tomllib.loads(recipe_text(name_or_path))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error}") from error
+        values = tomllib.loads(text.replace("\r\n", "\n"))
+    except (ValueError, RecursionError) as error:  # a ValueError also for an integer of thousands of digits
+        raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error or type(error).__name__}") from error
+    _check_plain(values, f"recipe {name_or_path}")
     base = values.pop("base", None)
     if base is None:
         return values
     beside = Path(name_or_path).parent / str(base)
-    found = str(beside) if beside.is_file() else base
+    found = str(beside) if _is_file(beside) else base
     if not isinstance(found, str) or found in (*_above, name_or_path):
-        raise ConfigError(f"recipe {name_or_path}: base must name another recipe (given: {base!r})")
+        raise ConfigError(f"recipe {name_or_path}: base must name another recipe (given: {reprlib.repr(base)})")
     return _over(recipe_values(found, (*_above, name_or_path)), values)
 
 
@@ -470,12 +485,36 @@ def build_recipe(
     """The validated recipe of plain ``values`` with ``overrides`` applied; raises ConfigError like ``load_recipe``."""
     for override in overrides:
         _apply(values, override)
+    _check_plain(values, source)
     if data is not None and isinstance(values.setdefault("data", {}), dict):
         values["data"]["root"] = str(Path(data).expanduser().resolve())
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(entry) for entry in error.errors())) from None
+
+
+def _check_plain(values: object, source: str) -> None:
+    """Raise ConfigError for tables and lists in each other beyond any recipe, and integers of more than 64 bits."""
+    pending = [(values, 0)]
+    while pending:
+        value, depth = pending.pop()
+        if depth > _DEEPEST:
+            raise ConfigError(
+                f"{source}: tables and lists lie more than {_DEEPEST} deep in each other; recipes need few"
+            )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{source}: an integer has {value.bit_length()} bits, allowed are 64; give a smaller one")
+        if isinstance(value, dict | list):
+            pending += [(part, depth + 1) for part in (value.values() if isinstance(value, dict) else value)]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether ``path`` is a file; a text that the system takes for no path is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _shipped() -> Any:
@@ -498,7 +537,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -508,7 +547,11 @@ def _explain(entry: Any) -> str:
         allowed = _fields_at(entry["loc"][:-1])
         return f"{where}: unknown key{_closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
     message = entry["msg"].removeprefix("Value error, ")
-    given = "" if entry["type"] == "missing" or isinstance(entry["input"], dict) else f" (given: {entry['input']!r})"
+    given = (
+        ""
+        if entry["type"] == "missing" or isinstance(entry["input"], dict)
+        else f" (given: {_GIVEN.repr(entry['input'])})"
+    )
     return f"{where}: {message}{given}".removeprefix(": ")  # what joins sections has no place
 
 

@@ -56,5 +56,9 @@ class RushWarning(UserWarning):
     """Base of all warnings that this library gives on purpose."""
 
 
+class DataWarning(RushWarning):
+    """Something in a folder of images is not read; the text says what, how many and where the first is."""
+
+
 class NumericsWarning(RushWarning):
     """A result may differ in its last bits from one call, batch or machine to another."""

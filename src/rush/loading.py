@@ -1,14 +1,23 @@
 """``rush.load``: a trained classifier from a folder, smoothed or not."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 from rush.engine.precision import decide_execution
 from rush.errors import RunError
 from rush.models.classifier import Classifier
-from rush.saving import is_plain, load_plain, load_smoothed, read_description
+from rush.models.description import read_description
+from rush.saving import is_plain, load_plain, load_smoothed
 from rush.smoothing import SmoothedClassifier
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """How the images of a model were made: their ``shape`` (C, H, W), and whether they were ``resized`` to it."""
+
+    shape: tuple[int, int, int]
+    resized: bool
 
 
 def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = True) -> SmoothedClassifier | Classifier:
@@ -32,10 +41,11 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
     return smoothed
 
 
-def image_shape(folder: str | PathLike[str]) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that the model in ``folder`` was trained on."""
-    channels, height, width = read_description(_model_folder(folder))["image_shape"]
-    return channels, height, width
+def image_form(folder: str | PathLike[str]) -> ImageForm:
+    """How the images that the model in ``folder`` was trained on were made; not resized where it is not recorded."""
+    description = read_description(_model_folder(folder))
+    channels, height, width = description["image_shape"]
+    return ImageForm((channels, height, width), description["resized"])
 
 
 def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rush.attacks.threat import ThreatModel
+from rush.data.arrays import read_arrays
 from rush.data.images import ImageSet, evaluation_order
+from rush.data.labels import decode_texts
 from rush.data.sources import load_images
 from rush.errors import ConfigError, DataError, InputError
 from rush.evaluation.audit import AuditReport, audit
@@ -164,7 +165,7 @@ def judge_file(file: Path, subject: Subject | None, model: Model, threat: Threat
     pixels = subject.images
     if "ids" in arrays:
         places = {own: row for row, own in enumerate(pixels.ids)}
-        names = [str(own) for own in arrays["ids"].tolist()]
+        names = decode_texts(arrays["ids"], "ids", str(file))
         strange = [own for own in names if own not in places]
         if strange:
             raise DataError(f"{file} has {len(strange)} images that the data set has not, first {strange[0]}")
@@ -208,11 +209,7 @@ def _chosen(images: ImageSet, count: int | None, seed: int) -> ImageSet:
 def _arrays(file: Path) -> dict[str, NDArray[np.generic]]:
     if not file.is_file():
         raise DataError(f"{file} does not exist; give an .npz file with an array 'adversarial'")
-    try:
-        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{file} cannot be read as arrays ({type(error).__name__}: {error})") from error
+    return read_arrays(file, lambda _: True)
 
 
 def _needed(arrays: dict[str, NDArray[np.generic]], name: str, file: Path) -> NDArray[np.generic]:

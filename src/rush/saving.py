@@ -1,27 +1,35 @@
 """Models on disk: weights as safetensors, everything else as JSON beside them; nothing is ever unpickled."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rush.data.entries import describe_kind
 from rush.engine.precision import Execution
-from rush.errors import ConfigError, InputError, RunError
+from rush.errors import ConfigError, RunError
 from rush.files import write_atomically, write_json
 from rush.models.classifier import Classifier, Normalize
+from rush.models.description import FORMAT, GAUSSIAN, NO_NOISE, damaged, read_description
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
 from rush.noise import Gaussian
 from rush.options import EncoderName, Stem
 from rush.smoothing import SmoothedClassifier
 
-FORMAT = 1
-_GAUSSIAN, _NO_NOISE = "gaussian", "none"
+_TYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 _RECORDED = ("precision", "tile", "folded", "compile_mode")
 
 
@@ -63,14 +71,35 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill ``module`` in place from ``path``; RunError when the file is missing, damaged or of another architecture."""
+    _check_weights(module, path)
     try:
         module.load_state_dict(load_file(path))
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{path} is missing; the stage that writes it has not finished, or the folder is incomplete"
-        ) from error
-    except (SafetensorError, RuntimeError) as error:
-        raise RunError(f"{path} does not fit or is damaged: {error}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise _unfit(path, error) from error
+
+
+def _check_weights(module: nn.Module, path: Path) -> None:
+    """Raise RunError unless the header of ``path`` names the tensors of ``module`` (which may be on the meta device),
+    with their shapes and types; no tensor is read."""
+    if not path.exists():
+        raise RunError(f"{path} is missing; the stage that writes it has not finished, or the folder is incomplete")
+    if not path.is_file():
+        raise RunError(f"{path} is {describe_kind(path)}, not a file of weights; restore it")
+    try:
+        with safe_open(path, "pt") as stored:
+            found = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
+            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
+    except Exception as error:  # the reader of the header may raise anything on a damaged one
+        raise _unfit(path, error) from error
+    expected = {name: (tuple(tensor.shape), _TYPES.get(tensor.dtype)) for name, tensor in module.state_dict().items()}
+    wrong = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+    if wrong:
+        given, wanted = shapes.get(wrong[0], "not there"), expected.get(wrong[0], "none")
+        raise _unfit(path, f"{wrong[0]!r} is {given}, expected is {wanted} ({len(wrong)} such tensors)")
+
+
+def _unfit(path: Path, reason: object) -> RunError:
+    return RunError(f"{path} does not fit or is damaged: {reason}; restore it, or train again in another folder")
 
 
 def save_smoothed(
@@ -80,18 +109,28 @@ def save_smoothed(
     sigma: float,
     execution: Execution,
     image_shape: Sequence[int],
+    resized: bool = False,
 ) -> None:
     """Write ``model.safetensors`` and ``model.json`` into ``folder``; the JSON last, so that it says the model is
-    whole."""
-    _save(folder, classifier, spec, {"name": _GAUSSIAN, "sigma": sigma}, execution, image_shape)
+    whole.
+
+    image_shape: (C, H, W) of the images it was trained on. resized: whether these were made from images of any size
+    (``data.size``), so that others are made the same way for it.
+    """
+    _save(folder, classifier, spec, {"name": GAUSSIAN, "sigma": sigma}, execution, image_shape, resized)
 
 
 def save_plain(
-    folder: Path, classifier: Classifier, spec: ClassifierSpec, device: str, image_shape: Sequence[int]
+    folder: Path,
+    classifier: Classifier,
+    spec: ClassifierSpec,
+    device: str,
+    image_shape: Sequence[int],
+    resized: bool = False,
 ) -> None:
     """Write a classifier that is not smoothed, like ``save_smoothed``; its noise is "none" and its forward
     ``plain_execution``."""
-    _save(folder, classifier, spec, {"name": _NO_NOISE}, plain_execution(device), image_shape)
+    _save(folder, classifier, spec, {"name": NO_NOISE}, plain_execution(device), image_shape, resized)
 
 
 def plain_execution(device: str) -> Execution:
@@ -102,7 +141,7 @@ def plain_execution(device: str) -> Execution:
 
 def is_plain(description: Mapping[str, Any]) -> bool:
     """Whether the model of a ``model.json`` is not smoothed."""
-    return bool(description["noise"]["name"] == _NO_NOISE)
+    return bool(description["noise"]["name"] == NO_NOISE)
 
 
 def load_plain(folder: Path, device: str) -> Classifier:
@@ -113,7 +152,7 @@ def load_plain(folder: Path, device: str) -> Classifier:
     description = read_description(folder)
     if not is_plain(description):
         raise RunError(f"{folder} holds a smoothed classifier; take rush.load")
-    classifier = _load_classifier(folder, _read_spec(folder, description))
+    classifier = _load_classifier(folder, _read_spec(description))
     plain_execution(device).place(classifier)
     return classifier.eval()
 
@@ -130,56 +169,22 @@ def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
             f"{folder} holds a classifier that is not smoothed (smoothing.sigma = 0); rush.load gives it as it is, and "
             "rush.SmoothedClassifier puts noise on it"
         )
-    spec = _read_spec(folder, description)
-    try:
-        noise = Gaussian(description["noise"]["sigma"])
-    except InputError as error:
-        raise _damaged(folder / "model.json", error) from error
+    spec = _read_spec(description)
     classifier = _load_classifier(folder, spec)
     execution = replace(execution, **recorded_form(description))
     placed = execution.place(classifier).eval()
     return SmoothedClassifier(
         placed,
-        noise=noise,
+        noise=Gaussian(description["noise"]["sigma"]),
         num_classes=len(spec.classes),
         execution=execution,
         classes=spec.classes,
     )
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """``model.json`` of ``folder``; RunError when it is missing, damaged or of an unknown format."""
-    file = folder / "model.json"
-    if not file.is_file():
-        raise RunError(f"{file} is missing: {folder} holds no finished model; train one with `rush run RECIPE`")
-    try:
-        description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if description["format"] != FORMAT:
-            raise RunError(
-                f"{file} has format {description['format']}, this version reads {FORMAT}; update rush-smoothing"
-            )
-        noise = description["noise"]
-        if noise["name"] not in (_GAUSSIAN, _NO_NOISE):
-            raise RunError(
-                f"{file} has noise {noise['name']!r}, this version knows {_GAUSSIAN} and {_NO_NOISE}; update "
-                "rush-smoothing"
-            )
-        _ = (
-            description["classifier"],
-            is_plain(description) or noise["sigma"],
-            description["execution"]["precision"],
-            description["execution"]["tile"],
-            description["image_shape"],
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(file, error) from error
-    return description
-
-
 def recorded_form(description: dict[str, Any]) -> dict[str, Any]:
     """Whether the model's forward is folded and compiled; models written before it was recorded are neither."""
-    recorded = description["execution"]
-    return {"folded": recorded.get("folded", False), "compile_mode": recorded.get("compile_mode", "none")}
+    return {name: description["execution"][name] for name in ("folded", "compile_mode")}
 
 
 def _save(
@@ -189,6 +194,7 @@ def _save(
     noise: dict[str, Any],
     execution: Execution,
     image_shape: Sequence[int],
+    resized: bool,
 ) -> None:
     save_weights(classifier, folder / "model.safetensors")
     description = {
@@ -197,28 +203,27 @@ def _save(
         "noise": noise,
         "execution": {name: getattr(execution, name) for name in _RECORDED},
         "image_shape": list(image_shape),
+        "resized": resized,
         "classes": list(spec.classes),
     }
     write_json(folder / "model.json", description)
 
 
-def _read_spec(folder: Path, description: Mapping[str, Any]) -> ClassifierSpec:
-    try:
-        return ClassifierSpec(**description["classifier"])
-    except (TypeError, ValueError) as error:
-        raise _damaged(folder / "model.json", error) from error
+def _read_spec(description: Mapping[str, Any]) -> ClassifierSpec:
+    return ClassifierSpec(**description["classifier"])
 
 
 def _load_classifier(folder: Path, spec: ClassifierSpec) -> Classifier:
+    """Return the classifier with its weights, which takes memory only after the weights are known to fit."""
+    weights = folder / "model.safetensors"
     try:
+        with torch.device("meta"):
+            outline = spec.build()
+        _check_weights(outline, weights)
         classifier = spec.build()
     except ConfigError as error:
         raise RunError(f"{folder / 'model.json'}: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _damaged(folder / "model.json", error) from error
-    load_weights(classifier, folder / "model.safetensors")
+        raise damaged(folder / "model.json", error) from error
+    load_weights(classifier, weights)
     return classifier
-
-
-def _damaged(file: Path, error: Exception) -> RunError:
-    return RunError(f"{file} is damaged ({type(error).__name__}: {error}); restore it or fine-tune again")

@@ -1,7 +1,6 @@
 """Official archives and their extracted folders: found or downloaded, hash-checked, and read without extracting."""
 
 import tarfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import IO, TypeVar
 from rush.data.download import fetch
 from rush.errors import DataError
 
+_MOST_TEXT = 1 << 20
 Parsed = TypeVar("Parsed")
 Parse = Callable[[IO[bytes], str], Parsed]
 """From an open member and its name for error texts to what it holds."""
@@ -70,14 +70,25 @@ def read_members(archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]
     read = _from_folder if path.is_dir() else _from_tar
     try:
         found = read(archive, path, parsers)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # tarfile, gzip and zlib raise many kinds on damaged files
         raise DataError(
-            f"{path} is damaged or truncated ({error}); delete it and get it again from {archive.url}"
+            f"{path} is damaged or truncated ({error or type(error).__name__}); delete it and get it again from "
+            f"{archive.url}"
         ) from error
     missing = [member for member in parsers if member not in found]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; get it again from {archive.url}")
     return found
+
+
+def read_words(file: IO[bytes]) -> list[str]:
+    """Return the words of a short text file, without a byte order mark. Raise ValueError for a long one."""
+    content = file.read(_MOST_TEXT + 1)
+    if len(content) > _MOST_TEXT:
+        raise ValueError(f"more than {_MOST_TEXT} bytes of class names")
+    return content.removeprefix(b"\xef\xbb\xbf").decode("latin1").split()
 
 
 def _from_folder(_archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]) -> dict[str, Parsed]:
@@ -94,7 +105,8 @@ def _from_tar(archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]) -
     with tarfile.open(path, "r|gz") as tar:
         for entry in tar:
             member = entry.name.removeprefix("./").removeprefix(archive.folder + "/")
-            file = tar.extractfile(entry) if member in parsers else None
+            # A link is no official member, and following it would leave the stream.
+            file = tar.extractfile(entry) if member in parsers and entry.isreg() else None
             if file is not None:
                 found[member] = parsers[member](file, f"{path}:{entry.name}")
             if len(found) == len(parsers):

@@ -1,36 +1,45 @@
 """NumPy .npz files of 8-bit images, with or without labels, class names, ids and splits."""
 
+import math
 import zipfile
-import zlib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
 
-from rush.data.images import ImageSet, check_labels
+from rush.data.entries import describe_kind
+from rush.data.images import ImageSet
+from rush.data.labels import MAX_CLASSES, check_class_names, check_labels, decode_texts, number_classes
 from rush.errors import DataError
 
+_FREE_BYTES, _MOST_EXPANSION = 1 << 28, 200  # an array of more bytes must not be packed more densely than this
 Arrays = dict[str, np.ndarray]
+Content = TypeVar("Content")
 
 
 def load_npz(path: Path, split: str) -> ImageSet:
     """The arrays ``x_<split>`` and ``y_<split>`` of ``path``, else ``images`` and ``labels``, which serve any split.
 
-    Images: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C in 1, 3. ``classes`` and, for an unnamed split, ``ids``
-    are used where present; else the classes are "0".."K-1" with K - 1 the largest label in the file, and the ids
-    "<split>-<row>".
+    Images: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C in 1, 3. Labels: integers (N,) or (N, 1). ``classes``
+    and, for an unnamed split, ``ids`` are used where present, bytes being UTF-8; else the classes are "0".."K-1" with
+    K - 1 the largest label in the file, and the ids "<split>-<row>".
     Raises: DataError naming the file when it is damaged, lacks the split, or holds another type, shape or label. Never
     unpickles.
     """
     pixels, labels = f"x_{split}", f"y_{split}"
-    arrays, names = _read(path, pixels)
-    if pixels not in arrays:
+    names = array_names(path)
+    if pixels not in names:
         pixels, labels = "images", "labels"
-    if pixels not in arrays:
+    if pixels not in names:
         raise DataError(
             f"{path} has the arrays {names}, none for split {split!r}; "
             f"name them 'images' (and 'labels', 'classes', 'ids') or 'x_{split}' (and 'y_{split}')"
         )
+    # The labels of all splits are read, since they share their classes; the pixels of the others are not.
+    arrays = read_arrays(path, lambda key: key in (pixels, "labels", "classes", "ids") or key.startswith("y_"))
     images = _channels_first(arrays[pixels], f"{path}: {pixels}")
     classes = _classes(arrays, path)
     checked = (
@@ -46,28 +55,78 @@ def load_npz(path: Path, split: str) -> ImageSet:
 
 def npz_bytes(path: Path, split: str) -> int:
     """Bytes that the images of ``split`` take in memory, from the file's table of contents. Raises: DataError."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            sizes = {entry.filename: entry.file_size for entry in file.infolist()}
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}; write plain arrays again with numpy.savez") from error
+    sizes = _reading(path, lambda file: {entry.filename: entry.file_size for entry in file.infolist()})
     return sizes.get(f"x_{split}.npy", sizes.get("images.npy", 0))
 
 
-def _read(path: Path, pixels: str) -> tuple[Arrays, list[str]]:
-    """The arrays that may be needed (the pixels of other splits are not), and the names of all."""
+def array_names(path: Path) -> list[str]:
+    """Return the sorted names of the arrays in the .npz file at ``path``. Raises: DataError when it is none."""
+    return _reading(path, lambda file: sorted(name.removesuffix(".npy") for name in file.namelist()))
+
+
+def read_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
+    """Return the arrays of the .npz file at ``path`` whose names are ``wanted``, by name.
+
+    What a header claims is held against the bytes that the file has for it before anything is allocated.
+    Raises: DataError naming the file and the array that is damaged, holds Python objects or fields, or is packed more
+    densely than images are.
+    """
+
+    def read(file: zipfile.ZipFile) -> Arrays:
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in file.infolist()}
+        return {key: _read_array(file, entry, f"{path}: {key}") for key, entry in entries.items() if wanted(key)}
+
+    return _reading(path, read)
+
+
+def _reading(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
+    """Return what ``read`` makes of the opened file; whatever a damaged one raises becomes a DataError naming it."""
+    if not path.is_file():
+        raise DataError(f"{path} is {describe_kind(path)}, not an .npz file; give the path of one")
     if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is truncated or no .npz file; write it again with numpy.savez")
+        raise DataError(
+            f"{path} is truncated or no .npz file and cannot be read as arrays; write it again with numpy.savez"
+        )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            wanted = [
-                key
-                for key in file.files
-                if key in (pixels, "images", "labels", "classes", "ids") or key.startswith("y_")
-            ]
-            return {key: file[key] for key in wanted}, sorted(file.files)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; write plain arrays again with numpy.savez") from error
+        with zipfile.ZipFile(path) as file:
+            return read(file)
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds on damaged files
+        raise DataError(
+            f"{path} cannot be read: {error or type(error).__name__}; write plain arrays again with numpy.savez"
+        ) from error
+
+
+def _read_array(file: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> np.ndarray:
+    with file.open(entry) as stream:
+        _check_header(stream, entry, where)
+    with file.open(entry) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _check_header(stream: IO[bytes], entry: zipfile.ZipInfo, where: str) -> None:
+    """Raise DataError unless the array is plain and as large as the bytes that are stored for it."""
+    version = np.lib.format.read_magic(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise DataError(f"{where} has version {version} of the .npy format, allowed are {', '.join(map(str, readers))}")
+    shape, _, dtype = readers[version](stream)
+    if dtype.hasobject or dtype.fields is not None or dtype.kind not in "biufUS":
+        raise DataError(
+            f"{where} cannot be read: it holds {dtype}, allowed are plain numbers and text; store it as one of these"
+        )
+    claimed, stored = math.prod(shape) * dtype.itemsize, entry.file_size - stream.tell()
+    if claimed != stored or min(shape, default=0) < 0:
+        raise DataError(
+            f"{where} cannot be read: it claims {dtype} {shape}, {claimed} bytes, and has {stored}; write it again "
+            "with numpy.savez"
+        )
+    if claimed > max(_FREE_BYTES, _MOST_EXPANSION * entry.compress_size):
+        raise DataError(
+            f"{where} would grow from {entry.compress_size} to {claimed} bytes, more than {_MOST_EXPANSION}-fold; "
+            "write it again with numpy.savez, which does not compress"
+        )
 
 
 def _channels_first(images: np.ndarray, where: str) -> np.ndarray:
@@ -87,18 +146,16 @@ def _channels_first(images: np.ndarray, where: str) -> np.ndarray:
 
 
 def _classes(arrays: Arrays, path: Path) -> tuple[str, ...]:
-    if "classes" in arrays:
-        if arrays["classes"].ndim != 1:
-            raise DataError(
-                f"{path}: classes has shape {arrays['classes'].shape}, expected (K,); store one name per class"
-            )
-        return tuple(arrays["classes"].astype(str).tolist())
-    labels = [
-        values
-        for key, values in arrays.items()
-        if (key == "labels" or key.startswith("y_")) and values.dtype.kind in "iu"
-    ]
-    return tuple(str(label) for label in range(max((int(values.max(initial=-1)) for values in labels), default=-1) + 1))
+    if "classes" not in arrays:
+        return number_classes(
+            [part for key, part in arrays.items() if key == "labels" or key.startswith("y_")], f"{path}"
+        )
+    classes = arrays["classes"]
+    if classes.ndim != 1 or len(classes) > MAX_CLASSES:
+        raise DataError(
+            f"{path}: classes has shape {classes.shape}, expected (K,), K <= {MAX_CLASSES}; store one name per class"
+        )
+    return check_class_names(decode_texts(classes, "classes", f"{path}"), f"{path}")
 
 
 def _flat(labels: np.ndarray) -> np.ndarray:
@@ -108,4 +165,8 @@ def _flat(labels: np.ndarray) -> np.ndarray:
 def _named(ids: np.ndarray, total: int, path: Path) -> np.ndarray:
     if ids.shape != (total,):
         raise DataError(f"{path}: ids has shape {ids.shape}, expected ({total},); store one id per image")
-    return ids.astype(str)
+    texts = decode_texts(ids, "ids", f"{path}")
+    if len(set(texts)) < total:
+        repeated = next(text for text, count in Counter(texts).items() if count > 1)
+        raise DataError(f"{path}: duplicate id {repeated[:100]!r}; give every image an id of its own, or drop the ids")
+    return np.array(texts, dtype=str)

@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the official files, Python or binary version; fine labels."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from rush.data.archives import Archive, Parse, read_members
-from rush.data.images import ImageSet, check_labels
+from rush.data.archives import Archive, Parse, read_members, read_words
+from rush.data.images import ImageSet
+from rush.data.labels import check_class_names, check_labels
 from rush.data.pickles import read_plain_pickle
 from rush.errors import DataError
 
@@ -104,7 +106,7 @@ def _read_pickled(version: CifarVersion, rows: int, file: IO[bytes], where: str)
     pixels, labels = content.get("data"), content.get(version.labels_key)
     if not isinstance(pixels, np.ndarray) or not _is_list_of(labels, int):
         raise DataError(
-            f"{where} has the keys {sorted(content)}, needs an array 'data' and integers '{version.labels_key}'; "
+            f"{where} has the keys {sorted(content)[:20]}, needs an array 'data' and integers '{version.labels_key}'; "
             f"{_again(version)}"
         )
     if pixels.shape != (rows, _PIXELS):
@@ -133,13 +135,14 @@ def _read_pickled_names(version: CifarVersion, file: IO[bytes], where: str) -> t
 
 
 def _read_listed_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
-    return _checked_names(version, file.read().decode("latin1").split(), where)
+    return _checked_names(version, read_words(file), where)
 
 
 def _checked_names(version: CifarVersion, names: Any, where: str) -> tuple[str, ...]:
     if not _is_list_of(names, str) or len(names) != version.num_classes:
-        raise DataError(f"{where} names the classes {names}, expected {version.num_classes} of them; {_again(version)}")
-    return tuple(names)
+        given = reprlib.repr(names)
+        raise DataError(f"{where} names the classes {given}, expected {version.num_classes} of them; {_again(version)}")
+    return check_class_names(names, where)
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

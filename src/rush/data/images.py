@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rush.data.indexing import Index, positions
+from rush.data.labels import check_labels
 from rush.errors import DataError, InputError
 from rush.randomness import stream
 
@@ -61,8 +62,7 @@ class ImageSet:
     def pixels(self, indices: Index | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
         """float32 (n, C, H, W) in [0, 1]: ``images.float() / 255`` of all or of the chosen images, on ``device``."""
         chosen = self.images if indices is None else self.images[positions(indices, len(self))]
-        # CUDA would turn a Python scalar into a multiplication by 1/255, which rounds differently from a division.
-        return chosen.to(device).float().div_(torch.tensor(255.0, device=device))
+        return as_pixels(chosen, device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,22 +77,10 @@ class ImageSet:
         return replace(self, labels=None)
 
 
-def check_labels(labels: np.ndarray, num_images: int, num_classes: int, where: str) -> torch.Tensor:
-    """``labels`` as int64 (N,). Raises: DataError naming ``where`` unless they are N integers in 0..K-1."""
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{where}: labels must be integers of shape (N,), got {labels.dtype} {labels.shape}; "
-            "store one class index per image"
-        )
-    if len(labels) != num_images:
-        raise DataError(f"{where}: {len(labels)} labels for {num_images} images; store exactly one label per image")
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if wrong.size:
-        raise DataError(
-            f"{where}: row {wrong[0]} has label {labels[wrong[0]]}, allowed are 0..{num_classes - 1}; "
-            f"{wrong.size} of {num_images} labels are out of range: correct them, name every class, or drop the labels"
-        )
-    return torch.from_numpy(labels.astype(np.int64))
+def as_pixels(images: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return 8-bit ``images`` as float32 in [0, 1] on ``device``: ``images.float() / 255``."""
+    # CUDA would turn a Python scalar into a multiplication by 1/255, which rounds differently from a division.
+    return images.to(device).float().div_(torch.tensor(255.0, device=device))
 
 
 def evaluation_order(total: int, count: int | None, seed: int) -> list[int]:

@@ -2,8 +2,9 @@
 
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rush.data.decoding import Encoded
-from rush.data.images import check_labels
+from rush.data.decoding import MAX_BYTES, Encoded
+from rush.data.entries import describe_kind, list_entries, warn_of_omitted
+from rush.data.labels import check_class_names, check_labels, number_classes
 from rush.data.records import Block
 from rush.errors import DataError
 
@@ -22,6 +24,7 @@ LABEL_COLUMNS = ("label", "fine_label")
 _SERIES = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 _BATCH = 1024
 _BATCH_BYTES = 1 << 20  # what is taken out of a row group at a time; at most so much is read ahead of it
+_FREE_ROWS = 1 << 20  # a shard may have so many, or as many as it has bytes
 _ROW_BYTES = 256  # what Python adds to each image that is held: its name for error texts, and objects
 
 
@@ -73,10 +76,13 @@ class ParquetRecords:
 def parquet_records(folder: Path, split: str, name: str) -> ParquetRecords:
     """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folder``, in order; no pixels are read.
 
-    Without class names in the metadata the classes are "0".."K-1" with K - 1 the largest label; without a label column
-    labels are None.
-    Raises: DataError naming the shard that is missing, damaged, empty, mislabelled or of another layout.
+    Without class names in the metadata the classes are "0".."K-1" with K - 1 the largest label of all splits in
+    ``folder``; without a label column labels are None. Labels are integers. What lies beside the shards and is no note
+    is omitted with a DataWarning.
+    Raises: DataError naming the shard that is missing, damaged, empty, mislabelled, of another layout, or whose split
+    names other classes.
     """
+    _warn_of_strays(folder)
     shards = tuple(_open_shard(path) for path in find_shards(folder, split))
     for shard in shards:
         if (shard.label, shard.classes) != (shards[0].label, shards[0].classes):
@@ -84,7 +90,9 @@ def parquet_records(folder: Path, split: str, name: str) -> ParquetRecords:
                 f"{shard.path} has another label column or other classes than {shards[0].path}; use one source"
             )
     labels = [_labels(shard) for shard in shards] if shards[0].label else []
-    classes = shards[0].classes or _numbered(labels)
+    others = list(_other_shards(folder, shards)) if labels else []
+    _check_same_names(shards[0], others)
+    classes = shards[0].classes or number_classes([*labels, *map(_labels, others)], str(folder))
     checked = [
         check_labels(values, shard.rows, len(classes), str(shard.path))
         for shard, values in zip(shards, labels, strict=bool(labels))
@@ -92,9 +100,41 @@ def parquet_records(folder: Path, split: str, name: str) -> ParquetRecords:
     return ParquetRecords(shards, name, split, classes, torch.cat(checked) if checked else None)
 
 
+def _other_shards(folder: Path, shards: Sequence["_Shard"]) -> Iterator["_Shard"]:
+    """Yield the labelled shards of the other splits: the first of each where classes are named, else all.
+
+    One that cannot be read is passed over here; it is named when its own split is loaded.
+    """
+    seen = {shards[0].path.name.partition("-")[0].removesuffix(".parquet")}
+    for path in sorted(set(folder.glob("*.parquet")) - {shard.path for shard in shards}):
+        split = path.name.partition("-")[0].removesuffix(".parquet")
+        if shards[0].classes and split in seen:
+            continue
+        seen.add(split)
+        with suppress(DataError):
+            other = _open_shard(path)
+            if other.label == shards[0].label:
+                yield other
+
+
+def _check_same_names(shard: "_Shard", others: Sequence["_Shard"]) -> None:
+    """Raise DataError where another split names other classes, so that one label would stand for two of them."""
+    for other in others:
+        if other.classes != shard.classes:
+            named, known = (reprlib.repr(list(one.classes or "none")) for one in (other, shard))
+            raise DataError(
+                f"{other.path} names the classes {named}, {shard.path} names {known}; give all splits the same names "
+                "in the same order"
+            )
+
+
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The shards of ``split`` in ``folder``, in order. Raises: DataError without any, or naming a missing one."""
-    shards = sorted(folder.glob(f"{split}-*.parquet")) or sorted(folder.glob(f"{split}.parquet"))
+    single = [path for path in (folder / f"{split}.parquet",) if path.exists()]
+    numbered = sorted(_glob(folder, f"{split}-"), key=_by_numbers)
+    if single and numbered:
+        raise DataError(f"{folder} mixes several series: {single[0].name} and {numbered[0].name}; keep one of them")
+    shards = numbered or single
     if not shards:
         splits = sorted({re.split(r"[-.]", path.name)[0] for path in folder.glob("*.parquet")})
         raise DataError(
@@ -114,9 +154,24 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     return shards
 
 
+def _glob(folder: Path, beginning: str) -> list[Path]:
+    """Return the shards whose names begin so, which is taken as it is and not as a pattern."""
+    return [path for path in folder.glob("*.parquet") if path.name.startswith(beginning)]
+
+
+def _by_numbers(path: Path) -> list[str | int]:
+    """Return a key that sorts the numbers in a name by value."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
+
+
+def _warn_of_strays(folder: Path) -> None:
+    strays = [Path(entry.path) for entry in list_entries(folder) if not entry.name.endswith(".parquet")]
+    warn_of_omitted(folder, strays, "parquet shards")
+
+
 @dataclass(frozen=True)
 class _Group:
-    """A row group: its first row in the shard, its rows, and the bytes of its encoded images."""
+    """A row group: its first row in the shard, its rows, and the bytes of its columns, mostly encoded images."""
 
     start: int
     rows: int
@@ -142,25 +197,34 @@ class _Shard:
 
 
 def _open_shard(path: Path) -> _Shard:
-    with _parquet(path) as file:
-        schema, metadata = file.schema_arrow, file.metadata
+    with _parquet(path) as file:  # around all of it, since names in a damaged schema may not even be text
+        return _described(file.schema_arrow, file.metadata, path)
+
+
+def _described(schema: Any, metadata: Any, path: Path) -> _Shard:
     image = _image_column(schema, path)
     label = next((column for column in LABEL_COLUMNS if column in schema.names), None)
     if label is None and any("label" in column for column in schema.names):
         raise DataError(f"{path} has the columns {schema.names}; name its label column 'label' or 'fine_label'")
     if metadata.num_rows == 0:
         raise DataError(f"{path} is empty; get it again or remove it")
+    if metadata.num_rows > max(_FREE_ROWS, path.stat().st_size):
+        raise DataError(f"{path} claims {metadata.num_rows} rows in {path.stat().st_size} bytes; get it again")
     has_paths = schema.field(image).type.get_field_index("path") >= 0
-    groups = tuple(_groups(metadata, f"{image}.bytes"))
+    groups = tuple(_groups(metadata))
+    if any(group.rows < 0 or group.size < 0 for group in groups) or groups[-1].stop != metadata.num_rows:
+        raise DataError(
+            f"{path} is damaged: its row groups do not have the {metadata.num_rows} rows claimed; get it again"
+        )
     return _Shard(path, groups, image, label, _class_names(schema.metadata or {}, label, path), has_paths)
 
 
-def _groups(metadata: Any, column: str) -> Iterator[_Group]:
+def _groups(metadata: Any) -> Iterator[_Group]:
+    """Yield the row groups. The size is that of all columns: pyarrow ends the process where the metadata of a single
+    one are damaged, and beside the images the others are small."""
     start = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        columns = map(group.column, range(group.num_columns))
-        size = sum(part.total_uncompressed_size for part in columns if part.path_in_schema == column)
-        yield _Group(start, group.num_rows, size)
+        yield _Group(start, group.num_rows, group.total_byte_size)
         start += group.num_rows
 
 
@@ -185,24 +249,39 @@ def _image_column(schema: Any, path: Path) -> str:
     for column in IMAGE_COLUMNS:
         if column in schema.names:
             kind = schema.field(column).type
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            if pa.types.is_struct(kind) and _holds_bytes(kind):
                 return column
     found = ", ".join(f"{name}: {kind}" for name, kind in zip(schema.names, schema.types, strict=True))
     raise DataError(f"{path} has the columns {found}; it needs 'img' or 'image', a struct of bytes and path")
 
 
+def _holds_bytes(kind: Any) -> bool:
+    """Return whether the struct's field ``bytes`` is binary and its field ``path``, if there is one, text."""
+    import pyarrow as pa
+
+    content, path = (
+        kind.field(index).type if index >= 0 else None for index in map(kind.get_field_index, ("bytes", "path"))
+    )
+    is_text = path is None or pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)
+    return content is not None and is_text and (pa.types.is_binary(content) or pa.types.is_large_binary(content))
+
+
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
     """The opened shard; whatever pyarrow raises becomes a DataError that names it."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        raise DataError(f"{path} is {describe_kind(path)}, not a parquet file; remove it, or put the shard there")
     try:
         with pq.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow raises many kinds on damaged files
         raise DataError(
-            f"{path} cannot be read: {error}; it is truncated or no parquet file: delete it and get it again"
+            f"{path} cannot be read: {error or type(error).__name__}; it is truncated or no parquet file: delete it "
+            "and get it again"
         ) from error
 
 
@@ -211,23 +290,29 @@ def _class_names(metadata: dict[bytes, bytes], label: str | None, path: Path) ->
         return None
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"].get(label, {}).get("names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{path}: the schema metadata 'huggingface' has no info.features ({error}); write it again or drop it"
+            f"{path}: the schema metadata 'huggingface' has no info.features ({error or type(error).__name__}); write "
+            "it again or drop it"
         ) from error
-    return tuple(names) if names else None
-
-
-def _numbered(labels: list[np.ndarray]) -> tuple[str, ...]:
-    return tuple(str(label) for label in range(max((int(values.max()) for values in labels), default=-1) + 1))
+    return check_class_names(names, f"{path}: the schema metadata 'huggingface'") if names else None
 
 
 def _labels(shard: _Shard) -> np.ndarray:
+    """Return the labels of the shard as integers. Raise DataError for any other type, and for missing ones."""
+    import pyarrow as pa
+
     with _parquet(shard.path) as file:
-        column = file.read(columns=[shard.label]).column(0)
-    if column.null_count:
-        raise DataError(f"{shard.path} has {column.null_count} rows without a {shard.label}; label or remove them")
-    return column.to_numpy()
+        kind = file.schema_arrow.field(shard.label).type
+        if not pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind):
+            raise DataError(
+                f"{shard.path} has labels of the type {kind} in {shard.label!r}; labels must be integers: store the "
+                "class index of each image, and the names in the schema metadata"
+            )
+        column = file.read(columns=[shard.label], use_threads=False).column(0)
+        if column.null_count:
+            raise DataError(f"{shard.path} has {column.null_count} rows without a {shard.label}; label or remove them")
+        return column.cast(kind.value_type).to_numpy() if pa.types.is_dictionary(kind) else column.to_numpy()
 
 
 def _encoded(shard: _Shard, rows: np.ndarray) -> Iterator[Encoded]:
@@ -249,19 +334,28 @@ def _of_group(file: Any, shard: _Shard, number: int, wanted: np.ndarray) -> Iter
             content = column[row - start].as_py()
             if content is None:
                 raise DataError(f"{shard.path} row {row} has no image bytes; embed the image or remove the row")
+            if len(content) > MAX_BYTES:
+                raise DataError(f"{shard.path} row {row} has {len(content)} bytes, at most {MAX_BYTES} are read")
             yield f"{shard.path} row {row}", content
         start += len(column)
         if start > wanted[-1]:
             return
+    raise DataError(f"{shard.path} is damaged: it ends before row {wanted[-1]} of {shard.rows}; get it again")
 
 
 def _ids(shards: Sequence[_Shard], split: str) -> np.ndarray:
     paths: list[str | None] = []
     for shard in shards:
-        if shard.has_paths:
-            with _parquet(shard.path) as file:
-                paths += file.read(columns=[f"{shard.image}.path"]).column(0).combine_chunks().field("path").to_pylist()
-        else:
-            paths += [None] * shard.rows
+        paths += _paths(shard) if shard.has_paths else [None] * shard.rows
     unique = None not in paths and len(set(paths)) == len(paths)
     return np.array(paths if unique else [f"{split}-{row:05d}" for row in range(len(paths))], dtype=str)
+
+
+def _paths(shard: _Shard) -> list[str | None]:
+    """Return the path beside each image of the shard. Raise DataError where there is another number of them."""
+    with _parquet(shard.path) as file:
+        column = file.read(columns=[f"{shard.image}.path"], use_threads=False).column(0).combine_chunks()
+        paths: list[str | None] = column.field("path").to_pylist()
+    if len(paths) != shard.rows:
+        raise DataError(f"{shard.path} is damaged: it has {len(paths)} paths for {shard.rows} images; get it again")
+    return paths

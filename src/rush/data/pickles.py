@@ -1,43 +1,72 @@
 """The pickled dictionaries of CIFAR's Python version, read without running anything that the file asks for."""
 
+import io
 import pickle
+import pickletools
 from typing import IO, Any
 
 import numpy as np
 
 from rush.errors import DataError
 
+_MOST_BYTES = 1 << 28
+_MOST_OPCODES = 1 << 22  # CIFAR's largest file has a tenth of them
+_MOST_TUPLES = 1000  # how deeply tuples can lie in each other, which hashing follows in C without a limit of its own
+_OPCODES = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
+_ALLOWED = frozenset(_OPCODES.split())
+
 
 def read_plain_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
     """The dictionary in ``file``, its keys as text; byte arrays come back as NumPy uint8 arrays.
 
     Nothing named in the file is imported: the few names by which a pickle rebuilds a NumPy array stand for inert
-    classes of this module, and every other name is refused before it is looked up.
+    classes of this module, and every other name is refused before it is looked up. The file is looked through before
+    anything is built, so that what it can allocate is bounded by its length and some hundred megabytes.
     Raises: DataError naming ``where`` for a refused name, a truncated file or anything but a dictionary.
     """
+    stored = file.read(_MOST_BYTES + 1)
     try:
-        content = _PlainUnpickler(file, encoding="bytes").load()
+        _check_opcodes(stored)
+        content = _PlainUnpickler(io.BytesIO(stored), encoding="bytes").load()
+        if isinstance(content, dict):
+            return {_key(key): value.array if isinstance(value, _Array) else value for key, value in content.items()}
     except _Refused as error:
         raise DataError(
             f"{where} asks for {error}, which may run code; it is not an official file: delete it and get it again"
         ) from error
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
-        raise DataError(f"{where} is damaged or truncated ({error}); delete it and get it again") from error
-    if not isinstance(content, dict):
+    except Exception as error:  # what is wrong in a pickle can be anything
         raise DataError(
-            f"{where} holds a {type(content).__name__}, expected a dictionary; it is not an official file: get it again"
-        )
-    return {_text(key): value.array if isinstance(value, _Array) else value for key, value in content.items()}
+            f"{where} is damaged or truncated ({error or type(error).__name__}); delete it and get it again"
+        ) from error
+    raise DataError(
+        f"{where} holds a {type(content).__name__}, expected a dictionary; it is not an official file: get it again"
+    )
+
+
+def _check_opcodes(stored: bytes) -> None:
+    """Raise ValueError for a pickle that is too long, or asks for what plain content has no need of."""
+    if len(stored) > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES} bytes")
+    tuples = 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(stored)):
+        if opcode.name not in _ALLOWED or number >= _MOST_OPCODES:
+            raise ValueError(f"opcode {opcode.name}, number {number}")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= number + _MOST_TUPLES:
+            raise ValueError(f"place {argument} of the memo")
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > _MOST_TUPLES:
+            raise ValueError(f"more than {_MOST_TUPLES} tuples")
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, str | bytes):
+        raise ValueError(f"a key is a {type(key).__name__}, expected text")
+    return _text(key)
 
 
 class _Refused(Exception):

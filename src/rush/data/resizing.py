@@ -20,14 +20,21 @@ def fit_square(image: "Image.Image", size: int) -> "Image.Image":
     filter, widened by the reduction (antialiased) and rounded to 8 bits; an image of that size stays as it is, a
     smaller one is enlarged.
     """
+    return fit_image(image, size, size)
+
+
+def fit_image(image: "Image.Image", width: int, height: int) -> "Image.Image":
+    """The largest central part of ``image`` with the proportions of ``width`` x ``height``, resampled as by
+    ``fit_square``."""
     from PIL.Image import Resampling
 
-    if image.size == (size, size):
+    if image.size == (width, height):
         return image
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    across, down = image.size
+    part_across, part_down = min(across, down * width / height), min(down, across * height / width)
+    left, top = (across - part_across) / 2, (down - part_down) / 2
+    box = (left, top, left + part_across, top + part_down)
+    return image.resize((width, height), Resampling.BILINEAR, box=box)
 
 
 def resize_images(images: torch.Tensor, size: int | None) -> torch.Tensor:

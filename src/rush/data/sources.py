@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from rush.data.arrays import load_npz, npz_bytes
 from rush.data.cifar import CifarVersion, cifar10_versions, cifar100_versions, read_cifar
 from rush.data.decoding import decode
 from rush.data.digits import NUM_TEST, load_digits
+from rush.data.entries import describe_kind
 from rush.data.folders import folder_records
 from rush.data.images import ImageSet, concatenate
+from rush.data.labels import check_several_classes
 from rush.data.parquet import parquet_folder, parquet_records
 from rush.data.records import Records, decoded, join
 from rush.data.resizing import check_size, resize_images
@@ -57,19 +60,12 @@ def load_images(
     one size; else each image's central square, resampled to size x size pixels.
 
     Raises: DataError, naming the file and the remedy, when the name or split is unknown, or the data are missing,
-    truncated, altered, of a wrong shape, mislabelled or empty. InputError for a wrong ``size``.
+    truncated, altered, of a wrong shape, mislabelled, empty or of one class only. InputError for a wrong ``size``.
     """
     check_size(size)
-    name, parts = os.fspath(name_or_path), split.split("+")
-    if _is_known(name_or_path):
-        _check_splits(name, parts)
-        if name == "digits":
-            return concatenate([_resized(load_digits(part), size) for part in parts])
-        return _load_official(name, parts, _root(root), download, size)
-    path = _path(name, root)
-    if path.is_dir():
-        return decoded(join([_folder_records(path, part) for part in parts]), size)
-    return concatenate([_resized(load_npz(_npz(name, path), part), size) for part in parts])
+    images = _load(name_or_path, split.split("+"), root, download, size)
+    check_several_classes(images.labels, images.classes, split, f"{os.fspath(name_or_path)} ({split})")
+    return images
 
 
 def open_records(
@@ -114,12 +110,38 @@ def decoded_bytes(
     return sum(npz_bytes(path, part) for part in parts)
 
 
+def _load(
+    name_or_path: str | os.PathLike[str],
+    parts: Sequence[str],
+    root: str | os.PathLike[str] | None,
+    download: bool,
+    size: int | None,
+) -> ImageSet:
+    name = os.fspath(name_or_path)
+    if _is_known(name_or_path):
+        _check_splits(name, parts)
+        if name == "digits":
+            return concatenate([_resized(load_digits(part), size) for part in parts])
+        return _load_official(name, parts, _root(root), download, size)
+    path = _path(name, root)
+    if path.is_dir():
+        return decoded(join([_folder_records(path, part) for part in parts]), size)
+    return concatenate([_resized(load_npz(_npz(name, path), part), size) for part in parts])
+
+
 def _is_known(name_or_path: str | os.PathLike[str]) -> bool:
     return isinstance(name_or_path, str) and name_or_path in SPLITS
 
 
 def _path(name: str, root: str | os.PathLike[str] | None) -> Path:
-    return Path(root or "").expanduser() / Path(name).expanduser()
+    """Return the path that ``name`` stands for. Raise DataError where the system takes no such path."""
+    try:
+        path = Path(root or "").expanduser() / Path(name).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError for a user who is not known
+        raise DataError(f"{name[:100]!r} cannot be looked up as a path: {error}; give another path") from error
+    return path
 
 
 def _root(root: str | os.PathLike[str] | None) -> Path:
@@ -205,6 +227,8 @@ def _npz(name: str, path: Path) -> Path:
 
 def _unknown(name: str, path: Path) -> DataError:
     allowed = f"allowed are {', '.join(SPLITS)}, a folder of class folders, a folder of parquet shards, or an .npz file"
+    if path.exists() and not path.is_file():
+        return DataError(f"{path} is {describe_kind(path)}; {allowed}")
     if path.is_file():
         return DataError(f"{path} is a {path.suffix or 'nameless'} file; {allowed}")
     close = difflib.get_close_matches(name.lower(), SPLITS, n=1)

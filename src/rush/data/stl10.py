@@ -7,8 +7,9 @@ from typing import IO
 import numpy as np
 import torch
 
-from rush.data.archives import Archive, Parse, read_members
-from rush.data.images import ImageSet, check_labels
+from rush.data.archives import Archive, Parse, read_members, read_words
+from rush.data.images import ImageSet
+from rush.data.labels import check_class_names, check_labels
 from rush.data.resizing import resize_images
 from rush.errors import DataError
 
@@ -67,7 +68,7 @@ def _read_labels(rows: int, file: IO[bytes], where: str) -> torch.Tensor:
 
 
 def _read_names(file: IO[bytes], where: str) -> tuple[str, ...]:
-    names = tuple(file.read().decode("latin1").split())
+    names = check_class_names(read_words(file), where)
     if len(names) != _NUM_CLASSES:
         raise DataError(f"{where} names {len(names)} classes, expected {_NUM_CLASSES}; {_again()}")
     return names

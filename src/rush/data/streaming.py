@@ -19,6 +19,7 @@ import torch
 from rush.data.batches import Batch, Resident, TrainingImages, batches_per_epoch, own_rows
 from rush.data.decoding import Encoded, Form, decode
 from rush.data.images import ImageSet, held_out_rows
+from rush.data.labels import check_several_classes
 from rush.data.records import Block, Records
 from rush.data.resizing import check_size, num_threads
 from rush.data.sources import open_records
@@ -295,6 +296,7 @@ def open_stream(
             f"{name_or_path} can only be loaded as a whole: streams are made of parquet shards or image files; "
             "let it fit in memory (data.memory_gb, data.size) or store it as one of these"
         )
+    check_several_classes(records.labels, records.classes, split, f"{os.fspath(name_or_path)} ({split})")
     stream = Stream(
         records,
         Form((1, 1, 1), ""),

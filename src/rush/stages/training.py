@@ -238,11 +238,12 @@ def _labelled(train: ImageSet | Stream, recipe: Recipe) -> ImageSet | Stream:
 def _save_model(here: Conditions, classifier: Classifier, spec: ClassifierSpec, train: ImageSet) -> dict[str, Any]:
     """Save what is used in the end, and say how it is computed."""
     folder, shape, noise = here.run.path / "model", train.images.shape[1:], here.noise
+    resized = here.recipe.data.size is not None
     if noise is None:
-        save_plain(folder, classifier, spec, here.execution.device, shape)
+        save_plain(folder, classifier, spec, here.execution.device, shape, resized)
         return {"compile_mode": "none"}
     execution, forward = _choose_forward(here, classifier, train)
-    save_smoothed(folder, classifier, spec, noise.sigma, execution, shape)
+    save_smoothed(folder, classifier, spec, noise.sigma, execution, shape, resized)
     return forward
 
 

@@ -1,0 +1,156 @@
+"""What ``model.json`` says of a saved classifier, checked field by field before anything is built of it."""
+
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rush.data.entries import describe_kind
+from rush.data.labels import MAX_CLASSES, check_class_names
+from rush.errors import RunError
+from rush.options import CompileMode, Precision
+
+FORMAT = 1
+GAUSSIAN, NO_NOISE = "gaussian", "none"
+_MOST_BYTES = 1 << 24
+_MOST_VALUES = 1 << 28  # channels x height x width of an image
+_MOST_ERRORS = 3
+
+Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+Positive = Annotated[float, Field(ge=1e-30, le=1e6)]
+Side = Annotated[int, Field(ge=1, le=65536)]
+Channels = Annotated[int, Field(ge=1, le=1024)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Classifier(_Part):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
+
+    encoder: Annotated[str, Field(max_length=100)]
+    width: Annotated[int, Field(ge=1, le=1024)]
+    in_channels: Channels
+    mean: list[Number]
+    std: list[Positive]
+    classes: Annotated[list[str], Field(min_length=2, max_length=MAX_CLASSES)]
+    stem: Annotated[str, Field(max_length=100)] = "small"
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> "_Classifier":
+        if not len(self.mean) == len(self.std) == self.in_channels:
+            raise ValueError(
+                f"{len(self.mean)} means and {len(self.std)} deviations for {self.in_channels} channels, needs one each"
+            )
+        check_class_names(self.classes, "classes")
+        return self
+
+
+class _Noise(_Part):
+    name: str
+    sigma: Positive | None = None
+
+    @model_validator(mode="after")
+    def _has_a_deviation(self) -> "_Noise":
+        if (self.sigma is None) != (self.name == NO_NOISE):
+            raise ValueError(f"sigma = {self.sigma} of noise {self.name!r}; only Gaussian noise has a sigma, above 0")
+        return self
+
+
+class _Execution(_Part):
+    precision: Precision
+    tile: Annotated[int, Field(ge=1, le=65536)]
+    folded: bool = False
+    compile_mode: CompileMode = "none"
+
+
+class _Description(_Part):
+    format: int
+    classifier: _Classifier
+    noise: _Noise
+    execution: _Execution
+    image_shape: Annotated[list[Side], Field(min_length=3, max_length=3)]
+    classes: list[str] | None = None
+    resized: bool = False
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> "_Description":
+        channels, height, width = self.image_shape
+        if channels != self.classifier.in_channels or channels * height * width > _MOST_VALUES:
+            raise ValueError(
+                f"image_shape is {self.image_shape}, expected [{self.classifier.in_channels}, height, width], at most "
+                f"{_MOST_VALUES} values"
+            )
+        if self.classes is not None and self.classes != self.classifier.classes:
+            raise ValueError("classes differ from those of the classifier")
+        return self
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the checked content of ``model.json`` in ``folder``, with what older versions did not write filled in.
+
+    Raises:
+        RunError: The file is missing, damaged, of an unknown format, or says what cannot be.
+    """
+    file = folder / "model.json"
+    if not file.exists():
+        raise RunError(f"{file} is missing: {folder} holds no finished model; train one with `rush run RECIPE`")
+    content = _read_json(file)
+    _check_version(content, file)
+    try:
+        description = _Description.model_validate(content).model_dump()
+    except ValidationError as error:
+        entries = error.errors(include_url=False, include_context=False)
+        raise damaged(file, "; ".join(map(_explain, entries[:_MOST_ERRORS]))) from error
+    description["classes"] = description["classifier"]["classes"]
+    return description
+
+
+def damaged(file: Path, reason: object) -> RunError:
+    """Return the error for a file of a model that is damaged, and why."""
+    text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
+    return RunError(f"{file} is damaged ({text}); restore it or fine-tune again")
+
+
+def _read_json(file: Path) -> Any:
+    if not file.is_file():
+        raise damaged(file, f"it is {describe_kind(file)}")
+    try:
+        with file.open("rb") as opened:
+            stored = opened.read(_MOST_BYTES + 1)
+        if len(stored) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
+        return json.loads(stored.decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise damaged(file, error) from error
+
+
+def _check_version(content: Any, file: Path) -> None:
+    """Raise RunError for a description of another version, or one that does not say its format and noise."""
+    noise = content.get("noise") if isinstance(content, Mapping) else None
+    if not isinstance(noise, Mapping) or "format" not in content:
+        raise damaged(file, "it is no object with format and noise")
+    if content["format"] != FORMAT:
+        raise RunError(
+            f"{file} has format {reprlib.repr(content['format'])}, this version reads {FORMAT}; update rush-smoothing"
+        )
+    if noise.get("name") not in (GAUSSIAN, NO_NOISE):
+        raise RunError(
+            f"{file} has noise {reprlib.repr(noise.get('name'))}, this version knows {GAUSSIAN} and {NO_NOISE}; update "
+            "rush-smoothing"
+        )
+
+
+def _explain(entry: Any) -> str:
+    place = ".".join(str(part) for part in entry["loc"]) or "the whole"
+    message = entry["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}, given {_shortened(entry['input'])}"
+
+
+def _shortened(value: object) -> str:
+    """Return a short text for any value of a JSON file."""
+    return "a very large integer" if isinstance(value, int) and value.bit_length() > 1000 else reprlib.repr(value)

@@ -1,0 +1,205 @@
+"""``rush predict`` reads image files as training and evaluation do, and one bad file keeps no other from its answer."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from commands import Call
+from rush.data.sources import load_images
+from rush.engine.precision import Execution
+from rush.errors import DataError
+from rush.loading import ImageForm, image_form
+from rush.prediction import FilePrediction, _read, predict_files
+from rush.randomness import seeded_init, stream
+from rush.saving import ClassifierSpec, save_plain, save_smoothed
+from tiny import run_tiny
+
+RNG = np.random.default_rng(0)
+WIDE, TALL, SMALL = (RNG.integers(0, 256, shape, np.uint8) for shape in ((12, 30, 3), (40, 9, 3), (4, 5, 3)))
+OPTIONS = {"num_samples": 100, "alpha": 0.001, "seed": 0, "resize": False}
+
+
+def saved(path: Path, image: np.ndarray | Image.Image, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path, **options)
+    return path
+
+
+def model(folder: Path, channels: int = 3, side: int = 8, resized: bool = False, smoothed: bool = False) -> Path:
+    """An untrained classifier of images of this size."""
+    spec = ClassifierSpec("small", 2, channels, [0.5] * channels, [0.25] * channels, tuple("0123456789"))
+    classifier = seeded_init(spec.build(), stream(0, "weights"))
+    if smoothed:
+        save_smoothed(folder, classifier, spec, 0.25, Execution(tile=16), (channels, side, side), resized)
+    else:
+        save_plain(folder, classifier, spec, "cpu", (channels, side, side), resized)
+    return folder
+
+
+def parquet(folder: Path, files: list[Path]) -> Path:
+    folder.mkdir()
+    content = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    pq.write_table(pa.table({"image": content, "label": list(range(len(files)))}), folder / "test-0.parquet")
+    return folder
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[274] = orientation
+    return tags
+
+
+FILES: dict[str, Callable[[Path], Path]] = {
+    "wide": lambda d: saved(d / "x.png", WIDE),
+    "tall": lambda d: saved(d / "x.bmp", TALL),
+    "small": lambda d: saved(d / "x.webp", SMALL, lossless=True),
+    "photograph": lambda d: saved(d / "x.jpg", WIDE),
+    "turned": lambda d: saved(d / "x.jpg", WIDE, exif=exif(6)),
+    "turned in TIFF": lambda d: saved(d / "x.tif", WIDE, exif=exif(5)),
+    "turned in PNG": lambda d: saved(d / "x.png", TALL, exif=exif(8)),
+    "grey": lambda d: saved(d / "x.png", WIDE[..., 0]),
+    "grey with alpha": lambda d: saved(d / "x.png", Image.fromarray(WIDE[..., 0]).convert("LA")),
+    "bits": lambda d: saved(d / "x.png", Image.fromarray(WIDE).convert("1")),
+    "palette": lambda d: saved(d / "x.gif", Image.fromarray(WIDE).quantize(9)),
+    "opaque": lambda d: saved(d / "x.png", Image.fromarray(WIDE).convert("RGBA")),
+}
+REFUSED: dict[str, Callable[[Path], Path]] = {
+    "16-bit": lambda d: saved(d / "x.png", Image.new("I;16", (9, 9))),
+    "transparent": lambda d: saved(d / "x.png", Image.new("RGBA", (9, 9))),
+    "transparent colour": lambda d: saved(d / "x.png", Image.new("RGB", (9, 9)), transparency=(0, 0, 0)),
+    "CMYK": lambda d: saved(d / "x.jpg", Image.fromarray(WIDE).convert("CMYK")),
+    "animated": lambda d: saved(
+        d / "x.gif", Image.fromarray(WIDE), save_all=True, append_images=[Image.fromarray(WIDE[::-1])]
+    ),
+    "text": lambda d: (d / "x.png", d.mkdir(parents=True), (d / "x.png").write_text("x"))[0],
+}
+
+
+@pytest.mark.parametrize("resized", [True, False])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_becomes_the_pixels_that_folders_and_shards_give(name: str, resized: bool, tmp_path: Path) -> None:
+    """With ``data.size`` without a flag, and without it by ``resize``; greyscale is repeated over the channels."""
+    files = [FILES[name](tmp_path / "set" / part) for part in "ab"]
+    expected = load_images(tmp_path / "set", size=8).images[0]
+    assert load_images(parquet(tmp_path / "shards", files), size=8).images[0].equal(expected)
+    image = _read(files[0], ImageForm((3, 8, 8), resized), resize=not resized)
+    assert isinstance(image, np.ndarray)
+    assert image.tolist() == expected.expand(3, -1, -1).tolist()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_is_refused_where_folders_and_shards_refuse_it(name: str, tmp_path: Path) -> None:
+    files = [REFUSED[name](tmp_path / "set" / part) for part in "ab"]
+    told = []
+    for load in (lambda: load_images(tmp_path / "set"), lambda: load_images(parquet(tmp_path / "shards", files))):
+        with pytest.raises(DataError) as caught:
+            load()
+        told.append(str(caught.value))
+    (answer,) = predict_files(model(tmp_path / "model"), files[:1], **OPTIONS)
+    assert answer.answer is None
+    assert answer.error == told[0]
+    assert told[1].removeprefix(f"{tmp_path}/shards/test-0.parquet row 0") == told[0].removeprefix(str(files[0]))
+
+
+def test_images_of_another_size_need_a_model_that_resizes_or_the_word(tmp_path: Path) -> None:
+    file = saved(tmp_path / "x.png", WIDE)
+    (answer,) = predict_files(model(tmp_path / "model"), [file], **OPTIONS)
+    assert answer.error == f"{file} is 30x12, the model takes 8x8; give --resize or resize it"
+    resizing = model(tmp_path / "resizing", resized=True)
+    assert image_form(resizing) == ImageForm((3, 8, 8), True)
+    told = predict_files(tmp_path / "model", [file], **(OPTIONS | {"resize": True}))
+    assert told == predict_files(resizing, [file], **OPTIONS)
+    assert told[0].answer in tuple("0123456789")
+
+
+def test_a_colour_file_for_a_grey_model_is_refused(tmp_path: Path) -> None:
+    grey = model(tmp_path / "model", channels=1)
+    files = [saved(tmp_path / "x.png", WIDE[:8, :8]), saved(tmp_path / "y.png", WIDE[:8, :8, 0])]
+    colour, answer = predict_files(grey, files, **OPTIONS)
+    assert colour.error == f"{files[0]} is in colour, the model takes greyscale; convert it to greyscale first"
+    assert answer.answer in tuple("0123456789")
+
+
+@pytest.mark.parametrize("smoothed", [True, False])
+def test_bad_files_are_named_and_the_others_are_answered_as_without_them(smoothed: bool, tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", smoothed=smoothed)
+    good = [saved(tmp_path / f"{number}.png", WIDE[:8, number : number + 8]) for number in range(3)]
+    bad = [tmp_path / "missing.png", tmp_path / "text.png", tmp_path / "folder.png"]
+    bad[1].write_text("x")
+    bad[2].mkdir()
+    alone = predict_files(folder, good, **OPTIONS)
+    assert all(isinstance(one, FilePrediction) and one.error is None for one in alone)
+    mixed = predict_files(folder, [bad[0], good[0], bad[1], good[1], good[2], bad[2]], **OPTIONS)
+    assert [one for one in mixed if one.error is None] == alone
+    assert [(one.file, one.error is not None) for one in mixed if one.answer is None] == [(file, True) for file in bad]
+    for one in predict_files(folder, bad, **OPTIONS):
+        assert str(one.file) in str(one.error)
+
+
+def test_the_command_answers_the_others_names_the_bad_and_fails(call: Call, tmp_path: Path) -> None:
+    folder = model(tmp_path / "model")
+    file = saved(tmp_path / "good.png", WIDE[:8, :8])
+    (tmp_path / "bad.png").write_text("x")
+    done = call("predict", folder, tmp_path / "bad.png", file, tmp_path / "none.png")
+    assert done.returncode == 1
+    assert "good.png" in done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"rush: {tmp_path}/bad.png cannot be read as an image")
+    assert lines[1].startswith(f"rush: {tmp_path}/none.png is missing")
+    done = call("predict", folder, file)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.timeout(120)
+def test_a_pipe_and_a_bomb_end_in_a_line_each(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", resized=True)
+    os.mkfifo(tmp_path / "pipe.png")
+    buffer = BytesIO()
+    Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
+    (tmp_path / "bomb.png").write_bytes(buffer.getvalue())
+    command = [
+        sys.executable,
+        "-m",
+        "rush",
+        "predict",
+        str(folder),
+        str(tmp_path / "pipe.png"),
+        str(tmp_path / "bomb.png"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert "pipe.png is a pipe, socket or device, not an image file" in first
+    assert "bomb.png is 20000x20000, at most 67108864 pixels are read" in second
+
+
+def test_a_run_with_data_size_predicts_files_as_it_was_evaluated(tmp_path: Path) -> None:
+    """Pictures three times as wide as high, whose central square is dark or bright and whose sides are the opposite.
+
+    The squeezed picture would be taken for the other class: its mean is that of the sides.
+    """
+    for number in range(80):
+        label = number % 2
+        image = np.full((12, 36), 40 + 160 * (1 - label), np.uint8)
+        image[:, 12:24] = 40 + 160 * label
+        noisy = np.clip(image + RNG.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+        saved(tmp_path / "set" / ("test" if number < 40 else "train") / "ab"[label] / f"{number}.png", noisy)
+    run = run_tiny(
+        tmp_path,
+        *(f"data.name={tmp_path / 'set'}", "data.size=8", "pretrain.batch_size=8", "pretrain.epochs=1"),
+        *("finetune.batch_size=8", "finetune.epochs=12", "pretrain.knn_neighbours=1"),
+        stages=("pretrain", "finetune"),
+    )
+    test = load_images(tmp_path / "set", "test", size=8)
+    answers = predict_files(run.path, [tmp_path / "set" / name for name in test.ids], **OPTIONS)
+    assert [one.answer for one in answers] == [test.classes[label] for label in test.labels.tolist()]
