@@ -1,12 +1,12 @@
 """Smoothing noise: one object trains, certifies, predicts and is attacked."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rush.errors import InputError
+from rush.numbers import as_real
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,10 @@ class Gaussian:
     sigma: float
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.sigma, bool)
-            or not isinstance(self.sigma, int | float)
-            or not math.isfinite(self.sigma)
-            or self.sigma <= 0
-        ):
+        sigma = as_real(self.sigma)
+        if sigma is None or sigma <= 0:
             raise InputError(f"sigma must be a finite number > 0 in [0, 1] pixel units, got {self.sigma!r}")
+        object.__setattr__(self, "sigma", sigma)
 
     def sample(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
         """Noise of ``shape`` in float32 on the generator's device."""

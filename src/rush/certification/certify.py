@@ -21,7 +21,7 @@ from rush.certification.decide import Decider
 from rush.certification.rules import Rule, make_rule
 from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.progress import progress
-from rush.inputs import Images, LabelledPixels, check_positive_integer, labelled_pixels
+from rush.inputs import Images, LabelledPixels, labelled_pixels, positive_integer
 from rush.options import CertifyMethod, Level
 from rush.smoothing import SmoothedClassifier
 from rush.voting import BLOCK, PendingVotes, Request
@@ -58,7 +58,8 @@ def certify(
     Raises: InputError for bad images, labels or numbers, a radius beyond what ``num_estimation`` can certify among
     them; ModelError for a classifier that cannot be certified (training mode, random, looking at neighbours).
     """
-    pixels = labelled_pixels(images, smoothed.num_classes)
+    pixels = labelled_pixels(images, smoothed.num_classes, smoothed.kind)
+    smoothed.check_shape(pixels.x.shape[1:])
     rule = make_rule(
         sigma=smoothed.sigma,
         method=method,
@@ -90,7 +91,7 @@ def certify_each(
     Two cohorts of images take turns: while the device counts the votes of one, the other's are looked at.
     """
     if in_flight is not None:
-        check_positive_integer("in_flight", in_flight)
+        in_flight = positive_integer("in_flight", in_flight)
     capacity = max(1, _ROUND_TILES * smoothed.execution.tile // BLOCK)
     engine = _Engine(smoothed, rule, capacity)
     cohorts = _cohort_sizes(rule, capacity, in_flight)
