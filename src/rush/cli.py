@@ -124,6 +124,9 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
         Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
     """
     folder = _create(recipe, out, data, overrides)
+    from rush.pipeline import check_run
+
+    check_run(folder)
     if several_processes():
         _do(folder, STAGES[:-1])
         _leader_says(f"audit and report run in one process; start `rush run {folder.path}` without torchrun for them")
