@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 app = App(
     name="rush",
-    help="Robust image classifiers: pre-trained by contrast, smoothed by noise, certified soundly, attacked honestly.",
+    help="Robust image classifiers: pre-trained by contrast, smoothed by noise, certified soundly, attacked honestly. "
+    "Errors are one line; --traceback, with any command, shows where one was raised.",
     help_format="plaintext",
     version=lambda: _version(),
     suppress_keyboard_interrupt=False,
