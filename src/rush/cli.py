@@ -288,8 +288,13 @@ def audit(
     if rung is not None:
         raise ConfigError("--rung belongs to a run folder; give RUN --rung NAME")
     from rush.evaluation.audit import write_audit
+    from rush.evaluation.audit_report import reach_statement
 
-    report_ = given.subject().audit(tolerance, given.seed)
+    subject = given.subject()
+    statement = reach_statement(len(subject.images), tolerance)
+    if statement is not None:
+        console(stderr=True).print(statement, highlight=False, soft_wrap=True, markup=False)
+    report_ = subject.audit(tolerance, given.seed)
     file = out or Path("audit.json")
     write_audit(file, report_)
     print_lines([*report_.summary(), f"written to {file}"])

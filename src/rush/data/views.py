@@ -361,7 +361,8 @@ def gaussian_noise(x: Tensor, sigma: float | Tensor, generator: torch.Generator)
     _check_images(x)
     _check_generator(generator, x.device)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
-    scale = sigma if isinstance(sigma, int | float) else _per_sample("sigma", sigma, len(x))
+    number = as_real(sigma)
+    scale = _per_sample("sigma", sigma, len(x)) if number is None else number  # type: ignore[arg-type]
     return noise.mul_(scale).add_(unit_float(x))
 
 
