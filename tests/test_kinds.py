@@ -219,6 +219,21 @@ def test_the_same_classes_and_their_beginning_are_taken_and_unknown_ones_too() -
         ImageKind(None, long).check_classes((*long[:7], "other", *long[8:]), "the images", "the model")
 
 
+def test_names_of_classes_may_be_numbers() -> None:
+    known = rush.SmoothedClassifier(Pooled(3, 3), 0.25, 3, classes=[0, 1, 2])  # type: ignore[list-item]
+    assert known.classes == ("0", "1", "2")
+
+
+def test_a_network_in_training_mode_is_not_called_on_grey_images() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(1), Pooled(1)).eval()
+    smoothed = _smoothed(network)
+    network.train()
+    with pytest.raises(ModelError, match="training mode"):
+        smoothed.predict(_images(1, 8, 8), num_samples=20)
+    assert network[0].running_mean is not None
+    assert float(network[0].running_mean.abs().max()) == 0
+
+
 def test_an_audit_of_a_model_in_training_mode_keeps_what_the_model_takes() -> None:
     smoothed = rush.SmoothedClassifier(Pooled(3).train(), 0.25, 2)
     audit(smoothed, _set((3, 8, 8), ("a", "b")), THREAT, max_votes=100)  # its names, "0" and "1", are not known ones

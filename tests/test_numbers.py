@@ -132,6 +132,8 @@ def test_a_rule_refuses_what_is_no_number() -> None:
         make_rule(**given, num_estimation=100.0)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"for one radius give \(0\.1,\)"):
         make_rule(**{**given, "radii": 0.1}, num_estimation=100)  # type: ignore[arg-type]
+    for radii in ({0.1, 0.2}, iter([0.2, 0.1]), torch.tensor([0.1, 0.2], dtype=torch.float64)):
+        assert make_rule(**{**given, "radii": radii}, num_estimation=1000).radii == (0.1, 0.2)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="radii must be finite numbers >= 0"):
         make_rule(**{**given, "radii": [0.1, math.inf]}, num_estimation=100)  # type: ignore[arg-type]
 

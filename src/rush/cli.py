@@ -291,7 +291,7 @@ def audit(
     from rush.evaluation.audit_report import reach_statement
 
     subject = given.subject()
-    statement = reach_statement(len(subject.images), tolerance)
+    statement = reach_statement(len(subject.images), tolerance) if 0 < tolerance < 1 else None
     if statement is not None:
         console(stderr=True).print(statement, highlight=False, soft_wrap=True, markup=False)
     report_ = subject.audit(tolerance, given.seed)

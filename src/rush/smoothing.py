@@ -64,7 +64,7 @@ class SmoothedClassifier:
             one = "; a classifier with a single logit z has two classes: let it return torch.cat([-z, z], 1)"
             raise InputError(f"num_classes must be an integer >= 2, got {num_classes!r}{one if whole == 1 else ''}")
         known = classifier.kind if isinstance(classifier, Classifier) else ANY_KIND
-        names = known.classes if classes is None else tuple(classes)
+        names = known.classes if classes is None else tuple(map(str, classes))
         if names is not None and len(names) != whole:
             raise InputError(f"got {len(names)} class names for num_classes = {whole}")
         self.classifier = classifier
@@ -103,6 +103,7 @@ class SmoothedClassifier:
                 f"the images have {given[0]} channels, the first ones that this classifier was given had "
                 f"{self._channels}; make another SmoothedClassifier for other images, with its image_shape"
             )
+        check_eval_mode(self.classifier)
         copies = copied_planes(self.classifier, self.execution, given, stream(0, "channels"))
         if copies > 1:
             raise InputError(

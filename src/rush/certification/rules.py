@@ -2,11 +2,10 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
-import numpy as np
 from scipy import special
 
 from rush.certification.bounds import RADIUS_DIGITS, largest_radius
@@ -186,10 +185,14 @@ def _default_grid(rule: Rule, within: Callable[[float], bool]) -> tuple[float, .
 
 
 def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
-    if not isinstance(radii, Iterable) or np.ndim(radii) != 1:
-        raise InputError(f"radii must be several numbers or None, got {radii!r}; for one radius give ({radii!r},)")
-    numbers = [as_real(radius) for radius in radii]
-    for radius, number in zip(radii, numbers, strict=True):
+    try:
+        given = list(radii)
+    except TypeError:
+        raise InputError(
+            f"radii must be several numbers or None, got {radii!r}; for one radius give ({radii!r},)"
+        ) from None
+    numbers = [as_real(radius) for radius in given]
+    for radius, number in zip(given, numbers, strict=True):
         if number is None or number < 0:
             raise InputError(f"radii must be finite numbers >= 0 in [0, 1] pixel units, got {radius!r}")
     grid = tuple(sorted({_six_decimals(number) for number in numbers if number is not None}))

@@ -185,9 +185,9 @@ def _points_in_threat(adversarial: Tensor, pixels: LabelledPixels, threat: Threa
     if float(excess.max()) > allowed:
         row = int(excess.argmax())
         raise InputError(
-            f"point {row} ({pixels.ids[row]}) is {float(excess[row]):.3g} outside the {threat.norm} ball, of which "
-            f"{allowed:.3g} would be rounding; {int((excess > allowed).sum())} of {len(points)} are. Give the epsilon "
-            "they were made with"
+            f"point {row} ({pixels.ids[row]}) is {float(excess[row]):.3g} outside the {threat.norm} ball; "
+            f"{int((excess > allowed).sum())} of {len(points)} are. Give the epsilon they were made with; up to "
+            f"{allowed:.3g} outside is taken for rounding"
         )
     if float(excess.max()) <= rounding:
         return points
