@@ -140,7 +140,9 @@ def test_a_repeated_plane_is_found_before_a_linear_layer_too() -> None:
 
 def test_whoever_trained_on_repeated_planes_says_so() -> None:
     smoothed = _smoothed(nn.Sequential(Repeat(), Pooled(3)), image_shape=(1, 8, 8))
-    assert smoothed.predict(_images(1, 8, 8), num_samples=20).shape == (3,)
+    x = _images(1, 8, 8)
+    assert smoothed.predict(x, num_samples=20).shape == (3,)
+    audit(smoothed, (x, _labels()), THREAT, max_votes=100)
 
 
 @pytest.mark.parametrize(
