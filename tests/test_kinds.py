@@ -59,6 +59,13 @@ class Pooled(nn.Module):
         return self.last(torch.relu(self.first(x)).mean((2, 3)))
 
 
+class Brightness(nn.Module):
+    """A network for images of any number of channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)
+
+
 class Broadcast(nn.Module):
     """A normalization of somebody else's, which takes grey images in silence."""
 
@@ -166,15 +173,27 @@ def test_the_look_for_a_repeated_plane_is_one_call_that_ends_at_the_first_layer(
 
 
 def test_the_first_images_fix_the_number_of_channels() -> None:
-    class Channels(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)
-
-    smoothed = _smoothed(Channels())
+    smoothed = _smoothed(Brightness())
     smoothed.predict(_images(3, 8, 8), num_samples=20)
     smoothed.predict(_images(3, 5, 5), num_samples=20)  # the size may change where no shape is known
     with pytest.raises(InputError, match=r"images have 1 channels, the first ones .* had 3; make another"):
         smoothed.predict(_images(1, 8, 8), num_samples=20)
+
+
+def test_images_that_the_classifier_could_not_take_fix_nothing() -> None:
+    smoothed = _smoothed(Pooled(3))
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ModelError), match="to have 3 channels"):
+            smoothed.predict(_images(1, 8, 8), num_samples=20)
+    smoothed.predict(_images(3, 8, 8), num_samples=20)
+
+
+@pytest.mark.parametrize("door", ["predict", "log_probs", "as_module", "counts", "certify", "attack", "verdict"])
+def test_every_door_fixes_the_number_of_channels(door: str) -> None:
+    smoothed = _smoothed(Brightness())
+    _doors(smoothed, _images(3, 8, 8))[door]()  # type: ignore[operator]
+    with pytest.raises(InputError, match="the first ones that this classifier was given had 3"):
+        smoothed.check_shape((1, 8, 8))
 
 
 def test_the_librarys_normalization_takes_its_own_number_of_channels_alone() -> None:

@@ -72,7 +72,8 @@ class SmoothedClassifier:
         self.num_classes = whole
         self.classes = names if names is not None else tuple(str(k) for k in range(whole))
         self.kind = ImageKind(known.shape if image_shape is None else checked_shape(image_shape), names)
-        self._channels: int | None = None
+        self._channels: int | None = None  # of the first images that it has answered, where no shape is known
+        self._examined: tuple[int, ...] | None = None
         if execution == "auto":
             execution = decide_execution()
             execution.place(classifier)
@@ -103,6 +104,8 @@ class SmoothedClassifier:
                 f"the images have {given[0]} channels, the first ones that this classifier was given had "
                 f"{self._channels}; make another SmoothedClassifier for other images, with its image_shape"
             )
+        if given == self._examined:
+            return
         check_eval_mode(self.classifier)
         copies = copied_planes(self.classifier, self.execution, given, stream(0, "channels"))
         if copies > 1:
@@ -111,7 +114,11 @@ class SmoothedClassifier:
                 "a normalization with statistics of several channels: all of them would carry the same noise. Give "
                 f"images of {copies} channels, or say image_shape={given} where the classifier was trained like this"
             )
-        self._channels = given[0]
+        self._examined = given
+
+    def answered(self, shape: Sequence[int]) -> None:
+        """Note that the classifier has answered images of ``shape``, which fixes its number of channels."""
+        self._channels = shape[0]
 
     def vote_blocks(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Votes per block of 100 noise samples: int64 (B, ceil(num_samples / 100), K) on the CPU.
@@ -132,7 +139,9 @@ class SmoothedClassifier:
             for pixels, generator in zip(images, generators, strict=True)
             for block in range(blocks)
         )
-        return self.voter().launch(requests, len(x) * blocks).result().view(len(x), blocks, self.num_classes)
+        votes = self.voter().launch(requests, len(x) * blocks).result()
+        self.answered(x.shape[1:])
+        return votes.view(len(x), blocks, self.num_classes)
 
     def counts(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Votes int64 (B, K) of ``num_samples`` noisy copies of each image; see ``vote_blocks``."""
@@ -188,7 +197,9 @@ class SmoothedClassifier:
         check_eval_mode(self.classifier)
         self.check_shape(x.shape[1:])
         noisy = (x[:, None] + noise.to(x.device)).flatten(0, 1)
-        return mean_log_softmax((logits or self._logits)(noisy), len(x))
+        found = (logits or self._logits)(noisy)
+        self.answered(x.shape[1:])
+        return mean_log_softmax(found, len(x))
 
     def as_module(self, num_samples: int = 32, generator: torch.Generator | None = None) -> nn.Module:
         """An nn.Module x -> ``log_probs`` with fresh noise at every call, for attack libraries that take a network."""

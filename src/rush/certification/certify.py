@@ -73,6 +73,7 @@ def certify(
     )
     own = list(range(rank(), len(pixels), world_size()))
     found = dict(certify_each(smoothed, pixels, rule, seed, own, in_flight))
+    smoothed.answered(pixels.x.shape[1:])
     shared = {position: part for shard in gather_objects(found) for position, part in shard.items()}
     return join_certificates([shared[position] for position in range(len(pixels))])
 
