@@ -111,6 +111,57 @@ def test_a_folder_that_is_no_run_is_refused_by_every_command_that_takes_one(call
         assert "holds no recipe.json, so it is no run folder; start one with `rush run RECIPE" in told
 
 
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rush recipes` meets an error that nobody raises on purpose."""
+
+    def fail() -> list[str]:
+        raise ValueError("first line\n  second line")
+
+    monkeypatch.setattr("rush.config.recipe_names", fail)
+    monkeypatch.delenv("RUSH_TRACEBACK", raising=False)
+
+
+@pytest.mark.usefixtures("broken")
+def test_an_unexpected_error_is_one_line_that_says_how_to_see_more(call: Call) -> None:
+    done = call("recipes")
+    assert done.stderr.count("\n") == 1
+    text = refusal(done)
+    assert text.startswith("rush: internal error: ValueError: first line second line; ")
+    assert "please report it" in text
+    assert text.endswith("which --traceback shows")
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("words", [("--traceback", "recipes"), ("recipes", "--traceback")])
+def test_a_traceback_is_shown_where_it_is_asked_for(words: tuple[str, ...], call: Call) -> None:
+    done = call(*words)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert "in fail" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("rush: internal error: ValueError: first line second line")
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_traceback_can_be_asked_for_in_the_environment(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, shown in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("RUSH_TRACEBACK", value)
+        assert call("recipes").stderr.startswith("Traceback") == shown
+
+
+def test_a_traceback_of_a_refusal_is_shown_with_its_cause(call: Call, tmp_path: Path) -> None:
+    assert "no recipe 'digit'" in refusal(call("run", "digit"))
+    done = call("run", "digit", "--traceback")
+    assert "Traceback" in done.stderr
+    assert "rush.errors.ConfigError: no recipe 'digit'" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("rush: no recipe 'digit'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_the_traceback(call: Call) -> None:
+    assert "--traceback" in call("--help").stdout
+
+
 def kill_when(ready: Callable[[], bool], *arguments: object) -> None:
     """Start the command, wait until ``ready`` and kill it at once; an error when it ends by itself before."""
     command = [sys.executable, "-m", "rush", *map(str, arguments)]

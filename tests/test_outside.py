@@ -1,8 +1,10 @@
 """Any model on the command line: audit, ladder and verdict, their refusals, and a run's audit of one of its rungs."""
 
+import importlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import rush
 from commands import Call, refusal
 from rush import outside as outside_module
 from rush.data.sources import load_images
-from rush.errors import ConfigError, DataError, InputError
+from rush.errors import ConfigError, DataError, InputError, ModelError
 from rush.evaluation.audit import AuditReport
 from rush.evaluation.ladder import curve, grey_radius, ladder, plain_ladder
 from rush.evaluation.plans import Suite
@@ -44,6 +46,15 @@ def sums(): return Sums()
 def noisy(): return Noisy()
 def smoothed(): return SmoothedClassifier(Sums(), 0.25, 10)
 def nothing(): return 3
+def raises(): return torch.zeros(2) @ torch.zeros(3)
+def loads(): return Sums().load_state_dict({"other": torch.zeros(1)})
+def reads(): return open("weights.pt")
+def imports(): import nowhere_at_all
+def leaves(): raise SystemExit(2)
+def needs(width): return Sums()
+def trains(): return Sums().train()
+def refuses(): return SmoothedClassifier(Sums(), -1, 10)
+net = Sums()
 """
 
 
@@ -78,6 +89,63 @@ def test_a_module_is_found_in_the_working_folder_and_smoothed_where_asked(outsid
 def test_what_is_no_model_is_refused(outside: str, name: str, sigma: float | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_model(name.format(outside), sigma, 10)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises", r"\(\) failed: RuntimeError: inconsistent tensor size.* \(models_\d+\.py, line 24\); .*--traceback"),
+        (
+            "loads",
+            'failed: RuntimeError: .*Missing key.*: "weight"\\. Unexpected key.* \\(models_\\d+\\.py, line 25\\)',
+        ),
+        ("reads", r"failed: FileNotFoundError: .*weights\.pt.* \(models_\d+\.py, line 26\)"),
+        ("imports", "failed: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("leaves", r"failed: SystemExit: 2 \(models_\d+\.py, line 28\)"),
+        ("needs", "failed: TypeError: needs.. missing 1 required positional argument: 'width'"),
+    ],
+)
+def test_what_a_users_function_raises_is_one_line_with_its_place(outside: str, function: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message) as raised:
+        load_model(f"{outside}:{function}", None, 10)
+    assert "\n" not in str(raised.value)
+    assert raised.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("import nowhere_at_all", "importing .* failed: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def f(:", "importing .* failed: SyntaxError: invalid syntax"),
+        ("1 / 0", r"importing .* failed: ZeroDivisionError: division by zero \(broken_module\.py, line 1\)"),
+        ("import sys; sys.exit('usage')", "importing .* failed: SystemExit: usage"),
+    ],
+)
+def test_what_a_users_module_raises_is_one_line(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_module.py").write_text(content)
+    importlib.invalidate_caches()
+    try:
+        with pytest.raises(ModelError, match=message):
+            load_model("broken_module:f", None, 10)
+    finally:
+        sys.modules.pop("broken_module", None)
+
+
+def test_errors_of_this_library_pass_through_a_users_function(outside: str) -> None:
+    with pytest.raises(InputError, match=r"^sigma must be a finite number > 0"):
+        load_model(f"{outside}:refuses", None, 10)
+
+
+def test_a_network_may_be_named_itself(outside: str) -> None:
+    assert type(load_model(f"{outside}:net", None, 10)).__name__ == "Sums"
+
+
+def test_a_network_in_training_mode_is_one_line(call: Call, outside: str) -> None:
+    text = refusal(call("ladder", "--model", f"{outside}:trains", "--data", "digits", "--images", 2))
+    assert "training mode" in text
 
 
 def test_thresholds_of_a_command_are_fractions_in_pixel_units() -> None:
@@ -185,6 +253,83 @@ def test_files_that_cannot_be_judged_say_why(outside: str, tmp_path: Path) -> No
     np.savez(file, adversarial=np.zeros((3, 8, 8), np.float32))
     with pytest.raises(DataError, match=r"must be \(N, C, H, W\), float in \[0, 1\] or uint8, got float32 \(3, 8, 8\)"):
         judge_file(file, None, subject.model, threat)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"labels": np.array(["0", "1", "2"])}, r"labels in .* must be class indices, integers .* got <U1 \(3,\)"),
+        ({"labels": np.array([0, 1, 1.7])}, r"labels in .* got float64 \(3,\)"),
+        ({"labels": np.array([0.0, 1, 2])}, r"labels in .* got float64 \(3,\)"),
+        ({"labels": np.array([True, False, True])}, r"labels in .* got bool \(3,\)"),
+        ({"labels": np.array([[0], [1], [2]])}, r"labels in .* got int64 \(3, 1\)"),
+        ({"images": np.zeros((3, 1, 8, 8), np.uint16)}, "images in .* must be .* float in .* or uint8, got uint16"),
+        ({"images": np.zeros((3, 1, 8, 8), np.int64)}, "images in .* got int64"),
+    ],
+)
+def test_labels_and_images_of_another_kind_in_a_file_are_refused(
+    arrays: dict[str, np.ndarray], message: str, outside: str, tmp_path: Path
+) -> None:
+    file, model = tmp_path / "points.npz", load_model(f"{outside}:sums", None, 10)
+    images = np.zeros((3, 1, 8, 8), np.float32)
+    np.savez(file, **{"adversarial": images, "images": images, "labels": np.array([0, 1, 2]), **arrays})
+    with pytest.raises(DataError, match=message):
+        judge_file(file, None, model, rush.ThreatModel("linf", 0.1))
+
+
+@pytest.mark.parametrize("kind", [">f4", "<f8", np.float16, np.longdouble, np.uint8])
+def test_pixels_of_every_float_type_and_byte_order_are_read(kind: str, outside: str, tmp_path: Path) -> None:
+    file, model = tmp_path / "points.npz", load_model(f"{outside}:sums", None, 10)
+    images = load_images("digits", split="test")[:3]
+    pixels = images.images.numpy() if kind is np.uint8 else images.pixels().numpy().astype(kind)
+    np.savez(file, adversarial=pixels, images=images.pixels().numpy(), labels=images.labels)
+    result = judge_file(file, None, model, rush.ThreatModel("linf", 0.1))
+    assert result.linf.max() <= 2.0**-12
+
+
+def test_ids_may_be_bytes_or_integers_and_must_differ(outside: str, tmp_path: Path) -> None:
+    file, threat = tmp_path / "points.npz", rush.ThreatModel("linf", 0.1)
+    subject = Subject.of(f"{outside}:sums", "digits", "linf", "0.1", images=3)
+    x, names = subject.images.x.numpy(), list(subject.images.ids)
+    np.savez(file, adversarial=x, ids=np.array([name.encode() for name in names]))
+    assert judge_file(file, subject, subject.model, threat).ids == tuple(names)
+    numbered = Subject(subject.model, replace(subject.images, ids=("0", "1", "2")), threat)
+    np.savez(file, adversarial=x, ids=np.arange(3))
+    assert judge_file(file, numbered, subject.model, threat).ids == ("0", "1", "2")
+    np.savez(file, adversarial=x, ids=np.array([0, 1, 1]))
+    with pytest.raises(DataError, match="has a duplicate id, 1; give one point per image"):
+        judge_file(file, numbered, subject.model, threat)
+    for wrong in (np.array([0.0, 1.0, 2.0]), np.array([["0"], ["1"], ["2"]])):
+        np.savez(file, adversarial=x, ids=wrong)
+        with pytest.raises(DataError, match="must be text or integers of shape"):
+            judge_file(file, numbered, subject.model, threat)
+    np.savez(file, adversarial=x, ids=np.array([b"\xff", b"a", b"b"]))
+    with pytest.raises(DataError, match="bytes that are not UTF-8"):
+        judge_file(file, numbered, subject.model, threat)
+
+
+def test_a_file_that_is_no_archive_of_arrays_is_refused(outside: str, tmp_path: Path) -> None:
+    model, threat = load_model(f"{outside}:sums", None, 10), rush.ThreatModel("linf", 0.1)
+    np.save(tmp_path / "single.npy", np.zeros((3, 1, 8, 8), np.float32))
+    with pytest.raises(DataError, match=r"it is no \.npz archive"):
+        judge_file(tmp_path / "single.npy", None, model, threat)
+    np.savez(tmp_path / "objects.npz", adversarial=np.array([{}, {}], object))
+    with pytest.raises(DataError, match="cannot be read as arrays"):
+        judge_file(tmp_path / "objects.npz", None, model, threat)
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, adversarial=np.random.default_rng(0).random((3, 1, 8, 8)))
+    damaged = bytearray(whole.read_bytes())
+    damaged[300:310] = b"0123456789"
+    whole.write_bytes(damaged)
+    with pytest.raises(DataError, match="cannot be read as arrays"):
+        judge_file(whole, None, model, threat)
+
+
+def test_an_audit_on_the_command_line_says_first_that_it_cannot_hold(call: Call, outside: str) -> None:
+    done = call("audit", "--model", f"{outside}:sums", "--data", "digits", "--images", 5)
+    assert done.returncode == 0, done.stderr
+    assert "5 images can show `overestimated`, but not `holds` at tolerance 0.05" in done.stderr.splitlines()[0]
+    assert "takes at least 59" in done.stdout or "overestimated:" in done.stdout
 
 
 def test_the_ladder_climbs_from_no_attack_to_the_worst_case() -> None:

@@ -713,11 +713,18 @@ def test_one_radius_costs_little_more_than_with_known_probabilities() -> None:
         ({"futility": 0.7}, "futility must lie in (0, 0.5), got 0.7"),
         (
             {"num_estimation": 9, "alpha": 0.001},
-            "num_estimation = 9 certifies nothing at level 0.001 an image, even when all votes agree; give at least 10",
+            "num_estimation = 9 certifies nothing with the bound 'geometric', sigma = 0.25, at level 0.001 per image, "
+            "even when all votes agree; give at least 12",
         ),
         (
             {"num_estimation": 9, "level": "family", "alpha": 0.02},
-            "num_estimation = 9 certifies nothing at level 0.001 an image, even when all votes agree; give at least 10",
+            "num_estimation = 9 certifies nothing with the bound 'geometric', sigma = 0.25, at level 0.001 per image, "
+            "even when all votes agree; give at least 12",
+        ),
+        (
+            {"num_estimation": 9, "alpha": 0.001, "method": "clopper-pearson"},
+            "num_estimation = 9 certifies nothing with the bound 'clopper-pearson', sigma = 0.25, at level 0.001 per "
+            "image, even when all votes agree; give at least 10",
         ),
         ({"radii": ()}, "radii is empty; give at least one radius, or None"),
         ({"radii": (0.1, -0.1)}, "radii must be finite numbers >= 0 in [0, 1] pixel units, got -0.1"),

@@ -175,12 +175,16 @@ def test_an_abstention_is_no_class() -> None:
     assert predicted.dtype == torch.int64
 
 
-def test_one_vote_never_decides() -> None:
+def test_numbers_of_votes_that_can_never_decide_are_refused_with_the_least_one_that_can() -> None:
+    """Two-sided at 0.001: 2 / 2^10 > 0.001 >= 2 / 2^11."""
     x = square_images(np.full(20, 0.75), seed=2)
     smoothed = _smoothed(square_half_space(), 2)
-    assert (smoothed.predict(x, num_samples=1) == ABSTAIN).all()
-    assert (smoothed.predict(x, num_samples=10, alpha=0.001) == ABSTAIN).all()  # 2 / 2^10 > 0.001
+    for too_few in (1, 10):
+        with pytest.raises(InputError, match=f"num_samples = {too_few} can answer nothing .* needs at least 11$"):
+            smoothed.predict(x, num_samples=too_few, alpha=0.001)
     assert (smoothed.predict(x, num_samples=11, alpha=0.001) != ABSTAIN).any()
+    with pytest.raises(InputError, match="needs at least 1002"):
+        smoothed.predict(x, num_samples=1000, alpha=2.0**-1000)
 
 
 def test_predict_compares_the_two_most_voted_classes_of_many() -> None:
@@ -203,7 +207,7 @@ def test_predictions_follow_the_seed_and_neither_order_nor_company() -> None:
 def test_predict_leaves_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
     smoothed = _smoothed(square_half_space(), 2)
-    smoothed.predict(_images(2), num_samples=10)
+    smoothed.predict(_images(2), num_samples=11)
     smoothed.log_probs(_images(2), 4, stream(0, "test"))
     assert torch.equal(before, torch.random.get_rng_state())
 

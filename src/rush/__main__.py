@@ -3,33 +3,76 @@
 import os
 import sys
 
+_TRACEBACK = "--traceback"
+
 
 def main() -> None:
-    """Run the command line; an error of the user's is one clear line on standard error and exit status 1."""
-    from rush.cli import app, several_processes
+    """Run the command line; whatever goes wrong is one clear line on standard error and exit status 1.
+
+    With ``--traceback`` anywhere on the command line, or RUSH_TRACEBACK=1 in the environment, the traceback comes
+    before the line.
+    """
     from rush.errors import Interrupted, RushError
-    from rush.lines import printable
 
+    wanted = _take_traceback()
     try:
-        if several_processes():
-            from rush.engine.distributed import joined_processes
-
-            with joined_processes():
-                app()
-        else:
-            app()
+        _run()
     except Interrupted as stop:
-        sys.stderr.write(f"rush: {printable(str(stop))}\n")
+        _say(str(stop), wanted)
         sys.exit(stop.status)
     except RushError as error:
-        sys.stderr.write(f"rush: {printable(str(error))}\n")
+        _say(str(error), wanted)
         sys.exit(1)
     except OSError as error:
-        sys.stderr.write(f"rush: {printable(_system_said(error))}\n")
+        _say(_system_said(error), wanted)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.stderr.write("rush: stopped; the same command goes on from here\n")
+        _say("stopped; the same command goes on from here", wanted)
         sys.exit(130)
+    except Exception as error:
+        _say(_unexpected(error, wanted), wanted)
+        sys.exit(1)
+
+
+def _run() -> None:
+    from rush.cli import app, several_processes
+
+    if several_processes():
+        from rush.engine.distributed import joined_processes
+
+        with joined_processes():
+            app()
+    else:
+        app()
+
+
+def _take_traceback() -> bool:
+    """Whether a traceback is wanted; the option is taken off the command line, whose commands do not know it."""
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != _TRACEBACK]
+    sys.argv[1:] = [*kept, *words[end:]]
+    return len(kept) < end or os.environ.get("RUSH_TRACEBACK", "0") not in ("", "0")
+
+
+def _unexpected(error: Exception, traceback_shown: bool) -> str:
+    """What to say of an error that no part of this library raises on purpose."""
+    said = " ".join(str(error).split())
+    more = "" if traceback_shown else f", which {_TRACEBACK} shows"
+    return (
+        f"internal error: {type(error).__name__}{': ' if said else ''}{said}; this should not happen: please report it "
+        f"with the command and the traceback{more}"
+    )
+
+
+def _say(text: str, traceback_wanted: bool) -> None:
+    from rush.lines import printable
+
+    if traceback_wanted:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(f"rush: {printable(text)}\n")
 
 
 def _system_said(error: OSError) -> str:

@@ -5,6 +5,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from rush.errors import InputError
+from rush.numbers import least_whole
 
 # scipy.special's incomplete beta functions are good to about 1e-13 relative error for counts up to 1e8; every bound
 # and p-value is moved to the safe side by far more than that.
@@ -37,6 +38,16 @@ def sign_test(wins: ArrayLike, losses: ArrayLike) -> NDArray[np.float64]:
     _, n = _counts(k, k + np.asarray(losses, np.float64), empty_ok=True)
     value = special.betainc(np.maximum(k, 1), n - k + 1, 0.5) * (1 + SAFETY)
     return np.where(k > 0, np.minimum(value, 1.0), 1.0)
+
+
+def fewest_votes(level: float) -> int:
+    """Return the least n for which n votes that all agree have a ``sign_test`` p-value of at most ``level``.
+
+    A two-sided test at alpha is this one at alpha / 2.
+    """
+    fewest = least_whole(lambda n: float(sign_test(n, 0)) <= level)
+    assert fewest is not None  # 2^-n is below every positive float from n = 1075 on
+    return fewest
 
 
 def upper_quantile(trials: int, probability: float, tail: float) -> int:

@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 app = App(
     name="rush",
-    help="Robust image classifiers: pre-trained by contrast, smoothed by noise, certified soundly, attacked honestly.",
+    help="Robust image classifiers: pre-trained by contrast, smoothed by noise, certified soundly, attacked honestly. "
+    "Errors are one line; --traceback, with any command, shows where one was raised.",
     help_format="plaintext",
     version=lambda: _version(),
     suppress_keyboard_interrupt=False,
@@ -124,6 +125,9 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
         Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
     """
     folder = _create(recipe, out, data, overrides)
+    from rush.pipeline import check_run
+
+    check_run(folder)
     if several_processes():
         _do(folder, STAGES[:-1])
         _leader_says(f"audit and report run in one process; start `rush run {folder.path}` without torchrun for them")
@@ -283,8 +287,13 @@ def audit(
     if rung is not None:
         raise ConfigError("--rung belongs to a run folder; give RUN --rung NAME")
     from rush.evaluation.audit import write_audit
+    from rush.evaluation.audit_report import reach_statement
 
-    report_ = given.subject().audit(tolerance, given.seed)
+    subject = given.subject()
+    statement = reach_statement(len(subject.images), tolerance) if 0 < tolerance < 1 else None
+    if statement is not None:
+        print_lines([statement], stderr=True)
+    report_ = subject.audit(tolerance, given.seed)
     file = out or Path("audit.json")
     write_audit(file, report_)
     print_lines([*report_.summary(), f"written to {file}"])

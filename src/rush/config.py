@@ -324,9 +324,13 @@ class CertifyConfig(Section):
 
     @model_validator(mode="after")
     def _can_certify(self) -> "CertifyConfig":
-        fewest = fewest_samples(self.alpha)
+        family = self.images if self.level == "family" and self.images is not None else 1
+        fewest = fewest_samples(self.alpha / family)
         if self.num_estimation < fewest:
-            raise ValueError(f"num_estimation must be at least {fewest} to certify anything at alpha = {self.alpha}")
+            shared = f", shared by {family} images" if family > 1 else ""
+            raise ValueError(
+                f"num_estimation must be at least {fewest} to certify anything at alpha = {self.alpha}{shared}"
+            )
         return self
 
 

@@ -62,3 +62,7 @@ class DataWarning(RushWarning):
 
 class NumericsWarning(RushWarning):
     """A result may differ in its last bits from one call, batch or machine to another."""
+
+
+class RoundingWarning(RushWarning):
+    """Pixels left [0, 1], or points their ball, by no more than rounding, and were moved back before anything else."""

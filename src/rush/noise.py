@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rush.checks import check_sigma
+from rush.numbers import sigma_of
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Gaussian:
     sigma: float
 
     def __post_init__(self) -> None:
-        check_sigma(self.sigma)
+        object.__setattr__(self, "sigma", sigma_of(self.sigma))
 
     def sample(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
         """Noise of ``shape`` in float32 on the generator's device."""

@@ -44,5 +44,9 @@ def parse_fraction(text: str | float) -> float:
 
 
 def fewest_samples(alpha: float) -> int:
-    """Fewest votes that can certify at level ``alpha``: all agreeing, their lower bound alpha^(1/n) must exceed 1/2."""
-    return math.floor(math.log2(1 / alpha)) + 1
+    """Return the least number of votes that can show a probability above 1/2 at level ``alpha``.
+
+    All of n votes agree; their lower bound alpha^(1/n), less the 1e-10 for rounding of ``binomial.lower_bound``, must
+    exceed 1/2. It is the least for every sigma; a tiny sigma may need more (``certification.rules``).
+    """
+    return math.floor(-math.log2(alpha) / (1 + math.log2(1 - 1e-10))) + 1

@@ -2,8 +2,11 @@
 
 import importlib
 import sys
+import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +19,15 @@ from rush.data.arrays import read_arrays
 from rush.data.images import ImageSet, evaluation_order
 from rush.data.labels import decode_texts
 from rush.data.sources import load_images
-from rush.errors import ConfigError, DataError, InputError
+from rush.errors import ConfigError, DataError, InputError, ModelError, RushError
 from rush.evaluation.audit import AuditReport, audit
 from rush.evaluation.defenders import Model, SmoothedDefender
 from rush.evaluation.intervals import paired_difference
 from rush.evaluation.ladder import ladder, plain_ladder
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import Judging, evaluate, prepare, verdict
-from rush.inputs import LabelledPixels, labelled_pixels
+from rush.evaluation.robust import Judging, check_reachable, evaluate, prepare, verdict
+from rush.inputs import LabelledPixels, kind_of, labelled_pixels
 from rush.loading import load
 from rush.options import Decision, Norm, parse_fraction
 from rush.reporting import tables
@@ -33,6 +36,8 @@ from rush.smoothing import SmoothedClassifier
 _STEPS, _STEP_SHARE = 20, 0.25
 _DRAWS = (1, 4, 16, 64, 256)
 _STRONG_STEPS = 50
+_SAID = 300  # characters of the text of an error in the user's code that are quoted
+_NATIVE = {2: np.float16, 4: np.float32}  # by the bytes of a number, in the machine's byte order; else float64
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,14 @@ class Subject:
         images: so many of the split, the first of an order fixed by ``seed``; None all. sigma: makes a smoothed
         classifier of the module, for noise of that deviation. Raises: ConfigError, DataError and InputError.
         """
+        threat = threat_model(norm, epsilon)
         chosen = _chosen(load_images(data, split=split, root=root), images, seed)
-        classes = num_classes or max(2, chosen.num_classes)
-        found = load_model(model, sigma, classes)
+        found = load_model(model, sigma, num_classes or max(2, chosen.num_classes))
         backward = None if surrogate is None else call(surrogate)
         if backward is not None and not isinstance(backward, nn.Module):
             raise ConfigError(f"{surrogate} gave {type(backward).__name__}, expected a torch.nn.Module")
         limit = found.num_classes if isinstance(found, SmoothedClassifier) else None
-        return cls(found, labelled_pixels(chosen, limit), threat_model(norm, epsilon), decision, backward)
+        return cls(found, labelled_pixels(chosen, limit, kind_of(found)), threat, decision, backward)
 
     def audit(self, tolerance: float, seed: int) -> AuditReport:
         """The audit of the default evaluation."""
@@ -102,7 +107,10 @@ class Subject:
             rungs = ladder(_STEPS, _STEP_SHARE, 1, _DRAWS, **options)  # type: ignore[arg-type]
         if not isinstance(defender, SmoothedDefender):
             rungs = [rung for rung in rungs if rung.name != "transfer"]
-        judging = Judging(alpha / len(rungs), max_votes, seed)
+        whole = Judging.checked(alpha, max_votes, seed)
+        judging = replace(whole, level=whole.level / len(rungs))
+        for rung in rungs:
+            check_reachable(defender, judging, rung)
         for rung in rungs:
             yield evaluate(defender, pixels, self.threat, rung, judging)
 
@@ -110,7 +118,8 @@ class Subject:
 def load_model(name: str, sigma: float | None, num_classes: int) -> Model:
     """The model of a run folder, or what ``module:function`` gives.
 
-    Raises: ConfigError when it is neither, or gives something else than a module or a smoothed classifier.
+    Raises: ConfigError when it is neither, or gives something else than a module or a smoothed classifier; ModelError
+    when the function raises.
     """
     found = call(name) if ":" in name else load(name)
     if isinstance(found, SmoothedClassifier):
@@ -123,24 +132,74 @@ def load_model(name: str, sigma: float | None, num_classes: int) -> Model:
             f"{name} gave {type(found).__name__}, expected a torch.nn.Module from [0, 1] pixels to logits or a "
             "rush.SmoothedClassifier"
         )
-    return found if sigma is None else SmoothedClassifier(found, sigma, num_classes, execution="auto")
+    if sigma is None:
+        return found
+    known = kind_of(found).classes
+    return SmoothedClassifier(found, sigma, num_classes if known is None else len(known), execution="auto")
 
 
 def call(name: str) -> object:
-    """What ``function()`` of ``module:function`` gives; modules are also looked for in the working folder."""
+    """What ``function()`` of ``module:function`` gives, or the network itself where it names one.
+
+    Modules are also looked for in the working folder, during the call too.
+    Raises: ConfigError when there is no such module or function; ModelError, with what was raised and where, when the
+    user's own code fails.
+    """
     module, _, function = name.partition(":")
     if not module or not function:
         raise ConfigError(f"{name!r} must read module:function, e.g. mymodels:resnet")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{name}: {error}; run the command where the module lies, or install it") from error
+        with _user_code(f"importing {module}", module):
+            found = getattr(importlib.import_module(module), function, None)
+        if isinstance(found, nn.Module | SmoothedClassifier):
+            return found
+        if not callable(found):
+            raise ConfigError(f"{module} has no function {function!r}")
+        with _user_code(f"{name}()"):
+            return found()
     finally:
         sys.path.pop(0)
-    if not callable(found):
-        raise ConfigError(f"{module} has no function {function!r}")
-    return found()
+
+
+@contextmanager
+def _user_code(what: str, module: str | None = None) -> Iterator[None]:
+    """Within the context code of the user runs: what it raises becomes a ModelError, an exit too.
+
+    module: is being imported; a ConfigError says when there is none of this name. Errors of this library pass.
+    """
+    try:
+        yield
+    except RushError:
+        raise
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if module is not None and missing is not None and f"{module}.".startswith(f"{missing}."):
+            raise ConfigError(f"{module}: {error}; run the command where the module lies, or install it") from error
+        said = " ".join(str(error).split())
+        shown = said if len(said) <= _SAID else f"{said[:_SAID]}..."
+        raise ModelError(
+            f"{what} failed: {type(error).__name__}{': ' if shown else ''}{shown}{_place(error)}; see all of it with "
+            "--traceback"
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    """`` (file, line)`` of the innermost frame outside installed packages, which is the user's own; empty without
+    one."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text has it
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = [frame for frame in frames if not _installed(frame.filename)]
+    return f" ({Path(foreign[-1].filename).name}, line {foreign[-1].lineno})" if foreign else ""
+
+
+def _installed(filename: str) -> bool:
+    return (
+        filename.startswith("<")
+        or any(part in ("site-packages", "importlib") for part in Path(filename).parts)
+        or (filename == __file__)
+    )
 
 
 def threat_model(norm: Norm, epsilon: str) -> ThreatModel:
@@ -160,17 +219,34 @@ def judge_file(file: Path, subject: Subject | None, model: Model, threat: Threat
     arrays = _arrays(file)
     points = _pixels(arrays, "adversarial", file)
     if subject is None:
-        images = (_pixels(arrays, "images", file), torch.from_numpy(_needed(arrays, "labels", file)).long())
+        images = (_pixels(arrays, "images", file), _labels(arrays, file))
         return verdict(model, images, points, threat, **given)  # type: ignore[arg-type]
     pixels = subject.images
     if "ids" in arrays:
-        places = {own: row for row, own in enumerate(pixels.ids)}
-        names = decode_texts(arrays["ids"], "ids", str(file))
-        strange = [own for own in names if own not in places]
-        if strange:
-            raise DataError(f"{file} has {len(strange)} images that the data set has not, first {strange[0]}")
-        pixels = pixels.select([places[own] for own in names])
+        pixels = pixels.select(_rows_of(decode_texts(arrays["ids"], "ids", str(file)), pixels.ids, file))
     return verdict(model, pixels, points, threat, **given)  # type: ignore[arg-type]
+
+
+def _rows_of(ids: list[str], known: Sequence[str], file: Path) -> list[int]:
+    """The positions among ``known`` of the images that the file names."""
+    places = {image_id: row for row, image_id in enumerate(known)}
+    unknown = [image_id for image_id in ids if image_id not in places]
+    if unknown:
+        raise DataError(f"{file} has {len(unknown)} images that the data set has not, first {unknown[0]}")
+    repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise DataError(f"{file} has a duplicate id, {repeated[0]}; give one point per image")
+    return [places[image_id] for image_id in ids]
+
+
+def _labels(arrays: dict[str, NDArray[np.generic]], file: Path) -> Tensor:
+    array = _needed(arrays, "labels", file)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"labels in {file} must be class indices, integers of shape (N,), got {array.dtype} {array.shape}; convert "
+            "them first"
+        )
+    return torch.from_numpy(array.astype(np.int64))
 
 
 LADDER_HEADER = ("attacker", "passes + forward", "accuracy", "held", "minus the one before", "time")
@@ -219,9 +295,12 @@ def _needed(arrays: dict[str, NDArray[np.generic]], name: str, file: Path) -> ND
 
 
 def _pixels(arrays: dict[str, NDArray[np.generic]], name: str, file: Path) -> Tensor:
+    """The array (N, C, H, W) as a tensor of its own float type, 8-bit pixels divided by 255."""
     array = _needed(arrays, name, file)
-    if array.ndim != 4 or array.dtype.kind not in "fu":
+    if array.ndim != 4 or not (array.dtype == np.uint8 or array.dtype.kind == "f"):
         raise DataError(
             f"{name} in {file} must be (N, C, H, W), float in [0, 1] or uint8, got {array.dtype} {array.shape}"
         )
-    return torch.from_numpy(array.astype(np.float32) / (255 if array.dtype.kind == "u" else 1))
+    if array.dtype == np.uint8:
+        return torch.from_numpy(array.astype(np.float32) / 255)
+    return torch.from_numpy(array.astype(_NATIVE.get(array.dtype.itemsize, np.float64)))

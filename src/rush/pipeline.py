@@ -9,7 +9,10 @@ from rush.errors import RunError
 from rush.options import Stage
 from rush.stages.attacking import run_attack, run_audit
 from rush.stages.certifying import run_certify
+from rush.stages.preconditions import check_run
 from rush.stages.training import run_finetune, run_pretrain
+
+__all__ = ["check_run", "run_stage"]
 
 
 def run_stage(run: RunFolder, stage: Stage) -> None:

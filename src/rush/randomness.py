@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rush.errors import InputError
+from rush.numbers import as_whole
 
 _MT19937_WORDS = 624
 _CPU_STATE_BYTES = 5056
@@ -23,13 +24,14 @@ def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> 
 
     Raises: InputError when ``seed`` is not a non-negative integer or a name is neither text nor integer.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    number = as_whole(seed)
+    if number is None or number < 0:
         raise InputError(f"seed must be an integer >= 0, got {seed!r}")
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise InputError(f"stream names must be str or int, got {name!r} of type {type(name).__name__}")
     # NumPy's text and enumerations print themselves in ways of their own; they name the stream of their plain value.
-    plain = (seed, *(str(name) if isinstance(name, str) else int(name) for name in names))
+    plain = (number, *(str(name) if isinstance(name, str) else int(name) for name in names))
     key = hashlib.sha256(repr(plain).encode()).digest()
     generator = torch.Generator(device=device)
     generator.manual_seed(int.from_bytes(key[:8], "little"))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rush.data.entries import describe_kind
+from rush.data.kind import ImageKind, checked_shape
 from rush.engine.precision import Execution
 from rush.errors import ConfigError, RunError
 from rush.files import write_atomically, write_json
@@ -152,7 +153,9 @@ def load_plain(folder: Path, device: str) -> Classifier:
     description = read_description(folder)
     if not is_plain(description):
         raise RunError(f"{folder} holds a smoothed classifier; take rush.load")
-    classifier = _load_classifier(folder, _read_spec(description))
+    spec = _read_spec(description)
+    classifier = _load_classifier(folder, spec)
+    classifier.kind = ImageKind(checked_shape(description["image_shape"]), tuple(spec.classes))
     plain_execution(device).place(classifier)
     return classifier.eval()
 
@@ -179,6 +182,7 @@ def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
         num_classes=len(spec.classes),
         execution=execution,
         classes=spec.classes,
+        image_shape=description["image_shape"],
     )
 
 

@@ -7,13 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rush.binomial import sign_test
+from rush.binomial import fewest_votes, sign_test
+from rush.data.kind import ANY_KIND, ImageKind, checked_shape
+from rush.engine.channels import copied_planes
 from rush.engine.forward import Forward
 from rush.engine.inspection import check_logits
 from rush.engine.precision import Execution, check_eval_mode, decide_execution
 from rush.errors import InputError, ModelError
-from rush.inputs import check_pixels, check_positive_integer, pixel_ids
+from rush.inputs import check_pixels, pixel_ids, positive_integer, probability
+from rush.models.classifier import Classifier
 from rush.noise import Gaussian
+from rush.numbers import as_whole
 from rush.options import ABSTAIN, BLOCK
 from rush.randomness import stream
 from rush.voting import Request, Voter
@@ -31,7 +35,11 @@ class SmoothedClassifier:
     execution: where and how f runs; by default float32, as it is, on the device where its parameters are. "auto": on
     the best device, in bfloat16 where the processor computes in it, BatchNorm folded; the classifier is moved. Every
     certified, predicted or judged sample goes through this one forward.
-    Raises: InputError for a bad sigma or number of classes, ModelError when ``classifier`` is no module.
+    classes, image_shape: names of the classes, in the order of the logits, and (C, H, W) of the images, by default
+    those that ``classifier`` is known to have been trained on. Images of another shape or with other class names are
+    refused everywhere. Where no shape is known, the first images fix the number of channels, and grey ones are refused
+    when the classifier repeats their plane before its first layer: its copies would carry the same noise.
+    Raises: InputError for a bad sigma, number of classes or shape, ModelError when ``classifier`` is no module.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class SmoothedClassifier:
         noise: Gaussian | None = None,
         execution: Execution | Literal["auto"] | None = None,
         classes: Sequence[str] | None = None,
+        image_shape: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(classifier, nn.Module):
             raise ModelError(
@@ -50,14 +59,21 @@ class SmoothedClassifier:
             )
         if (sigma is None) == (noise is None):
             raise InputError("give either sigma or noise")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-            raise InputError(f"num_classes must be an integer >= 2, got {num_classes!r}")
-        if classes is not None and len(classes) != num_classes:
-            raise InputError(f"got {len(classes)} class names for num_classes = {num_classes}")
+        whole = as_whole(num_classes)
+        if whole is None or whole < 2:
+            one = "; a classifier with a single logit z has two classes: let it return torch.cat([-z, z], 1)"
+            raise InputError(f"num_classes must be an integer >= 2, got {num_classes!r}{one if whole == 1 else ''}")
+        known = classifier.kind if isinstance(classifier, Classifier) else ANY_KIND
+        names = known.classes if classes is None else tuple(map(str, classes))
+        if names is not None and len(names) != whole:
+            raise InputError(f"got {len(names)} class names for num_classes = {whole}")
         self.classifier = classifier
         self.noise = noise if noise is not None else Gaussian(sigma)  # type: ignore[arg-type]
-        self.num_classes = num_classes
-        self.classes = tuple(classes) if classes is not None else tuple(str(k) for k in range(num_classes))
+        self.num_classes = whole
+        self.classes = names if names is not None else tuple(str(k) for k in range(whole))
+        self.kind = ImageKind(known.shape if image_shape is None else checked_shape(image_shape), names)
+        self._channels: int | None = None  # of the first images that it has answered, where no shape is known
+        self._examined: tuple[int, ...] | None = None
         if execution == "auto":
             execution = decide_execution()
             execution.place(classifier)
@@ -68,6 +84,42 @@ class SmoothedClassifier:
     def sigma(self) -> float:
         return self.noise.sigma
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images that the classifier takes; None where it is not known."""
+        return self.kind.shape
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise InputError unless images of ``shape`` (C, H, W) are of the kind that the classifier takes.
+
+        Where its shape is not known, the number of channels must be that of the first images, and a single one must
+        not be repeated before the first layer (``engine.channels``).
+        """
+        given = tuple(shape)
+        self.kind.check_shape(given, "the images", "those of the model")
+        if self.kind.shape is not None or given[0] == self._channels:
+            return
+        if self._channels is not None:
+            raise InputError(
+                f"the images have {given[0]} channels, the first ones that this classifier was given had "
+                f"{self._channels}; make another SmoothedClassifier for other images, with its image_shape"
+            )
+        if given == self._examined:
+            return
+        check_eval_mode(self.classifier)
+        copies = copied_planes(self.classifier, self.execution, given, stream(0, "channels"))
+        if copies > 1:
+            raise InputError(
+                f"the images have 1 channel, and the classifier repeats it to {copies} before its first layer, e.g. by "
+                "a normalization with statistics of several channels: all of them would carry the same noise. Give "
+                f"images of {copies} channels, or say image_shape={given} where the classifier was trained like this"
+            )
+        self._examined = given
+
+    def answered(self, shape: Sequence[int]) -> None:
+        """Note that the classifier has answered images of ``shape``, which fixes its number of channels."""
+        self._channels = shape[0]
+
     def vote_blocks(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Votes per block of 100 noise samples: int64 (B, ceil(num_samples / 100), K) on the CPU.
 
@@ -77,7 +129,9 @@ class SmoothedClassifier:
         Raises: ModelError when the classifier is in training mode, is random, looks at neighbours, or gives logits of
         the wrong shape or not finite. ``recheck`` ends the use of votes.
         """
+        num_samples = positive_integer("num_samples", num_samples)
         _check_one_each(generators, len(x))
+        self.check_shape(x.shape[1:])
         blocks = -(-num_samples // BLOCK)
         images = x.to(self.execution.device, torch.float32)
         requests = (
@@ -85,7 +139,9 @@ class SmoothedClassifier:
             for pixels, generator in zip(images, generators, strict=True)
             for block in range(blocks)
         )
-        return self.voter().launch(requests, len(x) * blocks).result().view(len(x), blocks, self.num_classes)
+        votes = self.voter().launch(requests, len(x) * blocks).result()
+        self.answered(x.shape[1:])
+        return votes.view(len(x), blocks, self.num_classes)
 
     def counts(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Votes int64 (B, K) of ``num_samples`` noisy copies of each image; see ``vote_blocks``."""
@@ -97,12 +153,17 @@ class SmoothedClassifier:
         P(result is neither g(x) nor ABSTAIN) <= alpha for each image: the two-sided binomial test between the two most
         voted classes (Cohen et al. 2019, proposition 2). Noise comes from ``stream(seed, "predict", hash of the
         pixels)``.
-        Raises: InputError for bad images or numbers, ModelError like ``vote_blocks``.
+        Raises: InputError for bad images or numbers, also for fewer samples than could ever decide at ``alpha`` (11 at
+        0.001); ModelError like ``vote_blocks``.
         """
-        check_pixels(x)
-        check_positive_integer("num_samples", num_samples)
-        if not 0 < alpha < 1:
-            raise InputError(f"alpha must lie in (0, 1), got {alpha!r}")
+        x, num_samples = check_pixels(x), positive_integer("num_samples", num_samples)
+        alpha = probability("alpha", alpha)
+        fewest = fewest_votes(alpha / 2)
+        if num_samples < fewest:
+            raise InputError(
+                f"num_samples = {num_samples} can answer nothing at alpha = {alpha:g}, even when all votes agree: the "
+                f"two-sided test needs at least {fewest}"
+            )
         generators = self.streams(seed, "predict", pixel_ids(x))
         votes, classes = self.counts(x, num_samples, generators).topk(2, dim=1)
         self.recheck()
@@ -121,7 +182,7 @@ class SmoothedClassifier:
 
     def sample_noise(self, x: Tensor, num_samples: int, generator: Generators | None) -> Tensor:
         """Noise (B, num_samples, C, H, W) for the images ``x``, from one generator or one an image."""
-        check_positive_integer("num_samples", num_samples)
+        num_samples = positive_integer("num_samples", num_samples)
         if generator is None:
             raise InputError(
                 "log_probs draws noise: give generator=rush.randomness.stream(seed, name) or another torch.Generator"
@@ -135,8 +196,11 @@ class SmoothedClassifier:
         """``log_probs`` for given ``noise`` (B, M, C, H, W); by the forward ``logits`` where it is given, e.g.
         ``differentiable()``, in which BatchNorm may be folded and the weights are copies."""
         check_eval_mode(self.classifier)
+        self.check_shape(x.shape[1:])
         noisy = (x[:, None] + noise.to(x.device)).flatten(0, 1)
-        return mean_log_softmax((logits or self._logits)(noisy), len(x))
+        found = (logits or self._logits)(noisy)
+        self.answered(x.shape[1:])
+        return mean_log_softmax(found, len(x))
 
     def as_module(self, num_samples: int = 32, generator: torch.Generator | None = None) -> nn.Module:
         """An nn.Module x -> ``log_probs`` with fresh noise at every call, for attack libraries that take a network."""

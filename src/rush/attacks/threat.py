@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rush.attacks.l1 import project_l1, room_towards, sparse_step
 from rush.errors import InputError
+from rush.numbers import as_real
 from rush.options import Norm
 
 ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
@@ -19,8 +21,9 @@ L1_DENSITY = 0.01  # share of the pixels that one l1 step changes (Tramer & Bone
 class ThreatModel:
     """All x' in [0, 1] with ||x' - x|| <= epsilon, in [0, 1] pixel units, up to float32 rounding (6e-8 a pixel).
 
-    norm: "linf", "l2" or "l1". epsilon: one number for all images, or a float tensor (N,) with one an image; an l-inf
-    epsilon is n/255, so 8/255 and not 8, an l1 epsilon is the sum over all pixels and channels, so often above 1.
+    norm: "linf", "l2" or "l1". epsilon: one number for all images, or a float tensor or array (N,) with one
+    per image; an l-inf epsilon is n/255, so 8/255 and not 8, an l1 epsilon is the sum over all pixels and channels, so
+    often above 1.
     Raises: InputError for an unknown norm, epsilon <= 0, not finite, or > 1 for l-inf.
     """
 
@@ -30,11 +33,13 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
             raise InputError(f"unknown norm {self.norm!r}; allowed: {', '.join(get_args(Norm))}")
-        values = self.epsilon.flatten().tolist() if isinstance(self.epsilon, Tensor) else [self.epsilon]
-        wrong = [value for value in values if not _is_positive_number(value)]
+        epsilon = _number_or_tensor(self.epsilon)
+        values = epsilon.flatten().tolist() if isinstance(epsilon, Tensor) else [epsilon]
+        wrong = [value for value in values if (as_real(value) or 0) <= 0]
         if wrong:
             raise InputError(f"epsilon must be a finite number > 0, got {wrong[0]!r}")
-        if self.norm == "linf" and max(values) > 1:
+        object.__setattr__(self, "epsilon", epsilon)
+        if self.norm == "linf" and max(values, default=0.0) > 1:
             raise InputError(
                 f"l-inf epsilon = {max(values):g} exceeds the pixel range [0, 1]; write {max(values):g}/255"
             )
@@ -146,8 +151,14 @@ def _pixels(gradient: Tensor, density: float | Tensor = L1_DENSITY) -> Tensor:
     return (share * gradient[0].numel()).floor().clamp(min=1)
 
 
-def _is_positive_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def _number_or_tensor(epsilon: object) -> object:
+    """One number as a float, numbers of images as a float tensor; anything else as it is."""
+    if isinstance(epsilon, np.ndarray) and epsilon.ndim and epsilon.dtype.kind in "fiu":
+        epsilon = torch.from_numpy(epsilon.astype(np.float64 if epsilon.dtype.kind != "f" else epsilon.dtype))
+    if isinstance(epsilon, Tensor) and epsilon.ndim:
+        return epsilon if epsilon.is_floating_point() or epsilon.dtype == torch.bool else epsilon.double()
+    number = as_real(epsilon)
+    return epsilon if number is None else number
 
 
 def _l2(delta: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from rush.binomial import lower_bound
 from rush.certification.rules import Rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
 from rush.errors import InputError
+from rush.numbers import as_real
 
 UNKNOWN = -1
 
@@ -151,7 +152,10 @@ class Certificates:
         return replace(self, **arrays, blocks=blocks, ids=ids, pixels=pixels)
 
     def _certified_correctly(self, radius: float) -> NDArray[np.bool_]:
-        return self.correct & (self.radius >= radius)
+        number = as_real(radius)
+        if number is None or number < 0:
+            raise InputError(f"radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
+        return self.correct & (self.radius >= number)
 
 
 def join_certificates(parts: Sequence[Certificates]) -> Certificates:

@@ -21,7 +21,8 @@ from rush.certification.decide import Decider
 from rush.certification.rules import Rule, make_rule
 from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.progress import progress
-from rush.inputs import Images, LabelledPixels, check_positive_integer, labelled_pixels, pixel_ids
+from rush.inputs import Images, LabelledPixels, labelled_pixels, pixel_ids
+from rush.numbers import positive_integer
 from rush.options import CertifyMethod, Level
 from rush.smoothing import SmoothedClassifier
 from rush.voting import BLOCK, PendingVotes, Request
@@ -59,7 +60,8 @@ def certify(
     them; ModelError for a classifier that cannot be certified (training mode, stochastic, dependent on neighbours, or
     no longer the same function at the end).
     """
-    pixels = labelled_pixels(images, smoothed.num_classes)
+    pixels = labelled_pixels(images, smoothed.num_classes, smoothed.kind)
+    smoothed.check_shape(pixels.x.shape[1:])
     rule = make_rule(
         sigma=smoothed.sigma,
         method=method,
@@ -73,6 +75,7 @@ def certify(
     )
     own = list(range(rank(), len(pixels), world_size()))
     found = dict(certify_each(smoothed, pixels, rule, seed, own, in_flight))
+    smoothed.answered(pixels.x.shape[1:])
     shared = {position: part for shard in gather_objects(found) for position, part in shard.items()}
     return join_certificates([shared[position] for position in range(len(pixels))])
 
@@ -94,7 +97,7 @@ def certify_each(
         ModelError: as ``certify``. If the iteration ends with one, no certificate that it yielded is valid.
     """
     if in_flight is not None:
-        check_positive_integer("in_flight", in_flight)
+        in_flight = positive_integer("in_flight", in_flight)
     capacity = max(1, _ROUND_TILES * smoothed.execution.tile // BLOCK)
     engine = _Engine(smoothed, rule, capacity)
     cohorts = _cohort_sizes(rule, capacity, in_flight)

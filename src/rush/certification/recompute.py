@@ -9,6 +9,7 @@ from rush.certification.certificates import UNKNOWN, Certificates
 from rush.certification.decide import apply_rule
 from rush.certification.rules import CLOPPER_PEARSON, make_rule, within_reach
 from rush.errors import InputError
+from rush.numbers import as_whole
 from rush.options import BLOCK, Level
 
 
@@ -34,14 +35,17 @@ def recompute(
     """
     old = certificates.rule
     new_bound = old.bound if bound is None else bound
-    wanted = old.num_estimation if num_estimation is None else num_estimation
+    given = old.num_estimation if num_estimation is None else num_estimation
+    wanted = as_whole(given)
     if old.method == "sequential" and new_bound == CLOPPER_PEARSON:
         raise InputError(
             "these votes come from a sequential run: how many were drawn depends on the votes themselves, and a "
             "Clopper-Pearson bound holds only for a number fixed beforehand; give an anytime-valid bound (geometric or "
             "beta), or certify again with method = clopper-pearson"
         )
-    if not isinstance(wanted, int) or wanted > old.num_estimation:
+    if wanted is None:
+        raise InputError(f"num_estimation must be an integer >= 1, got num_estimation = {given!r}")
+    if wanted > old.num_estimation:
         raise InputError(
             f"num_estimation = {wanted} exceeds the {old.num_estimation} votes that this run could draw; "
             "certify again to draw more"

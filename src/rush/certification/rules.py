@@ -2,19 +2,17 @@
 
 import itertools
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Real
 from typing import Any, get_args
 
 from scipy import special
 
 from rush.certification.bounds import RADIUS_DIGITS, largest_radius
 from rush.certification.sequential import FixedSequence, reachable
-from rush.checks import check_positive_integer, check_sigma
 from rush.errors import InputError
-from rush.options import CertifyMethod, Level, SequentialBound, fewest_samples
+from rush.numbers import as_real, least_whole, positive_integer, probability, sigma_of
+from rush.options import CertifyMethod, Level, SequentialBound
 
 CLOPPER_PEARSON = "clopper-pearson"
 
@@ -114,19 +112,11 @@ def make_rule(
     _check_one_of("level", level, get_args(Level))
     bound = bounds[method][0] if bound is None else bound
     _check_one_of(f"bound of method {method!r}", bound, bounds[method])
-    for name, value in (("num_selection", num_selection), ("num_estimation", num_estimation)):
-        check_positive_integer(name, value)
-    check_positive_integer("num_images", num_images)
-    check_sigma(sigma)
-    for name, level_ in (("alpha", alpha), ("futility", futility)):
-        if not isinstance(level_, float) or not 0 < level_ < 0.5:
-            raise InputError(f"{name} must lie in (0, 0.5), got {level_!r}")
-    image_alpha = alpha if level == "image" else alpha / num_images
-    if num_estimation < fewest_samples(image_alpha):
-        raise InputError(
-            f"num_estimation = {num_estimation} certifies nothing at level {image_alpha:g} an image, even when all "
-            f"votes agree; give at least {fewest_samples(image_alpha)}"
-        )
+    num_selection = positive_integer("num_selection", num_selection)
+    num_estimation = positive_integer("num_estimation", num_estimation)
+    num_images = positive_integer("num_images", num_images)
+    sigma = sigma_of(sigma)
+    alpha, futility = probability("alpha", alpha, 0.5), probability("futility", futility, 0.5)
     free = Rule(
         sigma=sigma,
         method=method,  # type: ignore[arg-type]
@@ -139,6 +129,7 @@ def make_rule(
         radii=None,
         futility=futility,
     )
+    _check_enough(free)
     within = within_reach(free)
     if radii is not None:
         return replace(free, radii=_checked_grid(radii, within, free))
@@ -163,24 +154,46 @@ def within_reach(rule: Rule) -> Callable[[float], bool]:
     )
 
 
+def fewest_estimation(rule: Rule) -> int | None:
+    """Return the least ``num_estimation`` with which ``rule`` can certify a radius, all votes agreeing.
+
+    None where no number of votes can, as with a sigma so small that every radius is rounded down to 0.
+    """
+    if rule.bound == CLOPPER_PEARSON:
+        return least_whole(lambda n: largest_radius(n, rule.sigma, rule.image_alpha) > 0)
+    return least_whole(lambda n: within_reach(replace(rule, num_estimation=n))(0.0))
+
+
+def _check_enough(rule: Rule) -> None:
+    if rule.bound == CLOPPER_PEARSON and rule.largest_radius > 0:
+        return
+    if rule.bound != CLOPPER_PEARSON and within_reach(rule)(0.0):
+        return
+    fewest = fewest_estimation(rule)
+    remedy = f"give at least {fewest}" if fewest is not None else "no number of votes does: give a larger sigma"
+    raise InputError(
+        f"num_estimation = {rule.num_estimation} certifies nothing with the bound {rule.bound!r}, sigma = "
+        f"{rule.sigma:g}, at level {rule.image_alpha:g} per image, even when all votes agree; {remedy}"
+    )
+
+
 def _default_grid(rule: Rule, within: Callable[[float], bool]) -> tuple[float, ...]:
     multiples = (_six_decimals(half * rule.sigma / 2) for half in itertools.count())
-    grid = tuple(itertools.takewhile(within, multiples))
-    if not grid:
-        raise InputError(
-            f"num_estimation = {rule.num_estimation} decides no radius with the bound {rule.bound!r} at level "
-            f"{rule.image_alpha:g} an image, even when all votes agree; give more samples"
-        )
-    return grid
+    return tuple(itertools.takewhile(within, multiples))
 
 
 def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
-    if not isinstance(radii, Iterable):
-        raise InputError(f"radii must be several numbers or None, got {radii!r}; for one radius give ({radii!r},)")
-    for radius in radii:
-        if isinstance(radius, bool) or not isinstance(radius, Real) or not 0 <= float(radius) < math.inf:
+    try:
+        given = list(radii)
+    except TypeError:
+        raise InputError(
+            f"radii must be several numbers or None, got {radii!r}; for one radius give ({radii!r},)"
+        ) from None
+    numbers = [as_real(radius) for radius in given]
+    for radius, number in zip(given, numbers, strict=True):
+        if number is None or number < 0:
             raise InputError(f"radii must be finite numbers >= 0 in [0, 1] pixel units, got {radius!r}")
-    grid = tuple(sorted({_six_decimals(float(radius)) for radius in radii}))
+    grid = tuple(sorted({_six_decimals(number) for number in numbers if number is not None}))
     if not grid:
         raise InputError("radii is empty; give at least one radius, or None")
     if not within(grid[-1]):

@@ -12,6 +12,7 @@ import torch
 from rush.data.indexing import Index, positions
 from rush.data.labels import check_labels
 from rush.errors import DataError, InputError
+from rush.numbers import as_real, as_whole
 from rush.randomness import stream
 
 
@@ -58,6 +59,12 @@ class ImageSet:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def pixels(self, indices: Index | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
         """float32 (n, C, H, W) in [0, 1]: ``images.float() / 255`` of all or of the chosen images, on ``device``."""
@@ -117,12 +124,13 @@ def hold_out(images: ImageSet, count: int, generator: torch.Generator) -> tuple[
 def held_out_rows(labels: torch.Tensor | None, total: int, count: int, generator: torch.Generator) -> np.ndarray:
     """The ``count`` of ``total`` rows that ``hold_out`` draws, ascending. Raises: InputError as it does."""
     _check_generator(generator)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < total:
+    whole = as_whole(count)
+    if whole is None or not 1 <= whole < total:
         raise InputError(f"of {total} images 1..{total - 1} can be held out, got {count!r}")
     if labels is None:
         order = torch.randperm(total, generator=generator, device=generator.device)
-        return np.sort(order[:count].cpu().numpy())
-    return _stratified_rows(labels.numpy(), count, generator, least=0)
+        return np.sort(order[:whole].cpu().numpy())
+    return _stratified_rows(labels.numpy(), whole, generator, least=0)
 
 
 def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
@@ -201,11 +209,10 @@ def _stratified_rows(labels: np.ndarray, size: int, generator: torch.Generator, 
 
 
 def _subset_size(n_or_fraction: int | float, total: int, num_present: int) -> int:
-    is_count = isinstance(n_or_fraction, int) and not isinstance(n_or_fraction, bool) and 1 <= n_or_fraction <= total
-    is_share = isinstance(n_or_fraction, float) and 0 < n_or_fraction <= 1
-    if not (is_count or is_share):
+    count, share = as_whole(n_or_fraction), as_real(n_or_fraction)
+    if share is None or not (1 <= share <= total if count is not None else 0 < share <= 1):
         raise InputError(f"subset size must be an int in 1..{total} or a float in (0, 1], got {n_or_fraction!r}")
-    size = int(n_or_fraction) if is_count else round(n_or_fraction * total)
+    size = round(share * total) if count is None else count
     if size < num_present:
         raise InputError(
             f"{n_or_fraction!r} of {total} images is {size}, fewer than the {num_present} classes present; "

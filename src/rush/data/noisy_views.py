@@ -1,6 +1,5 @@
 """Noise as a view: Gaussian noise of a random, scheduled size on one or both views of a contrastive pair."""
 
-import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from rush.data.views import gaussian_noise
 from rush.errors import ConfigError
+from rush.numbers import as_real
 from rush.options import NoisyViewsOption
 
 
@@ -69,4 +69,4 @@ class NoiseSchedule:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return as_real(value) is not None

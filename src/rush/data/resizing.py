@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rush.errors import InputError
+from rush.numbers import as_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,7 +61,7 @@ def resize_images(images: torch.Tensor, size: int | None) -> torch.Tensor:
 
 def check_size(size: int | None) -> None:
     """Raises: InputError unless ``size`` is None or a positive integer."""
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+    if size is not None and (as_whole(size) or 0) < 1:
         raise InputError(f"size must be a number of pixels >= 1, or None for images as they are stored, got {size!r}")
 
 

@@ -24,6 +24,7 @@ from rush.data.records import Block, Records
 from rush.data.resizing import check_size, num_threads
 from rush.data.sources import open_records
 from rush.errors import ConfigError, DataError
+from rush.numbers import as_whole
 
 _TASK = 16  # images that a thread decodes at a time, at most
 _FILES = 4096  # names of image files that are handed to the threads at a time
@@ -347,6 +348,7 @@ def _handed_out(located: list[Located | None]) -> Iterator[Located]:
 
 
 def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+    whole = as_whole(value)
+    if whole is None or whole < least or (most is not None and whole > most):
         bounds = f">= {least}" if most is None else f"in {least}..{most}"
         raise ConfigError(f"{name} must be an integer {bounds}, got {value!r}")

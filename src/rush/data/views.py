@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rush.errors import ConfigError, InputError
+from rush.numbers import as_real, as_whole
 
 _LUMA = (0.299, 0.587, 0.114)
 _CROP_ATTEMPTS = 10
@@ -115,7 +116,7 @@ class Views:
         for name in ("brightness", "contrast", "saturation", "noise_sigma"):
             _check_number(name, getattr(self, name))
         _check_number("hue", self.hue, most=0.5)
-        if isinstance(self.shift_pad, bool) or not isinstance(self.shift_pad, int) or self.shift_pad < 0:
+        if (shift := as_whole(self.shift_pad)) is None or shift < 0:
             raise ConfigError(f"shift_pad must be an integer >= 0 (pixels), got {self.shift_pad!r}")
         if self.shift_pad and self._crops:
             raise ConfigError(
@@ -360,7 +361,8 @@ def gaussian_noise(x: Tensor, sigma: float | Tensor, generator: torch.Generator)
     _check_images(x)
     _check_generator(generator, x.device)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
-    scale = sigma if isinstance(sigma, int | float) else _per_sample("sigma", sigma, len(x))
+    number = as_real(sigma)
+    scale = _per_sample("sigma", sigma, len(x)) if number is None else number  # type: ignore[arg-type]
     return noise.mul_(scale).add_(unit_float(x))
 
 
@@ -498,13 +500,14 @@ def _check_generator(generator: torch.Generator, device: torch.device | None = N
 
 
 def _check_number(name: str, value: float, most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or value == math.inf:
+    number = as_real(value)
+    if number is None or not 0 <= number <= most:
         raise ConfigError(f"{name} must be a number in [0, {most}], got {value!r}")
 
 
 def _check_range(name: str, value: tuple[float, float], most: float = math.inf) -> None:
-    pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(end, int | float) for end in value)
-    if not pair or not 0 < value[0] <= value[1] <= most or value[1] == math.inf:
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(as_real(end) is not None for end in value)
+    if not pair or not 0 < value[0] <= value[1] <= most:
         raise ConfigError(
             f"{name} must be a pair (least, greatest) with 0 < least <= greatest <= {most}, got {value!r}"
         )

@@ -19,9 +19,10 @@ from rush.evaluation.defenders import Defender, Model
 from rush.evaluation.findings import ORDER, Finding
 from rush.evaluation.plans import Kind, Plan, Suite, worst_case
 from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import Judging, evaluate, prepare
+from rush.evaluation.robust import Judging, check_reachable, evaluate, prepare
 from rush.evaluation.verdict import BROKEN
 from rush.inputs import Images, LabelledPixels
+from rush.numbers import as_real
 from rush.options import Decision
 from rush.smoothing import SmoothedClassifier
 
@@ -69,11 +70,14 @@ def audit(
     Raises: InputError for bad images or numbers and for an evaluation of other images or another threat model;
     ModelError for an unusable model.
     """
-    judging = replace(Judging.checked(alpha, max_votes, seed), level=alpha / VERDICTS)
-    _check_tolerance(tolerance)
+    whole = Judging.checked(alpha, max_votes, seed)
+    alpha, max_votes, tolerance = whole.level, whole.max_votes, _checked_tolerance(tolerance)
+    judging = replace(whole, level=alpha / VERDICTS)
     training = _training_layers(model)
     model = _in_evaluation_mode(model) if training else model
     defender, pixels = prepare(model, images, threat, decision, surrogate, declared=False)
+    suite = worst_case(defender.kind, defender.num_classes, defender.transferable)
+    check_reachable(defender, judging, suite)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
     result = _evaluated(evaluation, defender, pixels, threat, patient)
     again = None
@@ -82,15 +86,16 @@ def audit(
         judged = LabelledPixels(points, pixels.y, pixels.ids)
         again = defender.judge(judged, purpose="audit-again", **asdict(patient))
     case = Case(model, defender, pixels, threat, result, again, training, surrogate, certificates, judging)
-    suite = worst_case(defender.kind, defender.num_classes, defender.transferable)
     newly = _broken_by_suite(case, suite)
     found = _findings(case)
     return _report(case, suite, newly | _broken_by_probes(case), found, tolerance, alpha)
 
 
-def _check_tolerance(tolerance: float) -> None:
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
+def _checked_tolerance(tolerance: float) -> float:
+    number = as_real(tolerance)
+    if number is None or not 0 < number < 1:
         raise InputError(f"tolerance is a share of images between 0 and 1, e.g. 0.05, got {tolerance!r}")
+    return number
 
 
 def _training_layers(model: Model) -> tuple[str, ...]:
@@ -108,7 +113,8 @@ def _in_evaluation_mode(model: Model) -> Model:
         noise=model.noise,
         num_classes=model.num_classes,
         execution=model.execution,
-        classes=model.classes,
+        classes=model.kind.classes,
+        image_shape=model.image_shape,
     )
 
 

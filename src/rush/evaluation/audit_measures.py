@@ -114,7 +114,13 @@ def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: in
     """
     entrance = _Entrance(smoothed.classifier)
     execution = replace(smoothed.execution, folded=False, compile_mode="none")  # folding works on a copy
-    watched = SmoothedClassifier(entrance, noise=smoothed.noise, num_classes=smoothed.num_classes, execution=execution)
+    watched = SmoothedClassifier(
+        entrance,
+        noise=smoothed.noise,
+        num_classes=smoothed.num_classes,
+        execution=execution,
+        image_shape=tuple(shape),
+    )
     grey, ids = torch.full((_IMAGES, *shape), _GREY), tuple(f"grey-{row}" for row in range(_IMAGES))
     watched.counts(grey, 1, watched.streams(seed, "audit/noise/first", ids))  # what the engine asks once is not noise
     defender, x = SmoothedDefender(watched, None), grey.to(execution.device)

@@ -51,6 +51,24 @@ def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str
     return min(found, default=None)
 
 
+def images_to_hold(tolerance: float) -> int | None:
+    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken here; None where no number
+    can."""
+    return _fewest(lambda n: float(upper_bound(0, n)) < tolerance)
+
+
+def reach_statement(images: int, tolerance: float) -> str | None:
+    """Say that an audit of so few ``images`` cannot end with ``holds``, and how many can; None where it can."""
+    fewest = images_to_hold(tolerance)
+    if fewest is not None and images >= fewest:
+        return None
+    needed = "no number of them can" if fewest is None else f"that takes at least {fewest}"
+    return (
+        f"{images} images can show `overestimated`, but not `holds` at tolerance {tolerance:g}, even when nothing more "
+        f"is broken here: {needed}"
+    )
+
+
 @dataclass(frozen=True)
 class AuditReport:
     """Is an evaluation believable?
@@ -131,6 +149,7 @@ class AuditReport:
         if self.verdict == "undecided":
             needed = self.images_needed
             lines.append("more images will not decide" if needed is None else f"{needed} images would decide")
+            lines += filter(None, [reach_statement(self.images, self.tolerance)])
         for finding in self.findings:
             if finding.status in ("failed", "undecided"):
                 lines.append(f"{finding.status}: {finding.name}: {finding.evidence}")

@@ -257,6 +257,11 @@ class RandomDefender:
     def fingerprint(self) -> str:
         return _fingerprint(self, self.model, self._surrogate, decision=self._decision)
 
+    @property
+    def decision(self) -> Decision:
+        """What the network is used for."""
+        return self._decision
+
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
         generator = stream(seed, f"{name}/noise", ids[0])
         fresh = fresh_draws(self.model, self.execution, max(1, plan.eot_samples), generator)

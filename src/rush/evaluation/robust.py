@@ -1,7 +1,7 @@
 """Attack a data set, by one attacker or by the worst case of a suite, and judge every returned point on fresh draws."""
 
-import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -18,7 +18,7 @@ from rush.attacks.threat import ORDERS, ThreatModel, distances, norms
 from rush.engine.distributed import gather_objects, rank, world_size
 from rush.engine.inspection import check_logits
 from rush.engine.progress import progress
-from rush.errors import InputError, ModelError
+from rush.errors import InputError, ModelError, RoundingWarning
 from rush.evaluation.attacking import GROUP, Points, find_points
 from rush.evaluation.defenders import (
     Defender,
@@ -31,10 +31,11 @@ from rush.evaluation.defenders import (
 from rush.evaluation.parts import read_part, write_part
 from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, worst_case
 from rush.evaluation.results import AttackResult, join_results
-from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts
-from rush.inputs import Images, LabelledPixels, check_labels, check_pixels, check_positive_integer, labelled_pixels
+from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, fewest_draws
+from rush.inputs import Images, LabelledPixels, check_labels, check_pixels, kind_of, labelled_pixels, positive_integer
+from rush.numbers import as_real, as_whole
 from rush.options import AttackMethod, Decision, Gradient
-from rush.smoothing import BLOCK
+from rush.smoothing import BLOCK, SmoothedClassifier
 
 Method: TypeAlias = AttackMethod | Literal["worst-case", "paper"]
 Attacker: TypeAlias = Plan | Suite
@@ -57,10 +58,23 @@ class Judging:
     @classmethod
     def checked(cls, alpha: float, max_votes: int, seed: int) -> "Judging":
         """The judging of these numbers. Raises: InputError unless 0 < alpha < 0.5 and max_votes >= 100."""
-        check_positive_integer("max_votes", max_votes)
-        if not 0 < alpha < 0.5 or max_votes < BLOCK:
+        level, votes, plain_seed = as_real(alpha), positive_integer("max_votes", max_votes), as_whole(seed)
+        if level is None or not 0 < level < 0.5 or votes < BLOCK:
             raise InputError(f"need 0 < alpha < 0.5 and max_votes >= {BLOCK}, got {alpha} and {max_votes}")
-        return cls(alpha, max_votes, seed)
+        if plain_seed is None or plain_seed < 0:
+            raise InputError(f"seed must be an integer >= 0, got {seed!r}")
+        return cls(level, votes, plain_seed)
+
+    def check_reachable(self, decision: Decision | None, verdicts: int = 1) -> None:
+        """Raise InputError when no verdict can be given at the level, shared by ``verdicts`` on each point, even where
+        all ``max_votes`` draws agree; by votes, or as ``decision`` says."""
+        fewest = fewest_draws(self.level / verdicts, decision)
+        if self.max_votes < fewest:
+            shared = f" ({self.level:g} shared by {verdicts} verdicts)" if verdicts > 1 else ""
+            raise InputError(
+                f"no verdict can be given at the level {self.level / verdicts:g}{shared} with max_votes = "
+                f"{self.max_votes}, even when all votes agree; give at least {fewest}, or a larger alpha"
+            )
 
 
 def attack(
@@ -106,17 +120,19 @@ def attack(
     """
     defender, pixels = prepare(model, images, threat, decision, surrogate)
     judging = Judging.checked(alpha, max_votes, seed)
-    given = {
+    seed = judging.seed
+    given: dict[str, object] = {
         "steps": steps,
         "step_size": step_size,
         "restarts": restarts,
         "eot_samples": eot_samples,
         "gradient": gradient,
         "loss": loss,
-        "targets": tuple(targets) if isinstance(targets, Sequence) else targets,
+        "targets": tuple(targets) if np.ndim(targets) == 1 else targets,  # type: ignore[arg-type]
     }
-    plan = _attacker(method, defender, threat, {name: value for name, value in given.items() if value is not None})
-    if isinstance(plan, Plan) and eot_samples == "auto":
+    given = {name: _plain(value) for name, value in given.items() if value is not None}
+    plan = _attacker(method, defender, threat, given)
+    if isinstance(plan, Plan) and given.get("eot_samples") == "auto":
         plan = _with_chosen_draws(plan, defender, pixels, threat, seed)
     return evaluate(defender, pixels, threat, plan, judging, None if resume is None else Path(resume))
 
@@ -135,24 +151,16 @@ def verdict(
 ) -> AttackResult:
     """Judge points that somebody else has made: ``adversarial`` (N, C, H, W) float in [0, 1], one an image.
 
-    Up to 1e-6 outside the ball, and 6e-8 at every pixel, is taken for rounding. Raises: InputError, besides what
-    ``attack`` raises, for points of another shape, outside [0, 1] or outside the threat, naming the farthest.
+    What lies outside [0, 1] by rounding (``inputs.check_pixels``) is moved to its edge before anything is judged or
+    measured. Up to 1e-6 outside the ball, and 6e-8 at every pixel, is taken for rounding; points in half precision may
+    be half a step of their type outside at every pixel, and are moved into the ball.
+    Raises: InputError, besides what ``attack`` raises, for points of another shape, outside [0, 1] or outside the
+    threat, naming the farthest. Warns: RoundingWarning where points were moved.
     """
     defender, pixels = prepare(model, images, threat, decision, None)
     judging = Judging.checked(alpha, max_votes, seed)
-    if not isinstance(adversarial, Tensor) or adversarial.shape != pixels.x.shape:
-        given = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
-        raise InputError(f"adversarial must be a float tensor of shape {tuple(pixels.x.shape)}, got {given}")
-    check_pixels(adversarial)
-    points = adversarial.detach().float().cpu()
-    excess = norms(points, pixels.x, threat.norm) - torch.as_tensor(threat.epsilon, dtype=torch.float64)
-    rounding = 1e-6 + 6e-8 * float(pixels.x[0].numel() ** (1 / ORDERS[threat.norm]))
-    if float(excess.max()) > rounding:
-        row = int(excess.argmax())
-        raise InputError(
-            f"point {row} ({pixels.ids[row]}) is {float(excess[row]):.3g} outside the {threat.norm} ball; "
-            f"{int((excess > rounding).sum())} of {len(points)} are. Give the epsilon they were made with"
-        )
+    check_reachable(defender, judging)
+    points = _points_in_threat(adversarial, pixels, threat)
     plan = Plan(name, "points given", "none")
 
     def judged(rows: list[int]) -> AttackResult:
@@ -162,6 +170,34 @@ def verdict(
     results = [judged(rows) for rows in _groups(len(points))]
     defender.recheck()
     return join_results(results, threat)
+
+
+def _points_in_threat(adversarial: Tensor, pixels: LabelledPixels, threat: ThreatModel) -> Tensor:
+    """The given points as float32 within [0, 1] and, up to float32 rounding, within the threat; see ``verdict``."""
+    if not isinstance(adversarial, Tensor) or adversarial.shape != pixels.x.shape:
+        given = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
+        raise InputError(f"adversarial must be a float tensor of shape {tuple(pixels.x.shape)}, got {given}")
+    points = check_pixels(adversarial, "points").cpu()
+    excess = norms(points, pixels.x, threat.norm) - torch.as_tensor(threat.epsilon, dtype=torch.float64)
+    spread = float(pixels.x[0].numel() ** (1 / ORDERS[threat.norm]))
+    rounding = 1e-6 + 6e-8 * spread
+    allowed = max(rounding, torch.finfo(adversarial.dtype).eps / 2 * spread)
+    if float(excess.max()) > allowed:
+        row = int(excess.argmax())
+        raise InputError(
+            f"point {row} ({pixels.ids[row]}) is {float(excess[row]):.3g} outside the {threat.norm} ball; "
+            f"{int((excess > allowed).sum())} of {len(points)} are. Give the epsilon they were made with; up to "
+            f"{allowed:.3g} outside is taken for rounding"
+        )
+    if float(excess.max()) <= rounding:
+        return points
+    warnings.warn(
+        f"{int((excess > rounding).sum())} of {len(points)} points lay up to {float(excess.max()):.2g} outside the "
+        f"{threat.norm} ball, which is rounding to {adversarial.dtype}, and were moved into it",
+        RoundingWarning,
+        stacklevel=3,
+    )
+    return threat.project(points, pixels.x)
 
 
 def prepare(
@@ -179,7 +215,9 @@ def prepare(
     if not isinstance(threat, ThreatModel):
         raise InputError(f"threat must be a rush.ThreatModel(norm, epsilon), got {type(threat).__name__}")
     defender = defend(model, None, decision, surrogate)
-    pixels = labelled_pixels(images, defender.num_classes or None)
+    pixels = labelled_pixels(images, defender.num_classes or None, kind_of(model))
+    if isinstance(model, SmoothedClassifier):
+        model.check_shape(pixels.x.shape[1:])
     with seeded(0):  # a random model draws here too
         _check_outputs(defender, pixels, declared)
     if isinstance(threat.epsilon, Tensor) and threat.epsilon.shape != (len(pixels),):
@@ -211,7 +249,11 @@ def evaluate(
     judging: Judging,
     resume: Path | None = None,
 ) -> AttackResult:
-    """The checked inside of ``attack``: groups shared over processes, finished ones read from ``resume``."""
+    """The checked inside of ``attack``: groups shared over processes, finished ones read from ``resume``.
+
+    Raises: InputError where the level of a verdict can never be reached.
+    """
+    check_reachable(defender, judging, plan)
     groups = list(_groups(len(pixels)))
     own = range(rank(), len(groups), world_size())
     found: dict[int, AttackResult] = {}
@@ -234,6 +276,15 @@ def evaluate(
             found[number] = part
     shared = {number: part for shard in gather_objects(found) for number, part in shard.items()}
     return join_results([shared[number] for number in range(len(groups))], threat)
+
+
+def check_reachable(defender: Defender, judging: Judging, plan: Attacker | None = None) -> None:
+    """Raise InputError when a verdict on the points of ``plan`` can never be given; a suite shares the level."""
+    if isinstance(defender, PlainDefender):
+        return
+    decision = defender.decision if isinstance(defender, RandomDefender) else None
+    shares = len(plan.plans) if isinstance(plan, Suite) and not defender.single else 1
+    judging.check_reachable(decision, shares)
 
 
 def attack_groups(
@@ -422,13 +473,13 @@ def _check_given(method: Method, defender: Defender, given: dict[str, object]) -
             what = "is a fixed suite" if method == "worst-case" else "takes none on this model"
             raise InputError(f"{name}={value} was given, but method {method!r} {what}")
         if name in ("steps", "restarts") or (name == "eot_samples" and value != "auto"):
-            check_positive_integer(name, value)
+            positive_integer(name, value)
     if "gradient" in given and given["gradient"] not in get_args(Gradient):
         raise InputError(f"unknown gradient {given['gradient']!r}; allowed: {', '.join(get_args(Gradient))}")
     if given.get("gradient") == "transfer" and not defender.transferable:
         raise InputError("gradient='transfer' needs a smoothed classifier, whose base network has no noise of its own")
     step_size = given.get("step_size", 1.0)
-    if isinstance(step_size, bool) or not isinstance(step_size, int | float) or not 0 < step_size < math.inf:
+    if (as_real(step_size) or 0) <= 0:
         raise InputError(f"step_size must be a finite number > 0, got {step_size!r}")
     targets = given.get("targets", (1,))
     if not isinstance(targets, tuple) or not targets or not all(_is_rank(t, defender.num_classes) for t in targets):
@@ -436,6 +487,14 @@ def _check_given(method: Method, defender: Defender, given: dict[str, object]) -
     if "loss" in given:
         aim = torch.zeros(1, dtype=torch.int64) if "targets" in given else None
         named_loss(given["loss"], defender.num_classes, aim)  # type: ignore[arg-type]
+
+
+def _plain(value: object) -> object:
+    """``value`` with the numbers of NumPy, fractions and 0-d arrays as plain ones; what is no number as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    whole, real = as_whole(value), as_real(value)
+    return value if real is None else real if whole is None else whole
 
 
 def _is_rank(value: object, num_classes: int) -> bool:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from rush.binomial import sign_test
 from rush.inputs import LabelledPixels, pixel_ids
-from rush.options import VERDICTS
+from rush.numbers import least_whole
+from rush.options import VERDICTS, Decision
 from rush.smoothing import BLOCK, SmoothedClassifier
 
 BROKEN, HELD, UNDECIDED = range(len(VERDICTS))
@@ -58,6 +59,21 @@ def looks(max_votes: int) -> list[int]:
         found.append(votes)
         votes *= 4
     return [*found, max_votes]
+
+
+def fewest_draws(level: float, decision: Decision | None = None) -> int:
+    """Return the least ``max_votes`` (>= 100) at which a verdict can be given at ``level`` when all draws agree.
+
+    decision: of a model that is stochastic; None: the votes of a smoothed classifier, like "vote".
+    """
+    if decision == "mean":
+        agreeing = least_whole(lambda n: bool(_log_mean(n * np.log1p(_BETS)) >= np.log(1 / level)), BLOCK)
+    elif decision == "single":
+        agreeing = least_whole(lambda n: float(sign_test(n, 0)) <= level, BLOCK)
+    else:
+        agreeing = least_whole(lambda n: float(sign_test(n, 0)) <= level / len(looks(n)), BLOCK)
+    assert agreeing is not None
+    return agreeing
 
 
 def judge(

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rush.data.kind import ANY_KIND, ImageKind
+from rush.errors import ModelError
+
 
 class Normalize(nn.Module):
     """(x - mean) / std per channel, so that pixels stay in [0, 1] up to the first layer of every model."""
@@ -18,14 +21,29 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):  # a symbolic trace has no shape to look at
+            self._check_channels(x)
         return (x - self.mean) / self.std
+
+    def _check_channels(self, x: Tensor) -> None:
+        """Raise ModelError where the statistics would be broadcast: one plane would become several equal ones."""
+        channels = self.mean.shape[1]
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ModelError(
+                f"images have shape {tuple(x.shape)}, the classifier's normalization takes (B, {channels}, H, W); give "
+                f"images of {channels} channels"
+            )
 
 
 class Classifier(nn.Module):
-    """Pixels (B, C, H, W) in [0, 1], noise allowed to leave that range -> logits (B, K)."""
+    """Pixels (B, C, H, W) in [0, 1], noise allowed to leave that range -> logits (B, K).
 
-    def __init__(self, normalize: Normalize, encoder: nn.Module, head: nn.Module) -> None:
+    kind: shape and class names of the images that it was trained on, as far as they are known.
+    """
+
+    def __init__(self, normalize: Normalize, encoder: nn.Module, head: nn.Module, kind: ImageKind = ANY_KIND) -> None:
         super().__init__()
+        self.kind = kind
         self.normalize = normalize
         self.encoder = encoder
         self.head = head

@@ -1,6 +1,8 @@
 """The attack stage of a run and its audit: the ladder, accuracy against epsilon, every certified ball."""
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +11,20 @@ import numpy as np
 
 from rush.attacks.threat import ThreatModel
 from rush.certification.certificates import Certificates
-from rush.config import AttackConfig
+from rush.config import AttackConfig, Recipe
 from rush.engine.distributed import barrier, rank, world_size
 from rush.engine.runs import RunFolder
-from rush.errors import ConfigError
+from rush.errors import ConfigError, InputError
 from rush.evaluation.audit import AuditReport, audit, write_audit
+from rush.evaluation.audit_case import VERDICTS
 from rush.evaluation.defenders import Model, defend
 from rush.evaluation.ladder import curve, epsilon_text, ladder, plain_ladder
-from rush.evaluation.plans import Plan, Suite
+from rush.evaluation.plans import Plan, Suite, worst_case
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, evaluate
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
 from rush.evaluation.table import write_attacks
-from rush.inputs import LabelledPixels
+from rush.inputs import LabelledPixels, kind_of
 from rush.options import parse_fraction
 from rush.saving import load_plain, load_smoothed, read_description
 from rush.smoothing import SmoothedClassifier
@@ -97,6 +100,57 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
 
 
 @dataclass(frozen=True)
+class _Attackers:
+    """The attackers of a recipe's attack stage, and how their points are judged."""
+
+    threat: ThreatModel
+    rungs: list[Plan | Suite]
+    curve: list[tuple[ThreatModel, Plan]]
+    judging: Judging
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_classes: int, pixels: int) -> "_Attackers":
+        """Those for images of so many pixels, channels counted."""
+        config, smoothed = recipe.attack, recipe.smoothing.sigma > 0
+        threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
+        rungs = _smoothed_rungs(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
+        draws = config.strong_eot_samples if smoothed else 0
+        curve_ = curve(threat, pixels, config.steps, draws) if config.curve_images else []
+        # one verdict a rung and point of the curve, and one inside the certified ball
+        judging = Judging(config.alpha / (len(rungs) + len(curve_) + 1), config.max_votes, recipe.seed)
+        return cls(threat, rungs, curve_, judging)
+
+
+def check_attackers(recipe: Recipe, num_classes: int, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError when the attack stage or the audit of ``recipe`` could not judge a point, or has no rung of the
+    name that is to be audited."""
+    attackers = _Attackers.of(recipe, num_classes, math.prod(shape))
+    rungs = {rung.name: rung for rung in attackers.rungs}
+    _check_rung(recipe.audit.rung, rungs)
+    if recipe.smoothing.sigma == 0:
+        return  # a deterministic network is judged by its class
+    most = max(_verdicts(plan) for plan in attackers.rungs)
+    audit_ = Judging(recipe.audit.alpha / VERDICTS, recipe.audit.max_votes, recipe.seed)
+    suite = worst_case("random", num_classes)
+    for section, judging, verdicts in (("attack", attackers.judging, most), ("audit", audit_, _verdicts(suite))):
+        try:
+            judging.check_reachable(None, verdicts)
+        except InputError as error:
+            raise ConfigError(f"{section}: {error}") from error
+
+
+def _verdicts(plan: Plan | Suite) -> int:
+    """Number of verdicts on an image that share the level of ``plan``."""
+    return len(plan.plans) if isinstance(plan, Suite) else 1
+
+
+def _check_rung(name: str | None, rungs: Mapping[str, Plan | Suite]) -> None:
+    """Raise ConfigError when there is no rung of this name."""
+    if name is not None and name not in rungs:
+        raise ConfigError(f"the ladder has no rung {name!r}; it has {', '.join(rungs)}")
+
+
+@dataclass(frozen=True)
 class _Siege:
     """What the attack stage and the audit share: model, images, threat, attackers and how points are judged.
 
@@ -119,15 +173,9 @@ class _Siege:
     def of(cls, here: Conditions) -> "_Siege":
         config = here.recipe.attack
         model, num_classes = _load_model(here)
-        indices, pixels = here.evaluation_images(config.images, num_classes)
-        threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
-        smoothed = isinstance(model, SmoothedClassifier)
-        rungs = _smoothed_rungs(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
-        draws = config.strong_eot_samples if smoothed else 0
-        curve_ = curve(threat, pixels.x[0].numel(), config.steps, draws) if config.curve_images else []
-        # one verdict a rung and point of the curve, and one inside the certified ball
-        judging = Judging(config.alpha / (len(rungs) + len(curve_) + 1), config.max_votes, here.recipe.seed)
-        return cls(here.run.path, config, model, num_classes, indices, pixels, threat, rungs, curve_, judging)
+        indices, pixels = here.evaluation_images(config.images, num_classes, kind_of(model))
+        attackers = _Attackers.of(here.recipe, num_classes, pixels.x[0].numel())
+        return cls(here.run.path, config, model, num_classes, indices, pixels, **vars(attackers))
 
     @property
     def smoothed(self) -> SmoothedClassifier | None:
@@ -163,8 +211,7 @@ class _Siege:
         if name is None:
             return None
         known = {plan.name: plan for plan in self.rungs}
-        if name not in known:
-            raise ConfigError(f"the ladder has no rung {name!r}; it has {', '.join(known)}")
+        _check_rung(name, known)
         return self.evaluate(known[name]).select(rows)
 
 

@@ -38,7 +38,7 @@ def run_certify(run: RunFolder) -> None:
         return
     smoothed = load_smoothed(run.path / "model", here.execution)
     config = here.recipe.certify
-    indices, pixels = here.evaluation_images(config.images, smoothed.num_classes)
+    indices, pixels = here.evaluation_images(config.images, smoothed.num_classes, smoothed.kind)
     rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
     parts = run.path / CERTIFICATE_PARTS
     here.begin("certify")

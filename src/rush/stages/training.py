@@ -29,6 +29,7 @@ from rush.pretraining import ACL, Method, MoCo, SimCLR, channel_statistics, pret
 from rush.randomness import seeded_init, stream
 from rush.saving import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
 from rush.stages.conditions import Conditions, noise_of
+from rush.stages.preconditions import check_after_training, check_before_training
 
 ENCODER = Path("checkpoints/encoder.safetensors")
 _BANK_IMAGES = 10_000  # for the live figures; the figure at the end takes all training images
@@ -41,6 +42,7 @@ def run_pretrain(run: RunFolder) -> None:
     if run.finished("pretrain"):
         return
     here = Conditions.of(run)
+    check_before_training(here)
     train, test = here.known_images(), here.images("test")
     _check_separate(train, test)
     here.begin("pretrain")
@@ -70,6 +72,7 @@ def run_finetune(run: RunFolder) -> None:
         return
     run.require("pretrain")
     here = Conditions.of(run)
+    check_after_training(here)
     train = here.known_images()
     here.begin("finetune")
     config, recipe = here.recipe.finetune, here.recipe

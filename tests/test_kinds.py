@@ -1,0 +1,467 @@
+"""Images are held against what the model takes, and the splits of a recipe against each other before any training."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import rush
+from commands import Call, refusal
+from exact_models import Recorder
+from rush.data.images import ImageSet
+from rush.data.kind import ImageKind
+from rush.data.streaming import Stream
+from rush.engine.precision import Execution
+from rush.engine.runs import RunFolder
+from rush.errors import ConfigError, DataError, InputError, ModelError
+from rush.evaluation.audit import audit
+from rush.evaluation.robust import verdict
+from rush.loading import load
+from rush.models.classifier import Normalize
+from rush.pipeline import check_run, run_stage
+from rush.randomness import stream
+from rush.stages import conditions, training
+from tiny import tiny
+
+DIGITS = tuple(str(digit) for digit in range(10))
+THREAT = rush.ThreatModel("l2", 0.1)
+
+
+def _images(*shape: int, count: int = 3) -> Tensor:
+    return torch.rand(count, *shape, generator=stream(0, "kinds"))
+
+
+def _labels(count: int = 3) -> Tensor:
+    return torch.arange(count) % 2
+
+
+def _set(shape: tuple[int, ...], classes: tuple[str, ...], labels: Tensor | None = None) -> ImageSet:
+    pixels = (_images(*shape, count=6) * 255).to(torch.uint8)
+    y = torch.arange(6) % len(classes) if labels is None else labels
+    return ImageSet(pixels, y, classes, np.array([str(i) for i in range(6)]), "own", "test")
+
+
+class Pooled(nn.Module):
+    """A network for images of any size: what it takes is not told by its layers."""
+
+    def __init__(self, channels: int, classes: int = 2) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(channels, 4, 3, padding=1), nn.Linear(4, classes)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)).mean((2, 3)))
+
+
+class Brightness(nn.Module):
+    """A network for images of any number of channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)
+
+
+class Broadcast(nn.Module):
+    """A normalization of somebody else's, which takes grey images in silence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.21, 0.22]).view(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Repeat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 3, 1, 1) if x.shape[1] == 1 else x
+
+
+class Coordinates(nn.Module):
+    """Grey images with the row and the column as further planes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = torch.linspace(0, 1, x.shape[-1])
+        planes = torch.stack(torch.meshgrid(side, side, indexing="ij")).expand(len(x), 2, -1, -1)
+        return torch.cat([x, planes], 1)
+
+
+def _smoothed(module: nn.Module, **given: object) -> rush.SmoothedClassifier:
+    return rush.SmoothedClassifier(module.eval(), 0.25, 2, execution=Execution(tile=50), **given)  # type: ignore[arg-type]
+
+
+def _doors(smoothed: rush.SmoothedClassifier, x: Tensor) -> dict[str, object]:
+    """A call of every door on the images ``x``."""
+    y, generator = _labels(len(x)), stream(0, "door")
+    return {
+        "predict": lambda: smoothed.predict(x, num_samples=20),
+        "log_probs": lambda: smoothed.log_probs(x, 2, generator),
+        "as_module": lambda: smoothed.as_module(2, generator)(x),
+        "counts": lambda: smoothed.counts(x, 20, smoothed.streams(0, "door", ["a"] * len(x))),
+        "certify": lambda: rush.certify(smoothed, (x, y), num_selection=20, num_estimation=20),
+        "attack": lambda: rush.attack(smoothed, (x, y), THREAT, steps=1, eot_samples=1, max_votes=100),
+        "verdict": lambda: verdict(smoothed, (x, y), x, THREAT, max_votes=100),
+        "audit": lambda: audit(smoothed, (x, y), THREAT, max_votes=100),
+    }
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 12), (3, 8, 9), (4, 8, 8)])
+@pytest.mark.parametrize("door", list(_doors(_smoothed(Pooled(3)), _images(3, 8, 8))))
+def test_images_of_another_shape_are_refused_at_every_door(door: str, shape: tuple[int, ...]) -> None:
+    smoothed = _smoothed(Pooled(3), image_shape=(3, 8, 8))
+    with pytest.raises(InputError, match=rf"are {'x'.join(map(str, shape))} \(channels x .*those of the model 3x8x8"):
+        _doors(smoothed, _images(*shape))[door]()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("door", ["predict", "log_probs", "counts", "certify", "verdict"])
+def test_images_of_the_models_shape_are_taken(door: str) -> None:
+    _doors(_smoothed(Pooled(3), image_shape=[3, 8, 8]), _images(3, 8, 8))[door]()  # type: ignore[operator]
+    _doors(_smoothed(Pooled(3)), _images(3, 8, 8))[door]()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 8, 8, 8), (3, 8, 0), (3, 8, 8.0), "388", 3, (True, 8, 8)])
+def test_a_shape_that_is_none_is_refused(shape: object) -> None:
+    with pytest.raises(InputError, match=r"image_shape must be \(channels, height, width\), three integers >= 1"):
+        _smoothed(Pooled(3), image_shape=shape)
+
+
+@pytest.mark.parametrize("door", list(_doors(_smoothed(Pooled(3)), _images(3, 8, 8))))
+@pytest.mark.parametrize("first", [Broadcast, Repeat])
+def test_grey_images_shown_to_a_colour_network_are_refused_at_every_door(door: str, first: type[nn.Module]) -> None:
+    """One plane of noise would be shown three times."""
+    smoothed = _smoothed(nn.Sequential(first(), Pooled(3)))
+    with pytest.raises(InputError, match="have 1 channel, and the classifier repeats it to 3 before its first layer"):
+        _doors(smoothed, _images(1, 8, 8))[door]()  # type: ignore[operator]
+
+
+def test_a_repeated_plane_is_found_before_a_linear_layer_too() -> None:
+    flat = nn.Sequential(Broadcast(), nn.Flatten(), nn.Linear(192, 2))
+    with pytest.raises(InputError, match="repeats it to 3"):
+        _smoothed(flat).predict(_images(1, 8, 8))
+
+
+def test_whoever_trained_on_repeated_planes_says_so() -> None:
+    smoothed = _smoothed(nn.Sequential(Repeat(), Pooled(3)), image_shape=(1, 8, 8))
+    x = _images(1, 8, 8)
+    assert smoothed.predict(x, num_samples=20).shape == (3,)
+    audit(smoothed, (x, _labels()), THREAT, max_votes=100)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [Pooled(1), nn.Sequential(Coordinates(), Pooled(3)), nn.Sequential(nn.PixelUnshuffle(2), Pooled(4)),
+     nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), nn.Sequential(nn.Upsample(scale_factor=2), Pooled(1))],
+    ids=["grey", "coordinates", "unshuffled", "linear", "upsampled"],
+)  # fmt: skip
+def test_grey_networks_take_grey_images(network: nn.Module) -> None:
+    assert _smoothed(network).predict(_images(1, 8, 8), num_samples=20).shape == (3,)
+
+
+def test_the_look_for_a_repeated_plane_is_one_call_that_ends_at_the_first_layer() -> None:
+    recorder = Recorder(Pooled(1))
+    smoothed = _smoothed(recorder)
+    for _ in range(2):
+        smoothed.check_shape((1, 8, 8))
+    assert [len(batch) for batch in recorder.inputs] == [2]
+    assert recorder.forward_rows == 2
+    assert not any(layer._forward_pre_hooks for layer in recorder.modules())
+
+
+def test_the_first_images_fix_the_number_of_channels() -> None:
+    smoothed = _smoothed(Brightness())
+    smoothed.predict(_images(3, 8, 8), num_samples=20)
+    smoothed.predict(_images(3, 5, 5), num_samples=20)  # the size may change where no shape is known
+    with pytest.raises(InputError, match=r"images have 1 channels, the first ones .* had 3; make another"):
+        smoothed.predict(_images(1, 8, 8), num_samples=20)
+
+
+def test_images_that_the_classifier_could_not_take_fix_nothing() -> None:
+    smoothed = _smoothed(Pooled(3))
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ModelError), match="to have 3 channels"):
+            smoothed.predict(_images(1, 8, 8), num_samples=20)
+    smoothed.predict(_images(3, 8, 8), num_samples=20)
+
+
+@pytest.mark.parametrize("door", ["predict", "log_probs", "as_module", "counts", "certify", "attack", "verdict"])
+def test_every_door_fixes_the_number_of_channels(door: str) -> None:
+    smoothed = _smoothed(Brightness())
+    _doors(smoothed, _images(3, 8, 8))[door]()  # type: ignore[operator]
+    with pytest.raises(InputError, match="the first ones that this classifier was given had 3"):
+        smoothed.check_shape((1, 8, 8))
+
+
+def test_the_librarys_normalization_takes_its_own_number_of_channels_alone() -> None:
+    normalize = Normalize([0.4, 0.5, 0.6], [0.2, 0.2, 0.2])
+    assert normalize(_images(3, 2, 2)).shape == (3, 3, 2, 2)
+    for shape in ((1, 2, 2), (4, 2, 2)):
+        with pytest.raises(ModelError, match=r"normalization takes \(B, 3, H, W\); give images of 3 channels"):
+            normalize(_images(*shape))
+    with pytest.raises(ModelError, match="normalization takes"):
+        rush.attack(nn.Sequential(normalize, Pooled(3)).eval(), (_images(1, 8, 8), _labels()), THREAT, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        (("cat", "horse"), r"cat, horse against cat, dog, horse \(2 and 3 classes\)"),
+        (("cat", "horse", "dog"), r"cat, horse, dog against cat, dog, horse \(in another order\)"),
+        (("cat", "dog", "horse", "cow"), r"cat, dog, horse, cow against cat, dog, horse \(4 and 3 classes\)"),
+    ],
+)
+def test_other_class_names_or_another_order_are_refused_with_both_lists(classes: tuple[str, ...], text: str) -> None:
+    smoothed = rush.SmoothedClassifier(Pooled(3, 3), 0.25, 3, classes=["cat", "dog", "horse"])
+    images = _set((3, 8, 8), classes)
+    for call in (
+        lambda: rush.certify(smoothed, images, num_selection=20, num_estimation=20),
+        lambda: rush.attack(smoothed, images, THREAT, "none", max_votes=100),
+        lambda: audit(smoothed, images, THREAT, max_votes=100),
+    ):
+        with pytest.raises(InputError, match=text):
+            call()
+
+
+def test_the_same_classes_and_their_beginning_are_taken_and_unknown_ones_too() -> None:
+    names = ["cat", "dog", "horse"]
+    known = rush.SmoothedClassifier(Pooled(3, 3), 0.25, 3, classes=names)
+    assert known.kind == ImageKind(None, ("cat", "dog", "horse"))
+    for classes in (("cat", "dog", "horse"), ("cat", "dog")):
+        rush.certify(known, _set((3, 8, 8), classes), num_selection=20, num_estimation=20)
+    unknown = rush.SmoothedClassifier(Pooled(3, 3), 0.25, 3)
+    assert unknown.classes == ("0", "1", "2")
+    rush.certify(unknown, _set((3, 8, 8), ("a", "b", "c")), num_selection=20, num_estimation=20)
+    long = tuple(f"class {number}" for number in range(100))
+    with pytest.raises(InputError, match="first difference is label 7, 'other' against 'class 7'"):
+        ImageKind(None, long).check_classes((*long[:7], "other", *long[8:]), "the images", "the model")
+
+
+def test_names_of_classes_may_be_numbers() -> None:
+    known = rush.SmoothedClassifier(Pooled(3, 3), 0.25, 3, classes=[0, 1, 2])  # type: ignore[list-item]
+    assert known.classes == ("0", "1", "2")
+
+
+def test_a_network_in_training_mode_is_not_called_on_grey_images() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(1), Pooled(1)).eval()
+    smoothed = _smoothed(network)
+    network.train()
+    with pytest.raises(ModelError, match="training mode"):
+        smoothed.predict(_images(1, 8, 8), num_samples=20)
+    assert network[0].running_mean is not None
+    assert float(network[0].running_mean.abs().max()) == 0
+
+
+def test_an_audit_of_a_model_in_training_mode_keeps_what_the_model_takes() -> None:
+    smoothed = rush.SmoothedClassifier(Pooled(3).train(), 0.25, 2)
+    audit(smoothed, _set((3, 8, 8), ("a", "b")), THREAT, max_votes=100)  # its names, "0" and "1", are not known ones
+
+
+# Runs and their recipes
+
+
+def test_a_runs_model_knows_its_images(tiny_run: Path) -> None:
+    smoothed = load(tiny_run)
+    assert isinstance(smoothed, rush.SmoothedClassifier)
+    assert smoothed.image_shape == (1, 8, 8)
+    assert smoothed.kind == ImageKind((1, 8, 8), DIGITS)
+    with pytest.raises(InputError, match=r"3x8x8 .* those of the model 1x8x8"):
+        smoothed.predict(_images(3, 8, 8))
+
+
+def _plain_copy(tiny_run: Path, folder: Path) -> Path:
+    """The model of the tiny run, said not to be smoothed."""
+    shutil.copytree(tiny_run / "model", folder)
+    values = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**values, "noise": {"name": "none"}}))
+    return folder
+
+
+def test_a_plain_runs_classifier_and_what_is_made_of_it_know_their_images(tiny_run: Path, tmp_path: Path) -> None:
+    plain = load(_plain_copy(tiny_run, tmp_path / "plain"))
+    assert isinstance(plain, nn.Module)
+    for model in (plain, rush.SmoothedClassifier(plain, 0.25, 10)):
+        with pytest.raises(InputError, match=r"1x9x9 .* those of the model 1x8x8"):
+            rush.attack(model, (_images(1, 9, 9), _labels()), THREAT, "none")
+        with pytest.raises(InputError, match=r"own .test. have other classes than the model: a, b against 0, 1,"):
+            rush.attack(model, _set((1, 8, 8), ("a", "b")), THREAT, "none")
+
+
+def _npz(file: Path, shape: tuple[int, ...], classes: tuple[str, ...], test: tuple[int, ...] | None = None) -> Path:
+    """A data set of 160 training and 12 test images, the latter of the shape ``test``."""
+    arrays: dict[str, np.ndarray] = {"classes": np.array(classes)}
+    for number, (split, size, count) in enumerate((("train", shape, 160), ("test", test or shape, 12))):
+        draws = np.random.default_rng(number)
+        arrays[f"x_{split}"] = draws.integers(0, 256, (count, *size), dtype=np.uint8)
+        arrays[f"y_{split}"] = np.arange(count) % len(classes)
+    np.savez(file, **arrays)
+    return file
+
+
+@pytest.mark.parametrize("command", ["audit", "ladder"])
+def test_commands_refuse_a_run_and_other_data(command: str, call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    given = (command, "--model", tiny_run, "--images", 2, "--norm", "l2", "--epsilon", "0.1", "--data")
+    text = refusal(call(*given, _npz(tmp_path / "size.npz", (1, 12, 12), DIGITS)))
+    assert "are 1x12x12 (channels x height x width), those of the model 1x8x8" in text
+    text = refusal(call(*given, _npz(tmp_path / "colour.npz", (3, 8, 8), DIGITS)))
+    assert "are 3x8x8 (channels x height x width), those of the model 1x8x8" in text
+    text = refusal(call(*given, _npz(tmp_path / "names.npz", (1, 8, 8), DIGITS[::-1])))
+    assert "9, 8, 7, 6, 5, 4, 3, 2, 1, 0 against 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (in another order)" in text
+    text = refusal(call(*given, _npz(tmp_path / "others.npz", (1, 8, 8), ("a", "b"))))
+    assert "a, b against 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (2 and 10 classes)" in text
+
+
+def test_verdict_refuses_a_run_and_points_of_another_size(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "points.npz"
+    x = _images(1, 9, 9).numpy()
+    np.savez(file, adversarial=x, images=x, labels=np.array([0, 1, 2]))
+    assert "1x9x9" in refusal(call("verdict", file, "--model", tiny_run))
+    np.savez(file, adversarial=x)
+    other = _npz(tmp_path / "size.npz", (1, 9, 9), DIGITS)
+    assert "1x9x9" in refusal(call("verdict", file, "--model", tiny_run, "--data", other))
+
+
+def _run_on(data: Path, folder: Path, *overrides: str) -> RunFolder:
+    return RunFolder.create(folder / "run", tiny(folder, f"data.name={json.dumps(str(data))}", *overrides))
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test that asks for it may get as far as a training."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a training was begun")
+
+    monkeypatch.setattr(training, "pretrain", refuse)
+    monkeypatch.setattr(training, "finetune", refuse)
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(
+    ("train", "test", "text"),
+    [
+        ((1, 8, 8), (3, 8, 8), "are 3x8x8 .* 1x8x8"),
+        ((3, 8, 8), (1, 8, 8), "are 1x8x8 .* 3x8x8"),
+        ((1, 12, 12), (1, 16, 16), "are 1x16x16 .* 1x12x12"),
+    ],
+)
+def test_splits_of_other_shapes_are_refused_before_any_training(
+    train: tuple[int, ...], test: tuple[int, ...], text: str, tmp_path: Path
+) -> None:
+    run = _run_on(_npz(tmp_path / "data.npz", train, ("a", "b"), test), tmp_path)
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"data \(test\) {text}"):
+            run_stage(run, "pretrain")
+    assert not (run.path / "provenance.json").exists()  # other images may still be given
+    _npz(tmp_path / "data.npz", train, ("a", "b"))
+    check_run(_run_on(tmp_path / "data.npz", tmp_path, "certify.images=5", "attack.images=5"))
+
+
+def _folder(top: Path, splits: dict[str, dict[str, int]], side: int = 8) -> Path:
+    draws = np.random.default_rng(0)
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            (top / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = draws.integers(0, 256, (side, side), dtype=np.uint8)
+                Image.fromarray(pixels).save(top / split / name / f"{number}.png")
+    return top
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_streamed_split_is_held_against_the_others_without_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _folder(tmp_path / "data", {"train": {"cat": 70, "dog": 70}, "test": {"cat": 3, "dog": 3}})
+    for file in (data / "test").rglob("*.png"):
+        Image.open(file).resize((12, 12)).save(file)
+    given = ("data.memory_gb=0.000001", "certify.images=6", "attack.images=6")
+    monkeypatch.setattr(Stream, "holding_out", lambda *_: pytest.fail("training images were read"))
+    with pytest.raises(DataError, match=r"data \(test\) are 1x12x12 .* data \(train\) 1x8x8"):
+        run_stage(_run_on(data, tmp_path, *given), "pretrain")
+
+
+@pytest.mark.usefixtures("untrained")
+def test_splits_of_other_classes_are_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No reader gives such splits today, each names the classes of the whole data set; the door does not rely on it."""
+    loaded = conditions.load_images
+
+    def renamed(name: str, split: str, **given: object) -> ImageSet:
+        images = loaded(name, split=split, **given)  # type: ignore[arg-type]
+        return replace(images, classes=images.classes[::-1]) if split == "test" else images
+
+    monkeypatch.setattr(conditions, "load_images", renamed)
+    run = _run_on(_npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b", "c")), tmp_path)
+    with pytest.raises(
+        DataError, match=r"data \(test\) have other classes than data \(train\): c, b, a against a, b, c"
+    ):
+        run_stage(run, "pretrain")
+
+
+@pytest.mark.usefixtures("untrained")
+def test_images_for_pretraining_alone_need_the_shape_and_no_classes(tmp_path: Path) -> None:
+    file = tmp_path / "data.npz"
+    _npz(file, (1, 8, 8), ("a", "b"))
+    with np.load(file) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    for shape, text in (((1, 10, 10), r"data \(more\) are 1x10x10 .* 1x8x8"), ((3, 8, 8), r"data \(more\) are 3x8x8")):
+        np.savez(file, x_more=np.zeros((130, *shape), np.uint8), **arrays)
+        with pytest.raises(DataError, match=text):
+            run_stage(_run_on(file, tmp_path, 'data.pretrain_split="more"'), "pretrain")
+    np.savez(file, x_more=np.zeros((130, 1, 8, 8), np.uint8), **arrays)
+    check_run(_run_on(file, tmp_path, 'data.pretrain_split="more"', "certify.images=5", "attack.images=5"))
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(
+    ("overrides", "error", "text"),
+    [
+        (["certify.images=13"], ConfigError, "asks for 13 test images, data has 12"),
+        (["attack.images=13"], ConfigError, "asks for 13 test images, data has 12"),
+        (["finetune.labels_per_class=200"], ConfigError, "asks for 400 labelled images of the 160"),
+        (["finetune.label_fraction=0.001"], ConfigError, "asks for 0 labelled images .* at least one per class, 2"),
+        (["finetune.label_fraction=0.5"], ConfigError, "batch_size = 128 exceeds the 80 training images"),
+        (["certify.radii=[0.0, 3.0]"], ConfigError, "certify: radius 3 cannot be certified"),
+        (["certify.level=family", "certify.num_estimation=10"], ConfigError, "certify: num_estimation"),
+        (["attack.alpha=1e-125"], ConfigError, r"attack: no verdict can be given .* give at least 4\d\d, or"),
+        (["audit.alpha=1e-125"], ConfigError, r"audit: no verdict can be given .* give at least 4\d\d, or"),
+        (["audit.rung=eot-3"], ConfigError, "the ladder has no rung 'eot-3'; it has clean, transfer, frozen"),
+    ],
+)
+def test_numbers_that_stop_a_later_stage_are_refused_before_any_training(
+    overrides: list[str], error: type[Exception], text: str, tmp_path: Path
+) -> None:
+    data = _npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b"))
+    given = {"certify.images": "12", "attack.images": "12"}
+    for override in overrides:
+        given.pop(override.partition("=")[0], None)
+    with pytest.raises(error, match=text):
+        run_stage(_run_on(data, tmp_path, *(f"{k}={v}" for k, v in given.items()), *overrides), "pretrain")
+
+
+@pytest.mark.usefixtures("untrained")
+def test_images_of_one_class_are_refused_before_any_training(tmp_path: Path) -> None:
+    file = _npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b"))
+    with np.load(file) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    np.savez(file, **{**arrays, "y_train": np.ones(160, np.int64)})
+    with pytest.raises(DataError, match=r"all 160 images of data \(train\) are of the class 'b'"):
+        run_stage(_run_on(file, tmp_path, "certify.images=5", "attack.images=5"), "pretrain")
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_whole_run_without_labels_is_refused_before_its_first_training(
+    split: str, call: Call, tmp_path: Path
+) -> None:
+    file = _npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b"))
+    with np.load(file) as stored:
+        arrays = {name: stored[name] for name in stored.files if name != f"y_{split}"}
+    np.savez(file, **arrays)
+    run = _run_on(file, tmp_path, "certify.images=5", "attack.images=5")
+    assert f"data ({split}) has no labels; fine-tuning" in refusal(call("run", run.path))
