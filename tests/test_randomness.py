@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rush.errors import InputError
+from rush.lines import escape
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head, projector
@@ -170,3 +171,11 @@ def test_initial_weights_have_the_documented_spread() -> None:
     assert convolution.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.026)
     largest = linear.weight.abs().max().item()
     assert 0.0499 < largest <= 0.05  # of 40,000 uniform draws; all below 0.0499: odds (0.998)**40000 < 1e-34
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.png", "a\tb", "a\u2028b", "\0", "\x1b[31m"])
+def test_any_image_id_names_a_stream_of_its_own(name: str) -> None:
+    """Also bytes of a file name that are not UTF-8; what it looks like when escaped is another name."""
+    drawn = [torch.rand(4, generator=stream(0, "certify", text)).tolist() for text in (name, escape(name), "plain")]
+    assert drawn[0] not in drawn[1:]
+    assert drawn[0] == torch.rand(4, generator=stream(0, "certify", name)).tolist()
