@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from rush.binomial import fewest_votes, sign_test
 from rush.data.kind import ANY_KIND, ImageKind, checked_shape
 from rush.engine.channels import copied_planes
+from rush.engine.fingerprint import fingerprint_of
 from rush.engine.forward import Forward
 from rush.engine.inspection import check_logits
 from rush.engine.precision import Execution, check_eval_mode, decide_execution
@@ -213,6 +214,10 @@ class SmoothedClassifier:
     def voter(self) -> Voter:
         """The engine that counts votes, with the forward made anew when the classifier's weights have changed."""
         return Voter(self._current(), self.noise, self.num_classes, self.execution)
+
+    def fingerprint(self) -> str:
+        """Return 64 hex digits that change with the classifier's weights, the noise and the execution."""
+        return fingerprint_of({"model": self.classifier}, {"noise": self.noise, "execution": self.execution})
 
     def recheck(self) -> None:
         """Ask the classifier for some of the images of its first tile again: the end of whatever was computed.

@@ -26,8 +26,9 @@ class Certificates:
     estimation votes, UNKNOWN (-1) but for the selected class where recomputed from the first of them; blocks: for each
     image uint8 (B,), the votes for the selected class by blocks of 100; selection int64 (N, K); outcome uint8 (N,),
     index into ``OUTCOMES``, of the radius after the certified one; seconds (N,); labels int64 (N,); ids; pixels: for
-    each image the hash of its pixels (``rush.inputs.pixel_ids``), by which copies of one picture are known, None where
-    the table was written without it.
+    each image the hash of its pixels (``rush.inputs.pixel_ids``), by which copies of one picture are known; model: the
+    fingerprint of the smoothed classifier (``SmoothedClassifier.fingerprint``); both None where the table was written
+    without them.
     """
 
     prediction: NDArray[np.int64]
@@ -43,6 +44,7 @@ class Certificates:
     ids: tuple[str, ...]
     rule: Rule
     pixels: tuple[str, ...] | None = None
+    model: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -159,9 +161,11 @@ class Certificates:
 
 
 def join_certificates(parts: Sequence[Certificates]) -> Certificates:
-    """One table of several, in their order; all must have the same rule."""
+    """Return one table of several, in their order. Raises: InputError unless all are of one rule and one model."""
     if any(part.rule != parts[0].rule for part in parts):
         raise InputError("certificates of different rules cannot be joined; certify all images under one rule")
+    if any(part.model != parts[0].model for part in parts):
+        raise InputError("certificates of different models cannot be joined; certify all images with one model")
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
     blocks = tuple(path for part in parts for path in part.blocks)
     ids = tuple(image_id for part in parts for image_id in part.ids)
@@ -197,4 +201,6 @@ def of_pictures(flags: NDArray[np.bool_], pixels: Sequence[str] | None) -> NDArr
     return ~failed
 
 
-_ARRAYS = tuple(field.name for field in fields(Certificates) if field.name not in ("blocks", "ids", "rule", "pixels"))
+_ARRAYS = tuple(
+    field.name for field in fields(Certificates) if field.name not in ("blocks", "ids", "rule", "pixels", "model")
+)

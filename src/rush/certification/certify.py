@@ -156,6 +156,7 @@ class _Engine:
     def __init__(self, smoothed: SmoothedClassifier, rule: Rule, capacity: int) -> None:
         self._smoothed, self._rule, self._capacity = smoothed, rule, capacity
         self._voter, self._decider = smoothed.voter(), Decider(rule)
+        self._model = smoothed.fingerprint()
         self._landed = time.perf_counter()
 
     def enter(self, pixels: LabelledPixels, position: int, seed: int) -> _Flight:
@@ -227,6 +228,7 @@ class _Engine:
             ids=(flight.own,),
             rule=self._rule,
             pixels=(flight.picture,),
+            model=self._model,
         )
 
     def _look(self, step: Sequence[tuple[_Flight, NDArray[np.int64], int]]) -> None:

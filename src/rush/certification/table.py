@@ -28,9 +28,9 @@ from rush.options import BLOCK
 # The first six columns are the field's (locuslab/smoothing), so that existing scripts read the file.
 COLUMNS = (
     "idx", "label", "predict", "radius", "correct", "time",
-    "id", "p_lower", "num_samples", "outcome", "counts", "selection", "blocks", "rule", "pixels",
+    "id", "p_lower", "num_samples", "outcome", "counts", "selection", "blocks", "rule", "pixels", "model",
 )  # fmt: skip
-COLUMNS_WITHOUT_PIXELS = COLUMNS[:-1]  # of tables that were written before pictures were told apart
+OLDER_COLUMNS = COLUMNS[:-2]  # of tables that name neither pictures nor model
 TOLERANCE = 1e-6  # how far a printed radius or bound may lie from the derived one
 _OTHER_BLOCKS = "its blocks do not add up to its counts"
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
@@ -51,7 +51,7 @@ def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) 
     Radii have six decimals, rounded toward zero already; ``p_lower`` is written so that it reads back exactly; ids are
     escaped where they would break a line; ``blocks`` holds the votes for the selected class by blocks of 100 noise
     samples, uint8, compressed by zlib, in base64; ``rule``, the same in every line, says how the votes were drawn and
-    which level speaks; ``pixels`` is a hash of the image's pixels.
+    which level speaks; ``pixels`` is a hash of the image's pixels, ``model`` one of the model, the same in every line.
     """
     append_text(path, _lines(part, indices), header=_header(part))
 
@@ -79,7 +79,7 @@ def drop_unfinished_line(path: Path) -> None:
 
 
 def _header(certificates: Certificates) -> str:
-    return "\t".join(COLUMNS if certificates.pixels is not None else COLUMNS_WITHOUT_PIXELS) + "\n"
+    return "\t".join(OLDER_COLUMNS if certificates.pixels is None or certificates.model is None else COLUMNS) + "\n"
 
 
 def _lines(certificates: Certificates, indices: Sequence[int]) -> str:
@@ -102,7 +102,7 @@ def _line(part: Certificates, row: int, index: int) -> str:
         _listed(part.selection[row]),
         base64.b64encode(zlib.compress(part.blocks[row].tobytes(), 9)).decode(),
         part.rule.to_json(),
-        *(() if part.pixels is None else (part.pixels[row],)),
+        *(() if part.pixels is None or part.model is None else (part.pixels[row], part.model)),
     )
     return "\t".join(str(field) for field in fields) + "\n"
 
@@ -127,7 +127,7 @@ class _Table:
             return None
         columns = tuple(lines[0].split("\t"))
         table = cls(path, {})
-        if columns not in (COLUMNS, COLUMNS_WITHOUT_PIXELS):
+        if columns not in (COLUMNS, OLDER_COLUMNS):
             table.refuse(-1, f"expected the columns {' '.join(COLUMNS)}")
         rows = [line.split("\t") for line in lines[1:]]
         for row, fields in enumerate(rows):
@@ -160,7 +160,8 @@ class _Table:
             labels=self.whole("label"),
             ids=self._ids(),
             rule=rule,
-            pixels=self._pixels(),
+            pixels=self._hashes("pixels", 32),
+            model=self._model(),
         )
         self._compare(derived)
         return derived
@@ -215,15 +216,22 @@ class _Table:
             self.check(_first_of_each(values), f"the image is there twice, by its {column}")
         return tuple(ids)
 
-    def _pixels(self) -> tuple[str, ...] | None:
-        hashes = self._cells.get("pixels")
+    def _hashes(self, column: str, digits: int) -> tuple[str, ...] | None:
+        hashes = self._cells.get(column)
         if hashes is None:
             return None
         self.check(
-            np.array([re.fullmatch(r"[0-9a-f]{32}", text) is not None for text in hashes]),
-            "pixels must be a hash of 32 hexadecimal digits",
+            np.array([re.fullmatch(f"[0-9a-f]{{{digits}}}", text) is not None for text in hashes]),
+            f"{column} must be a hash of {digits} hexadecimal digits",
         )
         return tuple(hashes)
+
+    def _model(self) -> str | None:
+        models = self._hashes("model", 64)
+        if models is None:
+            return None
+        self.check(np.array([model == models[0] for model in models]), "it is of another model than line 2")
+        return models[0]
 
     def _compare(self, derived: Certificates) -> None:
         """Refuse a printed value that is not the one that votes and rule give."""

@@ -49,11 +49,11 @@ def run_attack(run: RunFolder) -> None:
     here.begin("attack")
     barrier()
     siege = _Siege.of(here)
+    certificates = None if siege.smoothed is None else read_run_certificates(run, siege.pixels, siege.smoothed)
     results = [siege.evaluate(plan) for plan in siege.rungs]
     curve_ = [siege.evaluate(plan, threat, siege.curve_rows) for threat, plan in siege.curve]
     sandwich = Sandwich(0, (), 0)
-    if siege.smoothed is not None:
-        certificates = read_run_certificates(run, siege.pixels)
+    if certificates is not None:
         results += siege.inside(certificates)
         sandwich = check_sandwich(certificates, [*results, *curve_], siege.config.alpha)
     if rank() == 0:
@@ -85,7 +85,7 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
     here = Conditions.of(run)
     config, siege = here.recipe.audit, _Siege.of(here)
     rows = list(range(min(config.images or len(siege.pixels), len(siege.pixels))))
-    certificates = None if siege.smoothed is None else read_run_certificates(run, siege.pixels)
+    certificates = None if siege.smoothed is None else read_run_certificates(run, siege.pixels, siege.smoothed)
     return audit(
         siege.model,
         siege.pixels.select(rows),

@@ -16,6 +16,7 @@ from rush.errors import ModelError, RunError
 from rush.files import make_folder
 from rush.inputs import LabelledPixels, pixel_ids
 from rush.saving import load_smoothed
+from rush.smoothing import SmoothedClassifier
 from rush.stages.conditions import Conditions
 
 CERTIFICATES = Path("certificates.tsv")
@@ -42,7 +43,8 @@ def run_certify(run: RunFolder) -> None:
     rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
     parts = run.path / CERTIFICATE_PARTS
     here.begin("certify")
-    done = in_turn(lambda: _read_parts(run.path, rule, indices, pixels))
+    model = smoothed.fingerprint()
+    done = in_turn(lambda: _read_parts(run.path, rule, model, indices, pixels))
     missing = [position for position, index in enumerate(indices) if index not in done]
     try:
         for position, certificate in certify_each(
@@ -54,7 +56,7 @@ def run_certify(run: RunFolder) -> None:
         raise
     barrier()
     if rank() == 0:
-        done = _read_parts(run.path, rule, indices, pixels)
+        done = _read_parts(run.path, rule, model, indices, pixels)
         certificates = join_certificates([done[index] for index in indices])
         write_certificates(run.path / CERTIFICATES, certificates, indices)
         shutil.rmtree(parts, ignore_errors=True)
@@ -67,10 +69,11 @@ def differing_image(certificates: Certificates, pixels: LabelledPixels) -> str |
     return first_difference(certificates, pixels.ids, pixels.y.tolist(), pixel_ids(pixels.x))
 
 
-def read_run_certificates(run: RunFolder, pixels: LabelledPixels) -> Certificates:
-    """The certificates of a run whose certification is finished.
+def read_run_certificates(run: RunFolder, pixels: LabelledPixels, smoothed: SmoothedClassifier) -> Certificates:
+    """Return the certificates of a run whose certification is finished.
 
-    Raises: RunError where their file is gone, or says something else of the images ``pixels`` than they are.
+    Raises: RunError where their file is gone, says something else of the images ``pixels`` than they are, or is of
+    another model than ``smoothed``. Tables that name no model are taken as they are.
     """
     read = read_certificates(run.path / CERTIFICATES)
     if read is None:
@@ -82,6 +85,11 @@ def read_run_certificates(run: RunFolder, pixels: LabelledPixels) -> Certificate
         raise RunError(
             f"{run.path / CERTIFICATES}: image {differing!r} has another label or other pixels there than in the data; "
             "restore the file from a copy, or remove it and stages/certify.json and run `rush certify` again"
+        )
+    if read[1].model not in (None, smoothed.fingerprint()):
+        raise RunError(
+            f"{run.path / CERTIFICATES} is of another model than the run's, whose weights, noise or execution have "
+            "changed since; restore the model, or remove the file and stages/certify.json and run `rush certify` again"
         )
     return read[1]
 
@@ -108,10 +116,12 @@ def _certify_figures(certificates: Certificates) -> dict[str, Any]:
     }
 
 
-def _read_parts(folder: Path, rule: Rule, indices: list[int], pixels: LabelledPixels) -> dict[int, Certificates]:
-    """The certificates that are written already, by their images' indices.
+def _read_parts(
+    folder: Path, rule: Rule, model: str, indices: list[int], pixels: LabelledPixels
+) -> dict[int, Certificates]:
+    """Return the certificates that are written already, by their images' indices.
 
-    Raises: RunError when they were made under another rule or of other images.
+    Raises: RunError when they were made under another rule, of other images or with another model.
     """
     found: dict[int, Certificates] = {}
     ids = dict(zip(indices, pixels.ids, strict=True))
@@ -123,6 +133,11 @@ def _read_parts(folder: Path, rule: Rule, indices: list[int], pixels: LabelledPi
         stored, certificates = read
         if certificates.rule != rule:
             raise RunError(f"{part} was made under another rule than the recipe's; move it away and certify again")
+        if certificates.model != model:
+            raise RunError(
+                f"{part} was made with another model than the run's, or names none: weights, noise or execution may "
+                "have changed; restore the model, or move the file away and certify again"
+            )
         same = all(ids.get(index) == image_id for index, image_id in zip(stored, certificates.ids, strict=True))
         if not same or differing_image(certificates, pixels) is not None:
             raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
