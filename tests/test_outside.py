@@ -311,7 +311,7 @@ def test_ids_may_be_bytes_or_integers_and_must_differ(outside: str, tmp_path: Pa
 def test_a_file_that_is_no_archive_of_arrays_is_refused(outside: str, tmp_path: Path) -> None:
     model, threat = load_model(f"{outside}:sums", None, 10), rush.ThreatModel("linf", 0.1)
     np.save(tmp_path / "single.npy", np.zeros((3, 1, 8, 8), np.float32))
-    with pytest.raises(DataError, match=r"it is no \.npz archive"):
+    with pytest.raises(DataError, match=r"truncated or no \.npz file"):
         judge_file(tmp_path / "single.npy", None, model, threat)
     np.savez(tmp_path / "objects.npz", adversarial=np.array([{}, {}], object))
     with pytest.raises(DataError, match="cannot be read as arrays"):
@@ -367,3 +367,26 @@ def test_rows_of_a_ladder_pair_each_rung_with_the_one_before(outside: str) -> No
 def test_call_needs_a_function() -> None:
     with pytest.raises(ConfigError, match="must read module:function"):
         outside_module.call("module")
+
+
+def test_points_are_judged_under_a_seed_drawn_after_them_which_repeats(
+    call: Call, outside: str, tmp_path: Path
+) -> None:
+    images = load_images("digits", split="test")[:40]
+    np.savez(tmp_path / "points.npz", adversarial=images.pixels().numpy(), ids=np.array(images.ids))
+    command = ("verdict", "points.npz", "--model", f"{outside}:smoothed", "--data", "digits")
+
+    def judged(*options: object) -> list[str]:
+        done = call(*command, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    seeds = []
+    for _ in range(2):
+        shown = judged()
+        (told,) = [line for line in shown if "--seed" in line]
+        seeds.append(int(told.rsplit("--seed ", 1)[1].split()[0]))
+        again = judged("--seed", seeds[-1])
+        one, other = ([line.split() for line in lines if "seed" not in line] for lines in (shown, again))
+        assert one[2:] == other[2:]
+    assert seeds[0] != seeds[1]  # equal once in 4 billion

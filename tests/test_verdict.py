@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 import rush
 from exact_models import bins_with, square_half_space, square_images
+from random_models import NoisyHalfSpace
 from rush.engine.precision import Execution
+from rush.evaluation.defenders import defend
+from rush.evaluation.robust import verdict
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, VERDICTS, Verdicts, judge, judge_deterministic, looks
 from rush.inputs import LabelledPixels, pixel_ids
 from rush.noise import Gaussian
@@ -188,7 +191,7 @@ def test_attack_choice_challenger_and_verdict_share_no_noise(monkeypatch: pytest
     rush.attack(
         smoothed, (x, torch.tensor([1, 0, 1])), rush.ThreatModel("l2", 0.1), steps=3, eot_samples=5, max_votes=400
     )
-    assert set(drawn) == {"attack", "choice", "challenger", "verdict"}
+    assert set(drawn) == {"attack", "choice", "challenger", "verdict", "inspection"}
     unique = {name: torch.cat(rows).unique(dim=0) for name, rows in drawn.items()}
     assert len(torch.cat(list(unique.values())).unique(dim=0)) == sum(map(len, unique.values()))
     assert len(unique["challenger"]) == 300
@@ -220,3 +223,72 @@ def test_undecided_points_count_for_the_model_above_and_against_it_below() -> No
     assert result.interval.estimate == 0.75
     assert torch.equal(result.adversarial, x)
     assert result.budget == {"passes_per_image": 0, "forward_passes_per_image": 0, "votes_per_image": 425.0}
+
+
+# --- the noise of a verdict and the point ---------------------------------------------------------------------------
+
+
+class Phase(nn.Module):
+    """Class 1 where the fractional part of 40 times the sum of squares is below 0.2: P = 0.2 nearly everywhere, and
+    noise that is known can be fitted with tiny changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase = (40 * x.double().square().flatten(1).sum(1)) % 1
+        margin = torch.where(phase < 0.2, 1.0, -1.0)
+        return torch.stack([-margin, margin], 1).float()
+
+
+def _fitted(x: Tensor, noise: Tensor) -> Tensor:
+    """A point near ``x`` (1, C, H, W) that class 1 gets under every one of these draws (n, D)."""
+    pixels, change = x.double().flatten(), torch.zeros(x.numel(), dtype=torch.float64)
+    for _ in range(5):
+        phases = 40 * (pixels + change + noise).square().sum(1)
+        wanted = (0.1 - phases) % 1
+        wanted = torch.where(wanted > 0.5, wanted - 1, wanted)
+        slope = 80 * (pixels + change + noise)
+        change = change + torch.linalg.lstsq(slope, wanted[:, None], driver="gelsd").solution[:, 0]
+    return (pixels + change).view_as(x).float()
+
+
+def test_a_point_that_is_fitted_to_known_noise_is_judged_on_other_noise() -> None:
+    """Whatever name of a stream the point is fitted to: the one without the point, the point's own before the fit."""
+    smoothed = SmoothedClassifier(Phase().eval(), SIGMA, 2)
+    x = torch.rand((1, 3, 16, 16), generator=stream(0, "phase")) * 0.6 + 0.2
+    y = torch.zeros(1, dtype=torch.int64)
+    (image_id,) = pixel_ids(x)
+    for names in (("verdict/given", image_id), ("verdict/given", image_id, image_id)):
+        noise = Gaussian(SIGMA).sample((100, 3, 16, 16), stream(0, *names)).double().flatten(1)
+        point = _fitted(x, noise)
+        with torch.no_grad():
+            assert (
+                Phase()((point.double().flatten() + noise).view(100, 3, 16, 16)).argmax(1) == 1
+            ).float().mean() > 0.9
+        assert float((point - x).norm()) < 0.02
+        for seed in (0, 1):
+            result = verdict(smoothed, (x, y), point, rush.ThreatModel("l2", 0.05), seed=seed)
+            assert result.verdict[0] == HELD
+            assert result.counts[0, 1] / result.counts[0].sum() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["smoothed", "vote"])
+def test_the_smallest_change_of_a_point_changes_the_noise_of_its_verdict(kind: str) -> None:
+    """And only that: the choice among candidates compares points on common noise. Odds of equal votes: < 0.1 each."""
+    model, _ = bins_with([0.5, 0.5], SIGMA)
+    noisy = NoisyHalfSpace(torch.zeros(1, 1, 1), 0.0, 1.0).eval()
+    defender = defend(
+        SmoothedClassifier(model, SIGMA, 2) if kind == "smoothed" else noisy, 2, None if kind == "smoothed" else "vote"
+    )
+    points = [
+        torch.full((1, 1, 1, 1), value) for value in np.nextafter(np.float32(0.5), np.arange(2, dtype=np.float32))
+    ]
+    judged = [
+        defender.judge(
+            LabelledPixels(point, torch.zeros(1).long(), ("a",)), purpose="p", level=1e-9, max_votes=3200, seed=0
+        )
+        for point in (*points, points[0])
+    ]
+    counts = [verdicts.counts.tolist() for verdicts in judged]
+    assert counts[0] == counts[2]
+    assert counts[0] != counts[1]
+    harms = [float(defender.harm(LabelledPixels(p, torch.zeros(1).long(), ("a",)), "choice", 0)) for p in points]
+    assert harms[0] == pytest.approx(harms[1], abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class AnyModel:
     surrogate: str
         module:function of a module whose derivative stands in for the model's (BPDA).
     seed: int
-        Seed of attacks and verdicts.
+        Seed of attacks and verdicts: 0 unless given; verdict draws one from the system unless given.
     """
 
     model: str | None = None
@@ -85,7 +86,7 @@ class AnyModel:
     num_classes: int | None = None
     decision: Decision | None = None
     surrogate: str | None = None
-    seed: int = 0
+    seed: int | None = None
 
     def subject(self, every_image: bool = False) -> Subject:
         """The model and its images, loaded."""
@@ -107,7 +108,7 @@ class AnyModel:
             num_classes=self.num_classes,
             decision=self.decision,
             surrogate=self.surrogate,
-            seed=self.seed,
+            seed=self.seed or 0,
         )
 
 
@@ -250,7 +251,7 @@ def ladder(folder: Path | None = None, *, given: AnyModel = _NO_MODEL, overrides
     from rush.reporting.tables import percent
 
     subject, results = given.subject(), []
-    for result in subject.climb(given.seed):
+    for result in subject.climb(given.seed or 0):
         results.append(result)
         print_lines([f"{result.plan.label}: {percent(result.robust_accuracy)}"], stderr=True)
     title = f"{given.model}, {given.norm} {given.epsilon}, {len(results[0])} images"
@@ -293,7 +294,7 @@ def audit(
     statement = reach_statement(len(subject.images), tolerance) if 0 < tolerance < 1 else None
     if statement is not None:
         print_lines([statement], stderr=True)
-    report_ = subject.audit(tolerance, given.seed)
+    report_ = subject.audit(tolerance, given.seed or 0)
     file = out or Path("audit.json")
     write_audit(file, report_)
     print_lines([*report_.summary(), f"written to {file}"])
@@ -302,6 +303,9 @@ def audit(
 @app.command
 def verdict(file: Path, *, given: AnyModel = _NO_MODEL, alpha: float = 0.001, max_votes: int = 10_000) -> None:
     """Judge adversarial images that any tool has made: broken, held or undecided, on fresh noise.
+
+    The noise depends on the point and on a seed that is drawn now, after the points are fixed, and printed, so that
+    nobody can have tried points against it. --seed repeats a verdict.
 
     Parameters
     ----------
@@ -320,7 +324,8 @@ def verdict(file: Path, *, given: AnyModel = _NO_MODEL, alpha: float = 0.001, ma
         raise ConfigError("give --model: a run folder, or module:function")
     subject = given.subject(every_image=True) if given.data is not None else None
     model = subject.model if subject else load_model(given.model, given.sigma, given.num_classes or 10)
-    options = {"decision": given.decision, "alpha": alpha, "max_votes": max_votes, "seed": given.seed}
+    seed = secrets.randbelow(2**32) if given.seed is None else given.seed
+    options = {"decision": given.decision, "alpha": alpha, "max_votes": max_votes, "seed": seed}
     result = judge_file(file, subject, model, threat_model(given.norm, given.epsilon), **options)
     undecided = int(result.undecided.sum())
     rows = [
@@ -329,7 +334,8 @@ def verdict(file: Path, *, given: AnyModel = _NO_MODEL, alpha: float = 0.001, ma
         ("held", share(result.interval_lower)),
         ("undecided", f"{undecided} ({percent(undecided / len(result))})"),
         ("largest change", f"l-inf {result.linf.max():.5f}, l2 {result.l2.max():.4f}, l1 {result.l1.max():.3f}"),
-        ("votes an image", f"{result.votes.mean():,.0f}"),
+        ("votes per image", f"{result.votes.mean():,.0f}"),
+        ("seed", f"{seed}" if given.seed is not None else f"{seed}, drawn after the points; --seed {seed} repeats it"),
     ]
     print_table(("", str(file)), rows)
 
