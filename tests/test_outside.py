@@ -314,14 +314,14 @@ def test_a_file_that_is_no_archive_of_arrays_is_refused(outside: str, tmp_path: 
     with pytest.raises(DataError, match=r"truncated or no \.npz file"):
         judge_file(tmp_path / "single.npy", None, model, threat)
     np.savez(tmp_path / "objects.npz", adversarial=np.array([{}, {}], object))
-    with pytest.raises(DataError, match="cannot be read as arrays"):
+    with pytest.raises(DataError, match="it holds object, allowed are plain numbers and text"):
         judge_file(tmp_path / "objects.npz", None, model, threat)
     whole = tmp_path / "whole.npz"
     np.savez(whole, adversarial=np.random.default_rng(0).random((3, 1, 8, 8)))
     damaged = bytearray(whole.read_bytes())
     damaged[300:310] = b"0123456789"
     whole.write_bytes(damaged)
-    with pytest.raises(DataError, match="cannot be read as arrays"):
+    with pytest.raises(DataError, match=r"whole\.npz: adversarial cannot be read|cannot be read as arrays"):
         judge_file(whole, None, model, threat)
 
 
