@@ -300,6 +300,23 @@ def test_predict_refuses_another_size_unless_told_to_resize(call: Call, tiny_run
     assert answer in {"abstain", *map(str, range(10))}
 
 
+def test_a_warning_of_this_library_is_one_line(tmp_path: Path) -> None:
+    """What a folder holds besides images is said without a place in the code."""
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8), 100).save(tmp_path / split / name / "0.png")
+    (tmp_path / "test/a/sound.wav").write_bytes(b"RIFF")
+    code = (
+        "import rush.__main__ as program, rush\n"
+        "program._show_own_warnings_in_one_line()\n"
+        f"rush.load_images({str(tmp_path)!r}, 'test')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"rush: warning: {tmp_path}: 1 entries are omitted")
+
+
 def test_predict_names_the_file_that_is_no_image(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     told = refusal(call("predict", tiny_run, tmp_path / "text.png"))

@@ -321,7 +321,7 @@ def test_a_file_that_is_no_archive_of_arrays_is_refused(outside: str, tmp_path: 
     damaged = bytearray(whole.read_bytes())
     damaged[300:310] = b"0123456789"
     whole.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"whole\.npz: adversarial cannot be read|cannot be read as arrays"):
+    with pytest.raises(DataError, match=r"whole\.npz.* cannot be read: "):
         judge_file(whole, None, model, threat)
 
 

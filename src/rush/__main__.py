@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 _TRACEBACK = "--traceback"
 
@@ -15,6 +16,7 @@ def main() -> None:
     from rush.errors import Interrupted, RushError
 
     wanted = _take_traceback()
+    _show_own_warnings_in_one_line()
     try:
         _run()
     except Interrupted as stop:
@@ -53,6 +55,24 @@ def _take_traceback() -> bool:
     kept = [word for word in words[:end] if word != _TRACEBACK]
     sys.argv[1:] = [*kept, *words[end:]]
     return len(kept) < end or os.environ.get("RUSH_TRACEBACK", "0") not in ("", "0")
+
+
+def _show_own_warnings_in_one_line() -> None:
+    """Print warnings of this library without the place in its code that raised them."""
+    import warnings
+
+    from rush.errors import RushWarning
+    from rush.lines import printable
+
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **where: Any) -> None:
+        if issubclass(category, RushWarning):
+            sys.stderr.write(f"rush: warning: {printable(str(message))}\n")
+        else:
+            shown(message, category, *place, **where)
+
+    warnings.showwarning = show
 
 
 def _unexpected(error: Exception, traceback_shown: bool) -> str:

@@ -106,7 +106,8 @@ def decode_texts(values: np.ndarray, what: str, where: str) -> list[str]:
     """
     if values.ndim != 1 or values.dtype.kind not in "USiu":
         raise DataError(
-            f"{where}: {what} must be text or integers of shape (N,), got {values.dtype} {values.shape}; store one text per entry"
+            f"{where}: {what} must be text or integers of shape (N,), got {values.dtype} {values.shape}; store one per "
+            "entry"
         )
     items = values.tolist()
     try:
