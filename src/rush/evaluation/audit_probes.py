@@ -19,7 +19,7 @@ from rush.evaluation import audit_measures as measures
 from rush.evaluation import findings
 from rush.evaluation.audit_case import CLOSE, VERDICTS, Case
 from rush.evaluation.audit_planted import PlantedDefender
-from rush.evaluation.defenders import Defender, RandomDefender, defend
+from rush.evaluation.defenders import Defender, RandomDefender, SmoothedDefender, defend
 from rush.evaluation.findings import Finding, skipped
 from rush.evaluation.ladder import grey_radius
 from rush.evaluation.plans import Plan, Suite
@@ -63,14 +63,25 @@ def input_range(case: Case) -> Finding:
 def pixel_scale(case: Case) -> Finding:
     """4 x 16 forward passes of a random model, 4 of another, on the probed images."""
     draws = Plan("scale", "clean", "pgd", "fresh", _MOST_DRAWS)
-    own, right = 0, dict.fromkeys(_SCALES, 0)
+    right: dict[str, list[Tensor]] = {name: [] for name in _SCALES}
+    as_given = []
     for rows in case.batches(case.probed, _MOST_DRAWS):
         seen, x, y = case.seen(draws, rows, "scale")
-        own += _right(seen, x, y)
+        as_given.append(_right(seen, x, y))
         for name, scaled in _SCALES.items():
-            right[name] += _right(seen, scaled(x), y)
-    total = len(case.probed)
-    return findings.pixel_scale(own / total, {name: count / total for name, count in right.items()})
+            if isinstance(case.model, SmoothedClassifier):
+                # behind the noise: in front of it the same noise would be another share of the pixels' range
+                behind = _scaled_behind_noise(case.model, scaled)
+                seen = behind.log_probs(draws, x, case.pixels.select(rows).ids, case.seed, "audit/scale")
+                right[name].append(_right(seen, x, y))
+            else:
+                right[name].append(_right(seen, scaled(x), y))
+    own = torch.cat(as_given)
+    joined = {name: torch.cat(parts) for name, parts in right.items()}
+    others = {name: (int((other & ~own).sum()), int((own & ~other).sum())) for name, other in joined.items()}
+    foreign = case.defender.kind == "random" and not isinstance(case.model, SmoothedClassifier)
+    most = int(case.pixels.y[case.probed].bincount().max())
+    return findings.pixel_scale(len(own), int(own.sum()), others, most if foreign else None)
 
 
 def ball(case: Case) -> Finding:
@@ -93,19 +104,22 @@ def mode(case: Case) -> Finding:
 
 
 def randomness(case: Case) -> Finding:
-    """4 forward passes on 8 images."""
+    """4 forward passes of a foreign model on 8 images, none of a smoothed one."""
     rows = case.probed[:_IMAGES]
     if not isinstance(case.model, SmoothedClassifier):
         x, execution = case.pixels.select(rows).x, case.defender.execution
-        difference = measures.passes_differ(case.model, execution, x, case.seed, _PASSES)
-        return findings.randomness(case.defender.kind == "random", difference)
-    seen, x, _ = case.seen(Plan("passes", "one draw", "pgd", "fresh", 1), rows, "randomness")
-    first, *others = [measures.without_gradient(seen, x) for _ in range(_PASSES)]
-    return findings.randomness(True, max(measures.relative_difference(first, other) for other in others))
+        difference, drew = measures.passes_differ(case.model, execution, x, case.seed, _PASSES)
+        return findings.randomness(case.defender.kind == "random", difference, drew)
+    # its noise, not its outputs: a base network of few outputs gives the same ones under other noise
+    images = case.pixels.select(rows)
+    generators = case.model.streams(case.seed, "audit/randomness", images.ids)
+    first, *others = [case.model.sample_noise(images.x, 1, generators) for _ in range(_PASSES)]
+    difference = max(float((first - other).abs().max()) for other in others)
+    return findings.randomness(True, difference, what="a pixel")
 
 
 def noise(case: Case) -> Finding:
-    """About 16,384 / pixels forward passes for the attacker's noise, 800 for the defender's; of a foreign model 16 + 16
+    """About 16,384 / pixels forward passes for the attacker's noise, 800 for the defender's; of a foreign model 32 + 32
     on 8 images."""
     if case.defender.kind != "random":
         return skipped("noise", "the model is deterministic")
@@ -117,7 +131,11 @@ def noise(case: Case) -> Finding:
     assert isinstance(case.defender, RandomDefender)
     images = case.pixels.select(case.probed[:_IMAGES])
     x = images.x.to(case.defender.execution.device)
-    return findings.noise(*measures.spreads(case.defender, case.plan, x, images.ids, case.seed), "spread")
+    attacker, judge = measures.spreads(case.defender, case.plan, x, images.ids, case.seed)
+    p_value = 1.0
+    if not findings.within(attacker, judge, findings.SPREAD_BAND):
+        p_value = measures.spreads_p_value(case.defender, case.plan, x, images.ids, case.seed)
+    return findings.noise(attacker, judge, "spread", p_value)
 
 
 def verdict(case: Case) -> Finding:
@@ -362,9 +380,27 @@ PROBES: dict[str, Probe] = {
 _NOTHING = "no image is held, or the evaluation has no known attack that climbs a gradient"
 
 
-def _right(seen: LogProbs, x: Tensor, y: Tensor) -> int:
-    """How many of the images ``x`` are given their label."""
-    return int((measures.without_gradient(seen, x).argmax(1) == y).sum())
+class _InScale(nn.Module):
+    def __init__(self, inner: nn.Module, scaled: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self._scaled = inner, scaled
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self._scaled(x))
+
+
+def _scaled_behind_noise(smoothed: SmoothedClassifier, scaled: Callable[[Tensor], Tensor]) -> SmoothedDefender:
+    """The defender of ``smoothed`` whose base network is given its noisy pixels in another scale."""
+    execution = replace(smoothed.execution, folded=False, compile_mode="none")
+    base = _InScale(smoothed.classifier, scaled)
+    other = SmoothedClassifier(base, noise=smoothed.noise, num_classes=smoothed.num_classes, execution=execution)
+    return SmoothedDefender(other, None)
+
+
+def _right(seen: LogProbs, x: Tensor, y: Tensor) -> Tensor:
+    """Which of the images ``x`` are given their label, (B,)."""
+    return (measures.without_gradient(seen, x).argmax(1) == y).cpu()
 
 
 def _climbing(case: Case) -> Plan | None:
