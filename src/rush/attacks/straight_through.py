@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-_ROUNDING = frozenset(
-    "round floor ceil trunc fix sign sgn fake_quantize_per_tensor_affine quantize_per_tensor bitwise_and bitwise_or "
-    "bitwise_xor __and__ __or__ __xor__ __rand__ __ror__ __rxor__".split()
-)
-_DETACHING = frozenset(("detach", "data"))
+_BITS = frozenset(("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__", "__rand__", "__ror__"))
+_QUANTISING = frozenset(("fake_quantize_per_tensor_affine", "quantize_per_tensor"))
+_ROUNDING = frozenset(("round", "floor", "ceil", "trunc", "fix", "sign", "sgn")) | _BITS | _QUANTISING
+_DETACHING = frozenset(("detach", "data", "dequantize"))
 _CLAMPING = frozenset(("clamp", "clip"))
 # What rounding leaves over: its derivative is dropped, so that x - frac(x) has the derivative of x.
 _REST = frozenset(("remainder", "fmod", "frac", "__mod__"))
@@ -38,7 +37,7 @@ _HALVING = frozenset(("bitwise_right_shift", "__rshift__"))
 _DOUBLING = frozenset(("bitwise_left_shift", "__lshift__"))
 _BINNING = frozenset(("bucketize", "searchsorted"))
 _SELECTING = frozenset(("__getitem__", "take", "index_select", "gather"))
-_WITHOUT_SLOPE = frozenset("eq ne __eq__ __ne__ isnan isinf isfinite argmax argmin is_floating_point".split())
+_WITHOUT_SLOPE = frozenset(("eq", "ne", "__eq__", "__ne__", "isnan", "isinf", "isfinite", "argmax", "argmin"))
 
 
 class StraightThrough(nn.Module):
@@ -119,33 +118,42 @@ class _Watch(TorchFunctionMode):
     def _source(
         self, name: str, function: Callable[..., Any], in_place: bool, args: Any, kwargs: Any, result: Any
     ) -> Any:
-        """What the derivative of ``result`` is taken from: of the same structure, None where nothing is known,
-        ``_NONE`` where it is to be dropped."""
-        first, *others = (*(self._shadow(arg) if isinstance(arg, Tensor) else arg for arg in args), None)
+        """What the derivative of an operation's result is taken from, of the same structure as ``result``.
+
+        None where nothing is known, ``_NONE`` where the derivative is dropped.
+        """
         if name in _REST:
             return _NONE
+        first = self._shadow(args[0]) if args else None
         if name in _ROUNDING or name in _DETACHING or name in _CLAMPING:
             return first
+        plain = _out_of_place(function) if in_place else function
         try:
-            if name in _ABOVE or name in _BELOW:
-                return first - others[0] if name in _ABOVE else others[0] - first
-            if name in _DIVIDING and _cuts(name, args, kwargs):
-                return first / others[0]
-            if name in _HALVING or name in _DOUBLING:
-                return first / 2 ** others[0] if name in _HALVING else first * 2 ** others[0]
-            if name in _BINNING:
-                return _bins(*((first, others[0]) if name == "bucketize" else (others[0], first)))
-            if name in _SELECTING:
-                return self._selected(function, first, args, kwargs)
-            if name == "where" and len(args) == 3 and not any(self._carries(arg) for arg in args[1:]):
-                return first * (args[1] - args[2])
-            plain = _out_of_place(function) if in_place else function
-            source = plain(*tree_map(self._shadow, args), **tree_map(self._shadow, kwargs))
+            source = self._slope(name, plain, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-            source = None  # no such operation on floating-point tensors: a cast, or one without a slope
+            source = None  # there is no such operation on floating-point tensors: a cast, or one without a slope
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(source)):
             return source
-        return None if name in _WITHOUT_SLOPE or not isinstance(first, Tensor) else first
+        return first if isinstance(result, Tensor) and name not in _WITHOUT_SLOPE else None
+
+    def _slope(self, name: str, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The operation on the shadows of its operands; for those on integers the one on numbers beside it."""
+        shadows = [self._shadow(arg) for arg in args]
+        if name in _ABOVE or name in _BELOW:
+            return shadows[0] - shadows[1] if name in _ABOVE else shadows[1] - shadows[0]
+        if name in _DIVIDING and _cuts(name, args, kwargs):
+            return shadows[0] / shadows[1]
+        if name in _HALVING:
+            return shadows[0] / 2 ** shadows[1]
+        if name in _DOUBLING:
+            return shadows[0] * 2 ** shadows[1]
+        if name in _BINNING:
+            return _bins(shadows[0], shadows[1]) if name == "bucketize" else _bins(shadows[1], shadows[0])
+        if name in _SELECTING:
+            return self._selected(plain, shadows[0], args, kwargs)
+        if name == "where" and len(args) == 3 and not any(self._carries(arg) for arg in args[1:]):
+            return shadows[0] * (args[1] - args[2])
+        return plain(*tree_map(self._shadow, args), **tree_map(self._shadow, kwargs))
 
     def _selected(self, function: Callable[..., Any], table: Any, args: Any, kwargs: Any) -> Any:
         """Entries of ``table``; of a table of numbers without a derivative, the mean slope by the index has it."""

@@ -71,7 +71,7 @@ def slopes_at(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, ge
     along = slope.nan_to_num() / size * x[0].numel() ** 0.5
     expected, measured, ratio = [], [], []
     for distance in DISTANCES:
-        reach = distance * _pixel_step(threat, x)
+        reach = distance * pixel_step(threat, x)
         pairs = [_slopes(log_probs, x, y, slope, reach * way) for way in directions]
         by_autograd, risen = (torch.stack(side)[:, usable] * weight for side in zip(*pairs, strict=True))
         expected.append(by_autograd)
@@ -112,7 +112,8 @@ def draws_needed(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss, eot_samp
 
 
 def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: int) -> tuple[float, float]:
-    """Return standard deviations of the noise on the base classifier's inputs, (under ``plan``'s attack, in the verdict).
+    """Return standard deviations of the noise on the base classifier's inputs, (under ``plan``'s attack, in the
+    verdict).
 
     Both are measured at the entrance of the base classifier, on grey images of ``shape`` (C, H, W), from at least
     16,384 normal values each, those of the attack possibly in pairs z, -z. Where both sides draw with one sigma the
@@ -179,9 +180,7 @@ def _outputs_of_both(
     return _outputs(defender, one, x, ids, seed, gradient=True), verdict
 
 
-def _outputs(
-    defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, gradient: bool
-) -> Tensor:
+def _outputs(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, gradient: bool) -> Tensor:
     """Probabilities (32, B, K) of single draws, the same draws with and without ``gradient``."""
     seen, draws = defender.log_probs(plan, x, ids, seed, "audit/noise"), []
     for _ in range(_DRAWS):
@@ -253,7 +252,7 @@ def _size(slope: Tensor) -> Tensor:
     return slope.flatten(1).norm(dim=1).clamp(min=_UNDERFLOW).view(-1, 1, 1, 1)
 
 
-def _pixel_step(threat: ThreatModel, x: Tensor) -> Tensor:
+def pixel_step(threat: ThreatModel, x: Tensor) -> Tensor:
     """The change of each pixel, (1 or B, 1, 1, 1), where all change alike and the point is at the edge of the ball."""
     pixels = x[0].numel()
     return threat.radius(x) / {"linf": 1.0, "l2": pixels**0.5, "l1": float(pixels)}[threat.norm]

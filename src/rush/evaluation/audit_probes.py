@@ -16,6 +16,7 @@ from rush.attacks.gradient import LogProbs, loss_and_gradient, pinned
 from rush.attacks.losses import LossName, margin
 from rush.attacks.threat import ThreatModel, norms
 from rush.evaluation import audit_measures as measures
+from rush.evaluation import audit_surrogates as surrogates
 from rush.evaluation import findings
 from rush.evaluation.audit_case import CLOSE, VERDICTS, Case
 from rush.evaluation.audit_planted import PlantedDefender
@@ -36,6 +37,7 @@ _DRAWS = 64  # of the gradient, at least, for its signal-to-noise ratio
 _MOST_DRAWS = 16  # in one gradient or loss that the audit looks at
 _COMMON_DRAWS = 64  # common random numbers under which two points are compared
 _IMAGES = 8  # that a property of the model is seen on, or that are looked at together
+_LEAST_BLUR = 4 / 255  # of a smoothed surrogate; else the change of a pixel at the edge of the ball
 _QUARTER = 0.25  # of the radius: what is drawn within it is averaged
 _FEW_STEPS, _MORE_STEPS = 5, 10
 _FEW_DRAWS, _MORE_DRAWS = 8, 16
@@ -310,6 +312,37 @@ def transfer(case: Case) -> Finding:
     return _transfer_from(case, case.surrogate, replace(attack, gradient="fresh"))
 
 
+def straight_through(case: Case) -> Finding:
+    """800 forward and backward passes of a random model, 100 of another, on all images that the evaluation did not
+    break; 1 on 8 images where every step of the model has a derivative."""
+    name, rows = "straight-through", np.flatnonzero(~case.evaluation.broken).tolist()
+    if not rows:
+        return skipped(name, "no image is held")
+    steps = _steps_without_derivative(case)
+    if not steps:
+        reason = "every step of the model has a derivative" if steps == 0 else "the model cannot be run step by step"
+        return skipped(name, reason)
+    draws, most = (16, 50) if case.defender.kind == "random" else (0, 100)
+    attack = Plan(name, f"APGD-{most}, margin, straight through", "apgd", "fresh", draws, most, loss="margin")
+    seen = surrogates.SeenThrough(case.defender, surrogates.twin(case.defender))
+    newly = int(case.attack(attack, rows, seen).broken.sum())
+    made_by = f"an attack that passes straight through steps without a derivative ({steps} in a pass)"
+    return findings.gain(name, newly, len(case.pixels), made_by)
+
+
+def smoothed_surrogate(case: Case) -> Finding:
+    """320 forward and backward passes of a random model, 160 of another, on the held images."""
+    sigma = max(_LEAST_BLUR, float(measures.pixel_step(case.threat, case.pixels.x).max()))
+    made_on = f"points made on its mean over images with noise of {sigma:.2g}"
+    if not case.held:
+        return findings.gain("smoothed-surrogate", 0, len(case.probed), made_on)
+    surrogate = surrogates.smoothed_surrogate(case.defender, sigma, straight=bool(_steps_without_derivative(case)))
+    draws = 16 if case.defender.kind == "random" else 8
+    attack = Plan("smoothed-surrogate", f"APGD-20, EOT {draws}", "apgd", "fresh", draws, 20, loss="margin")
+    newly = int(case.attack(attack, case.held, surrogates.SeenThrough(case.defender, surrogate)).broken.sum())
+    return findings.gain("smoothed-surrogate", newly, len(case.probed), made_on)
+
+
 def square(case: Case) -> Finding:
     """500 forward passes, 100 x 8 of a random model, on the held images."""
     queries, draws = (100, 8) if case.defender.kind == "random" else (500, 0)
@@ -370,6 +403,8 @@ PROBES: dict[str, Probe] = {
     "planted": planted,
     "fixed-noise-attack": fixed_noise_attack,
     "transfer": transfer,
+    "straight-through": straight_through,
+    "smoothed-surrogate": smoothed_surrogate,
     "square": square,
     "random-search": random_search,
     "worst-case": worst_case,
@@ -378,6 +413,14 @@ PROBES: dict[str, Probe] = {
 
 
 _NOTHING = "no image is held, or the evaluation has no known attack that climbs a gradient"
+
+
+def _steps_without_derivative(case: Case) -> int | None:
+    """How many steps of the model a straight-through twin would replace; None where it cannot be run as one."""
+    try:
+        return surrogates.steps_without_derivative(case.defender, case.pixels.select(case.probed[:_IMAGES]).x)
+    except Exception:  # the model's own code, run on tensors that are watched: it may fail in any way
+        return None
 
 
 class _InScale(nn.Module):

@@ -39,10 +39,16 @@ class SeenThrough:
 
 
 def steps_without_derivative(defender: Defender, x: Tensor) -> int:
-    """How many steps of the network at the images ``x`` have no derivative that a straight-through twin replaces."""
+    """Return how many steps of the network at the images ``x`` lose the derivative that a straight-through twin has.
+
+    Raises whatever the network raises, run that way.
+    """
     with torch.enable_grad(), seeded(0):
         at = defender.execution.layout(x.detach()).clone().requires_grad_(True)
-        return straight_through(network_of(defender), at * 1)[1]
+        outputs, steps = straight_through(network_of(defender), at * 1)
+        if steps:
+            torch.autograd.grad(outputs.float().sum(), at, allow_unused=True)  # or the twin is of no use
+        return steps
 
 
 def twin(defender: Defender) -> Defender:

@@ -100,6 +100,8 @@ ORDER = (
     "planted",
     "fixed-noise-attack",
     "transfer",
+    "straight-through",
+    "smoothed-surrogate",
     "square",
     "random-search",
     "worst-case",
@@ -480,6 +482,9 @@ _REMEDIES = {
     "other-loss": "take the worst case over several losses, image by image",
     "fixed-noise-attack": "the gradient's noise hides the direction: raise eot_samples",
     "transfer": "a transferred point beats the gradient attack, so its gradient is masked: attack through a surrogate",
+    "straight-through": "steps without a derivative mask the gradient: attack through them as through the identity",
+    "smoothed-surrogate": "the gradient is masked or too noisy: take it from the mean over noisy images, or raise "
+    "eot_samples",
     "square": "a gradient-free attack beats the gradient attack, so its gradient is masked: change loss or surrogate",
     "random-search": "random points beat the attack, so it does not optimise at all",
     "worst-case": "report the worst case over a suite of attacks, image by image",
