@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _BITS = frozenset(("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__", "__rand__", "__ror__"))
 _QUANTISING = frozenset(("fake_quantize_per_tensor_affine", "quantize_per_tensor"))
-_ROUNDING = frozenset(("round", "floor", "ceil", "trunc", "fix", "sign", "sgn")) | _BITS | _QUANTISING
+_ROUNDING = frozenset(("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli")) | _BITS | _QUANTISING
 _DETACHING = frozenset(("detach", "data", "dequantize"))
 _CLAMPING = frozenset(("clamp", "clip"))
 # What rounding leaves over: its derivative is dropped, so that x - frac(x) has the derivative of x.
@@ -37,7 +37,8 @@ _HALVING = frozenset(("bitwise_right_shift", "__rshift__"))
 _DOUBLING = frozenset(("bitwise_left_shift", "__lshift__"))
 _BINNING = frozenset(("bucketize", "searchsorted"))
 _SELECTING = frozenset(("__getitem__", "take", "index_select", "gather"))
-_WITHOUT_SLOPE = frozenset(("eq", "ne", "__eq__", "__ne__", "isnan", "isinf", "isfinite", "argmax", "argmin"))
+# Other operations without a derivative have no slope to pass on.
+_CASTS = frozenset(("to", "int", "long", "short", "byte", "char", "bool", "type", "type_as"))
 
 
 class StraightThrough(nn.Module):
@@ -61,8 +62,9 @@ def straight_through(network: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     Returns: the outputs, and how many steps had their derivative replaced. Clamping alone does not count.
     """
     watch = _Watch()
+    inside = x.clone()  # no leaf, and nobody else's where the network writes to it
     with watch:
-        outputs = network(x)
+        outputs = network(inside)
     return watch.joined(outputs), watch.replaced
 
 
@@ -97,15 +99,18 @@ class _Watch(TorchFunctionMode):
         if not tensors or not (cuts or shadowed or any(not tensor.requires_grad for tensor in tensors)):
             return result
         with torch.enable_grad(), _replayed(before):
-            source = self._source(name, function, in_place, kept, kwargs, result)
+            source = self._source(name, function, in_place, kept, kwargs)
         if source is _NONE:
             self.replaced += 1
             return result if in_place else tree_map(_cut, result)
-        self.replaced += name not in _CLAMPING and (cuts or not all(tensor.requires_grad for tensor in tensors))
+        self.replaced += name not in _CLAMPING and not shadowed and source is not None
         return self._joined_all(result, source, in_place)
 
     def _carries(self, leaf: object) -> bool:
-        return isinstance(leaf, Tensor) and (leaf.requires_grad or id(leaf) in self._shadows)
+        """Whether a derivative by the pixels may come through: not through a weight, which is a leaf."""
+        if not isinstance(leaf, Tensor):
+            return False
+        return (leaf.requires_grad and not leaf.is_leaf) or id(leaf) in self._shadows
 
     def _shadow(self, leaf: Any) -> Any:
         """The tensor that stands for ``leaf`` in the derivative."""
@@ -115,10 +120,8 @@ class _Watch(TorchFunctionMode):
         with torch.enable_grad():
             return (self._shadow(args[0]).clone(), *args[1:])
 
-    def _source(
-        self, name: str, function: Callable[..., Any], in_place: bool, args: Any, kwargs: Any, result: Any
-    ) -> Any:
-        """What the derivative of an operation's result is taken from, of the same structure as ``result``.
+    def _source(self, name: str, function: Callable[..., Any], in_place: bool, args: Any, kwargs: Any) -> Any:
+        """What the derivative of an operation's result is taken from, of the same structure.
 
         None where nothing is known, ``_NONE`` where the derivative is dropped.
         """
@@ -134,7 +137,7 @@ class _Watch(TorchFunctionMode):
             source = None  # there is no such operation on floating-point tensors: a cast, or one without a slope
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(source)):
             return source
-        return first if isinstance(result, Tensor) and name not in _WITHOUT_SLOPE else None
+        return first if name in _CASTS else None
 
     def _slope(self, name: str, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The operation on the shadows of its operands; for those on integers the one on numbers beside it."""

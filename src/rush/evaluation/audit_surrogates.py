@@ -45,7 +45,7 @@ def steps_without_derivative(defender: Defender, x: Tensor) -> int:
     """
     with torch.enable_grad(), seeded(0):
         at = defender.execution.layout(x.detach()).clone().requires_grad_(True)
-        outputs, steps = straight_through(network_of(defender), at * 1)
+        outputs, steps = straight_through(network_of(defender), at)
         if steps:
             torch.autograd.grad(outputs.float().sum(), at, allow_unused=True)  # or the twin is of no use
         return steps
