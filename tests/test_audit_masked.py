@@ -61,9 +61,9 @@ CASES = [
 ]
 # What the attack made for the defence does: gradients, targets and losses that the audit's do not have together.
 MADE_FOR_IT: Sequence[dict[str, object]] = (
-    {"loss": "margin", "steps": 60, "eot_samples": 64},
-    {"loss": "cross-entropy", "steps": 40, "eot_samples": 64},
-    {"loss": "margin", "steps": 30, "eot_samples": 48, "targets": (1, 2, 3)},
+    {"loss": "margin", "steps": 50, "eot_samples": 48},
+    {"loss": "cross-entropy", "steps": 30, "eot_samples": 48},
+    {"loss": "margin", "steps": 25, "eot_samples": 32, "targets": (1, 2)},
 )
 
 
