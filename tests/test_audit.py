@@ -115,9 +115,10 @@ def test_the_zoo_is_told_apart_by_other_seeds_too(entry: Entry, seed: int) -> No
 @pytest.mark.parametrize("total", [20, 60, 100, 150, 1000])
 @pytest.mark.parametrize("tolerance", [0.03, 0.05, 0.1])
 def test_the_verdict_follows_exact_one_sided_tests(total: int, tolerance: float) -> None:
-    """``overestimated`` where scipy rejects d <= 1 point at 5 %, ``holds`` where it rejects d >= tolerance."""
+    """``overestimated`` where scipy rejects d <= 1 point at 4 %, which leaves 1 % to the findings that decide alone;
+    ``holds`` where it rejects d >= tolerance."""
     for newly in range(total + 1):
-        more = stats.binomtest(newly, total, GAIN, alternative="greater").pvalue < 0.05
+        more = stats.binomtest(newly, total, GAIN, alternative="greater").pvalue < 0.04
         less = stats.binomtest(newly, total, tolerance, alternative="less").pvalue < 0.05
         expected = "overestimated" if more else ("holds" if less else "undecided")
         assert decide(newly, total, tolerance, []) == expected, newly
@@ -146,7 +147,7 @@ def test_images_needed_are_the_fewest_that_decide(newly: int, total: int, tolera
 
     def decided(n: int) -> bool:
         k = newly / total * n
-        low = stats.beta.ppf(0.05, k, n - k + 1) if newly else 0.0
+        low = stats.beta.ppf(0.04, k, n - k + 1) if newly else 0.0
         high = stats.beta.ppf(0.95, k + 1, n - k)
         return bool(low > GAIN or (high < tolerance and not failed))
 

@@ -66,7 +66,9 @@ def audit(
     image here is false, split evenly over ``VERDICTS`` of them; max_votes: most votes of each, ``PATIENCE`` times as
     many for the evaluation's own points; both matter for random models alone.
     A model in training mode is a failed finding; the rest of the audit then looks at a copy in evaluation mode.
-    Cost: the evaluation, the suite on what it held, and on at most 64 of these about six times the evaluation.
+    Cost: the evaluation, the suite on what it held, and on at most 64 of these about six times the evaluation and at
+    most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800 passes more on all
+    that the evaluation held, 100 of a deterministic model.
     Raises: InputError for bad images or numbers and for an evaluation of other images or another threat model;
     ModelError for an unusable model.
     """

@@ -21,7 +21,7 @@ from rush.randomness import stream
 
 PROBED = 64  # images, drawn by the seed, that probes look at
 CLOSE = 32  # of those the held ones that gradients are measured on
-VERDICTS = 12  # given on an image at most, each with 1/12 of the level: on the evaluation's point, by suite and probes
+VERDICTS = 14  # given on an image at most, each with 1/14 of the level: on the evaluation's point, by suite and probes
 _STRONGEST = ("pgd", "apgd", "mifgsm")
 
 
@@ -84,12 +84,17 @@ class Case:
         size = max(1, self.defender.execution.tile // max(1, draws))
         return (rows[first : first + size] for first in range(0, len(rows), size))
 
-    def attack(self, plan: Plan | Suite, rows: list[int]) -> AttackResult:
-        """The result of ``plan`` on the images at ``rows``, kept in ``found``; its draws are the audit's own."""
+    def attack(self, plan: Plan | Suite, rows: list[int], defender: Defender | None = None) -> AttackResult:
+        """The result of ``plan`` on the images at ``rows``, kept in ``found``; its draws are the audit's own.
+
+        defender: another one than the case's that attackers see, judged as the case's is (``SeenThrough``).
+        """
         named: Plan | Suite = replace(plan, name=f"audit-{plan.name}")
         if isinstance(plan, Suite):
             named = replace(plan, plans=tuple(replace(own, name=f"audit-suite-{own.name}") for own in plan.plans))
-        result = evaluate(self.defender, self.pixels.select(rows), self.threat.select(rows), named, self.judging)
+        result = evaluate(
+            defender or self.defender, self.pixels.select(rows), self.threat.select(rows), named, self.judging
+        )
         self.found.append(result)
         return result
 

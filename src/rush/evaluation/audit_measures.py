@@ -1,8 +1,11 @@
 """Measurements of the audit that call a model: slopes, noise and outputs, as plain numbers."""
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +23,8 @@ DISTANCES = (0.01, 0.1, 1.0)  # of finite differences, in epsilon
 _DIRECTIONS = 16
 _UNDERFLOW = 1e-30  # a float32 gradient below this has lost entries
 _VALUES = 16_384  # of the noise, for its standard deviation: 1 % with antithetic draws
-_IMAGES, _DRAWS = 8, 16  # on which outputs of a foreign model are compared
+_IMAGES = 8  # of grey, that the noise is measured on
+_DRAWS, _EXCHANGES = 32, 999  # of a foreign model's outputs, and of which side is which
 _GREY = 0.5
 _NO_SIGNAL = 1e6
 
@@ -67,7 +71,7 @@ def slopes_at(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, ge
     along = slope.nan_to_num() / size * x[0].numel() ** 0.5
     expected, measured, ratio = [], [], []
     for distance in DISTANCES:
-        reach = distance * _pixel_step(threat, x)
+        reach = distance * pixel_step(threat, x)
         pairs = [_slopes(log_probs, x, y, slope, reach * way) for way in directions]
         by_autograd, risen = (torch.stack(side)[:, usable] * weight for side in zip(*pairs, strict=True))
         expected.append(by_autograd)
@@ -108,9 +112,13 @@ def draws_needed(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss, eot_samp
 
 
 def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: int) -> tuple[float, float]:
-    """Standard deviations of the noise on the base classifier's inputs, (under ``plan``'s attack, in the verdict).
+    """Return standard deviations of the noise on the base classifier's inputs, (under ``plan``'s attack, in the
+    verdict).
 
-    Both are measured at the entrance of the base classifier, on grey images of ``shape`` (C, H, W), to about 1 %.
+    Both are measured at the entrance of the base classifier, on grey images of ``shape`` (C, H, W), from at least
+    16,384 normal values each, those of the attack possibly in pairs z, -z. Where both sides draw with one sigma the
+    ratio of the squares is F-distributed with at least 8,192 and 16,384 degrees of freedom: it leaves the band of
+    ``findings.SIGMA_BAND`` with probability < 1e-20.
     """
     entrance = _Entrance(smoothed.classifier)
     execution = replace(smoothed.execution, folded=False, compile_mode="none")  # folding works on a copy
@@ -130,33 +138,89 @@ def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: in
         without_gradient(defender.log_probs(plan, x, ids, seed, f"audit/noise/{call}"), x)
     attacker = entrance.deviation()
     entrance.forget()
-    watched.counts(grey, BLOCK, watched.streams(seed, "audit/noise/verdict", ids))
+    votes = max(BLOCK, -(-_VALUES // grey.numel()))
+    watched.counts(grey, votes, watched.streams(seed, "audit/noise/verdict", ids))
     return attacker, entrance.deviation()
 
 
 def spreads(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int) -> tuple[float, float]:
-    """How much a foreign random model's outputs vary from draw to draw, (under ``plan``'s attack, in the verdict).
+    """Return how much a foreign stochastic model's outputs vary, (under ``plan``'s attack, in the verdict).
 
-    The mean standard deviation of a probability over 16 draws on the images ``x``: as the attack calls the model, with
-    a gradient and one draw a call, and as the verdict does, without. A plan without draws sees one draw, over and over.
+    The mean standard deviation of a probability over 32 draws on the images ``x``. The attack calls the model with a
+    gradient and one draw a call, the verdict without. Both draw from the same seeds (common random numbers): a model
+    that draws from the process's generators gives both the same outputs, whatever its law. One that draws elsewhere
+    gives independent ones; ``spreads_p_value`` tells chance from a difference. A plan without draws sees one draw, over
+    and over.
     """
+    attack, verdict = _outputs_of_both(defender, plan, x, ids, seed)
+    return (0.0 if attack is None else _spread(attack)), _spread(verdict)
+
+
+def spreads_p_value(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int) -> float:
+    """Return the p-value of the permutation test that both sides of ``spreads`` draw alike.
+
+    Under the hypothesis the pairs of outputs (attack, verdict) are independent, and each has the law of the same pair
+    turned round, whether its two are independent or the same draw. Among the observed distance of the ratio of spreads
+    from 1 and those after 999 random turns of pairs every rank is then equally likely, so that P(p-value <= u) <= u.
+    """
+    attack, verdict = _outputs_of_both(defender, plan, x, ids, seed)
+    if attack is None:
+        return 0.0  # it sees one draw: nothing is left to chance
+    generator = stream(seed, "audit/noise/exchange")
+    observed = _log_ratio(attack, verdict) * (1 - 1e-9)
+    as_far = 1
+    for _ in range(_EXCHANGES):
+        turned = torch.randint(0, 2, (len(attack), 1, 1), generator=generator).bool()
+        as_far += _log_ratio(torch.where(turned, verdict, attack), torch.where(turned, attack, verdict)) >= observed
+    return as_far / (_EXCHANGES + 1)
+
+
+def _outputs_of_both(
+    defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int
+) -> tuple[Tensor | None, Tensor]:
+    """Probabilities of single draws, (under the attack, None where it does not draw; in the verdict)."""
+    verdict = _outputs(defender, Plan("verdict", "one draw", "pgd", "fresh", 1), x, ids, seed, gradient=False)
     if plan.eot_samples == 0 or plan.gradient == "transfer":
-        attacker = 0.0
-    else:
-        one = replace(plan, gradient="fresh", eot_samples=1)
-        seen = defender.log_probs(one, x, ids, seed, "audit/noise")
-        attacker = _spread([seen(x.detach().requires_grad_(True)).detach() for _ in range(_DRAWS)])
-    judged = defender.log_probs(Plan("verdict", "one draw", "pgd", "fresh", 1), x, ids, seed, "audit/noise/verdict")
-    return attacker, _spread([without_gradient(judged, x) for _ in range(_DRAWS)])
+        return None, verdict
+    one = replace(plan, gradient="fresh", eot_samples=1)
+    return _outputs(defender, one, x, ids, seed, gradient=True), verdict
 
 
-def passes_differ(module: nn.Module, execution: Execution, x: Tensor, seed: int, passes: int) -> float:
-    """Largest relative difference between outputs of several calls of a foreign module on the same images."""
-    found = []
+def _outputs(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, gradient: bool) -> Tensor:
+    """Probabilities (32, B, K) of single draws, the same draws with and without ``gradient``."""
+    seen, draws = defender.log_probs(plan, x, ids, seed, "audit/noise"), []
+    for _ in range(_DRAWS):
+        with torch.set_grad_enabled(gradient):
+            draws.append(seen(x.detach().requires_grad_(gradient)).detach().exp().double().cpu())
+    return torch.stack(draws)
+
+
+def _log_ratio(first: Tensor, second: Tensor) -> float:
+    low, high = sorted((_spread(first), _spread(second)))
+    return math.log(high / low) if low > 0 else (math.inf if high > 0 else 0.0)
+
+
+def passes_differ(module: nn.Module, execution: Execution, x: Tensor, seed: int, passes: int) -> tuple[float, bool]:
+    """Return how several calls of a foreign module on the same images differ.
+
+    Returns: the largest relative difference between outputs, and whether a call drew from the process's generators.
+    """
+    outputs, drew = [], False
     for number in range(passes):
         with torch.no_grad(), seeded(draw_seed(stream(seed, "audit/randomness", number))):
-            found.append(execution.logits(module, x.to(execution.device)))
-    return max(relative_difference(found[0], other) for other in found[1:])
+            before = _generator_states(execution)
+            outputs.append(execution.logits(module, x.to(execution.device)))
+            drew |= before != _generator_states(execution)
+    return max(relative_difference(outputs[0], other) for other in outputs[1:]), drew
+
+
+def _generator_states(execution: Execution) -> tuple[object, ...]:
+    """States of torch's, NumPy's and Python's global generators, comparable."""
+    device = torch.device(execution.device)
+    legacy = np.random.get_state(legacy=True)  # noqa: NPY002 - a foreign network may draw from it
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    numbers = tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in legacy)
+    return (*(state.numpy().tobytes() for state in states), numbers, random.getstate())
 
 
 class _Entrance(nn.Module):
@@ -182,8 +246,8 @@ class _Entrance(nn.Module):
         return (self._squares / max(1, self.values)) ** 0.5
 
 
-def _spread(log_probs: list[Tensor]) -> float:
-    return float(torch.stack(log_probs).exp().std(0).mean())
+def _spread(probabilities: Tensor) -> float:
+    return float(probabilities.std(0).mean())
 
 
 def _signs(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -194,7 +258,7 @@ def _size(slope: Tensor) -> Tensor:
     return slope.flatten(1).norm(dim=1).clamp(min=_UNDERFLOW).view(-1, 1, 1, 1)
 
 
-def _pixel_step(threat: ThreatModel, x: Tensor) -> Tensor:
+def pixel_step(threat: ThreatModel, x: Tensor) -> Tensor:
     """The change of each pixel, (1 or B, 1, 1, 1), where all change alike and the point is at the edge of the ball."""
     pixels = x[0].numel()
     return threat.radius(x) / {"linf": 1.0, "l2": pixels**0.5, "l1": float(pixels)}[threat.norm]

@@ -16,10 +16,11 @@ from rush.attacks.gradient import LogProbs, loss_and_gradient, pinned
 from rush.attacks.losses import LossName, margin
 from rush.attacks.threat import ThreatModel, norms
 from rush.evaluation import audit_measures as measures
+from rush.evaluation import audit_surrogates as surrogates
 from rush.evaluation import findings
 from rush.evaluation.audit_case import CLOSE, VERDICTS, Case
 from rush.evaluation.audit_planted import PlantedDefender
-from rush.evaluation.defenders import Defender, RandomDefender, defend
+from rush.evaluation.defenders import Defender, RandomDefender, SmoothedDefender, defend
 from rush.evaluation.findings import Finding, skipped
 from rush.evaluation.ladder import grey_radius
 from rush.evaluation.plans import Plan, Suite
@@ -36,6 +37,7 @@ _DRAWS = 64  # of the gradient, at least, for its signal-to-noise ratio
 _MOST_DRAWS = 16  # in one gradient or loss that the audit looks at
 _COMMON_DRAWS = 64  # common random numbers under which two points are compared
 _IMAGES = 8  # that a property of the model is seen on, or that are looked at together
+_LEAST_BLUR = 4 / 255  # of a smoothed surrogate; else the change of a pixel at the edge of the ball
 _QUARTER = 0.25  # of the radius: what is drawn within it is averaged
 _FEW_STEPS, _MORE_STEPS = 5, 10
 _FEW_DRAWS, _MORE_DRAWS = 8, 16
@@ -63,14 +65,25 @@ def input_range(case: Case) -> Finding:
 def pixel_scale(case: Case) -> Finding:
     """4 x 16 forward passes of a random model, 4 of another, on the probed images."""
     draws = Plan("scale", "clean", "pgd", "fresh", _MOST_DRAWS)
-    own, right = 0, dict.fromkeys(_SCALES, 0)
+    right: dict[str, list[Tensor]] = {name: [] for name in _SCALES}
+    as_given = []
     for rows in case.batches(case.probed, _MOST_DRAWS):
         seen, x, y = case.seen(draws, rows, "scale")
-        own += _right(seen, x, y)
+        as_given.append(_right(seen, x, y))
         for name, scaled in _SCALES.items():
-            right[name] += _right(seen, scaled(x), y)
-    total = len(case.probed)
-    return findings.pixel_scale(own / total, {name: count / total for name, count in right.items()})
+            if isinstance(case.model, SmoothedClassifier):
+                # behind the noise: in front of it the same noise would be another share of the pixels' range
+                behind = _scaled_behind_noise(case.model, scaled)
+                seen = behind.log_probs(draws, x, case.pixels.select(rows).ids, case.seed, "audit/scale")
+                right[name].append(_right(seen, x, y))
+            else:
+                right[name].append(_right(seen, scaled(x), y))
+    own = torch.cat(as_given)
+    joined = {name: torch.cat(parts) for name, parts in right.items()}
+    others = {name: (int((other & ~own).sum()), int((own & ~other).sum())) for name, other in joined.items()}
+    foreign = case.defender.kind == "random" and not isinstance(case.model, SmoothedClassifier)
+    most = int(case.pixels.y[case.probed].bincount().max())
+    return findings.pixel_scale(len(own), int(own.sum()), others, most if foreign else None)
 
 
 def ball(case: Case) -> Finding:
@@ -93,19 +106,22 @@ def mode(case: Case) -> Finding:
 
 
 def randomness(case: Case) -> Finding:
-    """4 forward passes on 8 images."""
+    """4 forward passes of a foreign model on 8 images, none of a smoothed one."""
     rows = case.probed[:_IMAGES]
     if not isinstance(case.model, SmoothedClassifier):
         x, execution = case.pixels.select(rows).x, case.defender.execution
-        difference = measures.passes_differ(case.model, execution, x, case.seed, _PASSES)
-        return findings.randomness(case.defender.kind == "random", difference)
-    seen, x, _ = case.seen(Plan("passes", "one draw", "pgd", "fresh", 1), rows, "randomness")
-    first, *others = [measures.without_gradient(seen, x) for _ in range(_PASSES)]
-    return findings.randomness(True, max(measures.relative_difference(first, other) for other in others))
+        difference, drew = measures.passes_differ(case.model, execution, x, case.seed, _PASSES)
+        return findings.randomness(case.defender.kind == "random", difference, drew)
+    # its noise, not its outputs: a base network of few outputs gives the same ones under other noise
+    images = case.pixels.select(rows)
+    generators = case.model.streams(case.seed, "audit/randomness", images.ids)
+    first, *others = [case.model.sample_noise(images.x, 1, generators) for _ in range(_PASSES)]
+    difference = max(float((first - other).abs().max()) for other in others)
+    return findings.randomness(True, difference, what="a pixel")
 
 
 def noise(case: Case) -> Finding:
-    """About 16,384 / pixels forward passes for the attacker's noise, 800 for the defender's; of a foreign model 16 + 16
+    """About 16,384 / pixels forward passes for the attacker's noise, 800 for the defender's; of a foreign model 32 + 32
     on 8 images."""
     if case.defender.kind != "random":
         return skipped("noise", "the model is deterministic")
@@ -117,7 +133,11 @@ def noise(case: Case) -> Finding:
     assert isinstance(case.defender, RandomDefender)
     images = case.pixels.select(case.probed[:_IMAGES])
     x = images.x.to(case.defender.execution.device)
-    return findings.noise(*measures.spreads(case.defender, case.plan, x, images.ids, case.seed), "spread")
+    attacker, judge = measures.spreads(case.defender, case.plan, x, images.ids, case.seed)
+    p_value = 1.0
+    if not findings.within(attacker, judge, findings.SPREAD_BAND):
+        p_value = measures.spreads_p_value(case.defender, case.plan, x, images.ids, case.seed)
+    return findings.noise(attacker, judge, "spread", p_value)
 
 
 def verdict(case: Case) -> Finding:
@@ -292,6 +312,37 @@ def transfer(case: Case) -> Finding:
     return _transfer_from(case, case.surrogate, replace(attack, gradient="fresh"))
 
 
+def straight_through(case: Case) -> Finding:
+    """800 forward and backward passes of a random model, 100 of another, on all images that the evaluation did not
+    break; 1 on 8 images where every step of the model has a derivative."""
+    name, rows = "straight-through", np.flatnonzero(~case.evaluation.broken).tolist()
+    if not rows:
+        return skipped(name, "no image is held")
+    steps = _steps_without_derivative(case)
+    if not steps:
+        reason = "every step of the model has a derivative" if steps == 0 else "the model cannot be run step by step"
+        return skipped(name, reason)
+    draws, most = (16, 50) if case.defender.kind == "random" else (0, 100)
+    attack = Plan(name, f"APGD-{most}, margin, straight through", "apgd", "fresh", draws, most, loss="margin")
+    seen = surrogates.SeenThrough(case.defender, surrogates.twin(case.defender))
+    newly = int(case.attack(attack, rows, seen).broken.sum())
+    made_by = f"an attack that passes straight through steps without a derivative ({steps} in a pass)"
+    return findings.gain(name, newly, len(case.pixels), made_by)
+
+
+def smoothed_surrogate(case: Case) -> Finding:
+    """320 forward and backward passes of a random model, 160 of another, on the held images."""
+    sigma = max(_LEAST_BLUR, float(measures.pixel_step(case.threat, case.pixels.x).max()))
+    made_on = f"points made on its mean over images with noise of {sigma:.2g}"
+    if not case.held:
+        return findings.gain("smoothed-surrogate", 0, len(case.probed), made_on)
+    surrogate = surrogates.smoothed_surrogate(case.defender, sigma, straight=bool(_steps_without_derivative(case)))
+    draws = 16 if case.defender.kind == "random" else 8
+    attack = Plan("smoothed-surrogate", f"APGD-20, EOT {draws}", "apgd", "fresh", draws, 20, loss="margin")
+    newly = int(case.attack(attack, case.held, surrogates.SeenThrough(case.defender, surrogate)).broken.sum())
+    return findings.gain("smoothed-surrogate", newly, len(case.probed), made_on)
+
+
 def square(case: Case) -> Finding:
     """500 forward passes, 100 x 8 of a random model, on the held images."""
     queries, draws = (100, 8) if case.defender.kind == "random" else (500, 0)
@@ -352,6 +403,8 @@ PROBES: dict[str, Probe] = {
     "planted": planted,
     "fixed-noise-attack": fixed_noise_attack,
     "transfer": transfer,
+    "straight-through": straight_through,
+    "smoothed-surrogate": smoothed_surrogate,
     "square": square,
     "random-search": random_search,
     "worst-case": worst_case,
@@ -362,9 +415,35 @@ PROBES: dict[str, Probe] = {
 _NOTHING = "no image is held, or the evaluation has no known attack that climbs a gradient"
 
 
-def _right(seen: LogProbs, x: Tensor, y: Tensor) -> int:
-    """How many of the images ``x`` are given their label."""
-    return int((measures.without_gradient(seen, x).argmax(1) == y).sum())
+def _steps_without_derivative(case: Case) -> int | None:
+    """How many steps of the model a straight-through twin would replace; None where it cannot be run as one."""
+    try:
+        return surrogates.steps_without_derivative(case.defender, case.pixels.select(case.probed[:_IMAGES]).x)
+    except Exception:  # the model's own code, run on tensors that are watched: it may fail in any way
+        return None
+
+
+class _InScale(nn.Module):
+    def __init__(self, inner: nn.Module, scaled: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self._scaled = inner, scaled
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self._scaled(x))
+
+
+def _scaled_behind_noise(smoothed: SmoothedClassifier, scaled: Callable[[Tensor], Tensor]) -> SmoothedDefender:
+    """The defender of ``smoothed`` whose base network is given its noisy pixels in another scale."""
+    execution = replace(smoothed.execution, folded=False, compile_mode="none")
+    base = _InScale(smoothed.classifier, scaled)
+    other = SmoothedClassifier(base, noise=smoothed.noise, num_classes=smoothed.num_classes, execution=execution)
+    return SmoothedDefender(other, None)
+
+
+def _right(seen: LogProbs, x: Tensor, y: Tensor) -> Tensor:
+    """Which of the images ``x`` are given their label, (B,)."""
+    return (measures.without_gradient(seen, x).argmax(1) == y).cpu()
 
 
 def _climbing(case: Case) -> Plan | None:

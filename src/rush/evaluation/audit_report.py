@@ -9,7 +9,7 @@ from typing import Any, Literal
 from scipy import special
 
 from rush.errors import InputError
-from rush.evaluation.findings import CONFIDENCE, GAIN, INVALIDATING, Finding, lower_bound, upper_bound
+from rush.evaluation.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, lower_bound, upper_bound
 from rush.files import write_json
 
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
@@ -21,11 +21,13 @@ _MOST_IMAGES = 10_000_000  # where the search for a deciding number of images en
 def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> AuditVerdict:
     """The verdict about an evaluation that held ``newly`` of ``total`` images which were broken here.
 
-    ``overestimated``: the one-sided 95 % lower bound of d = newly / total exceeds one point, or a failed finding says
-    that the evaluation is invalid. ``holds``: its upper bound is below ``tolerance`` and no finding failed. Each of the
-    two is wrong with probability <= 5 % over the draw of the images, for the share that these attacks break.
+    ``overestimated``: the one-sided lower bound of d = newly / total, at the level ``findings.LEVELS["d"]``, exceeds
+    one point, or a failed finding says that the evaluation is invalid. ``holds``: the 95 % upper bound of d is below
+    ``tolerance`` and no finding failed. Each of the two is wrong with probability <= 5 %, over the draw of the images
+    and the audit's own draws, for the share that these attacks break: the levels of d and of all findings that decide
+    alone sum to ``findings.OVERESTIMATED_LEVEL``.
     """
-    if lower_bound(newly, total) > GAIN or INVALIDATING.intersection(failed):
+    if lower_bound(newly, total, 1 - LEVELS["d"]) > GAIN or INVALIDATING.intersection(failed):
         return "overestimated"
     if upper_bound(newly, total) < tolerance and not failed:
         return "holds"
@@ -41,7 +43,7 @@ def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str
     share = newly / total
 
     def overestimated(n: int) -> bool:
-        return newly > 0 and float(special.betaincinv(share * n, n - share * n + 1, 1 - CONFIDENCE)) > GAIN
+        return newly > 0 and float(special.betaincinv(share * n, n - share * n + 1, LEVELS["d"])) > GAIN
 
     def holds(n: int) -> bool:
         return newly < total and float(special.betaincinv(share * n + 1, n - share * n, CONFIDENCE)) < tolerance

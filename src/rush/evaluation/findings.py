@@ -7,6 +7,10 @@ best explanation of a flattering evaluation.
 A share of images fails its threshold when its one-sided 95 % Clopper-Pearson lower bound lies above, passes when the
 share itself does not, and is undecided between the two: no finding fails because of a few images.
 
+Some findings decide alone: failed, they make an evaluation ``overestimated`` whatever d is (``INVALIDATING``). Each of
+them has a proven level in ``LEVELS``, a bound on the probability that it fails on an honest evaluation. Together with
+the level of d the levels sum to at most ``OVERESTIMATED_LEVEL``, so that the verdict as a whole has it (union bound).
+
 The thresholds are frozen: they were fixed before the second half of the zoo, the models and evaluations that they are
 tested on, was written. Whoever changes one needs a zoo that was made afterwards.
 """
@@ -15,7 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from scipy import special
+
 from rush.evaluation.intervals import share_interval
+
+_INTERVALS = 400  # of the probability that is not known, in ``gain_p_value``
 
 Status = Literal["passed", "failed", "undecided", "skipped"]
 
@@ -23,6 +32,12 @@ Status = Literal["passed", "failed", "undecided", "skipped"]
 GAIN = 0.01
 # One-sided level of every bound: the two-sided interval of twice the tail.
 CONFIDENCE = 0.95
+# Bound on the probability of ``overestimated`` for an honest evaluation: it holds what it says within ``GAIN``, and is
+# one of this model under this threat model.
+OVERESTIMATED_LEVEL = 0.05
+# How it is spent. "d": the one-sided bound on the share of newly broken images. The zeros leave nothing to chance on an
+# honest model: they are properties of given points, of a deterministic network, or of whether anything is drawn at all.
+LEVELS = {"d": 0.04, "input-range": 0.0, "pixel-scale": 0.005, "mode": 0.0, "randomness": 0.0, "noise": 0.005}
 # Pixels leave [0, 1] by rounding alone by less than this; a wrong range leaves it by more than a grey level, 0.004.
 RANGE_SLACK = 1e-4
 # No honest model is 20 points better on pixels of another scale than on those it is evaluated on.
@@ -39,7 +54,8 @@ NEIGHBOURS = 1e-2
 PASSES_DIFFER = 1e-3
 # The sigma that both sides see is estimated to about 2 %.
 SIGMA_BAND = 1.1
-# Spreads of a foreign random model's outputs are estimated to about 20 % from 16 draws on 8 images.
+# Of a foreign random model's outputs. Honest ones have a ratio of 1 where they draw from the process's generators: both
+# sides see the same draws.
 SPREAD_BAND = 2.0
 # Images whose gradient carries nothing: an attack cannot move on them; a point of accuracy is a fifth of this share.
 DEAD_SHARE = 0.05
@@ -84,6 +100,8 @@ ORDER = (
     "planted",
     "fixed-noise-attack",
     "transfer",
+    "straight-through",
+    "smoothed-surrogate",
     "square",
     "random-search",
     "worst-case",
@@ -115,9 +133,9 @@ def skipped(name: str, reason: str) -> Finding:
     return Finding(name, "skipped", None, None, reason, "")
 
 
-def lower_bound(count: int, total: int) -> float:
-    """One-sided 95 % Clopper-Pearson lower bound of the share ``count`` / ``total``."""
-    return share_interval(count, total, 2 * CONFIDENCE - 1).low
+def lower_bound(count: int, total: int, confidence: float = CONFIDENCE) -> float:
+    """Return the one-sided Clopper-Pearson lower bound of the share ``count`` / ``total``, by default of 95 %."""
+    return share_interval(count, total, 2 * confidence - 1).low
 
 
 def upper_bound(count: int, total: int) -> float:
@@ -152,21 +170,65 @@ def input_range(low: float, high: float) -> Finding:
     )
 
 
-def pixel_scale(accuracy: float, others: Mapping[str, float]) -> Finding:
-    """Whether the model is evaluated on pixels of the scale that it was made for.
+def pixel_scale(total: int, right: int, others: Mapping[str, tuple[int, int]], chance: int | None = None) -> Finding:
+    """Return whether the model is evaluated on pixels of the scale that it was made for.
 
-    accuracy: of clean images in [0, 1]; others: of the same images in other scales, by the scale's name.
+    Failed when the largest gain by another scale exceeds ``SCALE_GAIN`` and an exact paired test shows that the gain of
+    the distribution does. Level: ``LEVELS["pixel-scale"]``, shared evenly by the scales (Bonferroni), for images that
+    are independent given the draws of a stochastic model.
+
+    Args:
+        total: number of clean images; right: how many of them are classified right in [0, 1].
+        others: for each other scale how many images are right in that scale alone, and how many in [0, 1] alone.
+        chance: for a stochastic network, how many images the best constant answer has right. Pixels of another scale
+            can drown its own noise, so that a gain proves nothing where it sees the images as they are; it fails only
+            where it is no better than that answer. None for other models.
     """
-    scale, best = max(others.items(), key=lambda item: item[1])
-    gain = best - accuracy
+    scale, (better, worse) = max(others.items(), key=lambda item: item[1][0] - item[1][1])
+    gain = (better - worse) / total
+    level = LEVELS["pixel-scale"] / len(others)
+    shown = gain_p_value(better, worse, total, SCALE_GAIN) <= level
+    status: Status = "passed"
+    if gain > SCALE_GAIN:
+        status = "failed" if shown and (chance is None or right <= chance) else "undecided"
     return Finding(
         "pixel-scale",
-        "failed" if gain > SCALE_GAIN else "passed",
+        status,
         gain,
         SCALE_GAIN,
-        f"{accuracy:.1%} of the clean images are classified right, {best:.1%} of them as {scale}",
+        f"{right / total:.1%} of the clean images are classified right, {right / total + gain:.1%} of them as {scale}",
         "wrap the model so that it takes pixels in [0, 1] and scales or normalises them itself",
     )
+
+
+def gain_p_value(better: int, worse: int, total: int, gain: float) -> float:
+    """Return a p-value for the hypothesis that a paired gain is at most ``gain``, valid for every number of images.
+
+    Of ``total`` independent images ``better`` were right on the one side alone and ``worse`` on the other alone, with
+    probabilities p and q. Hypothesis: p - q <= gain.
+
+    The statistic T = better - 2 worse never falls when an image moves from the other side or from neither to the one
+    side, nor when it moves from the other side to neither. P(T >= t) therefore grows with p and falls with q (couple
+    image by image). So its largest value under the hypothesis is taken at p = q + gain, and for q in [a, b] it is at
+    most its value at p = b + gain (at most 1 - a), q = a. The p-value is the largest of these bounds over 400 intervals
+    that cover all q; like every p-value P(T >= t) it is <= u with probability <= u.
+    """
+    edges = np.linspace(0, (1 - gain) / 2, _INTERVALS + 1)
+    q = edges[:-1, None]
+    p = np.minimum(edges[1:, None] + gain, 1 - q)
+    losses = np.arange(total + 1)[None]
+    others, wins = total - losses, np.maximum(better - 2 * worse + 2 * losses, 0)
+    chances = np.exp(
+        special.gammaln(total + 1)
+        - special.gammaln(losses + 1)
+        - special.gammaln(others + 1)
+        + special.xlogy(losses, q)
+        + special.xlog1py(others, -q)
+    )
+    possible = wins <= others
+    tails = special.betainc(np.maximum(wins, 1), np.where(possible, others - wins + 1, 1), p / (1 - q))
+    tails = np.where(wins == 0, 1.0, np.where(possible, tails, 0.0))
+    return min(1.0, float((chances * tails).sum(1).max()) * (1 + 1e-9))
 
 
 def ball(norm: str, shares: Sequence[float], held: Sequence[bool], reach: float | None) -> Finding:
@@ -212,15 +274,21 @@ def mode(training: Sequence[str], deviation: float | None) -> Finding:
     return Finding("mode", status, deviation, NEIGHBOURS, evidence, remedy)
 
 
-def randomness(declared: bool, difference: float) -> Finding:
-    """Whether a model is random exactly when it is said to be.
+def randomness(declared: bool, difference: float, drew: bool = False, what: str = "a log-probability") -> Finding:
+    """Return whether a model is stochastic exactly when it is said to be.
 
-    difference: largest change of a log-probability between passes over the same images.
+    A model that draws is stochastic however rarely its draws change an output, so that nothing is left to chance.
+
+    Args:
+        declared: whether it is evaluated as stochastic.
+        difference: largest change of ``what`` between passes over the same images.
+        drew: whether a pass moved one of the process's random generators.
     """
-    wrong = difference == 0 if declared else difference > PASSES_DIFFER
+    wrong = (difference == 0 and not drew) if declared else difference > PASSES_DIFFER
     evidence = (
         f"the model is evaluated as {'random' if declared else 'deterministic'}; "
-        f"passes over the same images differ by up to {difference:.2g} in a log-probability"
+        f"passes over the same images differ by up to {difference:.2g} in {what}"
+        + (", and draw from the process's generators" if declared and drew and difference == 0 else "")
     )
     remedy = (
         "switch its randomness on, or evaluate it as the deterministic model it is"
@@ -232,23 +300,41 @@ def randomness(declared: bool, difference: float) -> Finding:
     )
 
 
-def noise(attacker: float, defender: float, kind: Literal["sigma", "spread"]) -> Finding:
-    """Whether the attacker differentiates the model with the defender's noise.
+def noise(attacker: float, defender: float, kind: Literal["sigma", "spread"], p_value: float = 0.0) -> Finding:
+    """Return whether the attacker differentiates the model with the defender's noise.
 
-    attacker, defender: standard deviation of the noise on the base classifier's inputs ("sigma"), or of a foreign
-    random model's log-probabilities ("spread"), under the evaluation's attack and in the verdict.
+    Failed when the ratio of the two leaves its band and chance does not explain it.
+
+    Args:
+        attacker, defender: standard deviation of the noise on the base classifier's inputs ("sigma"), or of a foreign
+            stochastic model's probabilities ("spread"), under the evaluation's attack and in the verdict.
+        p_value: of the hypothesis that both sides draw alike; 0 where the band itself is beyond chance ("sigma").
     """
     band = SIGMA_BAND if kind == "sigma" else SPREAD_BAND
-    ratio = attacker / defender if defender > 0 else 1.0
+    ratio = _ratio(attacker, defender)
     what = "noise of standard deviation" if kind == "sigma" else "outputs that spread by"
+    status: Status = "passed"
+    if not within(attacker, defender, band):
+        status = "failed" if p_value <= LEVELS["noise"] else "undecided"
     return Finding(
         "noise",
-        "passed" if 1 / band <= ratio <= band else "failed",
+        status,
         ratio,
         1 / band if ratio < 1 else band,
         f"the attacker sees {what} {attacker:.4g}, the defender {defender:.4g}",
         "differentiate the model with the noise it is defended with, by EOT over fresh draws",
     )
+
+
+def within(attacker: float, defender: float, band: float) -> bool:
+    """Return whether the ratio of two standard deviations is between 1 / ``band`` and ``band``."""
+    return 1 / band <= _ratio(attacker, defender) <= band
+
+
+def _ratio(attacker: float, defender: float) -> float:
+    if defender > 0:
+        return attacker / defender
+    return 1.0 if attacker == 0 else float(np.finfo(float).max)
 
 
 def verdict(contradicted: int, total: int) -> Finding:
@@ -396,6 +482,9 @@ _REMEDIES = {
     "other-loss": "take the worst case over several losses, image by image",
     "fixed-noise-attack": "the gradient's noise hides the direction: raise eot_samples",
     "transfer": "a transferred point beats the gradient attack, so its gradient is masked: attack through a surrogate",
+    "straight-through": "steps without a derivative mask the gradient: attack through them as through the identity",
+    "smoothed-surrogate": "the gradient is masked or too noisy: take it from the mean over noisy images, or raise "
+    "eot_samples",
     "square": "a gradient-free attack beats the gradient attack, so its gradient is masked: change loss or surrogate",
     "random-search": "random points beat the attack, so it does not optimise at all",
     "worst-case": "report the worst case over a suite of attacks, image by image",
