@@ -90,6 +90,7 @@ def audit(
     case = Case(model, defender, pixels, threat, result, again, training, surrogate, certificates, judging)
     newly = _broken_by_suite(case, suite)
     found = _findings(case)
+    defender.recheck()
     return _report(case, suite, newly | _broken_by_probes(case), found, tolerance, alpha)
 
 

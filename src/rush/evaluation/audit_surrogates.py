@@ -25,6 +25,15 @@ class SeenThrough:
         self.transferable, self.single = defender.transferable, defender.single
         self._defender, self._surrogate = defender, surrogate
 
+    def inspect(self, x: Tensor, declared: bool) -> None:
+        self._defender.inspect(x, declared)
+
+    def recheck(self) -> None:
+        self._defender.recheck()
+
+    def fingerprint(self) -> str:
+        return f"{self._defender.fingerprint()}/{self._surrogate.fingerprint()}"
+
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         return self._surrogate.log_probs(plan, x, ids, seed, name)
 

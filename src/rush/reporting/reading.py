@@ -21,7 +21,6 @@ from rush.errors import RunError
 from rush.lines import damaged_event, printable, read_events, read_lines, read_object, unescape
 from rush.options import STAGES, VERDICTS, Norm, Stage
 from rush.reporting.results import (
-    GAIN,
     SANDWICH,
     STATUSES,
     TAIL,
@@ -561,8 +560,8 @@ def _check_audit(audit: Audit, file: Path, remedy: str) -> None:
         raise _damaged(file, f"{told} newly broken", remedy)
     agrees = {
         "holds": not audit.failed and audit.d.high < audit.tolerance,
-        "overestimated": bool(audit.failed) or audit.d.low > GAIN,
-        "undecided": audit.d.low <= GAIN and (bool(audit.failed) or audit.d.high >= audit.tolerance),
+        "overestimated": bool(audit.failed) or audit.beyond_a_point,
+        "undecided": not audit.beyond_a_point and (bool(audit.failed) or audit.d.high >= audit.tolerance),
     }[audit.verdict]
     if not agrees:
         raise _damaged(file, f"{audit.verdict!r} does not agree with its own findings and newly broken images", remedy)

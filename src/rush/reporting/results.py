@@ -12,6 +12,7 @@ import numpy as np
 from rush.certification.certificates import Certificates as StoredCertificates
 from rush.certification.certificates import of_pictures
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
+from rush.evaluation.findings import CONFIDENCE, GAIN, LEVELS, lower_bound
 from rush.evaluation.intervals import Interval, paired_difference, share_interval
 from rush.options import STAGES, CertifyMethod, Level, Norm, Stage
 
@@ -20,9 +21,7 @@ SANDWICH = "sandwich"
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
 Status = Literal["failed", "undecided", "passed", "skipped"]
 STATUSES: tuple[Status, ...] = ("failed", "undecided", "passed", "skipped")  # what asks for a reader first
-GAIN = 0.01  # what the audit puts up with for sure: one point, see ``evaluation.findings``
 TAIL = 1e-6  # probability that more images violate the sandwich by chance, see ``evaluation.sandwich``
-ONE_SIDED = 0.95  # confidence of each bound of the audit
 
 
 @dataclass(frozen=True)
@@ -473,7 +472,12 @@ class Audit:
     @property
     def d(self) -> Interval:
         """Paired share of images held in the evaluation and broken here; each end is a one-sided 95 % bound."""
-        return share_interval(self.newly_broken, self.images, confidence=2 * ONE_SIDED - 1)
+        return share_interval(self.newly_broken, self.images, confidence=2 * CONFIDENCE - 1)
+
+    @property
+    def beyond_a_point(self) -> bool:
+        """Whether d is shown to exceed one point, at the level that decides for ``overestimated``."""
+        return lower_bound(self.newly_broken, self.images, 1 - LEVELS["d"]) > GAIN
 
     @property
     def failed(self) -> tuple[Finding, ...]:

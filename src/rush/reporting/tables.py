@@ -9,7 +9,6 @@ from rush.certification.certificates import Certificates as StoredCertificates
 from rush.evaluation.intervals import Interval
 from rush.options import CertifyMethod, Stage
 from rush.reporting.results import (
-    GAIN,
     STATUSES,
     Audit,
     Certificates,
@@ -417,7 +416,7 @@ def audit_sentence(audit: Audit) -> str:
         return f"at most {high} {what}, less than the tolerance of {percent(audit.tolerance)}; no finding failed"
     if audit.verdict == "undecided":
         return f"between {low} and {high} {what}; {_deciding(audit)}"
-    if audit.d.low > GAIN:
+    if audit.beyond_a_point:
         return f"at least {low} {what}, more than one point"
     return "a failed finding says that it was not an evaluation of this model under this threat model"
 
