@@ -26,7 +26,7 @@ from audit_zoo import (
 )
 from exact_models import square_half_space, square_images
 from rush.attacks.threat import ThreatModel
-from rush.errors import InputError
+from rush.errors import CopiesWarning, InputError
 from rush.evaluation import audit as audit_module
 from rush.evaluation.audit import AuditReport, Finding, audit, default_plan, write_audit
 from rush.evaluation.audit_report import decide, images_needed
@@ -331,3 +331,19 @@ def test_digits_of_the_zoo_are_the_test_set() -> None:
     x, y = digits(100)
     assert x.shape == (100, 1, 8, 8)
     assert len(y.unique()) == 10
+
+
+def test_copies_of_a_picture_are_audited_once() -> None:
+    """One image on the wrong side of a weak evaluation, a hundred times: no bound comes of it."""
+    plane = square_half_space()
+    x = square_images(np.array([0.01, *np.linspace(0.3, 0.4, 9)]), seed=0)
+    y, threat = plane(x).argmax(1), ThreatModel("linf", 0.02)
+    rows = [0] * 100 + list(range(1, 10))
+    weak = attack(plane, (x[rows], y[rows]), threat, method="none")
+    with pytest.warns(CopiesWarning, match="99 of 109 images are copies"):
+        report = audit(plane, (x[rows], y[rows]), threat, weak)
+    assert report.images == 10
+    assert len(report.newly_broken) == 1
+    assert report.d == 0.1
+    single = attack(plane, (x, y), threat, method="none")
+    assert audit(plane, (x, y), threat, single).d_low == report.d_low

@@ -60,6 +60,10 @@ class DataWarning(RushWarning):
     """Something in a folder of images is not read; the text says what, how many and where the first is."""
 
 
+class CopiesWarning(RushWarning):
+    """Some images are copies of others, pixel by pixel, and are counted once; the text says how many."""
+
+
 class NumericsWarning(RushWarning):
     """A result may differ in its last bits from one call, batch or machine to another."""
 

@@ -1,6 +1,7 @@
 """Is an evaluation of a model believable? The strongest attack here, many cheap probes, and one verdict."""
 
 import copy
+import warnings
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from rush.attacks.threat import ThreatModel
 from rush.certification.certificates import Certificates
 from rush.engine.progress import progress
-from rush.errors import InputError
+from rush.errors import CopiesWarning, InputError
 from rush.evaluation.audit_case import VERDICTS, Case
 from rush.evaluation.audit_probes import PROBES
 from rush.evaluation.audit_report import AuditReport, AuditVerdict, decide, write_audit
@@ -21,7 +22,7 @@ from rush.evaluation.plans import Kind, Plan, Suite, worst_case
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, check_reachable, evaluate, prepare
 from rush.evaluation.verdict import BROKEN
-from rush.inputs import Images, LabelledPixels
+from rush.inputs import Images, LabelledPixels, pixel_ids
 from rush.numbers import as_real
 from rush.options import Decision
 from rush.smoothing import SmoothedClassifier
@@ -65,6 +66,7 @@ def audit(
     certificates: of the same images, held against all attacks. alpha: bound on the probability that any verdict on an
     image here is false, split evenly over ``VERDICTS`` of them; max_votes: most votes of each, ``PATIENCE`` times as
     many for the evaluation's own points; both matter for random models alone.
+    Copies of one picture are audited once, with a CopiesWarning.
     A model in training mode is a failed finding; the rest of the audit then looks at a copy in evaluation mode.
     Cost: the evaluation, the suite on what it held, and on at most 64 of these about six times the evaluation and at
     most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800 passes more on all
@@ -78,6 +80,7 @@ def audit(
     training = _training_layers(model)
     model = _in_evaluation_mode(model) if training else model
     defender, pixels = prepare(model, images, threat, decision, surrogate, declared=False)
+    pixels, threat, evaluation = _without_copies(pixels, threat, evaluation)
     suite = worst_case(defender.kind, defender.num_classes, defender.transferable)
     check_reachable(defender, judging, suite)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
@@ -92,6 +95,26 @@ def audit(
     found = _findings(case)
     defender.recheck()
     return _report(case, suite, newly | _broken_by_probes(case), found, tolerance, alpha)
+
+
+def _without_copies(
+    pixels: LabelledPixels, threat: ThreatModel, evaluation: AttackResult | Plan | Suite | None
+) -> tuple[LabelledPixels, ThreatModel, AttackResult | Plan | Suite | None]:
+    """Keep the first image of each picture: the bounds of the audit are over independent ones."""
+    if isinstance(evaluation, AttackResult):
+        _check_same(evaluation, pixels, threat)
+    rows = sorted(np.unique(np.array(pixel_ids(pixels.x)), return_index=True)[1].tolist())
+    copies = len(pixels) - len(rows)
+    if not copies:
+        return pixels, threat, evaluation
+    warnings.warn(
+        f"{copies} of {len(pixels)} images are copies of others, pixel by pixel; each picture is audited once, "
+        "with its first label",
+        CopiesWarning,
+        stacklevel=3,
+    )
+    chosen = evaluation.select(rows) if isinstance(evaluation, AttackResult) else evaluation
+    return pixels.select(rows), threat.select(rows), chosen
 
 
 def _checked_tolerance(tolerance: float) -> float:
@@ -129,7 +152,6 @@ def _evaluated(
     judging: Judging,
 ) -> AttackResult:
     if isinstance(evaluation, AttackResult):
-        _check_same(evaluation, pixels, threat)
         return evaluation
     if evaluation is not None and not isinstance(evaluation, Plan | Suite):
         raise InputError(
