@@ -195,13 +195,36 @@ def test_a_network_that_changes_after_its_inspection_fails_whatever_used_it(call
             use(Switching(calls))
 
 
-def test_the_end_of_a_certification_is_noticed_though_every_tile_before_it_was_right() -> None:
-    """The switch is set at the call that ends it."""
-    x, y = images(4)
-    counting = Switching(10**9)
-    rush.certify(_smoothed(counting), (x, y), num_estimation=300)
+def test_a_network_that_changed_is_no_longer_the_one_that_voted() -> None:
+    x, _ = images(4)
+    network = Switching(10**9)
+    smoothed = _smoothed(network)
+    smoothed.counts(x, 100, smoothed.streams(0, "votes", "abcd"))
+    smoothed.recheck()
+    network.calls = network.seen
     with pytest.raises(ModelError, match="of one image are no longer those"):
-        rush.certify(_smoothed(Switching(counting.seen - 1)), (x, y), num_estimation=300)
+        smoothed.recheck()
+
+
+@pytest.mark.parametrize("use", ["certify", "sequential", "predict", "attack", "verdict", "audit"])
+def test_whatever_votes_asks_again_at_its_end(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, y), smoothed = images(8), _smoothed(Net(scores))
+    y = scores(x).argmax(1)
+
+    def refuse(_: rush.SmoothedClassifier) -> None:
+        raise ModelError("asked again")
+
+    monkeypatch.setattr(rush.SmoothedClassifier, "recheck", refuse)
+    uses: dict[str, Callable[[], object]] = {
+        "certify": lambda: rush.certify(smoothed, (x, y), num_estimation=100),
+        "sequential": lambda: rush.certify(smoothed, (x, y), "sequential", num_estimation=100),
+        "predict": lambda: smoothed.predict(x, 100),
+        "attack": lambda: rush.attack(smoothed, (x, y), BALL, "none", max_votes=100),
+        "verdict": lambda: verdict(smoothed, (x, y), x, BALL, max_votes=100),
+        "audit": lambda: rush.audit(smoothed, (x, y), BALL, max_votes=400),
+    }
+    with pytest.raises(ModelError, match="asked again"):
+        uses[use]()
 
 
 def _where_bright(x: Tensor, level: float) -> Tensor:
@@ -269,6 +292,7 @@ def test_a_network_that_looks_at_its_batch_is_refused_at_every_door(name: str, c
         lambda net: rush.certify(_smoothed(net), (x, y), num_estimation=100),
         lambda net: _smoothed(net).predict(x, 100),
         lambda net: rush.attack(_smoothed(net), (x, y), BALL, "none", max_votes=100),
+        lambda net: prepare(net, (x, y), BALL),
         lambda net: rush.attack(net, (x, y), BALL, "none"),
         lambda net: rush.attack(net, (x, y), BALL, "worst-case"),
         lambda net: verdict(net, (x, y), x, BALL),
@@ -309,7 +333,7 @@ def test_a_random_network_that_looks_at_its_batch_is_refused(decision: Decision,
     mixing: list[Layer] = [lambda x: scores(x - x.mean(0)), lambda x: scores(x + 0.5 * x.roll(1, 0))]
     for answer in mixing:
         with pytest.raises(ModelError, match=r"neighbours|depend on the other images"):
-            rush.attack(network(answer), (x, y), BALL, "none", decision=decision, max_votes=100)
+            prepare(network(answer), (x, y), BALL, decision)
     noisy = nn.Sequential(_batch_norm(), Net(lambda z: z + torch.randn_like(z))).eval()
     with pytest.raises(ModelError, match="no running statistics"):
         rush.attack(noisy, (x, y), BALL, "none", decision=decision, max_votes=100)
