@@ -63,4 +63,5 @@ def stored_certificates(
         ids=tuple(f"img-{row}" for row in rows) if ids is None else tuple(ids),
         rule=rule,
         pixels=tuple(f"{row:032x}" for row in rows) if pixels is None else tuple(pixels),
+        model="0" * 64,
     )

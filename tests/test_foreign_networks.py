@@ -296,7 +296,6 @@ def test_a_network_that_looks_at_its_batch_is_refused_at_every_door(name: str, c
         lambda net: rush.attack(net, (x, y), BALL, "none"),
         lambda net: rush.attack(net, (x, y), BALL, "worst-case"),
         lambda net: verdict(net, (x, y), x, BALL),
-        lambda net: rush.audit(net, (x, y), BALL),
         lambda net: _ladder(net, x, y),
     ]
     for door in doors:

@@ -30,6 +30,7 @@ from rush.attacks.losses import Loss, cross_entropy, margin
 from rush.attacks.threat import ThreatModel
 from rush.data.sources import load_images
 from rush.engine.precision import Execution
+from rush.errors import ModelError
 from rush.options import Decision
 from rush.randomness import stream
 from rush.smoothing import SmoothedClassifier
@@ -327,7 +328,7 @@ def test_each_source_of_chance_is_seeded() -> None:
 def test_global_generators_are_put_back_also_when_the_network_fails() -> None:
     network, x = _many_sources()
     before = _global_states()
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(ModelError, match="raised RuntimeError: size"):
         fresh_draws(network, EXECUTION, 3, stream(0, "draws"))(x[:, :, :1])
     assert _global_states() == before
 

@@ -230,7 +230,7 @@ def test_a_log_of_our_own_says_everything(tmp_path: Path) -> None:
 )
 def test_an_impossible_rule_is_refused(tmp_path: Path, change: dict, text: str) -> None:
     path = own_table(tmp_path / "mine.tsv")
-    old = path.read_text().split("\t")[-2]
+    old = path.read_text().split("\t")[-3]
     stored(path, path.read_text().replace(old, json.dumps({**RULE, **change})))
     with pytest.raises(RunError, match=rf"mine\.tsv, line \d: {text}"):
         read_log(path)
@@ -242,7 +242,7 @@ def test_a_damaged_log_of_our_own_is_a_matter_of_the_run(tmp_path: Path) -> None
         ("c.png", "a.png", "line 4: the image is there twice, by its id"),
         ("\t0.5000", "\t9.0000", "line 4: radius is 9, its votes and rule give 0.5"),
         ("\t10100\t", "\tmany\t", "line 3: 'many' is not a whole number"),
-        ("c.png\t", "c.png", "line 4: 14 fields instead of 15"),
+        ("c.png\t", "c.png", "line 4: 15 fields instead of 16"),
         ("\tblocks", "\tvotes", "line 1: expected the columns idx"),
     ):
         assert whole.count(old) == 1, old

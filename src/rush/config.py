@@ -437,7 +437,7 @@ def recipe_text(name_or_path: str) -> str:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        if max(map(len, content.splitlines()), default=0) > _LONGEST_LINE:
+        if max(map(len, content.split(b"\n"))) > _LONGEST_LINE:
             raise ValueError(f"it has a line of more than {_LONGEST_LINE} bytes")
         return content.decode("utf-8-sig")
     except (OSError, ValueError) as error:

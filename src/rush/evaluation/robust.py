@@ -210,7 +210,8 @@ def prepare(
 ) -> tuple[Defender, LabelledPixels]:
     """The checked door of every evaluation: the model's defender, its number of classes known, and the images.
 
-    declared: refuse a random model that is not said to be one. Raises: as ``attack``.
+    declared: refuse a random model that is not said to be one, and a model that is no function of one image; an audit
+    reports either as a finding. Raises: as ``attack``.
     """
     if not isinstance(threat, ThreatModel):
         raise InputError(f"threat must be a rush.ThreatModel(norm, epsilon), got {type(threat).__name__}")
@@ -238,7 +239,11 @@ def _check_outputs(defender: Defender, pixels: LabelledPixels, declared: bool) -
         )
     defender.num_classes = classes
     check_labels(pixels.y, len(pixels), classes)
-    defender.inspect(pixels.x, declared)
+    try:
+        defender.inspect(pixels.x, declared)
+    except ModelError:
+        if declared:
+            raise  # an audit says it as a finding
 
 
 def evaluate(
