@@ -21,6 +21,7 @@ from certifying import METHODS, assert_same, certified, pixel_images
 from ranks import on_ranks
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
+from rush.certification.recompute import recompute
 from rush.certification.table import append_certificates, read_certificates, write_certificates
 from rush.engine.distributed import rank
 from rush.engine.runs import RunFolder
@@ -152,7 +153,7 @@ def test_parts_of_another_rule_or_of_other_images_are_refused(
     tiny_run: Path, finished: tuple[list[int], Certificates], tmp_path: Path
 ) -> None:
     indices, certificates = finished
-    other_rule = replace(certificates, rule=replace(certificates.rule, alpha=0.002))
+    other_rule = recompute(certificates, alpha=0.002)
     other_image = replace(certificates, ids=(*certificates.ids[:3], "another", *certificates.ids[4:]))
     for number, (wrong, text) in enumerate(
         [
