@@ -46,7 +46,7 @@ def main() -> None:
     print(f"{smoothed.execution}, {len(images)} images, {arguments.rounds} rounds")
     work: dict[str, Callable[[], object]] = {
         "certify": lambda: rush.certify(smoothed, images, "sequential", num_estimation=10_000, radii=(0.25,)),
-        "pgd, smoothed": lambda: rush.attack(smoothed, images, THREAT, "pgd", eot_samples=16),
+        "pgd, smoothed": lambda: rush.attack(smoothed, images, THREAT, "pgd", eot_samples=16, max_votes=1000),
         "pgd, plain": lambda: rush.attack(smoothed.classifier, images, THREAT, "pgd"),
     }
     for name, run in work.items():

@@ -182,7 +182,7 @@ class Watch:
         logits: Tensor,
         precision: Precision = "float32",
         movable: bool = True,
-        spacing: int = 32,
+        spacing: int = 64,
     ) -> None:
         self._forward, self._precision, self._movable, self._spacing = forward, precision, movable, spacing
         self._tile, self._logits = tile.clone(), _compared(logits)
