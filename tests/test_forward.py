@@ -447,7 +447,7 @@ def test_an_error_of_the_network_is_one_line_that_says_what_it_was_given(
     text = (
         "was given float32 images of shape (16, 3, 8, 8) on cpu and raised ZeroDivisionError: the network's own error"
     )
-    with pytest.raises(ModelError, match=f"{re.escape(text)}$") as caught:
+    with pytest.raises(ModelError, match=f"{re.escape(text)}; it must accept such images$") as caught:
         Forward(Broken().eval(), Execution(compile_mode=mode), 5)(_tile())
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 

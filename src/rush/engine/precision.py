@@ -114,7 +114,9 @@ def foreign_call(x: Tensor) -> Iterator[None]:
         raise
     except Exception as error:  # any code may run in there, and fail in any way
         given = f"{str(x.dtype).removeprefix('torch.')} images of shape {tuple(x.shape)} on {x.device}"
-        raise ModelError(f"the classifier was given {given} and raised {one_line(error)}") from error
+        raise ModelError(
+            f"the classifier was given {given} and raised {one_line(error)}; it must accept such images"
+        ) from error
 
 
 def one_line(error: Exception) -> str:
