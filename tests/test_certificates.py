@@ -327,7 +327,7 @@ def test_no_more_blocks_are_unpacked_than_there_can_be(tmp_path: Path) -> None:
 
 
 def test_votes_after_the_decision_are_refused(tmp_path: Path) -> None:
-    """A sequential path that goes on behind its end: what was drawn then is no part of the certificate."""
+    """A sequential path that continues after its end: what was drawn then is no part of the certificate."""
     rule = rule_of(method="sequential", num_images=1, radii=(0.0, 0.25, 0.5))
     found = stored_certificates(rule, [1000], [0], [0])
     longer = replace(

@@ -6,7 +6,7 @@ from numbers import Integral, Real
 
 from rush.errors import InputError
 
-MOST = 2**40  # where a search for the least number ends; no run draws so many samples
+MOST = 2**40  # where a search for the least number ends; more samples than any run draws
 
 
 def as_whole(value: object) -> int | None:

@@ -271,7 +271,7 @@ def _random_state(leaves: list[Any]) -> tuple[Tensor, list[tuple[torch.device, T
 
 @contextmanager
 def _replayed(state: tuple[Tensor, list[tuple[torch.device, Tensor]]]) -> Iterator[None]:
-    """Within the context torch draws what it drew from ``state`` on; behind it, it goes on as before."""
+    """Within the context torch draws what it drew from ``state`` on; afterwards its generator is as it was before."""
     after = torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device, _ in state[1]]
     _set_random_state(state)
     try:

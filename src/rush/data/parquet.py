@@ -24,7 +24,7 @@ LABEL_COLUMNS = ("label", "fine_label")
 _SERIES = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 _BATCH = 1024
 _BATCH_BYTES = 1 << 20  # what is taken out of a row group at a time; at most so much is read ahead of it
-_FREE_ROWS = 1 << 20  # a shard may have so many, or as many as it has bytes
+_FREE_ROWS = 1 << 20  # allowed in any shard; a larger one may have as many rows as bytes
 _ROW_BYTES = 256  # what Python adds to each image that is held: its name for error texts, and objects
 
 

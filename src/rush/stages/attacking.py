@@ -110,7 +110,7 @@ class _Attackers:
 
     @classmethod
     def of(cls, recipe: Recipe, num_classes: int, pixels: int) -> "_Attackers":
-        """Those for images of so many pixels, channels counted."""
+        """Return those for images of this number of pixels, counted over all channels."""
         config, smoothed = recipe.attack, recipe.smoothing.sigma > 0
         threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
         rungs = _smoothed_rungs(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
