@@ -18,6 +18,7 @@ _UNSAFE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-
 _CODE = r"x[0-9a-f]{2}|u[0-9a-f]{4}"
 _TO_ESCAPE = re.compile(rf"[{_UNSAFE}]|\\(?={_CODE})")
 _NOT_PRINTABLE = re.compile(f"[{_UNSAFE}]")
+_QUOTED = 300  # characters of somebody else's error that are quoted
 _ESCAPED = re.compile(rf"\\({_CODE})")
 
 
@@ -39,6 +40,13 @@ def unescape(text: str) -> str:
 def printable(text: str) -> str:
     """Return ``text`` for a reader: as ``escape``, but not to be read back, so that backslashes stay as they are."""
     return _NOT_PRINTABLE.sub(lambda match: _code(ord(match.group())), text)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type and the text of somebody else's error in one line, the text shortened to 300 characters."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def read_lines(path: Path) -> list[str]:

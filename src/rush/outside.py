@@ -28,6 +28,7 @@ from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.results import AttackResult
 from rush.evaluation.robust import Judging, check_reachable, evaluate, prepare, verdict
 from rush.inputs import LabelledPixels, kind_of, labelled_pixels
+from rush.lines import one_line
 from rush.loading import load
 from rush.options import Decision, Norm, parse_fraction
 from rush.reporting import tables
@@ -36,7 +37,6 @@ from rush.smoothing import SmoothedClassifier
 _STEPS, _STEP_SHARE = 20, 0.25
 _DRAWS = (1, 4, 16, 64, 256)
 _STRONG_STEPS = 50
-_SAID = 300  # characters of the text of an error in the user's code that are quoted
 _NATIVE = {2: np.float16, 4: np.float32}  # by the bytes of a number, in the machine's byte order; else float64
 
 
@@ -176,12 +176,7 @@ def _user_code(what: str, module: str | None = None) -> Iterator[None]:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if module is not None and missing is not None and f"{module}.".startswith(f"{missing}."):
             raise ConfigError(f"{module}: {error}; run the command where the module lies, or install it") from error
-        said = " ".join(str(error).split())
-        shown = said if len(said) <= _SAID else f"{said[:_SAID]}..."
-        raise ModelError(
-            f"{what} failed: {type(error).__name__}{': ' if shown else ''}{shown}{_place(error)}; see all of it with "
-            "--traceback"
-        ) from error
+        raise ModelError(f"{what} failed: {one_line(error)}{_place(error)}; see all of it with --traceback") from error
 
 
 def _place(error: BaseException) -> str:

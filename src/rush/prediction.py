@@ -10,8 +10,9 @@ import torch
 
 from rush.data.decoding import decode
 from rush.data.images import as_pixels
+from rush.engine.precision import device_of
 from rush.errors import DataError
-from rush.evaluation.defenders import device_of, plain_logits
+from rush.evaluation.defenders import plain_logits
 from rush.loading import ImageForm, class_names, image_form, load
 from rush.saving import plain_execution
 from rush.smoothing import ABSTAIN, SmoothedClassifier

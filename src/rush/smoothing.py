@@ -13,7 +13,7 @@ from rush.engine.channels import copied_planes
 from rush.engine.fingerprint import fingerprint_of
 from rush.engine.forward import Forward
 from rush.engine.inspection import check_logits
-from rush.engine.precision import Execution, check_eval_mode, decide_execution
+from rush.engine.precision import Execution, check_eval_mode, decide_execution, device_of
 from rush.errors import InputError, ModelError
 from rush.inputs import check_pixels, pixel_ids, positive_integer, probability
 from rush.models.classifier import Classifier
@@ -78,7 +78,7 @@ class SmoothedClassifier:
         if execution == "auto":
             execution = decide_execution()
             execution.place(classifier)
-        self.execution = execution or Execution(device=_device_of(classifier))
+        self.execution = execution or Execution(device=device_of(classifier))
         self._forward: Forward | None = None
 
     @property
@@ -268,8 +268,3 @@ def mean_log_softmax(logits: Tensor, images: int) -> Tensor:
 def _check_one_each(generators: Sequence[torch.Generator], num_images: int) -> None:
     if len(generators) != num_images:
         raise InputError(f"got {len(generators)} generators for {num_images} images; give one an image")
-
-
-def _device_of(module: nn.Module) -> str:
-    parameter = next(module.parameters(), None)
-    return "cpu" if parameter is None else str(parameter.device)

@@ -61,7 +61,7 @@ def _first_input(module: nn.Module, execution: Execution, x: Tensor) -> Tensor |
     hooks = [layer.register_forward_pre_hook(stop) for layer in module.modules() if isinstance(layer, _LAYERS)]
     try:
         with torch.no_grad(), execution.autocast():
-            module(execution.layout(x.to(execution.device)).clone())
+            module(execution.copied(x))
     except _Reached as reached:
         return reached.seen.detach() if isinstance(reached.seen, Tensor) else None
     except Exception:  # what the network cannot take is said by the first real call

@@ -308,9 +308,8 @@ def _rounding(logits: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     deviations = logits.std(1, correction=0)
     spreads = deviations.maximum(deviations.median())
     resolution = _resolution(logits)
-    return spreads, RELATIVE * max(ARITHMETIC[precision], resolution) * spreads + ULPS * resolution * logits.abs().amax(
-        1
-    )
+    inside = RELATIVE * max(ARITHMETIC[precision], resolution) * spreads
+    return spreads, inside + ULPS * resolution * logits.abs().amax(1)
 
 
 def _resolution(logits: Tensor) -> float:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rush.errors import ConfigError, ModelError, RushError
+from rush.lines import one_line
 from rush.options import CompileMode, Precision, PrecisionChoice, TrainingCompile
-
-_SAID = 300  # characters of a foreign error's text that are quoted
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,10 @@ def foreign_call(x: Tensor) -> Iterator[None]:
         ) from error
 
 
-def one_line(error: Exception) -> str:
-    """Return the type and the text of an error in one line, shortened to 300 characters."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= _SAID else f"{text[:_SAID]}..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def device_of(module: nn.Module) -> str:
+    """Return where the first parameter of ``module`` is; the CPU without one."""
+    parameter = next(module.parameters(), None)
+    return "cpu" if parameter is None else str(parameter.device)
 
 
 @contextmanager

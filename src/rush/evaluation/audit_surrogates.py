@@ -53,7 +53,7 @@ def steps_without_derivative(defender: Defender, x: Tensor) -> int:
     Raises whatever the network raises, run that way.
     """
     with torch.enable_grad(), seeded(0):
-        at = defender.execution.layout(x.detach()).clone().requires_grad_(True)
+        at = defender.execution.copied(x.detach()).requires_grad_(True)
         outputs, steps = straight_through(network_of(defender), at)
         if steps:
             torch.autograd.grad(outputs.float().sum(), at, allow_unused=True)  # or the twin is of no use

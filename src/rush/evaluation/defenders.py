@@ -29,7 +29,7 @@ from rush.attacks.losses import margin
 from rush.binomial import sign_test
 from rush.engine.fingerprint import fingerprint_of
 from rush.engine.inspection import Watch, check_logits, check_structure, compare_calls, with_others_replaced
-from rush.engine.precision import Execution, check_eval_mode
+from rush.engine.precision import Execution, check_eval_mode, device_of
 from rush.errors import InputError, ModelError
 from rush.evaluation.plans import Kind, Plan
 from rush.evaluation.verdict import (
@@ -385,12 +385,6 @@ def _fingerprint(defender: Defender, model: nn.Module, surrogate: nn.Module | No
     modules = {"model": model} if surrogate is None else {"model": model, "surrogate": surrogate}
     facts |= {"defender": type(defender).__name__, "execution": defender.execution, "classes": defender.num_classes}
     return fingerprint_of(modules, facts)
-
-
-def device_of(model: nn.Module) -> str:
-    """Where the model's first parameter is; the CPU without one."""
-    parameter = next(model.parameters(), None)
-    return "cpu" if parameter is None else str(parameter.device)
 
 
 def _through(seen: LogProbs, surrogate: nn.Module | None, execution: Execution) -> LogProbs:

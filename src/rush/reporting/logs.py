@@ -2,7 +2,7 @@
 
 A public log is a tab-separated table ``idx label predict radius correct time``, one line an image; predict -1 means
 abstained. It says neither sigma nor alpha nor the number of samples. Our ``certificates.tsv`` opens with the same
-columns and goes on with its own, among them the votes and the rule of the certification; what it says is derived from
+columns, followed by its own, among them the votes and the rule of the certification; what it says is derived from
 these alone (``certification.table``).
 """
 
