@@ -30,8 +30,18 @@ def write_attacks(
         )
     pixels = (clean.x * 255).round().to(torch.uint8).numpy()
     save_arrays(run / "attacks/images.npz", images=pixels, labels=clean.y.numpy(), ids=np.array(clean.ids))
+    write_text(run / "attacks.tsv", attack_table(results, index_of))
+
+
+def attack_table(results: Sequence[AttackResult], index_of: Mapping[str, int]) -> str:
+    """Return the text of ``attacks.tsv``: a header and one line per image and result.
+
+    Args:
+        results: of one model, each by another attacker.
+        index_of: position in the split of each image, by id.
+    """
     lines = ["\t".join(COLUMNS)] + [_line(result, row, index_of) for result in results for row in range(len(result))]
-    write_text(run / "attacks.tsv", "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _line(result: AttackResult, row: int, index_of: Mapping[str, int]) -> str:

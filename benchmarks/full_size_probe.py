@@ -1,0 +1,366 @@
+"""The probe of the full-size run: how fast the device is at what, and the plan that follows from it.
+
+Everything is measured on random images and seeded weights, which cost the same as real ones. A part that fails or no
+longer fits into the time is named in the plan with its reason, and the run falls back on the eager form.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+import rush
+from full_size_store import Clock
+from rush.attacks.gradient import fresh_noise, loss_and_gradient
+from rush.attacks.losses import cross_entropy
+from rush.config import Recipe, load_recipe
+from rush.costing import STEPS, conditions_text, measure
+from rush.data.batches import Resident
+from rush.data.images import ImageSet
+from rush.engine.forward import Forward
+from rush.engine.loop import Schedule
+from rush.engine.precision import Execution
+from rush.models.classifier import Classifier
+from rush.noise import Gaussian
+from rush.options import CompileMode, TrainingCompile
+from rush.randomness import stream
+from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+
+BATCHES = (512, 1024)
+RIVALS = ("pgd-at", "trades", "smoothadv", "acl")
+RIVAL_SECONDS = 10.0
+MODEL_PASSES = 2_000_000  # forward passes that the run asks of a model: what a compilation must pay off on
+SIGMA = 0.25
+_NO_STEP = 1e-9  # learning rate: random images teach nothing
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long a part measures, in seconds, and on how much.
+
+    Attributes:
+        seconds: of each measurement, warm-up apart.
+        batches: of SimCLR; the last one is the run's.
+        tiles: of the judged forward.
+        compile_seconds: what a compiled form may take to compile; 0 tries none.
+        rivals: adversarial trainings whose step is timed.
+    """
+
+    seconds: float = 1.5
+    batches: tuple[int, ...] = BATCHES
+    tiles: tuple[int, ...] = (1024, 2000)
+    compile_seconds: float = 40.0
+    rivals: tuple[str, ...] = RIVALS
+
+
+@dataclass
+class Probe:
+    """One probe: its recipe, execution and clock, and what it has found so far."""
+
+    recipe: Recipe
+    execution: Execution
+    scale: Scale
+    clock: Clock
+    found: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str, seconds: float) -> Iterator[bool]:
+        """Within the context part ``name`` is measured, if True is given: it expects to take ``seconds``.
+
+        What it raises is noted, and the probe continues.
+        """
+        if self.clock.until_last_start < seconds:
+            self.skipped[name] = f"not tried: {seconds:.0f} s did not fit any more"
+            yield False
+            return
+        try:
+            yield True
+        except Exception as error:  # a form that cannot be used here must not end the probe
+            self.skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+
+
+def probe(recipe: Recipe, execution: Execution, scale: Scale, clock: Clock) -> dict[str, Any]:
+    """Return the plan: what was measured, what was skipped and why, and the choices that follow."""
+    own = Probe(recipe, execution, scale, clock)
+    steps = _training_steps(own)
+    tile, compile_mode = _forwards(own)
+    judged = replace(execution, tile=tile, compile_mode=compile_mode)
+    attack = _attack_pass(own, judged)
+    _engine(own, judged)
+    finetuning = _finetuning(own, steps)
+    _rivals(own)
+    forward = own.found["forward"][f"{tile} {compile_mode}"]["samples_per_second"]
+    return {
+        "conditions": conditions_text(execution),
+        "device": device_facts(execution),
+        "network": f"{recipe.model.encoder}, width {recipe.model.width}",
+        "choices": {"compile_training": steps, "tile": tile, "compile_mode": compile_mode},
+        "rates": {"training": finetuning, "forward": forward, "attack": attack},
+        "measured": own.found,
+        "skipped": own.skipped,
+        "seconds": clock.elapsed,
+    }
+
+
+def device_facts(execution: Execution) -> dict[str, Any]:
+    """Name, memory and driver of the device, as far as they are known."""
+    if torch.device(execution.device).type != "cuda":
+        return {"name": execution.device}
+    properties = torch.cuda.get_device_properties(execution.device)
+    return {"name": properties.name, "memory": properties.total_memory, "driver": _driver()}
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # no package or no driver: a fact is missing, nothing else
+        return None
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _training_steps(probe: Probe) -> TrainingCompile:
+    """SimCLR steps by form and batch; the fastest form at the run's batch."""
+    steps: dict[str, Any] = probe.found.setdefault("simclr", {})
+    largest = probe.scale.batches[-1]
+    for batch in probe.scale.batches:
+        with probe.part(f"simclr none {batch}", 4 * probe.scale.seconds) as fits:
+            if fits:
+                steps[f"none {batch}"] = _simclr(probe, "none", batch)
+    if torch.device(probe.execution.device).type == "cuda":
+        with probe.part(f"simclr fastest algorithms {largest}", 4 * probe.scale.seconds) as fits:
+            if fits:
+                steps[f"none {largest}, any algorithm"] = _simclr(probe, "none", largest, deterministic=False)
+    forms: list[tuple[TrainingCompile, float]] = [("graph", 5.0), ("default", probe.scale.compile_seconds)]
+    for form, extra in forms if probe.scale.compile_seconds else []:
+        with probe.part(f"simclr {form} {largest}", extra + 4 * probe.scale.seconds) as fits:
+            if fits:
+                steps[f"{form} {largest}"] = _simclr(probe, form, largest)
+    best: TrainingCompile = "none"
+    for form, _ in forms:
+        tried, eager = steps.get(f"{form} {largest}"), steps[f"none {largest}"]
+        if tried and tried["warm_up_seconds"] <= probe.scale.compile_seconds + 4 * probe.scale.seconds:
+            fastest = steps[f"{best} {largest}"]["views_per_second"]
+            best = form if tried["views_per_second"] > max(fastest, 1.02 * eager["views_per_second"]) else best
+    return best
+
+
+def _simclr(probe: Probe, form: TrainingCompile, batch: int, deterministic: bool = True) -> dict[str, Any]:
+    recipe = _with(probe.recipe, execution={"compile_training": form}, pretrain={"batch_size": batch})
+    execution = replace(probe.execution, deterministic=deterministic)
+    execution.configure()
+
+    def run(steps: int) -> list[dict[str, Any]]:
+        images, events = _random_images(recipe, steps * batch), _Epochs()
+        source = Resident(images.without_labels(), execution.device)
+        schedule = _two_epochs(schedule_of(recipe.pretrain))
+        pretrain_by(recipe, source, _classifier(recipe, images), execution, schedule=schedule, log=events)
+        return events.found
+
+    try:
+        measured = _measured(run, probe.scale.seconds)
+    finally:
+        probe.execution.configure()
+    rate = measured["images_per_second"]
+    return {**measured, "views_per_second": 2 * rate, "step_seconds": batch / rate}
+
+
+def _forwards(probe: Probe) -> tuple[int, CompileMode]:
+    """The judged forward by tile and form; the one that gets a model's passes done soonest."""
+    found: dict[str, Any] = probe.found.setdefault("forward", {})
+    cuda = torch.device(probe.execution.device).type == "cuda"
+    modes: list[CompileMode] = ["none", *(["reduce-overhead"] if cuda else []), "default"]
+    for mode in modes if probe.scale.compile_seconds else modes[:1]:
+        for tile in probe.scale.tiles if mode == "none" else probe.scale.tiles[-1:]:
+            extra = 0 if mode == "none" else probe.scale.compile_seconds
+            with probe.part(f"forward {tile} {mode}", extra + 2 * probe.scale.seconds) as fits:
+                if fits:
+                    found[f"{tile} {mode}"] = _forward(probe, tile, mode)
+    total = {
+        name: entry["compile_seconds"] + MODEL_PASSES / entry["samples_per_second"] for name, entry in found.items()
+    }
+    tile_text, best = min(total, key=lambda name: total[name]).split(" ", 1)
+    mode = next(mode for mode in modes if mode == best)
+    return int(tile_text), mode
+
+
+def _forward(probe: Probe, tile: int, mode: CompileMode) -> dict[str, Any]:
+    execution = replace(probe.execution, tile=tile, compile_mode=mode)
+    images = _random_images(probe.recipe, 1)
+    network = execution.place(_classifier(probe.recipe, images)).eval()
+    forward = Forward(network, execution, images.num_classes)
+    x = torch.full((tile, *images.shape), 0.5, device=execution.device)
+    began = time.perf_counter()
+    forward(x)
+    _wait(execution)
+    compile_seconds = 0.0 if mode == "none" else time.perf_counter() - began
+    return {"samples_per_second": _rate(lambda: forward(x), tile, probe), "compile_seconds": compile_seconds}
+
+
+def _attack_pass(probe: Probe, execution: Execution) -> float:
+    """Forward and backward to the input of the smoothed classifier, 16 draws each of 16 images; passes per second."""
+    images = _random_images(probe.recipe, 16)
+    smoothed = _smoothed(probe, execution)
+    x, y = images.pixels(device=execution.device), _labels(images).to(execution.device)
+    seen = fresh_noise(smoothed, 16, smoothed.streams(0, "probe", [str(row) for row in range(16)]))
+    rate = _rate(lambda: loss_and_gradient(seen, x, y, cross_entropy), 16 * 16, probe)
+    probe.found["attack"] = {"passes_per_second": rate, "draws": 16, "images": 16}
+    return rate
+
+
+def _engine(probe: Probe, execution: Execution) -> None:
+    """The certification engine against the bare forward of the same form."""
+    with probe.part("engine", 4 * probe.scale.seconds) as fits:
+        if not fits:
+            return
+        images, smoothed = _random_images(probe.recipe, 16), _smoothed(probe, execution)
+        bare = probe.found["forward"][f"{execution.tile} {execution.compile_mode}"]["samples_per_second"]
+        each = max(200, int(bare * probe.scale.seconds / 16))
+        rush.certify(smoothed, images, num_estimation=200)  # inspects the model, and compiles it
+        began = time.perf_counter()
+        certificates = rush.certify(smoothed, images, num_estimation=each)
+        rate = float(certificates.num_samples.sum()) / (time.perf_counter() - began)
+        probe.found["engine"] = {"samples_per_second": rate, "of_bare_forward": rate / bare}
+
+
+def _finetuning(probe: Probe, form: TrainingCompile) -> float:
+    """Training under noise; images per second."""
+    recipe = _with(probe.recipe, execution={"compile_training": "none" if form == "default" else form})
+    batch = recipe.finetune.batch_size
+
+    def run(steps: int) -> list[dict[str, Any]]:
+        images, events = _random_images(recipe, steps * batch), _Epochs()
+        schedule = _two_epochs(schedule_of(recipe.finetune))
+        finetune_by(recipe, images, _classifier(recipe, images), probe.execution, schedule=schedule, log=events)
+        return events.found
+
+    probe.found["finetune"] = {"batch_size": batch, **_measured(run, probe.scale.seconds)}
+    return float(probe.found["finetune"]["images_per_second"])
+
+
+def _rivals(probe: Probe) -> None:
+    """A step of each adversarial training, in a few seconds together."""
+    limit = probe.clock.elapsed + RIVAL_SECONDS
+    for name in probe.scale.rivals:
+        with probe.part(f"step of {name}", RIVAL_SECONDS / len(RIVALS)) as fits:
+            if fits and probe.clock.elapsed > limit:
+                probe.skipped[f"step of {name}"] = f"not tried: the {RIVAL_SECONDS:.0f} s of these steps were over"
+            elif fits:
+                probe.found.setdefault("rivals", {})[name] = _rival(probe, name)
+
+
+def _rival(probe: Probe, name: str) -> dict[str, Any]:
+    model = probe.recipe.model
+    overrides = [f"model.width={model.width}", f"data.name={probe.recipe.data.name}"]
+    overrides += [f"execution.device={probe.execution.device}"]
+    if name != "acl":
+        overrides.append("pretrain.epochs=0")
+    if torch.device(probe.execution.device).type != "cuda":
+        overrides += ["pretrain.batch_size=32", "finetune.batch_size=32"]
+    recipe = load_recipe(f"cifar10-{name}", overrides)
+    cost = measure(recipe, steps=STEPS if torch.device(probe.execution.device).type == "cuda" else 1)
+    stage = cost.stages[0]
+    batch = (recipe.pretrain if stage.stage == "pretrain" else recipe.finetune).batch_size
+    return {
+        "objective": stage.objective,
+        "batch_size": batch,
+        "step_seconds": stage.seconds_per_step,
+        "images_per_second": stage.images_per_second,
+        "passes_per_image_and_epoch": stage.passes / (stage.steps * batch),
+        "peak_memory": stage.peak_memory,
+        "joules_per_step": None if stage.joules is None else stage.joules / stage.steps,
+    }
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+class _Epochs:
+    """Keeps the epochs that a training logs."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def __call__(self, event: str, **values: Any) -> None:
+        if event == "epoch":
+            self.found.append(values)
+
+
+def _measured(run: Callable[[int], list[dict[str, Any]]], seconds: float) -> dict[str, Any]:
+    """Images per second of a training's second epoch, of about ``seconds``, the first one being its warm-up.
+
+    Args:
+        run: trains two epochs of so many steps each and returns their logged figures.
+        seconds: of the epoch that counts.
+    """
+    began = time.perf_counter()
+    short = run(2)[-1]
+    warm_up_seconds = time.perf_counter() - began - short["seconds"]
+    steps = max(2, min(200, int(2 * seconds / max(short["seconds"], 1e-3))))
+    epoch = short if steps <= 2 else run(steps)[-1]
+    return {
+        "images_per_second": epoch["images_per_second"],
+        "steps": steps,
+        "warm_up_seconds": warm_up_seconds,
+        "peak_memory": epoch["peak_memory"],
+    }
+
+
+def _rate(work: Callable[[], object], amount: int, probe: Probe) -> float:
+    """How much of ``amount`` per call ``work`` does per second, after two calls that warm up."""
+    for _ in range(2):
+        work()
+    _wait(probe.execution)
+    began, done = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - began) < probe.scale.seconds:
+        work()
+        done += amount
+        _wait(probe.execution)
+    return done / elapsed
+
+
+def _wait(execution: Execution) -> None:
+    if torch.device(execution.device).type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _two_epochs(schedule: Schedule) -> Schedule:
+    return replace(schedule, epochs=2, minutes=None, learning_rate=_NO_STEP, warmup_epochs=0.0)
+
+
+def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    """The recipe with some fields of some sections replaced."""
+    return recipe.model_copy(
+        update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
+    )
+
+
+def _random_images(recipe: Recipe, count: int) -> ImageSet:
+    generator = stream(recipe.seed, "probe", "images")
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    return ImageSet(pixels, labels, tuple(map(str, range(10))), np.arange(count).astype(str), "random", "train")
+
+
+def _labels(images: ImageSet) -> torch.Tensor:
+    assert images.labels is not None
+    return images.labels
+
+
+def _classifier(recipe: Recipe, images: ImageSet) -> Classifier:
+    return new_classifier(spec_of(recipe, images), recipe.seed)
+
+
+def _smoothed(probe: Probe, execution: Execution) -> rush.SmoothedClassifier:
+    images = _random_images(probe.recipe, 1)
+    network = execution.place(_classifier(probe.recipe, images)).eval()
+    return rush.SmoothedClassifier(network, noise=Gaussian(SIGMA), num_classes=10, execution=execution)
