@@ -201,9 +201,9 @@ def replace_memory(recipe: Recipe, gigabytes: float) -> Recipe:
 
 def made() -> list[RecipeCost]:
     """Two recipes: one pre-trains on 1,000 images and fine-tunes on 100 of them, one trains on 500."""
-    first = StageCost("pretrain", "moco", 1000, 40, 20_000, 20_000, 7200.0, 100.0, 3_000_000_000, 5000.0)
-    second = StageCost("finetune", "gaussian", 100, 10, 1000, 0, 1800.0, 50.0, None, 1000.0)
-    other = StageCost("finetune", "trades", 500, 100, 10_000, 500, 36_000.0, 5.0, 1_500_000_000, None)
+    first = StageCost("pretrain", "moco", 1000, 40, 20_000, 20_000, 7200.0, 100.0, 3_000_000_000, 5000.0, 10)
+    second = StageCost("finetune", "gaussian", 100, 10, 1000, 0, 1800.0, 50.0, None, 1000.0, 5)
+    other = StageCost("finetune", "trades", 500, 100, 10_000, 500, 36_000.0, 5.0, 1_500_000_000, None, 7)
     one = RecipeCost("one", "small, width 2", "cpu", 4, (first, second))
     return [one, replace(one, recipe="two", stages=(other,))]
 

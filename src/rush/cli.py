@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from rush.errors import ConfigError, DataError, RunError
 from rush.lines import read_object
-from rush.options import STAGES, Decision, Level, Norm, Stage
+from rush.options import STAGES, TRAININGS, Decision, Level, Norm, Stage
 from rush.terminal import print_lines, print_table, print_wide_table
 
 if TYPE_CHECKING:
@@ -487,8 +487,19 @@ def info(folder: Path) -> None:
     from rush.reporting.tables import summary_rows
 
     opened = _reopen(folder, None, None)
-    states = [(stage, "finished" if opened.finished(stage) else "not finished") for stage in STAGES]
+    states = [(stage, _state(opened, stage)) for stage in STAGES]
     print_table((f"{opened.recipe.name}: {folder}", ""), [*states, *summary_rows(read_run(folder))])
+
+
+def _state(opened: RunFolder, stage: Stage) -> str:
+    """Whether a stage is finished and, of a training by minutes, how many epochs end within them."""
+    state = "finished" if opened.finished(stage) else "not finished"
+    if stage not in TRAININGS:
+        return state
+    budget, minutes = opened.budget(stage), opened.recipe.training(stage).minutes
+    if budget is not None:
+        state += f", {budget['epochs']} epochs for {budget['minutes']:g} minutes"
+    return state if minutes is None else f"{state}, as many epochs as end within {minutes:g} minutes"
 
 
 def _version() -> str:

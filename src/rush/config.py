@@ -22,6 +22,7 @@ from pydantic import (
 
 from rush.errors import ConfigError
 from rush.options import (
+    TRAININGS,
     CertifyMethod,
     CompileChoice,
     EncoderName,
@@ -169,9 +170,14 @@ class ViewsConfig(Section):
 
 
 class TrainingConfig(Section):
-    """What both trainings share."""
+    """What both trainings share.
 
-    epochs: Annotated[int, Field(ge=0)]
+    epochs or minutes: how long it lasts, exactly one of them. minutes: as many epochs as end within them; the number is
+    fixed at the start by a trial of the steps.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] | None = None
+    minutes: Positive | None = None
     batch_size: Annotated[int, Field(ge=2)]
     optimizer: OptimizerName = "sgd"
     learning_rate: Positive
@@ -180,6 +186,22 @@ class TrainingConfig(Section):
     warmup_epochs: NonNegative = 0.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     monitor_epochs: Count = 5
+
+    @model_validator(mode="after")
+    def _epochs_or_minutes(self) -> "TrainingConfig":
+        if self.epochs is None and self.minutes is None:
+            raise ValueError("give epochs, or minutes")
+        if self.epochs is not None and self.minutes is not None:
+            raise ValueError(f"give epochs or minutes, not both (given: {self.epochs} and {self.minutes:g})")
+        return self
+
+    @property
+    def ramps(self) -> dict[str, float]:
+        """Number of epochs over which something rises to its value, by field, for those fields that are in use.
+
+        The warm-up of the learning rate is not among them.
+        """
+        return {}
 
 
 class NoiseConfig(Section):
@@ -239,6 +261,10 @@ class PretrainConfig(TrainingConfig):
             raise ValueError("acl attacks images in [0, 1], noise leaves that range; set noise.views to none")
         return self
 
+    @property
+    def ramps(self) -> dict[str, float]:
+        return {"noise.ramp_epochs": self.noise.ramp_epochs} if self.noise.views != "none" else {}
+
 
 class ConsistencyConfig(Section):
     """Jeong and Shin 2020: weight of the consistency term, weight of the entropy in it, noise draws an image."""
@@ -284,7 +310,7 @@ class FinetuneConfig(TrainingConfig):
     ``head_epochs`` of the epochs and then every weight.
     """
 
-    epochs: Count
+    epochs: Count | None = None
     objective: FinetuneObjective = "gaussian"
     mode: FinetuneMode = "full"
     head_epochs: Count = 1
@@ -302,9 +328,13 @@ class FinetuneConfig(TrainingConfig):
     def _one_way_to_choose_labels(self) -> "FinetuneConfig":
         if self.labels_per_class is not None and self.label_fraction != 1.0:
             raise ValueError("give label_fraction or labels_per_class, not both")
-        if self.mode == "linear-then-full" and self.head_epochs >= self.epochs:
+        if self.mode == "linear-then-full" and self.epochs is not None and self.head_epochs >= self.epochs:
             raise ValueError(f"head_epochs = {self.head_epochs} must be fewer than epochs = {self.epochs}")
         return self
+
+    @property
+    def ramps(self) -> dict[str, float]:
+        return {"smoothadv.warmup_epochs": self.smoothadv.warmup_epochs} if self.objective == "smoothadv" else {}
 
 
 class CertifyConfig(Section):
@@ -401,10 +431,22 @@ class Recipe(Section):
             )
         return self
 
+    def training(self, stage: Stage) -> TrainingConfig:
+        """Return the section of the training ``stage``."""
+        return self.pretrain if stage == "pretrain" else self.finetune
+
+    def with_epochs(self, stage: Stage, epochs: int) -> "Recipe":
+        """Return this recipe with ``epochs`` in place of the minutes of the training ``stage``."""
+        values = self.model_dump(mode="json")
+        values[stage] |= {"epochs": epochs, "minutes": None}
+        return build_recipe(values, source=f"{epochs} epochs of {stage}")
+
     def to_json(self) -> str:
         """The resolved recipe, every default written out."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
+
+_LENGTHS = ("epochs", "minutes")  # of a training: a value of one replaces a value of the other that lies below it
 
 # The sections that decide what a stage computes, beside those of the stages before it.
 STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
@@ -479,6 +521,8 @@ def recipe_values(name_or_path: str, _above: tuple[str, ...] = ()) -> dict[str, 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``below`` with the values of ``above``, section by section."""
+    if any(name in above for name in _LENGTHS):
+        below = {key: value for key, value in below.items() if key not in _LENGTHS}
     both = [key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)]
     return {**below, **above, **{key: _over(below[key], above[key]) for key in both}}
 
@@ -489,6 +533,7 @@ def build_recipe(
     """The validated recipe of plain ``values`` with ``overrides`` applied; raises ConfigError like ``load_recipe``."""
     for override in overrides:
         _apply(values, override)
+    _drop_replaced_lengths(values, overrides)
     _check_plain(values, source)
     if data is not None and isinstance(values.setdefault("data", {}), dict):
         values["data"]["root"] = str(Path(data).expanduser().resolve())
@@ -536,6 +581,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"override {override!r}: {key} is a single value, it has no fields")
     target[keys[-1]] = _parse_value(text.strip())
+
+
+def _drop_replaced_lengths(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Remove the epochs of a training whose minutes are overridden, and the other way round; both given both stay."""
+    paths = {override.partition("=")[0].strip() for override in overrides}
+    for stage in TRAININGS:
+        given = [name for name in _LENGTHS if f"{stage}.{name}" in paths]
+        if given and isinstance(values.get(stage), dict):
+            values[stage] = {key: value for key, value in values[stage].items() if key not in _LENGTHS or key in given}
 
 
 def _parse_value(text: str) -> Any:

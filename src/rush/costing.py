@@ -16,6 +16,7 @@ from rush.config import FinetuneConfig, Recipe, TrainingConfig
 from rush.data.batches import Resident, batches_per_epoch
 from rush.data.images import ImageSet
 from rush.data.sources import NUM_CLASSES, SHAPES, SPLITS, load_images
+from rush.engine.budget import Plan, Times
 from rush.engine.loop import Schedule
 from rush.engine.precision import Execution, decide_execution
 from rush.engine.runs import machine
@@ -31,7 +32,8 @@ from rush.stages.training import finetune_by, new_classifier, pretrain_by, sched
 STEPS = 4
 COST_HEADER = ("recipe", "network", "objectives", "passes an image", "steps", "s a step", "hours", "to the first")
 STAGE_HEADER = (
-    "recipe", "stage", "images", "passes an image", "steps", "s a step", "images/s", "time", "peak memory", "energy",
+    "recipe", "stage", "images", "passes an image", "epochs", "steps", "s a step", "images/s", "time",
+    "peak memory", "energy",
 )  # fmt: skip
 _NO_STEP = 1e-9  # learning rate of a trial: random images teach nothing, and a step costs the same
 
@@ -49,7 +51,8 @@ class DataSize:
 @dataclass(frozen=True)
 class StageCost:
     """A whole training, extrapolated. passes: images forward and backward; forward_passes: forward alone; seconds,
-    joules: of all steps, joules None where the device does not tell; peak_memory: bytes, the images included."""
+    joules: of all steps, joules None where the device does not tell; peak_memory: bytes, the images included. epochs:
+    the recipe's, or as many as end within its minutes."""
 
     stage: Stage
     objective: str
@@ -61,6 +64,7 @@ class StageCost:
     images_per_second: float
     peak_memory: int | None
     joules: float | None
+    epochs: int
 
     @property
     def passes_per_image(self) -> float:
@@ -147,14 +151,16 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
     same functions, precision and device as in a run.
 
     As many steps before them, which warm up and compile, are not counted; neither is what a run does between the steps:
-    reading the data, live figures, checkpoints. Random: images, labels and weights, from the recipe's seed.
-    Raises: ConfigError for ``steps`` below 1 or a batch larger than the training set; DataError as ``load_images``.
+    reading the data, live figures, checkpoints. Of a training by minutes they give the number of epochs that its steps
+    alone would leave room for. Random: images, labels and weights, from the recipe's seed.
+    Raises: ConfigError for ``steps`` below 1, a batch larger than the training set, or minutes that are too few;
+    DataError as ``load_images``.
     """
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
     wanted = recipe.execution
     trial = _Trial(recipe, data_size(recipe), decide_execution(wanted.device, wanted.precision, wanted.tile), steps)
-    stages = [trial.pretrain()] if recipe.pretrain.epochs else []
+    stages = [trial.pretrain()] if recipe.pretrain.epochs != 0 else []
     model = recipe.model
     return RecipeCost(
         recipe.name,
@@ -210,6 +216,7 @@ def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
             stage.stage,
             f"{stage.images:,}",
             passes_text(stage.passes_per_image, stage.forward_passes_per_image),
+            f"{stage.epochs:,}",
             f"{stage.steps:,}",
             f"{stage.seconds_per_step:.3g}",
             f"{stage.images_per_second:,.0f}",
@@ -267,24 +274,23 @@ class _Trial:
             schedule=_short(config, phases=1),
             log=log,
         )
-        phases = log.phases([config.epochs])
-        return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, phases)
+        return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, log.phases())
 
     def finetune(self) -> StageCost:
         config = self.recipe.finetune
         batches_per_epoch(self.size.finetune, config.batch_size)
-        images, log, epochs = self._images(config.batch_size), _Epochs(), _phases(config)
+        images, log = self._images(config.batch_size), _Epochs()
         finetune_by(
             self.recipe,
             images,
             self._classifier(images),
             self.execution,
-            schedule=_short(config, phases=len(epochs)),
+            schedule=_short(config, phases=2 if config.mode == "linear-then-full" else 1),
             head_epochs=2,
             log=log,
         )
         objective = config.objective if config.mode == "full" else f"{config.objective} ({config.mode})"
-        return self._extrapolated("finetune", objective, config, self.size.finetune, log.phases(epochs))
+        return self._extrapolated("finetune", objective, config, self.size.finetune, log.phases())
 
     def _classifier(self, images: ImageSet) -> Classifier:
         return new_classifier(spec_of(self.recipe, images), self.recipe.seed)
@@ -298,20 +304,27 @@ class _Trial:
         return ImageSet(pixels, labels, classes, np.arange(count).astype(str), "random", "train")
 
     def _extrapolated(
-        self, stage: Stage, objective: str, config: TrainingConfig, images: int, phases: Sequence["_Phase"]
+        self, stage: Stage, objective: str, config: TrainingConfig, images: int, phases: Sequence[dict[str, Any]]
     ) -> StageCost:
+        """phases: what the log says of the measured steps of each kind: of the head alone and of every weight, or of
+        the one kind that there is."""
         per_epoch = images // config.batch_size
-        repeated = [phase.epochs * per_epoch / self.steps for phase in phases]  # how often the measured steps are made
+        head_epochs = config.head_epochs if isinstance(config, FinetuneConfig) and len(phases) == 2 else 0
+        epochs = config.epochs
+        if epochs is None:
+            epochs = self._epochs_within(stage, config, per_epoch, head_epochs, phases)
+        counts = [head_epochs, epochs - head_epochs] if head_epochs else [epochs]
+        repeated = [count * per_epoch / self.steps for count in counts]  # how often the measured steps are made
 
         def total(name: str) -> float | None:
             return known_sum(
                 [
-                    None if phase.measured[name] is None else times * phase.measured[name]
+                    None if phase[name] is None else times * phase[name]
                     for phase, times in zip(phases, repeated, strict=True)
                 ]
             )
 
-        seconds, steps = total("seconds"), config.epochs * per_epoch
+        seconds, steps = total("seconds"), epochs * per_epoch
         assert seconds is not None
         return StageCost(
             stage,
@@ -322,9 +335,26 @@ class _Trial:
             forward_passes=round(total("forward_passes") or 0),
             seconds=seconds,
             images_per_second=steps * config.batch_size / seconds,
-            peak_memory=self._peak_memory([phase.measured["peak_memory"] for phase in phases], images, config),
+            peak_memory=self._peak_memory([phase["peak_memory"] for phase in phases], images, config),
             joules=total("joules"),
+            epochs=epochs,
         )
+
+    def _epochs_within(
+        self,
+        stage: Stage,
+        config: TrainingConfig,
+        per_epoch: int,
+        head_epochs: int,
+        phases: Sequence[dict[str, Any]],
+    ) -> int:
+        """Epochs whose steps end within the minutes of ``config``."""
+        assert config.minutes is not None
+        seconds = [phase["seconds"] / self.steps for phase in phases]
+        plan = Plan(stage, config.minutes, per_epoch, head_epochs, config.warmup_epochs)
+        budget = plan.fit(Times(seconds[-1], seconds[0]))
+        budget.require_ramps(config.ramps)
+        return budget.epochs
 
     def _peak_memory(self, measured: Sequence[int | None], images: int, config: TrainingConfig) -> int | None:
         """The measured peak with the training images in place of the random ones; too many of them are streamed."""
@@ -334,14 +364,6 @@ class _Trial:
         size, trial = (count * int(np.prod(self.size.shape)) for count in (images, self.steps * config.batch_size))
         held = size if size <= self.recipe.data.memory_bytes else trial
         return max(told) + held - trial
-
-
-@dataclass(frozen=True)
-class _Phase:
-    """What the log says of some measured steps, and for how many epochs of the recipe they stand."""
-
-    measured: dict[str, Any]
-    epochs: int
 
 
 class _Epochs:
@@ -354,19 +376,13 @@ class _Epochs:
         if event == "epoch":
             self.events.append(values)
 
-    def phases(self, epochs: Sequence[int]) -> list[_Phase]:
-        """Every second epoch, the one after the warm-up, with the number of the recipe's epochs it stands for."""
-        return [_Phase(measured, count) for measured, count in zip(self.events[1::2], epochs, strict=True)]
-
-
-def _phases(config: FinetuneConfig) -> list[int]:
-    """The recipe's epochs of each kind of step: of the head alone and of every weight, or all of one kind."""
-    head = config.head_epochs
-    return [head, config.epochs - head] if config.mode == "linear-then-full" else [config.epochs]
+    def phases(self) -> list[dict[str, Any]]:
+        """Every second epoch, the one after the warm-up of its kind of step."""
+        return self.events[1::2]
 
 
 def _short(config: TrainingConfig, phases: int) -> Schedule:
-    return replace(schedule_of(config), epochs=2 * phases, learning_rate=_NO_STEP, warmup_epochs=0.0)
+    return replace(schedule_of(config), epochs=2 * phases, minutes=None, learning_rate=_NO_STEP, warmup_epochs=0.0)
 
 
 def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:

@@ -69,6 +69,7 @@ def finetune(
     compile_mode: TrainingCompile = "none",
     keeping: Keeping = Keeping(),  # noqa: B008, a frozen value
     monitor: Callable[[int], dict[str, Any]] | None = None,
+    monitor_epochs: int = 1,
     log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
     """Train ``classifier`` in place by ``objective``, the mean loss of a batch of ``Examples``.
@@ -76,8 +77,8 @@ def finetune(
     ``full`` trains every weight, ``linear`` the head alone on the encoder as it is, in evaluation mode,
     ``linear-then-full`` the head alone for ``head_epochs`` and then every weight (Kumar et al. 2022), along one
     learning-rate schedule. ``views`` is the weak augmentation before noise and attack. noise: None for a classifier
-    that will not be smoothed. The classifier comes back in evaluation mode. Cost: see the objectives; under ``linear``
-    all passes of the encoder are forward ones.
+    that will not be smoothed. keeping, monitor, monitor_epochs, log: as in ``train``. The classifier comes back in
+    evaluation mode. Cost: see the objectives; under ``linear`` all passes of the encoder are forward ones.
     Raises: DataError when the images carry no labels; InputError when ``objective`` needs noise and there is none.
     """
     if images.labels is None:
@@ -119,6 +120,8 @@ def finetune(
             meter=Meter(classifier.encoder, device=execution.device),
             keeping=keeping,
             monitor=monitor,
+            monitor_epochs=monitor_epochs,
+            head_epochs=head_epochs if mode == "linear-then-full" else 0,
             log=log,
         )
     desynchronised(classifier).requires_grad_(True).eval()

@@ -33,6 +33,7 @@ BLOCK = 100  # noise samples that are drawn together, and the unit in which vote
 
 VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack", "audit")
+TRAININGS: tuple[Stage, ...] = ("pretrain", "finetune")
 
 
 def parse_fraction(text: str | float) -> float:

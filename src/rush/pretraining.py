@@ -117,6 +117,7 @@ def pretrain(
     compile_mode: TrainingCompile = "none",
     keeping: Keeping = Keeping(),  # noqa: B008, a frozen value
     monitor: Callable[[int], dict[str, Any]] | None = None,
+    monitor_epochs: int = 1,
     log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
     """Train ``encoder`` in place by ``method`` on two ``views`` of each image, with Gaussian ``noise`` on them or not.
@@ -124,6 +125,7 @@ def pretrain(
     The projector is drawn from ``stream(seed, "pretrain", "projector")``, trained along and dropped. The encoder comes
     back in evaluation mode. With several processes BatchNorm is synchronised and losses span the global batch.
     compile_mode: torch.compile of the encoder in training (not of ACL's, whose BatchNorm changes between calls).
+    keeping, monitor, monitor_epochs, log: as in ``train``.
     Cost: see the methods.
     """
     features = encoder.features
@@ -167,6 +169,7 @@ def pretrain(
             meter=Meter(*counted, device=execution.device),
             keeping=keeping,
             monitor=monitor,
+            monitor_epochs=monitor_epochs,
             log=log,
         )
     if isinstance(method, ACL):

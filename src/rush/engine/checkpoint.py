@@ -55,6 +55,15 @@ class TrainingCheckpoint:
                 "Free or allow space there; the same command then goes on from the last checkpoint"
             ) from error
 
+    def rehearse(self, state: dict[str, Any]) -> None:
+        """Write ``state`` to a file of its own and delete it: to see what ``save`` costs.
+
+        Raises: CheckpointError when the file cannot be written.
+        """
+        rehearsal = TrainingCheckpoint(self.path.with_name(f"{self.path.stem}.rehearsal.pt"), self.fingerprint)
+        rehearsal.save(state)
+        rehearsal.path.unlink()
+
     def load(self) -> dict[str, Any] | None:
         """The saved state, on the CPU; None when nothing was saved yet.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rush.data.batches import Batch, TrainingImages, batches_per_epoch
+from rush.engine import budget
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import average_gradients, barrier, broadcast_module, rank, world_size
 from rush.engine.ema import WeightAverage
@@ -43,10 +44,13 @@ class Step(Protocol):
 class Schedule:
     """How long, in what batches (of all processes together) and by which optimizer a module is trained.
 
-    ema_decay: what comes out is the exponential moving average of the weights with this decay; 0 leaves it out.
+    epochs or minutes: exactly one of them. minutes: of the whole call of ``train``; as many epochs as end within them,
+    a number that is fixed at the start (``engine.budget``). ema_decay: what comes out is the exponential moving average
+    of the weights with this decay; 0 leaves it out.
+    Raises: ConfigError when neither or both are given, or the minutes are not a positive number.
     """
 
-    epochs: int
+    epochs: int | None
     batch_size: int
     optimizer: OptimizerName
     learning_rate: float
@@ -54,18 +58,27 @@ class Schedule:
     weight_decay: float
     warmup_epochs: float
     ema_decay: float = 0.0
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.minutes is None):
+            raise ConfigError(f"give epochs or minutes, exactly one; got epochs={self.epochs}, minutes={self.minutes}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ConfigError(f"minutes must be a number > 0, got {self.minutes}")
 
 
 @dataclass(frozen=True)
 class Keeping:
     """How a training is kept: where, how often beside the end of every epoch, and what a non-finite loss does.
 
-    "stop" ends the training with an error; "skip" returns to the last checkpoint and leaves the batch out.
+    "stop" ends the training with an error; "skip" returns to the last checkpoint and leaves the batch out. settled: is
+    told the budget of a training by minutes before its first step; what it raises ends the training.
     """
 
     checkpoint: TrainingCheckpoint | None = None
     minutes: float = 10.0
     on_nonfinite: OnNonfinite = "stop"
+    settled: Callable[[budget.Budget], None] | None = None
 
     def __post_init__(self) -> None:
         if self.on_nonfinite == "skip" and self.checkpoint is None:
@@ -84,6 +97,8 @@ def train(
     meter: Meter | None = None,
     keeping: Keeping = Keeping(),
     monitor: Callable[[int], dict[str, Any]] | None = None,
+    monitor_epochs: int = 1,
+    head_epochs: int = 0,
     log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
     """Train ``module`` in place by ``schedule``; goes on from the checkpoint, in the middle of an epoch if need be.
@@ -94,15 +109,25 @@ def train(
     global batches in the same order and the same learning rates; what a step draws is drawn anew, and sums over a batch
     round otherwise.
 
-    After every epoch ``log("epoch", ...)`` is called with the mean loss, what the epoch cost and images per second,
-    then ``log("monitor", ...)`` with what ``monitor(epoch)`` measures (an empty answer is not logged), with averaged
-    weights where they are asked for.
-    Raises: RushError on a non-finite loss or gradient, naming epoch and batch; Interrupted when the process was asked
+    After every epoch ``log("epoch", ...)`` is called with the mean loss, what the epoch cost and images per second;
+    after every ``monitor_epochs`` of them and the last one ``log("monitor", ...)`` with what ``monitor(epoch)``
+    measures (an empty answer is not logged), with averaged weights where they are asked for.
+
+    A training by minutes begins with a trial, which calls ``monitor(0)`` once; the number of epochs that fit is given
+    to ``log("budget", ...)`` and kept in the checkpoint, so that a resumed training has the same. The trial leaves no
+    trace: the result has the bits of a training for that number of epochs. head_epochs: the first epochs whose steps do
+    other work than the later ones; a trial measures both.
+    Raises: ConfigError where the minutes do not suffice for one epoch, the ``head_epochs`` and one more, or the
+    warm-up; RushError on a non-finite loss or gradient, naming epoch and batch; Interrupted when the process was asked
     to stop, after a checkpoint.
     """
-    run = _Run(module, step, name, images, schedule, seed, device, meter or Meter(device=device), keeping, monitor, log)
+    meter = meter or Meter(device=device)
+    run = _Run(
+        module, step, name, images, schedule, seed, device, meter, keeping, monitor, monitor_epochs, head_epochs, log
+    )
     with stop_requests() as stop, run.meter.running():
         run.restore()
+        run.settle()
         with run.shown() as advance:
             while run.number < run.total:
                 try:
@@ -134,13 +159,20 @@ class _Run:
     meter: Meter
     keeping: Keeping
     monitor: Callable[[int], dict[str, Any]] | None
+    monitor_epochs: int
+    head_epochs: int
     log: Callable[..., None]
 
     def __post_init__(self) -> None:
+        self.began = budget.clock(self.device)
         broadcast_module(self.module)  # processes whose weights differ in a bit would drift apart unseen
+        self.per_epoch = batches_per_epoch(len(self.images), self.schedule.batch_size)
+        self.epochs = self.schedule.epochs  # None until those of a training by minutes are settled
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Everything as it is before the first step, with the weights that the module has."""
         schedule = self.schedule
-        self.per_epoch = batches_per_epoch(len(self.images), schedule.batch_size)
-        self.total = schedule.epochs * self.per_epoch
         self.optimizer = build_optimizer(
             self.module, schedule.optimizer, schedule.learning_rate, schedule.momentum, schedule.weight_decay
         )
@@ -150,6 +182,11 @@ class _Run:
         self.epoch_began = Cost(**self.meter.cost.as_dict())
         self.skipped: set[int] = set()
         self.saved_at = time.monotonic()
+
+    @property
+    def total(self) -> int:
+        """Steps of the training; in a trial of those of each kind for an epoch."""
+        return self.per_epoch * (self.head_epochs + 1 if self.epochs is None else self.epochs)
 
     def shown(self) -> AbstractContextManager[Callable[[int], None]]:
         """A progress bar, in the first process."""
@@ -189,8 +226,36 @@ class _Run:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise checkpoint.unreadable(error) from error
         barrier()  # nobody writes before everybody has read
-        if state is None and self.keeping.on_nonfinite == "skip":
+        if state is None and self.epochs is not None and self.keeping.on_nonfinite == "skip":
             self._save()
+
+    def settle(self) -> None:
+        """Fix the number of epochs of a training by minutes, unless a checkpoint has told it."""
+        minutes = self.schedule.minutes
+        if minutes is None or self.epochs is not None:
+            return
+        warmup = self.schedule.warmup_epochs
+        plan = budget.Plan(self.name, minutes, self.per_epoch, self.head_epochs, warmup, self.monitor_epochs)
+        cost = self.meter.read()
+        with budget.put_back(self.module):
+            times = budget.measure(
+                plan,
+                self._try_step,
+                lambda: self.images.batches(stream(self.seed, self.name, "order", 0), self.schedule.batch_size),
+                save=self._try_saving,
+                monitor=lambda: self._monitored(0),
+                device=self.device,
+            )
+        self.meter.restart(cost)
+        self._prepare()
+        spent = budget.slowest(budget.clock(self.device) - self.began)
+        settled = plan.fit(times, spent + times.saving)
+        if self.keeping.settled is not None:
+            self.keeping.settled(settled)
+        self.log("budget", stage=self.name, **settled.figures())
+        self.epochs = settled.epochs
+        self._save()
+        barrier()
 
     def recover(self, number: int) -> None:
         """After a batch that was not finite: back to the last checkpoint and on without the batch, or the error."""
@@ -224,6 +289,14 @@ class _Run:
             self.average.update(self.module)
         return stopping
 
+    def _try_step(self, number: int, batch: Batch) -> None:
+        self.number = number
+        self._one_step(batch, StopRequest())
+
+    def _try_saving(self) -> None:
+        if self.keeping.checkpoint is not None and rank() == 0:
+            self.keeping.checkpoint.rehearse(self._state())
+
     def _set_learning_rate(self) -> None:
         warmup = round(self.schedule.warmup_epochs * self.per_epoch)
         factor = cosine_factor(self.number, self.total, warmup)
@@ -256,14 +329,19 @@ class _Run:
             processes=world_size(),
             **cost.as_dict(),
         )
-        if self.monitor is not None and rank() == 0:
-            with _evaluated(self.module, self.average):
-                figures = self.monitor(epoch)
-            if figures:
-                self.log("monitor", stage=self.name, epoch=epoch, **figures)
+        figures = self._monitored(epoch) if epoch % self.monitor_epochs == 0 or epoch == self.epochs else {}
+        if figures:
+            self.log("monitor", stage=self.name, epoch=epoch, **figures)
         # After the logs: a kill between them and here repeats the epoch and its events, and none is missing.
         self.losses, self.epoch_began = [], self.meter.read()
         self._save()
+
+    def _monitored(self, epoch: int) -> dict[str, Any]:
+        """The live figures, in the first process."""
+        if self.monitor is None or rank() > 0:
+            return {}
+        with _evaluated(self.module, self.average):
+            return self.monitor(epoch)
 
     def _save_is_due(self) -> bool:
         """Whether it is time for a checkpoint in the middle of an epoch, in the first process."""
@@ -297,6 +375,7 @@ class _Run:
     def _state(self) -> dict[str, Any]:
         return {
             "number": self.number,
+            "epochs": self.epochs,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else {},
@@ -312,6 +391,8 @@ class _Run:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.number = int(state["number"])
+        if self.epochs is None:
+            self.epochs = int(state["epochs"])
         self.losses = list(state["losses"].to(self.device))
         self.meter.cost, self.epoch_began = Cost(**state["cost"]), Cost(**state["epoch_began"])
         self.skipped = set(state["skipped"])

@@ -59,14 +59,19 @@ class Meter:
     @contextmanager
     def running(self) -> Iterator[None]:
         handles = [network.register_forward_pre_hook(self._count) for network in self._networks]
-        if torch.device(self._device).type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        self._since, self._energy = time.perf_counter(), self._read_energy() if self._read_energy else 0.0
+        self.restart(self.cost)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def restart(self, cost: Cost) -> None:
+        """Count on from ``cost``: passes, time, energy and the accelerator's peak of memory up to now are forgotten."""
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._since, self._energy = time.perf_counter(), self._read_energy() if self._read_energy else 0.0
+        self.cost = cost
 
     def read(self) -> Cost:
         """The totals up to now; time and energy of this attempt are added to ``cost``."""

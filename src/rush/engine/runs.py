@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,14 +16,14 @@ from rush.config import STAGE_SECTIONS, Recipe, build_recipe
 from rush.errors import RunError, WriteError
 from rush.files import append_text, cut_file, one_process, refuse_links, write_bytes, write_json, write_text
 from rush.lines import is_cut_off, read_events, read_object
-from rush.options import STAGES, Stage
+from rush.options import STAGES, TRAININGS, Stage
 
 _FREE_FIELDS = (
     ("data", "root"),
     ("execution", "checkpoint_minutes"),
     ("execution", "on_nonfinite"),
 )
-_PRETRAINED = ("provenance.json", "checkpoints/encoder.safetensors")
+_PRETRAINED = ("checkpoints/encoder.safetensors", "stages/pretrain.json")
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
 
 
@@ -31,7 +31,8 @@ class RunFolder:
     """A folder that holds everything about one run of one recipe.
 
     ``recipe.json`` is the resolved recipe, ``provenance.json`` what the result depends on besides it, ``log.jsonl`` the
-    events, ``stages/<stage>.json`` a finished stage's figures (its presence says that the stage is finished).
+    events, ``stages/<stage>.json`` a finished stage's figures (its presence says that the stage is finished). Once the
+    number of epochs of a training by minutes is known, it stands in the recipe, and the minutes in the provenance.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -43,13 +44,15 @@ class RunFolder:
     def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
         """The run of ``recipe`` in ``path``, new or gone on with.
 
-        Fields of stages that have not begun may still change. Raises: RunError when a stage that has begun was made
-        with other values, or when ``path`` is a file, is not writable or holds something that is no run.
+        Fields of stages that have not begun may still change. A training that was begun by the same minutes has the
+        number of epochs that it was begun with. Raises: RunError when a stage that has begun was made with other
+        values, or when ``path`` is a file, is not writable or holds something that is no run.
         """
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --out")
         if path.is_dir() and not (path / "recipe.json").exists() and any(map(_not_ours, path.iterdir())):
             raise RunError(f"{path} is not empty and holds no recipe.json, so it is no run folder; give another --out")
+        recipe = _settled(recipe, path)
         run = cls(path, recipe)
         if (path / "recipe.json").exists():
             run._check_unchanged(cls.open(path).recipe)
@@ -70,7 +73,7 @@ class RunFolder:
             raise RunError(
                 f"{path} holds no recipe.json, so it is no run folder; start one with `rush run RECIPE --out {path}`"
             )
-        return cls(path, build_recipe(_read_object(file), source=str(file)))
+        return cls(path, _settled(build_recipe(_read_object(file), source=str(file)), path))
 
     def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
         """A run of ``recipe`` in ``path``, new or gone on with, that begins with the pre-trained encoder of this one.
@@ -79,6 +82,7 @@ class RunFolder:
         was made, or when ``path`` holds something else.
         """
         self.require("pretrain")
+        recipe = _settled(recipe, self.path, ("pretrain",))
         changed = [field for field in _changed_fields(self.recipe, recipe, "pretrain") if field != "name"]
         if changed:
             raise RunError(
@@ -87,14 +91,36 @@ class RunFolder:
             )
         run = RunFolder.create(path, recipe)
         if run.finished("pretrain") is None:
-            for name in (*_PRETRAINED, "stages/pretrain.json"):  # in this order: the last says that all are there
+            provenance = _read_object(self.path / "provenance.json")
+            own = {stage: budget for stage, budget in _budgets(self.path).items() if stage == "pretrain"}
+            write_json(path / "provenance.json", {**provenance, "budgets": own} if own else provenance)
+            for name in _PRETRAINED:  # in this order: the last says that all are there
                 write_bytes(path / name, (self.path / name).read_bytes())
         return run
 
     def fingerprint(self, stage: Stage) -> str:
         """JSON text of every recipe field that decides what ``stage`` computes, its own and those of the stages before
-        it."""
-        return _sections_until(self.recipe, stage)
+        it; of a training by minutes the minutes, before and after its number of epochs is known."""
+        values, budget = _deciding_values(self.recipe), self.budget(stage)
+        if budget is not None:
+            values[stage] |= {"epochs": None, "minutes": budget["minutes"]}
+        return _sections_until(values, stage)
+
+    def budget(self, stage: Stage) -> dict[str, Any] | None:
+        """The minutes of the training ``stage``, the ``epochs`` that ended within them by its trial, and its figures.
+
+        None where no number of epochs was taken from minutes.
+        """
+        return _budgets(self.path).get(stage)
+
+    def settle(self, stage: Stage, budget: Mapping[str, Any]) -> None:
+        """Record the number of epochs of a training by minutes: ``budget``, in the provenance, holds both and what they
+        follow from; the recipe has the epochs alone from now on."""
+        file = self.path / "provenance.json"
+        provenance = _read_object(file) if file.exists() else {}
+        write_json(file, {**provenance, "budgets": {**_budgets(self.path), stage: dict(budget)}})
+        self.recipe = self.recipe.with_epochs(stage, budget["epochs"])
+        write_text(self.path / "recipe.json", self.recipe.to_json())
 
     def log(self, event: str, **values: Any) -> None:
         """Append one event to ``log.jsonl`` and flush it; what a kill has left of a line is cut off before.
@@ -153,6 +179,7 @@ class RunFolder:
         current = {"seed": self.recipe.seed, **execution, "data": dict(data)}
         if file.exists():
             before = _read_object(file)
+            current |= {"budgets": before["budgets"]} if "budgets" in before else {}
             seen = before["data"]
             before["data"] = {split: seen.get(split, found) for split, found in data.items()}
             differing = [key for key, value in current.items() if before.get(key, value) != value]
@@ -199,7 +226,8 @@ class RunFolder:
             "attack": ("attacks",),
             "audit": ("audit.json",),
         }[stage]
-        return self.finished(stage) is not None or any((self.path / trace).exists() for trace in traces)
+        left = any((self.path / trace).exists() for trace in traces)
+        return left or self.finished(stage) is not None or self.budget(stage) is not None
 
 
 def _not_ours(entry: Path) -> bool:
@@ -293,9 +321,43 @@ def _processor() -> str:
         return platform.processor() or sys.platform
 
 
-def _sections_until(recipe: Recipe, stage: Stage) -> str:
+def _budgets(path: Path) -> dict[Stage, dict[str, Any]]:
+    """The budgets that the provenance of the run folder ``path`` records, by training stage."""
+    file = path / "provenance.json"
+    found = (_read_object(file) if file.exists() else {}).get("budgets", {})
+    try:
+        for budget in found.values():
+            float(budget["minutes"]), int(budget["epochs"])
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise RunError(f"{file}: its budgets are damaged; restore it or start again in another folder") from error
+    return {stage: dict(found[stage]) for stage in TRAININGS if stage in found}
+
+
+def _settled(recipe: Recipe, path: Path, stages: Iterable[Stage] = TRAININGS) -> Recipe:
+    """``recipe`` with the number of epochs that each of ``stages`` was begun with in ``path``, if it is by minutes.
+
+    Raises: RunError where it was begun with other minutes.
+    """
+    for stage in stages:
+        minutes = recipe.training(stage).minutes
+        budget = None if minutes is None else _budgets(path).get(stage)
+        if minutes is None or budget is None:
+            continue
+        begun, epochs = float(budget["minutes"]), int(budget["epochs"])
+        if minutes != begun:
+            raise RunError(
+                f"{path} was begun with {stage}.minutes = {begun:g}, which gave {epochs} epochs, and not with "
+                f"{minutes:g}; nothing was overwritten: use another --out, or leave {stage}.minutes as it was"
+            )
+        recipe = recipe.with_epochs(stage, epochs)
+    return recipe
+
+
+def _sections_until(values: dict[str, Any], stage: Stage) -> str:
     names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_SECTIONS[earlier]]
-    values = _deciding_values(recipe)
+    for training in TRAININGS:
+        if values[training]["minutes"] is None:
+            del values[training]["minutes"]  # so that checkpoints of versions without the field fit
     return json.dumps({name: values[name] for name in names}, sort_keys=True)
 
 

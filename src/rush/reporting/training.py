@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rush.options import Stage
+from rush.options import TRAININGS
 from rush.reporting.attacked import Table, run_names
 from rush.reporting.results import RunResults, StageRecord
 from rush.reporting.tables import duration, energy_text, memory_text, model_text, passes_text
 
-_TRAININGS: tuple[Stage, ...] = ("pretrain", "finetune")
 _NONE = "–"
 
 
@@ -33,8 +32,8 @@ def training_cost(results: RunResults) -> TrainingCost | None:
 
     A pre-training of no epochs is left out.
     """
-    finished = [results.stages[stage] for stage in _TRAININGS if stage in results.stages]
-    if len(finished) < len(_TRAININGS):
+    finished = [results.stages[stage] for stage in TRAININGS if stage in results.stages]
+    if len(finished) < len(TRAININGS):
         return None
     trained = [stage for stage in finished if stage.fields.get("epochs") != 0]  # fine-tuning has at least one
     objectives = [stage.fields.get("objective") for stage in trained]

@@ -1,7 +1,7 @@
 """What every stage of a run shares: recipe, recorded execution, and which images are used for what."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from rush.data.images import ImageSet, evaluation_order, hold_out
 from rush.data.kind import ANY_KIND, ImageKind
 from rush.data.sources import decoded_bytes, load_images
 from rush.data.streaming import Stream, open_stream, training_source
+from rush.engine.budget import Budget
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import in_turn, rank, world_size
 from rush.engine.loop import Keeping
@@ -143,10 +144,15 @@ class Conditions:
         self._recorded.add(split)
 
     def keeping(self, stage: Stage) -> Keeping:
-        """Where and how often a training is kept."""
+        """Where and how often a training is kept, and who records the number of epochs of one by minutes."""
         checkpoint = TrainingCheckpoint(self.run.path / f"checkpoints/{stage}.pt", self.run.fingerprint(stage))
         execution = self.recipe.execution
-        return Keeping(checkpoint, execution.checkpoint_minutes, execution.on_nonfinite)
+        return Keeping(checkpoint, execution.checkpoint_minutes, execution.on_nonfinite, partial(self._settle, stage))
+
+    def _settle(self, stage: Stage, budget: Budget) -> None:
+        """Record the number of epochs; ConfigError where a ramp of the recipe takes more of them."""
+        budget.require_ramps(self.recipe.training(stage).ramps)
+        in_turn(lambda: self.run.settle(stage, budget.figures()))
 
     def check_count(self, count: int | None) -> None:
         """Raise ConfigError when there are fewer than ``count`` test images."""

@@ -56,6 +56,7 @@ def run_pretrain(run: RunFolder) -> None:
         here.execution,
         keeping=here.keeping("pretrain"),
         monitor=_watch_encoder(here, classifier),
+        monitor_epochs=config.monitor_epochs,
         log=here.log,
     )
     if rank() == 0:
@@ -87,6 +88,7 @@ def run_finetune(run: RunFolder) -> None:
         here.execution,
         keeping=here.keeping("finetune"),
         monitor=_watch_classifier(here, classifier),
+        monitor_epochs=config.monitor_epochs,
         log=here.log,
     )
     if rank() == 0:
@@ -273,31 +275,17 @@ def _watch_encoder(here: Conditions, classifier: Classifier) -> Watch | None:
     if held is None or held.labels is None:
         return None
     known, represent = here.known_images(_BANK_IMAGES), _Represent(classifier)
-    return _now_and_then(
-        config,
-        lambda: encoder_figures(
-            represent, known, held, here.noise, here.execution, neighbours=config.knn_neighbours, seed=here.recipe.seed
-        ),
+    return lambda _: encoder_figures(
+        represent, known, held, here.noise, here.execution, neighbours=config.knn_neighbours, seed=here.recipe.seed
     )
 
 
 def _watch_classifier(here: Conditions, classifier: Classifier) -> Watch | None:
     """Live figures of the classifier on the held-out images; None where none is held out."""
-    held, config = here.held_out_images(), here.recipe.finetune
+    held = here.held_out_images()
     if held is None:
         return None
-    return _now_and_then(
-        config, lambda: classifier_figures(classifier, held, here.noise, here.execution, here.recipe.seed)
-    )
-
-
-def _now_and_then(config: TrainingConfig, figures: Callable[[], dict[str, Any]]) -> Watch:
-    """``figures`` every ``monitor_epochs`` epochs and after the last one, else nothing."""
-
-    def watch(epoch: int) -> dict[str, Any]:
-        return figures() if epoch % config.monitor_epochs == 0 or epoch == config.epochs else {}
-
-    return watch
+    return lambda _: classifier_figures(classifier, held, here.noise, here.execution, here.recipe.seed)
 
 
 class _Represent(nn.Module):
