@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rush.config import build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
+from rush.config import Recipe, build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
 from rush.errors import ConfigError
 from rush.options import parse_fraction
 from tiny import TINY, tiny, write_tiny
@@ -166,6 +166,24 @@ def test_an_override_that_names_no_field_is_refused(override: str, text: str) ->
 def test_the_data_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert build_recipe(values(), data="archives").data.root == str(tmp_path / "archives")
+
+
+def test_several_data_folders_are_a_list_and_one_stays_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = build_recipe(values(), data=["a", "b"])
+    stored = json.loads(recipe.to_json())
+    assert stored["data"]["root"] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert build_recipe(stored) == recipe == Recipe.model_validate_json(recipe.to_json())
+    assert build_recipe(values(), ['data.root=["a", "b"]']).data.root == ("a", "b")
+    assert json.loads(build_recipe(values(), data="a").to_json())["data"]["root"] == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize("root", [[], 5, ["a", 5], {"a": "b"}])
+def test_a_data_folder_of_another_type_is_refused(root: object) -> None:
+    given = values()
+    given["data"] = {**given["data"], "root": root}
+    with pytest.raises(ConfigError, match=r"data\.root: must be a folder, or a list of at least one folder"):
+        build_recipe(given)
 
 
 def test_a_data_section_that_is_none_is_told_even_with_a_data_folder(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a series and a single file": (
         lambda d: (shard(d, [0, 1] * 3), (d / "test.parquet").write_bytes(b"")),
-        "mixes several series",
+        "are of several series",
     ),
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rush.data import sources, stl10
+from rush.data.archives import Archive
 from rush.data.cifar import CifarVersion, cifar10_versions, cifar100_versions
 from rush.data.pickles import read_plain_pickle
 from rush.data.resizing import resize_images
@@ -111,6 +112,41 @@ def test_all_versions_give_the_same_images_in_official_order(
         assert images.ids.tolist() == [f"{split}-{row:05d}" for row in range(len(rows))]
         assert images.classes == tuple(f"class{number}" for number in range(version.num_classes))
         start = rows.stop
+
+
+def test_of_several_folders_the_first_that_holds_an_archive_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Official archives are the same everywhere, so that a second one does no harm; shards beside it are not mixed."""
+    version = small(cifar10_versions()[1])
+    use(monkeypatch, "cifar10", version)
+    roots = [tmp_path / name for name in ("shards", "one", "two")]
+    roots[0].mkdir()
+    write_folder(version, roots[1])
+    write_folder(version, roots[2])
+    (roots[2] / version.archive.folder / version.files["test"][0]).write_bytes(b"never read")
+    alone = sources.load_images("cifar10", root=roots[1], download=False)
+    assert sources.load_images("cifar10", root=roots, download=False).fingerprint == alone.fingerprint
+    (roots[0] / "test-00000-of-00001.parquet").write_bytes(b"never read")
+    assert sources.load_images("cifar10", root=roots, download=False).fingerprint == alone.fingerprint
+    assert sources.decoded_bytes("cifar10", "test", roots) == 10_000 * 3072
+    assert sources.open_records("cifar10", "test", roots) is None
+
+
+def test_a_download_goes_to_the_first_of_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = small(cifar10_versions()[0])
+    use(monkeypatch, "cifar10", version)
+    roots = [tmp_path / name for name in "ab"]
+    for root in roots:
+        root.mkdir()
+
+    def fetched(archive: Archive, root: Path) -> Path:
+        assert archive == version.archive
+        return write_folder(version, root)
+
+    monkeypatch.setattr(sources, "download_archive", fetched)
+    assert len(sources.load_images("cifar10", root=roots)) == ROWS
+    assert [len(list(root.iterdir())) for root in roots] == [1, 0]
 
 
 def test_the_official_sizes_are_expected(tmp_path: Path) -> None:

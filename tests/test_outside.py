@@ -15,6 +15,7 @@ import rush
 from commands import Call, refusal
 from rush import outside as outside_module
 from rush.data.sources import load_images
+from rush.engine.runs import RunFolder
 from rush.errors import ConfigError, DataError, InputError, ModelError
 from rush.evaluation.audit import AuditReport
 from rush.evaluation.ladder import curve, grey_radius, ladder, plain_ladder
@@ -146,6 +147,23 @@ def test_a_network_may_be_named_itself(outside: str) -> None:
 def test_a_network_in_training_mode_is_one_line(call: Call, outside: str) -> None:
     text = refusal(call("ladder", "--model", f"{outside}:trains", "--data", "digits", "--images", 2))
     assert "training mode" in text
+
+
+def test_several_folders_of_a_model_from_outside_are_roots(call: Call, outside: str, tmp_path: Path) -> None:
+    """--data names its images; of a run folder, which has a name of its own, it is where they lie."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    roots = ("--root", tmp_path / "a", "--root", tmp_path / "b")
+    text = refusal(call("ladder", "--model", f"{outside}:net", "--data", "no-such-set", *roots))
+    assert f"{tmp_path}/a/no-such-set or {tmp_path}/b/no-such-set does not exist" in text
+    text = refusal(call("ladder", "--model", f"{outside}:net", "--data", "digits", "--data", "cifar10"))
+    assert "--data names one data set, got digits, cifar10; give the folders that hold it with --root" in text
+
+
+def test_a_run_folder_takes_several_data_folders_in_every_command(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert call("audit", run, "--data", tmp_path / "a", "--data", tmp_path / "b").returncode == 0
+    assert RunFolder.open(run).recipe.data.root == (str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 def test_thresholds_of_a_command_are_fractions_in_pixel_units() -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rush.data.sources import load_images
+from rush.data.sources import decoded_bytes, load_images
 from rush.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
@@ -103,7 +103,7 @@ def test_two_series_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path / "train-00000-of-00001.parquet", range(2), [0, 1])
     write(tmp_path / "train-00000-of-00002.parquet", range(2), [0, 1])
     write(tmp_path / "train-00001-of-00002.parquet", range(2), [0, 1])
-    with pytest.raises(DataError, match="mixes several series"):
+    with pytest.raises(DataError, match="are of several series"):
         load_images(tmp_path, "train")
 
 
@@ -158,3 +158,106 @@ def test_metadata_that_is_not_hugging_faces_is_refused(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": "{}"}), path)
     with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet: the schema metadata 'huggingface'"):
         load_images(tmp_path)
+
+
+# Shards in several folders
+
+
+def spread(base: Path, names: list[str] | None, paths: bool) -> tuple[Path, Path, Path]:
+    """Four shards of a split and one of another: in one folder, and divided over two, every second one in each."""
+    whole, first, second = base / "whole", base / "a", base / "b"
+    for number in range(4):
+        rows, labels = range(number, number + 2), [number % 3, (number + 1) % 3]
+        own = [f"{number}-{row}.png" for row in rows] if paths else ["same.png"] * 2
+        for folder in (whole, (first, second)[number % 2]):
+            write(folder / f"train-{9 + number}.parquet", rows, labels, names=names, paths=own)
+    for folder in (whole, second):
+        write(folder / "test.parquet", range(2), [0, 3], names=names)
+    return whole, first, second
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["a, b", "b, a"])
+@pytest.mark.parametrize("names", [None, ["a", "b", "c", "d"]], ids=["numbered", "named"])
+@pytest.mark.parametrize("paths", [True, False], ids=["paths", "rows"])
+def test_shards_in_several_folders_are_those_of_one(
+    tmp_path: Path, names: list[str] | None, paths: bool, order: int
+) -> None:
+    """The shards 9 and 11 lie in one folder, 10 and 12 in the other; the largest label only in a test shard."""
+    whole, *folders = spread(tmp_path, names, paths)
+    joined, alone = (load_images(".", "train", root=root) for root in (folders[::order], whole))
+    assert joined.fingerprint == alone.fingerprint
+    assert joined.images.equal(alone.images)
+    assert joined.ids.tolist() == alone.ids.tolist()
+    assert (joined.classes, joined.num_classes) == (alone.classes, 4)
+    assert joined.images[:, :, 0, 0].tolist() == [PIXELS[row, 0, 0].tolist() for row in (0, 1, 1, 2, 2, 3, 3, 4)]
+    assert decoded_bytes(".", "train", folders[::order]) == joined.images.numel()
+    both = load_images(".", "train+test", root=folders)
+    assert both.fingerprint == load_images(".", "train+test", root=whole).fingerprint
+
+
+def test_a_known_name_and_a_relative_one_are_joined_too(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(10)]
+    first, second = tmp_path / "a", tmp_path / "b"
+    write(first / "cifar10/test-00000-of-00002.parquet", range(2), [0, 1], names=names)
+    write(second / "data/test-00001-of-00002.parquet", range(2, 6), [2, 3, 4, 5], names=names)
+    images = load_images("cifar10", root=[second, str(first)], download=False)
+    assert (images.name, images.labels.tolist()) == ("cifar10", list(range(6)))
+    write(second / "cifar10/test-00001-of-00002.parquet", range(2, 6), [2, 3, 4, 5], names=names)
+    relative = load_images("cifar10/.", root=(first, second))
+    assert (relative.name, relative.fingerprint) == ("cifar10", images.fingerprint)
+
+
+def test_one_folder_given_twice_or_by_an_absolute_name_is_read_once(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    write(folder / "test.parquet", range(3), [0, 1, 2])
+    (tmp_path / "link").symlink_to(folder)
+    expected = load_images(folder).fingerprint
+    assert load_images(".", root=[folder, tmp_path / "link"]).fingerprint == expected
+    assert load_images(folder, root=[tmp_path, tmp_path / "link"]).fingerprint == expected
+
+
+def test_a_shard_missing_from_all_folders_is_named_with_them(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    write(first / "train-00000-of-00003.parquet", range(2), [0, 1])
+    write(second / "train-00002-of-00003.parquet", range(2), [0, 1])
+    with pytest.raises(
+        DataError, match=rf"train-00001-of-00003\.parquet is missing \(1 of the 3.* in {first} and {second}; "
+    ):
+        load_images(".", "train", root=[first, second])
+    with pytest.raises(DataError, match=rf"{first} and {second}: no shard test-\*\.parquet, only of train"):
+        load_images(".", "test", root=[first, second])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "text"),
+    [
+        ("train-00000-of-00001", "train-00000-of-00001", r"parquet lies in {a} and in {b}; remove one"),
+        ("train", "train", r"train\.parquet lies in {a} and in {b}; remove one"),
+        ("train-00000-of-00001", "train-00000-of-00002", r"of several series: {a}/.*, {b}/"),
+        ("train-00000-of-00001", "train", r"of several series: {b}/train.parquet, {a}/"),
+        ("train-00000-of-00001", None, "{b} holds no parquet shards of .*, but {a} does"),
+    ],
+)
+def test_shards_of_two_folders_that_do_not_make_one_set_are_refused(
+    tmp_path: Path, one: str, other: str | None, text: str
+) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    write(first / f"{one}.parquet", range(2), [0, 1])
+    second.mkdir()
+    if other:
+        write(second / f"{other}.parquet", range(2), [0, 1])
+    for name in (".", "cifar10"):
+        with pytest.raises(DataError, match=text.format(a=first, b=second)):
+            load_images(name, "train", root=[first, second])
+
+
+def test_other_class_names_in_another_folder_are_refused(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    write(first / "train-00000-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
+    write(second / "train-00001-of-00002.parquet", range(2), [0, 1], names=["b", "a"])
+    with pytest.raises(DataError, match=rf"{second}/train-.* has another label column or other classes than {first}/"):
+        load_images(".", "train", root=[first, second])
+    write(second / "train-00001-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
+    write(second / "test.parquet", range(2), [0, 1], names=["b", "a"])
+    with pytest.raises(DataError, match=rf"{second}/test.parquet names the classes .*, {first}/train-"):
+        load_images(".", "train", root=[first, second])

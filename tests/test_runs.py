@@ -95,6 +95,9 @@ def test_the_place_of_the_data_may_change_at_any_time(tmp_path: Path) -> None:
     moved = RunFolder.create(run.path, tiny(tmp_path, f"data.root={tmp_path}"))
     assert RunFolder.open(run.path).recipe.data.root == str(tmp_path)
     assert [moved.fingerprint(stage) for stage in STAGES] == [run.fingerprint(stage) for stage in STAGES]
+    spread = RunFolder.create(run.path, tiny(tmp_path, f'data.root=["{tmp_path}", "elsewhere"]'))
+    assert RunFolder.open(run.path).recipe.data.root == (str(tmp_path), "elsewhere")
+    assert [spread.fingerprint(stage) for stage in STAGES] == [run.fingerprint(stage) for stage in STAGES]
 
 
 def test_a_fingerprint_holds_the_fields_of_its_stage_and_of_those_before(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rush.data.resizing import resize_images
-from rush.data.sources import load_images
+from rush.data.sources import decoded_bytes, load_images
 from rush.errors import DataError, InputError
 
 
@@ -82,6 +83,46 @@ def test_nothing_is_downloaded_to_a_mistyped_root(tmp_path: Path) -> None:
 def test_relative_paths_are_looked_up_in_the_root(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", images=np.full((2, 4, 4), 7, np.uint8))
     assert load_images("mine.npz", root=tmp_path).images.unique().tolist() == [7]
+
+
+def test_of_several_folders_one_may_hold_an_npz_file_or_class_folders(tmp_path: Path) -> None:
+    """Two of them could not be told apart or joined: ids would repeat, and no name says what comes first."""
+    roots = [tmp_path / "a", tmp_path / "b"]
+    pixels = np.full((2, 4, 4), 7, np.uint8)
+    for root in roots:
+        root.mkdir()
+    np.savez(roots[1] / "mine.npz", images=pixels)
+    assert load_images("mine.npz", root=roots).images.unique().tolist() == [7]
+    assert decoded_bytes("mine.npz", "test", roots) == decoded_bytes(roots[1] / "mine.npz", "test")
+    np.savez(roots[0] / "mine.npz", images=pixels)
+    with pytest.raises(DataError, match=rf"{roots[0]}/mine\.npz and {roots[1]}/mine\.npz exist, but only"):
+        load_images("mine.npz", root=roots)
+    for label in ("cat", "dog"):
+        (roots[1] / "set" / label).mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(roots[1] / "set" / label / "0.png")
+    assert load_images("set", root=roots).classes == ("cat", "dog")
+    (roots[0] / "set").mkdir()
+    with pytest.raises(DataError, match=r"only folders of parquet shards are joined; name the one to read"):
+        load_images("set", root=roots)
+    with pytest.raises(DataError, match=rf"and {roots[0]}/none or {roots[1]}/none does not exist"):
+        load_images("none", root=roots)
+
+
+@pytest.mark.parametrize("root", [[], (), 5, ["a", 5], b"a", {"a"}])
+def test_a_root_that_is_no_folder_and_no_list_of_them_is_refused(root: object) -> None:
+    with pytest.raises(InputError, match="root must be a folder or a list of at least one folder, got "):
+        load_images("cifar10", root=root)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="root must be a folder or a list of at least one folder, got "):
+        decoded_bytes("some.npz", "test", root)  # type: ignore[arg-type]
+
+
+def test_every_one_of_several_roots_must_exist_and_all_are_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=r"mistyped is no folder"):
+        load_images("cifar10", root=[tmp_path / "a", tmp_path / "mistyped"])
+    with pytest.raises(DataError, match=rf"{tmp_path}/a and {tmp_path}/b hold no cifar10.* {tmp_path}/b/cifar10 for"):
+        load_images("cifar10", root=[tmp_path / "a", tmp_path / "b"], download=False)
 
 
 def test_importing_the_loaders_imports_no_decoder() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from commands import Call
 from rush.data.sources import load_images
 from rush.engine.runs import RunFolder
 from rush.pipeline import run_stage
 from rush.stages.conditions import Conditions
-from tiny import results_of_training, run_tiny, tiny
+from tiny import results_of_training, run_tiny, tiny, write_tiny
 
 MEMORY = "data.memory_gb=3e-5"  # 32 kB: the digits take 90 kB decoded and more as PNG files
 
@@ -57,6 +59,27 @@ def test_a_whole_run_streams_resumes_and_holds_out(shards: Path, tmp_path: Path)
     assert results_of_training(again.path) == results_of_training(run.path)
     provenance = json.loads((run.path / "provenance.json").read_text())
     assert provenance["data"]["train"]["images"] == 1397
+
+
+def test_a_run_takes_several_data_folders_and_goes_on_with_one(shards: Path, call: Call, tmp_path: Path) -> None:
+    """Where the shards lie is no part of the result: neither of its weights nor of what a run may go on with."""
+    folders, whole = [tmp_path / "a", tmp_path / "b"], tmp_path / "whole"
+    for folder, splits in zip([*folders, whole], (["train"], ["test"], ["train", "test"]), strict=True):
+        (folder / "set").mkdir(parents=True)
+        for split in splits:
+            shutil.copy(shards / f"{split}-00000.parquet", folder / "set")
+    several = [word for folder in folders for word in ("--data", folder)]
+    given = (write_tiny(tmp_path), "--set", "data.name=set", "--set", MEMORY)
+    for out, data in (("two", several), ("one", ["--data", whole])):
+        assert call("pretrain", *given, "--out", tmp_path / out, *data).returncode == 0
+    assert json.loads((tmp_path / "two/recipe.json").read_text())["data"]["root"] == list(map(str, folders))
+    assert json.loads((tmp_path / "one/recipe.json").read_text())["data"]["root"] == str(whole)
+    assert call("finetune", tmp_path / "two", "--data", whole).returncode == 0
+    assert call("finetune", tmp_path / "one", *several).returncode == 0
+    assert results_of_training(tmp_path / "two") == results_of_training(tmp_path / "one")
+    done = call("cost", *given, "--steps", 1, *several)
+    assert done.returncode == 0, done.stderr
+    assert "1,397" in done.stdout
 
 
 def test_fewer_labels_are_drawn_from_a_stream(shards: Path, tmp_path: Path) -> None:

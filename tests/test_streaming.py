@@ -339,6 +339,19 @@ def test_decoded_bytes_are_those_of_the_loaded_images(tmp_path: Path, shards: Pa
     assert len(open_stream("cifar10", "train", root=tmp_path)) == 5
 
 
+def test_shards_of_two_folders_are_streamed_as_those_of_one(tmp_path: Path, shards: Path) -> None:
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for root, file in zip(roots, sorted(shards.iterdir(), reverse=True), strict=True):
+        root.mkdir()
+        (root / file.name).symlink_to(file)
+    one, two = (open_stream(".", "train", root=root, memory=20_000) for root in (shards, roots))
+    assert two.fingerprint == one.fingerprint
+    batches = [list(source.batches(stream(0, "order"), 19)) for source in (one, two)]
+    for expected, batch in zip(*batches, strict=True):
+        assert batch.images.equal(expected.images)
+        assert batch.labels.equal(expected.labels)
+
+
 MIB = 1 << 20
 MEASURE = """
 import json, sys

@@ -38,7 +38,13 @@ Overrides = Annotated[
         name="--set", help="Override one recipe field, e.g. pretrain.epochs=10; may be given often.", negative=()
     ),
 ]
-Data = Annotated[Path | None, Parameter(help="Folder that holds the data set's archives or shards.")]
+Data = Annotated[
+    list[Path] | None,
+    Parameter(
+        help="Folder that holds the data set's archives or shards; given several times, their shards are joined.",
+        negative=(),
+    ),
+]
 
 
 @Parameter(name="*")
@@ -51,10 +57,10 @@ class AnyModel:
     model: str
         module:function that gives a torch.nn.Module from [0, 1] pixels to logits, or a rush.SmoothedClassifier; or a
         run folder.
-    data: str
-        Images: a name or path as for recipes. For a run folder where its data set lies.
-    root: Path
-        Folder that holds the data set's archives or shards.
+    data: list[str]
+        Images: a name or path as for recipes. For a run folder where its data set lies, as in `rush run`.
+    root: list[Path]
+        Folder that holds the data set's archives or shards; given several times, their shards are joined.
     split: str
         Split of the data set.
     images: int
@@ -76,8 +82,8 @@ class AnyModel:
     """
 
     model: str | None = None
-    data: str | None = None
-    root: Path | None = None
+    data: Annotated[list[str] | None, Parameter(negative=())] = None
+    root: Annotated[list[Path] | None, Parameter(negative=())] = None
     split: str = "test"
     images: int = 200
     norm: Norm = "linf"
@@ -94,15 +100,19 @@ class AnyModel:
             raise ConfigError(
                 "give a run folder, or --model module:function with --data (a name such as cifar10, or a path)"
             )
+        if len(self.data) > 1:
+            raise ConfigError(
+                f"--data names one data set, got {', '.join(self.data)}; give the folders that hold it with --root"
+            )
         from rush.outside import Subject
 
         return Subject.of(
             self.model,
-            self.data,
+            self.data[0],
             self.norm,
             self.epsilon,
             split=self.split,
-            root=_text(self.root),
+            root=_folders(self.root),
             images=None if every_image else self.images,
             sigma=self.sigma,
             num_classes=self.num_classes,
@@ -406,7 +416,7 @@ def cost(
     """
     from rush.config import load_recipe
 
-    resolved = [load_recipe(name, overrides or (), _text(data)) for name in recipes_]
+    resolved = [load_recipe(name, overrides or (), _folders(data)) for name in recipes_]
     from rush.costing import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, measure_each, stage_rows, write_costs
 
     costs = list(measure_each(resolved, STEPS if steps is None else steps))
@@ -508,7 +518,7 @@ def _version() -> str:
     return __version__
 
 
-def _create(recipe: str, out: Path | None, data: Path | None, overrides: list[str] | None) -> RunFolder:
+def _create(recipe: str, out: Path | None, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:
     from rush.config import load_recipe
     from rush.engine.runs import RunFolder
 
@@ -516,11 +526,11 @@ def _create(recipe: str, out: Path | None, data: Path | None, overrides: list[st
         if out is not None:
             raise ConfigError(f"{recipe} is a run folder already; leave --out {out} away or give a recipe")
         return _reopen(Path(recipe), data, overrides)
-    resolved = load_recipe(recipe, overrides or (), _text(data))
+    resolved = load_recipe(recipe, overrides or (), _folders(data))
     return _in_turn(lambda: RunFolder.create(out or Path("runs") / resolved.name, resolved))
 
 
-def _reopen(folder: Path, data: Path | None, overrides: list[str] | None) -> RunFolder:
+def _reopen(folder: Path, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:
     from rush.engine.runs import RunFolder
 
     opened = RunFolder.open(folder)
@@ -529,18 +539,18 @@ def _reopen(folder: Path, data: Path | None, overrides: list[str] | None) -> Run
     return _in_turn(lambda: RunFolder.create(folder, _changed(opened, data, overrides)))
 
 
-def _branch(folder: Path, out: Path, data: Path | None, overrides: list[str] | None) -> RunFolder:
+def _branch(folder: Path, out: Path, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:
     from rush.engine.runs import RunFolder
 
     opened = RunFolder.open(folder)
     return _in_turn(lambda: opened.branch(out, _changed(opened, data, overrides)))
 
 
-def _changed(opened: RunFolder, data: Path | None, overrides: list[str] | None) -> Recipe:
+def _changed(opened: RunFolder, data: list[Path] | None, overrides: list[str] | None) -> Recipe:
     from rush.config import build_recipe
 
     values = opened.recipe.model_dump(mode="json")
-    return build_recipe(values, overrides or (), _text(data), str(opened.path / "recipe.json"))
+    return build_recipe(values, overrides or (), _folders(data), str(opened.path / "recipe.json"))
 
 
 def several_processes() -> bool:
@@ -566,8 +576,11 @@ def _leader_says(text: str) -> None:
     print_lines([text], stderr=True, quiet=_process_number() > 0)
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _folders(paths: list[Path] | None) -> str | list[str] | None:
+    """One folder as a text, so that recipe.json has it as always; several as a list."""
+    if paths is None:
+        return None
+    return str(paths[0]) if len(paths) == 1 else list(map(str, paths))
 
 
 def _do(folder: RunFolder, stages: Iterable[Stage]) -> None:
@@ -589,7 +602,7 @@ def _reopen_for(folder: Path, given: AnyModel, overrides: list[str] | None) -> R
         raise ConfigError(
             f"--{foreign[0].replace('_', '-')} belongs to --model; a run folder has its own, see `--set` for its fields"
         )
-    return _reopen(folder, None if given.data is None else Path(given.data), overrides)
+    return _reopen(folder, None if given.data is None else list(map(Path, given.data)), overrides)
 
 
 def _audit_run(opened: RunFolder, rung: str | None) -> None:

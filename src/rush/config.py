@@ -63,6 +63,13 @@ def _positive_fraction(value: str) -> str:
     return value
 
 
+def _check_root(value: object) -> object:
+    folders = value if isinstance(value, list | tuple) else [value]
+    if value is not None and not (folders and all(isinstance(folder, str) for folder in folders)):
+        raise ValueError("must be a folder, or a list of at least one folder")
+    return value
+
+
 def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError(f"must be (least, greatest), got {list(value)}")
@@ -76,6 +83,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, lt=0.5)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_ascending)]
 NonNegativeRange = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_check_ascending)]
+DataRoot = Annotated[str | tuple[str, ...] | None, BeforeValidator(_check_root)]
 Fraction = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_positive_fraction)]  # e.g. "8/255"
 WITHOUT_NOISE: tuple[FinetuneObjective, ...] = ("standard", "pgd-at", "trades")
 """Fine-tuning objectives that draw no smoothing noise."""
@@ -88,7 +96,8 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which images: a name or path for ``rush.load_images``; ``root`` is where official archives or shards lie.
+    """Which images: a name or path for ``rush.load_images``; ``root`` is where official archives or shards lie, one
+    folder or a list of folders whose shards are joined.
 
     pretrain_split: what pre-training reads, e.g. "train+unlabeled"; fine-tuning reads ``train``. size: side of the
     images, None as stored. held_out: so many training images are kept out of both trainings and watched during them;
@@ -96,7 +105,7 @@ class DataConfig(Section):
     """
 
     name: str
-    root: str | None = None
+    root: DataRoot = None
     pretrain_split: str = "train"
     size: Annotated[int, Field(ge=4, le=4096)] | None = None
     held_out: Annotated[int, Field(ge=0)] = 0
@@ -491,8 +500,9 @@ def recipe_headline(name: str) -> str:
     return recipe_text(name).split("\n")[0].removeprefix("#").strip()
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | None = None) -> Recipe:
-    """The validated recipe; ``overrides`` are ``section.field=value`` texts, ``data`` replaces where the images lie.
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | Sequence[str] | None = None) -> Recipe:
+    """The validated recipe; ``overrides`` are ``section.field=value`` texts, ``data`` (one folder or several) replaces
+    where the images lie.
 
     A recipe that names a ``base``, a shipped recipe or a file beside it, gives what it changes in that one.
     Raises: ConfigError naming the field, what was given and what is allowed.
@@ -528,7 +538,10 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_recipe(
-    values: dict[str, Any], overrides: Sequence[str] = (), data: str | None = None, source: str = "recipe"
+    values: dict[str, Any],
+    overrides: Sequence[str] = (),
+    data: str | Sequence[str] | None = None,
+    source: str = "recipe",
 ) -> Recipe:
     """The validated recipe of plain ``values`` with ``overrides`` applied; raises ConfigError like ``load_recipe``."""
     for override in overrides:
@@ -536,11 +549,15 @@ def build_recipe(
     _drop_replaced_lengths(values, overrides)
     _check_plain(values, source)
     if data is not None and isinstance(values.setdefault("data", {}), dict):
-        values["data"]["root"] = str(Path(data).expanduser().resolve())
+        values["data"]["root"] = _absolute(data) if isinstance(data, str) else [_absolute(folder) for folder in data]
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(entry) for entry in error.errors())) from None
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().resolve())
 
 
 def _check_plain(values: object, source: str) -> None:

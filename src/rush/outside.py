@@ -18,6 +18,7 @@ from rush.attacks.threat import ThreatModel
 from rush.data.arrays import read_arrays
 from rush.data.images import ImageSet, evaluation_order
 from rush.data.labels import decode_texts
+from rush.data.roots import Root
 from rush.data.sources import load_images
 from rush.errors import ConfigError, DataError, InputError, ModelError, RushError
 from rush.evaluation.audit import AuditReport, audit
@@ -62,7 +63,7 @@ class Subject:
         epsilon: str,
         *,
         split: str = "test",
-        root: str | None = None,
+        root: Root = None,
         images: int | None = 200,
         sigma: float | None = None,
         num_classes: int | None = None,

@@ -17,6 +17,7 @@ from rush.data.decoding import MAX_BYTES, Encoded
 from rush.data.entries import describe_kind, list_entries, warn_of_omitted
 from rush.data.labels import check_class_names, check_labels, number_classes
 from rush.data.records import Block
+from rush.data.roots import joined_names
 from rush.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
@@ -73,26 +74,28 @@ class ParquetRecords:
             offset += shard.rows
 
 
-def parquet_records(folder: Path, split: str, name: str) -> ParquetRecords:
-    """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folder``, in order; no pixels are read.
+def parquet_records(folders: Sequence[Path], split: str, name: str) -> ParquetRecords:
+    """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folders``, in order; no pixels are
+    read.
 
-    Without class names in the metadata the classes are "0".."K-1" with K - 1 the largest label of all splits in
-    ``folder``; without a label column labels are None. Labels are integers. What lies beside the shards and is no note
-    is omitted with a DataWarning.
-    Raises: DataError naming the shard that is missing, damaged, empty, mislabelled, of another layout, or whose split
-    names other classes.
+    Shards in several folders are taken as if they lay in one. Without class names in the metadata the classes are
+    "0".."K-1" with K - 1 the largest label of all splits in ``folders``; without a label column labels are None. Labels
+    are integers. What lies beside the shards and is no note is omitted with a DataWarning.
+    Raises: DataError naming the shard that is missing, in two folders, damaged, empty, mislabelled, of another layout,
+    or whose split names other classes.
     """
-    _warn_of_strays(folder)
-    shards = tuple(_open_shard(path) for path in find_shards(folder, split))
+    for folder in folders:
+        _warn_of_strays(folder)
+    shards = tuple(_open_shard(path) for path in find_shards(folders, split))
     for shard in shards:
         if (shard.label, shard.classes) != (shards[0].label, shards[0].classes):
             raise DataError(
                 f"{shard.path} has another label column or other classes than {shards[0].path}; use one source"
             )
     labels = [_labels(shard) for shard in shards] if shards[0].label else []
-    others = list(_other_shards(folder, shards)) if labels else []
+    others = list(_other_shards(folders, shards)) if labels else []
     _check_same_names(shards[0], others)
-    classes = shards[0].classes or number_classes([*labels, *map(_labels, others)], str(folder))
+    classes = shards[0].classes or number_classes([*labels, *map(_labels, others)], joined_names(folders))
     checked = [
         check_labels(values, shard.rows, len(classes), str(shard.path))
         for shard, values in zip(shards, labels, strict=bool(labels))
@@ -100,13 +103,13 @@ def parquet_records(folder: Path, split: str, name: str) -> ParquetRecords:
     return ParquetRecords(shards, name, split, classes, torch.cat(checked) if checked else None)
 
 
-def _other_shards(folder: Path, shards: Sequence["_Shard"]) -> Iterator["_Shard"]:
+def _other_shards(folders: Sequence[Path], shards: Sequence["_Shard"]) -> Iterator["_Shard"]:
     """Yield the labelled shards of the other splits: the first of each where classes are named, else all.
 
     One that cannot be read is passed over here; it is named when its own split is loaded.
     """
     seen = {shards[0].path.name.partition("-")[0].removesuffix(".parquet")}
-    for path in sorted(set(folder.glob("*.parquet")) - {shard.path for shard in shards}):
+    for path in sorted(set(_glob(folders)) - {shard.path for shard in shards}, key=lambda path: (path.name, path)):
         split = path.name.partition("-")[0].removesuffix(".parquet")
         if shards[0].classes and split in seen:
             continue
@@ -128,40 +131,56 @@ def _check_same_names(shard: "_Shard", others: Sequence["_Shard"]) -> None:
             )
 
 
-def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of ``split`` in ``folder``, in order. Raises: DataError without any, or naming a missing one."""
-    single = [path for path in (folder / f"{split}.parquet",) if path.exists()]
-    numbered = sorted(_glob(folder, f"{split}-"), key=_by_numbers)
+def find_shards(folders: Sequence[Path], split: str) -> list[Path]:
+    """The shards of ``split`` in ``folders``, in order. Raises: DataError without any, or naming one that is missing or
+    lies in two folders."""
+    single = [path for path in _glob(folders) if path.name == f"{split}.parquet"]
+    numbered = sorted(_glob(folders, f"{split}-"), key=_by_numbers)
     if single and numbered:
-        raise DataError(f"{folder} mixes several series: {single[0].name} and {numbered[0].name}; keep one of them")
+        raise _mixed(folders, [single[0], numbered[0]])
     shards = numbered or single
     if not shards:
-        splits = sorted({re.split(r"[-.]", path.name)[0] for path in folder.glob("*.parquet")})
+        splits = sorted({re.split(r"[-.]", path.name)[0] for path in _glob(folders)})
         raise DataError(
-            f"{folder} has no shard {split}-*.parquet, only of {', '.join(splits)}; "
+            f"{joined_names(folders)}: no shard {split}-*.parquet, only of {', '.join(splits)}; "
             "ask for one of these splits or add the shard"
         )
+    _check_series(folders, split, shards)
+    return shards
+
+
+def _check_series(folders: Sequence[Path], split: str, shards: Sequence[Path]) -> None:
+    """Raise DataError where a shard lies in two folders or is missing, or where several series are mixed."""
+    for first, second in pairwise(shards):
+        if first.name == second.name:
+            raise DataError(f"{first.name} lies in {first.parent} and in {second.parent}; remove one of the two")
     series = [match for match in (_SERIES.search(path.name) for path in shards) if match]
     totals = {match[2] for match in series}
     numbers = {int(match[1]) for match in series}
     if len(totals) > 1 or len(series) not in (0, len(shards)) or len(numbers) < len(series):
-        raise DataError(f"{folder} mixes several series: {', '.join(path.name for path in shards)}; keep one of them")
+        raise _mixed(folders, shards)
     for total in totals:
         missing = [number for number in range(int(total)) if number not in numbers]
         if missing:
-            lost = folder / f"{split}-{missing[0]:0{len(total)}d}-of-{total}.parquet"
-            raise DataError(f"{lost} is missing ({len(missing)} of the {int(total)} shards are); get it again")
-    return shards
+            raise DataError(
+                f"{split}-{missing[0]:0{len(total)}d}-of-{total}.parquet is missing ({len(missing)} of the "
+                f"{int(total)} shards are) in {joined_names(folders)}; get it again, or name the folder that holds it"
+            )
 
 
-def _glob(folder: Path, beginning: str) -> list[Path]:
+def _mixed(folders: Sequence[Path], shards: Sequence[Path]) -> DataError:
+    names = ", ".join(path.name if len(folders) == 1 else str(path) for path in shards)
+    return DataError(f"{joined_names(folders)}: the shards are of several series: {names}; keep one of them")
+
+
+def _glob(folders: Sequence[Path], beginning: str = "") -> list[Path]:
     """Return the shards whose names begin so, which is taken as it is and not as a pattern."""
-    return [path for path in folder.glob("*.parquet") if path.name.startswith(beginning)]
+    return [path for folder in folders for path in folder.glob("*.parquet") if path.name.startswith(beginning)]
 
 
-def _by_numbers(path: Path) -> list[str | int]:
-    """Return a key that sorts the numbers in a name by value."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
+def _by_numbers(path: Path) -> tuple[list[str | int], str]:
+    """Return a key that sorts the numbers in a name by value, whatever the folder."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)], path.name
 
 
 def _warn_of_strays(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from rush.data.labels import check_several_classes
 from rush.data.parquet import parquet_folder, parquet_records
 from rush.data.records import Records, decoded, join
 from rush.data.resizing import check_size, resize_images
+from rush.data.roots import Root, joined_names, root_folders, without_repeats
 from rush.data.stl10 import ROWS, STL10, read_stl10
 from rush.errors import DataError
 
@@ -41,7 +42,7 @@ Read = Callable[[Path, str, int | None], ImageSet]
 def load_images(
     name_or_path: str | os.PathLike[str],
     split: str = "test",
-    root: str | os.PathLike[str] | None = None,
+    root: Root = None,
     download: bool = True,
     *,
     size: int | None = None,
@@ -55,12 +56,17 @@ def load_images(
     folder. Paths (relative ones are looked up in ``root`` if given): a folder of class folders, a folder of parquet
     shards, an .npz file.
 
+    ``root`` may also be a list of folders. Shards are joined as if all lay in one folder, and each of the folders must
+    hold some. Of official archives the first found is read, and a download goes to the first folder. Class folders and
+    .npz files must lie in one of the folders alone.
+
     ``split``: one, or several joined by "+" ("train+unlabeled"): one after the other, without labels if any has none,
     ids as "<split>/<id>" where they would not differ. ``size``: None for images as they are stored, which must share
     one size; else each image's central square, resampled to size x size pixels.
 
     Raises: DataError, naming the file and the remedy, when the name or split is unknown, or the data are missing,
-    truncated, altered, of a wrong shape, mislabelled, empty or of one class only. InputError for a wrong ``size``.
+    truncated, altered, of a wrong shape, mislabelled, empty or of one class only. InputError for a wrong ``size`` or
+    ``root``.
     """
     check_size(size)
     images = _load(name_or_path, split.split("+"), root, download, size)
@@ -68,9 +74,7 @@ def load_images(
     return images
 
 
-def open_records(
-    name_or_path: str | os.PathLike[str], split: str, root: str | os.PathLike[str] | None = None
-) -> Records | None:
+def open_records(name_or_path: str | os.PathLike[str], split: str, root: Root = None) -> Records | None:
     """The encoded images of a split (or several, joined by "+"), to be read as needed; None where there are no single
     images to read: in official archives, .npz files and the digits.
 
@@ -79,18 +83,18 @@ def open_records(
     name, parts = os.fspath(name_or_path), split.split("+")
     if _is_known(name_or_path):
         _check_splits(name, parts)
-        return None if name == "digits" else _official_records(name, parts, _root(root))
-    path = _path(name, root)
-    if path.is_dir():
-        return join([_folder_records(path, part) for part in parts])
-    _npz(name, path)
+        return None if name == "digits" else _official_records(name, parts, _roots(root))
+    paths = _paths(name, root)
+    if paths[0].is_dir():
+        return join([_folder_records(paths, part) for part in parts])
+    _npz(name, paths)
     return None
 
 
 def decoded_bytes(
     name_or_path: str | os.PathLike[str],
     split: str,
-    root: str | os.PathLike[str] | None = None,
+    root: Root = None,
     *,
     size: int | None = None,
 ) -> int:
@@ -106,14 +110,14 @@ def decoded_bytes(
     if _is_known(name_or_path):
         channels, stored, _ = SHAPES[name]
         return sum(SPLITS[name][part] for part in parts) * channels * (size or stored) ** 2
-    path = _npz(name, _path(name, root))
+    path = _npz(name, _paths(name, root))
     return sum(npz_bytes(path, part) for part in parts)
 
 
 def _load(
     name_or_path: str | os.PathLike[str],
     parts: Sequence[str],
-    root: str | os.PathLike[str] | None,
+    root: Root,
     download: bool,
     size: int | None,
 ) -> ImageSet:
@@ -122,21 +126,46 @@ def _load(
         _check_splits(name, parts)
         if name == "digits":
             return concatenate([_resized(load_digits(part), size) for part in parts])
-        return _load_official(name, parts, _root(root), download, size)
-    path = _path(name, root)
-    if path.is_dir():
-        return decoded(join([_folder_records(path, part) for part in parts]), size)
-    return concatenate([_resized(load_npz(_npz(name, path), part), size) for part in parts])
+        return _load_official(name, parts, _roots(root), download, size)
+    paths = _paths(name, root)
+    if paths[0].is_dir():
+        return decoded(join([_folder_records(paths, part) for part in parts]), size)
+    return concatenate([_resized(load_npz(_npz(name, paths), part), size) for part in parts])
 
 
 def _is_known(name_or_path: str | os.PathLike[str]) -> bool:
     return isinstance(name_or_path, str) and name_or_path in SPLITS
 
 
-def _path(name: str, root: str | os.PathLike[str] | None) -> Path:
-    """Return the path that ``name`` stands for. Raise DataError where the system takes no such path."""
+def _paths(name: str, root: Root) -> list[Path]:
+    """Return what ``name`` stands for in the folders of ``root``: one path, or several folders of shards.
+
+    Raises: DataError where several of them hold something that cannot be joined, or only some hold shards.
+    """
+    paths = without_repeats(_path(name, folder) for folder in root_folders(root) or [""])
+    bare = [path for path in paths if not path.is_dir() or parquet_folder(path) is None]
+    if not bare:
+        return paths
+    if len(bare) < len(paths):
+        raise _without_shards(name, bare[0], next(path for path in paths if path not in bare))
+    existing = [path for path in paths if path.exists()]
+    if len(existing) > 1:
+        raise DataError(
+            f"{joined_names(existing)} exist, but only folders of parquet shards are joined; name the one to read"
+        )
+    return existing or paths
+
+
+def _without_shards(name: str, bare: Path, other: Path) -> DataError:
+    return DataError(
+        f"{bare} holds no parquet shards of {name}, but {other} does; put shards there, or leave it out of the folders"
+    )
+
+
+def _path(name: str, root: str | os.PathLike[str]) -> Path:
+    """Return the path that ``name`` stands for in ``root``. Raise DataError where the system takes no such path."""
     try:
-        path = Path(root or "").expanduser() / Path(name).expanduser()
+        path = Path(root).expanduser() / Path(name).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)
     except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError for a user who is not known
@@ -144,17 +173,18 @@ def _path(name: str, root: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def _root(root: str | os.PathLike[str] | None) -> Path:
-    if root is not None:
-        folder = Path(root).expanduser().absolute()
+def _roots(root: Root) -> list[Path]:
+    folders = [Path(folder).expanduser().absolute() for folder in root_folders(root)]
+    for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder} is no folder; pass one that exists (an empty one takes a download), or none")
-        return folder
+    if folders:
+        return without_repeats(folders)
     if os.environ.get(ROOT_VARIABLE):
-        return Path(os.environ[ROOT_VARIABLE]).expanduser().absolute()
+        return [Path(os.environ[ROOT_VARIABLE]).expanduser().absolute()]
     import pooch
 
-    return Path(pooch.os_cache("rush"))
+    return [Path(pooch.os_cache("rush"))]
 
 
 def _check_splits(name: str, parts: Sequence[str]) -> None:
@@ -163,23 +193,32 @@ def _check_splits(name: str, parts: Sequence[str]) -> None:
             raise DataError(f"{name} has no split {part!r}; allowed are {', '.join(SPLITS[name])}")
 
 
-def _load_official(name: str, parts: Sequence[str], root: Path, may_download: bool, size: int | None) -> ImageSet:
+def _load_official(
+    name: str, parts: Sequence[str], roots: Sequence[Path], may_download: bool, size: int | None
+) -> ImageSet:
     readers = _official_readers(name)
-    located = locate(list(readers), root, name)
+    located = _locate(readers, roots, name)
     if located is None:
-        records = _official_records(name, parts, root)
+        records = _official_records(name, parts, roots)
         if records is not None:
             return decoded(records, size)
         if not may_download:
             known = ", ".join(f"{archive.file}, {archive.folder}" for archive in readers)
             raise DataError(
-                f"{root} holds no {name}: looked there and in {root / name} for {known} and parquet shards; "
+                f"{joined_names(roots)} {'holds' if len(roots) == 1 else 'hold'} no {name}: looked there and in "
+                f"{joined_names([root / name for root in roots])} for {known} and parquet shards; "
                 f"put one there, pass another root, set {ROOT_VARIABLE}, or pass download=True"
             )
         preferred = next(iter(readers))
-        located = preferred, download_archive(preferred, root)
+        located = preferred, download_archive(preferred, roots[0])
     archive, path = located
     return concatenate([readers[archive](path, part, size) for part in parts])
+
+
+def _locate(archives: Iterable[Archive], roots: Sequence[Path], name: str) -> tuple[Archive, Path] | None:
+    """What ``locate`` finds in the first of ``roots`` that holds any."""
+    found = (locate(list(archives), root, name) for root in roots)
+    return next((located for located in found if located is not None), None)
 
 
 def _official_readers(name: str) -> dict[Archive, Read]:
@@ -194,43 +233,54 @@ def _read_cifar(name: str, version: CifarVersion, path: Path, split: str, size: 
     return _resized(read_cifar(name, version, path, split), size)
 
 
-def _official_records(name: str, parts: Sequence[str], root: Path) -> Records | None:
-    """The shards of ``name`` in ``root``; None without any. Raises: DataError when they are of another data set."""
-    shards = parquet_folder(root) or parquet_folder(root / name)
-    if shards is None:
+def _official_records(name: str, parts: Sequence[str], roots: Sequence[Path]) -> Records | None:
+    """The shards of ``name`` in ``roots``; None without any, or where an archive lies beside those of other folders.
+
+    Raises: DataError when they are of another data set, or when a folder holds none of it.
+    """
+    shards = {root: parquet_folder(root) or parquet_folder(root / name) for root in roots}
+    found = without_repeats(folder for folder in shards.values() if folder is not None)
+    bare = [root for root, folder in shards.items() if folder is None]
+    if not found or (bare and _locate(_official_readers(name), bare, name) is not None):
         return None
-    records = join([parquet_records(shards, part, name) for part in parts])
+    if bare:
+        raise _without_shards(name, bare[0], found[0])
+    records = join([parquet_records(found, part, name) for part in parts])
     shape = decode(next(records.read(np.arange(1)))).shape
     if shape != SHAPES[name] or len(records.classes) not in (0, NUM_CLASSES[name]):
         raise DataError(
-            f"{shards} holds images of shape {shape} in {len(records.classes)} classes, but {name} has {SHAPES[name]} "
-            f"in {NUM_CLASSES[name]}; pass the right root, or the folder itself instead of {name!r}"
+            f"{joined_names(found)}: images of shape {shape} in {len(records.classes)} classes, but {name} has "
+            f"{SHAPES[name]} in {NUM_CLASSES[name]}; pass the right root, or the folder itself instead of {name!r}"
         )
     return records
 
 
-def _folder_records(folder: Path, split: str) -> Records:
-    shards = parquet_folder(folder)
-    return folder_records(folder, split) if shards is None else parquet_records(shards, split, folder.resolve().name)
+def _folder_records(folders: Sequence[Path], split: str) -> Records:
+    shards = without_repeats(shards for shards in map(parquet_folder, folders) if shards is not None)
+    if not shards:
+        return folder_records(folders[0], split)
+    return parquet_records(shards, split, folders[0].resolve().name)
 
 
 def _resized(images: ImageSet, size: int | None) -> ImageSet:
     return replace(images, images=resize_images(images.images, size))
 
 
-def _npz(name: str, path: Path) -> Path:
-    """``path`` if it is an .npz file. Raises: DataError otherwise."""
-    if path.is_file() and path.suffix == ".npz":
-        return path
-    raise _unknown(name, path)
+def _npz(name: str, paths: Sequence[Path]) -> Path:
+    """The first of ``paths`` if it is an .npz file. Raises: DataError otherwise."""
+    if paths[0].is_file() and paths[0].suffix == ".npz":
+        return paths[0]
+    raise _unknown(name, paths)
 
 
-def _unknown(name: str, path: Path) -> DataError:
+def _unknown(name: str, paths: Sequence[Path]) -> DataError:
     allowed = f"allowed are {', '.join(SPLITS)}, a folder of class folders, a folder of parquet shards, or an .npz file"
+    path = paths[0]
     if path.exists() and not path.is_file():
         return DataError(f"{path} is {describe_kind(path)}; {allowed}")
     if path.is_file():
         return DataError(f"{path} is a {path.suffix or 'nameless'} file; {allowed}")
     close = difflib.get_close_matches(name.lower(), SPLITS, n=1)
     guess = f"; did you mean {close[0]!r}?" if close else ""
-    return DataError(f"{name!r} is no known data set and {path.absolute()} does not exist; {allowed}{guess}")
+    places = " or ".join(str(path.absolute()) for path in paths)
+    return DataError(f"{name!r} is no known data set and {places} does not exist; {allowed}{guess}")

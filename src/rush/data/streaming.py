@@ -22,6 +22,7 @@ from rush.data.images import ImageSet, held_out_rows
 from rush.data.labels import check_several_classes
 from rush.data.records import Block, Records
 from rush.data.resizing import check_size, num_threads
+from rush.data.roots import Root
 from rush.data.sources import open_records
 from rush.errors import ConfigError, DataError
 from rush.numbers import as_whole
@@ -267,7 +268,7 @@ def open_stream(
     name_or_path: str | os.PathLike[str],
     split: str,
     *,
-    root: str | os.PathLike[str] | None = None,
+    root: Root = None,
     size: int | None = None,
     memory: int = 1 << 30,
     device: torch.device | str = "cpu",
