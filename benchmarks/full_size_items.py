@@ -240,9 +240,15 @@ class Events:
             "training_seconds": sum(epoch["seconds"] for epoch in self.epochs),
             "peak_memory": max((epoch["peak_memory"] or 0 for epoch in self.epochs), default=None),
             "joules": None if None in joules else sum(joules),
-            "loss": [epoch["loss"] for epoch in self.epochs],
+            "loss": [self.epochs[row]["loss"] for row in _spread(len(self.epochs), 20)],
             **({"budget": self.budget} if self.budget else {}),
         }
+
+
+def _spread(total: int, most: int) -> list[int]:
+    """At most ``most`` of the positions 0 to ``total`` - 1, evenly spread, the first and the last among them."""
+    count = min(total, most)
+    return [round(row * (total - 1) / max(1, count - 1)) for row in range(count)]
 
 
 def pretrain_encoder(bench: Bench, seconds: float) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def _forwards(probe: Probe) -> tuple[int, CompileMode]:
     """The judged forward by tile and form; the one that gets a model's passes done soonest."""
     found: dict[str, Any] = probe.found.setdefault("forward", {})
     cuda = torch.device(probe.execution.device).type == "cuda"
-    modes: list[CompileMode] = ["none", *(["reduce-overhead"] if cuda else []), "default"]
+    modes: list[CompileMode] = ["none", "reduce-overhead", "default"] if cuda else ["none", "default"]
     for mode in modes if probe.scale.compile_seconds else modes[:1]:
         for tile in probe.scale.tiles if mode == "none" else probe.scale.tiles[-1:]:
             extra = 0 if mode == "none" else probe.scale.compile_seconds

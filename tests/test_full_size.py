@@ -312,7 +312,7 @@ def test_a_round_that_the_last_tenth_cuts_short_is_dropped() -> None:
     clock = FakeClock(10.0)  # the last tenth begins at 540 s
 
     def work(rows: list[int]) -> list[int]:
-        clock.now += 15 * len(rows)
+        clock.now += 20 * len(rows)
         return rows
 
     images, answers = in_rounds({"a": work, "b": work}, wanted=40, minimum=10, seconds=1e6, clock=clock)
@@ -331,9 +331,7 @@ def test_allotments_share_what_is_left() -> None:
     assert clock.until_last_start == -50
 
 
-def test_an_item_that_does_not_fit_is_named_with_its_minimum(
-    finished: Order, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_item_that_does_not_fit_is_named_with_its_minimum(finished: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_of(finished)
     monkeypatch.setattr(bench, "rates", replace(bench.rates, attack=1e-3))
     item = next(item for item in ITEMS if item.name == "e")

@@ -78,7 +78,7 @@ def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[T
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     folded = weight.detach() / std
     return folded, bias.detach() - folded @ mean
 
