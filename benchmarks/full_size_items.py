@@ -1,11 +1,12 @@
 """The items of the full-size run, in order of value: what each computes, for how long, and what it leaves."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from rush.data.images import ImageSet, evaluation_order, stratified_subset
 from rush.engine.loop import Schedule
 from rush.engine.precision import Execution
 from rush.engine.probes import knn_correct, linear_probe, representations
+from rush.errors import ConfigError
 from rush.evaluation.defenders import defend
 from rush.evaluation.intervals import share_interval
 from rush.evaluation.ladder import ladder
@@ -45,6 +47,7 @@ MAIN_SIGMA = 0.25
 PAPER_CLEAN, PAPER_ROBUST = 87.9, 77.8  # the abstract's figures, in percent
 GRID = ("clean", "transfer", "frozen", "eot-1")  # rungs of the ladder that the grid shows
 RADII = (0.0, 0.25, 0.5, 0.75)  # at which certified accuracy is printed
+T = TypeVar("T")
 VERDICTS = 9  # most verdicts on an image of one model: the grid's, three of the ladder, the suite, the sandwich
 
 
@@ -203,12 +206,23 @@ class Bench:
 
 @dataclass(frozen=True)
 class Item:
-    """One item: its name, what it is, its share of the time, and what computes its figures within so many seconds."""
+    """One item: its name, what it is, its share of the time, what computes its figures within so many seconds, and
+    the items that it needs."""
 
     name: str
     title: str
     share: float
     work: Callable[[Bench, float], dict[str, Any]]
+    needs: tuple[str, ...] = ()
+
+    def figures(self, bench: Bench, seconds: float) -> dict[str, Any]:
+        """Return the item's figures. Raises: OmittedError where it does not fit, or needs an item that is not done."""
+        if bench.clock.until_last_start < 0:
+            raise OmittedError("the last tenth of the minutes had begun")
+        for name in self.needs:
+            if not item_done(bench, name):
+                raise OmittedError(f"it needs item ({name}), which is not done")
+        return self.work(bench, seconds)
 
 
 # --- trainings --------------------------------------------------------------------------------------------------------
@@ -245,6 +259,17 @@ class Events:
         }
 
 
+@contextmanager
+def _budgeted() -> Iterator[None]:
+    """Within the context a training by minutes that has no time for an epoch is one that is omitted."""
+    try:
+        yield
+    except ConfigError as error:
+        if "is too little" not in str(error):
+            raise
+        raise OmittedError(f"its minimum is one epoch: {error}") from error
+
+
 def _spread(total: int, most: int) -> list[int]:
     """At most ``most`` of the positions 0 to ``total`` - 1, evenly spread, the first and the last among them."""
     count = min(total, most)
@@ -254,14 +279,10 @@ def _spread(total: int, most: int) -> list[int]:
 def pretrain_encoder(bench: Bench, seconds: float) -> dict[str, Any]:
     """(a) SimCLR, along a cosine to zero within its minutes."""
     classifier, events, config = bench.new_classifier(), Events(), bench.recipe.pretrain
-    pretrain_by(
-        bench.recipe,
-        Resident(bench.train.without_labels(), bench.execution.device),
-        classifier,
-        bench.execution,
-        schedule=bench.schedule(config, seconds),
-        log=events,
-    )
+    source = Resident(bench.train.without_labels(), bench.execution.device)
+    schedule = bench.schedule(config, seconds)
+    with _budgeted():
+        pretrain_by(bench.recipe, source, classifier, bench.execution, schedule=schedule, log=events)
     save_weights(classifier, bench.weights("encoder"))
     bench.store.keep_weights("encoder", classifier.encoder)
     figures = events.figures(len(bench.train))
@@ -306,7 +327,7 @@ def finetune_all(bench: Bench, seconds: float) -> dict[str, Any]:
 
 def train_from_scratch(bench: Bench, seconds: float) -> dict[str, Any]:
     """(d) Gaussian training from scratch for the passes of one fine-tuning and its share of the pre-training."""
-    shared, pretraining = _item(bench, "c")["models"], _item(bench, "a")
+    shared, pretraining = item_done(bench, "c")["models"], item_done(bench, "a")
     finetuning = shared[f"noise-{MAIN_SIGMA:g}"]
     passes = (finetuning["passes"] + pretraining["passes"] / len(shared)) / len(bench.train)
     wanted = max(1, round(passes))
@@ -332,7 +353,8 @@ def _finetuned(
     schedule = replace(bench.schedule(recipe.finetune, seconds), batch_size=batch)
     if epochs is not None:
         schedule = replace(schedule, epochs=epochs, minutes=None)
-    finetune_by(recipe, images, classifier, bench.execution, schedule=schedule, log=events)
+    with _budgeted():
+        finetune_by(recipe, images, classifier, bench.execution, schedule=schedule, log=events)
     save_weights(classifier, bench.weights(name))
     if name == f"noise-{MAIN_SIGMA:g}":
         bench.store.keep_weights(name, classifier)
@@ -371,7 +393,7 @@ def protocol_grid(bench: Bench, seconds: float) -> dict[str, Any]:
 
 def climb_ladder(bench: Bench, seconds: float) -> dict[str, Any]:
     """(f) The ladder to the largest EOT on the two models nearest to the paper and on the main one."""
-    grid = _item(bench, "e")
+    grid = item_done(bench, "e")
     names = [*nearest_to_paper(grid["cells"]), f"noise-{MAIN_SIGMA:g}"]
     plans = [plan for rung, plan in bench.rungs.items() if rung not in GRID]
     models = {name: bench.smoothed(name) for name in names}
@@ -391,7 +413,7 @@ def climb_ladder(bench: Bench, seconds: float) -> dict[str, Any]:
     _check_images(images, least)
     rungs = {}
     for name in names:
-        below = [_require(bench.attacked(name, bench.rungs[rung], grid["images"])) for rung in GRID]
+        below = [_required(bench.attacked(name, bench.rungs[rung], grid["images"])) for rung in GRID]
         above = _joined(bench, name, found[name])
         rungs[name] = _rungs([*(result.select(list(range(images))) for result in below), *above])
     return {"images": images, "models": rungs}
@@ -412,7 +434,7 @@ def nearest_to_paper(cells: dict[str, Any]) -> list[str]:
 
 def worst_cases(bench: Bench, seconds: float) -> dict[str, Any]:
     """(g) The parameter-free suite on the nearest model and on the main one."""
-    names = [nearest_to_paper(_item(bench, "e")["cells"])[0], f"noise-{MAIN_SIGMA:g}"]
+    names = [nearest_to_paper(item_done(bench, "e")["cells"])[0], f"noise-{MAIN_SIGMA:g}"]
     suite = worst_case("random", bench.test.num_classes)
     models = {name: bench.smoothed(name) for name in names}
     most = min(bench.sizes.worst, len(bench.test))
@@ -507,7 +529,7 @@ def compare_with_textbook(bench: Bench, seconds: float) -> dict[str, Any]:
     needed = bench.rates.seconds(0, 3 * images * samples)  # float32, eager: about a third of the rate
     bench.check_fits(seconds, f"{images} images at N = {samples:,}", needed)
     smoothed = bench.smoothed(name)
-    ours = _require(bench.certificates(name)).select(list(range(images)))
+    ours = _required(bench.certificates(name)).select(list(range(images)))
     plain = smoothed.classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     torch.manual_seed(bench.recipe.seed)  # the textbook draws from the global generator
     rows = []
@@ -528,7 +550,7 @@ def compare_with_textbook(bench: Bench, seconds: float) -> dict[str, Any]:
 def close_sandwich(bench: Bench, seconds: float) -> dict[str, Any]:
     """(j) Attack inside the certified balls of the main model, and compare all its broken points with them."""
     name = f"noise-{MAIN_SIGMA:g}"
-    certificates = _require(bench.certificates(name))
+    certificates = _required(bench.certificates(name))
     ids = bench.pixels.ids[: len(certificates)]
     positions = sandwich_positions(certificates, ids)[: bench.sizes.sandwich]
     if not positions:
@@ -554,11 +576,11 @@ def close_sandwich(bench: Bench, seconds: float) -> dict[str, Any]:
 
 def _attacks_on(bench: Bench, name: str) -> list[AttackResult]:
     """All stored results of a model under the threat."""
-    counts = {rung: (_item_or_empty(bench, "e" if rung in GRID else "f")).get("images", 0) for rung in bench.rungs}
+    counts = {rung: item_done(bench, "e" if rung in GRID else "f").get("images", 0) for rung in bench.rungs}
     suite = worst_case("random", bench.test.num_classes)
     wanted = [*((bench.rungs[rung], count) for rung, count in counts.items())]
     stored = [bench.attacked(name, plan, count) for plan, count in wanted if count]
-    worst = _item_or_empty(bench, "g").get("images", 0)
+    worst = item_done(bench, "g").get("images", 0)
     if worst:
         stored.append(bench.attacked(name, suite, worst))
     return [result for result in stored if result is not None]
@@ -623,22 +645,14 @@ def _labels(images: ImageSet) -> Tensor:
     return images.labels
 
 
-def _item_or_empty(bench: Bench, name: str) -> dict[str, Any]:
+def item_done(bench: Bench, name: str) -> dict[str, Any]:
+    """Return the figures of an item that is done; an empty dict for another one."""
     found = bench.store.item(name)
     return found if found is not None and found["status"] == "done" else {}
 
 
-def _item(bench: Bench, name: str) -> dict[str, Any]:
-    """The figures of an earlier item. Raises: OmittedError when it was omitted."""
-    found = _item_or_empty(bench, name)
-    if not found:
-        raise OmittedError(f"it needs item ({name}), which was omitted")
-    return found
-
-
-def _require(value: Any) -> Any:
-    if value is None:
-        raise OmittedError("it needs results of an item that was omitted")
+def _required(value: T | None) -> T:
+    assert value is not None  # of an item that is done
     return value
 
 
@@ -649,14 +663,14 @@ def _check_images(images: int, least: int) -> None:
 
 ITEMS = (
     Item("a", "SimCLR", 180, pretrain_encoder),
-    Item("b", "nearest neighbours and linear probe", 10, judge_encoder),
-    Item("c", "fine-tuning under noise", 75, finetune_all),
-    Item("d", "Gaussian training from scratch", 60, train_from_scratch),
-    Item("e", "protocol grid", 60, protocol_grid),
-    Item("f", "ladder", 50, climb_ladder),
-    Item("g", "worst case", 20, worst_cases),
-    Item("h", "certified curve", 50, certified_curves),
-    Item("i", "textbook", 8, compare_with_textbook),
-    Item("j", "sandwich", 7, close_sandwich),
-    Item("k", "one radius on all images", 1, certified_at_one_radius),
+    Item("b", "nearest neighbours and linear probe", 10, judge_encoder, ("a",)),
+    Item("c", "fine-tuning under noise", 75, finetune_all, ("a",)),
+    Item("d", "Gaussian training from scratch", 60, train_from_scratch, ("a", "c")),
+    Item("e", "protocol grid", 60, protocol_grid, ("b", "c")),
+    Item("f", "ladder", 50, climb_ladder, ("e",)),
+    Item("g", "worst case", 20, worst_cases, ("e",)),
+    Item("h", "certified curve", 50, certified_curves, ("c", "d")),
+    Item("i", "textbook", 8, compare_with_textbook, ("h",)),
+    Item("j", "sandwich", 7, close_sandwich, ("h",)),
+    Item("k", "one radius on all images", 1, certified_at_one_radius, ("c",)),
 )

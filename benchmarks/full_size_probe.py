@@ -24,6 +24,7 @@ from rush.data.images import ImageSet
 from rush.engine.forward import Forward
 from rush.engine.loop import Schedule
 from rush.engine.precision import Execution
+from rush.errors import RushError
 from rush.models.classifier import Classifier
 from rush.noise import Gaussian
 from rush.options import CompileMode, TrainingCompile
@@ -35,6 +36,7 @@ RIVALS = ("pgd-at", "trades", "smoothadv", "acl")
 RIVAL_SECONDS = 10.0
 MODEL_PASSES = 2_000_000  # forward passes that the run asks of a model: what a compilation must pay off on
 SIGMA = 0.25
+_CLEARLY = 0.95  # of the fastest batch's rate: less is clearly slower
 _NO_STEP = 1e-9  # learning rate: random images teach nothing
 
 
@@ -44,7 +46,7 @@ class Scale:
 
     Attributes:
         seconds: of each measurement, warm-up apart.
-        batches: of SimCLR; the last one is the run's.
+        batches: of SimCLR; the run takes the last one unless another is clearly faster.
         tiles: of the judged forward.
         compile_seconds: what a compiled form may take to compile; 0 tries none.
         rivals: adversarial trainings whose step is timed.
@@ -87,19 +89,24 @@ class Probe:
 def probe(recipe: Recipe, execution: Execution, scale: Scale, clock: Clock) -> dict[str, Any]:
     """Return the plan: what was measured, what was skipped and why, and the choices that follow."""
     own = Probe(recipe, execution, scale, clock)
-    steps = _training_steps(own)
+    batch, form = _training_steps(own)
     tile, compile_mode = _forwards(own)
     judged = replace(execution, tile=tile, compile_mode=compile_mode)
     attack = _attack_pass(own, judged)
     _engine(own, judged)
-    finetuning = _finetuning(own, steps)
+    finetuning = _finetuning(own, form)
     _rivals(own)
     forward = own.found["forward"][f"{tile} {compile_mode}"]["samples_per_second"]
     return {
         "conditions": conditions_text(execution),
         "device": device_facts(execution),
         "network": f"{recipe.model.encoder}, width {recipe.model.width}",
-        "choices": {"compile_training": steps, "tile": tile, "compile_mode": compile_mode},
+        "choices": {
+            "batch_size": batch,
+            "compile_training": form,
+            "tile": tile,
+            "compile_mode": compile_mode,
+        },
         "rates": {"training": finetuning, "forward": forward, "attack": attack},
         "measured": own.found,
         "skipped": own.skipped,
@@ -128,29 +135,39 @@ def _driver() -> str | None:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _training_steps(probe: Probe) -> TrainingCompile:
-    """SimCLR steps by form and batch; the fastest form at the run's batch."""
+def _training_steps(probe: Probe) -> tuple[int, TrainingCompile]:
+    """SimCLR steps by form and batch; the run's batch and the fastest form at it."""
     steps: dict[str, Any] = probe.found.setdefault("simclr", {})
-    largest = probe.scale.batches[-1]
     for batch in probe.scale.batches:
         with probe.part(f"simclr none {batch}", 4 * probe.scale.seconds) as fits:
             if fits:
                 steps[f"none {batch}"] = _simclr(probe, "none", batch)
+    rates = {
+        batch: steps[f"none {batch}"]["views_per_second"] for batch in probe.scale.batches if f"none {batch}" in steps
+    }
+    if not rates:
+        raise RushError(f"no training step could be measured: {probe.skipped}")
+    wanted = max(rates)
+    chosen = wanted if rates[wanted] >= _CLEARLY * max(rates.values()) else max(rates, key=lambda batch: rates[batch])
+    return chosen, _fastest_form(probe, steps, chosen)
+
+
+def _fastest_form(probe: Probe, steps: dict[str, Any], batch: int) -> TrainingCompile:
+    """The form of the step that is fastest at ``batch``; eager where no other one is faster by 2 %."""
+    best: TrainingCompile = "none"
+    least = 1.02 * steps[f"none {batch}"]["views_per_second"]
     if torch.device(probe.execution.device).type == "cuda":
-        with probe.part(f"simclr fastest algorithms {largest}", 4 * probe.scale.seconds) as fits:
+        with probe.part(f"simclr any algorithm {batch}", 4 * probe.scale.seconds) as fits:
             if fits:
-                steps[f"none {largest}, any algorithm"] = _simclr(probe, "none", largest, deterministic=False)
+                steps[f"none {batch}, any algorithm"] = _simclr(probe, "none", batch, deterministic=False)
     forms: list[tuple[TrainingCompile, float]] = [("graph", 5.0), ("default", probe.scale.compile_seconds)]
     for form, extra in forms if probe.scale.compile_seconds else []:
-        with probe.part(f"simclr {form} {largest}", extra + 4 * probe.scale.seconds) as fits:
-            if fits:
-                steps[f"{form} {largest}"] = _simclr(probe, form, largest)
-    best: TrainingCompile = "none"
-    for form, _ in forms:
-        tried, eager = steps.get(f"{form} {largest}"), steps[f"none {largest}"]
-        if tried and tried["warm_up_seconds"] <= probe.scale.compile_seconds + 4 * probe.scale.seconds:
-            fastest = steps[f"{best} {largest}"]["views_per_second"]
-            best = form if tried["views_per_second"] > max(fastest, 1.02 * eager["views_per_second"]) else best
+        with probe.part(f"simclr {form} {batch}", extra + 4 * probe.scale.seconds) as fits:
+            if not fits:
+                continue
+            tried = steps[f"{form} {batch}"] = _simclr(probe, form, batch)
+            if tried["warm_up_seconds"] <= probe.scale.compile_seconds and tried["views_per_second"] > least:
+                best, least = form, tried["views_per_second"]
     return best
 
 

@@ -334,11 +334,34 @@ def test_allotments_share_what_is_left() -> None:
 def test_an_item_that_does_not_fit_is_named_with_its_minimum(finished: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_of(finished)
     monkeypatch.setattr(bench, "rates", replace(bench.rates, attack=1e-3))
-    item = next(item for item in ITEMS if item.name == "e")
-    found = full_size.figures_of(item, bench, seconds=10)
+    items = {item.name: item for item in ITEMS}
+    found = full_size.figures_of(items["e"], bench, seconds=10)
     assert found["status"] == "omitted"
     assert found["reason"].startswith("its minimum, 3 images per cell, needs about ")
     assert found["reason"].endswith("; 15 s are left")
+    monkeypatch.setattr(bench, "sizes", replace(bench.sizes, epochs=None))
+    found = full_size.figures_of(items["a"], bench, seconds=1e-3)
+    assert found["status"] == "omitted"
+    assert found["reason"].startswith("its minimum is one epoch: pretrain.minutes = ")
+
+
+def test_what_needs_an_omitted_item_is_omitted(finished: Order, tmp_path: Path) -> None:
+    bench = bench_of(finished)
+    bench.store = Store(tmp_path / "out", tmp_path / "work", 16, 8)
+    bench.store.finish("a", {"status": "done"})
+    bench.store.finish("c", {"status": "omitted"})
+    for item in ITEMS[3:]:
+        found = full_size.figures_of(item, bench, seconds=10)
+        assert found["status"] == "omitted"
+        assert found["reason"].startswith("it needs item (")
+
+
+def test_the_plan_gives_batch_rate_and_form(tmp_path: Path) -> None:
+    recipe = Order((), 9.0, tmp_path, tmp_path).recipe
+    planned = full_size.planned(recipe, {"batch_size": 256, "compile_training": "default"})
+    assert planned.pretrain.batch_size == 256
+    assert planned.pretrain.learning_rate == pytest.approx(recipe.pretrain.learning_rate / 2)
+    assert planned.execution.compile_training == "default"
 
 
 def test_nothing_starts_in_the_last_tenth(finished: Order, monkeypatch: pytest.MonkeyPatch) -> None:
