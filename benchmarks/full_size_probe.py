@@ -37,6 +37,7 @@ RIVAL_SECONDS = 10.0
 MODEL_PASSES = 2_000_000  # forward passes that the run asks of a model: what a compilation must pay off on
 SIGMA = 0.25
 _CLEARLY = 0.95  # of the fastest batch's rate: less is clearly slower
+_COMPILING = 25.0  # seconds that compiling a training step is expected to take
 _NO_STEP = 1e-9  # learning rate: random images teach nothing
 
 
@@ -52,7 +53,7 @@ class Scale:
         rivals: adversarial trainings whose step is timed.
     """
 
-    seconds: float = 1.5
+    seconds: float = 1.0
     batches: tuple[int, ...] = BATCHES
     tiles: tuple[int, ...] = (1024, 2000)
     compile_seconds: float = 40.0
@@ -89,13 +90,15 @@ class Probe:
 def probe(recipe: Recipe, execution: Execution, scale: Scale, clock: Clock) -> dict[str, Any]:
     """Return the plan: what was measured, what was skipped and why, and the choices that follow."""
     own = Probe(recipe, execution, scale, clock)
-    batch, form = _training_steps(own)
-    tile, compile_mode = _forwards(own)
-    judged = replace(execution, tile=tile, compile_mode=compile_mode)
-    attack = _attack_pass(own, judged)
-    _engine(own, judged)
-    finetuning = _finetuning(own, form)
+    batch = _batch(own)
+    _captured_step(own, batch)
+    _eager_forwards(own)
+    attack = _attack_pass(own)
+    finetuning = _finetuning(own)
     _rivals(own)
+    tile, compile_mode = _fastest_forward(own)
+    _engine(own, replace(execution, tile=tile, compile_mode=compile_mode))
+    form = _fastest_form(own, batch)
     forward = own.found["forward"][f"{tile} {compile_mode}"]["samples_per_second"]
     return {
         "conditions": conditions_text(execution),
@@ -135,8 +138,8 @@ def _driver() -> str | None:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _training_steps(probe: Probe) -> tuple[int, TrainingCompile]:
-    """SimCLR steps by form and batch; the run's batch and the fastest form at it."""
+def _batch(probe: Probe) -> int:
+    """SimCLR steps, eager, by batch; the run's batch."""
     steps: dict[str, Any] = probe.found.setdefault("simclr", {})
     for batch in probe.scale.batches:
         with probe.part(f"simclr none {batch}", 4 * probe.scale.seconds) as fits:
@@ -148,26 +151,34 @@ def _training_steps(probe: Probe) -> tuple[int, TrainingCompile]:
     if not rates:
         raise RushError(f"no training step could be measured: {probe.skipped}")
     wanted = max(rates)
-    chosen = wanted if rates[wanted] >= _CLEARLY * max(rates.values()) else max(rates, key=lambda batch: rates[batch])
-    return chosen, _fastest_form(probe, steps, chosen)
+    return wanted if rates[wanted] >= _CLEARLY * max(rates.values()) else max(rates, key=lambda batch: rates[batch])
 
 
-def _fastest_form(probe: Probe, steps: dict[str, Any], batch: int) -> TrainingCompile:
-    """The form of the step that is fastest at ``batch``; eager where no other one is faster by 2 %."""
+def _captured_step(probe: Probe, batch: int) -> None:
+    """The whole step as a CUDA graph, and the eager one with any algorithm, where there is a CUDA device."""
+    if torch.device(probe.execution.device).type != "cuda":
+        return
+    with probe.part(f"simclr graph {batch}", 5 + 4 * probe.scale.seconds) as fits:
+        if fits:
+            probe.found["simclr"][f"graph {batch}"] = _simclr(probe, "graph", batch)
+    with probe.part(f"simclr any algorithm {batch}", 4 * probe.scale.seconds) as fits:
+        if fits:
+            probe.found["simclr"][f"none {batch}, any algorithm"] = _simclr(probe, "none", batch, deterministic=False)
+
+
+def _fastest_form(probe: Probe, batch: int) -> TrainingCompile:
+    """The encoder compiled, where that fits; the form of the step that is fastest, eager where none is by 2 %."""
+    steps, limit = probe.found["simclr"], probe.scale.compile_seconds
+    with probe.part(f"simclr default {batch}", _COMPILING + 4 * probe.scale.seconds) as fits:
+        if fits and limit:
+            steps[f"default {batch}"] = _simclr(probe, "default", batch)
     best: TrainingCompile = "none"
     least = 1.02 * steps[f"none {batch}"]["views_per_second"]
-    if torch.device(probe.execution.device).type == "cuda":
-        with probe.part(f"simclr any algorithm {batch}", 4 * probe.scale.seconds) as fits:
-            if fits:
-                steps[f"none {batch}, any algorithm"] = _simclr(probe, "none", batch, deterministic=False)
-    forms: list[tuple[TrainingCompile, float]] = [("graph", 5.0), ("default", probe.scale.compile_seconds)]
-    for form, extra in forms if probe.scale.compile_seconds else []:
-        with probe.part(f"simclr {form} {batch}", extra + 4 * probe.scale.seconds) as fits:
-            if not fits:
-                continue
-            tried = steps[f"{form} {batch}"] = _simclr(probe, form, batch)
-            if tried["warm_up_seconds"] <= probe.scale.compile_seconds and tried["views_per_second"] > least:
-                best, least = form, tried["views_per_second"]
+    forms: tuple[TrainingCompile, ...] = ("graph", "default")
+    for form in forms:
+        tried = steps.get(f"{form} {batch}")
+        if tried and tried["warm_up_seconds"] <= limit and tried["views_per_second"] > least:
+            best, least = form, tried["views_per_second"]
     return best
 
 
@@ -180,7 +191,7 @@ def _simclr(probe: Probe, form: TrainingCompile, batch: int, deterministic: bool
         images, events = _random_images(recipe, steps * batch), _Epochs()
         source = Resident(images.without_labels(), execution.device)
         schedule = _two_epochs(schedule_of(recipe.pretrain))
-        pretrain_by(recipe, source, _classifier(recipe, images), execution, schedule=schedule, log=events)
+        pretrain_by(recipe, source, _classifier(recipe), execution, schedule=schedule, log=events)
         return events.found
 
     try:
@@ -191,29 +202,32 @@ def _simclr(probe: Probe, form: TrainingCompile, batch: int, deterministic: bool
     return {**measured, "views_per_second": 2 * rate, "step_seconds": batch / rate}
 
 
-def _forwards(probe: Probe) -> tuple[int, CompileMode]:
-    """The judged forward by tile and form; the one that gets a model's passes done soonest."""
+def _eager_forwards(probe: Probe) -> None:
+    """The judged forward, eager, by tile."""
     found: dict[str, Any] = probe.found.setdefault("forward", {})
-    cuda = torch.device(probe.execution.device).type == "cuda"
-    modes: list[CompileMode] = ["none", "reduce-overhead", "default"] if cuda else ["none", "default"]
-    for mode in modes if probe.scale.compile_seconds else modes[:1]:
-        for tile in probe.scale.tiles if mode == "none" else probe.scale.tiles[-1:]:
-            extra = 0 if mode == "none" else probe.scale.compile_seconds
-            with probe.part(f"forward {tile} {mode}", extra + 2 * probe.scale.seconds) as fits:
-                if fits:
-                    found[f"{tile} {mode}"] = _forward(probe, tile, mode)
+    for tile in probe.scale.tiles:
+        found[f"{tile} none"] = _forward(probe, tile, "none")
+
+
+def _fastest_forward(probe: Probe) -> tuple[int, CompileMode]:
+    """The judged forward, compiled, where that fits; tile and form that get a model's passes done soonest."""
+    found, tile = probe.found["forward"], probe.scale.tiles[-1]
+    modes: list[CompileMode] = ["default"]
+    for mode in modes if probe.scale.compile_seconds else []:
+        with probe.part(f"forward {tile} {mode}", _COMPILING / 2 + 2 * probe.scale.seconds) as fits:
+            if fits:
+                found[f"{tile} {mode}"] = _forward(probe, tile, mode)
     total = {
         name: entry["compile_seconds"] + MODEL_PASSES / entry["samples_per_second"] for name, entry in found.items()
     }
     tile_text, best = min(total, key=lambda name: total[name]).split(" ", 1)
-    mode = next(mode for mode in modes if mode == best)
-    return int(tile_text), mode
+    return int(tile_text), "default" if best == "default" else "none"
 
 
 def _forward(probe: Probe, tile: int, mode: CompileMode) -> dict[str, Any]:
     execution = replace(probe.execution, tile=tile, compile_mode=mode)
     images = _random_images(probe.recipe, 1)
-    network = execution.place(_classifier(probe.recipe, images)).eval()
+    network = execution.place(_classifier(probe.recipe)).eval()
     forward = Forward(network, execution, images.num_classes)
     x = torch.full((tile, *images.shape), 0.5, device=execution.device)
     began = time.perf_counter()
@@ -223,11 +237,11 @@ def _forward(probe: Probe, tile: int, mode: CompileMode) -> dict[str, Any]:
     return {"samples_per_second": _rate(lambda: forward(x), tile, probe), "compile_seconds": compile_seconds}
 
 
-def _attack_pass(probe: Probe, execution: Execution) -> float:
+def _attack_pass(probe: Probe) -> float:
     """Forward and backward to the input of the smoothed classifier, 16 draws each of 16 images; passes per second."""
-    images = _random_images(probe.recipe, 16)
-    smoothed = _smoothed(probe, execution)
-    x, y = images.pixels(device=execution.device), _labels(images).to(execution.device)
+    images, device = _random_images(probe.recipe, 16), probe.execution.device
+    smoothed = _smoothed(probe, replace(probe.execution, tile=probe.scale.tiles[0]))
+    x, y = images.pixels(device=device), _labels(images).to(device)
     seen = fresh_noise(smoothed, 16, smoothed.streams(0, "probe", [str(row) for row in range(16)]))
     rate = _rate(lambda: loss_and_gradient(seen, x, y, cross_entropy), 16 * 16, probe)
     probe.found["attack"] = {"passes_per_second": rate, "draws": 16, "images": 16}
@@ -249,15 +263,15 @@ def _engine(probe: Probe, execution: Execution) -> None:
         probe.found["engine"] = {"samples_per_second": rate, "of_bare_forward": rate / bare}
 
 
-def _finetuning(probe: Probe, form: TrainingCompile) -> float:
-    """Training under noise; images per second."""
-    recipe = _with(probe.recipe, execution={"compile_training": "none" if form == "default" else form})
+def _finetuning(probe: Probe) -> float:
+    """Training under noise, eager; images per second."""
+    recipe = probe.recipe
     batch = recipe.finetune.batch_size
 
     def run(steps: int) -> list[dict[str, Any]]:
         images, events = _random_images(recipe, steps * batch), _Epochs()
         schedule = _two_epochs(schedule_of(recipe.finetune))
-        finetune_by(recipe, images, _classifier(recipe, images), probe.execution, schedule=schedule, log=events)
+        finetune_by(recipe, images, _classifier(recipe), probe.execution, schedule=schedule, log=events)
         return events.found
 
     probe.found["finetune"] = {"batch_size": batch, **_measured(run, probe.scale.seconds)}
@@ -373,11 +387,10 @@ def _labels(images: ImageSet) -> torch.Tensor:
     return images.labels
 
 
-def _classifier(recipe: Recipe, images: ImageSet) -> Classifier:
-    return new_classifier(spec_of(recipe, images), recipe.seed)
+def _classifier(recipe: Recipe) -> Classifier:
+    return new_classifier(spec_of(recipe, _random_images(recipe, 16)), recipe.seed)
 
 
 def _smoothed(probe: Probe, execution: Execution) -> rush.SmoothedClassifier:
-    images = _random_images(probe.recipe, 1)
-    network = execution.place(_classifier(probe.recipe, images)).eval()
+    network = execution.place(_classifier(probe.recipe)).eval()
     return rush.SmoothedClassifier(network, noise=Gaussian(SIGMA), num_classes=10, execution=execution)
