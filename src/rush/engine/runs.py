@@ -117,8 +117,7 @@ class RunFolder:
         """Record the number of epochs of a training by minutes: ``budget``, in the provenance, holds both and what they
         follow from; the recipe has the epochs alone from now on."""
         file = self.path / "provenance.json"
-        provenance = _read_object(file) if file.exists() else {}
-        write_json(file, {**provenance, "budgets": {**_budgets(self.path), stage: dict(budget)}})
+        write_json(file, {**_read_object(file), "budgets": {**_budgets(self.path), stage: dict(budget)}})
         self.recipe = self.recipe.with_epochs(stage, budget["epochs"])
         write_text(self.path / "recipe.json", self.recipe.to_json())
 
