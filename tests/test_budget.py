@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkServerContext
@@ -77,11 +77,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return fake
 
 
-def images() -> Resident:
+def images(kind: type[Resident] = Resident) -> Resident:
     pixels = torch.randint(0, 256, (43, 1, 2, 3), generator=stream(0, "pixels")).to(torch.uint8)
     labels = torch.randint(0, 3, (43,), generator=stream(0, "labels"))
     own = ImageSet(pixels, labels, ("a", "b", "c"), np.arange(43).astype(str), "random", "train")
-    return Resident(own, "cpu", rank(), world_size())
+    return kind(own, "cpu", rank(), world_size())
 
 
 class Training:
@@ -155,9 +155,12 @@ def test_the_number_of_epochs_by_hand(clock: Clock) -> None:
 
 @pytest.mark.parametrize("monitor_epochs", [1, 3])
 @pytest.mark.parametrize("head_epochs", [0, 2])
-@pytest.mark.parametrize(("saving", "monitoring"), [(0.0, 0.0), (7.0, 0.0), (1.0, 5.0), (0.5, 40.0)])
+@pytest.mark.parametrize(
+    ("opening", "saving", "monitoring"), [(0.0, 0.0, 0.0), (9.0, 0.0, 0.0), (0.0, 7.0, 0.0), (1.0, 2.0, 20.0)]
+)
 def test_so_many_epochs_end_within_the_minutes_and_one_more_would_not(
     clock: Clock,
+    opening: float,
     saving: float,
     monitoring: float,
     head_epochs: int,
@@ -165,7 +168,13 @@ def test_so_many_epochs_end_within_the_minutes_and_one_more_would_not(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Everything takes time by one clock: steps of both kinds, checkpoints and live figures, those of the trial too."""
+    """By one clock: first batches, steps of both kinds, checkpoints, live figures, and all of them in the trial."""
+
+    class SlowImages(Resident):
+        def batches(self, *given: Any, **named: Any) -> Iterator[Batch]:
+            clock.pass_by(opening)
+            yield from super().batches(*given, **named)
+
     save = TrainingCheckpoint.save
 
     def slow_save(checkpoint: TrainingCheckpoint, state: dict[str, Any]) -> None:
@@ -178,7 +187,7 @@ def test_so_many_epochs_end_within_the_minutes_and_one_more_would_not(
         began = clock.seconds
         training = Training(clock)
         watch = {"monitor": lambda _: clock.pass_by(monitoring) or {}, "monitor_epochs": monitor_epochs}
-        training.run(schedule, saved_in(tmp_path / folder), head_epochs=head_epochs, **watch)
+        training.run(schedule, saved_in(tmp_path / folder), images=images(SlowImages), head_epochs=head_epochs, **watch)
         return training, clock.seconds - began
 
     minutes = 6.0

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -175,18 +176,20 @@ def measure(
         monitor: measures the live figures, where this process does that.
         device: where the steps are computed.
     """
-    began = clock(device)
-    with closing(_without_end(batches)) as source:
-        next(source)
-        opening = clock(device) - began
+    source = _Source(batches, device)
+    with closing(source.batches()) as taken:
 
-        def seconds_of(start: int) -> float:
-            return _seconds_per_step(lambda number, batch: step(start + number, batch), source, plan, device)
+        def seconds_of(start: int, count: int) -> float:
+            """Of so many steps from that of number ``start`` on, without the openings of epochs."""
+            began, opened = clock(device), source.opened
+            for number, batch in enumerate(islice(taken, count)):
+                step(start + number % plan.per_epoch, batch)
+            return clock(device) - began - (source.opened - opened)
 
-        head_step = seconds_of(0) if plan.head_epochs else 0.0
-        full_step = seconds_of(plan.head_epochs * plan.per_epoch)
+        head_step = _seconds_per_step(partial(seconds_of, 0), plan) if plan.head_epochs else 0.0
+        full_step = _seconds_per_step(partial(seconds_of, plan.head_epochs * plan.per_epoch), plan)
     saved, monitored = (_seconds(part, plan, device) for part in (save, monitor))
-    own = Times(full_step, head_step, opening, saved, monitored)
+    own = Times(full_step, head_step, source.opened / source.epochs, saved, monitored)
     return Times(*map(max, zip(*gather_objects(astuple(own)), strict=True)))
 
 
@@ -210,15 +213,26 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _seconds_per_step(step: Callable[[int, Batch], object], source: Iterator[Batch], plan: Plan, device: str) -> float:
+class _Source:
+    """The batches of one epoch after the other. opened: seconds that went by until the first ones were there."""
+
+    def __init__(self, batches: Callable[[], Iterator[Batch]], device: str) -> None:
+        self._batches, self._device = batches, device
+        self.opened, self.epochs = 0.0, 0
+
+    def batches(self) -> Generator[Batch, None, None]:
+        while True:
+            began = clock(self._device)
+            epoch = self._batches()
+            first = next(epoch)
+            self.opened += clock(self._device) - began
+            self.epochs += 1
+            yield first
+            yield from epoch
+
+
+def _seconds_per_step(seconds_of: Callable[[int], float], plan: Plan) -> float:
     """Seconds of a step after the warm-up; of the last of the warm-up alone where not even its epoch would fit."""
-
-    def seconds_of(count: int) -> float:
-        began = clock(device)
-        for number, batch in enumerate(islice(source, count)):
-            step(number % plan.per_epoch, batch)
-        return clock(device) - began
-
     seconds_of(WARMUP_STEPS - 1)
     rough = max(1e-9, slowest(seconds_of(1)))  # every process must take the same number of steps
     if rough * plan.per_epoch > 60 * plan.minutes:
@@ -236,9 +250,3 @@ def _seconds(part: Callable[[], object], plan: Plan, device: str) -> float:
         if seconds > RESERVE * 60 * plan.minutes:
             break
     return seconds
-
-
-def _without_end(batches: Callable[[], Iterator[Batch]]) -> Generator[Batch, None, None]:
-    """One epoch after the other."""
-    while True:
-        yield from batches()
