@@ -92,8 +92,8 @@ class Training:
         self.module = seeded_init(module, stream(0, "weights")).train()
         self.clock, self.seconds, self.head_seconds, self.fail_at = clock, seconds, head_seconds, fail_at
         self.head_epochs = 0
+        self.meter = Meter(self.module)
         self.steps: list[int] = []
-        self.monitored: list[int] = []
         self.events: list[dict[str, Any]] = []
 
     def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
@@ -116,7 +116,7 @@ class Training:
     def run(self, schedule: Schedule = SCHEDULE, keeping: Keeping = Keeping(), **given: Any) -> "Training":  # noqa: B008
         self.head_epochs = given.get("head_epochs", 0)
         options: dict[str, Any] = {"name": "finetune", "images": images(), "schedule": schedule, "seed": 0, **given}
-        train(self.module, self.step, meter=Meter(self.module), keeping=keeping, log=self.log, **options)
+        train(self.module, self.step, meter=self.meter, keeping=keeping, log=self.log, **options)
         return self
 
     @property
@@ -125,10 +125,11 @@ class Training:
         return event
 
     @property
-    def outcome(self) -> tuple[dict[str, bytes], list[tuple[int, float, int]]]:
-        """The weights, and number, loss and passes of every epoch."""
+    def outcome(self) -> tuple[dict[str, bytes], list[tuple[int, float, int]], int]:
+        """The weights, number, loss and passes of every epoch, and the passes of the whole training."""
         epochs = [event for event in self.events if event["event"] == "epoch"]
-        return bits(self.module), [(own["epoch"], own["loss"], own["passes"]) for own in epochs]
+        told = [(own["epoch"], own["loss"], own["passes"]) for own in epochs]
+        return bits(self.module), told, self.meter.cost.passes
 
 
 def bits(module: nn.Module) -> dict[str, bytes]:
@@ -234,6 +235,21 @@ def test_the_bits_are_those_of_a_training_for_that_number_of_epochs(
     assert by_minutes.outcome == given.outcome
     assert len(by_minutes.outcome[1]) == epochs
     assert not (tmp_path / "state.rehearsal.pt").exists()
+
+
+def test_a_module_is_put_back_as_it_was() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module[0].weight.requires_grad_(False)
+    before, places = bits(module), [tensor.data_ptr() for tensor in module.state_dict().values()]
+    with budget.put_back(module):
+        module.requires_grad_(True)
+        module(torch.ones(3, 2)).sum().backward()
+        with torch.no_grad():
+            module[0].weight.zero_()
+    assert bits(module) == before
+    assert [tensor.data_ptr() for tensor in module.state_dict().values()] == places
+    assert [parameter.requires_grad for parameter in module.parameters()] == [False, True, True, True]
+    assert all(parameter.grad is None for parameter in module.parameters())
 
 
 EXECUTION = Execution()
@@ -569,6 +585,21 @@ def test_a_branch_has_a_budget_of_its_own(call: Call, tmp_path: Path, monkeypatc
     record = {stage: own["epochs"] for stage, own in budgets.items()}
     assert record["pretrain"] == EPOCHS < record["finetune"]
     assert RunFolder.open(other).require("finetune")["epochs"] == record["finetune"]
+
+
+def test_a_branch_of_a_run_that_was_fine_tuned_by_minutes_begins_without_them(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", tiny(tmp_path, "finetune.minutes=4"))
+    run.record_provenance({"device": "cpu"}, {"test": {"fingerprint": "bb"}})
+    run.finish("pretrain", seconds=1.0)
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints/encoder.safetensors").write_bytes(b"weights")
+    run.settle("finetune", {"minutes": 4.0, "epochs": 9})
+    other = run.branch(tmp_path / "other", tiny(tmp_path, "finetune.minutes=4", "finetune.label_fraction=0.1"))
+    assert (other.budget("finetune"), other.recipe.finetune.minutes) == (None, 4.0)
+    kept = json.loads((other.path / "provenance.json").read_text())
+    assert kept == {
+        key: value for key, value in json.loads((run.path / "provenance.json").read_text()).items() if key != "budgets"
+    }
 
 
 def settled(folder: Path, *overrides: str, minutes: float = 4.0, epochs: int = 9) -> RunFolder:
