@@ -113,7 +113,7 @@ def train(
     after every ``monitor_epochs`` of them and the last one ``log("monitor", ...)`` with what ``monitor(epoch)``
     measures (an empty answer is not logged), with averaged weights where they are asked for.
 
-    A training by minutes begins with a trial, which calls ``monitor(0)`` once; the number of epochs that fit is given
+    A training by minutes begins with a trial, which also calls ``monitor(0)``; the number of epochs that fit is given
     to ``log("budget", ...)`` and kept in the checkpoint, so that a resumed training has the same. The trial leaves no
     trace: the result has the bits of a training for that number of epochs. head_epochs: the first epochs whose steps do
     other work than the later ones; a trial measures both.

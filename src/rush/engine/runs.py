@@ -91,9 +91,9 @@ class RunFolder:
             )
         run = RunFolder.create(path, recipe)
         if run.finished("pretrain") is None:
-            provenance = _read_object(self.path / "provenance.json")
-            own = {stage: budget for stage, budget in _budgets(self.path).items() if stage == "pretrain"}
-            write_json(path / "provenance.json", {**provenance, "budgets": own} if own else provenance)
+            provenance, budget = _read_object(self.path / "provenance.json"), self.budget("pretrain")
+            provenance.pop("budgets", None)  # that of the fine-tuning is not the branch's
+            write_json(path / "provenance.json", provenance | ({"budgets": {"pretrain": budget}} if budget else {}))
             for name in _PRETRAINED:  # in this order: the last says that all are there
                 write_bytes(path / name, (self.path / name).read_bytes())
         return run
@@ -117,8 +117,7 @@ class RunFolder:
         """Record the number of epochs of a training by minutes: ``budget``, in the provenance, holds both and what they
         follow from; the recipe has the epochs alone from now on."""
         file = self.path / "provenance.json"
-        provenance = _read_object(file) if file.exists() else {}
-        write_json(file, {**provenance, "budgets": {**_budgets(self.path), stage: dict(budget)}})
+        write_json(file, {**_read_object(file), "budgets": {**_budgets(self.path), stage: dict(budget)}})
         self.recipe = self.recipe.with_epochs(stage, budget["epochs"])
         write_text(self.path / "recipe.json", self.recipe.to_json())
 

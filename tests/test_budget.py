@@ -1,0 +1,725 @@
+"""Trainings by minutes: how many epochs fit, the bits of a training for that number, and a number that stays."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from commands import Call, refusal
+from ranks import on_ranks
+from rush import costing
+from rush.config import Recipe, load_recipe
+from rush.costing import measure as cost_of
+from rush.data.batches import Batch, Resident
+from rush.data.images import ImageSet
+from rush.data.noisy_views import NoiseSchedule
+from rush.data.sources import load_images
+from rush.data.views import Views
+from rush.engine import budget, loop
+from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.distributed import rank, world_size
+from rush.engine.loop import Keeping, Schedule, train
+from rush.engine.meter import Meter
+from rush.engine.precision import Execution
+from rush.engine.runs import RunFolder
+from rush.errors import ConfigError, RunError
+from rush.finetuning import Examples, finetune
+from rush.models.classifier import Classifier, Normalize
+from rush.models.encoders import SmallEncoder
+from rush.models.heads import linear_head
+from rush.noise import Gaussian
+from rush.objectives.classification import gaussian
+from rush.options import FinetuneMode, OptimizerName
+from rush.pretraining import ACL, Method, MoCo, SimCLR, pretrain
+from rush.randomness import seeded_init, stream
+from tiny import TINY, results_of_training, tiny, write_tiny
+
+SCHEDULE = Schedule(
+    epochs=None,
+    batch_size=8,
+    optimizer="sgd",
+    learning_rate=0.1,
+    momentum=0.9,
+    weight_decay=1e-3,
+    warmup_epochs=1,
+    ema_decay=0.9,
+    minutes=1,
+)
+PER_EPOCH = 5  # steps, of 43 images
+
+
+class Clock:
+    """A clock that stands still but for what a test lets pass."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, _device: str) -> float:
+        return self.seconds
+
+    def pass_by(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(budget, "clock", fake)
+    return fake
+
+
+def images(kind: type[Resident] = Resident) -> Resident:
+    pixels = torch.randint(0, 256, (43, 1, 2, 3), generator=stream(0, "pixels")).to(torch.uint8)
+    labels = torch.randint(0, 3, (43,), generator=stream(0, "labels"))
+    own = ImageSet(pixels, labels, ("a", "b", "c"), np.arange(43).astype(str), "random", "train")
+    return kind(own, "cpu", rank(), world_size())
+
+
+class Training:
+    """A small noisy training whose steps take ``seconds``, those of its head ``head_seconds``, by ``clock``."""
+
+    def __init__(self, clock: Clock, seconds: float = 2.0, head_seconds: float = 1.0, fail_at: int = -1) -> None:
+        module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        self.module = seeded_init(module, stream(0, "weights")).train()
+        self.clock, self.seconds, self.head_seconds, self.fail_at = clock, seconds, head_seconds, fail_at
+        self.head_epochs = 0
+        self.meter = Meter(self.module)
+        self.steps: list[int] = []
+        self.events: list[dict[str, Any]] = []
+
+    def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+        if len(self.steps) == self.fail_at:
+            raise KeyboardInterrupt
+        frozen = epoch < self.head_epochs
+        self.steps.append(round(epoch * PER_EPOCH))
+        self.clock.pass_by(self.head_seconds if frozen else self.seconds)
+        self.module[:2].requires_grad_(not frozen)
+        assert batch.labels is not None
+        x = batch.images.flatten(1) / 255
+        x = x + torch.randn(x.shape, generator=generator)
+        loss = nn.functional.cross_entropy(self.module(x), batch.labels)
+        loss.backward()
+        return loss.detach()
+
+    def log(self, event: str, **values: Any) -> None:
+        self.events.append({"event": event, **values})
+
+    def run(self, schedule: Schedule = SCHEDULE, keeping: Keeping = Keeping(), **given: Any) -> "Training":  # noqa: B008
+        self.head_epochs = given.get("head_epochs", 0)
+        options: dict[str, Any] = {"name": "finetune", "images": images(), "schedule": schedule, "seed": 0, **given}
+        train(self.module, self.step, meter=self.meter, keeping=keeping, log=self.log, **options)
+        return self
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        (event,) = [event for event in self.events if event["event"] == "budget"]
+        return event
+
+    @property
+    def outcome(self) -> tuple[dict[str, bytes], list[tuple[int, float, int]], int]:
+        """The weights, number, loss and passes of every epoch, and the passes of the whole training."""
+        epochs = [event for event in self.events if event["event"] == "epoch"]
+        told = [(own["epoch"], own["loss"], own["passes"]) for own in epochs]
+        return bits(self.module), told, self.meter.cost.passes
+
+
+def bits(module: nn.Module) -> dict[str, bytes]:
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
+
+
+def saved_in(folder: Path) -> Keeping:
+    return Keeping(TrainingCheckpoint(folder / "state.pt", "recipe"))
+
+
+# --- how many epochs --------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_epochs_by_hand(clock: Clock) -> None:
+    """57 of 60 s may be used; seven steps of the trial leave 43 for epochs of five steps of 2 s."""
+    trained = Training(clock).run()
+    assert trained.steps == [0, 1, 2, 0, 0, 1, 2, *range(4 * PER_EPOCH)]
+    assert trained.budget == {
+        "event": "budget", "stage": "finetune", "minutes": 1, "epochs": 4, "seconds_per_step": 2.0,
+        "seconds_per_epoch": 10.0, "trial_seconds": 14.0,
+    }  # fmt: skip
+    assert [event["event"] for event in trained.events] == ["budget", *["epoch"] * 4]
+
+
+@pytest.mark.parametrize("monitor_epochs", [1, 3])
+@pytest.mark.parametrize("head_epochs", [0, 2])
+@pytest.mark.parametrize(
+    ("opening", "saving", "monitoring"), [(0.0, 0.0, 0.0), (9.0, 0.0, 0.0), (0.0, 7.0, 0.0), (1.0, 2.0, 20.0)]
+)
+def test_so_many_epochs_end_within_the_minutes_and_one_more_would_not(
+    clock: Clock,
+    opening: float,
+    saving: float,
+    monitoring: float,
+    head_epochs: int,
+    monitor_epochs: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By one clock: first batches, steps of both kinds, checkpoints, live figures, and all of them in the trial."""
+
+    class SlowImages(Resident):
+        def batches(self, *given: Any, **named: Any) -> Iterator[Batch]:
+            clock.pass_by(opening)
+            yield from super().batches(*given, **named)
+
+    save = TrainingCheckpoint.save
+
+    def slow_save(checkpoint: TrainingCheckpoint, state: dict[str, Any]) -> None:
+        clock.pass_by(saving)
+        save(checkpoint, state)
+
+    monkeypatch.setattr(TrainingCheckpoint, "save", slow_save)
+
+    def trained(schedule: Schedule, folder: str) -> tuple[Training, float]:
+        began = clock.seconds
+        training = Training(clock)
+        watch = {"monitor": lambda _: clock.pass_by(monitoring) or {}, "monitor_epochs": monitor_epochs}
+        training.run(schedule, saved_in(tmp_path / folder), images=images(SlowImages), head_epochs=head_epochs, **watch)
+        return training, clock.seconds - began
+
+    minutes = 6.0
+    training, taken = trained(replace(SCHEDULE, minutes=minutes), "by minutes")
+    epochs = training.budget["epochs"]
+    _, longer = trained(replace(SCHEDULE, minutes=None, epochs=epochs + 1), "one more")
+    usable = 60 * minutes * 0.95
+    assert epochs > 2
+    assert taken <= usable
+    assert longer + training.budget["trial_seconds"] + saving > usable
+
+
+def test_what_takes_long_at_first_only_is_timed_again(clock: Clock) -> None:
+    """An import of 2 s in the first live figures is not counted for each of them."""
+    waiting = iter([2.0])
+    trained = Training(clock).run(monitor=lambda _: clock.pass_by(next(waiting, 0.0)) or {})
+    assert (trained.budget["trial_seconds"], trained.budget["epochs"]) == (16.0, 4)
+
+
+def test_live_figures_come_after_every_so_many_epochs_and_the_last(clock: Clock) -> None:
+    seen: list[int] = []
+
+    def monitor(epoch: int) -> dict[str, Any]:
+        seen.append(epoch)
+        return {"number": epoch}
+
+    trained = Training(clock).run(monitor=monitor, monitor_epochs=3)
+    assert seen == [0, 0, 3, 4]
+    assert [event["epoch"] for event in trained.events if event["event"] == "monitor"] == [3, 4]
+
+
+# --- the same bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_epochs", [0, 1])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+def test_the_bits_are_those_of_a_training_for_that_number_of_epochs(
+    optimizer: OptimizerName, head_epochs: int, clock: Clock, tmp_path: Path
+) -> None:
+    schedule = replace(SCHEDULE, optimizer=optimizer)
+    by_minutes = Training(clock).run(schedule, saved_in(tmp_path), head_epochs=head_epochs)
+    epochs = by_minutes.budget["epochs"]
+    given = Training(clock).run(replace(schedule, minutes=None, epochs=epochs), head_epochs=head_epochs)
+    assert by_minutes.outcome == given.outcome
+    assert len(by_minutes.outcome[1]) == epochs
+    assert not (tmp_path / "state.rehearsal.pt").exists()
+
+
+def test_a_module_is_put_back_as_it_was() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module[0].weight.requires_grad_(False)
+    before, places = bits(module), [tensor.data_ptr() for tensor in module.state_dict().values()]
+    with budget.put_back(module):
+        module.requires_grad_(True)
+        module(torch.ones(3, 2)).sum().backward()
+        with torch.no_grad():
+            module[0].weight.zero_()
+    assert bits(module) == before
+    assert [tensor.data_ptr() for tensor in module.state_dict().values()] == places
+    assert [parameter.requires_grad for parameter in module.parameters()] == [False, True, True, True]
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+EXECUTION = Execution()
+TWO = Schedule(None, 32, "sgd", 0.05, 0.9, 1e-3, 1.0, minutes=1.0)
+
+
+def classifier() -> Classifier:
+    encoder = SmallEncoder(width=4)
+    built = Classifier(Normalize([0.3], [0.38]), encoder, linear_head(encoder.features, 10))
+    seeded_init(built, stream(0, "weights"))
+    return built
+
+
+def digits() -> ImageSet:
+    return load_images("digits", "train")[slice(100)]
+
+
+def pretrained(method: Method, schedule: Schedule, clock: Clock) -> dict[str, bytes]:
+    own, usual = classifier(), Views(crop_scale=(0.5, 1.0), greyscale=0.0)
+
+    def views(x: Tensor, generator: torch.Generator) -> Tensor:
+        clock.pass_by(2.0)  # twice a step
+        return usual(x, generator)
+
+    pretrain(
+        Resident(digits().without_labels()),
+        own.encoder,
+        own.normalize,
+        method=method,
+        views=views,  # type: ignore[arg-type]
+        noise=NoiseSchedule("none", (0.0, 0.0), 0.0),
+        schedule=schedule,
+        projector_hidden=16,
+        projector_out=8,
+        seed=0,
+        execution=EXECUTION,
+    )
+    return bits(own)
+
+
+METHODS: dict[str, Method] = {
+    "simclr": SimCLR(),
+    "moco": MoCo(queue=64, key_momentum=0.5, shuffle_groups=2),
+    "acl": ACL(steps=1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_pre_training_by_minutes_has_the_bits_of_its_epochs(name: str, clock: Clock) -> None:
+    """28 of 57 s go into the trial; two epochs of three steps of 4 s fit into the others."""
+    by_minutes = pretrained(METHODS[name], TWO, clock)
+    assert by_minutes == pretrained(METHODS[name], replace(TWO, minutes=None, epochs=2), clock)
+    assert by_minutes != pretrained(METHODS[name], replace(TWO, minutes=None, epochs=3), clock)
+
+
+def finetuned(mode: FinetuneMode, schedule: Schedule, clock: Clock) -> dict[str, bytes]:
+    own = classifier()
+
+    def objective(given: Examples) -> Tensor:
+        clock.pass_by(2.0)
+        return gaussian(given.logits, given.x, given.y, given.noise, given.generator)
+
+    finetune(
+        digits(),
+        own,
+        objective=objective,
+        noise=Gaussian(0.25),
+        mode=mode,
+        head_epochs=1,
+        views=Views.weak(shift_pad=1, flip=0.0),
+        schedule=schedule,
+        seed=0,
+        execution=EXECUTION,
+    )
+    assert all(parameter.requires_grad for parameter in own.parameters())
+    return bits(own)
+
+
+@pytest.mark.parametrize(("mode", "epochs"), [("full", 7), ("linear", 7), ("linear-then-full", 4)])
+def test_a_fine_tuning_by_minutes_has_the_bits_of_its_epochs(mode: FinetuneMode, epochs: int, clock: Clock) -> None:
+    """A trial of seven steps of 2 s leaves 43 of 57 s for epochs of 6 s; both kinds of steps take a trial of two."""
+    by_minutes = finetuned(mode, TWO, clock)
+    assert by_minutes == finetuned(mode, replace(TWO, minutes=None, epochs=epochs), clock)
+    assert by_minutes != finetuned(mode, replace(TWO, minutes=None, epochs=epochs + 1), clock)
+
+
+# --- a number that stays ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [0, 2, 8, 19])
+def test_a_resumed_training_keeps_the_number_on_a_slower_machine(taken: int, clock: Clock, tmp_path: Path) -> None:
+    trial = 7
+    undisturbed = Training(clock).run()
+    broken = Training(clock, fail_at=trial + taken)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run(keeping=saved_in(tmp_path))
+    resumed = Training(clock, seconds=2000.0).run(keeping=saved_in(tmp_path))
+    kept = taken // PER_EPOCH * PER_EPOCH
+    assert resumed.steps == list(range(kept, 4 * PER_EPOCH))
+    assert resumed.outcome[0] == undisturbed.outcome[0]
+    assert [event["event"] for event in resumed.events] == ["epoch"] * (4 - kept // PER_EPOCH)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_training_killed_in_its_trial_tries_again(on_nonfinite: Any, clock: Clock, tmp_path: Path) -> None:
+    keeping = replace(saved_in(tmp_path), on_nonfinite=on_nonfinite)
+    with pytest.raises(KeyboardInterrupt):
+        Training(clock, fail_at=5).run(keeping=keeping)
+    assert not (tmp_path / "state.pt").exists()
+    resumed = Training(clock).run(keeping=keeping)
+    assert resumed.budget["epochs"] == 4
+    assert resumed.outcome == Training(clock).run().outcome
+
+
+def test_a_refusal_of_the_number_leaves_no_checkpoint(clock: Clock, tmp_path: Path) -> None:
+    told: list[budget.Budget] = []
+
+    def refuse(settled: budget.Budget) -> None:
+        told.append(settled)
+        raise ConfigError("no")
+
+    with pytest.raises(ConfigError, match="no"):
+        Training(clock).run(keeping=replace(saved_in(tmp_path), settled=refuse))
+    assert [settled.epochs for settled in told] == [4]
+    assert not (tmp_path / "state.pt").exists()
+
+
+# --- too little -------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_for_one_epoch_says_how_many_minutes_one_takes(clock: Clock) -> None:
+    """A trial of 14 s and an epoch of 10 s: 24 s / 0.95 = 0.4211 minutes, rounded up."""
+    with pytest.raises(
+        ConfigError,
+        match=r"^finetune\.minutes = 0\.4 is too little: one epoch takes 0\.167 minutes here \(5 steps of 2 s, and its "
+        r"end\) and the trial that showed it took 0\.233; give at least 0\.43 minutes$",
+    ):
+        Training(clock).run(replace(SCHEDULE, minutes=0.4, warmup_epochs=0))
+    assert Training(clock).run(replace(SCHEDULE, minutes=0.43, warmup_epochs=0)).budget["epochs"] == 1
+
+
+def test_a_trial_ends_early_where_not_one_epoch_of_its_steps_fits(clock: Clock) -> None:
+    training = Training(clock, seconds=60.0)
+    with pytest.raises(ConfigError, match=r"one epoch takes 5 minutes here \(5 steps of 60 s"):
+        training.run()
+    assert len(training.steps) == budget.WARMUP_STEPS
+
+
+@pytest.mark.parametrize(
+    ("schedule", "head_epochs", "told"),
+    [
+        (SCHEDULE, 9, r"finetune\.head_epochs = 9 needs at least 10 epochs, and 7 end within finetune\.minutes = 1 "),
+        (
+            replace(SCHEDULE, warmup_epochs=4),
+            0,
+            r"finetune\.warmup_epochs = 4 needs at least 5 epochs, and 4 end within finetune\.minutes = 1 here "
+            r"\(the first takes 0\.167 minutes\); lower finetune\.warmup_epochs, or give at least finetune\.minutes = ",
+        ),
+    ],
+)
+def test_fewer_epochs_than_a_field_needs_are_refused_with_the_minutes_that_would_do(
+    schedule: Schedule, head_epochs: int, told: str, clock: Clock
+) -> None:
+    with pytest.raises(ConfigError, match=told) as refused:
+        Training(clock).run(schedule, head_epochs=head_epochs)
+    enough = float(str(refused.value).rsplit("= ", 1)[1])
+    least = int(re.findall(r"at least (\d+) epochs", str(refused.value))[0])
+    trained = Training(clock).run(replace(schedule, minutes=enough), head_epochs=head_epochs)
+    assert trained.budget["epochs"] == least
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"epochs": 3}, "give epochs or minutes, exactly one; got epochs=3, minutes=1"),
+        ({"minutes": None}, "give epochs or minutes, exactly one; got epochs=None, minutes=None"),
+        ({"minutes": 0.0}, "minutes must be a number > 0, got 0"),
+        ({"minutes": float("nan")}, "minutes must be a number > 0, got nan"),
+        ({"minutes": float("inf")}, "minutes must be a number > 0, got inf"),
+    ],
+)
+def test_a_schedule_has_epochs_or_minutes(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        replace(SCHEDULE, **given)
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def lengths(recipe: Recipe) -> tuple[int | None, float | None]:
+    return recipe.pretrain.epochs, recipe.pretrain.minutes
+
+
+def test_an_override_of_one_replaces_the_other(tmp_path: Path) -> None:
+    assert lengths(tiny(tmp_path)) == (2, None)
+    assert lengths(tiny(tmp_path, "pretrain.minutes=4")) == (None, 4.0)
+    assert lengths(load_recipe("cifar10", ["pretrain.minutes=4"])) == (None, 4.0)
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "tiny.toml"\nname = "mine"\n[pretrain]\nminutes = 3\n')
+    assert lengths(load_recipe(str(file))) == (None, 3.0)
+    assert lengths(load_recipe(str(file), ["pretrain.epochs=0"])) == (0, None)
+    assert load_recipe(str(file)).finetune.epochs == 2
+    above = tmp_path / "above.toml"
+    above.write_text('base = "mine.toml"\nname = "above"\n[pretrain]\nepochs = 5\n')
+    assert lengths(load_recipe(str(above))) == (5, None)
+
+
+def test_both_at_once_neither_and_no_minutes_are_refused(tmp_path: Path) -> None:
+    both = r"pretrain: give epochs or minutes, not both \(given: 2 and 4\)"
+    with pytest.raises(ConfigError, match=both):
+        tiny(tmp_path, "pretrain.minutes=4", "pretrain.epochs=2")
+    with pytest.raises(ConfigError, match=both):
+        tiny(tmp_path, "pretrain.epochs=2", "pretrain.minutes=4")
+    file = tmp_path / "two.toml"
+    file.write_text(TINY.replace("epochs = 2", "epochs = 2\nminutes = 4"))
+    with pytest.raises(ConfigError, match=f"{both}.*finetune: give"):
+        load_recipe(str(file))
+    file.write_text(TINY.replace("epochs = 2\n", "", 1))
+    with pytest.raises(ConfigError, match=r"pretrain: give epochs, or minutes$"):
+        load_recipe(str(file))
+    for minutes in ("0", "-1", "inf"):
+        with pytest.raises(ConfigError, match=rf"finetune\.minutes: .*\(given: {minutes}"):
+            tiny(tmp_path, f"finetune.minutes={minutes}")
+    with pytest.raises(ConfigError, match=r"finetune\.epochs"):
+        tiny(tmp_path, "finetune.epochs=0")
+
+
+def test_head_epochs_are_held_against_epochs_alone(tmp_path: Path) -> None:
+    late = ("finetune.head_epochs=2", 'finetune.mode="linear-then-full"')
+    with pytest.raises(ConfigError, match="head_epochs = 2 must be fewer than epochs = 2"):
+        tiny(tmp_path, *late)
+    assert tiny(tmp_path, *late, "finetune.minutes=1").finetune.head_epochs == 2
+
+
+# --- run folders ------------------------------------------------------------------------------------------------------
+
+
+class Ticking(Clock):
+    """A clock that is a little later every time it is looked at, so that a trial says the same on every machine."""
+
+    def __init__(self, tick: float) -> None:
+        super().__init__()
+        self.tick = tick
+
+    def __call__(self, _device: str) -> float:
+        self.seconds += self.tick
+        return self.seconds
+
+
+def tick(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(budget, "clock", Ticking(seconds))
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, call: Call, epoch: int, *arguments: object) -> None:
+    """Call ``rush`` and break it off when ``epoch`` is about to be kept."""
+    finish = loop._Run._finish_epoch
+
+    def interrupted(run: Any, number: int) -> None:
+        if number == epoch:
+            raise RunError("killed")
+        finish(run, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "_finish_epoch", interrupted)
+        assert "killed" in refusal(call(*arguments))
+
+
+EPOCHS = 3
+
+
+def written(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "recipe.json").read_text())
+    return content
+
+
+def test_the_same_command_resumes_with_the_number_and_other_minutes_are_refused(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = write_tiny(tmp_path), tmp_path / "run"
+    command = ("pretrain", recipe, "--out", run, "--set", "pretrain.minutes=0.7")
+    tick(monkeypatch, 1.0)
+    killed_after(monkeypatch, call, 2, *command)
+    assert (written(run)["pretrain"]["epochs"], written(run)["pretrain"]["minutes"]) == (EPOCHS, None)
+    record = json.loads((run / "provenance.json").read_text())["budgets"]
+    assert (list(record), record["pretrain"]["minutes"], record["pretrain"]["epochs"]) == (["pretrain"], 0.7, EPOCHS)
+    told = refusal(call(*command[:-1], "pretrain.minutes=0.6"))
+    assert "was begun with pretrain.minutes = 0.7, which gave 3 epochs, and not with 0.6" in told
+    assert "other values of pretrain.epochs" in refusal(call("pretrain", recipe, "--out", run))
+    tick(monkeypatch, 1000.0)
+    killed_after(monkeypatch, call, 3, *command)
+    done = call("pretrain", run)
+    assert done.returncode == 0, done.stderr
+    assert "finished before, kept" in call(*command).stderr
+    assert "finished before, kept" in call(*command[:-1], f"pretrain.epochs={EPOCHS}").stderr
+    log = RunFolder.open(run)
+    assert [event["epochs"] for event in log.events("budget", "pretrain")] == [EPOCHS]
+    assert log.require("pretrain")["epochs"] == EPOCHS
+    assert json.loads((run / "provenance.json").read_text())["budgets"] == record
+    shown = call("info", run).stdout
+    assert "finished, 3 epochs for 0.7 minutes" in shown
+
+
+def test_a_recipe_that_a_run_leaves_repeats_it(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tick(monkeypatch, 1.0)
+    recipe = write_tiny(tmp_path)
+    minutes = ("--set", "pretrain.minutes=0.7", "--set", "finetune.minutes=0.7")
+    assert call("pretrain", recipe, "--out", tmp_path / "run", *minutes).returncode == 0
+    assert call("finetune", tmp_path / "run").returncode == 0
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "recipe.json").write_bytes((tmp_path / "run/recipe.json").read_bytes())
+    for command in ("pretrain", "finetune"):
+        assert call(command, again).returncode == 0
+    assert results_of_training(again) == results_of_training(tmp_path / "run")
+    assert "budgets" not in json.loads((again / "provenance.json").read_text())
+    other = json.loads((tmp_path / "run/provenance.json").read_text())["budgets"]
+    assert {stage: own["epochs"] for stage, own in other.items()} == {"pretrain": EPOCHS, "finetune": EPOCHS}
+
+
+def test_a_branch_has_a_budget_of_its_own(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tick(monkeypatch, 1.0)
+    recipe, run, other = write_tiny(tmp_path), tmp_path / "run", tmp_path / "other"
+    pretraining = ("--set", "pretrain.minutes=0.7")
+    assert call("pretrain", recipe, "--out", run, *pretraining, "--set", "finetune.minutes=0.7").returncode == 0
+    assert call("finetune", run).returncode == 0
+    branch = ("finetune", run, "--out", other, *pretraining, "--set", "finetune.minutes=0.9")
+    killed_after(monkeypatch, call, 2, *branch)
+    tick(monkeypatch, 1000.0)
+    done = call(*branch)
+    assert done.returncode == 0, done.stderr
+    assert "begun with finetune.minutes = 0.9" in refusal(call(*branch[:-1], "finetune.minutes=0.7"))
+    budgets = json.loads((other / "provenance.json").read_text())["budgets"]
+    record = {stage: own["epochs"] for stage, own in budgets.items()}
+    assert record["pretrain"] == EPOCHS < record["finetune"]
+    assert RunFolder.open(other).require("finetune")["epochs"] == record["finetune"]
+
+
+def test_a_branch_of_a_run_that_was_fine_tuned_by_minutes_begins_without_them(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", tiny(tmp_path, "finetune.minutes=4"))
+    run.record_provenance({"device": "cpu"}, {"test": {"fingerprint": "bb"}})
+    run.finish("pretrain", seconds=1.0)
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints/encoder.safetensors").write_bytes(b"weights")
+    run.settle("finetune", {"minutes": 4.0, "epochs": 9})
+    other = run.branch(tmp_path / "other", tiny(tmp_path, "finetune.minutes=4", "finetune.label_fraction=0.1"))
+    assert (other.budget("finetune"), other.recipe.finetune.minutes) == (None, 4.0)
+    kept = json.loads((other.path / "provenance.json").read_text())
+    assert kept == {
+        key: value for key, value in json.loads((run.path / "provenance.json").read_text()).items() if key != "budgets"
+    }
+
+
+def settled(folder: Path, *overrides: str, minutes: float = 4.0, epochs: int = 9) -> RunFolder:
+    run = RunFolder.create(folder / "run", tiny(folder, f"pretrain.minutes={minutes}", *overrides))
+    run.record_provenance({"device": "cpu"}, {"test": {"fingerprint": "bb"}})
+    run.settle("pretrain", {"minutes": minutes, "epochs": epochs})
+    return run
+
+
+def test_a_kill_between_the_two_records_loses_nothing(tmp_path: Path) -> None:
+    run = settled(tmp_path)
+    (run.path / "recipe.json").write_text(tiny(tmp_path, "pretrain.minutes=4").to_json())
+    assert lengths(RunFolder.open(run.path).recipe) == (9, None)
+    assert lengths(RunFolder.create(run.path, tiny(tmp_path, "pretrain.minutes=4")).recipe) == (9, None)
+    assert written(run.path)["pretrain"]["epochs"] == 9
+
+
+def test_a_stage_with_a_number_of_epochs_has_begun(tmp_path: Path) -> None:
+    """Nothing that the number depends on may change behind it."""
+    settled(tmp_path)
+    with pytest.raises(RunError, match=r"already holds stage pretrain made with other values of pretrain\.batch_size"):
+        RunFolder.create(tmp_path / "run", tiny(tmp_path, "pretrain.minutes=4", "pretrain.batch_size=64"))
+
+
+def test_the_fingerprint_of_a_checkpoint_stays_when_the_number_is_known(tmp_path: Path) -> None:
+    before = RunFolder.create(tmp_path / "run", tiny(tmp_path, "pretrain.minutes=4"))
+    known = before.fingerprint("pretrain")
+    run = settled(tmp_path)
+    assert run.fingerprint("pretrain") == RunFolder.open(run.path).fingerprint("pretrain") == known
+    assert run.fingerprint("finetune") == RunFolder(tmp_path / "none", tiny(tmp_path, "pretrain.epochs=9")).fingerprint(
+        "finetune"
+    )
+    assert '"minutes"' not in run.fingerprint("finetune")
+
+
+def test_a_record_of_images_keeps_the_budgets(tmp_path: Path) -> None:
+    run = settled(tmp_path)
+    run.record_provenance({"device": "cpu"}, {"train": {"fingerprint": "aa"}})
+    assert run.budget("pretrain") == {"minutes": 4.0, "epochs": 9}
+
+
+@pytest.mark.parametrize("damaged", ["[]", '{"pretrain": 3}', '{"pretrain": {"minutes": 4.0, "epochs": "many"}}'])
+def test_damaged_budgets_are_refused_by_the_name_of_their_file(damaged: str, tmp_path: Path) -> None:
+    run = settled(tmp_path)
+    (run.path / "provenance.json").write_text(f'{{"budgets": {damaged}}}')
+    with pytest.raises(RunError, match=r"provenance\.json: its budgets are damaged"):
+        RunFolder.create(run.path, tiny(tmp_path, "pretrain.minutes=4"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "field"),
+    [
+        (
+            "pretrain",
+            ('pretrain.noise.views="both"', "pretrain.noise.ramp_epochs=20"),
+            "pretrain.noise.ramp_epochs = 20",
+        ),
+        ("finetune", ('finetune.objective="smoothadv"',), "finetune.smoothadv.warmup_epochs = 10"),
+    ],
+)
+def test_a_ramp_of_more_epochs_than_fit_is_refused_before_anything_is_recorded(
+    stage: str, overrides: tuple[str, ...], field: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick(monkeypatch, 1.0)
+    recipe, run = write_tiny(tmp_path), tmp_path / "run"
+    given = [word for override in (f"{stage}.minutes=0.5", *overrides) for word in ("--set", override)]
+    if stage == "finetune":
+        assert call("pretrain", recipe, "--out", run, "--set", "pretrain.epochs=0").returncode == 0
+        recipe = run
+    told = refusal(call(stage, recipe, *(("--out", run) if stage == "pretrain" else ()), *given))
+    assert f"{field} needs at least" in told
+    assert "budgets" not in json.loads((run / "provenance.json").read_text())
+    assert not (run / f"checkpoints/{stage}.pt").exists()
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+def logged(seconds: float) -> Callable[..., None]:
+    """A training that does nothing but log a warm-up and a measured epoch of so many seconds."""
+
+    def trained(*_: object, log: Callable[..., None], **__: object) -> None:
+        for taken in (900.0, seconds):
+            log("epoch", seconds=taken, passes=64, forward_passes=0, peak_memory=None, joules=None)
+
+    return trained
+
+
+def test_the_cost_of_minutes_is_the_epochs_whose_steps_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second a step, ten steps an epoch: eleven epochs in 57 s."""
+    monkeypatch.setattr(costing, "pretrain_by", logged(2.0))
+    monkeypatch.setattr(costing, "finetune_by", logged(2.0))
+    pretraining, finetuning = cost_of(tiny(tmp_path, "pretrain.minutes=1"), steps=4).stages
+    assert (pretraining.epochs, pretraining.steps, pretraining.seconds) == (11, 110, 55.0)
+    assert (finetuning.epochs, finetuning.steps) == (2, 20)
+    with pytest.raises(ConfigError, match=r"pretrain\.minutes = 0\.05 is too little: one epoch takes 0\.0833 minutes"):
+        cost_of(tiny(tmp_path, "pretrain.minutes=0.05"), steps=4)
+    with pytest.raises(ConfigError, match=r"pretrain\.warmup_epochs = 20 needs at least 21 epochs, and 11 end within"):
+        cost_of(tiny(tmp_path, "pretrain.minutes=1", "pretrain.warmup_epochs=20"), steps=4)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def trained_on_ranks(folder: str) -> dict[str, Any]:
+    """Process 1 is slower than process 0, which alone saves and measures."""
+    clock = Clock()
+    budget.clock = clock
+    training = Training(clock, seconds=1.0 + rank())
+    training.run(keeping=saved_in(Path(folder)), monitor=lambda _: clock.pass_by(3.0) or {})
+    return {
+        "epochs": training.budget["epochs"],
+        "steps": training.steps,
+        "weights": {name: own.detach() for name, own in training.module.named_parameters()},
+    }
+
+
+def test_several_processes_agree_on_the_number_of_the_slowest(processes: ForkServerContext, tmp_path: Path) -> None:
+    """Steps of 2 s, and 3 s for the live figures after each epoch: 14 + 3 s of trial, then 13 s an epoch."""
+    first, second = on_ranks(processes, partial(trained_on_ranks, str(tmp_path)), 2, tmp_path)
+    assert first["epochs"] == second["epochs"] == 3
+    assert first["steps"] == second["steps"]
+    assert all(torch.equal(first["weights"][name], own) for name, own in second["weights"].items())
