@@ -22,8 +22,8 @@ test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-lint
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 
 clean:
