@@ -22,7 +22,7 @@ from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import rank, world_size
 from rush.engine.loop import Keeping, Schedule, train
 from rush.engine.meter import Meter
-from rush.errors import CheckpointError, ConfigError, Interrupted, RushError
+from rush.errors import CheckpointError, ConfigError, DeviceMemoryError, Interrupted, RushError
 from rush.randomness import seeded_init, stream
 
 SCHEDULE = Schedule(
@@ -234,6 +234,41 @@ def test_twenty_kills_at_random_moments_leave_the_final_bits_unchanged(undisturb
     assert not [
         path for path in tmp_path.iterdir() if path.name not in ("state.pt", "state.previous.pt", ".state.pt.partial")
     ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little. More advice."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_step_without_memory_names_what_to_lower_and_loses_nothing(
+    error: Exception, undisturbed: Training, tmp_path: Path
+) -> None:
+    def short(step: int, loss: Tensor) -> Tensor:
+        if step == 8:
+            raise error
+        return loss
+
+    with pytest.raises(DeviceMemoryError) as told:
+        Training(kept(tmp_path, ALWAYS), short).run()
+    said = str(told.value)
+    assert said.startswith("pretrain, step 9: there is not enough memory (")
+    assert "Lower pretrain.batch_size or, with the objective simclr, set pretrain.micro_batch" in said
+    assert str(error).split(". ")[0] in said
+    assert "advice" not in said
+    resumed = Training(kept(tmp_path, ALWAYS)).run()
+    assert resumed.steps == list(range(8, STEPS))
+    assert resumed.bits == undisturbed.bits
+
+
+def test_other_errors_of_a_step_stay_what_they_are(tmp_path: Path) -> None:
+    def wrong(step: int, _: Tensor) -> Tensor:
+        raise RuntimeError(f"shapes do not fit in step {step}")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit in step 0"):
+        Training(kept(tmp_path, ALWAYS), wrong).run()
 
 
 def spoiling(bad: float, *numbers: int, gradient: bool = False) -> Callable[[int, Tensor], Tensor]:

@@ -16,6 +16,7 @@ from rush.engine.distributed import average_gradients, barrier, broadcast_module
 from rush.engine.ema import WeightAverage
 from rush.engine.interruption import StopRequest, stop_requests
 from rush.engine.losses import Losses
+from rush.engine.memory import memory_for
 from rush.engine.meter import Cost, Meter, peak_memory
 from rush.engine.modes import evaluation_mode
 from rush.engine.optim import build_optimizer, cosine_factor
@@ -164,7 +165,8 @@ class _Run:
         order = stream(self.seed, self.name, "order", epoch)
         stopping = None
         for batch in self.images.batches(order, self.schedule.batch_size, first):
-            stopping = None if self.number in self.skipped else self._one_step(batch, stop)
+            with memory_for(f"{self.name}, step {self.number + 1:,}", _memory_fields(self.name)):
+                stopping = None if self.number in self.skipped else self._one_step(batch, stop)
             self.number += 1
             advance(self.schedule.batch_size)
             if self.number % self.per_epoch == 0:
@@ -332,6 +334,12 @@ class _Run:
         self.losses.replace(state["losses"].to(self.device))
         self.meter.cost, self.epoch_began = Cost(**state["cost"]), Cost(**state["epoch_began"])
         self.skipped = set(state["skipped"])
+
+
+def _memory_fields(name: str) -> str:
+    """What to lower where a training step does not fit into memory."""
+    cached = " or, with the objective simclr, set pretrain.micro_batch to a part of it" if name == "pretrain" else ""
+    return f"{name}.batch_size{cached}"
 
 
 def _process_name() -> tuple[int, ...]:
