@@ -14,9 +14,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from commands import Call, refusal
@@ -25,7 +27,7 @@ from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.runs import RunFolder
 from rush.loading import load
 from rush.options import STAGES
-from tiny import results, write_tiny
+from tiny import results, without_time, write_tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "xterm"}
 
@@ -120,6 +122,48 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("rush.config.recipe_names", fail)
     monkeypatch.delenv("RUSH_TRACEBACK", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"),
+    [("certify", "rush.stages.certifying.certify_each"), ("attack", "rush.evaluation.attacking.pgd")],
+)
+def test_a_stage_without_memory_names_the_tile_and_resumes_to_the_same_result(
+    stage: str, place: str, tiny_run: Path, call: Call, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    for left in ("certificates.tsv", "stages/certify.json", "attacks.tsv", "stages/attack.json", "audit.json"):
+        (run / left).unlink()
+    shutil.rmtree(run / "attacks")
+    if stage == "attack":
+        assert call("certify", run).returncode == 0
+
+    def short(*_: object, **__: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little. More advice.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, short)
+        told = refusal(call(stage, run))
+    assert told.startswith(
+        f"rush: {stage}: there is not enough memory (OutOfMemoryError: CUDA out of memory. Tried to "
+    )
+    assert "Lower execution.tile" in told
+    assert "the same command then resumes" in told
+    assert call(stage, run).returncode == 0
+    names = ("certificates.tsv",) if stage == "certify" else ("certificates.tsv", "attacks.tsv")
+    for name in names:
+        assert without_time((run / name).read_text()) == without_time((tiny_run / name).read_text())
+
+
+def test_a_prediction_without_memory_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def short(*_: object, **__: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little.")
+
+    monkeypatch.setattr("rush.prediction.predict_files", short)
+    told = refusal(call("predict", tmp_path, tmp_path / "image.png"))
+    assert "not enough memory (OutOfMemoryError: CUDA out of memory" in told
+    assert "Lower execution.tile" in told
 
 
 @pytest.mark.usefixtures("broken")

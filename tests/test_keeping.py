@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ranks import on_ranks
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
 from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.distributed import rank, world_size
 from rush.engine.loop import Keeping, Schedule, train
 from rush.engine.meter import Meter
-from rush.errors import CheckpointError, ConfigError, Interrupted, RushError
+from rush.errors import CheckpointError, ConfigError, DeviceMemoryError, Interrupted, RushError
 from rush.randomness import seeded_init, stream
 
 SCHEDULE = Schedule(
@@ -36,10 +39,11 @@ STEPS = 15  # 43 images: five whole batches an epoch
 NEVER, ALWAYS = 1e9, 0.0
 
 
-def images() -> Resident:
-    pixels = torch.randint(0, 256, (43, 1, 2, 3), generator=stream(0, "pixels")).to(torch.uint8)
-    labels = torch.randint(0, 3, (43,), generator=stream(0, "labels"))
-    return Resident(ImageSet(pixels, labels, ("a", "b", "c"), np.arange(43).astype(str), "random", "train"))
+def images(count: int = 43) -> Resident:
+    pixels = torch.randint(0, 256, (count, 1, 2, 3), generator=stream(0, "pixels")).to(torch.uint8)
+    labels = torch.randint(0, 3, (count,), generator=stream(0, "labels"))
+    names = np.arange(count).astype(str)
+    return Resident(ImageSet(pixels, labels, ("a", "b", "c"), names, "random", "train"), "cpu", rank(), world_size())
 
 
 def network() -> nn.Module:
@@ -52,14 +56,19 @@ class Training:
     """A small noisy training that can be disturbed at any step; ``steps`` are the numbers of those that it took."""
 
     def __init__(
-        self, keeping: Keeping, disturb: Callable[[int, Tensor], Tensor] | None = None, seconds: float = 0.0
+        self,
+        keeping: Keeping,
+        disturb: Callable[[int, Tensor], Tensor] | None = None,
+        seconds: float = 0.0,
+        per_epoch: int = 5,
     ) -> None:
         self.module, self.keeping, self.disturb, self.seconds = network(), keeping, disturb, seconds
+        self.per_epoch = per_epoch
         self.steps: list[int] = []
         self.events: list[dict[str, Any]] = []
 
     def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
-        self.steps.append(round(epoch * 5))
+        self.steps.append(round(epoch * self.per_epoch))
         time.sleep(self.seconds)
         assert batch.labels is not None
         x = batch.images.flatten(1) / 255
@@ -78,7 +87,7 @@ class Training:
             self.module,
             self.step,
             name="pretrain",
-            images=images(),
+            images=images(8 * self.per_epoch + 3),
             schedule=SCHEDULE,
             seed=0,
             meter=Meter(self.module),
@@ -86,6 +95,13 @@ class Training:
             log=self.log,
         )
         return self
+
+    def checkpointed(self) -> int:
+        """Number of steps in the checkpoint."""
+        assert self.keeping.checkpoint is not None
+        state = self.keeping.checkpoint.load()
+        assert state is not None
+        return int(state["number"])
 
     @property
     def bits(self) -> dict[str, bytes]:
@@ -220,6 +236,41 @@ def test_twenty_kills_at_random_moments_leave_the_final_bits_unchanged(undisturb
     ]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little. More advice."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_step_without_memory_names_what_to_lower_and_loses_nothing(
+    error: Exception, undisturbed: Training, tmp_path: Path
+) -> None:
+    def short(step: int, loss: Tensor) -> Tensor:
+        if step == 8:
+            raise error
+        return loss
+
+    with pytest.raises(DeviceMemoryError) as told:
+        Training(kept(tmp_path, ALWAYS), short).run()
+    said = str(told.value)
+    assert said.startswith("pretrain, step 9: there is not enough memory (")
+    assert "Lower pretrain.batch_size or, with the objective simclr, set pretrain.micro_batch" in said
+    assert str(error).split(". ")[0] in said
+    assert "advice" not in said
+    resumed = Training(kept(tmp_path, ALWAYS)).run()
+    assert resumed.steps == list(range(8, STEPS))
+    assert resumed.bits == undisturbed.bits
+
+
+def test_other_errors_of_a_step_stay_what_they_are(tmp_path: Path) -> None:
+    def wrong(step: int, _: Tensor) -> Tensor:
+        raise RuntimeError(f"shapes do not fit in step {step}")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit in step 0"):
+        Training(kept(tmp_path, ALWAYS), wrong).run()
+
+
 def spoiling(bad: float, *numbers: int, gradient: bool = False) -> Callable[[int, Tensor], Tensor]:
     """Loss, or gradient alone, that is not finite at these steps."""
 
@@ -247,6 +298,58 @@ def test_what_is_not_finite_stops_the_training_and_keeps_the_last_good_checkpoin
     resumed = Training(kept(tmp_path, ALWAYS)).run()
     assert resumed.steps == list(range(8, STEPS))
     assert resumed.bits == undisturbed.bits
+
+
+def test_a_long_epoch_is_looked_at_on_the_way_and_no_checkpoint_holds_what_was_not_found_finite(
+    tmp_path: Path,
+) -> None:
+    """Step 40 is seen at step 96: losses are sent to the host every 32 steps and read 32 steps later."""
+    broken = Training(kept(tmp_path, ALWAYS), spoiling(float("nan"), 40), per_epoch=200)
+    with pytest.raises(RushError, match="not finite from batch 40 of epoch 1 on"):
+        broken.run()
+    assert broken.steps == list(range(96))
+    assert broken.checkpointed() == 40
+    resumed = Training(kept(tmp_path, ALWAYS), per_epoch=200).run()
+    assert resumed.steps == list(range(40, 600))
+    assert resumed.bits == Training(Keeping(), per_epoch=200).run().bits
+
+
+def test_what_was_seen_late_is_named_right_behind_batches_that_were_skipped(tmp_path: Path) -> None:
+    faulty = Training(kept(tmp_path, on_nonfinite="skip"), spoiling(float("inf"), 3, 50), per_epoch=200).run()
+    assert [own["batch"] for own in faulty.events if own["event"] == "skipped"] == [3, 50]
+    # seen at step 64 and, without step 3, at step 96
+    assert faulty.steps[:159] == [*range(64), *range(3), *range(4, 96)]
+
+
+def test_a_stop_behind_a_step_that_was_not_finite_keeps_the_checkpoint_before_it(tmp_path: Path) -> None:
+    def ask(step: int, loss: Tensor) -> Tensor:
+        if step == 42:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return spoiling(float("nan"), 40)(step, loss)
+
+    broken = Training(kept(tmp_path, ALWAYS), ask, per_epoch=200)
+    with pytest.raises(RushError, match="not finite from batch 40 of epoch 1 on"):
+        broken.run()
+    assert broken.steps == list(range(43))
+    assert broken.checkpointed() == 40
+
+
+def stopped_in_one_process() -> list[int]:
+    """A training whose second process is asked to stop in step 40; the steps that this process took."""
+
+    def ask(step: int, loss: Tensor) -> Tensor:
+        if step == 40 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    training = Training(Keeping(), ask, per_epoch=200)
+    with pytest.raises(Interrupted, match="after 96 of 600 steps"):
+        training.run()
+    return training.steps
+
+
+def test_all_processes_stop_after_the_same_step(processes: ForkServerContext, tmp_path: Path) -> None:
+    assert on_ranks(processes, stopped_in_one_process, 2, tmp_path) == [list(range(96))] * 2
 
 
 def test_batches_that_are_not_finite_are_skipped_on_wish(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The one forward: a sample's logits depend on neither its row nor its neighbours, in any precision."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from exact_models import Recorder
-from rush.engine.precision import Execution, check_eval_mode, decide_execution
+from rush.engine.precision import Execution, check_eval_mode, decide_execution, foreign_call, without_tf32
 from rush.errors import ConfigError, ModelError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
@@ -119,6 +122,64 @@ def test_what_is_asked_for_is_decided_and_recorded() -> None:
         "threads": torch.get_num_threads(),
     }
     assert decide_execution("cpu", "float32").precision == "float32"
+
+
+@pytest.fixture
+def kernel_flags() -> Iterator[Callable[[], dict[str, object]]]:
+    """What torch's flags for CUDA kernels are, which can be set without a device; put back afterwards."""
+
+    def flags() -> dict[str, object]:
+        cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+        return {
+            "deterministic": cudnn.deterministic,
+            "benchmark": cudnn.benchmark,
+            "tf32": (products.allow_tf32, cudnn.allow_tf32),
+        }
+
+    before = flags()
+    yield flags
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before["deterministic"], before["benchmark"]
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before["tf32"]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("bfloat16", True)])
+def test_kernels_are_chosen_by_the_execution_on_cuda_alone(
+    deterministic: bool, precision: Precision, tf32: bool, kernel_flags: Callable[[], dict[str, object]]
+) -> None:
+    before = kernel_flags()
+    Execution("cpu", precision, deterministic=deterministic).configure()
+    assert kernel_flags() == before
+    execution = Execution("cuda:0", precision, deterministic=deterministic)
+    assert execution.configure() is execution
+    expected = {"deterministic": deterministic, "benchmark": not deterministic, "tf32": (tf32, tf32)}
+    assert kernel_flags() == expected
+    with without_tf32("cuda"):
+        assert kernel_flags() == {**expected, "tf32": (False, False)}
+    assert kernel_flags() == expected
+
+
+def test_an_execution_of_fastest_kernels_is_another_one_and_others_keep_the_text_that_fingerprints_are_made_of() -> (
+    None
+):
+    usual = Execution(tile=100, threads=1)
+    assert repr(usual) == (
+        "Execution(device='cpu', precision='float32', channels_last=False, tile=100, threads=1, folded=False, "
+        "compile_mode='none')"
+    )
+    assert repr(replace(usual, deterministic=False)) == f"{repr(usual)[:-1]}, deterministic=False)"
+    assert usual.as_dict()["deterministic"] is True
+    assert decide_execution("cpu", deterministic=False).as_dict()["deterministic"] is False
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")],
+)
+def test_a_network_that_finds_no_memory_is_not_blamed(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, foreign_call(torch.zeros(1, 1, 2, 2)):
+        raise error
+    assert raised.value is error
 
 
 def test_a_layer_in_training_mode_is_named() -> None:

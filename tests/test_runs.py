@@ -55,6 +55,7 @@ FIELDS: list[tuple[str, Stage]] = [
     ("data.name=cifar10", "pretrain"),
     ("model.width=8", "pretrain"),
     ("execution.tile=10", "pretrain"),
+    ("execution.deterministic=false", "pretrain"),
     ("pretrain.epochs=3", "pretrain"),
     ("pretrain.views.flip=0.5", "pretrain"),
     ("smoothing.sigma=0.5", "finetune"),
@@ -82,6 +83,24 @@ def test_a_field_may_change_until_the_stage_it_decides_has_begun(
     ):
         RunFolder.create(run.path, changed)
     assert files(run.path) == before
+
+
+def test_deterministic_execution_is_what_runs_from_before_the_field_had(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "usual", tiny(tmp_path))
+    assert "deterministic" not in run.fingerprint("pretrain")
+    assert '"deterministic": false' in run_of_fastest(tmp_path).fingerprint("pretrain")
+
+
+def test_a_run_of_the_fastest_kernels_does_not_become_a_deterministic_one(tmp_path: Path) -> None:
+    run = run_of_fastest(tmp_path)
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints/pretrain.pt").write_bytes(b"")
+    with pytest.raises(RunError, match=r"other values of execution\.deterministic"):
+        RunFolder.create(run.path, tiny(tmp_path))
+
+
+def run_of_fastest(folder: Path) -> RunFolder:
+    return RunFolder.create(folder / "fastest", tiny(folder, "execution.deterministic=false"))
 
 
 def test_all_differing_fields_are_named(tmp_path: Path) -> None:

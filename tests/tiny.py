@@ -81,7 +81,7 @@ def results(folder: Path) -> dict[str, object]:
     """Everything of a run that depends on nothing but recipe and machine: weights, votes, points; no times."""
     found = results_of_training(folder)
     for name in ("certificates.tsv", "attacks.tsv"):
-        found[name] = _without_time((folder / name).read_text())
+        found[name] = without_time((folder / name).read_text())
     found["audit.json"] = (folder / "audit.json").read_text()
     for file in sorted((folder / "attacks").glob("*.npz")):
         with np.load(file) as stored:
@@ -100,7 +100,7 @@ def results_of_training(folder: Path) -> dict[str, object]:
     }
 
 
-def _without_time(table: str) -> list[list[str]]:
+def without_time(table: str) -> list[list[str]]:
     lines = [line.split("\t") for line in table.splitlines()]
     time = lines[0].index("time")
     return [line[:time] + line[time + 1 :] for line in lines]

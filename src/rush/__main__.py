@@ -32,7 +32,7 @@ def main() -> None:
         _say("stopped; the same command goes on from here", wanted)
         sys.exit(130)
     except Exception as error:
-        _say(_unexpected(error, wanted), wanted)
+        _say(_memory_said(error) or _unexpected(error, wanted), wanted)
         sys.exit(1)
 
 
@@ -73,6 +73,15 @@ def _show_own_warnings_in_one_line() -> None:
             shown(message, category, *place, **where)
 
     warnings.showwarning = show
+
+
+def _memory_said(error: Exception) -> str | None:
+    """What to say of a device that is out of memory; None of any other error."""
+    if "torch" not in sys.modules:
+        return None
+    from rush.engine.memory import JUDGED, is_out_of_memory, memory_error
+
+    return str(memory_error("stopped", JUDGED, error)) if is_out_of_memory(error) else None
 
 
 def _unexpected(error: Exception, traceback_shown: bool) -> str:

@@ -142,6 +142,8 @@ class ExecutionConfig(Section):
     compile: torch.compile for these samples; ``auto`` tries it where there is much to certify, and keeps it where it
     pays. compile_training: of the networks in training. checkpoint_minutes: a training is kept so often, beside the end
     of every epoch. on_nonfinite: what a loss or gradient that is not finite does: "stop", or "skip" its batch.
+    deterministic: on CUDA, algorithms that give the same bits every time; false allows the fastest, and two runs of one
+    seed may then differ in their last bits.
     """
 
     device: str = "auto"
@@ -151,6 +153,7 @@ class ExecutionConfig(Section):
     compile_training: TrainingCompile = "none"
     checkpoint_minutes: Positive = 10.0
     on_nonfinite: OnNonfinite = "stop"
+    deterministic: bool = True
 
 
 class ViewsConfig(Section):

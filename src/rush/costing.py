@@ -159,7 +159,8 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
     wanted = recipe.execution
-    trial = _Trial(recipe, data_size(recipe), decide_execution(wanted.device, wanted.precision, wanted.tile), steps)
+    execution = decide_execution(wanted.device, wanted.precision, wanted.tile, wanted.deterministic)
+    trial = _Trial(recipe, data_size(recipe), execution.configure(), steps)
     stages = [trial.pretrain()] if recipe.pretrain.epochs != 0 else []
     model = recipe.model
     return RecipeCost(

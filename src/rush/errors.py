@@ -48,6 +48,10 @@ class Interrupted(RushError):
         self.status = status
 
 
+class DeviceMemoryError(RushError, MemoryError):
+    """The device has not enough memory; the text names the field of the recipe to lower."""
+
+
 class SandwichError(RushError):
     """Attacks broke more certified images than the stated levels allow: the certificate or the attack is wrong."""
 

@@ -4,6 +4,7 @@ own part."""
 from contextlib import nullcontext
 
 from rush.engine.distributed import rank, world_size
+from rush.engine.memory import JUDGED, memory_for
 from rush.engine.runs import RunFolder
 from rush.errors import RunError
 from rush.options import Stage
@@ -18,7 +19,8 @@ __all__ = ["check_run", "run_stage"]
 def run_stage(run: RunFolder, stage: Stage) -> None:
     """Run one stage by its name; a finished one is kept as it is.
 
-    Raises: RunError where another process is at work, or where several processes would do a stage that knows one.
+    Raises: RunError where another process is at work, or where several processes would do a stage that knows one;
+    DeviceMemoryError naming what to lower where memory is short.
     """
     stages = {
         "pretrain": run_pretrain,
@@ -29,5 +31,5 @@ def run_stage(run: RunFolder, stage: Stage) -> None:
     }
     if world_size() > 1 and stage == "audit" and not run.finished(stage):
         raise RunError(f"stage {stage} runs in one process; start `rush {stage} {run.path}` without torchrun")
-    with run.alone() if rank() == 0 else nullcontext():
+    with memory_for(stage, JUDGED), run.alone() if rank() == 0 else nullcontext():
         stages[stage](run)

@@ -12,6 +12,7 @@ from rush.attacks.l1 import project_l1, room_towards, sparse_step
 from rush.errors import InputError
 from rush.numbers import as_real
 from rush.options import Norm
+from rush.transfer import sent
 
 ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 L1_DENSITY = 0.01  # share of the pixels that one l1 step changes (Tramer & Boneh 2019)
@@ -92,7 +93,7 @@ class ThreatModel:
 
     def radius(self, x: Tensor) -> Tensor:
         """Epsilon (1 or B, 1, 1, 1), of the type and on the device of ``x``."""
-        return torch.as_tensor(self.epsilon, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
+        return _beside(x, self.epsilon)
 
 
 def project(norm: Norm, adversarial: Tensor, x: Tensor, epsilon: Tensor) -> Tensor:
@@ -147,8 +148,17 @@ def _unit_ball(norm: Norm, shape: tuple[int, ...], generators: list[torch.Genera
 
 def _pixels(gradient: Tensor, density: float | Tensor = L1_DENSITY) -> Tensor:
     """How many entries of an image are this share of all, at least one; (1 or B, 1, 1, 1)."""
-    share = torch.as_tensor(density, dtype=gradient.dtype, device=gradient.device).reshape(-1, 1, 1, 1)
-    return (share * gradient[0].numel()).floor().clamp(min=1)
+    return (_beside(gradient, density) * gradient[0].numel()).floor().clamp(min=1)
+
+
+def _beside(x: Tensor, value: float | Tensor) -> Tensor:
+    """Return ``value``, one number or one per image, as (1 or B, 1, 1, 1) of the type and on the device of ``x``.
+
+    Nothing waits for the device, as it would where a number is copied there.
+    """
+    if not isinstance(value, Tensor):
+        return x.new_full((1, 1, 1, 1), value)
+    return sent(value.to(x.dtype), x.device).reshape(-1, 1, 1, 1)
 
 
 def _number_or_tensor(epsilon: object) -> object:

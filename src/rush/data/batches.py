@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rush.data.images import ImageSet
 from rush.errors import ConfigError
+from rush.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Resident:
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
         """As ``TrainingImages.batches``: batch k holds places k B to (k + 1) B of one random permutation."""
         per_epoch, own = batches_per_epoch(len(self), batch_size), own_rows(batch_size, self._rank, self._processes)
-        permutation = torch.randperm(len(self), generator=order).to(self._images.device)
+        permutation = sent(torch.randperm(len(self), generator=order), self._images.device)
         for number in range(first, per_epoch):
             chosen = permutation[number * batch_size : (number + 1) * batch_size][own]
             yield Batch(self._images[chosen], None if self._labels is None else self._labels[chosen])

@@ -26,6 +26,7 @@ from rush.data.roots import Root
 from rush.data.sources import open_records
 from rush.errors import ConfigError, DataError
 from rush.numbers import as_whole
+from rush.transfer import sent
 
 _TASK = 16  # images that a thread decodes at a time, at most
 _FILES = 4096  # names of image files that are handed to the threads at a time
@@ -148,7 +149,8 @@ class Stream:
             closing(self._decoded(located, shares)) as decoded,
         ):
             for images, rows in decoded:
-                yield Batch(self._sent(images), None if self.labels is None else self._sent(self.labels[rows]))
+                labels = None if self.labels is None else sent(self.labels[rows], self.device)
+                yield Batch(sent(images, self.device), labels)
 
     def _pools(self, order: torch.Generator) -> Iterator[np.ndarray]:
         """All rows once, in the order of the epoch, in pools that are read at once."""
@@ -234,10 +236,6 @@ class Stream:
     @property
     def _on_gpu(self) -> bool:
         return torch.device(self.device).type == "cuda"
-
-    def _sent(self, values: torch.Tensor) -> torch.Tensor:
-        """``values`` on the stream's device; from pinned memory, so that nothing waits for what is computed there."""
-        return (values.pin_memory() if self._on_gpu else values).to(self.device, non_blocking=True)
 
 
 def training_source(images: ImageSet | Stream, device: torch.device | str, rank: int, processes: int) -> TrainingImages:

@@ -1,6 +1,5 @@
 """The training loop: the only one. Pre-training and fine-tuning differ in the step they hand in."""
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import average_gradients, barrier, broadcast_module, rank, world_size
 from rush.engine.ema import WeightAverage
 from rush.engine.interruption import StopRequest, stop_requests
+from rush.engine.losses import Losses
+from rush.engine.memory import memory_for
 from rush.engine.meter import Cost, Meter, peak_memory
 from rush.engine.modes import evaluation_mode
 from rush.engine.optim import build_optimizer, cosine_factor
@@ -25,7 +26,7 @@ from rush.errors import ConfigError, Interrupted, RushError
 from rush.options import OnNonfinite, OptimizerName
 from rush.randomness import stream
 
-_INSPECTED_STEPS = 32  # losses are looked at once in so many steps: looking waits for the device
+_INSPECTED_STEPS = 32  # losses are looked at once in so many steps, and as many steps late: nothing waits for them
 _MOST_SKIPPED = 10
 
 
@@ -178,7 +179,7 @@ class _Run:
         )
         self.average = WeightAverage(self.module, schedule.ema_decay) if schedule.ema_decay > 0 else None
         self.number = 0  # steps done
-        self.losses: list[Tensor] = []  # of the epoch under way
+        self.losses = Losses(self.per_epoch)  # of the epoch under way
         self.epoch_began = Cost(**self.meter.cost.as_dict())
         self.skipped: set[int] = set()
         self.saved_at = time.monotonic()
@@ -201,14 +202,16 @@ class _Run:
         order = stream(self.seed, self.name, "order", epoch)
         stopping = None
         for batch in self.images.batches(order, self.schedule.batch_size, first):
-            stopping = None if self.number in self.skipped else self._one_step(batch, stop)
+            with memory_for(f"{self.name}, step {self.number + 1:,}", _memory_fields(self.name)):
+                stopping = None if self.number in self.skipped else self._one_step(batch, stop)
             self.number += 1
             advance(self.schedule.batch_size)
             if self.number % self.per_epoch == 0:
                 break  # what is kept at the end of an epoch is kept after its log
-            if (world_size() == 1 and stop) or self.number % _INSPECTED_STEPS == 0:
-                self._inspect()
+            if world_size() == 1 and stop:
                 self._answer(stop, stopping)
+            elif self.number % _INSPECTED_STEPS == 0:
+                self._look_back(stop, stopping)
             if self._save_is_due():
                 self._save()
         self._finish_epoch(epoch + 1)
@@ -283,7 +286,7 @@ class _Run:
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, bool(stop))]))
         norm = nn.utils.get_total_norm([own.grad for own in trained if own.grad is not None])
-        self.losses.append(loss + 0 * norm.to(loss.dtype))  # NaN where a gradient is not finite
+        self.losses.add(loss + 0 * norm.to(loss.dtype))  # NaN where a gradient is not finite
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.module)
@@ -291,6 +294,7 @@ class _Run:
 
     def _try_step(self, number: int, batch: Batch) -> None:
         self.number = number
+        self.losses.replace(torch.empty(0))  # a trial may take more steps than an epoch has
         self._one_step(batch, StopRequest())
 
     def _try_saving(self) -> None:
@@ -303,18 +307,32 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate * factor
 
+    def _look_back(self, stop: StopRequest, stopping: Tensor | None) -> None:
+        """Judge the losses, and answer the stop requests, that were sent to the host when this was called before.
+
+        Every process does so at the same steps with the same values, so that all of them decide alike. Nothing waits
+        for the steps since then.
+        """
+        seen = self.losses.seen(torch.zeros(()) if stopping is None else stopping)
+        if seen is not None:
+            first, losses, told = seen
+            self._check(first, losses)
+            self._answer(stop, told)
+
     def _inspect(self) -> float:
-        """Mean loss of the epoch so far, NaN before its first step; raises _NotFiniteError naming the first such
-        step."""
-        if not self.losses:
-            return math.nan
-        losses = torch.stack(self.losses).double()
+        """Mean loss of the epoch so far, NaN before its first step; waits for the device. Raises _NotFiniteError."""
+        losses = self.losses.values().double()
+        self._check(0, losses)
+        return float(losses.mean())
+
+    def _check(self, first: int, losses: Tensor) -> None:
+        """Raise _NotFiniteError naming the first step whose loss is not finite, of ``losses`` from place ``first`` of
+        the epoch on."""
         wrong = (~losses.isfinite()).nonzero()
         if len(wrong):
             start = (self.number - 1) // self.per_epoch * self.per_epoch
             taken = [number for number in range(start, self.number) if number not in self.skipped]
-            raise _NotFiniteError(taken[int(wrong[0])])
-        return float(losses.mean())
+            raise _NotFiniteError(taken[first + int(wrong[0])])
 
     def _finish_epoch(self, epoch: int) -> None:
         loss, cost = self._inspect(), self.meter.read().minus(self.epoch_began)
@@ -333,7 +351,8 @@ class _Run:
         if figures:
             self.log("monitor", stage=self.name, epoch=epoch, **figures)
         # After the logs: a kill between them and here repeats the epoch and its events, and none is missing.
-        self.losses, self.epoch_began = [], self.meter.read()
+        self.losses.replace(torch.empty(0))
+        self.epoch_began = self.meter.read()
         self._save()
 
     def _monitored(self, epoch: int) -> dict[str, Any]:
@@ -364,6 +383,7 @@ class _Run:
         asked = bool(stop) if world_size() == 1 else stopping is not None and bool(stopping > 0)
         if not asked:
             return
+        self._inspect()  # no checkpoint holds a step that was not found finite
         self._save()
         barrier()
         cause, kept = stop.signal or signal.SIGTERM, self.keeping.checkpoint
@@ -379,7 +399,7 @@ class _Run:
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else {},
-            "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
+            "losses": self.losses.values().clone(),
             "cost": self.meter.read().as_dict(),
             "epoch_began": self.epoch_began.as_dict(),
             "skipped": sorted(self.skipped),
@@ -393,9 +413,15 @@ class _Run:
         self.number = int(state["number"])
         if self.epochs is None:
             self.epochs = int(state["epochs"])
-        self.losses = list(state["losses"].to(self.device))
+        self.losses.replace(state["losses"].to(self.device))
         self.meter.cost, self.epoch_began = Cost(**state["cost"]), Cost(**state["epoch_began"])
         self.skipped = set(state["skipped"])
+
+
+def _memory_fields(name: str) -> str:
+    """What to lower where a training step does not fit into memory."""
+    cached = " or, with the objective simclr, set pretrain.micro_batch to a part of it" if name == "pretrain" else ""
+    return f"{name}.batch_size{cached}"
 
 
 def _process_name() -> tuple[int, ...]:

@@ -1,12 +1,14 @@
 """Where and in what precision a classifier runs: decided once per run, recorded, enforced afterwards."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
+from rush.engine.memory import is_out_of_memory
 from rush.errors import ConfigError, ModelError, RushError
 from rush.lines import one_line
 from rush.options import CompileMode, Precision, PrecisionChoice, TrainingCompile
@@ -19,7 +21,8 @@ class Execution:
     device: where tensors live. precision: what autocast computes in; float32 is no autocast. channels_last: memory
     layout of 4-d tensors. tile: fixed number of rows of every judged batch, the last one padded. threads: CPU threads
     when it was decided. folded: BatchNorm is folded into the convolutions, for judged samples. compile_mode: their
-    torch.compile, "none" or its mode.
+    torch.compile, "none" or its mode. deterministic: cuDNN takes algorithms that give the same bits every time; False
+    allows the fastest, which may give others (``configure``).
     """
 
     device: str = "cpu"
@@ -29,6 +32,26 @@ class Execution:
     threads: int = 0
     folded: bool = False
     compile_mode: CompileMode = "none"
+    deterministic: bool = True
+
+    def __repr__(self) -> str:
+        """The fields, ``deterministic`` only where it is False: models made before it keep their fingerprints."""
+        told = [own.name for own in fields(self) if own.name != "deterministic" or not self.deterministic]
+        return f"Execution({', '.join(f'{name}={getattr(self, name)!r}' for name in told)})"
+
+    def configure(self) -> "Execution":
+        """Return this execution after setting the flags by which torch chooses CUDA kernels in this process.
+
+        cuDNN takes deterministic algorithms and tries out none, or, with ``deterministic`` False, times all and takes
+        the fastest. Products of float32 matrices and float32 convolutions are computed in TF32 where the precision is
+        bfloat16, and in float32 where it is float32. The stages of a run do so; who calls the library on CUDA does so
+        once, before anything is computed. On other devices nothing is set.
+        """
+        if torch.device(self.device).type == "cuda":
+            torch.backends.cudnn.deterministic = self.deterministic
+            torch.backends.cudnn.benchmark = not self.deterministic
+            _allow_tf32(self.precision == "bfloat16", self.precision == "bfloat16")
+        return self
 
     def place(self, module: nn.Module) -> nn.Module:
         """``module`` moved to the device and layout."""
@@ -88,7 +111,9 @@ class Execution:
         return {**asdict(self), "torch": torch.__version__}
 
 
-def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", tile: int = 256) -> Execution:
+def decide_execution(
+    device: str = "auto", precision: PrecisionChoice = "auto", tile: int = 256, deterministic: bool = True
+) -> Execution:
     """The execution for this machine: cuda, else mps, else cpu; bfloat16 where the processor computes in it natively;
     BatchNorm folded. Whether compiling pays is tried later (``forward.try_forwards``).
 
@@ -98,7 +123,7 @@ def decide_execution(device: str = "auto", precision: PrecisionChoice = "auto", 
     kind = torch.device(chosen).type
     resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
     layout = resolved == "bfloat16" or kind == "cuda"
-    return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True)
+    return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True, deterministic=deterministic)
 
 
 @contextmanager
@@ -109,13 +134,29 @@ def foreign_call(x: Tensor) -> Iterator[None]:
     """
     try:
         yield
-    except (RushError, MemoryError, torch.OutOfMemoryError):
+    except RushError:
         raise
     except Exception as error:  # any code may run in there, and fail in any way
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise
         given = f"{str(x.dtype).removeprefix('torch.')} images of shape {tuple(x.shape)} on {x.device}"
         raise ModelError(
             f"the classifier was given {given} and raised {one_line(error)}; it must accept such images"
         ) from error
+
+
+@contextmanager
+def without_tf32(device: str) -> Iterator[None]:
+    """Within the context float32 is computed in float32, also on a CUDA device that may take TF32 for it."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    before = _tf32_is_allowed()
+    _allow_tf32(False, False)
+    try:
+        yield
+    finally:
+        _allow_tf32(*before)
 
 
 def device_of(module: nn.Module) -> str:
@@ -146,6 +187,21 @@ def check_eval_mode(module: nn.Module) -> None:
             f"the classifier is in training mode (first such layer: {training[0]}, {len(training)} in all); "
             "batch statistics and dropout make its logits depend on neighbours and chance: call classifier.eval() first"
         )
+
+
+def _allow_tf32(products: bool, convolutions: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of torch announce another interface, which older ones lack
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _tf32_is_allowed() -> tuple[bool, bool]:
+    """Whether products and convolutions may take TF32."""
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # torch 2.9 and later, whose older interface cannot be read once the newer one was set
+        return products.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
+    return products.allow_tf32, cudnn.allow_tf32
 
 
 def _best_device() -> str:

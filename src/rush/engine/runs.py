@@ -23,6 +23,9 @@ _FREE_FIELDS = (
     ("execution", "checkpoint_minutes"),
     ("execution", "on_nonfinite"),
 )
+# Fields that came later, with the value that earlier runs had: at that value they are no part of a fingerprint, so that
+# checkpoints from before them are still taken.
+_LATER_FIELDS = (("execution", "deterministic", True),)
 _PRETRAINED = ("checkpoints/encoder.safetensors", "stages/pretrain.json")
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
 
@@ -366,6 +369,9 @@ def _deciding_values(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     for section, name in _FREE_FIELDS:
         values[section].pop(name)
+    for section, name, earlier in _LATER_FIELDS:
+        if values[section][name] == earlier:
+            del values[section][name]
     return values
 
 
@@ -376,5 +382,9 @@ def _changed_fields(before: Recipe, after: Recipe, stage: Stage) -> list[str]:
         if not isinstance(old[section], dict):
             changed += [section] if old[section] != new[section] else []
             continue
-        changed += [f"{section}.{key}" for key in new[section] if old[section].get(key) != new[section][key]]
+        changed += [
+            f"{section}.{key}"
+            for key in {**old[section], **new[section]}
+            if old[section].get(key) != new[section].get(key)
+        ]
     return changed

@@ -40,7 +40,8 @@ class Conditions:
     def of(cls, run: RunFolder) -> "Conditions":
         wanted = run.recipe.execution
         torch.set_num_threads(run.recorded("threads") or torch.get_num_threads())
-        return cls(run, run.recipe, decide_execution(wanted.device, wanted.precision, wanted.tile))
+        execution = decide_execution(wanted.device, wanted.precision, wanted.tile, wanted.deterministic)
+        return cls(run, run.recipe, execution.configure())
 
     @property
     def noise(self) -> Gaussian | None:

@@ -1,0 +1,39 @@
+"""Copies between host and device that wait for nothing that is still being computed."""
+
+import torch
+from torch import Tensor
+
+
+def sent(values: Tensor, device: torch.device | str) -> Tensor:
+    """Return ``values`` on ``device``.
+
+    A copy to a CUDA device goes through pinned memory and is queued: from pageable memory it would wait for everything
+    that was queued before it.
+    """
+    if values.device.type == "cpu" and torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+class HostCopy:
+    """Copies of tensors, on their way to the host.
+
+    The copies hold what the tensors hold when the work that was queued before is done. From a CUDA device they are made
+    in pinned memory behind that work, and nothing waits; from any other device they are made at once.
+
+    Args:
+        values: tensors, all on one device.
+    """
+
+    def __init__(self, *values: Tensor) -> None:
+        queued = any(value.is_cuda for value in values)
+        self._copies = [value.detach().to("cpu", non_blocking=queued, copy=True) for value in values]
+        self._made = torch.cuda.Event() if queued else None
+        if self._made is not None:
+            self._made.record()
+
+    def read(self) -> list[Tensor]:
+        """Return the copies; waits for the work that was queued before them, not for any behind them."""
+        if self._made is not None:
+            self._made.synchronize()
+        return self._copies
