@@ -1,5 +1,6 @@
 """The training loop: the only one. Pre-training and fine-tuning differ in the step they hand in."""
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
