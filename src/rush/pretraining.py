@@ -123,7 +123,8 @@ def pretrain(
 
     The projector is drawn from ``stream(seed, "pretrain", "projector")``, trained along and dropped. The encoder comes
     back in evaluation mode. With several processes BatchNorm is synchronised and losses span the global batch.
-    compile_mode: torch.compile of the encoder in training (not of ACL's, whose BatchNorm changes between calls).
+    compile_mode: torch.compile of the encoder in training (not of ACL's, whose BatchNorm changes between calls), or
+    "graph": on CUDA the whole step is captured (``engine.graphs``).
     Cost: see the methods.
     """
     features = encoder.features
@@ -168,6 +169,7 @@ def pretrain(
             keeping=keeping,
             monitor=monitor,
             log=log,
+            captured=compile_mode == "graph",
         )
     if isinstance(method, ACL):
         branch.copy_into(network)
