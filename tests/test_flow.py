@@ -14,7 +14,7 @@ SOURCE = Path(rush.__file__).parent
 
 # From the first to the last; a module may import from its own level and from those before. The longest prefix counts.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "options", "numbers", "lines", "randomness", "config", "files", "transfer"),
+    ("errors", "options", "numbers", "lines", "randomness", "config", "files", "transfer", "schedules"),
     ("data", "noise", "binomial"),
     ("engine", "models", "objectives"),
     ("pretraining", "finetuning", "inputs", "voting", "smoothing", "saving"),  # saved models are smoothed classifiers

@@ -140,8 +140,9 @@ class ExecutionConfig(Section):
     """How the classifier is run: ``tile`` is the fixed batch size of every certified, predicted or judged sample.
 
     compile: torch.compile for these samples; ``auto`` tries it where there is much to certify, and keeps it where it
-    pays. compile_training: of the networks in training. checkpoint_minutes: a training is kept so often, beside the end
-    of every epoch. on_nonfinite: what a loss or gradient that is not finite does: "stop", or "skip" its batch.
+    pays. compile_training: of the networks in training; "graph" captures the whole step instead, on CUDA.
+    checkpoint_minutes: a training is kept so often, beside the end of every epoch. on_nonfinite: what a loss or
+    gradient that is not finite does: "stop", or "skip" its batch.
     deterministic: on CUDA, algorithms that give the same bits every time; false allows the fastest, and two runs of one
     seed may then differ in their last bits.
     """
@@ -440,6 +441,21 @@ class Recipe(Section):
                 f"smoothing.sigma = 0 leaves the classifier without noise, and finetune.objective = {objective} trains "
                 f"under it; set smoothing.sigma above 0, e.g. 0.25, or finetune.objective to one of "
                 f"{', '.join(WITHOUT_NOISE)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_step_to_capture(self) -> "Recipe":
+        if self.execution.compile_training != "graph":
+            return self
+        trained = {"finetune": self.finetune, **({"pretrain": self.pretrain} if self.pretrain.epochs != 0 else {})}
+        wrong = [f"{name}.optimizer = lars" for name, stage in trained.items() if stage.optimizer == "lars"]
+        if self.finetune.mode == "linear-then-full":
+            wrong.append("finetune.mode = linear-then-full")
+        if wrong:
+            raise ValueError(
+                f"execution.compile_training = graph captures one kind of step, which {wrong[0]} does not have; change "
+                "one of the two"
             )
         return self
 

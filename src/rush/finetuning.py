@@ -17,7 +17,7 @@ from rush.engine.meter import Meter
 from rush.engine.modes import evaluation_mode
 from rush.engine.precision import Execution, compiled
 from rush.engine.sync_norm import desynchronised, synchronised
-from rush.errors import DataError, InputError
+from rush.errors import ConfigError, DataError, InputError
 from rush.models.classifier import Classifier
 from rush.noise import Gaussian
 from rush.options import FinetuneMode, TrainingCompile
@@ -79,10 +79,17 @@ def finetune(
     learning-rate schedule. ``views`` is the weak augmentation before noise and attack. noise: None for a classifier
     that will not be smoothed. keeping, monitor, monitor_epochs, log: as in ``train``. The classifier comes back in
     evaluation mode. Cost: see the objectives; under ``linear`` all passes of the encoder are forward ones.
-    Raises: DataError when the images carry no labels; InputError when ``objective`` needs noise and there is none.
+    compile_mode: as in ``pretrain``; "graph" not with ``linear-then-full``, whose step changes in between.
+    Raises: DataError when the images carry no labels; InputError when ``objective`` needs noise and there is none;
+    ConfigError for a step that cannot be captured.
     """
     if images.labels is None:
         raise DataError(f"{images.name} ({images.split}) has no labels; fine-tuning needs a labelled training split")
+    if mode == "linear-then-full" and compile_mode == "graph":
+        raise ConfigError(
+            "a training that changes from the head alone to every weight cannot be captured as one CUDA graph; set "
+            'execution.compile_training = "none", or finetune.mode to linear or full'
+        )
     synchronised(execution.place(classifier)).train()
     if mode == "linear":
         classifier.encoder.requires_grad_(False)
@@ -123,5 +130,6 @@ def finetune(
             monitor_epochs=monitor_epochs,
             head_epochs=head_epochs if mode == "linear-then-full" else 0,
             log=log,
+            captured=compile_mode == "graph",
         )
     desynchronised(classifier).requires_grad_(True).eval()

@@ -25,7 +25,7 @@ SequentialBound = Literal["geometric", "beta"]
 Stage = Literal["pretrain", "finetune", "certify", "attack", "audit"]
 Start = Literal["random", "clean", "best"]
 Stem = Literal["small", "standard"]
-TrainingCompile = Literal["none", "default", "reduce-overhead"]
+TrainingCompile = Literal["none", "default", "reduce-overhead", "graph"]
 Verdict = Literal["broken", "held", "undecided"]
 
 ABSTAIN = -1  # the prediction where the votes do not decide

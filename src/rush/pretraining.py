@@ -124,7 +124,8 @@ def pretrain(
 
     The projector is drawn from ``stream(seed, "pretrain", "projector")``, trained along and dropped. The encoder comes
     back in evaluation mode. With several processes BatchNorm is synchronised and losses span the global batch.
-    compile_mode: torch.compile of the encoder in training (not of ACL's, whose BatchNorm changes between calls).
+    compile_mode: torch.compile of the encoder in training (not of ACL's, whose BatchNorm changes between calls), or
+    "graph": on CUDA the whole step is captured (``engine.graphs``).
     keeping, monitor, monitor_epochs, log: as in ``train``.
     Cost: see the methods.
     """
@@ -171,6 +172,7 @@ def pretrain(
             monitor=monitor,
             monitor_epochs=monitor_epochs,
             log=log,
+            captured=compile_mode == "graph",
         )
     if isinstance(method, ACL):
         branch.copy_into(network)

@@ -24,6 +24,11 @@ def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> 
 
     Raises: InputError when ``seed`` is not a non-negative integer or a name is neither text nor integer.
     """
+    return restarted(torch.Generator(device=device), seed, *names)
+
+
+def restarted(generator: torch.Generator, seed: int, *names: str | int) -> torch.Generator:
+    """Return ``generator``, set to the beginning of the stream of this name on its device; see ``stream``."""
     number = as_whole(seed)
     if number is None or number < 0:
         raise InputError(f"seed must be an integer >= 0, got {seed!r}")
@@ -33,7 +38,6 @@ def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> 
     # NumPy's text and enumerations print themselves in ways of their own; they name the stream of their plain value.
     plain = (number, *(str(name) if isinstance(name, str) else int(name) for name in names))
     key = hashlib.sha256(repr(plain).encode()).digest()
-    generator = torch.Generator(device=device)
     generator.manual_seed(int.from_bytes(key[:8], "little"))
     if generator.device.type == "cpu":
         generator.set_state(_filled_state(generator.get_state(), key))

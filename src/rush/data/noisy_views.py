@@ -10,6 +10,7 @@ from rush.data.views import gaussian_noise
 from rush.errors import ConfigError
 from rush.numbers import as_real
 from rush.options import NoisyViewsOption
+from rush.schedules import scheduled
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class NoiseSchedule:
 
     @torch.no_grad()
     def _noised(self, view: Tensor, epoch: float, generator: torch.Generator) -> Tensor:
-        low, highest = self.sigma[0], self.highest(epoch)
+        low, highest = self.sigma[0], scheduled(self.highest, epoch)
         sigma = low + (highest - low) * torch.rand(len(view), generator=generator, device=view.device)
         return gaussian_noise(view, sigma, generator)
 

@@ -16,16 +16,17 @@ from rush.engine import budget
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import average_gradients, barrier, broadcast_module, rank, world_size
 from rush.engine.ema import WeightAverage
+from rush.engine.graphs import CapturedStep
 from rush.engine.interruption import StopRequest, stop_requests
 from rush.engine.losses import Losses
 from rush.engine.memory import memory_for
 from rush.engine.meter import Cost, Meter, peak_memory
 from rush.engine.modes import evaluation_mode
-from rush.engine.optim import build_optimizer, cosine_factor
+from rush.engine.optim import build_optimizer, cosine_factor, rate_tensor, representable, set_capturable
 from rush.engine.progress import progress
 from rush.errors import ConfigError, Interrupted, RushError
 from rush.options import OnNonfinite, OptimizerName
-from rush.randomness import stream
+from rush.randomness import restarted, stream
 
 _INSPECTED_STEPS = 32  # losses are looked at once in so many steps, and as many steps late: nothing waits for them
 _MOST_SKIPPED = 10
@@ -102,6 +103,7 @@ def train(
     monitor_epochs: int = 1,
     head_epochs: int = 0,
     log: Callable[..., None] = lambda *_, **__: None,
+    captured: bool = False,
 ) -> None:
     """Train ``module`` in place by ``schedule``; goes on from the checkpoint, in the middle of an epoch if need be.
 
@@ -119,14 +121,17 @@ def train(
     to ``log("budget", ...)`` and kept in the checkpoint, so that a resumed training has the same. The trial leaves no
     trace: the result has the bits of a training for that number of epochs. head_epochs: the first epochs whose steps do
     other work than the later ones; a trial measures both.
+    captured: on CUDA the whole step is captured once and replayed (``engine.graphs``), with the same bits; one process
+    and the optimizers sgd and adamw can.
     Raises: ConfigError where the minutes do not suffice for one epoch, the ``head_epochs`` and one more, or the
     warm-up; RushError on a non-finite loss or gradient, naming epoch and batch; Interrupted when the process was asked
-    to stop, after a checkpoint.
+    to stop, after a checkpoint; ConfigError when the step cannot be captured; DeviceMemoryError where memory is short.
     """
     meter = meter or Meter(device=device)
     run = _Run(
-        module, step, name, images, schedule, seed, device, meter, keeping, monitor, monitor_epochs, head_epochs, log
-    )
+        module, step, name, images, schedule, seed, device, meter, keeping, monitor, monitor_epochs, head_epochs, log,
+        captured,
+    )  # fmt: skip
     with stop_requests() as stop, run.meter.running():
         run.restore()
         run.settle()
@@ -164,6 +169,7 @@ class _Run:
     monitor_epochs: int
     head_epochs: int
     log: Callable[..., None]
+    captured: bool = False
 
     def __post_init__(self) -> None:
         self.began = budget.clock(self.device)
@@ -179,11 +185,14 @@ class _Run:
             self.module, schedule.optimizer, schedule.learning_rate, schedule.momentum, schedule.weight_decay
         )
         self.average = WeightAverage(self.module, schedule.ema_decay) if schedule.ema_decay > 0 else None
+        self.rate = schedule.learning_rate
+        self.graph = self._capturing() if self.captured else None
         self.number = 0  # steps done
         self.losses = Losses(self.per_epoch)  # of the epoch under way
         self.epoch_began = Cost(**self.meter.cost.as_dict())
         self.skipped: set[int] = set()
         self.saved_at = time.monotonic()
+        self.made = (0, 0)  # passes of a step
 
     @property
     def total(self) -> int:
@@ -278,17 +287,20 @@ class _Run:
         self.log("skipped", stage=self.name, epoch=epoch + 1, batch=batch)
         self._save()
 
-    def _one_step(self, batch: Batch, stop: StopRequest) -> Tensor:
+    def _one_step(self, batch: Batch, stop: StopRequest) -> Tensor | None:
         """Train on one batch; how large a share of the processes was asked to stop."""
-        generator = stream(self.seed, self.name, "step", self.number, *_process_name(), device=self.device)
+        epoch = self.number / self.per_epoch
+        names: tuple[str | int, ...] = ("step", self.number, *_process_name())
         self._set_learning_rate()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.step(batch, self.number / self.per_epoch, generator)
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, bool(stop))]))
-        norm = nn.utils.get_total_norm([own.grad for own in trained if own.grad is not None])
-        self.losses.add(loss + 0 * norm.to(loss.dtype))  # NaN where a gradient is not finite
-        self.optimizer.step()
+        if self.graph is not None:
+            stopping = None
+            counted = self.meter.cost.passes, self.meter.cost.forward_passes
+            loss = self.graph(batch, epoch, lambda generator: restarted(generator, self.seed, self.name, *names))
+            self._count(*counted)
+        else:
+            generator = stream(self.seed, self.name, *names, device=self.device)
+            loss, stopping = self._whole_step(batch, epoch, generator, stop)
+        self.losses.add(loss)
         if self.average is not None:
             self.average.update(self.module)
         return stopping
@@ -302,11 +314,51 @@ class _Run:
         if self.keeping.checkpoint is not None and rank() == 0:
             self.keeping.checkpoint.rehearse(self._state())
 
+    def _whole_step(
+        self, batch: Batch, epoch: float, generator: torch.Generator, stop: StopRequest | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Forward, backward and the optimizer's step: the loss, NaN where a gradient is not finite, and how large a
+        share of the processes was asked to stop."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.step(batch, epoch, generator)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, bool(stop))]))
+        norm = nn.utils.get_total_norm([own.grad for own in trained if own.grad is not None])
+        self.optimizer.step()
+        return loss + 0 * norm.to(loss.dtype), stopping
+
+    def _capturing(self) -> CapturedStep:
+        """The step as one that is captured, with the learning rate in a tensor."""
+        if world_size() > 1:
+            raise ConfigError(
+                f"{self.name}: a step of {world_size()} processes cannot be captured as a CUDA graph; set "
+                'execution.compile_training = "none", or train in one process'
+            )
+        self.rate_tensor = rate_tensor(self.optimizer, self.device)
+        return CapturedStep(
+            lambda batch, epoch, generator: self._whole_step(batch, epoch, generator)[0],
+            self.device,
+            lambda capturing: set_capturable(self.optimizer, capturing),
+        )
+
+    def _count(self, passes: int, forward_passes: int) -> None:
+        """Count the passes of a replayed step, in which no network is called: those of the step before."""
+        cost = self.meter.cost
+        made = cost.passes - passes, cost.forward_passes - forward_passes
+        if made == (0, 0):
+            cost.passes, cost.forward_passes = passes + self.made[0], forward_passes + self.made[1]
+        else:
+            self.made = made
+
     def _set_learning_rate(self) -> None:
         warmup = round(self.schedule.warmup_epochs * self.per_epoch)
         factor = cosine_factor(self.number, self.total, warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.learning_rate * factor
+        self.rate = representable(self.schedule.learning_rate * factor, self.device)
+        if self.graph is not None:
+            self.rate_tensor.fill_(self.rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate
 
     def _look_back(self, stop: StopRequest, stopping: Tensor | None) -> None:
         """Judge the losses, and answer the stop requests, that were sent to the host when this was called before.
@@ -398,7 +450,7 @@ class _Run:
             "number": self.number,
             "epochs": self.epochs,
             "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "average": self.average.state_dict() if self.average else {},
             "losses": self.losses.values().clone(),
             "cost": self.meter.read().as_dict(),
@@ -406,9 +458,18 @@ class _Run:
             "skipped": sorted(self.skipped),
         }
 
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, with the learning rate as a number also where the step is captured."""
+        state = self.optimizer.state_dict()
+        groups = [{**group, "lr": self.rate} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
     def _load(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.graph is not None:
+            self.rate_tensor = rate_tensor(self.optimizer, self.device)
+            self.graph.reset()
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.number = int(state["number"])

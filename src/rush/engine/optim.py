@@ -4,7 +4,7 @@ import math
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rush.engine.lars import LARS
 from rush.errors import ConfigError
@@ -33,6 +33,36 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999), fused=fused)
     raise ConfigError(f"unknown optimizer {name!r}; allowed: {', '.join(get_args(OptimizerName))}")
+
+
+def representable(rate: float, device: str) -> float:
+    """Return the learning rate as it is used: on CUDA in float32, as which a captured step reads it from a tensor."""
+    return float(torch.tensor(rate, dtype=torch.float32)) if torch.device(device).type == "cuda" else rate
+
+
+def rate_tensor(optimizer: torch.optim.Optimizer, device: str) -> Tensor:
+    """Return a tensor on ``device`` that is the learning rate of all groups of ``optimizer`` from now on.
+
+    Raises:
+        ConfigError: if the optimizer reads its learning rate on the host.
+    """
+    if isinstance(optimizer, LARS):
+        raise ConfigError(
+            "a step with the optimizer lars cannot be captured as a CUDA graph; use sgd or adamw, or set "
+            'execution.compile_training = "none"'
+        )
+    dtype = torch.float32 if torch.device(device).type == "cuda" else torch.float64
+    rate = torch.full((), float(optimizer.param_groups[0]["lr"]), dtype=dtype, device=device)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def set_capturable(optimizer: torch.optim.Optimizer, capturing: bool) -> None:
+    """Tell ``optimizer`` whether its step is being captured; an optimizer that keeps no such flag needs none."""
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = capturing
 
 
 def cosine_factor(step: int, total_steps: int, warmup_steps: int) -> float:

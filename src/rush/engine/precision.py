@@ -167,8 +167,9 @@ def device_of(module: nn.Module) -> str:
 
 @contextmanager
 def compiled(module: nn.Module, mode: TrainingCompile) -> Iterator[None]:
-    """Within the context the forward of ``module`` is compiled by torch, its hooks outside; "none" changes nothing."""
-    if mode == "none":
+    """Within the context the forward of ``module`` is compiled by torch, its hooks outside; "none" and "graph", which
+    captures the whole step, change nothing."""
+    if mode in ("none", "graph"):
         yield
         return
     module.forward = torch.compile(module.forward, mode=mode)

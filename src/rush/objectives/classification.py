@@ -74,7 +74,7 @@ def smoothadv(
     generator: torch.Generator,
     *,
     draws: int,
-    epsilon: float,
+    epsilon: float | Tensor,
     steps: int,
 ) -> Tensor:
     """Cross-entropy on noisy copies of images that attack the smoothed classifier, a scalar (Salman et al. 2019,
@@ -85,8 +85,9 @@ def smoothadv(
     loss; the image is clipped, the noise is not. Where the gradient is zero the image stays (the authors' code moves at
     random there).
 
-    epsilon: l2, in pixel units, warmed up by the caller (over 10 epochs by the authors). On CIFAR-10 with 10 steps,
-    later comparisons take draws and epsilon of 4 and 1.0 at sigma 0.25, 2 and 2.0 at 0.5 and 1.0.
+    epsilon: l2, in pixel units, warmed up by the caller (over 10 epochs by the authors; ``rush.schedules``). On
+    CIFAR-10 with 10 steps, later comparisons take draws and epsilon of 4 and 1.0 at sigma 0.25, 2 and 2.0 at 0.5 and
+    1.0.
     Random: one noise tensor (draws, B, C, H, W). Cost: (steps + 1) draws passes per image, of which steps x draws go
     back to the image and not to the weights.
     Raises: InputError when ``draws`` or ``steps`` is below 1 or ``epsilon`` negative.
@@ -252,10 +253,11 @@ def _gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
         return torch.autograd.grad(loss(point), point)[0]
 
 
-def _into_ball(points: Tensor, centres: Tensor, epsilon: float) -> Tensor:
+def _into_ball(points: Tensor, centres: Tensor, epsilon: float | Tensor) -> Tensor:
     """The points moved straight towards their centres into the l2 ball."""
     change = points - centres
-    return centres + change * (epsilon / _norms(change)).clamp(max=1.0)
+    # The reciprocal is how torch divides a number by a tensor; a tensor in place of the number must round alike.
+    return centres + change * (_norms(change).reciprocal() * epsilon).clamp(max=1.0)
 
 
 def _with_moments_of(origin: Tensor, noise: Tensor) -> Tensor:
@@ -308,8 +310,11 @@ def _confidence(correct: Tensor, draws: int, generator: torch.Generator) -> Tens
     return (uniform * draws < correct).sum(0)
 
 
-def _check(**numbers: float) -> None:
+def _check(**numbers: float | Tensor) -> None:
+    """Raise InputError for a number below its least value; a tensor on a device is not read."""
     for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            continue
         least = 1 if name in ("draws", "steps") else 0
         if not value >= least:
             raise InputError(f"{name} must be >= {least}, got {value}")

@@ -28,6 +28,7 @@ from rush.options import FinetuneObjective, Stage, parse_fraction
 from rush.pretraining import ACL, Method, MoCo, SimCLR, channel_statistics, pretrain
 from rush.randomness import seeded_init, stream
 from rush.saving import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
+from rush.schedules import scheduled
 from rush.stages.conditions import Conditions, noise_of
 from rush.stages.preconditions import check_after_training, check_before_training
 
@@ -180,7 +181,7 @@ def objective_of(config: FinetuneConfig) -> Objective:
             e.noise,
             e.generator,
             draws=config.smoothadv.draws,
-            epsilon=config.smoothadv.epsilon_at(e.epoch),
+            epsilon=scheduled(config.smoothadv.epsilon_at, e.epoch),
             steps=config.smoothadv.steps,
         ),
         "cat-rs": lambda e: cat_rs(e.logits, e.evaluated, e.x, e.y, e.noise, e.generator, **config.cat_rs.model_dump()),

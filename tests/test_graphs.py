@@ -1,0 +1,297 @@
+"""A captured step gives the bits of the plain one: what changes from step to step reaches it through static memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rush.engine.graphs
+import rush.engine.loop
+from recording import Operations
+from rush.config import load_recipe
+from rush.data.batches import Batch
+from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.graphs import CapturedStep
+from rush.engine.loop import Keeping, Schedule, train
+from rush.engine.meter import Meter
+from rush.errors import ConfigError
+from rush.options import OptimizerName
+from rush.randomness import restarted, seeded_init, stream
+from rush.schedules import scheduled
+from test_keeping import images
+from tiny import results_of_training, run_tiny, tiny
+
+SCHEDULE = Schedule(
+    epochs=3, batch_size=8, optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-3, warmup_epochs=1,
+    ema_decay=0.9,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Operations]:
+    """Captures keep operations, and optimizers are the fused ones, which take their learning rate from a tensor."""
+    made: list[Operations] = []
+
+    def recorder() -> Operations:
+        made.append(Operations())
+        return made[-1]
+
+    def fused(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = build(*arguments)
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        return optimizer
+
+    build = rush.engine.loop.build_optimizer
+    monkeypatch.setattr(rush.engine.graphs, "_Rerun", recorder)
+    monkeypatch.setattr(rush.engine.loop, "build_optimizer", fused)
+    return made
+
+
+VARIANTS = [
+    ("pretrain.noise.views=both", "pretrain.noise.ramp_epochs=2", "pretrain.ema_decay=0.9", "pretrain.warmup_epochs=1"),
+    ("pretrain.micro_batch=50", "finetune.objective=standard", "finetune.mode=linear", "finetune.ema_decay=0.9"),
+    ("pretrain.objective=moco", "pretrain.queue=512", "finetune.objective=consistency", "finetune.optimizer=adamw"),
+    ("pretrain.objective=acl", "finetune.objective=cat-rs"),
+    ("pretrain.epochs=0", "finetune.objective=smoothadv", "finetune.smoothadv.steps=2"),
+    ("pretrain.epochs=0", "finetune.objective=trades", "finetune.adversary.steps=2"),
+    ("pretrain.epochs=0", "finetune.objective=pgd-at", "finetune.adversary.steps=2", "execution.precision=bfloat16"),
+]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=lambda overrides: " ".join(overrides))
+def test_every_training_is_repeated_by_its_operations_alone(
+    overrides: tuple[str, ...], recorded: list[Operations], tmp_path: Path
+) -> None:
+    """10 steps an epoch, of which all but the first three are replayed."""
+    found = []
+    for mode in ("none", "graph"):
+        changes = (*overrides, f"execution.compile_training={mode}", "finetune.smoothadv.warmup_epochs=2")
+        run = run_tiny(tmp_path / mode, *changes, stages=("pretrain", "finetune"))
+        epochs = [*run.events("epoch", "pretrain"), *run.events("epoch", "finetune")]
+        found.append((results_of_training(run.path), [event["loss"] for event in epochs]))
+    assert found[1] == found[0]
+    trainings = 1 if "pretrain.epochs=0" in overrides else 2
+    assert [own.replayed for own in recorded if own.replayed] == [17] * trainings
+
+
+class Small:
+    """A small training with BatchNorm, noise and a number that follows the epoch."""
+
+    def __init__(self, optimizer: OptimizerName = "sgd") -> None:
+        layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        self.module = seeded_init(layers, stream(0, "weights")).train()
+        self.schedule = replace(SCHEDULE, optimizer=optimizer)
+        self.meter = Meter(self.module)
+        self.events: list[dict[str, Any]] = []
+        self.calls = 0
+
+    def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+        self.calls += 1
+        assert batch.labels is not None
+        x = batch.images.flatten(1) / 255
+        x = x + scheduled(lambda now: 0.1 * now, epoch) * torch.randn(x.shape, generator=generator)
+        loss = nn.functional.cross_entropy(self.module(x), batch.labels)
+        loss.backward()
+        return loss.detach()
+
+    def run(self, captured: bool, keeping: Keeping = Keeping()) -> "Small":  # noqa: B008, a frozen value
+        train(
+            self.module,
+            self.step,
+            name="pretrain",
+            images=images(),
+            schedule=self.schedule,
+            seed=0,
+            meter=self.meter,
+            keeping=keeping,
+            log=lambda event, **values: self.events.append({"event": event, **values}),
+            captured=captured,
+        )
+        return self
+
+    @property
+    def found(self) -> tuple[dict[str, bytes], list[tuple[float, int, int]]]:
+        """Weights; loss and cost of every epoch."""
+        epochs = [(own["loss"], own["passes"], own["forward_passes"]) for own in self.events if "loss" in own]
+        return {name: own.detach().numpy().tobytes() for name, own in self.module.state_dict().items()}, epochs
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_captured_training_has_the_bits_losses_and_costs_of_the_plain_one(optimizer: OptimizerName) -> None:
+    plain, captured = Small(optimizer).run(False), Small(optimizer).run(True)
+    assert captured.found == plain.found
+    assert (plain.calls, captured.calls) == (15, 4)  # three plain steps, and the capture
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 9])
+def test_a_captured_training_that_was_broken_off_ends_with_the_same_bits(number: int, tmp_path: Path) -> None:
+    class Broken(TrainingCheckpoint):
+        saves = 0
+
+        def save(self, state: dict[str, Any]) -> None:
+            super().save(state)
+            Broken.saves += 1
+            if Broken.saves == number:
+                raise KeyboardInterrupt
+
+    undisturbed = Small("adamw").run(False)
+    with pytest.raises(KeyboardInterrupt):
+        Small("adamw").run(True, Keeping(Broken(tmp_path / "state.pt", "recipe"), minutes=0.0))
+    for captured in (True, False):  # a checkpoint is taken up by either
+        keeping = Keeping(TrainingCheckpoint(tmp_path / "state.pt", "recipe"), minutes=1e9)
+        content = (tmp_path / "state.pt").read_bytes()
+        state = TrainingCheckpoint(tmp_path / "state.pt", "recipe").load()
+        assert state is not None
+        assert isinstance(state["optimizer"]["param_groups"][0]["lr"], float)
+        resumed = Small("adamw").run(captured, keeping)
+        assert resumed.found[0] == undisturbed.found[0]
+        (tmp_path / "state.pt").write_bytes(content)
+
+
+def test_a_capture_is_made_anew_after_a_return_to_a_checkpoint(tmp_path: Path) -> None:
+    """The state of the optimizer lies elsewhere then."""
+    marks = [batch.images.sum() for epoch in range(3) for batch in batches_of(epoch)]
+    assert sum(int(mark == marks[8]) for mark in marks) == 1  # by its sum a batch is known
+
+    def spoiled(training: Small) -> Small:
+        usual = training.step
+
+        def step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+            loss = usual(batch, epoch, generator)
+            return torch.where(batch.images.sum() == marks[8], torch.nan, loss)
+
+        training.step = step  # type: ignore[method-assign]
+        return training
+
+    found = []
+    for captured in (False, True):
+        keeping = Keeping(TrainingCheckpoint(tmp_path / f"{captured}.pt", "recipe"), 1e9, "skip")
+        training = spoiled(Small()).run(captured, keeping)
+        assert [own["batch"] for own in training.events if own["event"] == "skipped"] == [3]
+        found.append(training.module.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def batches_of(epoch: int) -> Iterator[Batch]:
+    return images().batches(stream(0, "pretrain", "order", epoch), 8)
+
+
+def captured_step(step: Callable[[Batch, float, torch.Generator], Tensor]) -> Callable[[int], Tensor]:
+    own = CapturedStep(step, "cpu")
+
+    def take(number: int) -> Tensor:
+        batch = Batch(torch.full((2, 1, 1, 1), number, dtype=torch.uint8), torch.full((2,), number))
+        return own(batch, float(number), lambda generator: restarted(generator, 0, "step", number)).clone()
+
+    return take
+
+
+def test_batch_generator_and_epoch_of_a_step_are_those_that_it_is_given() -> None:
+    def step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+        assert batch.labels is not None
+        numbers = [batch.images.double().mean(), batch.labels.double().mean()]
+        numbers.append(scheduled(lambda now: now**2, epoch) * torch.ones((), dtype=torch.float64))
+        return torch.stack([*numbers, torch.rand((), generator=generator, dtype=torch.float64)])
+
+    take = captured_step(step)
+    for number in range(8):
+        drawn = torch.rand((), generator=stream(0, "step", number), dtype=torch.float64)
+        assert take(number).tolist() == [number, number, number**2, drawn.item()]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda epoch: epoch < 3,
+        lambda epoch: epoch >= 3,
+        lambda epoch: min(1.0, epoch / 2),
+        lambda epoch: 0.1 * epoch,
+        lambda epoch: round(epoch),
+        float,
+        int,
+        bool,
+    ],
+)
+def test_a_step_that_decides_by_the_epoch_is_refused(use: Callable[[float], object]) -> None:
+    def step(_batch: Batch, epoch: float, _generator: torch.Generator) -> Tensor:
+        use(epoch)
+        return torch.zeros(())
+
+    told = 'depends on the epoch, .*; set execution.compile_training = "none", or give the number by rush.schedules'
+    with pytest.raises(ConfigError, match=told):
+        captured_step(step)(0)
+
+
+def test_a_step_that_reads_a_value_is_refused_with_what_torch_says() -> None:
+    take = captured_step(lambda batch, _epoch, _generator: torch.zeros(()) + batch.images.sum().item())
+    for number in range(3):
+        take(number)
+    told = r"cannot be captured as a CUDA graph \(RuntimeError: .*a value is read\); set execution\.compile_training"
+    with pytest.raises(ConfigError, match=told):
+        take(3)
+
+
+def test_batches_of_another_size_and_new_numbers_are_refused() -> None:
+    own = CapturedStep(lambda batch, *_: batch.images.double().sum(), "cpu")
+    own(Batch(torch.zeros(2, 1, 1, 1), None), 0.0, lambda _: None)
+    with pytest.raises(ConfigError, match=r"takes batches of shape \(2, 1, 1, 1\), got \(3, 1, 1, 1\)"):
+        own(Batch(torch.zeros(3, 1, 1, 1), None), 0.0, lambda _: None)
+    asked = iter(range(100))
+    take = captured_step(
+        lambda _batch, epoch, _generator: sum(
+            (scheduled(lambda now: now, epoch) * torch.ones(()) for _ in range(next(asked))), torch.zeros(())
+        )
+    )
+    for number in range(3):
+        take(number)
+    with pytest.raises(ConfigError, match="asks for other numbers than before"):
+        take(3)
+
+
+def test_a_capture_that_fails_leaves_the_optimizer_as_it_was() -> None:
+    told: list[bool] = []
+
+    class Failing(Operations):
+        def record(self, _: Callable[[], Tensor]) -> None:
+            raise RuntimeError("no")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rush.engine.graphs, "_Rerun", Failing)
+        own = CapturedStep(lambda *_: torch.zeros(()), "cpu", told.append)
+        for _ in range(3):
+            own(Batch(torch.zeros(2, 1, 1, 1), None), 0.0, lambda _: None)
+        with pytest.raises(ConfigError, match="cannot be captured"):
+            own(Batch(torch.zeros(2, 1, 1, 1), None), 0.0, lambda _: None)
+    assert told == [True, False]
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rush.engine.loop, "world_size", lambda: 2)
+    told = "pretrain: a step of 2 processes cannot be captured as a CUDA graph; set execution.compile_training"
+    with pytest.raises(ConfigError, match=told):
+        Small().run(True)
+
+
+def test_lars_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a step with the optimizer lars cannot be captured"):
+        Small("lars").run(True)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("pretrain.optimizer=lars", r"pretrain\.optimizer = lars"),
+        ("finetune.optimizer=lars", r"finetune\.optimizer = lars"),
+        ("finetune.mode=linear-then-full", r"finetune\.mode = linear-then-full"),
+    ],
+)
+def test_recipes_whose_steps_cannot_be_captured_are_refused(override: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"graph captures one kind of step, which {named} does not have"):
+        tiny(tmp_path, "execution.compile_training=graph", override)
+    tiny(tmp_path, "execution.compile_training=graph", "pretrain.optimizer=lars", "pretrain.epochs=0")
+    assert load_recipe("digits").execution.compile_training == "none"
