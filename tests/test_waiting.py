@@ -57,7 +57,7 @@ def steps_of(monkeypatch: pytest.MonkeyPatch, training: Callable[[], None]) -> t
 
     def train(module: nn.Module, step: Any, *, keeping: Keeping, meter: Meter, **given: Any) -> None:
         nonlocal operations
-        run = _Run(module, step, keeping=keeping, meter=meter, **given)
+        run = _Run(module, step, keeping=keeping, meter=meter, **{"head_epochs": 0, **given})
         order = stream(0, "order")
         with waits() as mode, meter.running():
             batches = run.images.batches(order, run.schedule.batch_size)
