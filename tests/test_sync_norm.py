@@ -23,6 +23,13 @@ from rush.errors import InputError, ModelError
 from rush.objectives.contrastive import nt_xent
 from rush.randomness import seeded_init, stream
 
+
+def without_bias(layer: nn.Module) -> nn.Module:
+    """The layer with weight alone, as ``bias=False`` makes it in versions of torch that take this argument."""
+    layer.register_parameter("bias", None)
+    return layer
+
+
 WORLDS = (2, 4)
 ROWS = 8
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -31,7 +38,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sequences": (lambda: nn.BatchNorm1d(3), (ROWS, 3, 4)),
     "volumes": (lambda: nn.BatchNorm3d(3), (ROWS, 3, 2, 2, 3)),
     "without affine": (lambda: nn.BatchNorm2d(3, affine=False), (ROWS, 3, 4, 5)),
-    "without bias": (lambda: nn.BatchNorm1d(3, bias=False), (ROWS, 3)),
+    "without bias": (lambda: without_bias(nn.BatchNorm1d(3)), (ROWS, 3)),
     "without statistics": (lambda: nn.BatchNorm2d(3, track_running_stats=False), (ROWS, 3, 4, 5)),
     "cumulative": (lambda: nn.BatchNorm1d(3, momentum=None), (ROWS, 3)),
     "wide eps": (lambda: nn.BatchNorm2d(3, eps=0.5, momentum=0.7), (ROWS, 3, 4, 5)),
