@@ -25,6 +25,7 @@ from rush.inputs import Images, LabelledPixels, labelled_pixels, pixel_ids
 from rush.numbers import positive_integer
 from rush.options import CertifyMethod, Level
 from rush.smoothing import SmoothedClassifier
+from rush.transfer import sent
 from rush.voting import BLOCK, PendingVotes, Request
 
 _ROUND_TILES = 25  # tiles launched together before anything is read back
@@ -166,7 +167,7 @@ class _Engine:
         )
         return _Flight(
             position=position,
-            pixels=pixels.x[position].to(self._smoothed.execution.device, torch.float32),
+            pixels=sent(pixels.x[position].float(), self._smoothed.execution.device),
             label=int(pixels.y[position]),
             own=own,
             picture=pixel_ids(pixels.x[position][None])[0],
