@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rush.data.batches import Batch
+from rush.engine.checkpoint import LONG_SAVING, SAVING_SHARE
 from rush.engine.distributed import gather_objects
 from rush.errors import ConfigError
 
@@ -59,7 +60,11 @@ class Plan:
         head = min(epochs, self.head_epochs)
         steps = self.per_epoch * (head * times.head_step + (epochs - head) * times.step)
         figures = math.ceil(epochs / self.monitor_epochs)
-        return steps + epochs * (times.opening + times.saving) + figures * times.monitoring
+        trained = steps + epochs * times.opening + figures * times.monitoring
+        saved = epochs * times.saving
+        if times.saving > LONG_SAVING:  # then not every epoch ends with a checkpoint
+            saved = min(saved, SAVING_SHARE * trained + times.saving)
+        return trained + saved
 
     def fit(self, times: Times, spent: float = 0.0) -> "Budget":
         """Return the largest number of epochs that ends within the minutes, less ``RESERVE`` of them.

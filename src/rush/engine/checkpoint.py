@@ -11,6 +11,8 @@ import torch
 from rush.errors import CheckpointError, WriteError
 from rush.files import write_atomically
 
+LONG_SAVING = 0.2  # seconds; what is written sooner is written at the end of every epoch
+SAVING_SHARE = 0.05  # of the time, at most, for checkpoints at the ends of epochs that take longer to write
 _OPENING = b"rush checkpoint 2\n"
 _DIGEST_CHARACTERS = 64
 

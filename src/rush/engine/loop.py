@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rush.data.batches import Batch, TrainingImages, batches_per_epoch
 from rush.engine import budget
-from rush.engine.checkpoint import TrainingCheckpoint
+from rush.engine.checkpoint import LONG_SAVING, SAVING_SHARE, TrainingCheckpoint
 from rush.engine.distributed import average_gradients, barrier, broadcast_module, rank, world_size
 from rush.engine.ema import WeightAverage
 from rush.engine.graphs import CapturedStep
@@ -191,7 +191,7 @@ class _Run:
         self.losses = Losses(self.per_epoch)  # of the epoch under way
         self.epoch_began = Cost(**self.meter.cost.as_dict())
         self.skipped: set[int] = set()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saving_seconds = time.monotonic(), 0.0
         self.made = (0, 0)  # passes of a step
 
     @property
@@ -406,7 +406,14 @@ class _Run:
         # After the logs: a kill between them and here repeats the epoch and its events, and none is missing.
         self.losses.replace(torch.empty(0))
         self.epoch_began = self.meter.read()
-        self._save()
+        if self._save_is_worth_it():
+            self._save()
+
+    def _save_is_worth_it(self) -> bool:
+        """Whether to write a checkpoint at the end of this epoch: not where one takes long and the last one is so
+        recent that writing would take more than ``SAVING_SHARE`` of the time."""
+        recent = time.monotonic() - self.saved_at < self.saving_seconds / SAVING_SHARE
+        return self.number == self.total or self.saving_seconds <= LONG_SAVING or not recent
 
     def _monitored(self, epoch: int) -> dict[str, Any]:
         """The live figures, in the first process."""
@@ -427,9 +434,11 @@ class _Run:
         return True
 
     def _save(self) -> None:
+        began = time.monotonic()
         if self.keeping.checkpoint is not None and rank() == 0:
             self.keeping.checkpoint.save(self._state())
         self.saved_at = time.monotonic()
+        self.saving_seconds = self.saved_at - began
 
     def _answer(self, stop: StopRequest, stopping: Tensor | None) -> None:
         """End the training if it was asked to; of several processes all or none, by what they told each other."""
