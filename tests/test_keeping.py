@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rush.engine.loop
 from ranks import on_ranks
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
@@ -82,13 +83,13 @@ class Training:
     def log(self, event: str, **values: Any) -> None:
         self.events.append({"event": event, **values})
 
-    def run(self) -> "Training":
+    def run(self, schedule: Schedule = SCHEDULE) -> "Training":
         train(
             self.module,
             self.step,
             name="pretrain",
             images=images(8 * self.per_epoch + 3),
-            schedule=SCHEDULE,
+            schedule=schedule,
             seed=0,
             meter=Meter(self.module),
             keeping=self.keeping,
@@ -420,3 +421,51 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# --- how often --------------------------------------------------------------------------------------------------------
+
+
+class SlowCheckpoint(TrainingCheckpoint):
+    """Takes ``seconds`` of a clock to write; ``saved`` are the steps that were done at each time."""
+
+    def __init__(self, path: Path, clock: "Clock", seconds: float) -> None:
+        super().__init__(path, "own")
+        self.clock, self.seconds = clock, seconds
+        self.saved: list[int] = []
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.clock.now += self.seconds
+        self.saved.append(state["number"])
+        super().save(state)
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.1, list(range(5, 65, 5))),  # written soon: at every epoch's end, although it is 10 % of the time
+        (0.5, [5, 15, 25, 35, 45, 55, 60]),  # 0.5 s in 10 s, which are two epochs; and the last
+        (2.0, [5, 45, 60]),  # 2 s in 40 s, which are eight
+    ],
+)
+def test_a_checkpoint_that_takes_long_is_not_written_at_every_epochs_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: list[int]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(rush.engine.loop, "time", clock)
+    checkpoint = SlowCheckpoint(tmp_path / "pretrain.pt", clock, seconds)
+
+    def one_second(_number: int, loss: Tensor) -> Tensor:
+        clock.now += 1.0
+        return loss
+
+    training = Training(Keeping(checkpoint, minutes=NEVER), one_second)
+    training.run(replace(SCHEDULE, epochs=12))
+    assert checkpoint.saved == expected
