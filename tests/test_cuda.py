@@ -15,15 +15,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rush.attacks.gradient import fresh_noise
+from rush.attacks.pgd import pgd
+from rush.attacks.threat import ThreatModel
 from rush.data.sources import load_images
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.loop import _Run
 from rush.engine.precision import Execution
 from rush.engine.runs import RunFolder
 from rush.errors import DeviceMemoryError
-from rush.options import Precision, Stage
+from rush.options import CompileMode, Precision, Stage
 from rush.pipeline import run_stage
 from rush.randomness import stream
+from rush.smoothing import SmoothedClassifier
 from rush.transfer import HostCopy, sent
 from test_graphs import VARIANTS
 from tiny import results, results_of_training, run_tiny, tiny, write_tiny
@@ -31,6 +35,7 @@ from tiny import results, results_of_training, run_tiny, tiny, write_tiny
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SELDOM = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
 EACH = [("cpu", VARIANTS[0]), *(pytest.param("cuda", variant, marks=pytest.mark.cuda) for variant in VARIANTS)]
+MODES: tuple[CompileMode, ...] = ("none", "reduce-overhead")
 TRAININGS: tuple[Stage, ...] = ("pretrain", "finetune")
 
 
@@ -181,6 +186,40 @@ def exhaust(device: str) -> None:
     if device == "cpu":
         raise torch.OutOfMemoryError("out of memory. Tried to allocate 1024.00 GiB.")
     torch.empty(1 << 40, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_attack_with_cuda_graphs_is_the_one_without(device: str, digits_network: nn.Module) -> None:
+    """To the bit, as in float32 both make the same calls of the same kernels."""
+    test = load_images("digits", "test")[:16]
+    assert test.labels is not None
+    x, y = test.pixels().to(device), test.labels.to(device)
+    found = []
+    for mode in MODES:
+        smoothed = smoothed_on(device, mode, digits_network)
+        log_probs = fresh_noise(smoothed, 4, smoothed.streams(0, "attack", test.ids.tolist()))
+        found.append(pgd(log_probs, x, y, ThreatModel("l2", 0.5), steps=8, step_size=0.3))
+    Execution().place(digits_network)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("device", SELDOM)
+def test_votes_of_the_compiled_forward_are_those_of_the_eager_one(device: str, digits_network: nn.Module) -> None:
+    x = load_images("digits", "test")[:64].pixels()
+    votes_of = {}
+    for mode in MODES:
+        smoothed = smoothed_on(device, mode, digits_network)
+        generators = smoothed.streams(0, "votes", [str(row) for row in range(len(x))])
+        votes_of[mode] = smoothed.counts(x, 1000, generators)
+        smoothed.recheck()
+    Execution().place(digits_network)
+    differing = (votes_of["none"] - votes_of["reduce-overhead"]).abs().sum() / 2
+    assert differing <= 0.0006 * 64_000
+
+
+def smoothed_on(device: str, mode: CompileMode, network: nn.Module) -> SmoothedClassifier:
+    execution = Execution(device, compile_mode=mode).configure()
+    return SmoothedClassifier(execution.place(network), 0.25, 10, execution=execution, image_shape=(1, 8, 8))
 
 
 @pytest.mark.parametrize("device", DEVICES)
