@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node, symbolic_trace
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rush.engine.gradient_graphs import GradientGraphs
 from rush.engine.inspection import Watch, check_forward, check_logits, check_structure
 from rush.engine.precision import Execution, foreign_call, without_tf32
 from rush.errors import ModelError, NumericsWarning
@@ -41,6 +42,8 @@ class Forward:
         self._original = classifier
         self._module = fold_batch_norm(classifier) if execution.folded else classifier
         self._call = _compiled(self._unguarded, execution.compile_mode)
+        graphs = execution.compile_mode == "reduce-overhead" and torch.device(execution.device).type == "cuda"
+        self._climbed = GradientGraphs(self._eager, execution.precision) if graphs else self._eager
         self._watch: Watch | None = None
 
     def __call__(self, tile: Tensor) -> Tensor:
@@ -66,7 +69,13 @@ class Forward:
         )
 
     def differentiable(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of any number of rows (B, C, H, W), differentiable: this forward before it is compiled."""
+        """Logits (B, K) of any number of rows (B, C, H, W), differentiable in ``x``: this forward uncompiled.
+
+        On CUDA with ``compile_mode`` "reduce-overhead" its passes are replayed as CUDA graphs (``gradient_graphs``).
+        """
+        return self._climbed(x)
+
+    def _eager(self, x: Tensor) -> Tensor:
         return self._execution.logits(self._module, x)
 
     def _unguarded(self, x: Tensor) -> Tensor:

@@ -287,6 +287,13 @@ def _compared(logits: Tensor) -> Tensor:
     return logits.detach().cpu().double()
 
 
+def is_rounding(expected: Tensor, found: Tensor, precision: Precision) -> bool:
+    """Return whether logits (R, K) of the same images differ by no more than rounding; see ``check_forward``."""
+    expected, found = _compared(expected), _compared(found)
+    gaps = (found - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return bool((gaps <= _rounding(expected, precision)[1]).all())
+
+
 def _judge(expected: Tensor, found: Tensor, precision: Precision, question: _Question) -> str:
     """Compares logits (R, K) of the same images from two calls; returns what to warn of, empty when they are equal."""
     gaps = (found - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
