@@ -205,13 +205,20 @@ def test_so_many_epochs_end_within_the_minutes_and_one_more_would_not(
 @pytest.mark.parametrize("head_epochs", [0, 4])
 def test_the_seconds_of_a_plan_are_those_of_its_epochs_one_by_one(head_epochs: int, monitor_epochs: int) -> None:
     plan = budget.Plan("pretrain", 1.0, PER_EPOCH, head_epochs, monitor_epochs=monitor_epochs)
-    times = budget.Times(2.0, 1.0, opening=0.25, saving=0.5, monitoring=8.0)
+    times = budget.Times(2.0, 1.0, opening=0.25, saving=0.125, monitoring=8.0)
     for epochs in range(9):
         seconds = 0.0
         for epoch in range(1, epochs + 1):
-            seconds += 0.25 + PER_EPOCH * (1.0 if epoch <= head_epochs else 2.0) + 0.5
+            seconds += 0.25 + PER_EPOCH * (1.0 if epoch <= head_epochs else 2.0) + 0.125
             seconds += 8.0 if epoch % monitor_epochs == 0 or epoch == epochs else 0.0
         assert plan.seconds(epochs, times) == seconds
+
+
+def test_checkpoints_that_take_long_are_not_counted_for_every_epoch() -> None:
+    """One of 3 s for every 60 s, and the last one; never more than one per epoch."""
+    plan = budget.Plan("pretrain", 1.0, PER_EPOCH)
+    times = budget.Times(2.0, saving=3.0)
+    assert [plan.seconds(epochs, times) for epochs in (0, 1, 5, 6, 11, 12)] == [0, 13, 53, 66, 116, 129]
 
 
 def test_what_takes_long_at_first_only_is_timed_again(clock: Clock) -> None:
@@ -530,7 +537,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, call: Call, epoch: int, *argum
         assert "killed" in refusal(call(*arguments))
 
 
-EPOCHS = 3
+EPOCHS = 4
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -549,7 +556,7 @@ def test_the_same_command_resumes_with_the_number_and_other_minutes_are_refused(
     record = json.loads((run / "provenance.json").read_text())["budgets"]
     assert (list(record), record["pretrain"]["minutes"], record["pretrain"]["epochs"]) == (["pretrain"], 0.7, EPOCHS)
     told = refusal(call(*command[:-1], "pretrain.minutes=0.6"))
-    assert "was begun with pretrain.minutes = 0.7, which gave 3 epochs, and not with 0.6" in told
+    assert "was begun with pretrain.minutes = 0.7, which gave 4 epochs, and not with 0.6" in told
     assert "other values of pretrain.epochs" in refusal(call("pretrain", recipe, "--out", run))
     tick(monkeypatch, 1000.0)
     killed_after(monkeypatch, call, 3, *command)
@@ -562,7 +569,7 @@ def test_the_same_command_resumes_with_the_number_and_other_minutes_are_refused(
     assert log.require("pretrain")["epochs"] == EPOCHS
     assert json.loads((run / "provenance.json").read_text())["budgets"] == record
     shown = call("info", run).stdout
-    assert "finished, 3 epochs for 0.7 minutes" in shown
+    assert "finished, 4 epochs for 0.7 minutes" in shown
 
 
 def test_a_recipe_that_a_run_leaves_repeats_it(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rush.engine.loop
+import rush.engine.budget
 from ranks import on_ranks
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
@@ -443,7 +443,7 @@ class SlowCheckpoint(TrainingCheckpoint):
 class Clock:
     now = 0.0
 
-    def monotonic(self) -> float:
+    def __call__(self, _device: str) -> float:
         return self.now
 
 
@@ -459,7 +459,7 @@ def test_a_checkpoint_that_takes_long_is_not_written_at_every_epochs_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: list[int]
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(rush.engine.loop, "time", clock)
+    monkeypatch.setattr(rush.engine.budget, "clock", clock)
     checkpoint = SlowCheckpoint(tmp_path / "pretrain.pt", clock, seconds)
 
     def one_second(_number: int, loss: Tensor) -> Tensor:

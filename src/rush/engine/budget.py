@@ -63,7 +63,7 @@ class Plan:
         trained = steps + epochs * times.opening + figures * times.monitoring
         saved = epochs * times.saving
         if times.saving > LONG_SAVING:  # then not every epoch ends with a checkpoint
-            saved = min(saved, SAVING_SHARE * trained + times.saving)
+            saved = min(saved, (1 + trained * SAVING_SHARE // times.saving) * times.saving)
         return trained + saved
 
     def fit(self, times: Times, spent: float = 0.0) -> "Budget":

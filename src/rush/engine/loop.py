@@ -191,7 +191,8 @@ class _Run:
         self.losses = Losses(self.per_epoch)  # of the epoch under way
         self.epoch_began = Cost(**self.meter.cost.as_dict())
         self.skipped: set[int] = set()
-        self.saved_at, self.saving_seconds = time.monotonic(), 0.0
+        self.saved_at = time.monotonic()
+        self.kept_at = self.saving_seconds = 0.0  # by the clock that waits for the device
         self.made = (0, 0)  # passes of a step
 
     @property
@@ -412,7 +413,7 @@ class _Run:
     def _save_is_worth_it(self) -> bool:
         """Whether to write a checkpoint at the end of this epoch: not where one takes long and the last one is so
         recent that writing would take more than ``SAVING_SHARE`` of the time."""
-        recent = time.monotonic() - self.saved_at < self.saving_seconds / SAVING_SHARE
+        recent = budget.clock(self.device) - self.kept_at < self.saving_seconds / SAVING_SHARE
         return self.number == self.total or self.saving_seconds <= LONG_SAVING or not recent
 
     def _monitored(self, epoch: int) -> dict[str, Any]:
@@ -434,11 +435,11 @@ class _Run:
         return True
 
     def _save(self) -> None:
-        began = time.monotonic()
+        began = budget.clock(self.device)
         if self.keeping.checkpoint is not None and rank() == 0:
             self.keeping.checkpoint.save(self._state())
-        self.saved_at = time.monotonic()
-        self.saving_seconds = self.saved_at - began
+        self.saved_at, self.kept_at = time.monotonic(), budget.clock(self.device)
+        self.saving_seconds = self.kept_at - began
 
     def _answer(self, stop: StopRequest, stopping: Tensor | None) -> None:
         """End the training if it was asked to; of several processes all or none, by what they told each other."""
