@@ -124,6 +124,7 @@ def load_model(name: str, sigma: float | None, num_classes: int) -> Model:
     """
     found = call(name) if ":" in name else load(name)
     if isinstance(found, SmoothedClassifier):
+        found.execution.configure()
         if sigma is not None:
             what = "gives a smoothed classifier with" if ":" in name else "is a run folder and has"
             raise ConfigError(f"{name} {what} its own noise; leave --sigma away")

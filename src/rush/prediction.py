@@ -59,6 +59,7 @@ def predict_files(
         return [FilePrediction(Path(file), None, str(error)) for file, error in zip(files, read, strict=True)]
     x = as_pixels(torch.from_numpy(np.stack(pixels)))
     if isinstance(model, SmoothedClassifier):
+        model.execution.configure()
         classes = model.predict(x, num_samples=num_samples, alpha=alpha, seed=seed)
     else:
         classes = plain_logits(model, plain_execution(device_of(model)), x).argmax(1)

@@ -22,15 +22,15 @@ class HostCopy:
     in pinned memory behind that work, and nothing waits; from any other device they are made at once.
 
     Args:
-        values: tensors, all on one device.
+        values: tensors, on the host or on one other device.
     """
 
     def __init__(self, *values: Tensor) -> None:
-        queued = any(value.is_cuda for value in values)
-        self._copies = [value.detach().to("cpu", non_blocking=queued, copy=True) for value in values]
+        queued = [value.device for value in values if value.is_cuda]
+        self._copies = [value.detach().to("cpu", non_blocking=value.is_cuda, copy=True) for value in values]
         self._made = torch.cuda.Event() if queued else None
         if self._made is not None:
-            self._made.record()
+            self._made.record(torch.cuda.current_stream(queued[0]))
 
     def read(self) -> list[Tensor]:
         """Return the copies; waits for the work that was queued before them, not for any behind them."""

@@ -12,6 +12,7 @@ from rush.engine.precision import Execution
 from rush.errors import ModelError
 from rush.noise import Gaussian
 from rush.options import BLOCK
+from rush.transfer import HostCopy
 
 _SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
 
@@ -114,7 +115,7 @@ class PendingVotes:
         self._votes = torch.zeros(count * num_classes, dtype=torch.int64, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._unmoved = torch.ones((), dtype=torch.bool, device=device)
-        self._ready = torch.cuda.Event() if self._votes.is_cuda else None
+        self._copies: HostCopy | None = None
 
     def add(self, places: Tensor, finite: Tensor, unmoved: Tensor | None) -> None:
         """Count one vote at each of ``places`` (rows,), request x K + class, if ``finite`` (rows,) holds everywhere and
@@ -136,18 +137,15 @@ class PendingVotes:
         sentinel's were not what they had been."""
         if self.waiting:
             self._voter.flush()
-        if self._ready is not None:
-            self._ready.synchronize()
-        if not bool(self._finite):
+        assert self._copies is not None
+        votes, finite, unmoved = self._copies.read()
+        if not bool(finite):
             raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
-        if not bool(self._unmoved):
+        if not bool(unmoved):
             raise ModelError(SENTINEL_MOVED)
-        return self._votes.view(self._shape).cpu()
+        return votes.view(self._shape)
 
     def _fetch_if_complete(self) -> None:
         """Copy behind the work just queued, not behind what is queued later."""
-        if self._closed and self.waiting == 0 and self._ready is not None:
-            self._votes = self._votes.to("cpu", non_blocking=True)
-            self._finite = self._finite.to("cpu", non_blocking=True)
-            self._unmoved = self._unmoved.to("cpu", non_blocking=True)
-            self._ready.record()
+        if self._closed and self.waiting == 0:
+            self._copies = HostCopy(self._votes, self._finite, self._unmoved)
