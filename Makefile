@@ -7,8 +7,9 @@ TORCH_INDEX ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # One thread per test process: two busy processes with several threads each slow one another down many times over.
-# One process per core, at most four; the tests of a file share their fixtures, so they stay in one process.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# One process per core, at most four. The tests of a file share their fixtures, so they stay in one process; files come in
+# the order of their names, in which the longest are not the last.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint clean
 

@@ -49,6 +49,7 @@ FULL = (
     "pretrain.batch_size=1024",
     "pretrain.views.greyscale=0.1",
     "pretrain.warmup_epochs=1",
+    "finetune.warmup_epochs=0.2",
     "certify.num_estimation=10000",
     "attack.max_votes=1000",
     "attack.eot_samples=[1, 4, 16, 64]",

@@ -48,6 +48,7 @@ PAPER_CLEAN, PAPER_ROBUST = 87.9, 77.8  # the abstract's figures, in percent
 GRID = ("clean", "transfer", "frozen", "eot-1")  # rungs of the ladder that the grid shows
 RADII = (0.0, 0.25, 0.5, 0.75)  # at which certified accuracy is printed
 T = TypeVar("T")
+LEAST_TRAINING = 2_000  # images of a training that has no time for all of them
 VERDICTS = 9  # most verdicts on an image of one model: the grid's, three of the ladder, the suite, the sandwich
 
 
@@ -173,6 +174,10 @@ class Bench:
         if self.sizes.epochs is not None:
             return replace(schedule, epochs=self.sizes.epochs, minutes=None)
         return replace(schedule, epochs=None, minutes=seconds / 60)
+
+    def fitting(self, seconds: float) -> int:
+        """Return the number of images of which a training under noise takes one epoch within ``seconds``."""
+        return int(0.85 * seconds * self.rates.training)
 
     def attacked(self, name: str, plan: Plan | Suite, images: int) -> AttackResult | None:
         """Return the stored result of a model and attacker on the first images; None where there is none."""
@@ -309,7 +314,10 @@ def judge_encoder(bench: Bench, _seconds: float) -> dict[str, Any]:
 
 
 def finetune_all(bench: Bench, seconds: float) -> dict[str, Any]:
-    """(c) Fine-tuning under noise: every sigma with all labels, one sigma with a part of them."""
+    """(c) Fine-tuning under noise: every sigma with all labels, one sigma with a part of them.
+
+    A model whose time has no room for an epoch of its images is trained on fewer, for one epoch.
+    """
     names = [f"noise-{sigma:g}" for sigma in SIGMAS] + [f"{part}-{MAIN_SIGMA:g}" for part in ("tenth", "hundredth")]
     shares = {"tenth": bench.sizes.tenth, "hundredth": bench.sizes.hundredth}
     figures: dict[str, Any] = {}
@@ -346,11 +354,13 @@ def _finetuned(
     classifier, events = bench.new_classifier(), Events()
     if pretrained:
         load_weights(classifier, bench.weights("encoder"))
-    images = bench.train
-    if labels < 1:
-        images = stratified_subset(images, labels, stream(recipe.seed, "finetune", "labels"))
+    generator = stream(recipe.seed, "finetune", "labels")
+    images = bench.train if labels == 1 else stratified_subset(bench.train, labels, generator)
     batch = min(recipe.finetune.batch_size, 1 << (len(images).bit_length() - 1))
     schedule = replace(bench.schedule(recipe.finetune, seconds), batch_size=batch)
+    wanted, fitting = len(images), max(LEAST_TRAINING, bench.fitting(seconds))
+    if epochs is None and schedule.minutes is not None and wanted > fitting:
+        images, epochs = stratified_subset(images, fitting, generator), 1
     if epochs is not None:
         schedule = replace(schedule, epochs=epochs, minutes=None)
     with _budgeted():
@@ -358,7 +368,7 @@ def _finetuned(
     save_weights(classifier, bench.weights(name))
     if name == f"noise-{MAIN_SIGMA:g}":
         bench.store.keep_weights(name, classifier)
-    return {"sigma": sigma, "batch_size": batch, **events.figures(len(images))}
+    return {"sigma": sigma, "batch_size": batch, "wanted_images": wanted, **events.figures(len(images))}
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------

@@ -85,8 +85,9 @@ _TRAINING = ("images", "epochs", "passes per image", "images per second", "secon
 
 
 def _training_row(figures: dict[str, Any]) -> tuple[str, ...]:
+    fewer = f" of {figures['wanted_images']:,}" if figures["images"] < figures["wanted_images"] else ""
     return (
-        f"{figures['images']:,}",
+        f"{figures['images']:,}{fewer}",
         str(figures["epochs"]),
         f"{figures['passes_per_image']:.1f}",
         f"{figures['images_per_second']:,.0f}",
