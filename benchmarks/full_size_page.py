@@ -20,7 +20,7 @@ def page(conditions: dict[str, Any], items: dict[str, dict[str, Any]]) -> str:
     done = {name: item for name, item in items.items() if item["status"] == "done"}
     parts = [_head(conditions), _overview(items)]
     writers = {"a": _pretraining, "b": _encoder, "c": _trainings, "d": _scratch, "e": _grid, "f": _ladder, "g": _worst}
-    writers |= {"h": _curves, "i": _textbook, "j": _sandwich, "k": _one_radius}
+    writers |= {"h": _curves, "i": _sandwich, "j": _textbook, "k": _one_radius}
     parts += [writers[name](item) for name, item in done.items() if name in writers]
     return "\n\n".join([*parts, _probe(conditions["plan"])]) + "\n"
 
@@ -144,12 +144,12 @@ def _textbook(item: dict[str, Any]) -> str:
         )
         for row in item["rows"]
     ]
-    return f"## (i) Textbook, N = {item['num_estimation']:,}\n\n" + table(("image", "textbook", "ours"), rows)
+    return f"## (j) Textbook, N = {item['num_estimation']:,}\n\n" + table(("image", "textbook", "ours"), rows)
 
 
 def _sandwich(item: dict[str, Any]) -> str:
     return (
-        f"## (j) Sandwich\n\n{item['images']} certified images attacked inside their balls; {item['checked']} images "
+        f"## (i) Sandwich\n\n{item['images']} certified images attacked inside their balls; {item['checked']} images "
         f"checked, {len(item['violations'])} violations, {item['allowed']} would be allowed."
     )
 

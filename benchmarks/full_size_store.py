@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from rush.errors import RunError
 from rush.files import write_bytes, write_json, write_text
 
-LAST_START = 0.9  # share of the minutes after which nothing starts
-PLANNED_END = 0.96  # share of the minutes that the items' allotments fill
+LAST_START = 0.9  # share of the minutes after which nothing starts; the allotments fill it, the rest is a reserve
 _RESULTS, _TABLES = "results.json", "tables.tar.gz"
 T = TypeVar("T")
 
@@ -49,7 +48,7 @@ class Clock:
 
     def allotted(self, share: float, shares: float) -> float:
         """Return the seconds of an item with this ``share`` of the ``shares`` of all items that are left."""
-        return max(0.0, PLANNED_END * 60 * self.minutes - self.elapsed) * share / shares
+        return max(0.0, self.until_last_start) * share / shares
 
 
 def in_rounds(
