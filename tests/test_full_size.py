@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import full_size
 import full_size_items
+import full_size_probe
 import rush
 from full_size import TINY_IMAGES, Order, parse
 from full_size_items import GRID, ITEMS, SIGMAS, Bench, Item, nearest_to_paper
@@ -415,6 +416,79 @@ def test_a_failed_item_is_named_and_tried_again(data: tuple[Path, Path], tmp_pat
     assert items_of(order)["x"]["status"] == "done"
     assert full_size.full_size(order) == 0
     assert len(calls) == 2
+
+
+# --- probe ------------------------------------------------------------------------------------------------------------
+
+
+def probe_of(
+    monkeypatch: pytest.MonkeyPatch, device: str = "cpu", **rates: tuple[float, float] | str
+) -> full_size_probe.Probe:
+    """A probe in which a SimCLR step has these views per second and seconds of warm-up by ``<form>_<batch>``; a text is
+    the error that it ends with."""
+
+    def simclr(_probe: object, form: str, batch: int, deterministic: bool = True) -> dict[str, Any]:
+        measured = rates[f"{form}_{batch}" if deterministic else f"any_{batch}"]
+        if isinstance(measured, str):
+            raise RuntimeError(measured)
+        return {"views_per_second": measured[0], "warm_up_seconds": measured[1]}
+
+    monkeypatch.setattr(full_size_probe, "_simclr", simclr)
+    recipe, execution = load_recipe("cifar10", full_size.TINY), replace(decide_execution("cpu"), device=device)
+    return full_size_probe.Probe(recipe, execution, full_size_probe.Scale(), Clock(10.0))
+
+
+@pytest.mark.parametrize(
+    ("graph", "default", "best"),
+    [
+        ((120.0, 3.0), (150.0, 30.0), "default"),
+        ((120.0, 3.0), (150.0, 41.0), "graph"),  # 40 s are allowed
+        ((120.0, 3.0), (119.0, 30.0), "graph"),
+        ((101.0, 3.0), (100.0, 30.0), "none"),  # not faster by 2 %
+        ("no such operation", "no compiler", "none"),
+    ],
+)
+def test_the_probe_takes_the_fastest_form_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, graph: Any, default: Any, best: str
+) -> None:
+    probe = probe_of(
+        monkeypatch, "cuda", none_512=(90.0, 1.0), none_1024=(100.0, 1.0), any_1024=(105.0, 1.0), graph_1024=graph,
+        default_1024=default,
+    )  # fmt: skip
+    batch = full_size_probe._batch(probe)
+    full_size_probe._captured_step(probe, batch)
+    assert (batch, full_size_probe._fastest_form(probe, batch)) == (1024, best)
+    assert probe.found["simclr"]["none 1024, any algorithm"]["views_per_second"] == 105.0
+    failed = {f"simclr {form} 1024": f"RuntimeError: {text}" for form, text in (("graph", graph), ("default", default))}
+    assert probe.skipped == (failed if isinstance(graph, str) else {})
+
+
+@pytest.mark.parametrize(("small", "batch"), [(104.0, 1024), (106.0, 512)])
+def test_the_probe_takes_a_smaller_batch_where_it_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, small: float, batch: int
+) -> None:
+    probe = probe_of(monkeypatch, none_512=(small, 1.0), none_1024=(100.0, 1.0))
+    assert full_size_probe._batch(probe) == batch
+
+
+def test_a_part_that_no_longer_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = probe_of(monkeypatch, none_512=(90.0, 1.0), none_1024=(100.0, 1.0))
+    probe.clock = FakeClock(1.0)
+    probe.clock.now = 52.0
+    with probe.part("large", 3.0) as fits:
+        assert not fits
+    assert probe.skipped == {"large": "not tried: 3 s did not fit any more"}
+    with probe.part("small", 1.0) as fits:
+        assert fits
+
+
+def test_the_forms_of_a_step_are_those_of_the_library(finished: Order) -> None:
+    """On this device a captured step runs as it is."""
+    recipe, execution = finished.recipe, decide_execution("cpu", "float32", 16)
+    probe = full_size_probe.Probe(recipe, execution, full_size.TINY_SCALE, Clock(10.0))
+    for form, deterministic in (("none", True), ("graph", True), ("none", False)):
+        measured = full_size_probe._simclr(probe, form, 32, deterministic)  # type: ignore[arg-type]
+        assert measured["views_per_second"] == 2 * measured["images_per_second"] > 0
 
 
 # --- files and orders -------------------------------------------------------------------------------------------------
