@@ -1,6 +1,7 @@
 """What holds on a CUDA device, and on the CPU by the same code: every test is made for both.
 
-Where torch sees no CUDA device, its half of them is skipped. ``make test`` runs both halves where there is one.
+Where torch sees no CUDA device, its half of them is skipped. ``make test`` runs both halves where there is one, but for
+the longest on the CPU, which are among the slow tests.
 """
 
 import json
@@ -34,7 +35,10 @@ from tiny import results, results_of_training, run_tiny, tiny, write_tiny
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SELDOM = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
-EACH = [("cpu", VARIANTS[0]), *(pytest.param("cuda", variant, marks=pytest.mark.cuda) for variant in VARIANTS)]
+EACH = [
+    pytest.param("cpu", VARIANTS[0], marks=pytest.mark.slow),  # whole runs, which other files hold on the CPU
+    *(pytest.param("cuda", variant, marks=pytest.mark.cuda) for variant in VARIANTS),
+]
 MODES: tuple[CompileMode, ...] = ("none", "reduce-overhead")
 TRAININGS: tuple[Stage, ...] = ("pretrain", "finetune")
 
