@@ -26,13 +26,15 @@ from full_size_store import Clock, Store, in_rounds, load_shards
 from rush.certification.table import read_certificates
 from rush.config import load_recipe
 from rush.data.batches import Resident
+from rush.data.images import stratified_subset
 from rush.engine.precision import decide_execution
 from rush.engine.probes import knn_correct, representations
 from rush.errors import RunError, RushError
 from rush.evaluation.robust import attack_groups
 from rush.models.classifier import Classifier
+from rush.randomness import stream
 from rush.saving import load_weights
-from rush.stages.training import new_classifier, pretrain_by, schedule_of, spec_of
+from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
 from test_parquet import encoded, write
 
 TIMES = {
@@ -159,10 +161,25 @@ def test_pretraining_is_that_of_the_library(finished: Order) -> None:
         assert torch.equal(tensor, stored[name]), name
 
 
+def test_fine_tuning_is_that_of_the_library_on_the_pre_trained_encoder(finished: Order) -> None:
+    bench = bench_of(finished)
+    recipe = load_recipe("cifar10", [*full_size.TINY, "model.width=4", "smoothing.sigma=0.25"])
+    labelled = stratified_subset(bench.train, 0.25, stream(0, "finetune", "labels"))
+    classifier = new_classifier(spec_of(recipe, bench.train), 0)
+    load_weights(classifier, bench.weights("encoder"))
+    schedule = replace(schedule_of(recipe.finetune), epochs=finished.sizes.epochs)
+    finetune_by(recipe, labelled, classifier, decide_execution("cpu", "float32", 16), schedule=schedule)
+    stored = load_file(bench.weights("tenth-0.25"))
+    for name, tensor in classifier.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+
+
 def test_nearest_neighbours_and_linear_head_are_those_of_the_library(finished: Order) -> None:
     bench, figures = bench_of(finished), items_of(finished)["b"]
     classifier = bench.new_classifier()
     load_weights(classifier, bench.weights("linear"))
+    pretrained = load_file(bench.weights("encoder"))
+    assert all(torch.equal(own, pretrained[f"encoder.{name}"]) for name, own in classifier.encoder.state_dict().items())
 
     class Represent(torch.nn.Module):
         def __init__(self, own: Classifier) -> None:
