@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 import rush
-from full_size_items import ITEMS, Bench, Item, OmittedError, Rates, Sizes
+from full_size_items import ITEMS, Bench, Item, OmittedError, Rates, Sizes, changed
 from full_size_page import page
 from full_size_probe import Scale, device_facts, probe
 from full_size_store import Clock, Store
@@ -185,8 +185,8 @@ def figures_of(item: Item, bench: Bench, seconds: float) -> dict[str, Any]:
 
 def bench_of(order: Order, store: Store, plan: dict[str, Any], clock: Clock) -> Bench:
     """What the items share, with images and execution as the plan says."""
-    choices, recipe = plan["choices"], order.recipe
-    recipe = planned(recipe, choices)
+    choices = plan["choices"]
+    recipe = planned(order.recipe, choices)
     execution = decide_execution(recipe.execution.device, recipe.execution.precision, choices["tile"])
     execution = replace(execution, compile_mode=choices["compile_mode"])
     execution.configure()
@@ -197,13 +197,12 @@ def bench_of(order: Order, store: Store, plan: dict[str, Any], clock: Clock) -> 
 def planned(recipe: Recipe, choices: dict[str, Any]) -> Recipe:
     """The recipe with the plan's form of a training step and batch of SimCLR; the learning rate follows the square root
     of the batch."""
-    pretrain, execution, batch = recipe.pretrain, recipe.execution, choices["batch_size"]
-    rate = pretrain.learning_rate * (batch / pretrain.batch_size) ** 0.5
-    return recipe.model_copy(
-        update={
-            "pretrain": pretrain.model_copy(update={"batch_size": batch, "learning_rate": rate}),
-            "execution": execution.model_copy(update={"compile_training": choices["compile_training"]}),
-        }
+    batch = choices["batch_size"]
+    rate = recipe.pretrain.learning_rate * (batch / recipe.pretrain.batch_size) ** 0.5
+    return changed(
+        recipe,
+        pretrain={"batch_size": batch, "learning_rate": rate},
+        execution={"compile_training": choices["compile_training"]},
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 import rush
 from certification import textbook
@@ -36,11 +35,12 @@ from rush.evaluation.robust import Judging, evaluate
 from rush.evaluation.sandwich import check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
 from rush.evaluation.table import attack_table
 from rush.inputs import LabelledPixels, labelled_pixels
-from rush.models.classifier import Classifier
+from rush.models.classifier import Classifier, Represent
 from rush.options import parse_fraction
 from rush.randomness import stream
 from rush.saving import ClassifierSpec, load_weights, save_weights
 from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from shared import labels_of
 
 SIGMAS = (0.06, 0.12, 0.25, 0.5)
 MAIN_SIGMA = 0.25
@@ -91,7 +91,7 @@ class Rates:
     attack: float
 
     def seconds(self, passes: float, forward_passes: float) -> float:
-        """Return about how long so many passes with and without backward take."""
+        """Return about how many seconds these numbers of passes with and without backward take."""
         return passes / self.attack + forward_passes / self.forward
 
 
@@ -141,13 +141,6 @@ class Bench:
         plans = ladder(config.steps, share, config.restarts, config.eot_samples, threat=self.threat)
         return {plan.name: plan for plan in plans if isinstance(plan, Plan)}
 
-    def variant(self, **sections: dict[str, Any]) -> Recipe:
-        """Return the recipe with some fields of some sections replaced."""
-        values = json.loads(self.recipe.to_json())
-        for section, fields in sections.items():
-            values[section] |= fields
-        return build_recipe(values)
-
     @cached_property
     def spec(self) -> ClassifierSpec:
         return spec_of(self.recipe, self.train)
@@ -195,10 +188,17 @@ class Bench:
         read = read_certificates(self.store.work / "tables" / f"certificates-{name}.tsv")
         return None if read is None else read[1]
 
-    def attack(self, smoothed: rush.SmoothedClassifier, plan: Plan | Suite, rows: list[int]) -> AttackResult:
-        """Attack and judge the images at ``rows`` of the order."""
+    def attacker(
+        self, smoothed: rush.SmoothedClassifier, plans: Sequence[Plan | Suite]
+    ) -> Callable[[list[int]], list[AttackResult]]:
+        """Return what attacks and judges the images at some rows of the order by each of ``plans``."""
         defender = defend(smoothed, self.test.num_classes)
-        return evaluate(defender, self.pixels.select(rows), self.threat, plan, self.judging)
+
+        def attack(rows: list[int]) -> list[AttackResult]:
+            pixels = self.pixels.select(rows)
+            return [evaluate(defender, pixels, self.threat, plan, self.judging) for plan in plans]
+
+        return attack
 
     def check_fits(self, seconds: float, minimum: str, needed: float) -> None:
         """Raise OmittedError when the minimum of an item needs more seconds than it may take."""
@@ -209,9 +209,17 @@ class Bench:
             )
 
 
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    """Return ``recipe`` with some fields of some sections replaced. Raises: ConfigError as ``build_recipe``."""
+    values = json.loads(recipe.to_json())
+    for section, fields in sections.items():
+        values[section] |= fields
+    return build_recipe(values)
+
+
 @dataclass(frozen=True)
 class Item:
-    """One item: its name, what it is, its share of the time, what computes its figures within so many seconds, and
+    """One item: its name, what it is, its share of the time, what computes its figures within a number of seconds, and
     the items that it needs."""
 
     name: str
@@ -298,9 +306,9 @@ def judge_encoder(bench: Bench, _seconds: float) -> dict[str, Any]:
     """(b) Nearest neighbours and a linear probe, whose weights become the head on the clean encoder."""
     classifier = bench.new_classifier()
     load_weights(classifier, bench.weights("encoder"))
-    represent = bench.execution.place(_Represent(classifier)).eval()
+    represent = bench.execution.place(Represent(classifier)).eval()
     known, asked = (representations(images, represent, bench.execution) for images in (bench.train, bench.test))
-    labels, truth = (_labels(images).to(known.device) for images in (bench.train, bench.test))
+    labels, truth = (labels_of(images).to(known.device) for images in (bench.train, bench.test))
     knn = {str(k): knn_correct(known, labels, asked, truth, k) for k in bench.sizes.neighbours}
     weight, bias = linear_probe(known, labels, bench.train.num_classes)
     linear = int((torch.nn.functional.linear(asked, weight, bias).argmax(1) == truth).sum())
@@ -351,7 +359,8 @@ def _finetuned(
 ) -> dict[str, Any]:
     """Train ``name`` under noise on a part of the labels and keep its weights; the figures of the training."""
     form = bench.recipe.execution.compile_training
-    recipe = bench.variant(
+    recipe = changed(
+        bench.recipe,
         smoothing={"sigma": sigma},
         finetune={"label_fraction": labels},
         execution={"compile_training": form if form == "graph" else "none"},  # compiling pays for the longest training
@@ -389,11 +398,8 @@ def protocol_grid(bench: Bench, seconds: float) -> dict[str, Any]:
     needed = bench.rates.seconds(len(names) * least * passes, len(names) * least * votes)
     bench.check_fits(seconds, f"{least} images per cell", needed)
 
-    def job(name: str) -> Callable[[list[int]], list[AttackResult]]:
-        return lambda rows: [bench.attack(models[name], plan, rows) for plan in plans]
-
     images, found = in_rounds(
-        {name: job(name) for name in names},
+        {name: bench.attacker(models[name], plans) for name in names},
         wanted=min(bench.sizes.grid, len(bench.test)), minimum=least, seconds=seconds, clock=bench.clock,
     )  # fmt: skip
     _check_images(images, least)
@@ -419,11 +425,12 @@ def climb_ladder(bench: Bench, seconds: float) -> dict[str, Any]:
     needed = bench.rates.seconds(least * per_image, least * votes)
     bench.check_fits(seconds, f"{least} images per model", needed)
 
-    def job(name: str) -> Callable[[list[int]], list[AttackResult]]:
-        return lambda rows: [bench.attack(models[name], plan, rows) for plan in plans]
-
     images, found = in_rounds(
-        {name: job(name) for name in names}, wanted=most, minimum=least, seconds=seconds, clock=bench.clock
+        {name: bench.attacker(models[name], plans) for name in names},
+        wanted=most,
+        minimum=least,
+        seconds=seconds,
+        clock=bench.clock,
     )
     _check_images(images, least)
     rungs = {}
@@ -457,11 +464,12 @@ def worst_cases(bench: Bench, seconds: float) -> dict[str, Any]:
     needed = bench.rates.seconds(len(names) * least * suite.passes_per_image / 2, 0)  # many images leave early
     bench.check_fits(seconds, f"{least} images per model", needed)
 
-    def job(name: str) -> Callable[[list[int]], list[AttackResult]]:
-        return lambda rows: [bench.attack(models[name], suite, rows)]
-
     images, found = in_rounds(
-        {name: job(name) for name in names}, wanted=most, minimum=least, seconds=seconds, clock=bench.clock
+        {name: bench.attacker(models[name], [suite]) for name in names},
+        wanted=most,
+        minimum=least,
+        seconds=seconds,
+        clock=bench.clock,
     )
     _check_images(images, least)
     return {
@@ -639,25 +647,9 @@ def _certified(
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-class _Represent(torch.nn.Module):
-    """Pixels to representations, as a module."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier.represent(x)
-
-
 def _interval(count: int, total: int) -> list[float]:
     interval = share_interval(count, total)
     return [interval.low, interval.high]
-
-
-def _labels(images: ImageSet) -> Tensor:
-    assert images.labels is not None
-    return images.labels
 
 
 def item_done(bench: Bench, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import rush
+from full_size_items import Events, changed
 from full_size_store import Clock
 from rush.attacks.gradient import fresh_noise, loss_and_gradient
 from rush.attacks.losses import cross_entropy
@@ -21,6 +22,7 @@ from rush.config import Recipe, load_recipe
 from rush.costing import STEPS, conditions_text, measure
 from rush.data.batches import Resident
 from rush.data.images import ImageSet
+from rush.engine.budget import clock
 from rush.engine.forward import Forward
 from rush.engine.loop import Schedule
 from rush.engine.precision import Execution
@@ -30,6 +32,7 @@ from rush.noise import Gaussian
 from rush.options import CompileMode, TrainingCompile
 from rush.randomness import stream
 from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from shared import labels_of
 
 BATCHES = (512, 1024)
 RIVALS = ("pgd-at", "trades", "smoothadv", "acl")
@@ -183,16 +186,16 @@ def _fastest_form(probe: Probe, batch: int) -> TrainingCompile:
 
 
 def _simclr(probe: Probe, form: TrainingCompile, batch: int, deterministic: bool = True) -> dict[str, Any]:
-    recipe = _with(probe.recipe, execution={"compile_training": form}, pretrain={"batch_size": batch})
+    recipe = changed(probe.recipe, execution={"compile_training": form}, pretrain={"batch_size": batch})
     execution = replace(probe.execution, deterministic=deterministic)
     execution.configure()
 
     def run(steps: int) -> list[dict[str, Any]]:
-        images, events = _random_images(recipe, steps * batch), _Epochs()
+        images, events = _random_images(recipe, steps * batch), Events()
         source = Resident(images.without_labels(), execution.device)
         schedule = _two_epochs(schedule_of(recipe.pretrain))
         pretrain_by(recipe, source, _classifier(recipe), execution, schedule=schedule, log=events)
-        return events.found
+        return events.epochs
 
     try:
         measured = _measured(run, probe.scale.seconds)
@@ -230,10 +233,9 @@ def _forward(probe: Probe, tile: int, mode: CompileMode) -> dict[str, Any]:
     network = execution.place(_classifier(probe.recipe)).eval()
     forward = Forward(network, execution, images.num_classes)
     x = torch.full((tile, *images.shape), 0.5, device=execution.device)
-    began = time.perf_counter()
+    began = clock(execution.device)
     forward(x)
-    _wait(execution)
-    compile_seconds = 0.0 if mode == "none" else time.perf_counter() - began
+    compile_seconds = 0.0 if mode == "none" else clock(execution.device) - began
     return {"samples_per_second": _rate(lambda: forward(x), tile, probe), "compile_seconds": compile_seconds}
 
 
@@ -241,7 +243,7 @@ def _attack_pass(probe: Probe) -> float:
     """Forward and backward to the input of the smoothed classifier, 16 draws each of 16 images; passes per second."""
     images, device = _random_images(probe.recipe, 16), probe.execution.device
     smoothed = _smoothed(probe, replace(probe.execution, tile=probe.scale.tiles[0]))
-    x, y = images.pixels(device=device), _labels(images).to(device)
+    x, y = images.pixels(device=device), labels_of(images).to(device)
     seen = fresh_noise(smoothed, 16, smoothed.streams(0, "probe", [str(row) for row in range(16)]))
     rate = _rate(lambda: loss_and_gradient(seen, x, y, cross_entropy), 16 * 16, probe)
     probe.found["attack"] = {"passes_per_second": rate, "draws": 16, "images": 16}
@@ -269,10 +271,10 @@ def _finetuning(probe: Probe) -> float:
     batch = recipe.finetune.batch_size
 
     def run(steps: int) -> list[dict[str, Any]]:
-        images, events = _random_images(recipe, steps * batch), _Epochs()
+        images, events = _random_images(recipe, steps * batch), Events()
         schedule = _two_epochs(schedule_of(recipe.finetune))
         finetune_by(recipe, images, _classifier(recipe), probe.execution, schedule=schedule, log=events)
-        return events.found
+        return events.epochs
 
     probe.found["finetune"] = {"batch_size": batch, **_measured(run, probe.scale.seconds)}
     return float(probe.found["finetune"]["images_per_second"])
@@ -315,22 +317,11 @@ def _rival(probe: Probe, name: str) -> dict[str, Any]:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-class _Epochs:
-    """Keeps the epochs that a training logs."""
-
-    def __init__(self) -> None:
-        self.found: list[dict[str, Any]] = []
-
-    def __call__(self, event: str, **values: Any) -> None:
-        if event == "epoch":
-            self.found.append(values)
-
-
 def _measured(run: Callable[[int], list[dict[str, Any]]], seconds: float) -> dict[str, Any]:
     """Images per second of a training's second epoch, of about ``seconds``, the first one being its warm-up.
 
     Args:
-        run: trains two epochs of so many steps each and returns their logged figures.
+        run: trains two epochs of the given number of steps each and returns their logged figures.
         seconds: of the epoch that counts.
     """
     began = time.perf_counter()
@@ -350,29 +341,15 @@ def _rate(work: Callable[[], object], amount: int, probe: Probe) -> float:
     """How much of ``amount`` per call ``work`` does per second, after two calls that warm up."""
     for _ in range(2):
         work()
-    _wait(probe.execution)
-    began, done = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - began) < probe.scale.seconds:
+    began, done = clock(probe.execution.device), 0
+    while (elapsed := clock(probe.execution.device) - began) < probe.scale.seconds:
         work()
         done += amount
-        _wait(probe.execution)
     return done / elapsed
-
-
-def _wait(execution: Execution) -> None:
-    if torch.device(execution.device).type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def _two_epochs(schedule: Schedule) -> Schedule:
     return replace(schedule, epochs=2, minutes=None, learning_rate=_NO_STEP, warmup_epochs=0.0)
-
-
-def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
-    """The recipe with some fields of some sections replaced."""
-    return recipe.model_copy(
-        update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in sections.items()}
-    )
 
 
 def _random_images(recipe: Recipe, count: int) -> ImageSet:
@@ -380,11 +357,6 @@ def _random_images(recipe: Recipe, count: int) -> ImageSet:
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (count,), generator=generator)
     return ImageSet(pixels, labels, tuple(map(str, range(10))), np.arange(count).astype(str), "random", "train")
-
-
-def _labels(images: ImageSet) -> torch.Tensor:
-    assert images.labels is not None
-    return images.labels
 
 
 def _classifier(recipe: Recipe) -> Classifier:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import test_keeping
 from commands import Call, refusal
 from ranks import on_ranks
 from rush import costing
@@ -43,17 +44,7 @@ from rush.pretraining import ACL, Method, MoCo, SimCLR, pretrain
 from rush.randomness import seeded_init, stream
 from tiny import TINY, results_of_training, tiny, write_tiny
 
-SCHEDULE = Schedule(
-    epochs=None,
-    batch_size=8,
-    optimizer="sgd",
-    learning_rate=0.1,
-    momentum=0.9,
-    weight_decay=1e-3,
-    warmup_epochs=1,
-    ema_decay=0.9,
-    minutes=1,
-)
+SCHEDULE = replace(test_keeping.SCHEDULE, epochs=None, minutes=1)
 PER_EPOCH = 5  # steps, of 43 images
 
 

@@ -31,7 +31,7 @@ from rush.engine.precision import decide_execution
 from rush.engine.probes import knn_correct, representations
 from rush.errors import RunError, RushError
 from rush.evaluation.robust import attack_groups
-from rush.models.classifier import Classifier
+from rush.models.classifier import Represent
 from rush.randomness import stream
 from rush.saving import load_weights
 from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
@@ -180,14 +180,6 @@ def test_nearest_neighbours_and_linear_head_are_those_of_the_library(finished: O
     load_weights(classifier, bench.weights("linear"))
     pretrained = load_file(bench.weights("encoder"))
     assert all(torch.equal(own, pretrained[f"encoder.{name}"]) for name, own in classifier.encoder.state_dict().items())
-
-    class Represent(torch.nn.Module):
-        def __init__(self, own: Classifier) -> None:
-            super().__init__()
-            self.own = own
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.own.represent(x)
 
     represent = Represent(classifier.eval())
     known, asked = (representations(images, represent, bench.execution) for images in (bench.train, bench.test))

@@ -44,8 +44,8 @@ class Plan:
     """A training of ``minutes``, as far as its number of epochs depends on it.
 
     name: of the recipe's section, for errors. per_epoch: steps per epoch. head_epochs: the first epochs whose steps do
-    other work than the later ones. warmup_epochs: of the learning rate. monitor_epochs: live figures come every so many
-    epochs and after the last one.
+    other work than the later ones. warmup_epochs: of the learning rate. monitor_epochs: the number of epochs
+    between live figures, which also come after the last one.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Budget:
             self.require(field, epochs, math.ceil(epochs))
 
     def needed(self, epochs: int) -> str:
-        """Return the minutes, rounded up, within which so many epochs would have ended."""
+        """Return the minutes, rounded up, within which this number of epochs would have ended."""
         minutes = (self.spent + self.plan.seconds(epochs, self.times)) / (1 - RESERVE) / 60
         unit = 10.0 ** (math.floor(math.log10(max(minutes, 1e-9))) - 1)
         return f"{math.ceil(minutes / unit) * unit:.3g}"

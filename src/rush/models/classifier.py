@@ -54,3 +54,14 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.represent(x))
+
+
+class Represent(nn.Module):
+    """Pixels (B, C, H, W) -> representations (B, features) of a classifier, as a module."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier.represent(x)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from rush.config import AdversaryConfig, FinetuneConfig, PretrainConfig, Recipe, TrainingConfig
 from rush.data.batches import TrainingImages
@@ -22,7 +21,7 @@ from rush.engine.probes import classifier_figures, encoder_figures, knn_correct,
 from rush.engine.runs import RunFolder
 from rush.errors import DataError
 from rush.finetuning import Objective, finetune
-from rush.models.classifier import Classifier
+from rush.models.classifier import Classifier, Represent
 from rush.objectives.classification import cat_rs, consistency, gaussian, pgd_at, smoothadv, standard, trades
 from rush.options import FinetuneObjective, Stage, parse_fraction
 from rush.pretraining import ACL, Method, MoCo, SimCLR, channel_statistics, pretrain
@@ -275,7 +274,7 @@ def _watch_encoder(here: Conditions, classifier: Classifier) -> Watch | None:
     held, config = here.held_out_images(), here.recipe.pretrain
     if held is None or held.labels is None:
         return None
-    known, represent = here.known_images(_BANK_IMAGES), _Represent(classifier)
+    known, represent = here.known_images(_BANK_IMAGES), Represent(classifier)
     return lambda _: encoder_figures(
         represent, known, held, here.noise, here.execution, neighbours=config.knn_neighbours, seed=here.recipe.seed
     )
@@ -289,24 +288,13 @@ def _watch_classifier(here: Conditions, classifier: Classifier) -> Watch | None:
     return lambda _: classifier_figures(classifier, held, here.noise, here.execution, here.recipe.seed)
 
 
-class _Represent(nn.Module):
-    """Pixels -> representations, as a module."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier.represent(x)
-
-
 def _knn_accuracy(
     classifier: Classifier, train: ImageSet, test: ImageSet, neighbours: int, execution: Execution
 ) -> dict[str, int] | None:
     """Nearest-neighbour votes of the test images among the training images; None where labels are missing."""
     if train.labels is None or test.labels is None:
         return None
-    represent = execution.place(_Represent(classifier)).eval()
+    represent = execution.place(Represent(classifier)).eval()
     bank, queries = (representations(images, represent, execution) for images in (train, test))
     correct = knn_correct(bank, train.labels.to(bank.device), queries, test.labels.to(bank.device), neighbours)
     return {"correct": correct, "total": len(test), "neighbours": neighbours}
