@@ -18,12 +18,13 @@ items are kept in the work folder, by default OUT.work, and the same command res
 shows what is there so far; ``results.json`` has all figures, ``tables.tar.gz`` one line per image, and
 ``weights-*.safetensors`` the encoder and one classifier in float16. Nothing is chosen on test images.
 
-``--tiny`` runs every item in seconds, on a tiny network and few images: for tests.
+``--tiny`` runs every item in seconds, on a tiny network and few images: for tests, on the CPU unless --device is given.
 """
 
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,8 +68,6 @@ TINY = (
     "attack.max_votes=300",
     "attack.steps=3",
     "attack.eot_samples=[1, 2]",
-    "execution.device=cpu",
-    "execution.precision=float32",
 )
 TINY_SIZES = Sizes(
     grid=3, ladder=2, worst=1, curve=6, radius=8, sandwich=3, textbook=2, least=3, least_worst=1, textbook_samples=300,
@@ -99,7 +98,10 @@ class Order:
     def recipe(self) -> Recipe:
         """The recipe of all trainings."""
         if self.tiny:
-            return load_recipe("cifar10", [*TINY, f"model.width={TINY_WIDTH}"])
+            device = "cpu" if self.device == "auto" else self.device
+            precision = "float32" if device == "cpu" else "auto"
+            placed = [f"execution.device={device}", f"execution.precision={precision}"]
+            return load_recipe("cifar10", [*TINY, *placed, f"model.width={TINY_WIDTH}"])
         return load_recipe("cifar10", [*FULL, f"model.width={self.width}", f"execution.device={self.device}"])
 
     @property
@@ -175,8 +177,11 @@ def figures_of(item: Item, bench: Bench, seconds: float) -> dict[str, Any]:
         found = {**head, "status": "done", **item.figures(bench, seconds)}
     except OmittedError as reason:
         found = {**head, "status": "omitted", "reason": str(reason)}
-    except RushError as error:
-        found = {**head, "status": "failed", "reason": str(error)}
+    except Exception as error:  # the run is unattended: one item that fails must not cost the others
+        known = isinstance(error, RushError)
+        if not known:
+            traceback.print_exc()
+        found = {**head, "status": "failed", "reason": str(error) if known else f"{type(error).__name__}: {error}"}
     found["seconds"] = bench.clock.elapsed - began
     told = "" if found["status"] == "done" else f": {found['reason']}"
     say(f"({item.name}) {found['status']} after {found['seconds']:.1f} s{told}")

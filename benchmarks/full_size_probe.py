@@ -170,18 +170,18 @@ def _captured_step(probe: Probe, batch: int) -> None:
 
 
 def _fastest_form(probe: Probe, batch: int) -> TrainingCompile:
-    """The encoder compiled, where that fits; the form of the step that is fastest, eager where none is by 2 %."""
+    """The encoder compiled, where that fits; the form of the step that is clearly the fastest."""
     steps, limit = probe.found["simclr"], probe.scale.compile_seconds
     with probe.part(f"simclr default {batch}", _COMPILING + 4 * probe.scale.seconds) as fits:
         if fits and limit:
             steps[f"default {batch}"] = _simclr(probe, "default", batch)
     best: TrainingCompile = "none"
-    least = 1.02 * steps[f"none {batch}"]["views_per_second"]
-    forms: tuple[TrainingCompile, ...] = ("graph", "default")
-    for form in forms:
+    most = steps[f"none {batch}"]["views_per_second"]
+    gains: tuple[tuple[TrainingCompile, float], ...] = (("graph", 1.02), ("default", 1.08))  # the run compiles again
+    for form, gain in gains:
         tried = steps.get(f"{form} {batch}")
-        if tried and tried["warm_up_seconds"] <= limit and tried["views_per_second"] > least:
-            best, least = form, tried["views_per_second"]
+        if tried and tried["warm_up_seconds"] <= limit and tried["views_per_second"] > gain * most:
+            best, most = form, tried["views_per_second"]
     return best
 
 
@@ -209,7 +209,9 @@ def _eager_forwards(probe: Probe) -> None:
     """The judged forward, eager, by tile."""
     found: dict[str, Any] = probe.found.setdefault("forward", {})
     for tile in probe.scale.tiles:
-        found[f"{tile} none"] = _forward(probe, tile, "none")
+        with probe.part(f"forward {tile} none", 2 * probe.scale.seconds) as fits:
+            if fits:
+                found[f"{tile} none"] = _forward(probe, tile, "none")
 
 
 def _fastest_forward(probe: Probe) -> tuple[int, CompileMode]:
@@ -325,10 +327,10 @@ def _measured(run: Callable[[int], list[dict[str, Any]]], seconds: float) -> dic
         seconds: of the epoch that counts.
     """
     began = time.perf_counter()
-    short = run(2)[-1]
+    short = run(3)[-1]  # a capture, in the third step, is in the first epoch
     warm_up_seconds = time.perf_counter() - began - short["seconds"]
-    steps = max(2, min(200, int(2 * seconds / max(short["seconds"], 1e-3))))
-    epoch = short if steps <= 2 else run(steps)[-1]
+    steps = max(3, min(200, int(3 * seconds / max(short["seconds"], 1e-3))))
+    epoch = short if steps <= 3 else run(steps)[-1]
     return {
         "images_per_second": epoch["images_per_second"],
         "steps": steps,

@@ -25,7 +25,7 @@ from rush.data.images import ImageSet
 from rush.data.noisy_views import NoiseSchedule
 from rush.data.sources import load_images
 from rush.data.views import Views
-from rush.engine import budget, loop
+from rush.engine import budget, graphs, loop
 from rush.engine.checkpoint import TrainingCheckpoint
 from rush.engine.distributed import rank, world_size
 from rush.engine.loop import Keeping, Schedule, train
@@ -734,3 +734,8 @@ def test_several_processes_agree_on_the_number_of_the_slowest(processes: ForkSer
     assert first["epochs"] == second["epochs"] == 8
     assert first["steps"] == second["steps"]
     assert all(torch.equal(first["weights"][name], own) for name, own in second["weights"].items())
+
+
+def test_a_capture_is_over_before_the_first_step_whose_time_counts() -> None:
+    """``_seconds_per_step`` counts from the last step of the warm-up."""
+    assert graphs.WARM_UP + 1 <= budget.WARMUP_STEPS - 1

@@ -15,7 +15,7 @@ from recording import Operations
 from rush.config import load_recipe
 from rush.data.batches import Batch
 from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.graphs import CapturedStep
+from rush.engine.graphs import WARM_UP, CapturedStep
 from rush.engine.loop import Keeping, Schedule, train
 from rush.engine.meter import Meter
 from rush.errors import ConfigError
@@ -67,7 +67,7 @@ VARIANTS = [
 def test_every_training_is_repeated_by_its_operations_alone(
     overrides: tuple[str, ...], recorded: list[Operations], tmp_path: Path
 ) -> None:
-    """10 steps an epoch, of which all but the first three are replayed."""
+    """10 steps an epoch, of which all but the first two are replayed."""
     found = []
     for mode in ("none", "graph"):
         changes = (*overrides, f"execution.compile_training={mode}", "finetune.smoothadv.warmup_epochs=2")
@@ -76,7 +76,7 @@ def test_every_training_is_repeated_by_its_operations_alone(
         found.append((results_of_training(run.path), [event["loss"] for event in epochs]))
     assert found[1] == found[0]
     trainings = 1 if "pretrain.epochs=0" in overrides else 2
-    assert [own.replayed for own in recorded if own.replayed] == [17] * trainings
+    assert [own.replayed for own in recorded if own.replayed] == [18] * trainings
 
 
 class Small:
@@ -125,7 +125,7 @@ class Small:
 def test_a_captured_training_has_the_bits_losses_and_costs_of_the_plain_one(optimizer: OptimizerName) -> None:
     plain, captured = Small(optimizer).run(False), Small(optimizer).run(True)
     assert captured.found == plain.found
-    assert (plain.calls, captured.calls) == (15, 4)  # three plain steps, and the capture
+    assert (plain.calls, captured.calls) == (15, 3)  # two plain steps, and the capture
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 9])
@@ -229,11 +229,11 @@ def test_a_step_that_decides_by_the_epoch_is_refused(use: Callable[[float], obje
 
 def test_a_step_that_reads_a_value_is_refused_with_what_torch_says() -> None:
     take = captured_step(lambda batch, _epoch, _generator: torch.zeros(()) + batch.images.sum().item())
-    for number in range(3):
+    for number in range(WARM_UP):
         take(number)
     told = r"cannot be captured as a CUDA graph \(RuntimeError: .*a value is read\); set execution\.compile_training"
     with pytest.raises(ConfigError, match=told):
-        take(3)
+        take(WARM_UP)
 
 
 def test_batches_of_another_size_and_new_numbers_are_refused() -> None:
@@ -247,10 +247,10 @@ def test_batches_of_another_size_and_new_numbers_are_refused() -> None:
             (scheduled(lambda now: now, epoch) * torch.ones(()) for _ in range(next(asked))), torch.zeros(())
         )
     )
-    for number in range(3):
+    for number in range(WARM_UP):
         take(number)
     with pytest.raises(ConfigError, match="asks for other numbers than before"):
-        take(3)
+        take(WARM_UP)
 
 
 def test_a_capture_that_fails_leaves_the_optimizer_as_it_was() -> None:
@@ -263,7 +263,7 @@ def test_a_capture_that_fails_leaves_the_optimizer_as_it_was() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rush.engine.graphs, "_Rerun", Failing)
         own = CapturedStep(lambda *_: torch.zeros(()), "cpu", told.append)
-        for _ in range(3):
+        for _ in range(WARM_UP):
             own(Batch(torch.zeros(2, 1, 1, 1), None), 0.0, lambda _: None)
         with pytest.raises(ConfigError, match="cannot be captured"):
             own(Batch(torch.zeros(2, 1, 1, 1), None), 0.0, lambda _: None)

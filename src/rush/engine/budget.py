@@ -18,7 +18,7 @@ from rush.engine.checkpoint import LONG_SAVING, SAVING_SHARE
 from rush.engine.distributed import gather_objects
 from rush.errors import ConfigError
 
-WARMUP_STEPS = 4  # compilation, and the recording of CUDA graphs, end within them
+WARMUP_STEPS = 4  # compilation, and the capture of a CUDA graph, end before the last of them
 RESERVE = 0.05  # share of the minutes for what a trial does not see: a processor that slows down, other programs
 _FEWEST, _MOST = 3, 50  # timed steps of a kind
 _SHARE = 0.02  # of the minutes for the timed steps of a kind where the fewest take less

@@ -22,6 +22,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TRIAL_SECONDS = 0.5
 _WORTH_TRYING_SECONDS = 60.0
+_MOST_COMPILED = 64  # networks of a process that torch compiles
 
 
 class Forward:
@@ -202,6 +203,10 @@ def try_forwards(
 def _compiled(function: Callable[[Tensor], Tensor], mode: CompileMode) -> Callable[[Tensor], Tensor]:
     if mode == "none":
         return function
+    from torch._dynamo import config
+
+    # torch counts the compiled networks of a process, and beyond its limit of 8 runs the others eagerly.
+    config.recompile_limit = max(_MOST_COMPILED, config.recompile_limit)
     options: dict[str, Any] = {"freezing": True, "triton.cudagraphs": mode == "reduce-overhead"}
     return torch.compile(function, dynamic=False, options=options)
 

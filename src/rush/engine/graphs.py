@@ -18,7 +18,7 @@ from rush.errors import ConfigError, RushError
 from rush.lines import one_line
 from rush.schedules import FollowedEpoch
 
-_WARM_UP = 3  # plain steps before the capture: libraries are loaded, the optimizer has its state
+WARM_UP = 2  # plain steps before the capture, after which the libraries are loaded and the optimizer has its state
 _TURN_OFF = 'set execution.compile_training = "none"'
 
 
@@ -58,7 +58,7 @@ class CapturedStep:
         self._fill(batch)
         self._epoch.fill(epoch)
         reseed(self._generator)
-        if not self._captured and self._plain_steps < _WARM_UP:
+        if not self._captured and self._plain_steps < WARM_UP:
             self._plain_steps += 1
             return self._recorder.plain(self._run)
         if not self._captured:

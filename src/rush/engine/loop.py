@@ -143,6 +143,7 @@ def train(
                     run.recover(found.number)
     if run.average is not None:
         run.average.copy_into(module)
+    run.graph = None  # refers to the run, whose memory would be held until the next garbage collection
 
 
 class _NotFiniteError(Exception):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.data.images import ImageSet
-from rush.engine.precision import Execution
+from rush.engine.precision import Execution, without_tf32
 from rush.noise import Gaussian
 from rush.randomness import stream
 
@@ -78,9 +78,10 @@ def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[T
         value.backward()
         return value
 
-    optimizer.step(loss)
-    folded = weight.detach() / std
-    return folded, bias.detach() - folded @ mean
+    with without_tf32(str(bank.device)):
+        optimizer.step(loss)
+        folded = weight.detach() / std
+        return folded, bias.detach() - folded @ mean
 
 
 def linear_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> int:
