@@ -40,9 +40,9 @@ from rush.attacks.losses import Loss, cross_entropy, dlr
 from rush.attacks.square import square
 from rush.attacks.threat import distances
 from rush.data.images import ImageSet, stratified_subset
-from rush.engine.precision import Execution
-from rush.evaluation.intervals import paired_difference
-from rush.randomness import stream
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.statistics import paired_difference
 from shared import labels_of, save_arrays
 
 STEPS = 100

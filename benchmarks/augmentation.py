@@ -27,7 +27,7 @@ from PIL import Image, ImageEnhance
 from scipy.stats import ks_2samp
 
 from rush.data.views import Views
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 LOG_RATIO = (math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]))

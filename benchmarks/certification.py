@@ -39,18 +39,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rush
-from rush.binomial import lower_bound
+from rush.certification.apply_rule import follow
 from rush.certification.bounds import certified_radius
-from rush.certification.decide import follow
-from rush.certification.recompute import recompute
-from rush.certification.rules import Rule, make_rule, null_probability
+from rush.certification.recertify import recompute
+from rush.certification.rule import Rule, make_rule, null_probability
 from rush.certification.sequential import UNDECIDED
-from rush.engine.forward import Forward, try_forwards
-from rush.engine.precision import Execution, decide_execution
-from rush.inputs import labelled_pixels
-from rush.randomness import seeded_init, stream
+from rush.data.checks import labelled_pixels
+from rush.models.storage import ClassifierSpec
 from rush.reporting.logs import CertificationLog, read_log
-from rush.saving import ClassifierSpec
+from rush.runtime.execution import Execution, decide_execution
+from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.forward import Forward, try_forwards
+from rush.statistics import lower_bound
 from shared import smoothed_model
 
 CAP, ALPHA, BLOCK = 100_000, 0.001, 100

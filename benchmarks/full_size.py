@@ -37,12 +37,12 @@ from full_size_items import ITEMS, Bench, Item, OmittedError, Rates, Sizes, chan
 from full_size_page import page
 from full_size_probe import Scale, device_facts, probe
 from full_size_store import Clock, Store
-from rush.config import Recipe, load_recipe
 from rush.data.images import ImageSet, hold_out
-from rush.engine.precision import decide_execution
-from rush.engine.runs import commit, machine, versions
 from rush.errors import RushError
-from rush.randomness import stream
+from rush.recipe.schema import Recipe, load_recipe
+from rush.records.folder import commit, machine, versions
+from rush.runtime.execution import decide_execution
+from rush.runtime.randomness import stream
 
 PROBE_MINUTES = 100 / 60
 FULL = (

@@ -16,30 +16,30 @@ from full_size_store import Clock, Store, in_rounds
 from rush.attacks.threat import ThreatModel
 from rush.certification.certificates import Certificates, join_certificates
 from rush.certification.certify import certify_each
-from rush.certification.rules import Rule, make_rule
+from rush.certification.rule import Rule, make_rule
 from rush.certification.table import read_certificates, write_certificates
-from rush.config import FinetuneConfig, PretrainConfig, Recipe, build_recipe
+from rush.choices import parse_fraction
 from rush.data.batches import Resident
+from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.data.images import ImageSet, evaluation_order, stratified_subset
-from rush.engine.loop import Schedule
-from rush.engine.precision import Execution, without_tf32
-from rush.engine.probes import knn_correct, linear_probe, representations
 from rush.errors import ConfigError
-from rush.evaluation.defenders import defend
-from rush.evaluation.intervals import share_interval
+from rush.evaluation.attack import Judging, evaluate
+from rush.evaluation.groups import read_part, write_part
 from rush.evaluation.ladder import ladder
-from rush.evaluation.parts import read_part, write_part
+from rush.evaluation.model import defend
 from rush.evaluation.plans import Plan, Suite, worst_case
-from rush.evaluation.results import AttackResult, join_results
-from rush.evaluation.robust import Judging, evaluate
+from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.sandwich import check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
 from rush.evaluation.table import attack_table
-from rush.inputs import LabelledPixels, labelled_pixels
 from rush.models.classifier import Classifier, Represent
-from rush.options import parse_fraction
-from rush.randomness import stream
-from rush.saving import ClassifierSpec, load_weights, save_weights
-from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from rush.models.storage import ClassifierSpec, load_weights, save_weights
+from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from rush.recipe.schema import FinetuneConfig, PretrainConfig, Recipe, build_recipe
+from rush.runtime.execution import Execution, without_tf32
+from rush.runtime.randomness import stream
+from rush.statistics import share_interval
+from rush.training.loop import Schedule
+from rush.training.probes import knn_correct, linear_probe, representations
 from shared import labels_of
 
 SIGMAS = (0.06, 0.12, 0.25, 0.5)

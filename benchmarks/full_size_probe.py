@@ -18,20 +18,20 @@ from full_size_items import Events, changed
 from full_size_store import Clock
 from rush.attacks.gradient import fresh_noise, loss_and_gradient
 from rush.attacks.losses import cross_entropy
-from rush.config import Recipe, load_recipe
-from rush.costing import STEPS, conditions_text, measure
+from rush.choices import CompileMode, TrainingCompile
+from rush.commands.cost import STEPS, conditions_text, measure
 from rush.data.batches import Resident
 from rush.data.images import ImageSet
-from rush.engine.budget import clock
-from rush.engine.forward import Forward
-from rush.engine.loop import Schedule
-from rush.engine.precision import Execution
 from rush.errors import RushError
 from rush.models.classifier import Classifier
-from rush.noise import Gaussian
-from rush.options import CompileMode, TrainingCompile
-from rush.randomness import stream
-from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from rush.recipe.schema import Recipe, load_recipe
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.forward import Forward
+from rush.smoothing.noise import Gaussian
+from rush.training.budget import clock
+from rush.training.loop import Schedule
 from shared import labels_of
 
 BATCHES = (512, 1024)

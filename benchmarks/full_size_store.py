@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rush.errors import RunError
-from rush.files import write_bytes, write_json, write_text
+from rush.runtime.files import write_bytes, write_json, write_text
 
 LAST_START = 0.9  # share of the minutes after which nothing starts; the allotments fill it, the rest is a reserve
 _RESULTS, _TABLES = "results.json", "tables.tar.gz"

@@ -3,8 +3,9 @@
     python benchmarks/pretraining.py --data CIFAR10 --threads 2
 
 CIFAR10 is a folder with the data set (docs/data.md). Every step is two views of each of 256 CIFAR-10 images, ResNet-18
-of width 16 and projector, NT-Xent, backward pass, SGD. Ours is ``rush.pretraining.pretrain`` itself, by its own clock:
-images on the device, batched views, bfloat16 and channels_last where the processor computes in bfloat16, else float32.
+of width 16 and projector, NT-Xent, backward pass, SGD. Ours is ``rush.training.pretrain.pretrain`` itself, by its own
+clock: images on the device, batched views, bfloat16 and channels_last where the processor computes in bfloat16, else
+float32.
 
 Whole steps, ours against
   (a) one image after the other, as the SSL libraries do: Pillow in two DataLoader workers, float32 (target: >= 2);
@@ -53,20 +54,20 @@ from augmentation import (
     rush_pipeline,
     to_tensor,
 )
+from rush.choices import TrainingCompile
 from rush.data.batches import Resident
 from rush.data.images import ImageSet
 from rush.data.views import Views
-from rush.engine.loop import Schedule
-from rush.engine.optim import build_optimizer
-from rush.engine.precision import Execution, decide_execution
-from rush.engine.runs import machine
 from rush.models.classifier import Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import projector
-from rush.objectives.contrastive import nt_xent
-from rush.options import TrainingCompile
-from rush.pretraining import SimCLR, channel_statistics, pretrain
-from rush.randomness import seeded_init, stream
+from rush.records.folder import machine
+from rush.runtime.execution import Execution, decide_execution
+from rush.runtime.randomness import seeded_init, stream
+from rush.training.contrastive import nt_xent
+from rush.training.loop import Schedule
+from rush.training.optim import build_optimizer
+from rush.training.pretrain import SimCLR, channel_statistics, pretrain
 
 WORKERS = 2
 # As in the recipe cifar10-small.

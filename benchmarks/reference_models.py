@@ -29,14 +29,14 @@ from rush.attacks.pgd import pgd
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
 from rush.data.views import Views
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.forward import fold_batch_norm
-from rush.engine.loop import Keeping, Schedule, train
-from rush.engine.precision import Execution, decide_execution
-from rush.files import write_json
 from rush.models.classifier import Classifier
-from rush.randomness import seeded_init, stream
-from rush.saving import ClassifierSpec, load_weights, save_weights
+from rush.models.storage import ClassifierSpec, load_weights, save_weights
+from rush.runtime.execution import Execution, decide_execution
+from rush.runtime.files import write_json
+from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.forward import fold_batch_norm
+from rush.training.checkpoint import TrainingCheckpoint
+from rush.training.loop import Keeping, Schedule, train
 from shared import labels_of
 
 EPSILON = 8 / 255

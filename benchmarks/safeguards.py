@@ -29,11 +29,11 @@ from scipy import stats
 import rush
 from rush.attacks.gradient import fresh_noise, loss_and_gradient, plain
 from rush.attacks.losses import cross_entropy
-from rush.engine import inspection
-from rush.engine.forward import Forward
-from rush.engine.precision import Execution
-from rush.inputs import labelled_pixels
-from rush.randomness import stream
+from rush.data.checks import labelled_pixels
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing import inspection
+from rush.smoothing.forward import Forward
 from shared import smoothed_model
 
 DRAWS, SPACING = 16, 64

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import rush
-from rush.files import write_atomically
+from rush.runtime.files import write_atomically
 
 
 def smoothed_model(run: Path, compiled: bool = True) -> rush.SmoothedClassifier:

@@ -34,16 +34,16 @@ from torch import Tensor
 import rush
 from rush.attacks.gradient import fresh_noise, loss_and_gradient
 from rush.attacks.losses import cross_entropy
+from rush.choices import parse_fraction
+from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet, stratified_subset
-from rush.evaluation.defenders import defend
-from rush.evaluation.intervals import paired_difference, share_interval
+from rush.evaluation.attack import Judging, Method, evaluate, verdict
+from rush.evaluation.model import defend
 from rush.evaluation.plans import scaled, worst_case
-from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import Judging, Method, evaluate, verdict
-from rush.inputs import labelled_pixels
-from rush.options import parse_fraction
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.evaluation.result import AttackResult
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.statistics import paired_difference, share_interval
 from shared import labels_of, save_arrays, smoothed_model
 
 ALPHA, MAX_VOTES = 0.001, 10_000

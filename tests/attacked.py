@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from exact_models import HalfSpace, assert_in_threat
 from rush.attacks.gradient import LogProbs
 from rush.attacks.threat import ThreatModel
+from rush.choices import Norm
 from rush.data.sources import load_images
-from rush.options import Norm
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 Attack: TypeAlias = Callable[[LogProbs, Tensor, Tensor, ThreatModel], Tensor]
 

@@ -14,16 +14,16 @@ from torch.nn import functional as F
 
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
+from rush.auditing.audit import AuditReport, AuditVerdict, audit
+from rush.choices import Decision
 from rush.data.sources import load_images
-from rush.evaluation.audit import AuditReport, AuditVerdict, audit
-from rush.evaluation.defenders import Model
+from rush.evaluation.model import Model
 from rush.evaluation.plans import Plan, Suite
-from rush.evaluation.results import AttackResult
+from rush.evaluation.result import AttackResult
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.options import Decision
-from rush.randomness import seeded_init, stream
+from rush.runtime.randomness import seeded_init, stream
 
 WIDTH = 4  # about 60,000 forward and backward passes a second on one thread
 

@@ -18,14 +18,14 @@ from rush.attacks.gradient import LogProbs, seeded
 from rush.attacks.losses import cross_entropy
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
-from rush.evaluation.audit import AuditReport, AuditVerdict, audit
-from rush.evaluation.defenders import Model
+from rush.auditing.audit import AuditReport, AuditVerdict, audit
+from rush.choices import Decision
+from rush.evaluation.attack import attack
+from rush.evaluation.model import Model
 from rush.evaluation.plans import Plan, Suite
-from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import attack
+from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import BROKEN, HELD
-from rush.options import Decision
-from rush.randomness import seeded_init, stream
+from rush.runtime.randomness import seeded_init, stream
 
 Evaluation: TypeAlias = Plan | Suite | Callable[[Model, Images, ThreatModel], AttackResult] | None
 

@@ -10,9 +10,9 @@ from torch import Tensor
 import rush
 from exact_models import PixelVote
 from rush.certification.certificates import Certificates
-from rush.engine.precision import Execution
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
 
 SIGMA = 0.25
 METHODS = ("clopper-pearson", "sequential")

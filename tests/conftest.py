@@ -17,7 +17,7 @@ from rush.data.sources import load_images
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.randomness import seeded_init, stream
+from rush.runtime.randomness import seeded_init, stream
 from tiny import run_tiny
 
 
@@ -61,7 +61,7 @@ def processes() -> ForkServerContext:
     """Where child processes come from: a server that has imported the library once and forks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["rush.pipeline", "sklearn.datasets", "torch.distributed", "torch._dynamo", "pytest"]
+        ["rush.pipeline.stages", "sklearn.datasets", "torch.distributed", "torch._dynamo", "pytest"]
     )
     return context
 

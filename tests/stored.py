@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from rush.certification.apply_rule import apply_rule
 from rush.certification.bounds import certify_votes
 from rush.certification.certificates import Certificates
-from rush.certification.decide import apply_rule
-from rush.certification.rules import Rule, make_rule
-from rush.options import BLOCK
+from rush.certification.rule import Rule, make_rule
+from rush.choices import BLOCK
 
 
 def rule_of(**changes: Any) -> Rule:

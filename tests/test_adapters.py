@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import rush
 from exact_models import assert_in_threat
 from rush.attacks.threat import ThreatModel
+from rush.choices import Norm
 from rush.data.images import ImageSet
 from rush.errors import InputError
-from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import verdict
-from rush.options import Norm
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.evaluation.attack import verdict
+from rush.evaluation.result import AttackResult
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
 
 EPSILON: dict[Norm, float] = {"linf": 0.15, "l2": 0.8}
 DRAWS, STEPS = 8, 10

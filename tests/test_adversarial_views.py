@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rush.errors import InputError
-from rush.objectives.adversarial_views import adversarial_views
-from rush.objectives.contrastive import nt_xent
-from rush.randomness import seeded_init, stream
+from rush.runtime.randomness import seeded_init, stream
+from rush.training.adversarial_views import adversarial_views
+from rush.training.contrastive import nt_xent
 
 EPSILON, STEP, STEPS = 8 / 255, 2 / 255, 5
 

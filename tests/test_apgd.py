@@ -13,8 +13,8 @@ from rush.attacks.apgd import FIRST_STEP, RANDOM_FIRST_STEP, apgd, apgd_passes, 
 from rush.attacks.losses import cross_entropy, dlr, margin
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
-from rush.options import Norm
-from rush.randomness import stream
+from rush.choices import Norm
+from rush.runtime.randomness import stream
 
 ORIGINAL = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 

@@ -20,8 +20,8 @@ import rush
 from exact_models import square_half_space, square_images
 from rush.certification.certify import Certificates
 from rush.data.sources import load_images
-from rush.engine.precision import Execution
-from rush.smoothing import ABSTAIN, SmoothedClassifier
+from rush.runtime.execution import Execution
+from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
 
 SIGMA, ALPHA, SELECTION, ESTIMATION = 0.25, 1e-4, 150, 2000  # none a default of either library
 TAIL = 1e-6

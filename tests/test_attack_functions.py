@@ -35,9 +35,9 @@ from rush.attacks.pgd import pgd
 from rush.attacks.random_search import best_of_proposals, random_search
 from rush.attacks.square import square
 from rush.attacks.threat import ThreatModel
+from rush.choices import Norm
 from rush.errors import InputError
-from rush.options import Norm
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 Case = tuple[nn.Module, Tensor, Tensor]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")

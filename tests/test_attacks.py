@@ -20,14 +20,14 @@ from rush.attacks.gradient import loss_and_gradient
 from rush.attacks.losses import cross_entropy, margin
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel, distances
+from rush.choices import Norm
+from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet
 from rush.data.sources import load_images
 from rush.errors import InputError, ModelError
-from rush.evaluation.robust import AttackResult, Gradient, Model, Plan, attack_groups, join_results
-from rush.inputs import labelled_pixels
-from rush.options import Norm
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.evaluation.attack import AttackResult, Gradient, Model, Plan, attack_groups, join_results
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
 
 Attack = Callable[[Model, tuple[Tensor, Tensor], ThreatModel], AttackResult]
 

@@ -26,18 +26,18 @@ from audit_zoo import (
 )
 from exact_models import square_half_space, square_images
 from rush.attacks.threat import ThreatModel
+from rush.auditing import audit as audit_module
+from rush.auditing.audit import AuditReport, Finding, audit, default_plan, write_audit
+from rush.auditing.findings import GAIN, INVALIDATING, ORDER
+from rush.auditing.report import decide, images_needed
+from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.errors import CopiesWarning, InputError
-from rush.evaluation import audit as audit_module
-from rush.evaluation.audit import AuditReport, Finding, audit, default_plan, write_audit
-from rush.evaluation.audit_report import decide, images_needed
-from rush.evaluation.defenders import SmoothedDefender
-from rush.evaluation.findings import GAIN, INVALIDATING, ORDER
+from rush.evaluation.attack import attack
+from rush.evaluation.model import SmoothedDefender
 from rush.evaluation.plans import Plan, Suite
-from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import attack
+from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import Verdicts
-from rush.inputs import LabelledPixels, labelled_pixels
-from rush.smoothing import SmoothedClassifier
+from rush.smoothing.classifier import SmoothedClassifier
 
 N = 16
 MARGINS = np.linspace(0.2, 0.4, N) * np.where(np.arange(N) % 2, 1, -1)

@@ -25,17 +25,17 @@ from audit_zoo_second import (
 )
 from exact_models import Bins
 from rush.attacks.threat import ThreatModel
-from rush.evaluation.audit import AuditReport, audit
-from rush.evaluation.audit_case import Case
-from rush.evaluation.audit_probes import PROBES
-from rush.evaluation.defenders import Model, defend
-from rush.evaluation.findings import INVALIDATING, LEVELS, OVERESTIMATED_LEVEL, Finding
-from rush.evaluation.intervals import share_interval
+from rush.auditing.audit import AuditReport, audit
+from rush.auditing.case import Case
+from rush.auditing.findings import INVALIDATING, LEVELS, OVERESTIMATED_LEVEL, Finding
+from rush.auditing.probes import PROBES
+from rush.choices import Decision
+from rush.evaluation.attack import Judging, evaluate, prepare
+from rush.evaluation.model import Model, defend
 from rush.evaluation.plans import Plan
-from rush.evaluation.robust import Judging, evaluate, prepare
-from rush.options import Decision
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.statistics import share_interval
 
 EOT = Plan("eot", "PGD-20, EOT 20", "pgd", "fresh", 20, 20, 0.25)
 PGD = Plan("pgd", "PGD-20", "pgd", "fresh", 0, 20, 0.25)

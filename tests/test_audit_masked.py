@@ -14,10 +14,10 @@ from audit_stochastic import Dithered, Picked
 from audit_zoo import Quantised, digits
 from audit_zoo_second import noisy_perceptron, perceptron
 from rush.attacks.threat import ThreatModel
-from rush.evaluation.audit import AuditReport, audit
-from rush.evaluation.audit_surrogates import SeenThrough, smoothed_surrogate, steps_without_derivative, twin
+from rush.auditing.audit import AuditReport, audit
+from rush.auditing.surrogates import SeenThrough, smoothed_surrogate, steps_without_derivative, twin
+from rush.evaluation.attack import Judging, attack, evaluate, prepare, verdict
 from rush.evaluation.plans import Plan, worst_case
-from rush.evaluation.robust import Judging, attack, evaluate, prepare, verdict
 
 LEVELS = 3
 NEAR = 0.05  # of the truth

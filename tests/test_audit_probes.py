@@ -16,21 +16,21 @@ from rush.attacks.gradient import fresh_noise
 from rush.attacks.losses import margin
 from rush.attacks.random_search import random_search
 from rush.attacks.threat import ThreatModel, norms
-from rush.evaluation import audit_measures as measures
-from rush.evaluation import defenders
-from rush.evaluation.audit_case import Case
-from rush.evaluation.audit_planted import PlantedDefender, _edge
-from rush.evaluation.audit_probes import PROBES
-from rush.evaluation.defenders import Model, SmoothedDefender
-from rush.evaluation.findings import Finding
+from rush.auditing import measures
+from rush.auditing.case import Case
+from rush.auditing.findings import Finding
+from rush.auditing.planted import PlantedDefender, _edge
+from rush.auditing.probes import PROBES
+from rush.choices import Norm
+from rush.data.checks import labelled_pixels
+from rush.evaluation import model as defenders
+from rush.evaluation.attack import Judging, evaluate, prepare
+from rush.evaluation.model import Model, SmoothedDefender
 from rush.evaluation.plans import Plan, worst_case
-from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import Judging, evaluate, prepare
+from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
-from rush.inputs import labelled_pixels
-from rush.options import Norm
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
 
 N = 24
 # l-inf distances 0.1 to 0.2 from the plane: nothing is broken at 0.05, everything at 0.5

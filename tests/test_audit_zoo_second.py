@@ -25,10 +25,10 @@ from audit_zoo_second import (
     shifted_perceptron,
 )
 from rush.attacks.threat import ThreatModel
-from rush.evaluation.audit import AuditReport
+from rush.auditing.audit import AuditReport
+from rush.evaluation.attack import attack
 from rush.evaluation.plans import Plan, worst_case
-from rush.evaluation.robust import attack
-from rush.smoothing import SmoothedClassifier
+from rush.smoothing.classifier import SmoothedClassifier
 
 APGD_100 = Plan("apgd-100", "APGD-100", "apgd", steps=100)
 APGD_MARGIN = Plan("apgd-margin", "APGD-100, margin", "apgd", steps=100, loss="margin")

@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint  # type: ignore[import-untyped]
 
-from rush.binomial import lower_bound, sign_test, upper_quantile
 from rush.certification.bounds import RADIUS_DIGITS, certified_radius, certify_counts, largest_radius
 from rush.errors import InputError
-from rush.smoothing import ABSTAIN
+from rush.smoothing.classifier import ABSTAIN
+from rush.statistics import lower_bound, sign_test, upper_quantile
 
 ALPHAS = (0.05, 1e-3, 1e-6, 1e-9)
 TRIALS = (1, 2, 7, 100, 1000, 100_000, 1_000_000)

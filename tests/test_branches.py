@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rush.errors import ModelError
 from rush.models.branches import NormBranch
-from rush.randomness import seeded_init, stream
+from rush.runtime.randomness import seeded_init, stream
 
 
 class CountingNorm(nn.BatchNorm2d):

@@ -17,31 +17,31 @@ from torch import Tensor, nn
 import test_keeping
 from commands import Call, refusal
 from ranks import on_ranks
-from rush import costing
-from rush.config import Recipe, load_recipe
-from rush.costing import measure as cost_of
+from rush.choices import FinetuneMode, OptimizerName
+from rush.commands import cost as costing
+from rush.commands.cost import measure as cost_of
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
 from rush.data.noisy_views import NoiseSchedule
 from rush.data.sources import load_images
 from rush.data.views import Views
-from rush.engine import budget, graphs, loop
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.distributed import rank, world_size
-from rush.engine.loop import Keeping, Schedule, train
-from rush.engine.meter import Meter
-from rush.engine.precision import Execution
-from rush.engine.runs import RunFolder
 from rush.errors import ConfigError, RunError
-from rush.finetuning import Examples, finetune
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.noise import Gaussian
-from rush.objectives.classification import gaussian
-from rush.options import FinetuneMode, OptimizerName
-from rush.pretraining import ACL, Method, MoCo, SimCLR, pretrain
-from rush.randomness import seeded_init, stream
+from rush.recipe.schema import Recipe, load_recipe
+from rush.records.folder import RunFolder
+from rush.runtime.distributed import rank, world_size
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.noise import Gaussian
+from rush.training import budget, graphs, loop
+from rush.training.checkpoint import TrainingCheckpoint
+from rush.training.finetune import Examples, finetune
+from rush.training.loop import Keeping, Schedule, train
+from rush.training.meter import Meter
+from rush.training.pretrain import ACL, Method, MoCo, SimCLR, pretrain
+from rush.training.supervised import gaussian
 from tiny import TINY, results_of_training, tiny, write_tiny
 
 SCHEDULE = replace(test_keeping.SCHEDULE, epochs=None, minutes=1)

@@ -20,12 +20,11 @@ from scipy import stats
 
 import rush
 from certifying import METHODS, SIGMA, assert_same, certified, pixel_images, pixel_vote
-from rush.binomial import lower_bound
+from rush.certification.apply_rule import Decider
 from rush.certification.bounds import certified_radius, certify_votes
 from rush.certification.certificates import UNKNOWN, Certificates, first_difference, join_certificates
-from rush.certification.decide import Decider
-from rush.certification.recompute import recompute
-from rush.certification.rules import Rule, make_rule
+from rush.certification.recertify import recompute
+from rush.certification.rule import Rule, make_rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, UNDECIDED
 from rush.certification.table import (
     COLUMNS,
@@ -35,9 +34,10 @@ from rush.certification.table import (
     read_certificates,
     write_certificates,
 )
+from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import InputError, RunError
-from rush.inputs import LabelledPixels, pixel_ids
-from rush.smoothing import ABSTAIN
+from rush.smoothing.classifier import ABSTAIN
+from rush.statistics import lower_bound
 from stored import rule_of, stored_certificates
 from test_lines import NASTY
 

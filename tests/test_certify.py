@@ -27,16 +27,16 @@ from exact_models import (
 from rush.certification.bounds import certify_counts
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
-from rush.certification.rules import make_rule
+from rush.certification.rule import make_rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
+from rush.choices import CertifyMethod
+from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet
-from rush.engine.precision import Execution
 from rush.errors import InputError, ModelError
-from rush.inputs import labelled_pixels
 from rush.models.classifier import Normalize
-from rush.options import CertifyMethod
-from rush.randomness import stream
-from rush.smoothing import ABSTAIN, SmoothedClassifier
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
 
 ALPHA, TAIL = 0.05, 1e-6
 

@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 import rush
 from exact_models import square_half_space, square_images
 import numpy as np
-from rush.smoothing import SmoothedClassifier
+from rush.smoothing.classifier import SmoothedClassifier
 
 def certified(count, votes):
     x = square_images(np.linspace(-0.5, 0.5, count), 0)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.optim import build_optimizer
 from rush.errors import CheckpointError
-from rush.files import write_atomically, write_json
-from rush.randomness import seeded_init, stream
+from rush.runtime.files import write_atomically, write_json
+from rush.runtime.randomness import seeded_init, stream
+from rush.training.checkpoint import TrainingCheckpoint
+from rush.training.optim import build_optimizer
 
 
 def test_a_write_that_fails_midway_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rush.errors import InputError
-from rush.noise import Gaussian
-from rush.objectives.classification import (
+from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.noise import Gaussian
+from rush.training.supervised import (
     cat_rs,
     consistency,
     gaussian,
@@ -23,7 +24,6 @@ from rush.objectives.classification import (
     standard,
     trades,
 )
-from rush.randomness import seeded_init, stream
 
 Options = dict[str, Any]
 SHAPE, CLASSES, NOISE = (2, 3, 3), 4, Gaussian(0.3)

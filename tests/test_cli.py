@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 
 from commands import Call, refusal
+from rush.choices import STAGES
 from rush.data.sources import load_images
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.runs import RunFolder
-from rush.loading import load
-from rush.options import STAGES
+from rush.models.storage import load
+from rush.records.folder import RunFolder
+from rush.training.checkpoint import TrainingCheckpoint
 from tiny import results, without_time, write_tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "xterm"}
@@ -66,7 +66,7 @@ main()
 )
 def test_help_and_refused_recipes_do_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
     modules = modules_after(*arguments)
-    assert "rush.cli" in modules
+    assert "rush.commands.app" in modules
     assert "torch" not in modules
 
 
@@ -120,13 +120,13 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> list[str]:
         raise ValueError("first line\n  second line")
 
-    monkeypatch.setattr("rush.config.recipe_names", fail)
+    monkeypatch.setattr("rush.recipe.schema.recipe_names", fail)
     monkeypatch.delenv("RUSH_TRACEBACK", raising=False)
 
 
 @pytest.mark.parametrize(
     ("stage", "place"),
-    [("certify", "rush.stages.certifying.certify_each"), ("attack", "rush.evaluation.attacking.pgd")],
+    [("certify", "rush.pipeline.certify.certify_each"), ("attack", "rush.evaluation.candidates.pgd")],
 )
 def test_a_stage_without_memory_names_the_tile_and_resumes_to_the_same_result(
     stage: str, place: str, tiny_run: Path, call: Call, tmp_path: Path
@@ -160,7 +160,7 @@ def test_a_prediction_without_memory_is_one_line(call: Call, monkeypatch: pytest
     def short(*_: object, **__: object) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little.")
 
-    monkeypatch.setattr("rush.prediction.predict_files", short)
+    monkeypatch.setattr("rush.commands.predict.predict_files", short)
     told = refusal(call("predict", tmp_path, tmp_path / "image.png"))
     assert "not enough memory (OutOfMemoryError: CUDA out of memory" in told
     assert "Lower execution.tile" in told

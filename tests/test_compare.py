@@ -13,7 +13,6 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from rush.certification.table import write_certificates
 from rush.errors import ConfigError
-from rush.evaluation.intervals import paired_difference, share_interval
 from rush.reporting.compare import (
     Table,
     class_accuracies,
@@ -27,6 +26,7 @@ from rush.reporting.compare import (
 )
 from rush.reporting.logs import CertificationLog, read_log
 from rush.reporting.tables import share
+from rush.statistics import paired_difference, share_interval
 from stored import rule_of, stored_certificates
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rush.config import Recipe, build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
+from rush.choices import parse_fraction
 from rush.errors import ConfigError
-from rush.options import parse_fraction
+from rush.recipe.schema import Recipe, build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
 from tiny import TINY, tiny, write_tiny
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ranks import on_ranks
-from rush.engine.distributed import rank
 from rush.errors import InputError
-from rush.objectives.contrastive import nt_xent
-from rush.randomness import seeded_init, stream
+from rush.runtime.distributed import rank
+from rush.runtime.randomness import seeded_init, stream
+from rush.training.contrastive import nt_xent
 
 
 def pair(rows: int = 6, size: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:

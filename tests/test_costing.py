@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from commands import Call, refusal
-from rush import costing
-from rush.config import Recipe
-from rush.costing import (
+from rush.commands import cost as costing
+from rush.commands.cost import (
     COST_HEADER,
     STAGE_HEADER,
     DataSize,
@@ -28,7 +27,8 @@ from rush.costing import (
 from rush.data.images import hold_out, stratified_subset
 from rush.data.sources import load_images
 from rush.errors import ConfigError, RushError
-from rush.randomness import stream
+from rush.recipe.schema import Recipe
+from rush.runtime.randomness import stream
 from tiny import run_tiny, tiny, write_tiny
 
 TRAIN = 1397  # training digits

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from rush.attacks.gradient import fresh_noise
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
+from rush.choices import CompileMode, Precision, Stage
 from rush.data.sources import load_images
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.loop import _Run
-from rush.engine.precision import Execution
-from rush.engine.runs import RunFolder
 from rush.errors import DeviceMemoryError
-from rush.options import CompileMode, Precision, Stage
-from rush.pipeline import run_stage
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
-from rush.transfer import HostCopy, sent
+from rush.pipeline.stages import run_stage
+from rush.records.folder import RunFolder
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.runtime.transfer import HostCopy, sent
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.training.checkpoint import TrainingCheckpoint
+from rush.training.loop import _Run
 from test_graphs import VARIANTS
 from tiny import results, results_of_training, run_tiny, tiny, write_tiny
 

@@ -16,17 +16,17 @@ from exact_models import HalfSpace, Recorder, bins_with, square_half_space, squa
 from random_models import Drawn, ManySources, NoisyHalfSpace, SharedNoise, split_decision
 from rush.attacks.gradient import is_random
 from rush.attacks.threat import ThreatModel
+from rush.choices import Decision
+from rush.data.checks import LabelledPixels
 from rush.errors import InputError, ModelError
-from rush.evaluation import defenders
-from rush.evaluation.defenders import Defender, Model, defend
+from rush.evaluation import model as defenders
+from rush.evaluation.attack import prepare
+from rush.evaluation.model import Defender, Model, defend
 from rush.evaluation.plans import Plan
-from rush.evaluation.results import AttackResult
-from rush.evaluation.robust import prepare
+from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, looks
-from rush.inputs import LabelledPixels
-from rush.options import Decision
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
 
 SPREAD = 0.25
 NOISY = [NoisyHalfSpace, SharedNoise, ManySources]
@@ -281,7 +281,7 @@ def test_attack_choice_challenger_and_verdict_draw_from_seeds_of_their_own(monke
         return drawn[-1][1]
 
     monkeypatch.setattr(defenders, "stream", named)
-    for module in ("rush.evaluation.defenders", "rush.attacks.gradient"):
+    for module in ("rush.evaluation.model", "rush.attacks.gradient"):
         monkeypatch.setattr(f"{module}.draw_seed", recorded)
     x = square_images(np.array([0.1, -0.1, 0.05]), seed=0)
     y = torch.tensor([1, 0, 1])

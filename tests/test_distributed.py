@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ranks import on_ranks
-from rush.engine import distributed
-from rush.engine.distributed import average_gradients, broadcast_module, gather, rank
 from rush.errors import InputError
-from rush.randomness import stream
+from rush.runtime import distributed
+from rush.runtime.distributed import average_gradients, broadcast_module, gather, rank
+from rush.runtime.randomness import stream
 
 WORLD = 3
 SHAPES = ((4, 3), (5,), (2, 3, 2, 2), (7,), (1,))

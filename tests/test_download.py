@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rush.data.download import fetch
+from rush.data.readers.download import fetch
 from rush.errors import DataError
 
 CONTENT = np.random.default_rng(0).bytes(700_000)
@@ -151,7 +151,8 @@ def test_a_missing_archive_is_downloaded_and_read(
     """From the name to the images: nothing on disk, one download, and no second one."""
     from dataclasses import replace
 
-    from rush.data import sources, stl10
+    from rush.data import sources
+    from rush.data.readers import stl10
     from test_official import pack, write_stl10
 
     pixels = write_stl10(monkeypatch, tmp_path)

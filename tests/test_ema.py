@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rush.engine.ema import WeightAverage
 from rush.errors import CheckpointError, ConfigError, ModelError
-from rush.randomness import stream
+from rush.runtime.randomness import stream
+from rush.training.ema import WeightAverage
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -13,8 +13,8 @@ import pytest
 
 from rush.certification.table import drop_unfinished_line
 from rush.errors import RunError, RushError, WriteError
-from rush.evaluation.parts import save_arrays
-from rush.files import append_text, cut_file, make_folder, write_atomically, write_bytes, write_json, write_text
+from rush.evaluation.groups import save_arrays
+from rush.runtime.files import append_text, cut_file, make_folder, write_atomically, write_bytes, write_json, write_text
 
 Write = Callable[[Path], None]
 WRITERS: dict[str, Write] = {
@@ -185,7 +185,7 @@ def test_a_real_limit_of_the_system(tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 from rush.errors import WriteError
-from rush.files import append_text, write_text
+from rush.runtime.files import append_text, write_text
 folder = Path({str(tmp_path)!r})
 write_text(folder / "a", "old\\n"); append_text(folder / "b", "old\\n")
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rush.evaluation import findings
-from rush.evaluation.audit_probes import PROBES
-from rush.evaluation.findings import Finding
+from rush.auditing import findings
+from rush.auditing.findings import Finding
+from rush.auditing.probes import PROBES
 
 HELD = [True] * 10
 

@@ -14,17 +14,19 @@ SOURCE = Path(rush.__file__).parent
 
 # From the first to the last; a module may import from its own level and from those before. The longest prefix counts.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "options", "numbers", "lines", "randomness", "config", "files", "transfer", "schedules"),
-    ("data", "noise", "binomial"),
-    ("engine", "models", "objectives"),
-    ("pretraining", "finetuning", "inputs", "voting", "smoothing", "saving"),  # saved models are smoothed classifiers
+    ("errors", "choices", "runtime", "recipe"),
+    ("data", "statistics"),
+    ("models", "smoothing.noise"),
+    ("smoothing", "models.storage"),  # saved models are smoothed classifiers
+    ("training",),
     ("certification",),
     ("attacks",),
     ("evaluation",),
+    ("auditing",),
+    ("records",),
     ("reporting",),
-    ("pipeline", "stages", "loading", "prediction", "recomputation", "outside"),
-    ("costing", "terminal"),
-    ("cli",),
+    ("pipeline",),
+    ("commands",),
     ("__main__",),
 )
 TEST_ORACLES = ("torchvision", "timm", "kornia", "foolbox", "pytorch_metric_learning", "art", "statsmodels", "pytest")
@@ -77,19 +79,20 @@ def level(module: str) -> int:
 
 def test_the_reader_of_imports_sees_every_form() -> None:
     code = """
-import rush.engine.loop
+import rush.training.loop
 from rush.data import images, views
-from rush import cli
+from rush.commands import app
 def later():
-    from rush.pipeline import run_stage
+    from rush.pipeline.stages import run_stage
     import torch.nn as nn
 if TYPE_CHECKING:
-    from rush.smoothing import ABSTAIN
+    from rush.smoothing.classifier import ABSTAIN
 """
-    assert own_imports(code) == {"engine.loop", "data.images", "data.views", "cli", "pipeline", "smoothing"}
+    found = {"training.loop", "data.images", "data.views", "commands.app", "pipeline.stages", "smoothing.classifier"}
+    assert own_imports(code) == found
     assert "torch.nn" in imported(code)
-    assert own_imports(code, late=False) == {"engine.loop", "data.images", "data.views", "cli"}
-    assert [level(name) for name in ("models.resnet", "saving", "cli")] == [2, 3, 10]
+    assert own_imports(code, late=False) == {"training.loop", "data.images", "data.views", "commands.app"}
+    assert [level(name) for name in ("models.resnet", "models.storage", "commands.app")] == [2, 3, 12]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name])
@@ -108,7 +111,7 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def test_reporting_reads_run_folders_and_runs_no_model() -> None:
-    allowed = {"errors", "options", "files", "lines", "binomial", "evaluation.intervals", "evaluation.findings"}
+    allowed = {"errors", "choices", "runtime.files", "runtime.lines", "statistics", "auditing.findings"}
     allowed |= {f"certification.{name}" for name in ("certificates", "sequential", "table")}
     for module, path in MODULES.items():
         if module == "reporting" or module.startswith("reporting."):
@@ -148,11 +151,11 @@ def writes(call: ast.Call) -> bool:
     return (to_write or name.endswith(methods)) and opened != "target"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("files", "data.download")])
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("runtime.files", "data.readers.download")])
 def test_files_are_written_by_one_module(module: str) -> None:
-    """``data.download`` fills the cache of archives, which is no run folder."""
+    """``data.readers.download`` fills the cache of archives, which is no run folder."""
     found = [ast.unparse(call) for call in calls(module) if writes(call)]
-    assert not found, f"rush.{module} writes by itself: {found}; use rush.files"
+    assert not found, f"rush.{module} writes by itself: {found}; use rush.runtime.files"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -168,11 +171,13 @@ def test_what_is_printed_is_printed_by_one_module() -> None:
         if {"rich.table", "rich.console"}
         & {found.rsplit(".", 1)[0] for found in imported(MODULES[name].read_text(encoding="utf-8"))}
     }
-    assert printers == {"terminal", "engine.progress", "data.download"}  # bars, of names that the library gives
+    bars = {"runtime.progress", "data.readers.download"}  # of names that the library gives
+    assert printers == {"commands.terminal"} | bars
 
 
 def test_importing_rush_loads_neither_torch_nor_numpy() -> None:
-    code = "import sys, rush, rush.cli, rush.config; print(*sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
+    heavy = "print(*sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
+    code = f"import sys, rush, rush.commands.app, rush.recipe.schema; {heavy}"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.split() == []
 
@@ -182,7 +187,7 @@ def test_every_public_name_is_there() -> None:
     assert set(rush.__all__) <= set(dir(rush))
     for name in rush.__all__:
         assert getattr(rush, name) is not None
-    assert rush.load.__module__ == "rush.loading"
+    assert rush.load.__module__ == "rush.models.storage"
     assert rush.ABSTAIN == -1
     with pytest.raises(AttributeError, match=r"no attribute 'certfy'; public names: ABSTAIN, "):
         rush.certfy  # noqa: B018

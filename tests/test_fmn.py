@@ -23,8 +23,8 @@ from rush.attacks.fmn import BISECTIONS, fmn, fmn_passes
 from rush.attacks.gradient import fresh_noise
 from rush.attacks.losses import margin, named_loss
 from rush.attacks.threat import norms
-from rush.options import Norm
-from rush.randomness import stream
+from rush.choices import Norm
+from rush.runtime.randomness import stream
 
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
 

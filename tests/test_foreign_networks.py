@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 import rush
 from rush.attacks.threat import ThreatModel, norms
-from rush.engine.precision import Execution
+from rush.choices import Decision
 from rush.errors import ModelError
-from rush.evaluation.defenders import Model, RandomDefender, defend
+from rush.evaluation.attack import Judging, evaluate, prepare, verdict
 from rush.evaluation.ladder import plain_ladder
-from rush.evaluation.robust import Judging, evaluate, prepare, verdict
-from rush.options import Decision
-from rush.randomness import stream
+from rush.evaluation.model import Model, RandomDefender, defend
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
 
 CLASSES, TILE, SHAPE = 4, 32, (3, 4, 4)
 WEIGHT = torch.randn((48, CLASSES), generator=stream(0, "foreign weights")) / 7

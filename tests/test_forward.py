@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 import rush
-from rush.config import load_recipe
-from rush.engine import forward as forward_module
-from rush.engine.forward import Forward, fold_batch_norm, try_forwards
-from rush.engine.precision import Execution
-from rush.engine.runs import RunFolder
+from rush.choices import CompileMode, EncoderName, Stem
+from rush.commands.predict import predict_files
 from rush.errors import ModelError, NumericsWarning
-from rush.loading import load
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
-from rush.options import CompileMode, EncoderName, Stem
-from rush.pipeline import run_stage
-from rush.prediction import predict_files
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.models.storage import load
+from rush.pipeline.stages import run_stage
+from rush.recipe.schema import load_recipe
+from rush.records.folder import RunFolder
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.classifier import forward as forward_module
+from rush.smoothing.forward import Forward, fold_batch_norm, try_forwards
 
 
 def _trained(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -249,7 +249,7 @@ def test_a_forward_is_made_once_for_the_same_weights(monkeypatch: pytest.MonkeyP
             made.append(classifier)
             super().__init__(classifier, *rest)
 
-    monkeypatch.setattr("rush.smoothing.Forward", Counted)
+    monkeypatch.setattr("rush.smoothing.classifier.Forward", Counted)
     smoothed = SmoothedClassifier(_encoder("small"), 0.25, 5, execution=Execution(tile=64, folded=True))
     for _ in range(3):
         smoothed.predict(_tile(2).clamp(0, 1), num_samples=100)

@@ -24,17 +24,17 @@ from full_size import TINY_IMAGES, Order, parse
 from full_size_items import GRID, ITEMS, SIGMAS, Bench, Item, nearest_to_paper
 from full_size_store import Clock, Store, in_rounds, load_shards
 from rush.certification.table import read_certificates
-from rush.config import load_recipe
 from rush.data.batches import Resident
 from rush.data.images import stratified_subset
-from rush.engine.precision import decide_execution
-from rush.engine.probes import knn_correct, representations
 from rush.errors import RunError, RushError
-from rush.evaluation.robust import attack_groups
+from rush.evaluation.attack import attack_groups
 from rush.models.classifier import Represent
-from rush.randomness import stream
-from rush.saving import load_weights
-from rush.stages.training import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from rush.models.storage import load_weights
+from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from rush.recipe.schema import load_recipe
+from rush.runtime.execution import decide_execution
+from rush.runtime.randomness import stream
+from rush.training.probes import knn_correct, representations
 from test_parquet import encoded, write
 
 TIMES = {

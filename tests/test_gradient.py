@@ -28,12 +28,12 @@ from rush.attacks.gradient import (
 )
 from rush.attacks.losses import Loss, cross_entropy, margin
 from rush.attacks.threat import ThreatModel
+from rush.choices import Decision
 from rush.data.sources import load_images
-from rush.engine.precision import Execution
 from rush.errors import ModelError
-from rush.options import Decision
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
 
 EXECUTION = Execution()
 

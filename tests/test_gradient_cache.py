@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ranks import on_ranks
-from rush.engine.distributed import rank
-from rush.engine.gradient_cache import cached_backward
 from rush.errors import InputError
-from rush.objectives.contrastive import info_nce, nt_xent
-from rush.randomness import seeded_init, stream
+from rush.runtime.distributed import rank
+from rush.runtime.randomness import seeded_init, stream
+from rush.training.contrastive import info_nce, nt_xent
+from rush.training.gradient_cache import cached_backward
 
 WORLD = 2
 

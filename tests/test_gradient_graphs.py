@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rush.engine.forward
+import rush.smoothing.forward
 from rush.attacks.apgd import apgd
 from rush.attacks.gradient import fresh_noise
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
 from rush.data.sources import load_images
-from rush.engine.forward import Forward
-from rush.engine.gradient_graphs import Function, GradientGraphs
-from rush.engine.precision import Execution
 from rush.errors import NumericsWarning
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.forward import Forward
+from rush.smoothing.gradient_graphs import Function, GradientGraphs
 
 MATRIX = torch.randn(12, 5, generator=stream(0, "matrix"))
 
@@ -160,7 +160,7 @@ def test_attacks_on_replayed_passes_find_the_same_points(
         usual(self, *given)  # type: ignore[arg-type]
         self._climbed = GradientGraphs(self._eager, "float32", capture)
 
-    monkeypatch.setattr(rush.engine.forward.Forward, "__init__", climbing)
+    monkeypatch.setattr(rush.smoothing.forward.Forward, "__init__", climbing)
     smoothed = SmoothedClassifier(digits_network, 0.25, 10)
     replayed = attacked()
     assert capture.replays > 8

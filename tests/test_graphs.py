@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rush.engine.graphs
-import rush.engine.loop
+import rush.training.graphs
+import rush.training.loop
 from recording import Operations
-from rush.config import load_recipe
+from rush.choices import OptimizerName
 from rush.data.batches import Batch
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.graphs import WARM_UP, CapturedStep
-from rush.engine.loop import Keeping, Schedule, train
-from rush.engine.meter import Meter
 from rush.errors import ConfigError
-from rush.options import OptimizerName
-from rush.randomness import restarted, seeded_init, stream
-from rush.schedules import scheduled
+from rush.recipe.schema import load_recipe
+from rush.runtime.randomness import restarted, seeded_init, stream
+from rush.runtime.schedules import scheduled
+from rush.training.checkpoint import TrainingCheckpoint
+from rush.training.graphs import WARM_UP, CapturedStep
+from rush.training.loop import Keeping, Schedule, train
+from rush.training.meter import Meter
 from test_keeping import images
 from tiny import results_of_training, run_tiny, tiny
 
@@ -46,9 +46,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Operations]:
             group["fused"] = True
         return optimizer
 
-    build = rush.engine.loop.build_optimizer
-    monkeypatch.setattr(rush.engine.graphs, "_Rerun", recorder)
-    monkeypatch.setattr(rush.engine.loop, "build_optimizer", fused)
+    build = rush.training.loop.build_optimizer
+    monkeypatch.setattr(rush.training.graphs, "_Rerun", recorder)
+    monkeypatch.setattr(rush.training.loop, "build_optimizer", fused)
     return made
 
 
@@ -222,7 +222,7 @@ def test_a_step_that_decides_by_the_epoch_is_refused(use: Callable[[float], obje
         use(epoch)
         return torch.zeros(())
 
-    told = 'depends on the epoch, .*; set execution.compile_training = "none", or give the number by rush.schedules'
+    told = 'depends on the epoch, .*; set execution.compile_training = "none", or give the number by .*schedules'
     with pytest.raises(ConfigError, match=told):
         captured_step(step)(0)
 
@@ -261,7 +261,7 @@ def test_a_capture_that_fails_leaves_the_optimizer_as_it_was() -> None:
             raise RuntimeError("no")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rush.engine.graphs, "_Rerun", Failing)
+        patch.setattr(rush.training.graphs, "_Rerun", Failing)
         own = CapturedStep(lambda *_: torch.zeros(()), "cpu", told.append)
         for _ in range(WARM_UP):
             own(Batch(torch.zeros(2, 1, 1, 1), None), 0.0, lambda _: None)
@@ -271,7 +271,7 @@ def test_a_capture_that_fails_leaves_the_optimizer_as_it_was() -> None:
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rush.engine.loop, "world_size", lambda: 2)
+    monkeypatch.setattr(rush.training.loop, "world_size", lambda: 2)
     told = "pretrain: a step of 2 processes cannot be captured as a CUDA graph; set execution.compile_training"
     with pytest.raises(ConfigError, match=told):
         Small().run(True)

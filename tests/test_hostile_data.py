@@ -21,13 +21,13 @@ import pytest
 from PIL import Image
 
 from bounded import refused
-from rush.data.archives import read_words
-from rush.data.decoding import MAX_PIXELS, decode
-from rush.data.pickles import read_plain_pickle
+from rush.commands.external import judge_file
+from rush.data.readers.archives import read_words
+from rush.data.readers.decoding import MAX_PIXELS, decode
+from rush.data.readers.pickles import read_plain_pickle
 from rush.data.sources import load_images
 from rush.data.streaming import open_stream
 from rush.errors import DataError
-from rush.outside import judge_file
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (6, 5, 5), np.uint8)

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import rush
 from bounded import refused
-from rush.config import load_recipe
-from rush.engine.precision import Execution
-from rush.engine.runs import RunFolder
 from rush.errors import ConfigError
 from rush.models.description import read_description
-from rush.randomness import seeded_init, stream
-from rush.saving import ClassifierSpec, load_smoothed, save_plain, save_smoothed
+from rush.models.storage import ClassifierSpec, load_smoothed, save_plain, save_smoothed
+from rush.recipe.schema import load_recipe
+from rush.records.folder import RunFolder
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import seeded_init, stream
 from tiny import TINY, write_tiny
 
 HUGE = 10**400

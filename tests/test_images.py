@@ -8,7 +8,7 @@ import torch
 
 from rush.data.images import ImageSet, concatenate, hold_out, stratified_subset
 from rush.errors import DataError, InputError
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 
 def numbered(n: int = 6, labels: list[int] | None = None, classes: int = 3) -> ImageSet:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exact_models import Bins, square_half_space
-from rush.engine.inspection import check_forward, check_structure
-from rush.engine.precision import Execution
 from rush.errors import ModelError, NumericsWarning, RushWarning
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
-from rush.randomness import seeded_init, stream
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.inspection import check_forward, check_structure
 
 TILE = 16
 CLASSES = 10

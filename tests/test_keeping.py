@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rush.engine.budget
+import rush.training.budget
 from ranks import on_ranks
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.distributed import rank, world_size
-from rush.engine.loop import Keeping, Schedule, train
-from rush.engine.meter import Meter
 from rush.errors import CheckpointError, ConfigError, DeviceMemoryError, Interrupted, RushError
-from rush.randomness import seeded_init, stream
+from rush.runtime.distributed import rank, world_size
+from rush.runtime.randomness import seeded_init, stream
+from rush.training.checkpoint import TrainingCheckpoint
+from rush.training.loop import Keeping, Schedule, train
+from rush.training.meter import Meter
 
 SCHEDULE = Schedule(
     epochs=3,
@@ -459,7 +459,7 @@ def test_a_checkpoint_that_takes_long_is_not_written_at_every_epochs_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: list[int]
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(rush.engine.budget, "clock", clock)
+    monkeypatch.setattr(rush.training.budget, "clock", clock)
     checkpoint = SlowCheckpoint(tmp_path / "pretrain.pt", clock, seconds)
 
     def one_second(_number: int, loss: Tensor) -> Tensor:

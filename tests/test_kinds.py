@@ -14,19 +14,20 @@ from torch import Tensor, nn
 import rush
 from commands import Call, refusal
 from exact_models import Recorder
+from rush.auditing.audit import audit
 from rush.data.images import ImageSet
 from rush.data.kind import ImageKind
 from rush.data.streaming import Stream
-from rush.engine.precision import Execution
-from rush.engine.runs import RunFolder
 from rush.errors import ConfigError, DataError, InputError, ModelError
-from rush.evaluation.audit import audit
-from rush.evaluation.robust import verdict
-from rush.loading import load
+from rush.evaluation.attack import verdict
 from rush.models.classifier import Normalize
-from rush.pipeline import check_run, run_stage
-from rush.randomness import stream
-from rush.stages import conditions, training
+from rush.models.storage import load
+from rush.pipeline.stages import check_run, run_stage
+from rush.pipeline.stages import context as conditions
+from rush.pipeline.stages import train as training
+from rush.records.folder import RunFolder
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
 from tiny import tiny
 
 DIGITS = tuple(str(digit) for digit in range(10))

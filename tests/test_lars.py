@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rush.engine.lars import LARS
-from rush.engine.optim import build_optimizer
 from rush.errors import ConfigError
-from rush.randomness import stream
+from rush.runtime.randomness import stream
+from rush.training.lars import LARS
+from rush.training.optim import build_optimizer
 
 SHAPES = ((4, 3, 3, 3), (5, 7), (6,), (1,))
 

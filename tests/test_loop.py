@@ -11,25 +11,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rush.config import load_recipe
+from rush.choices import FinetuneMode, OptimizerName
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet, stratified_subset
 from rush.data.sources import load_images
 from rush.data.views import Views
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.loop import Keeping, Schedule, Step, train
-from rush.engine.optim import build_optimizer, cosine_factor
-from rush.engine.precision import Execution
 from rush.errors import CheckpointError, ConfigError, DataError
-from rush.finetuning import Examples, finetune
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.noise import Gaussian
-from rush.objectives.classification import gaussian
-from rush.options import FinetuneMode, OptimizerName
-from rush.pretraining import SimCLR, channel_statistics, pretrain
-from rush.randomness import seeded_init, stream
+from rush.recipe.schema import load_recipe
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.noise import Gaussian
+from rush.training.checkpoint import TrainingCheckpoint
+from rush.training.finetune import Examples, finetune
+from rush.training.loop import Keeping, Schedule, Step, train
+from rush.training.optim import build_optimizer, cosine_factor
+from rush.training.pretrain import SimCLR, channel_statistics, pretrain
+from rush.training.supervised import gaussian
 
 SCHEDULE = Schedule(
     epochs=3, batch_size=8, optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-3, warmup_epochs=1

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import rush.engine.meter as meter_module
-from rush.engine.meter import Cost, Meter, peak_memory
+import rush.training.meter as meter_module
+from rush.training.meter import Cost, Meter, peak_memory
 
 
 def test_rows_count_by_whether_anything_asks_for_a_gradient() -> None:

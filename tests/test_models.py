@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rush
-from rush.engine.precision import Execution
+from rush.choices import EncoderName, Stem
 from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.resnet import ResNet
-from rush.options import EncoderName, Stem
-from rush.randomness import seeded_init, stream
-from rush.saving import ClassifierSpec, load_smoothed, save_smoothed, save_weights
+from rush.models.storage import ClassifierSpec, load_smoothed, save_smoothed, save_weights
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import seeded_init, stream
 
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 RESULTS = Path(__file__).parent.parent / "results"
@@ -269,7 +269,7 @@ def test_the_description_is_written_last(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rush.saving.write_json", fail)
+    monkeypatch.setattr("rush.models.storage.write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         saved(tmp_path)
     with pytest.raises(RunError, match=r"model\.json is missing: .* holds no finished model"):

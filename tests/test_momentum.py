@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ranks import on_ranks
-from rush.engine.distributed import rank
 from rush.errors import ConfigError, InputError
 from rush.models.momentum import KeyNetwork
-from rush.objectives.contrastive import info_nce
-from rush.randomness import seeded_init, stream
+from rush.runtime.distributed import rank
+from rush.runtime.randomness import seeded_init, stream
+from rush.training.contrastive import info_nce
 
 WORLD = 2
 

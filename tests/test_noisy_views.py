@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rush.choices import NoisyViewsOption
 from rush.data.noisy_views import NoiseSchedule
 from rush.errors import ConfigError, InputError
-from rush.options import NoisyViewsOption
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 SHAPE = (400, 3, 16, 16)
 

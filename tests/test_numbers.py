@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 import rush
-from rush.certification.rules import make_rule
+from rush.auditing.audit import audit
+from rush.certification.rule import make_rule
+from rush.data.checks import labelled_pixels, positive_integer, probability
 from rush.data.images import ImageSet, hold_out, stratified_subset
 from rush.errors import InputError
-from rush.evaluation.audit import audit
-from rush.evaluation.robust import Judging, verdict
-from rush.inputs import labelled_pixels, positive_integer, probability
-from rush.noise import Gaussian
-from rush.numbers import as_real, as_whole, least_whole
-from rush.randomness import stream
+from rush.evaluation.attack import Judging, verdict
+from rush.runtime.numbers import as_real, as_whole, least_whole
+from rush.runtime.randomness import stream
+from rush.smoothing.noise import Gaussian
 
 WHOLE = [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3)]
 REAL = [0.25, np.float32(0.25), np.float64(0.25), np.array(0.25), torch.tensor(0.25), Fraction(1, 4), np.float16(0.25)]

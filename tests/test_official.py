@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rush.data import sources, stl10
-from rush.data.archives import Archive
-from rush.data.cifar import CifarVersion, cifar10_versions, cifar100_versions
-from rush.data.pickles import read_plain_pickle
-from rush.data.resizing import resize_images
+from rush.data import sources
+from rush.data.readers import stl10
+from rush.data.readers.archives import Archive
+from rush.data.readers.cifar import CifarVersion, cifar10_versions, cifar100_versions
+from rush.data.readers.pickles import read_plain_pickle
+from rush.data.readers.resizing import resize_images
 from rush.errors import DataError
 
 ROWS = 4

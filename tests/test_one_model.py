@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 import rush
 from rush.certification.certificates import join_certificates
 from rush.certification.table import COLUMNS, OLDER_COLUMNS, append_certificates, read_certificates
-from rush.engine.runs import RunFolder
 from rush.errors import InputError, ModelError, RunError
-from rush.pipeline import run_stage
-from rush.smoothing import SmoothedClassifier
-from rush.stages import certifying
+from rush.pipeline.stages import certify as certifying
+from rush.pipeline.stages import run_stage
+from rush.records.folder import RunFolder
+from rush.smoothing.classifier import SmoothedClassifier
 from tiny import results
 
 OTHER = "of another model than the run's|made with another model than the run's"

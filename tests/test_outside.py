@@ -13,16 +13,16 @@ import torch
 
 import rush
 from commands import Call, refusal
-from rush import outside as outside_module
+from rush.auditing.audit import AuditReport
+from rush.commands import external as outside_module
+from rush.commands.external import Subject, judge_file, ladder_rows, load_model, threat_model
 from rush.data.sources import load_images
-from rush.engine.runs import RunFolder
 from rush.errors import ConfigError, DataError, InputError, ModelError
-from rush.evaluation.audit import AuditReport
+from rush.evaluation.attack import verdict
 from rush.evaluation.ladder import curve, grey_radius, ladder, plain_ladder
 from rush.evaluation.plans import Suite
-from rush.evaluation.robust import verdict
-from rush.outside import Subject, judge_file, ladder_rows, load_model, threat_model
-from rush.smoothing import SmoothedClassifier
+from rush.records.folder import RunFolder
+from rush.smoothing.classifier import SmoothedClassifier
 
 MODELS = """
 import torch

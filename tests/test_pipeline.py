@@ -15,20 +15,20 @@ import pytest
 import torch
 
 import rush.certification.certify
-import rush.evaluation.attacking
-import rush.evaluation.robust
-import rush.stages.conditions
-import rush.stages.training
-from rush.config import load_recipe
+import rush.evaluation.attack
+import rush.evaluation.candidates
+import rush.pipeline.context
+import rush.pipeline.train
+from rush.choices import STAGES, Stage
 from rush.data.images import ImageSet
 from rush.data.sources import load_images
-from rush.engine.runs import RunFolder
 from rush.errors import CheckpointError, ConfigError, DataError, RunError
-from rush.options import STAGES, Stage
-from rush.pipeline import run_stage
-from rush.randomness import stream
-from rush.stages.conditions import Conditions
-from rush.stages.training import run_finetune
+from rush.pipeline.context import Conditions
+from rush.pipeline.stages import run_stage
+from rush.pipeline.train import run_finetune
+from rush.recipe.schema import load_recipe
+from rush.records.folder import RunFolder
+from rush.runtime.randomness import stream
 from tiny import TINY, results, run_tiny, tiny
 
 
@@ -106,7 +106,7 @@ GROUPED = (
 def small_groups() -> None:
     """Certificates come one or two at a time, attacked images in groups of two."""
     rush.certification.certify._ROUND_TILES = 2
-    rush.evaluation.robust.GROUP = rush.evaluation.attacking.GROUP = 2
+    rush.evaluation.attack.GROUP = rush.evaluation.candidates.GROUP = 2
 
 
 def kill_at(way: str, write: int, delay: float) -> None:
@@ -314,7 +314,7 @@ def test_a_run_refuses_other_images_under_the_same_name(
         images.images[0, 0, 0, 0] += 1
         return images
 
-    monkeypatch.setattr(rush.stages.conditions, "load_images", other_images)
+    monkeypatch.setattr(rush.pipeline.context, "load_images", other_images)
     with pytest.raises(RunError, match=r"begun under other conditions \(data: was .*fingerprint"):
         run_stage(run, "attack")
 
@@ -361,7 +361,7 @@ def images_given(training: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch)
     def take(images: Any, *_: Any, **__: Any) -> NoReturn:
         raise Taken(images)
 
-    monkeypatch.setattr(rush.stages.training, training, take)
+    monkeypatch.setattr(rush.pipeline.train, training, take)
     with pytest.raises(Taken) as caught:
         run_stage(run, training)  # type: ignore[arg-type]
     return caught.value.args[0]
@@ -428,7 +428,7 @@ def test_held_out_images_are_seen_by_neither_training_and_watched_in_both(
 def test_fine_tuning_without_labels_is_refused(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = part_of(tiny_run, tmp_path / "run", "stages/finetune.json", "provenance.json")
     monkeypatch.setattr(
-        rush.stages.conditions, "load_images", lambda *given, **named: load_images(*given, **named).without_labels()
+        rush.pipeline.context, "load_images", lambda *given, **named: load_images(*given, **named).without_labels()
     )
     with pytest.raises(DataError, match=r"digits \(train\) has no labels; fine-tuning needs them"):
         run_finetune(run)

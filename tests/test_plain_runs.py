@@ -15,25 +15,25 @@ from PIL import Image
 from torch import nn
 
 import rush
-import rush.evaluation.attacking
-import rush.evaluation.robust
+import rush.evaluation.attack
+import rush.evaluation.candidates
 from commands import Call, refusal
-from rush.config import WITHOUT_NOISE, AttackConfig
-from rush.engine.runs import RunFolder
+from rush.choices import STAGES, FinetuneObjective
+from rush.commands.external import load_model
+from rush.commands.predict import predict_files
 from rush.errors import ConfigError, InputError, RunError
-from rush.evaluation.results import AttackResult
-from rush.finetuning import Examples
-from rush.options import STAGES, FinetuneObjective
-from rush.outside import load_model
-from rush.pipeline import run_stage
-from rush.prediction import predict_files
+from rush.evaluation.result import AttackResult
+from rush.models.storage import load_plain, load_smoothed
+from rush.pipeline.attack import _plain_rungs
+from rush.pipeline.stages import run_stage
+from rush.recipe.schema import WITHOUT_NOISE, AttackConfig
+from rush.records.folder import RunFolder
 from rush.reporting.compare import compare_command
 from rush.reporting.page import write_report
 from rush.reporting.reading import read_run
 from rush.reporting.tables import summary_rows
-from rush.saving import load_plain, load_smoothed
-from rush.smoothing import SmoothedClassifier
-from rush.stages.attacking import _plain_rungs
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.training.finetune import Examples
 from tiny import results, run_tiny, tiny
 
 PLAIN = (
@@ -57,8 +57,8 @@ GROUP = 8  # so that the attack stage has places to stop at
 @pytest.fixture(scope="module", autouse=True)
 def _groups() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rush.evaluation.robust, "GROUP", GROUP)
-        patch.setattr(rush.evaluation.attacking, "GROUP", GROUP)
+        patch.setattr(rush.evaluation.attack, "GROUP", GROUP)
+        patch.setattr(rush.evaluation.candidates, "GROUP", GROUP)
         yield
 
 
@@ -151,7 +151,7 @@ def without_attack(folder: Path, target: Path) -> RunFolder:
 def test_an_attack_stage_that_was_cut_off_ends_with_the_same_results(
     plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, real = without_attack(plain_run, tmp_path / "run"), rush.evaluation.robust.attack_group
+    run, real = without_attack(plain_run, tmp_path / "run"), rush.evaluation.attack.attack_group
     attacked: list[str] = []
 
     def counted(*arguments: object, stop: bool) -> AttackResult:
@@ -160,11 +160,11 @@ def test_an_attack_stage_that_was_cut_off_ends_with_the_same_results(
         attacked.append(arguments[3].name)  # type: ignore[attr-defined]
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(rush.evaluation.robust, "attack_group", lambda *given: counted(*given, stop=True))
+    monkeypatch.setattr(rush.evaluation.attack, "attack_group", lambda *given: counted(*given, stop=True))
     with pytest.raises(KeyboardInterrupt):
         run_stage(run, "attack")
     assert not run.finished("attack")
-    monkeypatch.setattr(rush.evaluation.robust, "attack_group", lambda *given: counted(*given, stop=False))
+    monkeypatch.setattr(rush.evaluation.attack, "attack_group", lambda *given: counted(*given, stop=False))
     run_stage(run, "attack")
     groups = -(-20 // GROUP)
     assert len(attacked) == len(RUNGS) * groups + 6, "a finished group was attacked again"
@@ -306,7 +306,7 @@ def test_a_model_folder_says_whether_it_is_smoothed(plain_run: Path, tmp_path: P
     assert description["noise"] == {"name": "none"}
     assert description["execution"]["precision"] == "float32"
     with pytest.raises(RunError, match=r"not smoothed .* rush\.load gives it as it is"):
-        load_smoothed(plain_run / "model", rush.engine.precision.Execution())
+        load_smoothed(plain_run / "model", rush.runtime.execution.Execution())
     with pytest.raises(RunError, match="holds a smoothed classifier"):
         load_plain(SMOOTHED / "model", "cpu")
     folder = shutil.copytree(plain_run / "model", tmp_path / "model")

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from exact_models import Recorder
-from rush.engine.precision import Execution, check_eval_mode, decide_execution, foreign_call, without_tf32
+from rush.choices import EncoderName, Precision
 from rush.errors import ConfigError, ModelError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
-from rush.options import EncoderName, Precision
-from rush.randomness import seeded_init, stream
-from rush.smoothing import SmoothedClassifier
+from rush.runtime.execution import Execution, check_eval_mode, decide_execution, foreign_call, without_tf32
+from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.classifier import SmoothedClassifier
 
 TILE = 64
 

@@ -14,13 +14,12 @@ import pytest
 from PIL import Image
 
 from commands import Call
+from rush.commands.predict import FilePrediction, _read, predict_files
 from rush.data.sources import load_images
-from rush.engine.precision import Execution
 from rush.errors import DataError
-from rush.loading import ImageForm, image_form
-from rush.prediction import FilePrediction, _read, predict_files
-from rush.randomness import seeded_init, stream
-from rush.saving import ClassifierSpec, save_plain, save_smoothed
+from rush.models.storage import ClassifierSpec, ImageForm, image_form, save_plain, save_smoothed
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import seeded_init, stream
 from tiny import run_tiny
 
 RNG = np.random.default_rng(0)

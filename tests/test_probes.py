@@ -7,8 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from rush.engine.probes import linear_correct, linear_probe
-from rush.randomness import stream
+from rush.runtime.randomness import stream
+from rush.training.probes import linear_correct, linear_probe
 
 
 def clouds(rows: int, name: str) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from rush.errors import InputError
-from rush.lines import escape
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head, projector
-from rush.randomness import seeded_init, stream
+from rush.runtime.lines import escape
+from rush.runtime.randomness import seeded_init, stream
 
 GOLDEN = [229167, 447017, 161932, 65489]
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 import rush
 from commands import Call, refusal
 from exact_models import square_half_space, square_images
-from rush.binomial import fewest_votes, lower_bound, sign_test
+from rush.auditing.audit import audit
+from rush.auditing.report import decide, images_to_hold, reach_statement
 from rush.certification.bounds import largest_radius
-from rush.certification.rules import fewest_estimation, make_rule
-from rush.config import load_recipe
+from rush.certification.rule import fewest_estimation, make_rule
+from rush.choices import fewest_samples
+from rush.commands.external import Subject
 from rush.errors import ConfigError, InputError
-from rush.evaluation.audit import audit
-from rush.evaluation.audit_report import decide, images_to_hold, reach_statement
+from rush.evaluation.attack import verdict
 from rush.evaluation.plans import worst_case
-from rush.evaluation.robust import verdict
 from rush.evaluation.verdict import (
     BROKEN,
     HELD,
@@ -30,8 +30,8 @@ from rush.evaluation.verdict import (
     judge_votes,
     looks,
 )
-from rush.options import fewest_samples
-from rush.outside import Subject
+from rush.recipe.schema import load_recipe
+from rush.statistics import fewest_votes, lower_bound, sign_test
 
 LEVELS = [0.49, 0.1, 0.05, 0.001, 2.0**-10, 2.0**-10 * (1 + 1e-11), 2.0**-10 * (1 - 1e-9), 1e-6, 1e-20]
 SMOOTHED = rush.SmoothedClassifier(square_half_space(), 0.25, 2)
@@ -178,10 +178,10 @@ def test_a_suite_shares_the_level_among_its_attackers() -> None:
 
 
 def test_an_audit_and_a_ladder_are_refused_before_their_first_attack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rush.evaluation.robust.attack_group", lambda *_: pytest.fail("an attack was begun"))
+    monkeypatch.setattr("rush.evaluation.attack.attack_group", lambda *_: pytest.fail("an attack was begun"))
     with pytest.raises(InputError, match="no verdict can be given at the level"):
         audit(SMOOTHED, (X, Y), THREAT, alpha=2.0**-100 * 1.001, max_votes=100)
-    subject = Subject(SMOOTHED, rush.inputs.labelled_pixels((X, Y)), THREAT)
+    subject = Subject(SMOOTHED, rush.data.checks.labelled_pixels((X, Y)), THREAT)
     with pytest.raises(InputError, match="no verdict can be given at the level"):
         next(subject.climb(0, alpha=2.0**-100 * 1.001, max_votes=100))
 

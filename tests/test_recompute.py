@@ -13,13 +13,13 @@ from certifying import METHODS, SIGMA, assert_same, certified, pixel_images, pix
 from commands import Call, refusal
 from rush.certification.certificates import UNKNOWN, Certificates, join_certificates
 from rush.certification.certify import certify_each
-from rush.certification.recompute import recompute
-from rush.certification.rules import make_rule
+from rush.certification.recertify import recompute
+from rush.certification.rule import make_rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, UNDECIDED
 from rush.certification.table import read_certificates, write_certificates
+from rush.data.checks import labelled_pixels
 from rush.errors import InputError
-from rush.inputs import labelled_pixels
-from rush.smoothing import ABSTAIN
+from rush.smoothing.classifier import ABSTAIN
 
 X, Y = pixel_images(40)
 RADII = tuple(0.05 * step for step in range(10))

@@ -20,16 +20,16 @@ from PIL import Image
 from scipy import optimize, special, stats
 
 import rush
-from rush.certification.recompute import recompute
+from rush.auditing.findings import GAIN, LARGE_EPSILON_HELD
+from rush.auditing.report import AuditReport, decide
+from rush.auditing.report import Finding as AuditFinding
+from rush.certification.recertify import recompute
 from rush.certification.table import read_certificates
 from rush.certification.table import write_certificates as write_table
+from rush.choices import STAGES
 from rush.errors import RunError
-from rush.evaluation.audit_report import AuditReport, decide
-from rush.evaluation.audit_report import Finding as AuditFinding
-from rush.evaluation.findings import GAIN, LARGE_EPSILON_HELD
-from rush.evaluation.intervals import paired_difference, share_interval
-from rush.options import STAGES
 from rush.reporting import results
+from rush.reporting.costs import TrainingCost, training_cost, training_sentence
 from rush.reporting.page import render, write_report
 from rush.reporting.plots import certified_curve, epsilon_curve
 from rush.reporting.reading import read_run
@@ -50,7 +50,7 @@ from rush.reporting.tables import (
     summary_rows,
     zero_text,
 )
-from rush.reporting.training import TrainingCost, training_cost, training_sentence
+from rush.statistics import paired_difference, share_interval
 from stored import rule_of, stored_certificates, votes_for
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"

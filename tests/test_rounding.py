@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import rush
+from rush.data.checks import ROUNDING, check_pixels, labelled_pixels, pixel_ids
 from rush.errors import InputError, RoundingWarning
-from rush.evaluation.robust import verdict
-from rush.inputs import ROUNDING, check_pixels, labelled_pixels, pixel_ids
-from rush.randomness import stream
+from rush.evaluation.attack import verdict
+from rush.runtime.randomness import stream
 
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1), torch.tensor([0.2023, 0.1994, 0.2010]).view(3, 1, 1)
 THREAT = rush.ThreatModel("linf", 8 / 255)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from commands import Call, refusal
-from rush.engine.runs import RunFolder
+from rush.choices import Stage
 from rush.errors import CheckpointError, RunError
-from rush.options import Stage
-from rush.pipeline import run_stage
+from rush.pipeline.stages import run_stage
+from rush.records.folder import RunFolder
 from rush.reporting.page import write_report
 from tiny import results, tiny
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from rush.config import Recipe
-from rush.engine.runs import RunFolder
+from rush.choices import STAGES, Stage
 from rush.errors import ConfigError, RunError
-from rush.options import STAGES, Stage
+from rush.recipe.schema import Recipe
+from rush.records.folder import RunFolder
 from tiny import tiny
 
 EXECUTION = {"device": "cpu", "precision": "float32", "channels_last": False, "tile": 100, "threads": 1}

@@ -13,8 +13,9 @@ import rush
 from exact_models import square_half_space, square_images
 from rush.attacks.threat import ThreatModel
 from rush.certification.certify import Certificates
+from rush.data.checks import labelled_pixels
 from rush.errors import SandwichError
-from rush.evaluation.robust import AttackResult, Plan, attack_groups, join_results
+from rush.evaluation.attack import AttackResult, Plan, attack_groups, join_results
 from rush.evaluation.sandwich import (
     SHARE_OF_RADIUS,
     Sandwich,
@@ -24,9 +25,8 @@ from rush.evaluation.sandwich import (
     sandwich_threat,
 )
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
-from rush.inputs import labelled_pixels
-from rush.noise import Gaussian
-from rush.smoothing import ABSTAIN, SmoothedClassifier
+from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
+from rush.smoothing.noise import Gaussian
 
 SIGMA, LEVEL = 0.25, 0.001
 SMOOTHED = SmoothedClassifier(square_half_space(), SIGMA, 2)

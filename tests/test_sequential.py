@@ -18,10 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from rush.binomial import lower_bound, upper_quantile
 from rush.certification import sequential
 from rush.certification.bounds import certify_counts, largest_radius
-from rush.certification.rules import Rule, make_rule, null_probability
+from rush.certification.rule import Rule, make_rule, null_probability
 from rush.certification.sequential import (
     CERTIFIED,
     NOT_CERTIFIABLE,
@@ -34,8 +33,9 @@ from rush.certification.sequential import (
     evidence,
     reachable,
 )
+from rush.choices import SequentialBound
 from rush.errors import InputError
-from rush.options import SequentialBound
+from rush.statistics import lower_bound, upper_quantile
 
 SIGMA, TAIL, HAIR = 0.25, 1e-6, 1e-9
 BOUNDS: tuple[SequentialBound, ...] = ("geometric", "beta")

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from rush.certification.sequential import BetaMixture, GeometricMixture, evidence, reachable
-from rush.options import SequentialBound
+from rush.choices import SequentialBound
 from test_sequential import (
     BOUNDS,
     HAIR,

@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-import rush.pipeline
-import rush.stages.certifying
+import rush.pipeline.certify
+import rush.pipeline.stages
 from certifying import METHODS, assert_same, certified, pixel_images
 from ranks import on_ranks
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
-from rush.certification.recompute import recompute
+from rush.certification.recertify import recompute
 from rush.certification.table import append_certificates, read_certificates, write_certificates
-from rush.engine.distributed import rank
-from rush.engine.runs import RunFolder
+from rush.choices import STAGES, Stage
 from rush.errors import RunError
-from rush.options import STAGES, Stage
-from rush.pipeline import run_stage
-from rush.stages.certifying import CERTIFICATE_PARTS, CERTIFICATES
+from rush.pipeline.certify import CERTIFICATE_PARTS, CERTIFICATES
+from rush.pipeline.stages import run_stage
+from rush.records.folder import RunFolder
+from rush.runtime.distributed import rank
 from tiny import run_tiny
 
 WORLD = 2
@@ -89,7 +89,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.extend(positions)
         return certify_each(smoothed, pixels, rule, seed, positions)
 
-    monkeypatch.setattr(rush.stages.certifying, "certify_each", recorded)
+    monkeypatch.setattr(rush.pipeline.certify, "certify_each", recorded)
     return asked
 
 
@@ -186,7 +186,7 @@ def test_the_audit_alone_is_not_shared_among_processes(
     stage: Stage = "audit"
     shutil.copytree(tiny_run, tmp_path / "run")
     run = RunFolder.open(tmp_path / "run")
-    monkeypatch.setattr(rush.pipeline, "world_size", lambda: WORLD)
+    monkeypatch.setattr(rush.pipeline.stages, "world_size", lambda: WORLD)
     run_stage(run, stage)  # finished before: nothing to do
     (run.path / f"stages/{stage}.json").unlink()
     with pytest.raises(RunError, match=rf"stage {stage} runs in one process; start `rush {stage} .*` without torchrun"):

@@ -9,14 +9,14 @@ from scipy import stats
 from torch import Tensor, nn
 
 from exact_models import DOOR_TILES, Bins, HalfSpace, PixelVote, Recorder, bins_with, square_half_space, square_images
+from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet
-from rush.engine.precision import Execution
 from rush.errors import InputError, ModelError
-from rush.inputs import labelled_pixels
 from rush.models.classifier import Normalize
-from rush.noise import Gaussian
-from rush.randomness import stream
-from rush.smoothing import ABSTAIN, SmoothedClassifier
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
+from rush.smoothing.noise import Gaussian
 
 
 class Smooth(nn.Module):

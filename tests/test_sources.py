@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rush.data.resizing import resize_images
+from rush.data.readers.resizing import resize_images
 from rush.data.sources import decoded_bytes, load_images
 from rush.errors import DataError, InputError
 

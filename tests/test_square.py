@@ -27,8 +27,8 @@ from rush.attacks.losses import margin
 from rush.attacks.random_search import random_search
 from rush.attacks.square import bump, share_of_image, square
 from rush.attacks.threat import ThreatModel
-from rush.options import Norm
-from rush.randomness import stream
+from rush.choices import Norm
+from rush.runtime.randomness import stream
 
 ORIGINAL = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.attacks.straight_through import StraightThrough, straight_through
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 WEIGHT = torch.randn(64, 3, generator=stream(0, "weight"))
 X = torch.rand(5, 1, 8, 8, generator=stream(0, "pixels"))

@@ -13,9 +13,9 @@ from PIL import Image
 
 from commands import Call
 from rush.data.sources import load_images
-from rush.engine.runs import RunFolder
-from rush.pipeline import run_stage
-from rush.stages.conditions import Conditions
+from rush.pipeline.context import Conditions
+from rush.pipeline.stages import run_stage
+from rush.records.folder import RunFolder
 from tiny import results_of_training, run_tiny, tiny, write_tiny
 
 MEMORY = "data.memory_gb=3e-5"  # 32 kB: the digits take 90 kB decoded and more as PNG files

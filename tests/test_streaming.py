@@ -19,13 +19,13 @@ from PIL import Image
 
 from rush.data import streaming
 from rush.data.batches import Batch, Resident
-from rush.data.decoding import Encoded
 from rush.data.images import hold_out
-from rush.data.parquet import ParquetRecords
+from rush.data.readers.decoding import Encoded
+from rush.data.readers.parquet import ParquetRecords
 from rush.data.sources import decoded_bytes, load_images
 from rush.data.streaming import Stream, open_stream
 from rush.errors import ConfigError, DataError, InputError
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 SIDE = 6
 _ROW_BYTES = 256  # counted for each image that is held, beside its encoded bytes
@@ -357,7 +357,7 @@ MEASURE = """
 import json, sys
 import torch
 from rush.data.streaming import open_stream
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 def resident():
     with open("/proc/self/status") as status:

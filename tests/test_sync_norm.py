@@ -15,13 +15,13 @@ from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ranks import on_ranks
-from rush.engine import sync_norm
-from rush.engine.distributed import average_gradients, gather_objects, rank, world_size
-from rush.engine.forward import fold_batch_norm
-from rush.engine.sync_norm import desynchronised, synchronised
 from rush.errors import InputError, ModelError
-from rush.objectives.contrastive import nt_xent
-from rush.randomness import seeded_init, stream
+from rush.runtime import sync_norm
+from rush.runtime.distributed import average_gradients, gather_objects, rank, world_size
+from rush.runtime.randomness import seeded_init, stream
+from rush.runtime.sync_norm import desynchronised, synchronised
+from rush.smoothing.forward import fold_batch_norm
+from rush.training.contrastive import nt_xent
 
 
 def without_bias(layer: nn.Module) -> nn.Module:

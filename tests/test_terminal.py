@@ -10,8 +10,8 @@ import pytest
 
 import rush
 from commands import Call, refusal
+from rush.commands.terminal import print_lines, print_table, print_wide_table
 from rush.reporting.compare import markdown
-from rush.terminal import print_lines, print_table, print_wide_table
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
 HOSTILE = "[final] [/bold] [link=x]y[/link] :smile: \x1b[31mred\x1b[2J\a\r\nrush: fine \u2028\u202e \udce9 \\["

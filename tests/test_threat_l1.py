@@ -14,9 +14,9 @@ from attacked import generators
 from exact_models import assert_in_threat
 from rush.attacks.l1 import sparse_step
 from rush.attacks.threat import L1_DENSITY, ThreatModel, norms, project
+from rush.choices import Norm
 from rush.errors import InputError
-from rush.options import Norm
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 
 def _cases(seed: int) -> tuple[Tensor, Tensor, Tensor]:

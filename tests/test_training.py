@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from ranks import on_ranks
-from rush.config import FinetuneConfig
+from rush.choices import FinetuneMode, FinetuneObjective
 from rush.data.batches import Resident
 from rush.data.images import ImageSet
 from rush.data.noisy_views import NoiseSchedule
 from rush.data.sources import load_images
 from rush.data.views import Views
-from rush.engine.checkpoint import TrainingCheckpoint
-from rush.engine.distributed import rank, world_size
-from rush.engine.loop import Keeping, Schedule
-from rush.engine.precision import Execution
-from rush.finetuning import finetune
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
-from rush.noise import Gaussian
-from rush.options import FinetuneMode, FinetuneObjective
-from rush.pretraining import ACL, Method, MoCo, SimCLR, pretrain
-from rush.randomness import seeded_init, stream
-from rush.stages.training import objective_of
+from rush.pipeline.train import objective_of
+from rush.recipe.schema import FinetuneConfig
+from rush.runtime.distributed import rank, world_size
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.noise import Gaussian
+from rush.training.checkpoint import TrainingCheckpoint
+from rush.training.finetune import finetune
+from rush.training.loop import Keeping, Schedule
+from rush.training.pretrain import ACL, Method, MoCo, SimCLR, pretrain
 
 SCHEDULE = Schedule(
     epochs=2, batch_size=32, optimizer="sgd", learning_rate=0.05, momentum=0.9, weight_decay=1e-3, warmup_epochs=1

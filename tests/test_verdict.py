@@ -12,14 +12,14 @@ from torch import Tensor, nn
 import rush
 from exact_models import bins_with, square_half_space, square_images
 from random_models import NoisyHalfSpace
-from rush.engine.precision import Execution
-from rush.evaluation.defenders import defend
-from rush.evaluation.robust import verdict
+from rush.data.checks import LabelledPixels, pixel_ids
+from rush.evaluation.attack import verdict
+from rush.evaluation.model import defend
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, VERDICTS, Verdicts, judge, judge_deterministic, looks
-from rush.inputs import LabelledPixels, pixel_ids
-from rush.noise import Gaussian
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.noise import Gaussian
 
 SIGMA = 0.25
 
@@ -183,8 +183,8 @@ def test_attack_choice_challenger_and_verdict_share_no_noise(monkeypatch: pytest
         drawn[owner[id(generator)]].append(noise.clone().view(-1, 4))
         return noise
 
-    monkeypatch.setattr("rush.smoothing.stream", named)
-    monkeypatch.setattr("rush.evaluation.attacking.stream", named)
+    monkeypatch.setattr("rush.smoothing.classifier.stream", named)
+    monkeypatch.setattr("rush.evaluation.candidates.stream", named)
     monkeypatch.setattr(Gaussian, "fill", recorded)
     x = square_images(np.array([0.1, -0.1, 0.05]), seed=0)
     smoothed = SmoothedClassifier(square_half_space(), SIGMA, 2)

@@ -28,7 +28,7 @@ from rush.data.views import (
     unit_float,
 )
 from rush.errors import ConfigError, InputError
-from rush.randomness import stream
+from rush.runtime.randomness import stream
 
 FULL = Views(blur=0.5)
 SAMPLES = 20_000

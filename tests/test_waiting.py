@@ -9,31 +9,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rush.finetuning
-import rush.pretraining
+import rush.training.finetune
+import rush.training.pretrain
 from rush.attacks.apgd import apgd
 from rush.attacks.gradient import fresh_noise
 from rush.attacks.losses import cross_entropy, dlr, margin
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
-from rush.config import Recipe
+from rush.choices import Norm
 from rush.data.batches import Resident
 from rush.data.sources import load_images
-from rush.engine.forward import Forward
-from rush.engine.inspection import Sentinel
-from rush.engine.loop import Keeping, _Run
-from rush.engine.meter import Meter
-from rush.engine.precision import Execution
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.noise import Gaussian
-from rush.options import Norm
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
-from rush.stages.training import finetune_by, pretrain_by
-from rush.transfer import HostCopy, sent
-from rush.voting import Request, Voter
+from rush.pipeline.train import finetune_by, pretrain_by
+from rush.recipe.schema import Recipe
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.runtime.transfer import HostCopy, sent
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.forward import Forward
+from rush.smoothing.inspection import Sentinel
+from rush.smoothing.noise import Gaussian
+from rush.smoothing.votes import Request, Voter
+from rush.training.loop import Keeping, _Run
+from rush.training.meter import Meter
 from tiny import tiny
 from waiting import META, MetaGenerator, on_meta, refused, waits
 
@@ -67,7 +67,7 @@ def steps_of(monkeypatch: pytest.MonkeyPatch, training: Callable[[], None]) -> t
         found.extend(mode.found)
         operations += mode.operations
 
-    for module in (rush.pretraining, rush.finetuning):
+    for module in (rush.training.pretrain, rush.training.finetune):
         monkeypatch.setattr(module, "train", train)
     training()
     return found, operations

@@ -23,17 +23,17 @@ from random_models import NoisyHalfSpace, SharedNoise
 from ranks import on_ranks
 from rush.attacks.losses import margin
 from rush.attacks.threat import ThreatModel
+from rush.choices import Decision, Norm
+from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet
 from rush.errors import InputError, ModelError, RunError
-from rush.evaluation import robust
-from rush.evaluation.defenders import SmoothedDefender
+from rush.evaluation import attack as robust
+from rush.evaluation.attack import Judging, Model, attack, evaluate, verdict
+from rush.evaluation.model import SmoothedDefender
 from rush.evaluation.plans import PAPER, WORST_CASE_VERSION, Kind, Plan, Suite, scaled, worst_case
-from rush.evaluation.results import ARRAYS, AttackResult
-from rush.evaluation.robust import Judging, Model, attack, evaluate, verdict
-from rush.inputs import labelled_pixels
-from rush.options import Decision, Norm
-from rush.randomness import stream
-from rush.smoothing import SmoothedClassifier
+from rush.evaluation.result import ARRAYS, AttackResult
+from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
 
 WORLD = 2
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")

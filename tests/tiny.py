@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from rush.config import Recipe, load_recipe
-from rush.engine.runs import RunFolder
-from rush.options import STAGES, Stage
-from rush.pipeline import run_stage
+from rush.choices import STAGES, Stage
+from rush.pipeline.stages import run_stage
+from rush.recipe.schema import Recipe, load_recipe
+from rush.records.folder import RunFolder
 
 TINY = """\
 name = "tiny"

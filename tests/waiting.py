@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rush.attacks.threat
 import rush.data.batches
-import rush.engine.loop
-from rush.engine.precision import Execution
+import rush.training.loop
+from rush.runtime.execution import Execution
 
 META = torch.device("meta")
 _READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "item")
@@ -77,9 +77,9 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Execution:
 
     monkeypatch.setattr(rush.attacks.threat, "sent", sent)
     monkeypatch.setattr(rush.data.batches, "sent", sent)
-    usual = rush.engine.loop.stream
+    usual = rush.training.loop.stream
     monkeypatch.setattr(
-        rush.engine.loop,
+        rush.training.loop,
         "stream",
         lambda *names, device="cpu": MetaGenerator() if str(device) == "meta" else usual(*names),
     )

@@ -5,29 +5,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rush.attacks.threat import ThreatModel
+    from rush.auditing.audit import audit
     from rush.certification.certify import certify
     from rush.data.images import ImageSet
     from rush.data.sources import load_images
-    from rush.evaluation.audit import audit
-    from rush.evaluation.robust import attack
-    from rush.loading import load
-    from rush.noise import Gaussian
-    from rush.smoothing import ABSTAIN, SmoothedClassifier
+    from rush.evaluation.attack import attack
+    from rush.models.storage import load
+    from rush.runtime.randomness import stream
+    from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
+    from rush.smoothing.noise import Gaussian
 
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use, so that `rush --help` does not wait for torch.
 _HOMES = {
-    "ABSTAIN": "rush.smoothing",
-    "Gaussian": "rush.noise",
+    "ABSTAIN": "rush.smoothing.classifier",
+    "Gaussian": "rush.smoothing.noise",
     "ImageSet": "rush.data.images",
-    "SmoothedClassifier": "rush.smoothing",
+    "SmoothedClassifier": "rush.smoothing.classifier",
     "ThreatModel": "rush.attacks.threat",
-    "attack": "rush.evaluation.robust",
-    "audit": "rush.evaluation.audit",
+    "attack": "rush.evaluation.attack",
+    "audit": "rush.auditing.audit",
     "certify": "rush.certification.certify",
-    "load": "rush.loading",
+    "load": "rush.models.storage",
     "load_images": "rush.data.sources",
+    "stream": "rush.runtime.randomness",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "certify",
     "load",
     "load_images",
+    "stream",
 ]
 
 

@@ -37,10 +37,10 @@ def main() -> None:
 
 
 def _run() -> None:
-    from rush.cli import app, several_processes
+    from rush.commands.app import app, several_processes
 
     if several_processes():
-        from rush.engine.distributed import joined_processes
+        from rush.runtime.distributed import joined_processes
 
         with joined_processes():
             app()
@@ -62,7 +62,7 @@ def _show_own_warnings_in_one_line() -> None:
     import warnings
 
     from rush.errors import RushWarning
-    from rush.lines import printable
+    from rush.runtime.lines import printable
 
     shown = warnings.showwarning
 
@@ -79,7 +79,7 @@ def _memory_said(error: Exception) -> str | None:
     """What to say of a device that is out of memory; None of any other error."""
     if "torch" not in sys.modules:
         return None
-    from rush.engine.memory import JUDGED, is_out_of_memory, memory_error
+    from rush.runtime.memory import JUDGED, is_out_of_memory, memory_error
 
     return str(memory_error("stopped", JUDGED, error)) if is_out_of_memory(error) else None
 
@@ -95,7 +95,7 @@ def _unexpected(error: Exception, traceback_shown: bool) -> str:
 
 
 def _say(text: str, traceback_wanted: bool) -> None:
-    from rush.lines import printable
+    from rush.runtime.lines import printable
 
     if traceback_wanted:
         import traceback

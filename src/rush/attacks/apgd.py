@@ -9,7 +9,7 @@ from torch import Tensor
 from rush.attacks.gradient import LogProbs, is_random, loss_and_gradient, pinned
 from rush.attacks.losses import Loss, cross_entropy, margin
 from rush.attacks.threat import ThreatModel
-from rush.options import Norm
+from rush.choices import Norm
 
 MOMENTUM = 0.75  # share of the projected step, the rest is the move before
 RHO = 0.75  # share of steps that must raise the loss, or the step is halved

@@ -9,7 +9,7 @@ from rush.attacks.gradient import LogProbs, is_random, loss_and_gradient, pinned
 from rush.attacks.l1 import room_towards
 from rush.attacks.losses import Loss, margin
 from rush.attacks.threat import ORDERS, project
-from rush.options import Norm
+from rush.choices import Norm
 
 FIRST_STEP, LAST_STEP = 2.0, 2e-5  # length of a step, in radii
 FIRST_CHANGE, LAST_CHANGE = 0.05, 1e-4  # of the radius, relative

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.attacks.losses import Loss
-from rush.engine.precision import Execution, foreign_call
-from rush.smoothing import SmoothedClassifier, mean_log_softmax
+from rush.runtime.execution import Execution, foreign_call
+from rush.smoothing.classifier import SmoothedClassifier, mean_log_softmax
 
 LogProbs: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -12,7 +12,7 @@ from rush.attacks.gradient import LogProbs
 from rush.attacks.losses import Loss, margin
 from rush.attacks.random_search import REFRESH, Proposal, best_of_proposals
 from rush.attacks.threat import ThreatModel
-from rush.options import Norm
+from rush.choices import Norm
 
 # The squares' share of the image is halved after so many of 10,000 queries.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rush.attacks.l1 import project_l1, room_towards, sparse_step
+from rush.choices import Norm
 from rush.errors import InputError
-from rush.numbers import as_real
-from rush.options import Norm
-from rush.transfer import sent
+from rush.runtime.numbers import as_real
+from rush.runtime.transfer import sent
 
 ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 L1_DENSITY = 0.01  # share of the pixels that one l1 step changes (Tramer & Boneh 2019)

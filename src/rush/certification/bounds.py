@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from rush.binomial import SAFETY, lower_bound
-from rush.options import ABSTAIN
+from rush.choices import ABSTAIN
+from rush.statistics import SAFETY, lower_bound
 
 RADIUS_DIGITS = 6
 

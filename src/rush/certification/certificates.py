@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rush.binomial import lower_bound
-from rush.certification.rules import Rule
+from rush.certification.rule import Rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
 from rush.errors import InputError
-from rush.numbers import as_real
+from rush.runtime.numbers import as_real
+from rush.statistics import lower_bound
 
 UNKNOWN = -1
 
@@ -26,7 +26,7 @@ class Certificates:
     estimation votes, UNKNOWN (-1) but for the selected class where recomputed from the first of them; blocks: for each
     image uint8 (B,), the votes for the selected class by blocks of 100; selection int64 (N, K); outcome uint8 (N,),
     index into ``OUTCOMES``, of the radius after the certified one; seconds (N,); labels int64 (N,); ids; pixels: for
-    each image the hash of its pixels (``rush.inputs.pixel_ids``), by which copies of one picture are known; model: the
+    each image the hash of its pixels (``data.checks.pixel_ids``), by which copies of one picture are known; model: the
     fingerprint of the smoothed classifier (``SmoothedClassifier.fingerprint``); both None where the table was written
     without them.
     """

@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rush.certification.apply_rule import Decider
 from rush.certification.certificates import Certificates, join_certificates
-from rush.certification.decide import Decider
-from rush.certification.rules import Rule, make_rule
-from rush.engine.distributed import gather_objects, rank, world_size
-from rush.engine.progress import progress
-from rush.inputs import Images, LabelledPixels, labelled_pixels, pixel_ids
-from rush.numbers import positive_integer
-from rush.options import CertifyMethod, Level
-from rush.smoothing import SmoothedClassifier
-from rush.transfer import sent
-from rush.voting import BLOCK, PendingVotes, Request
+from rush.certification.rule import Rule, make_rule
+from rush.choices import CertifyMethod, Level
+from rush.data.checks import Images, LabelledPixels, labelled_pixels, pixel_ids
+from rush.runtime.distributed import gather_objects, rank, world_size
+from rush.runtime.numbers import positive_integer
+from rush.runtime.progress import progress
+from rush.runtime.transfer import sent
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.votes import BLOCK, PendingVotes, Request
 
 _ROUND_TILES = 25  # tiles launched together before anything is read back
 

@@ -34,8 +34,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from rush.choices import SequentialBound
 from rush.errors import InputError
-from rush.options import SequentialBound
 
 OUTCOMES = ("certified", "not certifiable", "undecided")
 CERTIFIED, NOT_CERTIFIABLE, UNDECIDED = range(len(OUTCOMES))

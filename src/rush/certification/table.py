@@ -15,15 +15,15 @@ from typing import NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rush.certification.apply_rule import apply_rule
 from rush.certification.bounds import RADIUS_DIGITS
 from rush.certification.certificates import UNKNOWN, Certificates
-from rush.certification.decide import apply_rule
-from rush.certification.rules import Rule
+from rush.certification.rule import Rule
 from rush.certification.sequential import OUTCOMES
+from rush.choices import BLOCK
 from rush.errors import RunError
-from rush.files import append_text, cut_file, refuse_links, write_text
-from rush.lines import escape, read_lines, unescape
-from rush.options import BLOCK
+from rush.runtime.files import append_text, cut_file, refuse_links, write_text
+from rush.runtime.lines import escape, read_lines, unescape
 
 # The first six columns are the field's (locuslab/smoothing), so that existing scripts read the file.
 COLUMNS = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rush.data.images import ImageSet
 from rush.errors import ConfigError
-from rush.transfer import sent
+from rush.runtime.transfer import sent
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from rush.data.indexing import Index, positions
 from rush.data.labels import check_labels
 from rush.errors import DataError, InputError
-from rush.numbers import as_real, as_whole
-from rush.randomness import stream
+from rush.runtime.numbers import as_real, as_whole
+from rush.runtime.randomness import stream
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -223,9 +223,7 @@ def _subset_size(n_or_fraction: int | float, total: int, num_present: int) -> in
 
 def _check_generator(generator: torch.Generator) -> None:
     if not isinstance(generator, torch.Generator):
-        raise InputError(
-            f"generator must be a torch.Generator, e.g. rush.randomness.stream(seed, 'subset'), got {generator!r}"
-        )
+        raise InputError(f"generator must be a torch.Generator, e.g. rush.stream(seed, 'subset'), got {generator!r}")
 
 
 def _check_images(images: torch.Tensor, where: str) -> None:

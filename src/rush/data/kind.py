@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from rush.errors import InputError
-from rush.numbers import as_whole
+from rush.runtime.numbers import as_whole
 
 Shape = tuple[int, int, int]
 _LISTED = 30  # class names, beyond which an error shows the first difference alone

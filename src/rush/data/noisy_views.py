@@ -6,11 +6,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from rush.choices import NoisyViewsOption
 from rush.data.views import gaussian_noise
 from rush.errors import ConfigError
-from rush.numbers import as_real
-from rush.options import NoisyViewsOption
-from rush.schedules import scheduled
+from rush.runtime.numbers import as_real
+from rush.runtime.schedules import scheduled
 
 
 @dataclass(frozen=True)

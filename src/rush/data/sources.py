@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from rush.data.archives import Archive, download_archive, locate
-from rush.data.arrays import load_npz, npz_bytes
-from rush.data.cifar import CifarVersion, cifar10_versions, cifar100_versions, read_cifar
-from rush.data.decoding import decode
-from rush.data.digits import NUM_TEST, load_digits
-from rush.data.entries import describe_kind
-from rush.data.folders import folder_records
 from rush.data.images import ImageSet, concatenate
 from rush.data.labels import check_several_classes
-from rush.data.parquet import parquet_folder, parquet_records
-from rush.data.records import Records, decoded, join
-from rush.data.resizing import check_size, resize_images
-from rush.data.roots import Root, joined_names, root_folders, without_repeats
-from rush.data.stl10 import ROWS, STL10, read_stl10
+from rush.data.readers.archives import Archive, download_archive, locate
+from rush.data.readers.cifar import CifarVersion, cifar10_versions, cifar100_versions, read_cifar
+from rush.data.readers.decoding import decode
+from rush.data.readers.digits import NUM_TEST, load_digits
+from rush.data.readers.entries import describe_kind
+from rush.data.readers.folders import folder_records
+from rush.data.readers.npz import load_npz, npz_bytes
+from rush.data.readers.parquet import parquet_folder, parquet_records
+from rush.data.readers.records import Records, decoded, join
+from rush.data.readers.resizing import check_size, resize_images
+from rush.data.readers.roots import Root, joined_names, root_folders, without_repeats
+from rush.data.readers.stl10 import ROWS, STL10, read_stl10
 from rush.errors import DataError
 
 SPLITS: dict[str, dict[str, int]] = {

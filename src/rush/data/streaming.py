@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from rush.data.batches import Batch, Resident, TrainingImages, batches_per_epoch, own_rows
-from rush.data.decoding import Encoded, Form, decode
 from rush.data.images import ImageSet, held_out_rows
 from rush.data.labels import check_several_classes
-from rush.data.records import Block, Records
-from rush.data.resizing import check_size, num_threads
-from rush.data.roots import Root
+from rush.data.readers.decoding import Encoded, Form, decode
+from rush.data.readers.records import Block, Records
+from rush.data.readers.resizing import check_size, num_threads
+from rush.data.readers.roots import Root
 from rush.data.sources import open_records
 from rush.errors import ConfigError, DataError
-from rush.numbers import as_whole
-from rush.transfer import sent
+from rush.runtime.numbers import as_whole
+from rush.runtime.transfer import sent
 
 _TASK = 16  # images that a thread decodes at a time, at most
 _FILES = 4096  # names of image files that are handed to the threads at a time

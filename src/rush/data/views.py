@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rush.errors import ConfigError, InputError
-from rush.numbers import as_real, as_whole
+from rush.runtime.numbers import as_real, as_whole
 
 _LUMA = (0.299, 0.587, 0.114)
 _CROP_ATTEMPTS = 10
@@ -492,9 +492,7 @@ def _check_images(x: Tensor) -> None:
 
 def _check_generator(generator: torch.Generator, device: torch.device | None = None) -> None:
     if not isinstance(generator, torch.Generator):
-        raise InputError(
-            f"views need an explicit torch.Generator, got {generator!r}; make one with rush.randomness.stream"
-        )
+        raise InputError(f"views need an explicit torch.Generator, got {generator!r}; make one with rush.stream")
     if device is not None and generator.device.type != device.type:
         raise InputError(f"the generator is on {generator.device}, the images on {device}; both must be on one device")
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rush.attacks.threat import ThreatModel
+from rush.choices import Norm
 from rush.errors import InputError
 from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, target_ranks, worst_case
-from rush.options import Norm
 
 _HALVINGS = 2  # of epsilon, where the curve begins
 

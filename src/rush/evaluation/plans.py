@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rush.attacks.losses import LossName
-from rush.options import AttackMethod, Gradient, Start
+from rush.choices import AttackMethod, Gradient, Start
 
 Kind = Literal["plain", "random"]
 

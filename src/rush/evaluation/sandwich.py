@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from rush.attacks.threat import ThreatModel
-from rush.binomial import upper_quantile
 from rush.certification.certificates import Certificates
 from rush.errors import SandwichError
 from rush.evaluation.plans import Plan
-from rush.evaluation.results import AttackResult
+from rush.evaluation.result import AttackResult
+from rush.statistics import upper_quantile
 
 SHARE_OF_RADIUS = 0.99
 TAIL = 1e-6

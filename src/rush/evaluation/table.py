@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rush.evaluation.parts import save_arrays
-from rush.evaluation.results import AttackResult
-from rush.files import write_text
-from rush.inputs import LabelledPixels
-from rush.lines import escape
-from rush.options import VERDICTS
+from rush.choices import VERDICTS
+from rush.data.checks import LabelledPixels
+from rush.evaluation.groups import save_arrays
+from rush.evaluation.result import AttackResult
+from rush.runtime.files import write_text
+from rush.runtime.lines import escape
 
 COLUMNS = (
     "rung", "idx", "id", "label", "verdict", "linf", "l2",

@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rush.binomial import sign_test
-from rush.inputs import LabelledPixels, pixel_ids
-from rush.numbers import least_whole
-from rush.options import VERDICTS, Decision
-from rush.smoothing import BLOCK, SmoothedClassifier
+from rush.choices import VERDICTS, Decision
+from rush.data.checks import LabelledPixels, pixel_ids
+from rush.runtime.numbers import least_whole
+from rush.smoothing.classifier import BLOCK, SmoothedClassifier
+from rush.statistics import sign_test
 
 BROKEN, HELD, UNDECIDED = range(len(VERDICTS))
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rush.data.entries import describe_kind
+from rush.choices import CompileMode, Precision
 from rush.data.labels import MAX_CLASSES, check_class_names
+from rush.data.readers.entries import describe_kind
 from rush.errors import RunError
-from rush.options import CompileMode, Precision
 
 FORMAT = 1
 GAUSSIAN, NO_NOISE = "gaussian", "none"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rush.engine.distributed import gather
 from rush.errors import ConfigError, InputError
+from rush.runtime.distributed import gather
 
 
 class KeyNetwork(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rush.options import Stem
+from rush.choices import Stem
 
 
 class BasicBlock(nn.Module):

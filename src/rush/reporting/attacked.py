@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rush.evaluation.intervals import paired_difference
 from rush.reporting.results import Ladder, RunResults
 from rush.reporting.tables import NOT_CERTIFIED, points, share, threat_text
+from rush.statistics import paired_difference
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 """Title, header and rows, all of them texts."""

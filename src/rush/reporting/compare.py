@@ -11,13 +11,13 @@ from scipy import special
 
 from rush.certification.certificates import of_pictures
 from rush.errors import ConfigError
-from rush.evaluation.intervals import Interval, paired_difference, share_interval
-from rush.lines import printable
 from rush.reporting.attacked import Table, attacked_tables
+from rush.reporting.costs import training_tables
 from rush.reporting.logs import CertificationLog, flags, read_log, states_sigma
 from rush.reporting.reading import read_run
 from rush.reporting.tables import percent, points, share
-from rush.reporting.training import training_tables
+from rush.runtime.lines import printable
+from rush.statistics import Interval, paired_difference, share_interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _STEP = 0.25

@@ -23,11 +23,11 @@ from scipy import special
 from rush.certification.certificates import of_pictures
 from rush.certification.sequential import UNDECIDED
 from rush.certification.table import read_certificates
+from rush.choices import CertifyMethod, Level
 from rush.errors import ConfigError, DataError, RunError
-from rush.evaluation.intervals import Interval, share_interval
-from rush.files import write_text
-from rush.lines import read_lines, read_object
-from rush.options import CertifyMethod, Level
+from rush.runtime.files import write_text
+from rush.runtime.lines import read_lines, read_object
+from rush.statistics import Interval, share_interval
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 TABLE = "certificates.tsv"

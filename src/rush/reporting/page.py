@@ -12,13 +12,13 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from rush.evaluation.intervals import Interval, share_interval
-from rush.files import write_text
-from rush.lines import printable
 from rush.reporting import plots, tables
+from rush.reporting.costs import training_sentence
 from rush.reporting.reading import read_run, read_samples
 from rush.reporting.results import RunResults, Sample
-from rush.reporting.training import training_sentence
+from rush.runtime.files import write_text
+from rush.runtime.lines import printable
+from rush.statistics import Interval, share_interval
 
 SAMPLE_COUNT = 9
 _TRAININGS = (("pretrain", "Pre-training"), ("finetune", "Fine-tuning"))

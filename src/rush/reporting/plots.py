@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from markupsafe import Markup, escape
 
-from rush.evaluation.intervals import Interval
 from rush.reporting.results import Certificates, CurvePoint, Epoch, Ladder, Watched
 from rush.reporting.tables import percent, radius_text, threat_text
+from rush.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,12 +14,10 @@ from typing import Any, TypeVar, get_args
 
 import numpy as np
 
-from rush.binomial import upper_quantile
 from rush.certification.sequential import UNDECIDED
 from rush.certification.table import read_certificates
+from rush.choices import STAGES, VERDICTS, Norm, Stage
 from rush.errors import RunError
-from rush.lines import damaged_event, printable, read_events, read_lines, read_object, unescape
-from rush.options import STAGES, VERDICTS, Norm, Stage
 from rush.reporting.results import (
     SANDWICH,
     STATUSES,
@@ -40,6 +38,8 @@ from rush.reporting.results import (
     Watched,
     stage_command,
 )
+from rush.runtime.lines import damaged_event, printable, read_events, read_lines, read_object, unescape
+from rush.statistics import upper_quantile
 
 # What the tables open with and the report reads; later columns are their writers' own.
 ATTACK_COLUMNS = ("rung", "idx", "id", "label", "verdict", "linf", "l2", "challenger")

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rush.auditing.findings import CONFIDENCE, GAIN, LEVELS, lower_bound
 from rush.certification.certificates import Certificates as StoredCertificates
 from rush.certification.certificates import of_pictures
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
-from rush.evaluation.findings import CONFIDENCE, GAIN, LEVELS, lower_bound
-from rush.evaluation.intervals import Interval, paired_difference, share_interval
-from rush.options import STAGES, CertifyMethod, Level, Norm, Stage
+from rush.choices import STAGES, CertifyMethod, Level, Norm, Stage
+from rush.statistics import Interval, paired_difference, share_interval
 
 SANDWICH = "sandwich"
 

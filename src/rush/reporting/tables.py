@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rush.certification.certificates import Certificates as StoredCertificates
-from rush.evaluation.intervals import Interval
-from rush.options import CertifyMethod, Stage
+from rush.choices import CertifyMethod, Stage
 from rush.reporting.results import (
     STATUSES,
     Audit,
@@ -19,6 +18,7 @@ from rush.reporting.results import (
     RunResults,
     StageRecord,
 )
+from rush.statistics import Interval
 
 NORM_SIGNS: Mapping[str, str] = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
 NOT_CERTIFIED = (

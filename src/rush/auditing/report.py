@@ -1,0 +1,182 @@
+"""What an audit says: the verdict rule on the paired share d, and the report with its machine-readable form."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from scipy import special
+
+from rush.auditing.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, lower_bound, upper_bound
+from rush.errors import InputError
+from rush.runtime.files import write_json
+
+AuditVerdict = Literal["holds", "overestimated", "undecided"]
+
+FORMAT = 1  # of audit.json
+_MOST_IMAGES = 10_000_000  # where the search for a deciding number of images ends
+
+
+def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> AuditVerdict:
+    """The verdict about an evaluation that held ``newly`` of ``total`` images which were broken here.
+
+    ``overestimated``: the one-sided lower bound of d = newly / total, at the level ``findings.LEVELS["d"]``, exceeds
+    one point, or a failed finding says that the evaluation is invalid. ``holds``: the 95 % upper bound of d is below
+    ``tolerance`` and no finding failed. Each of the two is wrong with probability <= 5 %, over the draw of the images
+    and the audit's own draws, for the share that these attacks break: the levels of d and of all findings that decide
+    alone sum to ``findings.OVERESTIMATED_LEVEL``.
+    """
+    if lower_bound(newly, total, 1 - LEVELS["d"]) > GAIN or INVALIDATING.intersection(failed):
+        return "overestimated"
+    if upper_bound(newly, total) < tolerance and not failed:
+        return "holds"
+    return "undecided"
+
+
+def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> int | None:
+    """The fewest images at which an undecided audit would be decided if d stayed what it is, None where none would do.
+
+    Clopper-Pearson bounds of the share d of n images, n d taken as it is where it is no integer. At d between one point
+    and the tolerance the answer would be ``overestimated``; with a failed finding ``holds`` is out of reach.
+    """
+    share = newly / total
+
+    def overestimated(n: int) -> bool:
+        return newly > 0 and float(special.betaincinv(share * n, n - share * n + 1, LEVELS["d"])) > GAIN
+
+    def holds(n: int) -> bool:
+        return newly < total and float(special.betaincinv(share * n + 1, n - share * n, CONFIDENCE)) < tolerance
+
+    rules = [overestimated] if failed else [overestimated, holds]
+    found = [fewest for rule in rules if (fewest := _fewest(rule)) is not None]
+    return min(found, default=None)
+
+
+def images_to_hold(tolerance: float) -> int | None:
+    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken here; None where no number
+    can."""
+    return _fewest(lambda n: float(upper_bound(0, n)) < tolerance)
+
+
+def reach_statement(images: int, tolerance: float) -> str | None:
+    """Say that an audit of so few ``images`` cannot end with ``holds``, and how many can; None where it can."""
+    fewest = images_to_hold(tolerance)
+    if fewest is not None and images >= fewest:
+        return None
+    needed = "no number of them can" if fewest is None else f"that takes at least {fewest}"
+    return (
+        f"{images} images can show `overestimated`, but not `holds` at tolerance {tolerance:g}, even when nothing more "
+        f"is broken here: {needed}"
+    )
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """Is an evaluation believable?
+
+    verdict: see ``decide``. evaluation: what was audited, with ``evaluation_accuracy``, the robust accuracy that it
+    claims; here: the name and version of the suite that stood against it, with ``accuracy_here`` = 1 - share of images
+    that are broken by the evaluation, the suite or a probe. images: N. newly_broken: ids of the images that the
+    evaluation held (or left undecided) and that are broken here; d = their share, with its one-sided 95 % bounds
+    ``d_low`` and ``d_high``. images_needed: how many would decide, where the verdict is undecided and any number would.
+    findings: in the order of cause before symptom. norm, epsilon: the threat model (the largest epsilon, where images
+    have their own). alpha: bound on the probability of any false verdict on an image.
+    """
+
+    verdict: AuditVerdict
+    evaluation: str
+    evaluation_accuracy: float
+    here: str
+    accuracy_here: float
+    images: int
+    newly_broken: tuple[str, ...]
+    tolerance: float
+    findings: tuple[Finding, ...]
+    norm: str
+    epsilon: float
+    alpha: float
+    max_votes: int
+    seed: int
+
+    @property
+    def d(self) -> float:
+        return len(self.newly_broken) / self.images
+
+    @property
+    def d_low(self) -> float:
+        return lower_bound(len(self.newly_broken), self.images)
+
+    @property
+    def d_high(self) -> float:
+        return upper_bound(len(self.newly_broken), self.images)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the failed findings; the first is the best explanation."""
+        return tuple(finding.name for finding in self.findings if finding.status == "failed")
+
+    @property
+    def images_needed(self) -> int | None:
+        if self.verdict != "undecided":
+            return None
+        return images_needed(len(self.newly_broken), self.images, self.tolerance, self.failed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: the fields, and what follows from them for readers without this library."""
+        derived = {"d": self.d, "d_low": self.d_low, "d_high": self.d_high, "failed": list(self.failed)}
+        plain = {**asdict(self), "newly_broken": list(self.newly_broken)}
+        plain["findings"] = [asdict(finding) for finding in self.findings]
+        return {"format": FORMAT, **plain, **derived, "images_needed": self.images_needed}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "AuditReport":
+        """The report that ``to_json`` gave. Raises: InputError for another format or missing fields."""
+        if value.get("format") != FORMAT:
+            raise InputError(f"audit of format {value.get('format')!r}, this version reads {FORMAT}; audit again")
+        try:
+            fields = {name: value[name] for name in cls.__dataclass_fields__}
+            fields["findings"] = tuple(Finding(**finding) for finding in fields["findings"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the audit is not complete ({type(error).__name__}: {error}); audit again") from error
+        return cls(**{**fields, "newly_broken": tuple(fields["newly_broken"])})
+
+    def summary(self) -> list[str]:
+        """Lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
+        lines = [
+            f"{self.verdict}: {self.evaluation} ({self.norm} {self.epsilon:.4g}, {self.images} images)",
+            f"robust accuracy {self.evaluation_accuracy:.1%} there, {self.accuracy_here:.1%} here ({self.here})",
+            f"held there and broken here: {self.d:.1%}, one-sided 95 % bounds {self.d_low:.1%} and {self.d_high:.1%}",
+        ]
+        if self.verdict == "undecided":
+            needed = self.images_needed
+            lines.append("more images will not decide" if needed is None else f"{needed} images would decide")
+            lines += filter(None, [reach_statement(self.images, self.tolerance)])
+        for finding in self.findings:
+            if finding.status in ("failed", "undecided"):
+                lines.append(f"{finding.status}: {finding.name}: {finding.evidence}")
+            if finding.status == "failed":
+                lines.append(f"  {finding.remedy}")
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.summary())
+
+
+def write_audit(path: Path, report: AuditReport) -> None:
+    """Write ``report`` as ``audit.json`` to ``path``, atomically."""
+    write_json(path, report.to_json())
+
+
+def _fewest(rule: Callable[[int], bool]) -> int | None:
+    """The least n >= 1 from which on ``rule`` is true, by doubling and bisection; None beyond ten million."""
+    high = 1
+    while not rule(high):
+        high *= 2
+        if high > _MOST_IMAGES:
+            return None
+    low = math.ceil(high / 2)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if rule(middle) else (middle + 1, high)
+    return high

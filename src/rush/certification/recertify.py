@@ -1,0 +1,95 @@
+"""Other certificates from the votes of old ones, as far as that is valid: no sample is drawn."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rush.certification.apply_rule import apply_rule
+from rush.certification.certificates import UNKNOWN, Certificates
+from rush.certification.rule import CLOPPER_PEARSON, make_rule, within_reach
+from rush.choices import BLOCK, Level
+from rush.errors import InputError
+from rush.runtime.numbers import as_whole
+
+
+def recompute(
+    certificates: Certificates,
+    *,
+    alpha: float | None = None,
+    bound: str | None = None,
+    num_estimation: int | None = None,
+    radii: Sequence[float] | None = None,
+    level: Level | None = None,
+    futility: float | None = None,
+) -> Certificates:
+    """The certificates of the same images under another rule, from their stored votes; None keeps what was.
+
+    bound: ``clopper-pearson``, or an anytime-valid one (``geometric``, ``beta``), which makes the rule sequential.
+    num_estimation: only the first so many votes, a multiple of 100.
+    Valid: whatever the new rule, it must be fixed without regard to these votes, like the first one; choosing the best
+    of several is not covered by any level. A run with a fixed number of samples can be given any bound. In a sequential
+    run the number of votes depends on the votes, so that only anytime-valid bounds hold, and a path that was stopped
+    before the new rule decides stays undecided.
+    Raises: InputError where the result would not be valid or the votes do not suffice, saying why.
+    """
+    old = certificates.rule
+    new_bound = old.bound if bound is None else bound
+    given = old.num_estimation if num_estimation is None else num_estimation
+    wanted = as_whole(given)
+    if old.method == "sequential" and new_bound == CLOPPER_PEARSON:
+        raise InputError(
+            "these votes come from a sequential run: how many were drawn depends on the votes themselves, and a "
+            "Clopper-Pearson bound holds only for a number fixed beforehand; give an anytime-valid bound (geometric or "
+            "beta), or certify again with method = clopper-pearson"
+        )
+    if wanted is None:
+        raise InputError(f"num_estimation must be an integer >= 1, got num_estimation = {given!r}")
+    if wanted > old.num_estimation:
+        raise InputError(
+            f"num_estimation = {wanted} exceeds the {old.num_estimation} votes that this run could draw; "
+            "certify again to draw more"
+        )
+    if wanted != old.num_estimation and wanted % BLOCK:
+        raise InputError(
+            f"votes are stored by blocks of {BLOCK}, so that num_estimation must be a multiple of it, got {wanted}"
+        )
+    new_alpha, new_level = old.alpha if alpha is None else alpha, old.level if level is None else level
+    rule = make_rule(
+        sigma=old.sigma,
+        method="clopper-pearson" if new_bound == CLOPPER_PEARSON else "sequential",
+        bound=new_bound,
+        alpha=new_alpha,
+        level=new_level,
+        num_images=old.num_images,
+        num_selection=old.num_selection,
+        num_estimation=wanted,
+        radii=radii,
+        futility=old.futility if futility is None else futility,
+    )
+    if radii is None and old.radii is not None:  # the old grid, as far as the new rule reaches
+        within = within_reach(rule)
+        kept = tuple(radius for radius in old.radii if within(radius))
+        if not kept:
+            raise InputError(
+                f"no radius of the old grid {list(old.radii)} is within reach of the new rule; give radii that are, a "
+                "larger alpha or more votes"
+            )
+        rule = replace(rule, radii=kept)
+    drawn = certificates.num_samples - old.num_selection
+    selected = certificates.selected
+    certified, outcome, successes, trials = apply_rule(rule, certificates.blocks, drawn, selected)
+    blocks = tuple(own[: -(-int(used) // BLOCK)] for own, used in zip(certificates.blocks, trials, strict=True))
+    counts = np.where((trials < drawn)[:, None], UNKNOWN, certificates.counts)
+    counts[np.arange(len(counts)), selected] = successes
+    return replace(
+        certificates,
+        prediction=certified.prediction,
+        radius=certified.radius,
+        p_lower=certified.p_lower,
+        num_samples=old.num_selection + trials,
+        counts=counts,
+        blocks=blocks,
+        outcome=outcome,
+        rule=rule,
+    )

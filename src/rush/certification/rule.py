@@ -1,0 +1,228 @@
+"""The rule of a certification: everything that must be fixed before the first vote, and stored beside the votes."""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_args
+
+from scipy import special
+
+from rush.certification.bounds import RADIUS_DIGITS, largest_radius
+from rush.certification.sequential import FixedSequence, reachable
+from rush.choices import CertifyMethod, Level, SequentialBound
+from rush.errors import InputError
+from rush.runtime.numbers import as_real, least_whole, positive_integer, probability, sigma_of
+
+CLOPPER_PEARSON = "clopper-pearson"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How images are certified; the same for every image of a table.
+
+    method: ``clopper-pearson`` draws ``num_estimation`` votes an image, ``sequential`` draws until decided, at most so
+    many. bound: the name of the bound or test martingale. alpha: probability of a false certificate, for each image
+    (level ``image``) or for all ``num_images`` together (``family``). radii: the grid, ascending; None: any radius.
+    futility: level at which a sequential run gives a radius up.
+    """
+
+    sigma: float
+    method: CertifyMethod
+    bound: str
+    alpha: float
+    level: Level
+    num_images: int
+    num_selection: int
+    num_estimation: int
+    radii: tuple[float, ...] | None
+    futility: float
+
+    @property
+    def image_alpha(self) -> float:
+        """The level of each single certificate: alpha, or alpha / num_images for the family (Bonferroni)."""
+        return self.alpha if self.level == "image" else self.alpha / self.num_images
+
+    @property
+    def num_samples(self) -> int:
+        """Most samples of an image, selection and estimation together."""
+        return self.num_selection + self.num_estimation
+
+    @property
+    def largest_radius(self) -> float:
+        """No image can be certified beyond this radius under this rule."""
+        if self.radii is not None:
+            return self.radii[-1]
+        return largest_radius(self.num_estimation, self.sigma, self.image_alpha)
+
+    @property
+    def statement(self) -> str:
+        """Which level speaks, in a sentence."""
+        if self.level == "image":
+            return f"each certificate by itself is false with probability at most {self.alpha:g}"
+        return f"all {self.num_images:,} certificates hold together with probability at least {1 - self.alpha:g}"
+
+    def tests(self) -> FixedSequence:
+        """The tests of a sequential rule."""
+        assert self.radii is not None
+        assert self.bound in get_args(SequentialBound)
+        return FixedSequence(
+            [null_probability(radius, self.sigma) for radius in self.radii],
+            bound=self.bound,  # type: ignore[arg-type]
+            level=self.image_alpha,
+            futility=self.futility,
+            cap=self.num_estimation,
+        )
+
+    def to_json(self) -> str:
+        """One line, read back by ``from_json`` to the same rule."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Rule":
+        """ValueError when ``text`` is no rule."""
+        values: dict[str, Any] = json.loads(text)
+        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+            raise ValueError(f"{text!r} is no certification rule")
+        radii = values["radii"]
+        if not isinstance(radii, list | None):
+            raise ValueError(f"radii must be a list or null, got {radii!r}")
+        return make_rule(**{**values, "radii": None if radii is None else tuple(radii)})
+
+
+def make_rule(
+    *,
+    sigma: float,
+    method: str,
+    alpha: float,
+    level: str,
+    num_images: int,
+    num_selection: int,
+    num_estimation: int,
+    radii: Sequence[float] | None,
+    futility: float,
+    bound: str | None = None,
+) -> Rule:
+    """A checked rule. A sequential one without ``radii`` gets 0 and the multiples of sigma / 2 within its reach.
+
+    Radii are taken to six decimals, upwards. Raises: InputError naming what was given and what is allowed.
+    """
+    bounds: dict[str, tuple[str, ...]] = {CLOPPER_PEARSON: (CLOPPER_PEARSON,), "sequential": get_args(SequentialBound)}
+    _check_one_of("method", method, get_args(CertifyMethod))
+    _check_one_of("level", level, get_args(Level))
+    bound = bounds[method][0] if bound is None else bound
+    _check_one_of(f"bound of method {method!r}", bound, bounds[method])
+    num_selection = positive_integer("num_selection", num_selection)
+    num_estimation = positive_integer("num_estimation", num_estimation)
+    num_images = positive_integer("num_images", num_images)
+    sigma = sigma_of(sigma)
+    alpha, futility = probability("alpha", alpha, 0.5), probability("futility", futility, 0.5)
+    free = Rule(
+        sigma=sigma,
+        method=method,  # type: ignore[arg-type]
+        bound=bound,
+        alpha=alpha,
+        level=level,  # type: ignore[arg-type]
+        num_images=num_images,
+        num_selection=num_selection,
+        num_estimation=num_estimation,
+        radii=None,
+        futility=futility,
+    )
+    _check_enough(free)
+    within = within_reach(free)
+    if radii is not None:
+        return replace(free, radii=_checked_grid(radii, within, free))
+    return free if method == CLOPPER_PEARSON else replace(free, radii=_default_grid(free, within))
+
+
+def null_probability(radius: float, sigma: float) -> float:
+    """Phi(radius / sigma), rounded up: whoever is shown to lie above it has a certified radius above ``radius``."""
+    return float(special.ndtr(radius / sigma * (1 + 1e-12)) + 1e-14)
+
+
+def within_reach(rule: Rule) -> Callable[[float], bool]:
+    """Whether a radius is certified when all ``rule.num_estimation`` votes agree, whatever the rule's own grid."""
+    if rule.bound == CLOPPER_PEARSON:
+        ceiling = largest_radius(rule.num_estimation, rule.sigma, rule.image_alpha)
+        return lambda radius: radius <= ceiling
+    return lambda radius: reachable(
+        rule.bound,  # type: ignore[arg-type]
+        null_probability(radius, rule.sigma),
+        rule.image_alpha,
+        rule.num_estimation,
+    )
+
+
+def fewest_estimation(rule: Rule) -> int | None:
+    """Return the least ``num_estimation`` with which ``rule`` can certify a radius, all votes agreeing.
+
+    None where no number of votes can, as with a sigma so small that every radius is rounded down to 0.
+    """
+    if rule.bound == CLOPPER_PEARSON:
+        return least_whole(lambda n: largest_radius(n, rule.sigma, rule.image_alpha) > 0)
+    return least_whole(lambda n: within_reach(replace(rule, num_estimation=n))(0.0))
+
+
+def _check_enough(rule: Rule) -> None:
+    if rule.bound == CLOPPER_PEARSON and rule.largest_radius > 0:
+        return
+    if rule.bound != CLOPPER_PEARSON and within_reach(rule)(0.0):
+        return
+    fewest = fewest_estimation(rule)
+    remedy = f"give at least {fewest}" if fewest is not None else "no number of votes does: give a larger sigma"
+    raise InputError(
+        f"num_estimation = {rule.num_estimation} certifies nothing with the bound {rule.bound!r}, sigma = "
+        f"{rule.sigma:g}, at level {rule.image_alpha:g} per image, even when all votes agree; {remedy}"
+    )
+
+
+def _default_grid(rule: Rule, within: Callable[[float], bool]) -> tuple[float, ...]:
+    multiples = (_six_decimals(half * rule.sigma / 2) for half in itertools.count())
+    return tuple(itertools.takewhile(within, multiples))
+
+
+def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
+    try:
+        given = list(radii)
+    except TypeError:
+        raise InputError(
+            f"radii must be several numbers or None, got {radii!r}; for one radius give ({radii!r},)"
+        ) from None
+    numbers = [as_real(radius) for radius in given]
+    for radius, number in zip(given, numbers, strict=True):
+        if number is None or number < 0:
+            raise InputError(f"radii must be finite numbers >= 0 in [0, 1] pixel units, got {radius!r}")
+    grid = tuple(sorted({_six_decimals(number) for number in numbers if number is not None}))
+    if not grid:
+        raise InputError("radii is empty; give at least one radius, or None")
+    if not within(grid[-1]):
+        beyond = [radius for radius in grid if not within(radius)]
+        raise InputError(
+            f"radius {beyond[0]:g} cannot be certified with num_estimation = {rule.num_estimation} at level "
+            f"{rule.image_alpha:g} an image, even when all votes agree: at most {_largest(within):.6f} can; "
+            "give smaller radii, more samples or a larger sigma"
+        )
+    return grid
+
+
+def _largest(within: Callable[[float], bool]) -> float:
+    """The largest radius within reach, to a millionth; 0 where there is none."""
+    low, high = 0, 1
+    while within(high / 1e6):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if within(middle / 1e6) else (low, middle)
+    return low / 1e6
+
+
+def _six_decimals(radius: float) -> float:
+    """``radius`` rounded up to six decimals; what already has six stays."""
+    nearest = round(radius, RADIUS_DIGITS)
+    return nearest if nearest >= radius else round(nearest + 10.0**-RADIUS_DIGITS, RADIUS_DIGITS)
+
+
+def _check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"unknown {name} {value!r}; allowed: {', '.join(allowed)}")

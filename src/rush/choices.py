@@ -1,0 +1,53 @@
+"""Closed sets of string options, and constants; free of heavy imports, so that the command line shows them at once."""
+
+import math
+from fractions import Fraction
+from typing import Literal
+
+AttackMethod = Literal["none", "fgsm", "mifgsm", "pgd", "apgd", "square", "fmn", "random"]
+CertifyMethod = Literal["clopper-pearson", "sequential"]
+CompileChoice = Literal["auto", "none", "default", "reduce-overhead"]
+CompileMode = Literal["none", "default", "reduce-overhead"]
+Decision = Literal["vote", "mean", "single"]
+EncoderName = Literal["small", "resnet18", "resnet34", "resnet50", "preactresnet18", "wideresnet28", "wideresnet34"]
+FinetuneMode = Literal["linear", "full", "linear-then-full"]
+FinetuneObjective = Literal["standard", "gaussian", "consistency", "smoothadv", "cat-rs", "pgd-at", "trades"]
+Gradient = Literal["fresh", "frozen", "transfer"]
+Level = Literal["image", "family"]
+NoisyViewsOption = Literal["none", "one", "both"]
+Norm = Literal["linf", "l2", "l1"]
+OnNonfinite = Literal["stop", "skip"]
+OptimizerName = Literal["sgd", "lars", "adamw"]
+Precision = Literal["float32", "bfloat16"]
+PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+PretrainObjective = Literal["simclr", "moco", "acl"]
+SequentialBound = Literal["geometric", "beta"]
+Stage = Literal["pretrain", "finetune", "certify", "attack", "audit"]
+Start = Literal["random", "clean", "best"]
+Stem = Literal["small", "standard"]
+TrainingCompile = Literal["none", "default", "reduce-overhead", "graph"]
+Verdict = Literal["broken", "held", "undecided"]
+
+ABSTAIN = -1  # the prediction where the votes do not decide
+BLOCK = 100  # noise samples that are drawn together, and the unit in which votes are stored
+
+VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
+STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack", "audit")
+TRAININGS: tuple[Stage, ...] = ("pretrain", "finetune")
+
+
+def parse_fraction(text: str | float) -> float:
+    """The number that ``text`` says, e.g. ``"8/255"`` or ``0.5``; ValueError when it says none."""
+    try:
+        return float(Fraction(text)) if isinstance(text, str) else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number or a fraction such as 8/255") from None
+
+
+def fewest_samples(alpha: float) -> int:
+    """Return the least number of votes that can show a probability above 1/2 at level ``alpha``.
+
+    All of n votes agree; their lower bound alpha^(1/n), less the 1e-10 for rounding of ``statistics.lower_bound``, must
+    exceed 1/2. It is the least for every sigma; a tiny sigma may need more (``certification.rule``).
+    """
+    return math.floor(-math.log2(alpha) / (1 + math.log2(1 - 1e-10))) + 1

@@ -1,0 +1,451 @@
+"""What recipes would cost on this machine: some steps of each training are measured, the rest is multiplication."""
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rush.choices import Stage
+from rush.data.batches import Resident, batches_per_epoch
+from rush.data.images import ImageSet
+from rush.data.sources import NUM_CLASSES, SHAPES, SPLITS, load_images
+from rush.errors import ConfigError, Interrupted, RushError
+from rush.models.classifier import Classifier
+from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
+from rush.recipe.schema import FinetuneConfig, Recipe, TrainingConfig
+from rush.records.folder import machine
+from rush.reporting.costs import known_sum
+from rush.reporting.tables import duration, energy_text, memory_text, passes_text
+from rush.runtime.execution import Execution, decide_execution
+from rush.runtime.files import write_text
+from rush.runtime.randomness import stream
+from rush.training.budget import Plan, Times
+from rush.training.loop import Schedule
+
+STEPS = 4
+COST_HEADER = ("recipe", "network", "objectives", "passes an image", "steps", "s a step", "hours", "to the first")
+STAGE_HEADER = (
+    "recipe", "stage", "images", "passes an image", "epochs", "steps", "s a step", "images/s", "time",
+    "peak memory", "energy",
+)  # fmt: skip
+_NO_STEP = 1e-9  # learning rate of a trial: random images teach nothing, and a step costs the same
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What the cost of training depends on: shape (C, H, W), classes, and how many images each training draws from."""
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    pretrain: int
+    finetune: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A whole training, extrapolated. passes: images forward and backward; forward_passes: forward alone; seconds,
+    joules: of all steps, joules None where the device does not tell; peak_memory: bytes, the images included. epochs:
+    the recipe's, or as many as end within its minutes."""
+
+    stage: Stage
+    objective: str
+    images: int
+    steps: int
+    passes: int
+    forward_passes: int
+    seconds: float
+    images_per_second: float
+    peak_memory: int | None
+    joules: float | None
+    epochs: int
+
+    @property
+    def passes_per_image(self) -> float:
+        return self.passes / self.images
+
+    @property
+    def forward_passes_per_image(self) -> float:
+        return self.forward_passes / self.images
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / self.steps
+
+
+@dataclass(frozen=True)
+class RecipeCost:
+    """All trainings of a recipe, extrapolated from ``measured_steps`` of each, on the machine that ``conditions``
+    name."""
+
+    recipe: str
+    network: str
+    conditions: str
+    measured_steps: int
+    stages: tuple[StageCost, ...]
+
+    @property
+    def objectives(self) -> str:
+        return " + ".join(stage.objective for stage in self.stages)
+
+    @property
+    def images(self) -> int:
+        """The images of the training that draws from most: those by which passes of all trainings are counted."""
+        return max(stage.images for stage in self.stages)
+
+    @property
+    def passes_per_image(self) -> float:
+        return sum(stage.passes for stage in self.stages) / self.images
+
+    @property
+    def forward_passes_per_image(self) -> float:
+        return sum(stage.forward_passes for stage in self.stages) / self.images
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / self.steps
+
+    @property
+    def peak_memory(self) -> int | None:
+        return max((stage.peak_memory for stage in self.stages if stage.peak_memory is not None), default=None)
+
+    @property
+    def joules(self) -> float | None:
+        return known_sum([stage.joules for stage in self.stages])
+
+
+def data_size(recipe: Recipe) -> DataSize:
+    """Shape and numbers of the recipe's training images: of data sets known by name without their files, else of the
+    images themselves, which are loaded.
+
+    Raises: DataError as ``load_images``; ConfigError where fewer images are left than are held out.
+    """
+    data, config = recipe.data, recipe.finetune
+    shape, num_classes, train, other = _known_size(recipe) if data.name in SPLITS else _loaded_size(recipe)
+    if data.held_out >= train:
+        raise ConfigError(f"data.held_out = {data.held_out} leaves none of {train} training images; lower it")
+    kept = train - data.held_out
+    labelled = round(config.label_fraction * kept)
+    if config.labels_per_class is not None:
+        labelled = config.labels_per_class * num_classes
+    from_train = "train" in data.pretrain_split.split("+")
+    return DataSize(shape, num_classes, other + kept * from_train, labelled)
+
+
+def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
+    """The cost of the recipe's trainings on this machine, from ``steps`` steps of each on random 8-bit images, by the
+    same functions, precision and device as in a run.
+
+    As many steps before them, which warm up and compile, are not counted; neither is what a run does between the steps:
+    reading the data, live figures, checkpoints. Of a training by minutes they give the number of epochs that its steps
+    alone would leave room for. Random: images, labels and weights, from the recipe's seed.
+    Raises: ConfigError for ``steps`` below 1, a batch larger than the training set, or minutes that are too few;
+    DataError as ``load_images``.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
+    wanted = recipe.execution
+    execution = decide_execution(wanted.device, wanted.precision, wanted.tile, wanted.deterministic)
+    trial = _Trial(recipe, data_size(recipe), execution.configure(), steps)
+    stages = [trial.pretrain()] if recipe.pretrain.epochs != 0 else []
+    model = recipe.model
+    return RecipeCost(
+        recipe.name,
+        f"{model.encoder}, width {model.width}",
+        conditions_text(trial.execution),
+        steps,
+        (*stages, trial.finetune()),
+    )
+
+
+def measure_each(recipes: Iterable[Recipe], steps: int = STEPS) -> Iterator[RecipeCost]:
+    """``measure`` of one recipe after the other, each in a fresh process, so that the peak of its memory is its own.
+
+    Raises: as ``measure``; RushError where a process ends without an answer, as it does for want of memory.
+    """
+    for recipe in recipes:
+        yield _measure_apart(recipe, steps)
+
+
+def conditions_text(execution: Execution) -> str:
+    """The machine as the trainings use it: device, precision and threads."""
+    kind = torch.device(execution.device).type
+    name = torch.cuda.get_device_name(execution.device) if kind == "cuda" else str(machine()["processor"])
+    threads = f"{execution.threads} thread{'s' if execution.threads != 1 else ''}"
+    return f"{execution.device} ({name}), {execution.precision}, {threads}, torch {torch.__version__}"
+
+
+def cost_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
+    """The rows below ``COST_HEADER``: one a recipe, times also as multiples of the first, and the sum of several."""
+    rows: list[tuple[str, ...]] = [
+        (
+            cost.recipe,
+            cost.network,
+            cost.objectives,
+            passes_text(cost.passes_per_image, cost.forward_passes_per_image),
+            f"{cost.steps:,}",
+            f"{cost.seconds_per_step:.3g}",
+            _hours(cost.seconds),
+            f"{cost.seconds / costs[0].seconds:.2f}",
+        )
+        for cost in costs
+    ]
+    steps, seconds = sum(cost.steps for cost in costs), sum(cost.seconds for cost in costs)
+    total = ("all", "", "", "", f"{steps:,}", "", _hours(seconds), f"{seconds / costs[0].seconds:.2f}")
+    return rows if len(rows) == 1 else [*rows, total]
+
+
+def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
+    """The rows below ``STAGE_HEADER``: one a training."""
+    return [
+        (
+            cost.recipe,
+            stage.stage,
+            f"{stage.images:,}",
+            passes_text(stage.passes_per_image, stage.forward_passes_per_image),
+            f"{stage.epochs:,}",
+            f"{stage.steps:,}",
+            f"{stage.seconds_per_step:.3g}",
+            f"{stage.images_per_second:,.0f}",
+            duration(stage.seconds),
+            memory_text(stage.peak_memory),
+            energy_text(stage.joules),
+        )
+        for cost in costs
+        for stage in cost.stages
+    ]
+
+
+def write_costs(path: Path, costs: Sequence[RecipeCost]) -> None:
+    """Write all figures to ``path`` as JSON; ``extrapolated`` is true beside each of them."""
+    told = [
+        {
+            **{key: value for key, value in asdict(cost).items() if key != "stages"},
+            "extrapolated": True,
+            **_figures(cost, "objectives", "images", "steps", "passes_per_image", "forward_passes_per_image"),
+            **_figures(cost, "seconds", "seconds_per_step", "peak_memory", "joules"),
+            "hours": cost.seconds / 3600,
+            "time_ratio": cost.seconds / costs[0].seconds,
+            "stages": [
+                {
+                    **asdict(stage),
+                    "extrapolated": True,
+                    **_figures(stage, "passes_per_image", "forward_passes_per_image", "seconds_per_step"),
+                }
+                for stage in cost.stages
+            ],
+        }
+        for cost in costs
+    ]
+    write_text(path, json.dumps({"recipes": told}, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Short trainings of a recipe on random images: every phase lasts two epochs, of which the second counts."""
+
+    recipe: Recipe
+    size: DataSize
+    execution: Execution
+    steps: int
+
+    def pretrain(self) -> StageCost:
+        config = self.recipe.pretrain
+        batches_per_epoch(self.size.pretrain, config.batch_size)
+        images, log = self._images(config.batch_size), _Epochs()
+        pretrain_by(
+            self.recipe,
+            Resident(images.without_labels(), self.execution.device),
+            self._classifier(images),
+            self.execution,
+            schedule=_short(config, phases=1),
+            log=log,
+        )
+        return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, log.phases())
+
+    def finetune(self) -> StageCost:
+        config = self.recipe.finetune
+        batches_per_epoch(self.size.finetune, config.batch_size)
+        images, log = self._images(config.batch_size), _Epochs()
+        finetune_by(
+            self.recipe,
+            images,
+            self._classifier(images),
+            self.execution,
+            schedule=_short(config, phases=2 if config.mode == "linear-then-full" else 1),
+            head_epochs=2,
+            log=log,
+        )
+        objective = config.objective if config.mode == "full" else f"{config.objective} ({config.mode})"
+        return self._extrapolated("finetune", objective, config, self.size.finetune, log.phases())
+
+    def _classifier(self, images: ImageSet) -> Classifier:
+        return new_classifier(spec_of(self.recipe, images), self.recipe.seed)
+
+    def _images(self, batch_size: int) -> ImageSet:
+        """Random images with random labels, ``steps`` batches of them."""
+        count, generator = self.steps * batch_size, stream(self.recipe.seed, "cost", "images")
+        pixels = torch.randint(0, 256, (count, *self.size.shape), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, self.size.num_classes, (count,), generator=generator)
+        classes = tuple(str(label) for label in range(self.size.num_classes))
+        return ImageSet(pixels, labels, classes, np.arange(count).astype(str), "random", "train")
+
+    def _extrapolated(
+        self, stage: Stage, objective: str, config: TrainingConfig, images: int, phases: Sequence[dict[str, Any]]
+    ) -> StageCost:
+        """phases: what the log says of the measured steps of each kind: of the head alone and of every weight, or of
+        the one kind that there is."""
+        per_epoch = images // config.batch_size
+        head_epochs = config.head_epochs if isinstance(config, FinetuneConfig) and len(phases) == 2 else 0
+        epochs = config.epochs
+        if epochs is None:
+            epochs = self._epochs_within(stage, config, per_epoch, head_epochs, phases)
+        counts = [head_epochs, epochs - head_epochs] if head_epochs else [epochs]
+        repeated = [count * per_epoch / self.steps for count in counts]  # how often the measured steps are made
+
+        def total(name: str) -> float | None:
+            return known_sum(
+                [
+                    None if phase[name] is None else times * phase[name]
+                    for phase, times in zip(phases, repeated, strict=True)
+                ]
+            )
+
+        seconds, steps = total("seconds"), epochs * per_epoch
+        assert seconds is not None
+        return StageCost(
+            stage,
+            objective,
+            images,
+            steps,
+            passes=round(total("passes") or 0),
+            forward_passes=round(total("forward_passes") or 0),
+            seconds=seconds,
+            images_per_second=steps * config.batch_size / seconds,
+            peak_memory=self._peak_memory([phase["peak_memory"] for phase in phases], images, config),
+            joules=total("joules"),
+            epochs=epochs,
+        )
+
+    def _epochs_within(
+        self,
+        stage: Stage,
+        config: TrainingConfig,
+        per_epoch: int,
+        head_epochs: int,
+        phases: Sequence[dict[str, Any]],
+    ) -> int:
+        """Epochs whose steps end within the minutes of ``config``."""
+        assert config.minutes is not None
+        seconds = [phase["seconds"] / self.steps for phase in phases]
+        plan = Plan(stage, config.minutes, per_epoch, head_epochs, config.warmup_epochs)
+        budget = plan.fit(Times(seconds[-1], seconds[0]))
+        budget.require_ramps(config.ramps)
+        return budget.epochs
+
+    def _peak_memory(self, measured: Sequence[int | None], images: int, config: TrainingConfig) -> int | None:
+        """The measured peak with the training images in place of the random ones; too many of them are streamed."""
+        told = [peak for peak in measured if peak is not None]
+        if not told:
+            return None
+        size, trial = (count * int(np.prod(self.size.shape)) for count in (images, self.steps * config.batch_size))
+        held = size if size <= self.recipe.data.memory_bytes else trial
+        return max(told) + held - trial
+
+
+class _Epochs:
+    """Keeps the epochs that a training logs."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def __call__(self, event: str, **values: Any) -> None:
+        if event == "epoch":
+            self.events.append(values)
+
+    def phases(self) -> list[dict[str, Any]]:
+        """Every second epoch, the one after the warm-up of its kind of step."""
+        return self.events[1::2]
+
+
+def _short(config: TrainingConfig, phases: int) -> Schedule:
+    return replace(schedule_of(config), epochs=2 * phases, minutes=None, learning_rate=_NO_STEP, warmup_epochs=0.0)
+
+
+def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
+    """Shape, classes, images to train on and further images to pre-train on of a data set known by name."""
+    data, splits = recipe.data, SPLITS[recipe.data.name]
+    parts = data.pretrain_split.split("+")
+    unknown = [part for part in parts if part not in splits]
+    if unknown:
+        raise ConfigError(f"{data.name} has no split {unknown[0]!r}; allowed are {', '.join(splits)}")
+    channels, side, _ = SHAPES[data.name]
+    side = data.size or side
+    classes = {"digits": 10, **NUM_CLASSES}[data.name]
+    further = sum(splits[part] for part in parts if part != "train")
+    return (channels, side, side), classes, splits["train"], further
+
+
+def _loaded_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
+    """The same of images at a path."""
+    data = recipe.data
+    train = load_images(data.name, split="train", root=data.root, size=data.size)
+    others = [part for part in data.pretrain_split.split("+") if part != "train"]
+    further = len(load_images(data.name, "+".join(others), data.root, size=data.size)) if others else 0
+    channels, height, width = train.images.shape[1:]
+    return (channels, height, width), train.num_classes, len(train), further
+
+
+def _measure_apart(recipe: Recipe, steps: int) -> RecipeCost:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, recipe.to_json(), steps, torch.get_num_threads())
+    child = context.Process(target=_answer, args=arguments, daemon=True)
+    child.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        child.join()
+        raise RushError(
+            f"{recipe.name}: the process that measured it ended without an answer (exit status {child.exitcode}), most "
+            "likely for want of memory; lower batch_size, or set pretrain.micro_batch"
+        ) from None
+    child.join()
+    if isinstance(answer, RushError):
+        raise answer
+    assert isinstance(answer, RecipeCost)
+    return answer
+
+
+def _answer(sender: Connection, recipe: str, steps: int, threads: int) -> None:
+    """Measure in this process and send the cost, or the error that the user is to see."""
+    torch.set_num_threads(threads)
+    try:
+        sender.send(measure(Recipe.model_validate_json(recipe), steps))
+    except Interrupted as stop:
+        sys.exit(stop.status)
+    except RushError as error:
+        sender.send(error)
+
+
+def _figures(cost: RecipeCost | StageCost, *names: str) -> dict[str, Any]:
+    return {name: getattr(cost, name) for name in names}
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.3g}"

@@ -1,0 +1,380 @@
+"""Hugging Face style parquet shards: a column of encoded images, a label column, class names in the schema metadata."""
+
+import json
+import re
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rush.data.labels import check_class_names, check_labels, number_classes
+from rush.data.readers.decoding import MAX_BYTES, Encoded
+from rush.data.readers.entries import describe_kind, list_entries, warn_of_omitted
+from rush.data.readers.records import Block
+from rush.data.readers.roots import joined_names
+from rush.errors import DataError
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "fine_label")
+_SERIES = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
+_BATCH = 1024
+_BATCH_BYTES = 1 << 20  # what is taken out of a row group at a time; at most so much is read ahead of it
+_FREE_ROWS = 1 << 20  # allowed in any shard; a larger one may have as many rows as bytes
+_ROW_BYTES = 256  # what Python adds to each image that is held: its name for error texts, and objects
+
+
+def parquet_folder(folder: Path) -> Path | None:
+    """Where shards lie: ``folder``, or the sub-folder data, plain_text or of its own name; None without any."""
+    candidates = (folder, folder / "data", folder / "plain_text", folder / folder.name)
+    return next((path for path in candidates if any(path.glob("*.parquet"))), None)
+
+
+@dataclass(frozen=True, eq=False)
+class ParquetRecords:
+    """The rows of all shards of a split, in order; see ``rush.data.readers.records.Records``."""
+
+    shards: tuple["_Shard", ...]
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    labels: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def ids(self) -> np.ndarray:
+        """The ``path`` beside the image bytes where every row has one and all differ, else "<split>-<row>"."""
+        return _ids(self.shards, self.split)
+
+    def files(self) -> list[Path]:
+        return [shard.path for shard in self.shards]
+
+    def blocks(self, limit: int) -> list[Block]:
+        """The row groups; one that would take more than ``limit`` bytes in equal parts."""
+        blocks: list[Block] = []
+        for shard in self.shards:
+            for group in shard.groups:
+                blocks += _blocks(shard.path, group, limit, blocks[-1].stop if blocks else 0)
+        return blocks
+
+    def read(self, rows: np.ndarray) -> Iterator[Encoded]:
+        """The encoded images of the ascending ``rows``; a row group is read as far as the last of them, piece by
+        piece."""
+        offset = 0
+        for shard in self.shards:
+            own = rows[slice(*np.searchsorted(rows, [offset, offset + shard.rows]))]
+            if own.size:
+                yield from _encoded(shard, own - offset)
+            offset += shard.rows
+
+
+def parquet_records(folders: Sequence[Path], split: str, name: str) -> ParquetRecords:
+    """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folders``, in order; no pixels are
+    read.
+
+    Shards in several folders are taken as if they lay in one. Without class names in the metadata the classes are
+    "0".."K-1" with K - 1 the largest label of all splits in ``folders``; without a label column labels are None. Labels
+    are integers. What lies beside the shards and is no note is omitted with a DataWarning.
+    Raises: DataError naming the shard that is missing, in two folders, damaged, empty, mislabelled, of another layout,
+    or whose split names other classes.
+    """
+    for folder in folders:
+        _warn_of_strays(folder)
+    shards = tuple(_open_shard(path) for path in find_shards(folders, split))
+    for shard in shards:
+        if (shard.label, shard.classes) != (shards[0].label, shards[0].classes):
+            raise DataError(
+                f"{shard.path} has another label column or other classes than {shards[0].path}; use one source"
+            )
+    labels = [_labels(shard) for shard in shards] if shards[0].label else []
+    others = list(_other_shards(folders, shards)) if labels else []
+    _check_same_names(shards[0], others)
+    classes = shards[0].classes or number_classes([*labels, *map(_labels, others)], joined_names(folders))
+    checked = [
+        check_labels(values, shard.rows, len(classes), str(shard.path))
+        for shard, values in zip(shards, labels, strict=bool(labels))
+    ]
+    return ParquetRecords(shards, name, split, classes, torch.cat(checked) if checked else None)
+
+
+def _other_shards(folders: Sequence[Path], shards: Sequence["_Shard"]) -> Iterator["_Shard"]:
+    """Yield the labelled shards of the other splits: the first of each where classes are named, else all.
+
+    One that cannot be read is passed over here; it is named when its own split is loaded.
+    """
+    seen = {shards[0].path.name.partition("-")[0].removesuffix(".parquet")}
+    for path in sorted(set(_glob(folders)) - {shard.path for shard in shards}, key=lambda path: (path.name, path)):
+        split = path.name.partition("-")[0].removesuffix(".parquet")
+        if shards[0].classes and split in seen:
+            continue
+        seen.add(split)
+        with suppress(DataError):
+            other = _open_shard(path)
+            if other.label == shards[0].label:
+                yield other
+
+
+def _check_same_names(shard: "_Shard", others: Sequence["_Shard"]) -> None:
+    """Raise DataError where another split names other classes, so that one label would stand for two of them."""
+    for other in others:
+        if other.classes != shard.classes:
+            named, known = (reprlib.repr(list(one.classes or "none")) for one in (other, shard))
+            raise DataError(
+                f"{other.path} names the classes {named}, {shard.path} names {known}; give all splits the same names "
+                "in the same order"
+            )
+
+
+def find_shards(folders: Sequence[Path], split: str) -> list[Path]:
+    """The shards of ``split`` in ``folders``, in order. Raises: DataError without any, or naming one that is missing or
+    lies in two folders."""
+    single = [path for path in _glob(folders) if path.name == f"{split}.parquet"]
+    numbered = sorted(_glob(folders, f"{split}-"), key=_by_numbers)
+    if single and numbered:
+        raise _mixed(folders, [single[0], numbered[0]])
+    shards = numbered or single
+    if not shards:
+        splits = sorted({re.split(r"[-.]", path.name)[0] for path in _glob(folders)})
+        raise DataError(
+            f"{joined_names(folders)}: no shard {split}-*.parquet, only of {', '.join(splits)}; "
+            "ask for one of these splits or add the shard"
+        )
+    _check_series(folders, split, shards)
+    return shards
+
+
+def _check_series(folders: Sequence[Path], split: str, shards: Sequence[Path]) -> None:
+    """Raise DataError where a shard lies in two folders or is missing, or where several series are mixed."""
+    for first, second in pairwise(shards):
+        if first.name == second.name:
+            raise DataError(f"{first.name} lies in {first.parent} and in {second.parent}; remove one of the two")
+    series = [match for match in (_SERIES.search(path.name) for path in shards) if match]
+    totals = {match[2] for match in series}
+    numbers = {int(match[1]) for match in series}
+    if len(totals) > 1 or len(series) not in (0, len(shards)) or len(numbers) < len(series):
+        raise _mixed(folders, shards)
+    for total in totals:
+        missing = [number for number in range(int(total)) if number not in numbers]
+        if missing:
+            raise DataError(
+                f"{split}-{missing[0]:0{len(total)}d}-of-{total}.parquet is missing ({len(missing)} of the "
+                f"{int(total)} shards are) in {joined_names(folders)}; get it again, or name the folder that holds it"
+            )
+
+
+def _mixed(folders: Sequence[Path], shards: Sequence[Path]) -> DataError:
+    names = ", ".join(path.name if len(folders) == 1 else str(path) for path in shards)
+    return DataError(f"{joined_names(folders)}: the shards are of several series: {names}; keep one of them")
+
+
+def _glob(folders: Sequence[Path], beginning: str = "") -> list[Path]:
+    """Return the shards whose names begin so, which is taken as it is and not as a pattern."""
+    return [path for folder in folders for path in folder.glob("*.parquet") if path.name.startswith(beginning)]
+
+
+def _by_numbers(path: Path) -> tuple[list[str | int], str]:
+    """Return a key that sorts the numbers in a name by value, whatever the folder."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)], path.name
+
+
+def _warn_of_strays(folder: Path) -> None:
+    strays = [Path(entry.path) for entry in list_entries(folder) if not entry.name.endswith(".parquet")]
+    warn_of_omitted(folder, strays, "parquet shards")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A row group: its first row in the shard, its rows, and the bytes of its columns, mostly encoded images."""
+
+    start: int
+    rows: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    groups: tuple[_Group, ...]
+    image: str
+    label: str | None
+    classes: tuple[str, ...] | None
+    has_paths: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+
+def _open_shard(path: Path) -> _Shard:
+    with _parquet(path) as file:  # around all of it, since names in a damaged schema may not even be text
+        return _described(file.schema_arrow, file.metadata, path)
+
+
+def _described(schema: Any, metadata: Any, path: Path) -> _Shard:
+    image = _image_column(schema, path)
+    label = next((column for column in LABEL_COLUMNS if column in schema.names), None)
+    if label is None and any("label" in column for column in schema.names):
+        raise DataError(f"{path} has the columns {schema.names}; name its label column 'label' or 'fine_label'")
+    if metadata.num_rows == 0:
+        raise DataError(f"{path} is empty; get it again or remove it")
+    if metadata.num_rows > max(_FREE_ROWS, path.stat().st_size):
+        raise DataError(f"{path} claims {metadata.num_rows} rows in {path.stat().st_size} bytes; get it again")
+    has_paths = schema.field(image).type.get_field_index("path") >= 0
+    groups = tuple(_groups(metadata))
+    if any(group.rows < 0 or group.size < 0 for group in groups) or groups[-1].stop != metadata.num_rows:
+        raise DataError(
+            f"{path} is damaged: its row groups do not have the {metadata.num_rows} rows claimed; get it again"
+        )
+    return _Shard(path, groups, image, label, _class_names(schema.metadata or {}, label, path), has_paths)
+
+
+def _groups(metadata: Any) -> Iterator[_Group]:
+    """Yield the row groups. The size is that of all columns: pyarrow ends the process where the metadata of a single
+    one are damaged, and beside the images the others are small."""
+    start = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        yield _Group(start, group.num_rows, group.total_byte_size)
+        start += group.num_rows
+
+
+def _blocks(path: Path, group: _Group, limit: int, offset: int) -> list[Block]:
+    """The group's rows, from number ``offset`` on, in the fewest equal parts that stay within ``limit`` bytes."""
+    held = group.size + _ROW_BYTES * group.rows
+    parts = -(-held // limit)
+    if parts > group.rows:
+        raise DataError(
+            f"{path} has images of about {group.size // group.rows} bytes, too large to be held {limit} bytes at a "
+            f"time; give at least {8 * held // group.rows} bytes of memory"
+        )
+    bounds = [group.rows * part // parts for part in range(parts + 1)]
+    return [
+        Block(offset + start, offset + stop, held * (stop - start) // group.rows) for start, stop in pairwise(bounds)
+    ]
+
+
+def _image_column(schema: Any, path: Path) -> str:
+    import pyarrow as pa
+
+    for column in IMAGE_COLUMNS:
+        if column in schema.names:
+            kind = schema.field(column).type
+            if pa.types.is_struct(kind) and _holds_bytes(kind):
+                return column
+    found = ", ".join(f"{name}: {kind}" for name, kind in zip(schema.names, schema.types, strict=True))
+    raise DataError(f"{path} has the columns {found}; it needs 'img' or 'image', a struct of bytes and path")
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Return whether the struct's field ``bytes`` is binary and its field ``path``, if there is one, text."""
+    import pyarrow as pa
+
+    content, path = (
+        kind.field(index).type if index >= 0 else None for index in map(kind.get_field_index, ("bytes", "path"))
+    )
+    is_text = path is None or pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)
+    return content is not None and is_text and (pa.types.is_binary(content) or pa.types.is_large_binary(content))
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """The opened shard; whatever pyarrow raises becomes a DataError that names it."""
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DataError(f"{path} is {describe_kind(path)}, not a parquet file; remove it, or put the shard there")
+    try:
+        with pq.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
+            yield file
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow raises many kinds on damaged files
+        raise DataError(
+            f"{path} cannot be read: {error or type(error).__name__}; it is truncated or no parquet file: delete it "
+            "and get it again"
+        ) from error
+
+
+def _class_names(metadata: dict[bytes, bytes], label: str | None, path: Path) -> tuple[str, ...] | None:
+    if b"huggingface" not in metadata or label is None:
+        return None
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"].get(label, {}).get("names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: the schema metadata 'huggingface' has no info.features ({error or type(error).__name__}); write "
+            "it again or drop it"
+        ) from error
+    return check_class_names(names, f"{path}: the schema metadata 'huggingface'") if names else None
+
+
+def _labels(shard: _Shard) -> np.ndarray:
+    """Return the labels of the shard as integers. Raise DataError for any other type, and for missing ones."""
+    import pyarrow as pa
+
+    with _parquet(shard.path) as file:
+        kind = file.schema_arrow.field(shard.label).type
+        if not pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind):
+            raise DataError(
+                f"{shard.path} has labels of the type {kind} in {shard.label!r}; labels must be integers: store the "
+                "class index of each image, and the names in the schema metadata"
+            )
+        column = file.read(columns=[shard.label], use_threads=False).column(0)
+        if column.null_count:
+            raise DataError(f"{shard.path} has {column.null_count} rows without a {shard.label}; label or remove them")
+        return column.cast(kind.value_type).to_numpy() if pa.types.is_dictionary(kind) else column.to_numpy()
+
+
+def _encoded(shard: _Shard, rows: np.ndarray) -> Iterator[Encoded]:
+    """The images of the shard's ascending ``rows``."""
+    with _parquet(shard.path) as file:
+        for number, group in enumerate(shard.groups):
+            wanted = rows[slice(*np.searchsorted(rows, [group.start, group.stop]))]
+            if wanted.size:
+                yield from _of_group(file, shard, number, wanted)
+
+
+def _of_group(file: Any, shard: _Shard, number: int, wanted: np.ndarray) -> Iterator[Encoded]:
+    """Reads the group a few pages at a time and ends behind the last row that is wanted."""
+    group = shard.groups[number]
+    start, step = group.start, min(_BATCH, 1 + _BATCH_BYTES * group.rows // (group.size + 1))
+    for batch in file.iter_batches(step, [number], [f"{shard.image}.bytes"], use_threads=False):
+        column = batch.column(0).field("bytes")
+        for row in wanted[slice(*np.searchsorted(wanted, [start, start + len(column)]))].tolist():
+            content = column[row - start].as_py()
+            if content is None:
+                raise DataError(f"{shard.path} row {row} has no image bytes; embed the image or remove the row")
+            if len(content) > MAX_BYTES:
+                raise DataError(f"{shard.path} row {row} has {len(content)} bytes, at most {MAX_BYTES} are read")
+            yield f"{shard.path} row {row}", content
+        start += len(column)
+        if start > wanted[-1]:
+            return
+    raise DataError(f"{shard.path} is damaged: it ends before row {wanted[-1]} of {shard.rows}; get it again")
+
+
+def _ids(shards: Sequence[_Shard], split: str) -> np.ndarray:
+    paths: list[str | None] = []
+    for shard in shards:
+        paths += _paths(shard) if shard.has_paths else [None] * shard.rows
+    unique = None not in paths and len(set(paths)) == len(paths)
+    return np.array(paths if unique else [f"{split}-{row:05d}" for row in range(len(paths))], dtype=str)
+
+
+def _paths(shard: _Shard) -> list[str | None]:
+    """Return the path beside each image of the shard. Raise DataError where there is another number of them."""
+    with _parquet(shard.path) as file:
+        column = file.read(columns=[f"{shard.image}.path"], use_threads=False).column(0).combine_chunks()
+        paths: list[str | None] = column.field("path").to_pylist()
+    if len(paths) != shard.rows:
+        raise DataError(f"{shard.path} is damaged: it has {len(paths)} paths for {shard.rows} images; get it again")
+    return paths

@@ -1,0 +1,82 @@
+"""STL-10 (Coates, Ng and Lee 2011) from the official binary archive or its extracted folder."""
+
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from rush.data.images import ImageSet
+from rush.data.labels import check_class_names, check_labels
+from rush.data.readers.archives import Archive, Parse, read_members, read_words
+from rush.data.readers.resizing import resize_images
+from rush.errors import DataError
+
+STL10 = Archive(
+    "stl10_binary.tar.gz",
+    "stl10_binary",
+    "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+    "91f7769df0f17e558f3565bffb0c7dfb",
+)
+ROWS = {"train": 5_000, "test": 8_000, "unlabeled": 100_000}
+SIDE = 96
+_NUM_CLASSES = 10
+_CHUNK = 500  # images read at a time: 14 MB
+
+
+def read_stl10(path: Path, split: str, size: int | None = None) -> ImageSet:
+    """The ``split`` stored at ``path``; labels 0..9 (None for "unlabeled"), ids are the official positions.
+
+    ``size``: side of the images, each resampled from 96 x 96; None: as stored.
+    Memory: the split itself (2.8 GB for "unlabeled" at 96) and one chunk.
+    Raises: DataError naming the file that is wrong.
+    """
+    rows = ROWS[split]
+    parsers: dict[str, Parse] = {f"{split}_X.bin": partial(_read_pixels, rows, size), "class_names.txt": _read_names}
+    if split != "unlabeled":
+        parsers[f"{split}_y.bin"] = partial(_read_labels, rows)
+    found = read_members(STL10, path, parsers)
+    ids = np.array([f"{split}-{row:05d}" for row in range(rows)])
+    return ImageSet(found[f"{split}_X.bin"], found.get(f"{split}_y.bin"), found["class_names.txt"], ids, "stl10", split)
+
+
+def _read_pixels(rows: int, side: int | None, file: IO[bytes], where: str) -> torch.Tensor:
+    size = 3 * SIDE * SIDE
+    images = torch.empty(rows, 3, side or SIDE, side or SIDE, dtype=torch.uint8)
+    for start in range(0, rows, _CHUNK):
+        count = min(_CHUNK, rows - start)
+        content = file.read(count * size)
+        if len(content) != count * size:
+            raise _wrong_size(where, start * size + len(content), rows * size)
+        columns = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, 3, SIDE, SIDE)
+        images[start : start + count] = resize_images(columns.transpose(2, 3), side)  # stored column by column
+    if file.read(1):
+        raise _wrong_size(where, "more", rows * size)
+    return images
+
+
+def _read_labels(rows: int, file: IO[bytes], where: str) -> torch.Tensor:
+    content = np.frombuffer(file.read(rows + 1), np.uint8)
+    if len(content) != rows:
+        raise _wrong_size(where, len(content) if len(content) < rows else "more", rows)
+    if content.min() < 1 or content.max() > _NUM_CLASSES:
+        raise DataError(
+            f"{where} holds labels {content.min()}..{content.max()}, allowed are 1..{_NUM_CLASSES}; {_again()}"
+        )
+    return check_labels(content.astype(np.int64) - 1, rows, _NUM_CLASSES, where)
+
+
+def _read_names(file: IO[bytes], where: str) -> tuple[str, ...]:
+    names = check_class_names(read_words(file), where)
+    if len(names) != _NUM_CLASSES:
+        raise DataError(f"{where} names {len(names)} classes, expected {_NUM_CLASSES}; {_again()}")
+    return names
+
+
+def _wrong_size(where: str, found: int | str, expected: int) -> DataError:
+    return DataError(f"{where} has {found} bytes, expected {expected}; {_again()}")
+
+
+def _again() -> str:
+    return f"delete it and get it again from {STL10.url}"

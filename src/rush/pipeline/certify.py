@@ -1,0 +1,146 @@
+"""The certification of a run: each image written as soon as it is decided, in the end one table."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rush.certification.certificates import Certificates, first_difference, join_certificates
+from rush.certification.certify import certify_each
+from rush.certification.rule import Rule, make_rule
+from rush.certification.sequential import UNDECIDED
+from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates, write_certificates
+from rush.data.checks import LabelledPixels, pixel_ids
+from rush.errors import ModelError, RunError
+from rush.models.storage import load_smoothed
+from rush.pipeline.context import Conditions
+from rush.records.folder import RunFolder
+from rush.runtime.distributed import barrier, in_turn, rank, world_size
+from rush.runtime.files import make_folder
+from rush.smoothing.classifier import SmoothedClassifier
+
+CERTIFICATES = Path("certificates.tsv")
+CERTIFICATE_PARTS = Path("certificates.parts")
+NOT_SMOOTHED = "the classifier is not smoothed (smoothing.sigma = 0): nothing is certified"
+
+
+def run_certify(run: RunFolder) -> None:
+    """Certify the evaluation images, each written as soon as it is decided, and in the end ``certificates.tsv``.
+
+    Goes on behind a kill with the images that are missing; with several processes each takes its share of them. Without
+    noise there is nothing to certify, which is all that the stage then says.
+    """
+    if run.finished("certify"):
+        return
+    run.require("finetune")
+    here = Conditions.of(run)
+    if here.noise is None:
+        _certify_nothing(here)
+        return
+    smoothed = load_smoothed(run.path / "model", here.execution)
+    config = here.recipe.certify
+    indices, pixels = here.evaluation_images(config.images, smoothed.num_classes, smoothed.kind)
+    rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
+    parts = run.path / CERTIFICATE_PARTS
+    here.begin("certify")
+    model = smoothed.fingerprint()
+    done = in_turn(lambda: _read_parts(run.path, rule, model, indices, pixels))
+    missing = [position for position, index in enumerate(indices) if index not in done]
+    try:
+        for position, certificate in certify_each(
+            smoothed, pixels, rule, here.recipe.seed, missing[rank() :: world_size()]
+        ):
+            append_certificates(parts / f"{rank()}.tsv", certificate, [indices[position]])
+    except ModelError:
+        shutil.rmtree(parts, ignore_errors=True)  # votes of what turned out to be no fixed function
+        raise
+    barrier()
+    if rank() == 0:
+        done = _read_parts(run.path, rule, model, indices, pixels)
+        certificates = join_certificates([done[index] for index in indices])
+        write_certificates(run.path / CERTIFICATES, certificates, indices)
+        shutil.rmtree(parts, ignore_errors=True)
+        run.finish("certify", **_certify_figures(certificates))
+    barrier()
+
+
+def differing_image(certificates: Certificates, pixels: LabelledPixels) -> str | None:
+    """The first of ``pixels``, by its id, that has another label or other pixels in ``certificates``; None without."""
+    return first_difference(certificates, pixels.ids, pixels.y.tolist(), pixel_ids(pixels.x))
+
+
+def read_run_certificates(run: RunFolder, pixels: LabelledPixels, smoothed: SmoothedClassifier) -> Certificates:
+    """Return the certificates of a run whose certification is finished.
+
+    Raises: RunError where their file is gone, says something else of the images ``pixels`` than they are, or is of
+    another model than ``smoothed``. Tables that name no model are taken as they are.
+    """
+    read = read_certificates(run.path / CERTIFICATES)
+    if read is None:
+        raise RunError(
+            f"{run.path / CERTIFICATES} is missing or empty; remove stages/certify.json and run `rush certify` again"
+        )
+    differing = differing_image(read[1], pixels)
+    if differing is not None:
+        raise RunError(
+            f"{run.path / CERTIFICATES}: image {differing!r} has another label or other pixels there than in the data; "
+            "restore the file from a copy, or remove it and stages/certify.json and run `rush certify` again"
+        )
+    if read[1].model not in (None, smoothed.fingerprint()):
+        raise RunError(
+            f"{run.path / CERTIFICATES} is of another model than the run's, whose weights, noise or execution have "
+            "changed since; restore the model, or remove the file and stages/certify.json and run `rush certify` again"
+        )
+    return read[1]
+
+
+def _certify_nothing(here: Conditions) -> None:
+    here.begin("certify")
+    if rank() == 0:
+        here.run.finish("certify", seconds=0.0, images=0, certified=False, reason=NOT_SMOOTHED)
+    barrier()
+
+
+def _certify_figures(certificates: Certificates) -> dict[str, Any]:
+    seconds = float(certificates.seconds.sum())
+    rule = certificates.rule
+    return {
+        "seconds": seconds,
+        "processes": world_size(),
+        "images": len(certificates),
+        **asdict(rule),
+        "statement": rule.statement,
+        "forward_passes_per_image": float(certificates.num_samples.mean()),
+        "undecided": int((certificates.outcome == UNDECIDED).sum()),
+        "images_per_second": len(certificates) / seconds,
+    }
+
+
+def _read_parts(
+    folder: Path, rule: Rule, model: str, indices: list[int], pixels: LabelledPixels
+) -> dict[int, Certificates]:
+    """Return the certificates that are written already, by their images' indices.
+
+    Raises: RunError when they were made under another rule, of other images or with another model.
+    """
+    found: dict[int, Certificates] = {}
+    ids = dict(zip(indices, pixels.ids, strict=True))
+    for part in (folder / CERTIFICATES, *sorted((folder / CERTIFICATE_PARTS).glob("*.tsv"))):
+        drop_unfinished_line(part)
+        read = read_certificates(part)
+        if read is None:
+            continue
+        stored, certificates = read
+        if certificates.rule != rule:
+            raise RunError(f"{part} was made under another rule than the recipe's; move it away and certify again")
+        if certificates.model != model:
+            raise RunError(
+                f"{part} was made with another model than the run's, or names none: weights, noise or execution may "
+                "have changed; restore the model, or move the file away and certify again"
+            )
+        same = all(ids.get(index) == image_id for index, image_id in zip(stored, certificates.ids, strict=True))
+        if not same or differing_image(certificates, pixels) is not None:
+            raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
+        found |= {index: certificates.select([row]) for row, index in enumerate(stored)}
+    make_folder(folder / CERTIFICATE_PARTS)
+    return found

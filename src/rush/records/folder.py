@@ -1,0 +1,390 @@
+"""The run folder: recipe, provenance, log and one summary per finished stage; the interface between stages."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rush.choices import STAGES, TRAININGS, Stage
+from rush.errors import RunError, WriteError
+from rush.recipe.schema import STAGE_SECTIONS, Recipe, build_recipe
+from rush.runtime.files import append_text, cut_file, one_process, refuse_links, write_bytes, write_json, write_text
+from rush.runtime.lines import is_cut_off, read_events, read_object
+
+_FREE_FIELDS = (
+    ("data", "root"),
+    ("execution", "checkpoint_minutes"),
+    ("execution", "on_nonfinite"),
+)
+# Fields that came later, with the value that earlier runs had: at that value they are no part of a fingerprint, so that
+# checkpoints from before them are still taken.
+_LATER_FIELDS = (("execution", "deterministic", True),)
+_PRETRAINED = ("checkpoints/encoder.safetensors", "stages/pretrain.json")
+_PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
+
+
+class RunFolder:
+    """A folder that holds everything about one run of one recipe.
+
+    ``recipe.json`` is the resolved recipe, ``provenance.json`` what the result depends on besides it, ``log.jsonl`` the
+    events, ``stages/<stage>.json`` a finished stage's figures (its presence says that the stage is finished). Once the
+    number of epochs of a training by minutes is known, it stands in the recipe, and the minutes in the provenance.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.loaded: dict[str, Any] = {}  # the images of the splits that this process has read, for the next stage
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
+        """The run of ``recipe`` in ``path``, new or gone on with.
+
+        Fields of stages that have not begun may still change. A training that was begun by the same minutes has the
+        number of epochs that it was begun with. Raises: RunError when a stage that has begun was made with other
+        values, or when ``path`` is a file, is not writable or holds something that is no run.
+        """
+        if path.is_file():
+            raise RunError(f"{path} is a file; give a folder with --out")
+        if path.is_dir() and not (path / "recipe.json").exists() and any(map(_not_ours, path.iterdir())):
+            raise RunError(f"{path} is not empty and holds no recipe.json, so it is no run folder; give another --out")
+        recipe = _settled(recipe, path)
+        run = cls(path, recipe)
+        if (path / "recipe.json").exists():
+            run._check_unchanged(cls.open(path).recipe)
+        try:
+            write_text(path / "recipe.json", recipe.to_json())
+        except WriteError as error:
+            raise RunError(
+                f"run folder {path} cannot be written: {error.reason}; give another --out, or free space or allow "
+                "writing there"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The run that lies in ``path``; RunError when there is none or its recipe cannot be read."""
+        file = path / "recipe.json"
+        if not file.is_file():
+            raise RunError(
+                f"{path} holds no recipe.json, so it is no run folder; start one with `rush run RECIPE --out {path}`"
+            )
+        return cls(path, _settled(build_recipe(_read_object(file), source=str(file)), path))
+
+    def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
+        """A run of ``recipe`` in ``path``, new or gone on with, that begins with the pre-trained encoder of this one.
+
+        It may have a name of its own. Raises: RunError when this one has none, when ``recipe`` says otherwise how it
+        was made, or when ``path`` holds something else.
+        """
+        self.require("pretrain")
+        recipe = _settled(recipe, self.path, ("pretrain",))
+        changed = [field for field in _changed_fields(self.recipe, recipe, "pretrain") if field != "name"]
+        if changed:
+            raise RunError(
+                f"{self.path} was pre-trained with other values of {', '.join(changed)}; a run that begins with its "
+                "encoder may change only later stages: leave them as they are, or start anew with `rush run`"
+            )
+        run = RunFolder.create(path, recipe)
+        if run.finished("pretrain") is None:
+            provenance, budget = _read_object(self.path / "provenance.json"), self.budget("pretrain")
+            provenance.pop("budgets", None)  # that of the fine-tuning is not the branch's
+            write_json(path / "provenance.json", provenance | ({"budgets": {"pretrain": budget}} if budget else {}))
+            for name in _PRETRAINED:  # in this order: the last says that all are there
+                write_bytes(path / name, (self.path / name).read_bytes())
+        return run
+
+    def fingerprint(self, stage: Stage) -> str:
+        """JSON text of every recipe field that decides what ``stage`` computes, its own and those of the stages before
+        it; of a training by minutes the minutes, before and after its number of epochs is known."""
+        values, budget = _deciding_values(self.recipe), self.budget(stage)
+        if budget is not None:
+            values[stage] |= {"epochs": None, "minutes": budget["minutes"]}
+        return _sections_until(values, stage)
+
+    def budget(self, stage: Stage) -> dict[str, Any] | None:
+        """The minutes of the training ``stage``, the ``epochs`` that ended within them by its trial, and its figures.
+
+        None where no number of epochs was taken from minutes.
+        """
+        return _budgets(self.path).get(stage)
+
+    def settle(self, stage: Stage, budget: Mapping[str, Any]) -> None:
+        """Record the number of epochs of a training by minutes: ``budget``, in the provenance, holds both and what they
+        follow from; the recipe has the epochs alone from now on."""
+        file = self.path / "provenance.json"
+        write_json(file, {**_read_object(file), "budgets": {**_budgets(self.path), stage: dict(budget)}})
+        self.recipe = self.recipe.with_epochs(stage, budget["epochs"])
+        write_text(self.path / "recipe.json", self.recipe.to_json())
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one event to ``log.jsonl`` and flush it; what a kill has left of a line is cut off before.
+
+        Raises: RunError where the last line is not the beginning of an event; WriteError where nothing can be written.
+        """
+        _mend_last_line(self.path / "log.jsonl")
+        append_text(self.path / "log.jsonl", json.dumps({"event": event, "time": now(), **values}) + "\n")
+
+    def finished(self, stage: Stage) -> dict[str, Any] | None:
+        """The figures of ``stage`` if it is finished, else None."""
+        file = self.path / "stages" / f"{stage}.json"
+        return _read_object(file) if file.exists() else None
+
+    def begin(self, stage: Stage) -> None:
+        """Log that an attempt at ``stage`` begins."""
+        self.log("started", stage=stage, commit=commit())
+
+    def events(self, event: str, stage: Stage) -> list[dict[str, Any]]:
+        """Logged events of one kind and stage in their order; a last line cut off by a kill is omitted.
+
+        Raises: RunError naming the line where another one is not an event.
+        """
+        events = read_events(self.path / "log.jsonl").values()
+        return [entry for entry in events if entry["event"] == event and entry.get("stage") == stage]
+
+    def finish(self, stage: Stage, seconds: float, **figures: Any) -> None:
+        """Record that ``stage`` is finished, with its figures; ``seconds`` is the time its parts took, over all
+        attempts."""
+        started = self.events("started", stage)  # none where the log was deleted
+        values = {
+            "stage": stage,
+            "started": started[0].get("time") if started else None,
+            "finished": now(),
+            "seconds": seconds,
+            "commit": commit(),
+            **figures,
+        }
+        write_json(self.path / "stages" / f"{stage}.json", values)
+        self.log("finished", stage=stage, seconds=seconds)
+
+    def require(self, stage: Stage) -> dict[str, Any]:
+        """The figures of a finished ``stage``; RunError with the command to run when it is not."""
+        figures = self.finished(stage)
+        if figures is None:
+            raise RunError(f"{self.path}: stage {stage} is not finished; run `rush {stage} {self.path}` first")
+        return figures
+
+    def record_provenance(self, execution: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Write ``provenance.json`` once; afterwards refuse to go on where execution or input images differ.
+
+        Raises: RunError naming what differs: a finished part and a part still to come must be computed by one forward
+        on one data set.
+        """
+        file = self.path / "provenance.json"
+        current = {"seed": self.recipe.seed, **execution, "data": dict(data)}
+        if file.exists():
+            before = _read_object(file)
+            current |= {"budgets": before["budgets"]} if "budgets" in before else {}
+            seen = before["data"]
+            before["data"] = {split: seen.get(split, found) for split, found in data.items()}
+            differing = [key for key, value in current.items() if before.get(key, value) != value]
+            if differing:
+                told = "; ".join(f"{key}: was {before.get(key)}, now {current[key]}" for key in differing)
+                raise RunError(
+                    f"{self.path} was begun under other conditions ({told}); restore them or use another --out"
+                )
+            current["data"] = {**seen, **data}
+        write_json(file, {"commit": commit(), "versions": versions(), "machine": machine(), **current})
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context this process alone works in the folder; RunError where another one does."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(one_process(self.path, wait=False))
+            except BlockingIOError as error:
+                raise RunError(
+                    f"another process is at work in {self.path}; wait for it or give another --out"
+                ) from error
+            yield
+
+    def recorded(self, name: str) -> Any:
+        """A value of ``provenance.json``; None before the first stage has written it."""
+        file = self.path / "provenance.json"
+        return _read_object(file).get(name) if file.exists() else None
+
+    def _check_unchanged(self, before: Recipe) -> None:
+        for stage in STAGES:
+            begun = [later for later in STAGES[STAGES.index(stage) :] if self._begun(later)]
+            changed = _changed_fields(before, self.recipe, stage)
+            if begun and changed:
+                raise RunError(
+                    f"{self.path} already holds stage {begun[0]} made with other values of {', '.join(changed)}; "
+                    "nothing was overwritten: use another --out, or give the values it was begun with"
+                )
+
+    def _begun(self, stage: Stage) -> bool:
+        traces = {
+            "pretrain": ("checkpoints/pretrain.pt", "checkpoints/encoder.safetensors"),
+            "finetune": ("checkpoints/finetune.pt", "model/model.json"),
+            "certify": ("certificates.tsv", "certificates.parts"),
+            "attack": ("attacks",),
+            "audit": ("audit.json",),
+        }[stage]
+        left = any((self.path / trace).exists() for trace in traces)
+        return left or self.finished(stage) is not None or self.budget(stage) is not None
+
+
+def _not_ours(entry: Path) -> bool:
+    """Whether ``entry`` is something else than what a kill has left of the first ``write_atomically``."""
+    return entry.name != ".recipe.json.partial"
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; RunError when it is damaged."""
+    try:
+        return read_object(file)
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror}; allow it, or restore the file") from error
+    except ValueError as error:
+        raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
+
+
+def _mend_last_line(file: Path) -> None:
+    """End ``file`` with a line feed: completed where the last line is whole, cut back where it is the beginning of one.
+
+    Raises: RunError where it is something else, which is not deleted.
+    """
+    refuse_links(file)
+    content = file.read_bytes() if file.is_file() else b""
+    last = content[content.rfind(b"\n") + 1 :]
+    if not last:
+        return
+    if _is_json(last):
+        append_text(file, "\n")
+    elif is_cut_off(last):
+        cut_file(file, len(content) - len(last))
+    else:
+        raise RunError(
+            f"{file}: its last line is not the beginning of an event: {last[:60]!r}; delete the line, or restore the "
+            "file from a copy"
+        )
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def now() -> str:
+    """Current time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python, of this package and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("rush-smoothing", *_PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor and operating system, for a reader of figures."""
+    return {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
+
+
+def commit() -> str | None:
+    """Git commit of the source tree this package runs from, with ``-dirty`` where files differ; None outside one."""
+    source = Path(__file__).resolve().parent
+    top = _git(source, "rev-parse", "--show-toplevel")
+    if not top or not (Path(top) / "src" / "rush" / "__init__.py").exists():
+        return None
+    return _git(source, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or sys.platform
+
+
+def _budgets(path: Path) -> dict[Stage, dict[str, Any]]:
+    """The budgets that the provenance of the run folder ``path`` records, by training stage."""
+    file = path / "provenance.json"
+    found = (_read_object(file) if file.exists() else {}).get("budgets", {})
+    try:
+        for budget in found.values():
+            float(budget["minutes"]), int(budget["epochs"])
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise RunError(f"{file}: its budgets are damaged; restore it or start again in another folder") from error
+    return {stage: dict(found[stage]) for stage in TRAININGS if stage in found}
+
+
+def _settled(recipe: Recipe, path: Path, stages: Iterable[Stage] = TRAININGS) -> Recipe:
+    """``recipe`` with the number of epochs that each of ``stages`` was begun with in ``path``, if it is by minutes.
+
+    Raises: RunError where it was begun with other minutes.
+    """
+    for stage in stages:
+        minutes = recipe.training(stage).minutes
+        budget = None if minutes is None else _budgets(path).get(stage)
+        if minutes is None or budget is None:
+            continue
+        begun, epochs = float(budget["minutes"]), int(budget["epochs"])
+        if minutes != begun:
+            raise RunError(
+                f"{path} was begun with {stage}.minutes = {begun:g}, which gave {epochs} epochs, and not with "
+                f"{minutes:g}; nothing was overwritten: use another --out, or leave {stage}.minutes as it was"
+            )
+        recipe = recipe.with_epochs(stage, epochs)
+    return recipe
+
+
+def _sections_until(values: dict[str, Any], stage: Stage) -> str:
+    names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_SECTIONS[earlier]]
+    for training in TRAININGS:
+        if values[training]["minutes"] is None:
+            del values[training]["minutes"]  # so that checkpoints of versions without the field fit
+    return json.dumps({name: values[name] for name in names}, sort_keys=True)
+
+
+def _deciding_values(recipe: Recipe) -> dict[str, Any]:
+    """All fields but those that no result depends on, and where the data lie: the images' fingerprint in
+    ``provenance.json`` says which they are."""
+    values = recipe.model_dump(mode="json")
+    for section, name in _FREE_FIELDS:
+        values[section].pop(name)
+    for section, name, earlier in _LATER_FIELDS:
+        if values[section][name] == earlier:
+            del values[section][name]
+    return values
+
+
+def _changed_fields(before: Recipe, after: Recipe, stage: Stage) -> list[str]:
+    old, new = _deciding_values(before), _deciding_values(after)
+    changed = []
+    for section in STAGE_SECTIONS[stage]:
+        if not isinstance(old[section], dict):
+            changed += [section] if old[section] != new[section] else []
+            continue
+        changed += [
+            f"{section}.{key}"
+            for key in {**old[section], **new[section]}
+            if old[section].get(key) != new[section].get(key)
+        ]
+    return changed

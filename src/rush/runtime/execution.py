@@ -1,0 +1,227 @@
+"""Where and in what precision a classifier runs: decided once per run, recorded, enforced afterwards."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from rush.choices import CompileMode, Precision, PrecisionChoice, TrainingCompile
+from rush.errors import ConfigError, ModelError, RushError
+from rush.runtime.lines import one_line
+from rush.runtime.memory import is_out_of_memory
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The one forward of a run.
+
+    device: where tensors live. precision: what autocast computes in; float32 is no autocast. channels_last: memory
+    layout of 4-d tensors. tile: fixed number of rows of every judged batch, the last one padded. threads: CPU threads
+    when it was decided. folded: BatchNorm is folded into the convolutions, for judged samples. compile_mode: their
+    torch.compile, "none" or its mode. deterministic: cuDNN takes algorithms that give the same bits every time; False
+    allows the fastest, which may give others (``configure``).
+    """
+
+    device: str = "cpu"
+    precision: Precision = "float32"
+    channels_last: bool = False
+    tile: int = 256
+    threads: int = 0
+    folded: bool = False
+    compile_mode: CompileMode = "none"
+    deterministic: bool = True
+
+    def __repr__(self) -> str:
+        """The fields, ``deterministic`` only where it is False: models made before it keep their fingerprints."""
+        told = [own.name for own in fields(self) if own.name != "deterministic" or not self.deterministic]
+        return f"Execution({', '.join(f'{name}={getattr(self, name)!r}' for name in told)})"
+
+    def configure(self) -> "Execution":
+        """Return this execution after setting the flags by which torch chooses CUDA kernels in this process.
+
+        cuDNN takes deterministic algorithms and tries out none, or, with ``deterministic`` False, times all and takes
+        the fastest. Products of float32 matrices and float32 convolutions are computed in TF32 where the precision is
+        bfloat16, and in float32 where it is float32. The stages of a run do so; who calls the library on CUDA does so
+        once, before anything is computed. On other devices nothing is set.
+        """
+        if torch.device(self.device).type == "cuda":
+            torch.backends.cudnn.deterministic = self.deterministic
+            torch.backends.cudnn.benchmark = not self.deterministic
+            _allow_tf32(self.precision == "bfloat16", self.precision == "bfloat16")
+        return self
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """``module`` moved to the device and layout."""
+        module = module.to(self.device)
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
+
+    def layout(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) on the device in the run's layout; values unchanged."""
+        x = x.to(self.device)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x.contiguous()
+
+    def copied(self, x: Tensor) -> Tensor:
+        """Return a copy of the images (B, C, H, W) on the device in the run's layout, for foreign code."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.to(self.device, copy=True, memory_format=layout)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context in which networks are evaluated or trained."""
+        enabled = self.precision == "bfloat16"
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled)
+
+    def logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
+        """Return logits (B, K) in float32, differentiable in ``x`` (B, C, H, W) float32.
+
+        The classifier gets a copy of ``x`` and its answer is copied: it may overwrite its input and reuse its output.
+
+        Raises:
+            ModelError: if the classifier raises, or returns something else than a real tensor.
+        """
+        with foreign_call(x):
+            return self.unguarded_logits(classifier, x)
+
+    def unguarded_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
+        """Return ``logits`` without translating exceptions: the part that torch.compile can take."""
+        with self.autocast():
+            logits = classifier(self.copied(x))
+        if not isinstance(logits, Tensor) or logits.is_complex():
+            given = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelError(
+                f"the classifier returned {given}, expected a real tensor of logits (B, K); wrap it in a "
+                "module that returns the logits alone"
+            )
+        return logits.to(torch.float32, copy=True)
+
+    def tiled_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
+        """Logits (B, K) without gradients, computed ``tile`` rows at a time, the last tile padded with its first
+        row."""
+        rows = []
+        with torch.no_grad():
+            for part in x.split(self.tile):
+                padding = part[:1].expand(self.tile - len(part), *part.shape[1:])
+                rows.append(self.logits(classifier, torch.cat([part, padding]) if len(padding) else part)[: len(part)])
+            return torch.cat(rows)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for ``provenance.json``; torch's version is among them, another one may compute other bits."""
+        return {**asdict(self), "torch": torch.__version__}
+
+
+def decide_execution(
+    device: str = "auto", precision: PrecisionChoice = "auto", tile: int = 256, deterministic: bool = True
+) -> Execution:
+    """The execution for this machine: cuda, else mps, else cpu; bfloat16 where the processor computes in it natively;
+    BatchNorm folded. Whether compiling pays is tried later (``forward.try_forwards``).
+
+    Raises: ConfigError when the device asked for is not there.
+    """
+    chosen = _best_device() if device == "auto" else _checked_device(device)
+    kind = torch.device(chosen).type
+    resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
+    layout = resolved == "bfloat16" or kind == "cuda"
+    return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True, deterministic=deterministic)
+
+
+@contextmanager
+def foreign_call(x: Tensor) -> Iterator[None]:
+    """Within the context, code of the classifier runs on images like ``x``: what it raises becomes a ModelError.
+
+    Errors of this library and a device out of memory pass as they are.
+    """
+    try:
+        yield
+    except RushError:
+        raise
+    except Exception as error:  # any code may run in there, and fail in any way
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            raise
+        given = f"{str(x.dtype).removeprefix('torch.')} images of shape {tuple(x.shape)} on {x.device}"
+        raise ModelError(
+            f"the classifier was given {given} and raised {one_line(error)}; it must accept such images"
+        ) from error
+
+
+@contextmanager
+def without_tf32(device: str) -> Iterator[None]:
+    """Within the context float32 is computed in float32, also on a CUDA device that may take TF32 for it."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    before = _tf32_is_allowed()
+    _allow_tf32(False, False)
+    try:
+        yield
+    finally:
+        _allow_tf32(*before)
+
+
+def device_of(module: nn.Module) -> str:
+    """Return where the first parameter of ``module`` is; the CPU without one."""
+    parameter = next(module.parameters(), None)
+    return "cpu" if parameter is None else str(parameter.device)
+
+
+@contextmanager
+def compiled(module: nn.Module, mode: TrainingCompile) -> Iterator[None]:
+    """Within the context the forward of ``module`` is compiled by torch, its hooks outside; "none" and "graph", which
+    captures the whole step, change nothing."""
+    if mode in ("none", "graph"):
+        yield
+        return
+    module.forward = torch.compile(module.forward, mode=mode)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def check_eval_mode(module: nn.Module) -> None:
+    """Raises ModelError when some layer of ``module`` is in training mode, where outputs depend on neighbours or
+    chance."""
+    training = [name or "(the module itself)" for name, layer in module.named_modules() if layer.training]
+    if training:
+        raise ModelError(
+            f"the classifier is in training mode (first such layer: {training[0]}, {len(training)} in all); "
+            "batch statistics and dropout make its logits depend on neighbours and chance: call classifier.eval() first"
+        )
+
+
+def _allow_tf32(products: bool, convolutions: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of torch announce another interface, which older ones lack
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _tf32_is_allowed() -> tuple[bool, bool]:
+    """Whether products and convolutions may take TF32."""
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # torch 2.9 and later, whose older interface cannot be read once the newer one was set
+        return products.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
+    return products.allow_tf32, cudnn.allow_tf32
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _checked_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {error}; use auto, cpu, cuda or mps") from error
+    return device
+
+
+def _native_bfloat16(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu":
+        return False
+    return any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

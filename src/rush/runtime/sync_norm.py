@@ -1,0 +1,173 @@
+"""BatchNorm over the global batch of several processes, on any device: torch's own SyncBatchNorm refuses the CPU.
+
+With n_r values per channel on rank r, local mean m_r and biased variance v_r, the moments of the global batch are
+    m = sum_r n_r m_r / n,    v = sum_r n_r (v_r + (m_r - m)^2) / n,    n = sum_r n_r
+(Chan, Golub and LeVeque 1983, the pairwise update of moments). They are gathered by ``distributed.gather``, one
+collective a layer and direction, whose gradient is that of the *sum* of the ranks' losses: once gradients are averaged
+over ranks, training on W shards is training on the whole batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rush.errors import InputError, ModelError
+from rush.runtime.distributed import gather, world_size
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """``module`` itself; with several processes its BatchNorm layers normalize by the global batch from now on.
+
+    Only training mode changes: evaluation mode is the plain one, without communication. The layers keep their
+    parameters, buffers, hooks and names; their type becomes a subclass of what it was. Output, gradients and running
+    statistics (the same bits on all ranks) are those of one process on the whole batch, up to rounding; moments are
+    taken in float32, or float64 for float64 inputs. Rows need not be equally many on all ranks for the moments to be
+    right, but a mean over ranks of local mean losses is the global mean only if they are. Every rank must run the same
+    training-mode forward and backward passes in the same order, or all wait for ever.
+
+    With one process nothing is changed. Idempotent.
+    Raises: ModelError when a layer is a BatchNorm of a type with a forward of its own, naming it.
+    """
+    if world_size() == 1:
+        return module
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, _Synchronised | nn.SyncBatchNorm):
+            layer.__class__ = _counterpart(name, layer)
+            layer.__module__ = nn.__name__  # by it torch.fx knows a layer that is one node, and can be folded
+    return module
+
+
+def desynchronised(module: nn.Module) -> nn.Module:
+    """``module`` itself, its BatchNorm layers of the plain types again, with the same tensors. Idempotent."""
+    plain_types: dict[type[nn.Module], type[nn.Module]] = {own: plain for plain, own in _COUNTERPARTS.items()}
+    for layer in module.modules():
+        if type(layer) in plain_types:
+            layer.__class__ = plain_types[type(layer)]
+            del layer.__module__
+    return module
+
+
+def _counterpart(name: str, layer: _BatchNorm) -> "type[_Synchronised]":
+    try:
+        return _COUNTERPARTS[type(layer)]
+    except KeyError:
+        raise ModelError(
+            f"layer {name!r} is a {type(layer).__name__}, whose statistics cannot be shared between processes; "
+            f"use one of {', '.join(f'nn.{plain.__name__}' for plain in _COUNTERPARTS)}, or one process"
+        ) from None
+
+
+class _Synchronised(_BatchNorm):
+    """What the synchronised layers add to the plain ones, in training mode with several processes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        if input.numel() == 0:
+            raise InputError(f"a batch of shape {tuple(input.shape)} has no mean; give every process at least one row")
+        mean, var, count = _combined(gather(_Moments.apply(input)))
+        if self.track_running_stats:
+            self._update(mean.detach(), var.detach() * count / (count - 1))
+        weight, bias = (None if own is None else own.to(mean.dtype) for own in (self.weight, self.bias))
+        return _Normalize.apply(input, mean, var, weight, bias, self.eps)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        """Running statistics as torch's BatchNorm keeps them, in place."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        share = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(mean.dtype)
+        self.running_mean.mul_(1 - share).add_(mean * share)
+        self.running_var.mul_(1 - share).add_(unbiased_var * share)
+
+
+class _Synchronised1d(_Synchronised, nn.BatchNorm1d):
+    pass
+
+
+class _Synchronised2d(_Synchronised, nn.BatchNorm2d):
+    pass
+
+
+class _Synchronised3d(_Synchronised, nn.BatchNorm3d):
+    pass
+
+
+_COUNTERPARTS: dict[type[_BatchNorm], type[_Synchronised]] = {
+    nn.BatchNorm1d: _Synchronised1d,
+    nn.BatchNorm2d: _Synchronised2d,
+    nn.BatchNorm3d: _Synchronised3d,
+}
+
+
+def _combined(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count of the union (each (C,)) of parts (W, 3, C) with these means, variances, counts.
+
+    The counts are data of the same message: no host synchronisation, and unequal shards are weighted as they should be.
+    """
+    means, variances, counts = parts.unbind(1)
+    counts = counts.detach()
+    total = counts.sum(0)
+    shares = counts / total
+    mean = (shares * means).sum(0)
+    return mean, (shares * (variances + (means - mean) ** 2)).sum(0), total
+
+
+class _Moments(torch.autograd.Function):
+    """Mean, biased variance and count per channel, (1, 3, C), of x (B, C, ...): float32, float64 if x is.
+
+    A function of its own so that a bfloat16 ``x`` is what is kept for the backward pass, not its float32 copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        unused = torch.ones(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        # BatchNorm's own reduction: on the CPU many times as fast as var_mean, and without a float32 copy of x. The
+        # running statistics that it wants to update say by their dtype in which one it works.
+        mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
+        ctx.count = x.numel() // x.shape[1]
+        ctx.save_for_backward(x, mean)
+        return torch.stack([mean, var, torch.full_like(mean, ctx.count)])[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """dm/dx = 1/n and dv/dx = 2 (x - m) / n, so dx = slope x + start: BatchNorm's pass with mean 0, variance 1."""
+        x, mean = ctx.saved_tensors
+        of_mean, of_var, _ = gradients[0][0] / ctx.count
+        slope, start = 2 * of_var, of_mean - 2 * of_var * mean
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        # The operator itself: torch 2.11's nn.functional.batch_norm refuses eps = 0 also outside training.
+        return torch.batch_norm(x, slope, start, zero, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+
+
+class _Normalize(torch.autograd.Function):
+    """weight (x - mean) / sqrt(var + eps) + bias by torch's own kernels, with gradients also of mean and var (C,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, var, weight)
+        ctx.eps = eps
+        return nn.functional.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """With scale s = 1 / sqrt(var + eps), dy/dmean = -w s and dy/dvar = -w s^2 xhat / 2; the sums over rows of dy
+        and of dy xhat are the gradients of bias and weight."""
+        x, mean, var, weight = ctx.saved_tensors
+        scale = (var + ctx.eps).rsqrt()
+        known = torch.ones_like(mean) if weight is None else weight
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], x, known, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        of_mean, of_var = -known * scale * of_bias, -0.5 * known * scale.square() * of_weight
+        needs_weight, needs_bias = ctx.needs_input_grad[3:5]
+        return of_x, of_mean, of_var, of_weight if needs_weight else None, of_bias if needs_bias else None, None

@@ -1,0 +1,151 @@
+"""Votes of a base classifier on noisy copies of images: the engine under certification, prediction and verdicts."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rush.choices import BLOCK
+from rush.errors import ModelError
+from rush.runtime.execution import Execution
+from rush.runtime.transfer import HostCopy
+from rush.smoothing.forward import Forward
+from rush.smoothing.inspection import SENTINEL_MOVED, Sentinel
+from rush.smoothing.noise import Gaussian
+
+_SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
+
+
+class Request(NamedTuple):
+    """One block of noise on one image: ``pixels`` (C, H, W) float32 and ``generator`` on the engine's device; the first
+    ``rows`` <= 100 copies vote."""
+
+    pixels: Tensor
+    generator: torch.Generator
+    rows: int = BLOCK
+
+
+class Voter:
+    """Counts votes in full tiles, whatever images and blocks come.
+
+    Noise is drawn by whole blocks, added in float32 and never clipped. A tile that a launch leaves unfinished is filled
+    by the next one, and padded only where votes in it are read before. Nothing waits for the device until votes are
+    read, and memory does not grow with the number of requests.
+
+    The last row of a tile of 16 rows or more does not vote: it holds one and the same noisy image throughout, whose
+    logits show in every tile whether the forward still looks at one image alone.
+    """
+
+    def __init__(self, forward: Forward, noise: Gaussian, num_classes: int, execution: Execution) -> None:
+        self._forward, self._noise, self._num_classes = forward, noise, num_classes
+        self._execution, self._device = execution, execution.device
+        self._rows = execution.tile - 1 if execution.tile >= _SENTINEL_TILE else execution.tile  # that vote
+        self._sentinel: Sentinel | None = None
+        self._tile = self._block = torch.empty(0)
+        self._places = torch.empty(0, dtype=torch.int64)
+        self._filled = 0
+        self._owners: list[tuple[PendingVotes, int]] = []  # launches in the tile, each with its first row
+
+    def launch(self, requests: Iterable[Request], count: int) -> "PendingVotes":
+        """Begin to count the votes of ``count`` requests; each advances its generator by one block.
+
+        Raises: ModelError like ``Forward``.
+        """
+        pending = PendingVotes(self, count, self._num_classes, self._device)
+        for slot, request in enumerate(requests):
+            rows = self._noisy(request)[: request.rows]
+            pending.waiting += len(rows)
+            while len(rows):
+                taken = min(len(rows), self._rows - self._filled)
+                if not self._owners or self._owners[-1][0] is not pending:
+                    self._owners.append((pending, self._filled))
+                self._tile[self._filled : self._filled + taken] = rows[:taken]
+                self._places[self._filled : self._filled + taken] = slot * self._num_classes
+                self._filled, rows = self._filled + taken, rows[taken:]
+                if self._filled == self._rows:
+                    self._count()
+        pending.close()
+        return pending
+
+    def flush(self) -> None:
+        """Count the unfinished tile, padded with its first row."""
+        if self._filled:
+            self._tile[self._filled : self._rows] = self._tile[0].clone()
+            self._count()
+
+    def _noisy(self, request: Request) -> Tensor:
+        shape = request.pixels.shape
+        if self._block.shape[1:] != shape:
+            self.flush()
+            self._block = torch.empty(BLOCK, *shape, device=self._device)
+            self._tile = torch.empty(self._execution.tile, *shape, device=self._device)
+            self._places = torch.empty(self._rows, dtype=torch.int64, device=self._device)
+            self._sentinel = None
+        return self._noise.fill(self._block, request.generator).add_(request.pixels)
+
+    def _count(self) -> None:
+        """Give each launch in the tile the votes of its rows."""
+        filled, owners = self._filled, self._owners
+        self._filled, self._owners = 0, []  # also where the forward fails: what it refused is not tried again
+        logits = self._classified()
+        unmoved = self._sentinel.unmoved(logits) if self._sentinel else None
+        voting = logits[: self._rows]
+        voted, finite = self._places + voting.argmax(1), voting.isfinite().all(1)
+        ends = [first for _, first in owners[1:]] + [filled]
+        for (pending, first), last in zip(owners, ends, strict=True):
+            pending.add(voted[first:last], finite[first:last], unmoved)
+
+    def _classified(self) -> Tensor:
+        """Return the logits of the tile; the first tile of a shape gives the sentinel."""
+        if self._rows == self._execution.tile or self._sentinel is not None:
+            return self._forward(self._tile)
+        self._tile[-1] = self._tile[0]
+        logits = self._forward(self._tile)
+        self._sentinel = Sentinel(logits, self._execution.precision)
+        return logits
+
+
+class PendingVotes:
+    """Votes of one launch that the device may still be counting, or whose last rows wait for a full tile."""
+
+    def __init__(self, voter: Voter, count: int, num_classes: int, device: str) -> None:
+        self.waiting = 0  # rows that are not counted yet
+        self._voter, self._shape, self._closed = voter, (count, num_classes), False
+        self._votes = torch.zeros(count * num_classes, dtype=torch.int64, device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._unmoved = torch.ones((), dtype=torch.bool, device=device)
+        self._copies: HostCopy | None = None
+
+    def add(self, places: Tensor, finite: Tensor, unmoved: Tensor | None) -> None:
+        """Count one vote at each of ``places`` (rows,), request x K + class, if ``finite`` (rows,) holds everywhere and
+        the tile's sentinel, where it has one, is ``unmoved``."""
+        self._votes.index_add_(0, places, torch.ones_like(places))
+        self._finite &= finite.all()
+        if unmoved is not None:
+            self._unmoved &= unmoved
+        self.waiting -= len(places)
+        self._fetch_if_complete()
+
+    def close(self) -> None:
+        """No more rows will come."""
+        self._closed = True
+        self._fetch_if_complete()
+
+    def result(self) -> Tensor:
+        """int64 (count, K) on the CPU; waits for the device. Raises: ModelError where logits were not finite or the
+        sentinel's were not what they had been."""
+        if self.waiting:
+            self._voter.flush()
+        assert self._copies is not None
+        votes, finite, unmoved = self._copies.read()
+        if not bool(finite):
+            raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
+        if not bool(unmoved):
+            raise ModelError(SENTINEL_MOVED)
+        return votes.view(self._shape)
+
+    def _fetch_if_complete(self) -> None:
+        """Copy behind the work just queued, not behind what is queued later."""
+        if self._closed and self.waiting == 0:
+            self._copies = HostCopy(self._votes, self._finite, self._unmoved)

@@ -1,0 +1,257 @@
+"""Trainings by the clock: a trial measures what the parts of a training take, and the number of epochs follows."""
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import astuple, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from rush.data.batches import Batch
+from rush.errors import ConfigError
+from rush.runtime.distributed import gather_objects
+from rush.training.checkpoint import LONG_SAVING, SAVING_SHARE
+
+WARMUP_STEPS = 4  # compilation, and the capture of a CUDA graph, end before the last of them
+RESERVE = 0.05  # share of the minutes for what a trial does not see: a processor that slows down, other programs
+_FEWEST, _MOST = 3, 50  # timed steps of a kind
+_SHARE = 0.02  # of the minutes for the timed steps of a kind where the fewest take less
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that the parts of a training take.
+
+    step: one step. head_step: one step of the first ``head_epochs``. opening: until an epoch's first batch is there.
+    saving: one checkpoint. monitoring: one measurement of the live figures.
+    """
+
+    step: float
+    head_step: float = 0.0
+    opening: float = 0.0
+    saving: float = 0.0
+    monitoring: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training of ``minutes``, as far as its number of epochs depends on it.
+
+    name: of the recipe's section, for errors. per_epoch: steps per epoch. head_epochs: the first epochs whose steps do
+    other work than the later ones. warmup_epochs: of the learning rate. monitor_epochs: the number of epochs
+    between live figures, which also come after the last one.
+    """
+
+    name: str
+    minutes: float
+    per_epoch: int
+    head_epochs: int = 0
+    warmup_epochs: float = 0.0
+    monitor_epochs: int = 1
+
+    def seconds(self, epochs: int, times: Times) -> float:
+        """Return the seconds of the first ``epochs`` epochs: steps, first batches, checkpoints and live figures."""
+        head = min(epochs, self.head_epochs)
+        steps = self.per_epoch * (head * times.head_step + (epochs - head) * times.step)
+        figures = math.ceil(epochs / self.monitor_epochs)
+        trained = steps + epochs * times.opening + figures * times.monitoring
+        saved = epochs * times.saving
+        if times.saving > LONG_SAVING:  # then not every epoch ends with a checkpoint
+            saved = min(saved, (1 + trained * SAVING_SHARE // times.saving) * times.saving)
+        return trained + saved
+
+    def fit(self, times: Times, spent: float = 0.0) -> "Budget":
+        """Return the largest number of epochs that ends within the minutes, less ``RESERVE`` of them.
+
+        Args:
+            times: what the parts of the training take.
+            spent: seconds that are gone.
+
+        Raises:
+            ConfigError: if there is no time for one epoch, or for more epochs than ``head_epochs`` and
+                ``warmup_epochs``; the text says how many minutes one epoch takes.
+        """
+        left = 60 * self.minutes * (1 - RESERVE) - spent
+        shortest = self.per_epoch * min(times.step, times.head_step or times.step)
+        most = max(0, math.floor(left / max(1e-9, shortest)))
+        epochs = bisect_right(range(1, most + 1), left, key=lambda number: self.seconds(number, times))
+        budget = Budget(self, times, spent, epochs)
+        if epochs < 1:
+            raise ConfigError(
+                f"{self.name}.minutes = {self.minutes:g} is too little: one epoch takes {budget.epoch_minutes:.3g} "
+                f"minutes here ({self.per_epoch:,} steps of {times.head_step or times.step:.3g} s, and its end) and "
+                f"the trial that showed it took {spent / 60:.3g}; give at least {budget.needed(1)} minutes"
+            )
+        budget.require("head_epochs", self.head_epochs, self.head_epochs + 1)
+        budget.require("warmup_epochs", self.warmup_epochs, math.floor(self.warmup_epochs) + 1)
+        return budget
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The number of epochs that end within the minutes of a plan, and what it follows from.
+
+    spent: seconds of the trial and of what came before it in the same call.
+    """
+
+    plan: Plan
+    times: Times
+    spent: float
+    epochs: int
+
+    @property
+    def epoch_minutes(self) -> float:
+        """Minutes of the first epoch."""
+        return self.plan.seconds(1, self.times) / 60
+
+    def require(self, field: str, value: float, least: int) -> None:
+        """Raise ConfigError where fewer than ``least`` epochs fit, the fewest that ``field`` = ``value`` allows."""
+        if self.epochs >= least:
+            return
+        name = self.plan.name
+        raise ConfigError(
+            f"{name}.{field} = {value:g} needs at least {least} epochs, and {self.epochs} end within {name}.minutes = "
+            f"{self.plan.minutes:g} here (the first takes {self.epoch_minutes:.3g} minutes); lower {name}.{field}, or "
+            f"give at least {name}.minutes = {self.needed(least)}"
+        )
+
+    def require_ramps(self, ramps: Mapping[str, float]) -> None:
+        """Raise ConfigError where something rises for more epochs than fit; ``ramps`` are these numbers by field."""
+        for field, epochs in ramps.items():
+            self.require(field, epochs, math.ceil(epochs))
+
+    def needed(self, epochs: int) -> str:
+        """Return the minutes, rounded up, within which this number of epochs would have ended."""
+        minutes = (self.spent + self.plan.seconds(epochs, self.times)) / (1 - RESERVE) / 60
+        unit = 10.0 ** (math.floor(math.log10(max(minutes, 1e-9))) - 1)
+        return f"{math.ceil(minutes / unit) * unit:.3g}"
+
+    def figures(self) -> dict[str, Any]:
+        """Return plain values for log and record."""
+        return {
+            "minutes": self.plan.minutes,
+            "epochs": self.epochs,
+            "seconds_per_step": self.times.step,
+            "seconds_per_epoch": self.plan.seconds(self.epochs, self.times) / self.epochs,
+            "trial_seconds": self.spent,
+        }
+
+
+def clock(device: str) -> float:
+    """Return the seconds of a steady clock when everything that was given to ``device`` is done."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def slowest(seconds: float) -> float:
+    """Return the most seconds of all processes, the same number in each."""
+    return max(gather_objects(seconds))
+
+
+def measure(
+    plan: Plan,
+    step: Callable[[int, Batch], object],
+    batches: Callable[[], Iterator[Batch]],
+    *,
+    save: Callable[[], object],
+    monitor: Callable[[], object],
+    device: str,
+) -> Times:
+    """Return what the parts of a training take, in the slowest process; all processes must call it.
+
+    Each kind of step is timed by itself, after ``WARMUP_STEPS`` that are not: the first of the training and, behind
+    ``plan.head_epochs``, the first of the others. Checkpoint and live figures are timed once, and again where the first
+    time was short: much of it may have gone into imports.
+
+    Args:
+        plan: the training.
+        step: the training's step of this number on this batch.
+        batches: the batches of an epoch.
+        save: saves a checkpoint, where this process does that.
+        monitor: measures the live figures, where this process does that.
+        device: where the steps are computed.
+    """
+    source = _Source(batches, device)
+    with closing(source.batches()) as taken:
+
+        def seconds_of(start: int, count: int) -> float:
+            """Of so many steps from that of number ``start`` on, without the openings of epochs."""
+            began, opened = clock(device), source.opened
+            for number, batch in enumerate(islice(taken, count)):
+                step(start + number % plan.per_epoch, batch)
+            return clock(device) - began - (source.opened - opened)
+
+        head_step = _seconds_per_step(partial(seconds_of, 0), plan) if plan.head_epochs else 0.0
+        full_step = _seconds_per_step(partial(seconds_of, plan.head_epochs * plan.per_epoch), plan)
+    saved, monitored = (_seconds(part, plan, device) for part in (save, monitor))
+    own = Times(full_step, head_step, source.opened / source.epochs, saved, monitored)
+    return Times(*map(max, zip(*gather_objects(astuple(own)), strict=True)))
+
+
+@contextmanager
+def put_back(module: nn.Module) -> Iterator[None]:
+    """After the context ``module`` has the values, and asks for the gradients, that it had before, in place."""
+    values = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
+    asked = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in _tensors(module).items():
+                tensor.copy_(values[name])
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(asked[name])
+        module.zero_grad(set_to_none=True)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+class _Source:
+    """The batches of one epoch after the other. opened: seconds that went by until the first ones were there."""
+
+    def __init__(self, batches: Callable[[], Iterator[Batch]], device: str) -> None:
+        self._batches, self._device = batches, device
+        self.opened, self.epochs = 0.0, 0
+
+    def batches(self) -> Generator[Batch, None, None]:
+        while True:
+            began = clock(self._device)
+            epoch = self._batches()
+            first = next(epoch)
+            self.opened += clock(self._device) - began
+            self.epochs += 1
+            yield first
+            yield from epoch
+
+
+def _seconds_per_step(seconds_of: Callable[[int], float], plan: Plan) -> float:
+    """Seconds of a step after the warm-up; of the last of the warm-up alone where not even its epoch would fit."""
+    seconds_of(WARMUP_STEPS - 1)
+    rough = max(1e-9, slowest(seconds_of(1)))  # every process must take the same number of steps
+    if rough * plan.per_epoch > 60 * plan.minutes:
+        return rough
+    count = min(_MOST, max(_FEWEST, int(_SHARE * 60 * plan.minutes / rough)))
+    return seconds_of(count) / count
+
+
+def _seconds(part: Callable[[], object], plan: Plan, device: str) -> float:
+    """Seconds of ``part``, where they are few those of a second time."""
+    for _ in range(2):
+        began = clock(device)
+        part()
+        seconds = clock(device) - began
+        if seconds > RESERVE * 60 * plan.minutes:
+            break
+    return seconds

@@ -1,0 +1,113 @@
+"""Checkpoints of a training: one file that is whole or not there, with a checksum, and the one before it."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rush.errors import CheckpointError, WriteError
+from rush.runtime.files import write_atomically
+
+LONG_SAVING = 0.2  # seconds; what is written sooner is written at the end of every epoch
+SAVING_SHARE = 0.05  # of the time, at most, for checkpoints at the ends of epochs that take longer to write
+_OPENING = b"rush checkpoint 2\n"
+_DIGEST_CHARACTERS = 64
+
+
+class TrainingCheckpoint:
+    """The resumable state of one training in ``path``: a line that says what it is, a SHA-256, and tensors.
+
+    Random streams are named by epoch and step and need no saving. The state is read with ``weights_only=True``: nothing
+    in it runs. ``previous`` is the checkpoint before the newest, kept in case the disk loses the newest.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+
+    @property
+    def previous(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the newest checkpoint by ``state``; it becomes ``previous``.
+
+        Raises: CheckpointError when the file cannot be written; the newest one is then as it was.
+        """
+        buffer = io.BytesIO()
+        torch.save({"fingerprint": self.fingerprint, **state}, buffer)
+        content = buffer.getbuffer()
+        opening = _OPENING + hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+        def write(target: Path) -> None:
+            with open(target, "wb") as file:
+                file.write(opening)
+                file.write(content)
+            self._keep_newest()
+
+        try:
+            write_atomically(self.path, write)
+        except WriteError as error:
+            kept = "; the last one is kept" if self.path.exists() else ""
+            raise CheckpointError(
+                f"checkpoint {self.path} cannot be written: {error.reason}{kept}. "
+                "Free or allow space there; the same command then goes on from the last checkpoint"
+            ) from error
+
+    def rehearse(self, state: dict[str, Any]) -> None:
+        """Write ``state`` to a file of its own and delete it: to see what ``save`` costs.
+
+        Raises: CheckpointError when the file cannot be written.
+        """
+        rehearsal = TrainingCheckpoint(self.path.with_name(f"{self.path.stem}.rehearsal.pt"), self.fingerprint)
+        rehearsal.save(state)
+        rehearsal.path.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, on the CPU; None when nothing was saved yet.
+
+        Raises: CheckpointError when the file is damaged or belongs to another recipe.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(io.BytesIO(_checked(self.path.read_bytes())), weights_only=True, map_location="cpu")
+            fingerprint = state.pop("fingerprint")
+        except Exception as error:
+            raise self.unreadable(error) from error
+        if fingerprint != self.fingerprint:
+            raise CheckpointError(
+                f"checkpoint {self.path} belongs to another recipe; use another --out folder or delete it"
+            )
+        return dict(state)
+
+    def unreadable(self, error: Exception) -> CheckpointError:
+        """What to say where the content does not fit."""
+        # torch's own text is left out: it advises to switch off weights_only, which would run what is in the file.
+        earlier = f" or move {self.previous.name} to its place to go on from there" if self.previous.exists() else ""
+        return CheckpointError(
+            f"checkpoint {self.path} cannot be read ({type(error).__name__}); "
+            f"delete it to start this stage again{earlier}"
+        )
+
+    def _keep_newest(self) -> None:
+        """The newest file under the name ``previous`` too; a link, so that ``path`` is there all the time."""
+        if not self.path.exists():
+            return
+        self.previous.unlink(missing_ok=True)
+        try:
+            os.link(self.path, self.previous)
+        except OSError:  # a file system without links keeps the newest alone
+            return
+
+
+def _checked(content: bytes) -> bytes:
+    """What follows the opening of a checkpoint; ValueError unless its checksum is right."""
+    start = len(_OPENING) + _DIGEST_CHARACTERS + 1
+    digest = content[len(_OPENING) : start - 1]
+    if not content.startswith(_OPENING) or hashlib.sha256(content[start:]).hexdigest().encode() != digest:
+        raise ValueError("checksum")
+    return content[start:]

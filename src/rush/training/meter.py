@@ -1,0 +1,134 @@
+"""What a training costs, in the currency in which methods are compared: passes through the network."""
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rush.runtime.distributed import world_size
+
+_RAPL = Path("/sys/class/powercap")
+
+
+@dataclass
+class Cost:
+    """Running totals. passes: images forward and backward, in all processes; forward_passes: images forward alone;
+    seconds: wall clock; joules: of this process's processor or accelerator, None where the device does not tell."""
+
+    passes: int = 0
+    forward_passes: int = 0
+    seconds: float = 0.0
+    joules: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def minus(self, earlier: "Cost") -> "Cost":
+        """What came after ``earlier``; joules None unless both tell."""
+        joules = None if self.joules is None or earlier.joules is None else self.joules - earlier.joules
+        return Cost(
+            self.passes - earlier.passes,
+            self.forward_passes - earlier.forward_passes,
+            self.seconds - earlier.seconds,
+            joules,
+        )
+
+
+class Meter:
+    """Counts what ``networks`` are asked within ``running``: every row that goes forward, by whether it can go back.
+
+    A row counts as forward and backward when gradients are on and either the input or a weight asks for one. A backward
+    pass to the input alone costs less than one to the weights too and counts the same. Rows of other processes, which
+    are as many, are counted with these. No waiting for the device. ``cost`` may be set to what an earlier attempt had
+    counted.
+    """
+
+    def __init__(self, *networks: nn.Module, device: str = "cpu") -> None:
+        self._networks, self._device = networks, device
+        self._read_energy = _energy_reader(device)
+        self._since, self._energy = time.perf_counter(), 0.0
+        self.cost = Cost(joules=0.0 if self._read_energy else None)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        handles = [network.register_forward_pre_hook(self._count) for network in self._networks]
+        self.restart(self.cost)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def restart(self, cost: Cost) -> None:
+        """Count on from ``cost``: passes, time, energy and the accelerator's peak of memory up to now are forgotten."""
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._since, self._energy = time.perf_counter(), self._read_energy() if self._read_energy else 0.0
+        self.cost = cost
+
+    def read(self) -> Cost:
+        """The totals up to now; time and energy of this attempt are added to ``cost``."""
+        now = time.perf_counter()
+        self.cost.seconds += now - self._since
+        self._since = now
+        if self._read_energy and self.cost.joules is not None:
+            energy = self._read_energy()
+            self.cost.joules += max(0.0, energy - self._energy)  # the processor's counter starts again at times
+            self._energy = energy
+        return Cost(**self.cost.as_dict())
+
+    def _count(self, network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0]
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in network.parameters())):
+            self.cost.passes += len(x) * world_size()
+        else:
+            self.cost.forward_passes += len(x) * world_size()
+
+
+def peak_memory(device: str) -> int | None:
+    """Most bytes held so far: on the accelerator, or resident in this process; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def _energy_reader(device: str) -> Callable[[], float] | None:
+    """A function that tells the joules used so far by the device, from an arbitrary start; None where it cannot."""
+    return _accelerator_energy(device) if torch.device(device).type == "cuda" else _processor_energy()
+
+
+def _accelerator_energy(device: str) -> Callable[[], float] | None:
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid  # numbers differ where some devices are hidden
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # no package, no driver, or a device without the counter
+        return None
+    return lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+
+
+def _processor_energy() -> Callable[[], float] | None:
+    """Sum of the package counters (Intel and AMD RAPL), where they may be read."""
+    counters = [zone / "energy_uj" for zone in sorted(_RAPL.glob("intel-rapl:?"))]
+
+    def read() -> float:
+        return sum(int(counter.read_text()) for counter in counters) / 1e6
+
+    try:
+        return read if counters and read() >= 0 else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,136 @@
+"""What a frozen encoder knows: nearest-neighbour and linear accuracy of its representations, clean and under noise."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rush.data.images import ImageSet
+from rush.runtime.execution import Execution, without_tf32
+from rush.runtime.randomness import stream
+from rush.smoothing.noise import Gaussian
+
+
+def representations(
+    images: ImageSet,
+    represent: nn.Module,
+    execution: Execution,
+    noise: Gaussian | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Representations (N, D) float32 of all images by ``represent``, a module from [0, 1] pixels in evaluation mode.
+
+    noise: one draw of it from ``generator``, on the device, is added to every image.
+    """
+    parts = []
+    for start in range(0, len(images), execution.tile):
+        x = images.pixels(slice(start, start + execution.tile), execution.device)
+        if noise is not None and generator is not None:
+            x = x + noise.sample(x.shape, generator)
+        parts.append(execution.tiled_logits(represent, x))
+    return torch.cat(parts)
+
+
+def knn_correct(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, neighbours: int, temperature: float = 0.1
+) -> int:
+    """Number of ``queries`` (M, D) whose weighted nearest-neighbour vote over ``bank`` (N, D) gives their label.
+
+    The ``neighbours`` of largest cosine similarity s vote with weight exp(s / temperature) (Wu et al. 2018, section
+    3.4).
+    """
+    bank, num_classes = F.normalize(bank, dim=1), int(bank_labels.max()) + 1
+    correct = 0
+    for part, truth in zip(F.normalize(queries, dim=1).split(1000), labels.split(1000), strict=True):
+        similarity, index = (part @ bank.T).topk(min(neighbours, len(bank)), dim=1)
+        votes = torch.zeros(len(part), num_classes, device=part.device)
+        votes.scatter_add_(1, bank_labels[index], (similarity / temperature).exp())
+        correct += int((votes.argmax(1) == truth).sum())
+    return correct
+
+
+def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return weight (K, D) and bias (K,) of a logistic regression on the standardised ``bank`` (N, D), folded so that
+    they take representations as they are.
+
+    Minimizes the summed cross-entropy plus half the squared norm of the weights on standardised representations, the
+    default of scikit-learn's ``LogisticRegression``, by L-BFGS (Liu and Nocedal 1989) in float32 on the bank's device.
+    A thermometer, not the best probe there is.
+
+    Args:
+        bank: representations (N, D) float32.
+        bank_labels: int64 (N,) in 0..K-1, on the same device.
+        num_classes: K.
+
+    Cost:
+        At most 200 steps of a few passes over the bank each.
+    """
+    mean, std = bank.mean(0), bank.std(0).clamp(min=1e-6)
+    x = (bank - mean) / std
+    weight = torch.zeros(num_classes, bank.shape[1], device=bank.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=bank.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(x, weight, bias), bank_labels) + weight.square().sum() / (2 * len(x))
+        value.backward()
+        return value
+
+    with without_tf32(str(bank.device)):
+        optimizer.step(loss)
+        folded = weight.detach() / std
+        return folded, bias.detach() - folded @ mean
+
+
+def linear_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> int:
+    """Return the number of ``queries`` (M, D) whose label ``linear_probe`` of the ``bank`` (N, D) gives."""
+    weight, bias = linear_probe(bank, bank_labels, int(max(bank_labels.max(), labels.max())) + 1)
+    return int((F.linear(queries, weight, bias).argmax(1) == labels).sum())
+
+
+def encoder_figures(
+    represent: nn.Module,
+    bank: ImageSet,
+    held_out: ImageSet,
+    noise: Gaussian | None,
+    execution: Execution,
+    *,
+    neighbours: int,
+    seed: int,
+) -> dict[str, float]:
+    """Accuracy on ``held_out`` by nearest neighbours in ``bank`` and by a linear probe on it: "knn" and "linear", and
+    "knn_noisy" and "linear_noisy" where one draw of ``noise`` lies on every image of both sets."""
+    assert bank.labels is not None
+    assert held_out.labels is not None
+    figures = {}
+    for suffix, added in (("", None), ("_noisy", noise)):
+        if suffix and noise is None:
+            break
+        generators = [stream(seed, "probe", part, device=execution.device) for part in ("bank", "held out")]
+        known, asked = (
+            representations(images, represent, execution, added, generator)
+            for images, generator in zip((bank, held_out), generators, strict=True)
+        )
+        labels, truth = bank.labels.to(known.device), held_out.labels.to(known.device)
+        figures[f"knn{suffix}"] = knn_correct(known, labels, asked, truth, neighbours) / len(held_out)
+        figures[f"linear{suffix}"] = linear_correct(known, labels, asked, truth) / len(held_out)
+    return figures
+
+
+def classifier_figures(
+    classifier: nn.Module, held_out: ImageSet, noise: Gaussian | None, execution: Execution, seed: int
+) -> dict[str, float]:
+    """Accuracy of the classifier on ``held_out``, "accuracy", and with one draw of ``noise`` on each image,
+    "accuracy_noisy"."""
+    assert held_out.labels is not None
+    figures = {}
+    for suffix, added in (("", None), ("_noisy", noise)):
+        if suffix and noise is None:
+            break
+        generator = stream(seed, "probe", "held out", device=execution.device)
+        logits = representations(held_out, classifier, execution, added, generator)
+        correct = logits.argmax(1) == held_out.labels.to(logits.device)
+        figures[f"accuracy{suffix}"] = float(correct.double().mean())
+    return figures
