@@ -211,5 +211,5 @@ def test_predict_on_the_command_line_names_the_least_number(call: Call, tiny_run
     file = tmp_path / "0.png"
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(file)
     text = refusal(call("predict", tiny_run, file, "--num-samples", 10))
-    assert "num_samples = 10 can answer nothing at alpha = 0.001" in text
+    assert "num_samples = 10 cannot decide at alpha = 0.001" in text
     assert text.endswith("the two-sided test needs at least 11")
