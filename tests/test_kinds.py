@@ -22,9 +22,9 @@ from rush.errors import ConfigError, DataError, InputError, ModelError
 from rush.evaluation.attack import verdict
 from rush.models.classifier import Normalize
 from rush.models.storage import load
-from rush.pipeline.stages import check_run, run_stage
 from rush.pipeline import context as conditions
 from rush.pipeline import train as training
+from rush.pipeline.stages import check_run, run_stage
 from rush.records.folder import RunFolder
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream

@@ -93,7 +93,7 @@ def test_the_fewest_votes_of_a_sequential_rule_are_those_of_trying(bound: str, l
 
 
 def test_a_sigma_with_which_no_radius_is_ever_certified_is_refused() -> None:
-    with pytest.raises(InputError, match="no number of votes does: give a larger sigma"):
+    with pytest.raises(InputError, match="no number of votes suffices: give a larger sigma"):
         rush.certify(rush.SmoothedClassifier(square_half_space(), 1e-9, 2), (X, Y), num_estimation=100)
 
 
