@@ -1,4 +1,4 @@
-"""What recipes would cost on this machine: some steps of each training are measured, the rest is multiplication."""
+"""The cost of training by a recipe on this machine, extrapolated from a few measured steps of each stage."""
 
 import json
 import multiprocessing
@@ -30,9 +30,9 @@ from rush.training.budget import Plan, Times
 from rush.training.loop import Schedule
 
 STEPS = 4
-COST_HEADER = ("recipe", "network", "objectives", "passes an image", "steps", "s a step", "hours", "to the first")
+COST_HEADER = ("recipe", "network", "objectives", "passes per image", "steps", "s per step", "hours", "vs. first")
 STAGE_HEADER = (
-    "recipe", "stage", "images", "passes an image", "epochs", "steps", "s a step", "images/s", "time",
+    "recipe", "stage", "images", "passes per image", "epochs", "steps", "s per step", "images/s", "time",
     "peak memory", "energy",
 )  # fmt: skip
 _NO_STEP = 1e-9  # learning rate of a trial: random images teach nothing, and a step costs the same
@@ -40,7 +40,7 @@ _NO_STEP = 1e-9  # learning rate of a trial: random images teach nothing, and a 
 
 @dataclass(frozen=True)
 class DataSize:
-    """What the cost of training depends on: shape (C, H, W), classes, and how many images each training draws from."""
+    """The data that the cost of training depends on: shape (C, H, W), classes and images of each training stage."""
 
     shape: tuple[int, int, int]
     num_classes: int
@@ -50,9 +50,16 @@ class DataSize:
 
 @dataclass(frozen=True)
 class StageCost:
-    """A whole training, extrapolated. passes: images forward and backward; forward_passes: forward alone; seconds,
-    joules: of all steps, joules None where the device does not tell; peak_memory: bytes, the images included. epochs:
-    the recipe's, or as many as end within its minutes."""
+    """The extrapolated cost of a whole training stage.
+
+    Attributes:
+        passes: Images that pass forward and backward.
+        forward_passes: Images that only pass forward.
+        seconds: Time of all steps.
+        peak_memory: Bytes, including the training images.
+        joules: Energy of all steps; None if the device does not report it.
+        epochs: Those of the recipe, or as many as fit into its minutes.
+    """
 
     stage: Stage
     objective: str
@@ -81,8 +88,10 @@ class StageCost:
 
 @dataclass(frozen=True)
 class RecipeCost:
-    """All trainings of a recipe, extrapolated from ``measured_steps`` of each, on the machine that ``conditions``
-    name."""
+    """The cost of all training stages of a recipe, extrapolated from ``measured_steps`` of each.
+
+    ``conditions`` describes the machine.
+    """
 
     recipe: str
     network: str
@@ -96,7 +105,7 @@ class RecipeCost:
 
     @property
     def images(self) -> int:
-        """The images of the training that draws from most: those by which passes of all trainings are counted."""
+        """The images of the stage that draws from most; passes of all stages are counted per image of these."""
         return max(stage.images for stage in self.stages)
 
     @property
@@ -147,7 +156,7 @@ def data_size(recipe: Recipe) -> DataSize:
 
 
 def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
-    """The cost of the recipe's trainings on this machine, from ``steps`` steps of each on random 8-bit images, by the
+    """Measure the cost of the recipe's training stages by ``steps`` steps of each on random 8-bit images, by the
     same functions, precision and device as in a run.
 
     As many steps before them, which warm up and compile, are not counted; neither is what a run does between the steps:
@@ -173,16 +182,16 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
 
 
 def measure_each(recipes: Iterable[Recipe], steps: int = STEPS) -> Iterator[RecipeCost]:
-    """``measure`` of one recipe after the other, each in a fresh process, so that the peak of its memory is its own.
+    """Measure one recipe after another, each in a new process, so that its peak memory is its own.
 
-    Raises: as ``measure``; RushError where a process ends without an answer, as it does for want of memory.
+    Raises: as ``measure``; RushError where a process ends without an answer, e.g. because it ran out of memory.
     """
     for recipe in recipes:
         yield _measure_apart(recipe, steps)
 
 
 def conditions_text(execution: Execution) -> str:
-    """The machine as the trainings use it: device, precision and threads."""
+    """Return the device, precision, threads and torch version that training uses."""
     kind = torch.device(execution.device).type
     name = torch.cuda.get_device_name(execution.device) if kind == "cuda" else str(machine()["processor"])
     threads = f"{execution.threads} thread{'s' if execution.threads != 1 else ''}"
@@ -190,7 +199,7 @@ def conditions_text(execution: Execution) -> str:
 
 
 def cost_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
-    """The rows below ``COST_HEADER``: one a recipe, times also as multiples of the first, and the sum of several."""
+    """Return a row under ``COST_HEADER`` per recipe, with its time relative to the first, and the sum of several."""
     rows: list[tuple[str, ...]] = [
         (
             cost.recipe,
@@ -210,7 +219,7 @@ def cost_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
 
 
 def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
-    """The rows below ``STAGE_HEADER``: one a training."""
+    """Return a row under ``STAGE_HEADER`` per training stage."""
     return [
         (
             cost.recipe,
@@ -231,7 +240,7 @@ def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
 
 
 def write_costs(path: Path, costs: Sequence[RecipeCost]) -> None:
-    """Write all figures to ``path`` as JSON; ``extrapolated`` is true beside each of them."""
+    """Write all figures to ``path`` as JSON, each marked as ``extrapolated``."""
     told = [
         {
             **{key: value for key, value in asdict(cost).items() if key != "stages"},
@@ -256,7 +265,7 @@ def write_costs(path: Path, costs: Sequence[RecipeCost]) -> None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Short trainings of a recipe on random images: every phase lasts two epochs, of which the second counts."""
+    """Short training stages of a recipe on random images; every phase lasts two epochs, and the second is measured."""
 
     recipe: Recipe
     size: DataSize
@@ -368,7 +377,7 @@ class _Trial:
 
 
 class _Epochs:
-    """Keeps the epochs that a training logs."""
+    """A log that keeps the epochs of a training stage."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -423,7 +432,7 @@ def _measure_apart(recipe: Recipe, steps: int) -> RecipeCost:
         child.join()
         raise RushError(
             f"{recipe.name}: the process that measured it ended without an answer (exit status {child.exitcode}), most "
-            "likely for want of memory; lower batch_size, or set pretrain.micro_batch"
+            "likely because it ran out of memory; lower batch_size, or set pretrain.micro_batch"
         ) from None
     child.join()
     if isinstance(answer, RushError):
@@ -433,7 +442,7 @@ def _measure_apart(recipe: Recipe, steps: int) -> RecipeCost:
 
 
 def _answer(sender: Connection, recipe: str, steps: int, threads: int) -> None:
-    """Measure in this process and send the cost, or the error that the user is to see."""
+    """Measure in this process and send the cost, or the error to show the user."""
     torch.set_num_threads(threads)
     try:
         sender.send(measure(Recipe.model_validate_json(recipe), steps))
