@@ -23,6 +23,7 @@ from PIL import Image
 
 from commands import Call, refusal
 from rush.choices import STAGES
+from rush.commands.app import COMMANDS
 from rush.data.sources import load_images
 from rush.models.storage import load
 from rush.records.folder import RunFolder
@@ -54,8 +55,7 @@ main()
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--help",),
-        ("run", "--help"),
+        *[(command, "--help") for command in ("", *COMMANDS)],
         ("--version",),
         ("recipes",),
         ("run", "digit"),
@@ -65,15 +65,29 @@ main()
     ids=" ".join,
 )
 def test_help_and_refused_recipes_do_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
-    modules = modules_after(*arguments)
+    modules = modules_after(*filter(None, arguments))
     assert "rush.commands.app" in modules
-    assert "torch" not in modules
+    assert not {"torch", "numpy", "scipy"} & modules
 
 
 def test_help_names_every_command_of_the_flow() -> None:
-    told = rush("--help").stdout
-    for command in ("run", "pretrain", "finetune", "certify", "attack", "report", "predict", "recipes", "info"):
-        assert f"{command} " in told
+    lines = [line.strip("│ ").split() for line in rush("--help").stdout.splitlines()]
+    for command in ("run", *STAGES, "report", "ladder", "verdict", "predict", "compare", "cost", "recipes", "info"):
+        assert any(words[:1] == [command] and len(words) > 4 for words in lines), f"{command} is not described"
+
+
+def test_a_command_imports_the_module_of_no_other() -> None:
+    commands = {f"rush.commands.{module}" for module in COMMANDS.values()}
+    assert modules_after("info", "/nowhere") & commands == {"rush.commands.info"}
+
+
+def test_an_interrupted_command_says_how_to_resume(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rush.recipe.schema.recipe_names", interrupt)
+    done = call("recipes")
+    assert (done.returncode, done.stderr) == (130, "rush: interrupted; run the same command again to resume\n")
 
 
 def test_an_unknown_recipe_is_one_line_on_standard_error(tmp_path: Path) -> None:
@@ -286,7 +300,7 @@ def test_a_finished_run_is_kept_and_reported_again(
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     again = call("run", folder)
     assert again.stderr.splitlines() == [
-        f"{stage}: finished before, kept" for stage in ("pretrain", "finetune", "certify", "attack", "audit")
+        f"{stage}: already finished, skipping" for stage in ("pretrain", "finetune", "certify", "attack", "audit")
     ]
     assert again.stdout == first.stdout
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before

@@ -82,6 +82,6 @@ def test_a_full_disk_behind_standard_output_is_one_line(command: str, tmp_path: 
             check=False,
         )
     assert done.returncode == 1
-    line = "rush: the output cannot be written: No space left on device; what was computed is kept\n"
+    line = "rush: the output cannot be written: No space left on device; results computed so far are kept\n"
     assert done.stderr == line
     assert (run / "report.html").exists() == (command == "report")

@@ -138,10 +138,11 @@ class RecipeCost:
 
 
 def data_size(recipe: Recipe) -> DataSize:
-    """Shape and numbers of the recipe's training images: of data sets known by name without their files, else of the
-    images themselves, which are loaded.
+    """Return shape and numbers of the recipe's training images, which are loaded unless their data set has a name.
 
-    Raises: DataError as ``load_images``; ConfigError where fewer images are left than are held out.
+    Raises:
+        DataError: As in ``load_images``.
+        ConfigError: At least as many images are held out as there are.
     """
     data, config = recipe.data, recipe.finetune
     shape, num_classes, train, other = _known_size(recipe) if data.name in SPLITS else _loaded_size(recipe)
@@ -156,14 +157,20 @@ def data_size(recipe: Recipe) -> DataSize:
 
 
 def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
-    """Measure the cost of the recipe's training stages by ``steps`` steps of each on random 8-bit images, by the
-    same functions, precision and device as in a run.
+    """Measure the cost of the recipe's training stages on random 8-bit images.
 
-    As many steps before them, which warm up and compile, are not counted; neither is what a run does between the steps:
-    reading the data, live figures, checkpoints. Of a training by minutes they give the number of epochs that its steps
-    alone would leave room for. Random: images, labels and weights, from the recipe's seed.
-    Raises: ConfigError for ``steps`` below 1, a batch larger than the training set, or minutes that are too few;
-    DataError as ``load_images``.
+    The functions, precision and device are those of a run. The time between steps (reading data, live figures,
+    checkpoints) is not included. A stage with a limit in minutes gets the number of epochs whose steps alone fit.
+
+    Args:
+        recipe: The recipe to measure.
+        steps: Steps to measure per stage, after the same number of warm-up steps, which are not counted.
+
+    Raises:
+        ConfigError: ``steps`` is below 1, a batch is larger than the training set, or there are too few minutes.
+        DataError: As in ``load_images``.
+
+    Random: Images, labels and weights, from the recipe's seed.
     """
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
@@ -184,7 +191,8 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
 def measure_each(recipes: Iterable[Recipe], steps: int = STEPS) -> Iterator[RecipeCost]:
     """Measure one recipe after another, each in a new process, so that its peak memory is its own.
 
-    Raises: as ``measure``; RushError where a process ends without an answer, e.g. because it ran out of memory.
+    Raises:
+        RushError: As in ``measure``, or a process ends without an answer, e.g. because it ran out of memory.
     """
     for recipe in recipes:
         yield _measure_apart(recipe, steps)
@@ -306,7 +314,7 @@ class _Trial:
         return new_classifier(spec_of(self.recipe, images), self.recipe.seed)
 
     def _images(self, batch_size: int) -> ImageSet:
-        """Random images with random labels, ``steps`` batches of them."""
+        """Return ``steps`` batches of random images with random labels."""
         count, generator = self.steps * batch_size, stream(self.recipe.seed, "cost", "images")
         pixels = torch.randint(0, 256, (count, *self.size.shape), dtype=torch.uint8, generator=generator)
         labels = torch.randint(0, self.size.num_classes, (count,), generator=generator)
@@ -316,8 +324,10 @@ class _Trial:
     def _extrapolated(
         self, stage: Stage, objective: str, config: TrainingConfig, images: int, phases: Sequence[dict[str, Any]]
     ) -> StageCost:
-        """phases: what the log says of the measured steps of each kind: of the head alone and of every weight, or of
-        the one kind that there is."""
+        """Return the cost of the whole stage.
+
+        phases: figures of the measured steps of each kind: of the head alone and of all weights, or of the only kind.
+        """
         per_epoch = images // config.batch_size
         head_epochs = config.head_epochs if isinstance(config, FinetuneConfig) and len(phases) == 2 else 0
         epochs = config.epochs
@@ -358,7 +368,7 @@ class _Trial:
         head_epochs: int,
         phases: Sequence[dict[str, Any]],
     ) -> int:
-        """Epochs whose steps end within the minutes of ``config``."""
+        """Return the number of epochs whose steps fit into the minutes of ``config``."""
         assert config.minutes is not None
         seconds = [phase["seconds"] / self.steps for phase in phases]
         plan = Plan(stage, config.minutes, per_epoch, head_epochs, config.warmup_epochs)
@@ -367,7 +377,7 @@ class _Trial:
         return budget.epochs
 
     def _peak_memory(self, measured: Sequence[int | None], images: int, config: TrainingConfig) -> int | None:
-        """The measured peak with the training images in place of the random ones; too many of them are streamed."""
+        """Return the measured peak with the training images, unless they are streamed, instead of the random ones."""
         told = [peak for peak in measured if peak is not None]
         if not told:
             return None
@@ -387,7 +397,7 @@ class _Epochs:
             self.events.append(values)
 
     def phases(self) -> list[dict[str, Any]]:
-        """Every second epoch, the one after the warm-up of its kind of step."""
+        """Return every second epoch, which follows the warm-up of its kind of step."""
         return self.events[1::2]
 
 
@@ -396,7 +406,7 @@ def _short(config: TrainingConfig, phases: int) -> Schedule:
 
 
 def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
-    """Shape, classes, images to train on and further images to pre-train on of a data set known by name."""
+    """Return shape, classes, training images and further pre-training images of a data set known by name."""
     data, splits = recipe.data, SPLITS[recipe.data.name]
     parts = data.pretrain_split.split("+")
     unknown = [part for part in parts if part not in splits]
@@ -410,7 +420,7 @@ def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
 
 
 def _loaded_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
-    """The same of images at a path."""
+    """Return the same as ``_known_size`` for images at a path."""
     data = recipe.data
     train = load_images(data.name, split="train", root=data.root, size=data.size)
     others = [part for part in data.pretrain_split.split("+") if part != "train"]
