@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rush.choices import Level
 from rush.commands.run_folders import Data, Overrides, open_run, unfinished
-from rush.commands.terminal import print_lines, print_wide_table
+from rush.commands.terminal import print_lines, print_table
 from rush.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
     certificates = recompute(stored, **changes)
     if out is not None:
         write_certificates(out, certificates, indices)
-    print_wide_table(None, ("", "certified", "true accuracy at least"), _rows(certificates))
+    print_table(("", "certified", "true accuracy at least"), _rows(certificates))
     statement = certificates.rule.statement
     print_lines([f"{statement}; the last column, with 95 % confidence, is over images and noise together"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rush.commands.terminal import print_wide_table
+from rush.commands.terminal import print_table
 
 
 def compare(
@@ -28,4 +28,4 @@ def compare(
     from rush.reporting.compare import compare_command
 
     for title, header, rows in compare_command(runs_or_logs, sigma, radii, class_radius, assume_same_images):
-        print_wide_table(title, header, rows)
+        print_table(header, rows, title)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rush.commands.external import NO_MODEL, ExternalModel
 from rush.commands.run_folders import Overrides, open_run, unfinished
-from rush.commands.terminal import print_lines, print_wide_table
+from rush.commands.terminal import print_lines, print_table
 
 if TYPE_CHECKING:
     from rush.evaluation.result import AttackResult
@@ -35,7 +35,7 @@ def ladder(folder: Path | None = None, *, external: ExternalModel = NO_MODEL, ov
         results.append(result)
         print_lines([f"{result.plan.label}: {percent(result.robust_accuracy)}"], stderr=True)
     title = f"{external.model}, {external.norm} {external.epsilon}, {len(results[0])} images"
-    print_wide_table(title, HEADER, rung_rows(results))
+    print_table(HEADER, rung_rows(results), title)
 
 
 def _run_ladder(run: RunFolder) -> None:
@@ -52,7 +52,7 @@ def _run_ladder(run: RunFolder) -> None:
         (row.label, row.passes, row.accuracy, row.held, row.undecided, row.step, row.seconds)
         for row in ladder_rows(rungs)
     ]
-    print_wide_table(str(run.path), header, cells)
+    print_table(header, cells, str(run.path))
 
 
 def rung_rows(results: Sequence[AttackResult]) -> list[tuple[str, ...]]:

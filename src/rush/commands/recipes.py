@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from rush.commands.run_folders import Data, Overrides, data_roots
-from rush.commands.terminal import print_lines, print_table, print_wide_table
+from rush.commands.terminal import print_lines, print_table
 
 
 def recipes() -> None:
@@ -41,8 +41,8 @@ def cost(
 
     costs = list(measure_each(recipes, STEPS if steps is None else steps))
     title = f"Cost of training, every figure extrapolated (steps measured: {costs[0].measured_steps})"
-    print_wide_table(title, COST_HEADER, cost_rows(costs))
-    print_wide_table("By stage, every figure extrapolated", STAGE_HEADER, stage_rows(costs))
+    print_table(COST_HEADER, cost_rows(costs), title)
+    print_table(STAGE_HEADER, stage_rows(costs), "By stage, every figure extrapolated")
     print_lines(f"extrapolated from steps measured on {text}" for text in dict.fromkeys(c.conditions for c in costs))
     if file is not None:
         write_costs(file, costs)

@@ -29,16 +29,10 @@ Overrides = Annotated[
 
 
 def create_run(recipe: str, out: Path | None, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:
-    """Create the run of a recipe, or open it where it exists.
-
-    Args:
-        recipe: Name of a shipped recipe, path of a .toml file, or an existing run folder.
-        out: Run folder; ``runs/NAME`` if omitted.
-        data: Folders that hold the data set.
-        overrides: Recipe fields as ``stage.field=value``.
+    """Create the run of a recipe in ``out``, by default ``runs/NAME``, or open the run folder that ``recipe`` names.
 
     Raises:
-        ConfigError: ``recipe`` is not a valid recipe, or is a run folder and ``out`` is given.
+        ConfigError: The recipe is not valid, or is a run folder and ``out`` is given.
         RunError: The folder holds something else, or finished stages made with other values.
     """
     from rush.recipe.schema import load_recipe
@@ -53,7 +47,7 @@ def create_run(recipe: str, out: Path | None, data: list[Path] | None, overrides
 
 
 def open_run(folder: Path, data: list[Path] | None = None, overrides: list[str] | None = None) -> RunFolder:
-    """Open a run folder and change its recipe by ``data`` and ``overrides``; arguments as in ``create_run``."""
+    """Open a run folder, and change its recipe by ``data`` and ``overrides``."""
     from rush.records.folder import RunFolder
 
     run = RunFolder.open(folder)
