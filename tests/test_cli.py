@@ -96,8 +96,8 @@ def test_an_unknown_recipe_is_one_line_on_standard_error(tmp_path: Path) -> None
 
 
 def test_a_wrong_override_is_told_before_a_folder_is_made(call: Call, tmp_path: Path) -> None:
-    told = refusal(call("run", "digits", "--out", tmp_path / "run", "--set", "pretrain.epoch=3"))
-    assert "pretrain.epoch: unknown key, did you mean 'epochs'?" in told
+    message = refusal(call("run", "digits", "--out", tmp_path / "run", "--set", "pretrain.epoch=3"))
+    assert "pretrain.epoch: unknown key, did you mean 'epochs'?" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -110,21 +110,21 @@ def test_recipes_are_listed_with_what_they_are() -> None:
 
 
 def test_an_unknown_command_and_a_missing_argument_fail_without_a_traceback(call: Call) -> None:
-    for arguments, told in (
+    for arguments, message in (
         (("certfy", "x"), "certfy"),
         (("certify",), "requires an argument"),
         (("run", "x", "--sett"), "--sett"),
     ):
         done = call(*arguments)
         assert done.returncode == 2
-        assert told in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr + done.stdout
 
 
 def test_a_folder_that_is_no_run_is_refused_by_every_command_that_takes_one(call: Call, tmp_path: Path) -> None:
     for command in ("finetune", "certify", "attack", "ladder", "audit", "report", "info"):
-        told = refusal(call(command, tmp_path))
-        assert "holds no recipe.json, so it is no run folder; start one with `rush run RECIPE" in told
+        message = refusal(call(command, tmp_path))
+        assert "holds no recipe.json, so it is no run folder; start one with `rush run RECIPE" in message
 
 
 @pytest.fixture
@@ -158,12 +158,12 @@ def test_a_stage_without_memory_names_the_tile_and_resumes_to_the_same_result(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, short)
-        told = refusal(call(stage, run))
-    assert told.startswith(
+        message = refusal(call(stage, run))
+    assert message.startswith(
         f"rush: {stage}: there is not enough memory (OutOfMemoryError: CUDA out of memory. Tried to "
     )
-    assert "Lower execution.tile" in told
-    assert "the same command then resumes" in told
+    assert "Lower execution.tile" in message
+    assert "the same command then resumes" in message
     assert call(stage, run).returncode == 0
     names = ("certificates.tsv",) if stage == "certify" else ("certificates.tsv", "attacks.tsv")
     for name in names:
@@ -175,9 +175,9 @@ def test_a_prediction_without_memory_is_one_line(call: Call, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little.")
 
     monkeypatch.setattr("rush.commands.predict.predict_files", short)
-    told = refusal(call("predict", tmp_path, tmp_path / "image.png"))
-    assert "not enough memory (OutOfMemoryError: CUDA out of memory" in told
-    assert "Lower execution.tile" in told
+    message = refusal(call("predict", tmp_path, tmp_path / "image.png"))
+    assert "not enough memory (OutOfMemoryError: CUDA out of memory" in message
+    assert "Lower execution.tile" in message
 
 
 @pytest.mark.usefixtures("broken")
@@ -283,8 +283,8 @@ def test_nothing_is_coloured_or_animated_where_nobody_watches(
 def test_stages_one_by_one_are_the_same_run(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     recipe, folder = write_tiny(tmp_path), tmp_path / "run"
     assert call("pretrain", recipe, "--out", folder).returncode == 0
-    told = refusal(call("certify", folder))
-    assert f"stage finetune is not finished; run `rush finetune {folder}` first" in told
+    message = refusal(call("certify", folder))
+    assert f"stage finetune is not finished; run `rush finetune {folder}` first" in message
     for command in ("finetune", "certify", "attack", "audit"):
         done = call(command, folder)
         assert done.returncode == 0, done.stderr
@@ -312,16 +312,16 @@ def test_a_changed_field_of_a_finished_stage_is_refused(
 ) -> None:
     folder, _ = finished
     recipe = (folder / "recipe.json").read_bytes()
-    told = refusal(call("run", folder, "--set", "smoothing.sigma=0.5"))
-    assert "already holds stage finetune made with other values of smoothing.sigma" in told
+    message = refusal(call("run", folder, "--set", "smoothing.sigma=0.5"))
+    assert "already holds stage finetune made with other values of smoothing.sigma" in message
     assert (folder / "recipe.json").read_bytes() == recipe
 
 
 def test_info_tells_state_and_figures(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(tiny_run, half, ignore=shutil.ignore_patterns("attack.json", "attacks", "attacks.tsv"))
-    told = [line.split("│") for line in call("info", half).stdout.splitlines()]
-    states = {cells[0].strip(): cells[1].strip() for cells in told if len(cells) == 2}
+    rows = [line.split("│") for line in call("info", half).stdout.splitlines()]
+    states = {cells[0].strip(): cells[1].strip() for cells in rows if len(cells) == 2}
     assert [states[stage] for stage in ("pretrain", "finetune", "certify", "attack")] == [
         "finished",
         "finished",
@@ -342,7 +342,7 @@ def test_predict_answers_like_the_library_for_every_file(call: Call, tiny_run: P
     expected = load(tiny_run, device="cpu").predict(images.pixels(), num_samples=400, seed=5).tolist()
     assert len(set(expected)) > 1
     answers = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "│" in line]
-    assert answers == ["abstain" if own == -1 else str(own) for own in expected]
+    assert answers == ["abstain" if label == -1 else str(label) for label in expected]
 
 
 def test_predict_refuses_another_size_unless_told_to_resize(call: Call, tiny_run: Path, tmp_path: Path) -> None:
@@ -350,8 +350,8 @@ def test_predict_refuses_another_size_unless_told_to_resize(call: Call, tiny_run
     large = np.kron(image, np.ones((3, 3), np.uint8))
     file = tmp_path / "large.png"
     Image.fromarray(large).save(file)
-    told = refusal(call("predict", tiny_run, file))
-    assert f"{file} is 24x24, the model takes 8x8; give --resize" in told
+    message = refusal(call("predict", tiny_run, file))
+    assert f"{file} is 24x24, the model takes 8x8; give --resize" in message
     done = call("predict", tiny_run, file, "--resize", "--num-samples", 100)
     assert done.returncode == 0, done.stderr
     answer = next(line for line in done.stdout.splitlines() if "│" in line).split("│")[1].strip()
@@ -377,10 +377,10 @@ def test_a_warning_of_this_library_is_one_line(tmp_path: Path) -> None:
 
 def test_predict_names_the_file_that_is_no_image(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
-    told = refusal(call("predict", tiny_run, tmp_path / "text.png"))
-    assert f"{tmp_path}/text.png cannot be read as an image" in told
-    told = refusal(call("predict", tmp_path / "none", tmp_path / "text.png"))
-    assert "is no folder; give a run folder" in told
+    message = refusal(call("predict", tiny_run, tmp_path / "text.png"))
+    assert f"{tmp_path}/text.png cannot be read as an image" in message
+    message = refusal(call("predict", tmp_path / "none", tmp_path / "text.png"))
+    assert "is no folder; give a run folder" in message
 
 
 @pytest.mark.slow
@@ -421,11 +421,11 @@ def test_a_training_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(t
     while child.poll() is None and not (out / "checkpoints/pretrain.pt").exists():
         time.sleep(0.02)
     child.terminate()
-    _, told = child.communicate(timeout=60)
+    _, message = child.communicate(timeout=60)
     assert child.returncode == 143
-    assert "rush: pretrain: stopped by SIGTERM after " in told
-    assert "the same command goes on from there" in told
-    assert "Traceback" not in told
+    assert "rush: pretrain: stopped by SIGTERM after " in message
+    assert "the same command goes on from there" in message
+    assert "Traceback" not in message
     state = TrainingCheckpoint(out / "checkpoints/pretrain.pt", RunFolder.open(out).fingerprint("pretrain")).load()
     assert state is not None
     assert 0 < state["number"] < 4000 * 10
@@ -441,18 +441,18 @@ def test_two_processes_do_all_stages_that_can_be_shared(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "audit and report run in one process" in done.stderr
     finished = {stage: json.loads((out / f"stages/{stage}.json").read_text()) for stage in STAGES[:-1]}
-    assert [own["processes"] for own in finished.values()] == [2, 2, 2, 2]
+    assert [figures["processes"] for figures in finished.values()] == [2, 2, 2, 2]
     # every event once, and the passes of both processes
     epochs = RunFolder.open(out).events("epoch", "pretrain")
-    assert [own["epoch"] for own in epochs] == [1, 2]
-    assert [own["passes"] for own in epochs] == [2 * 10 * 128] * 2
+    assert [event["epoch"] for event in epochs] == [1, 2]
+    assert [event["passes"] for event in epochs] == [2 * 10 * 128] * 2
     assert "audit: " in rush("run", out).stderr
 
 
 def test_a_run_begins_with_the_encoder_of_another(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "fewer"
-    own = ("--set", "finetune.label_fraction=0.2", "--set", "name=fewer")
-    done = call("finetune", tiny_run, "--out", out, *own)
+    changes = ("--set", "finetune.label_fraction=0.2", "--set", "name=fewer")
+    done = call("finetune", tiny_run, "--out", out, *changes)
     assert done.returncode == 0, done.stderr
     assert RunFolder.open(out).recipe.name == "fewer"
     figures = json.loads((out / "stages/finetune.json").read_text())

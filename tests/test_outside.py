@@ -208,8 +208,8 @@ def test_a_ladder_of_any_model_ends_with_the_worst_case(call: Call, outside: str
 
 
 def test_a_random_model_must_say_what_it_is_used_for(call: Call, outside: str) -> None:
-    given = ("ladder", "--model", f"{outside}:noisy", "--data", "digits", "--images", 4)
-    assert 'decision="vote"' in refusal(call(*given))
+    command = ("ladder", "--model", f"{outside}:noisy", "--data", "digits", "--images", 4)
+    assert 'decision="vote"' in refusal(call(*command))
 
 
 def test_a_run_folder_keeps_its_own_threat_model(call: Call, tiny_run: Path) -> None:
@@ -409,8 +409,8 @@ def test_points_are_judged_under_a_seed_drawn_after_them_which_repeats(
     seeds = []
     for _ in range(2):
         shown = judged()
-        (told,) = [line for line in shown if "--seed" in line]
-        seeds.append(int(told.rsplit("--seed ", 1)[1].split()[0]))
+        (line,) = [line for line in shown if "--seed" in line]
+        seeds.append(int(line.rsplit("--seed ", 1)[1].split()[0]))
         again = judged("--seed", seeds[-1])
         one, other = ([line.split() for line in lines if "seed" not in line] for lines in (shown, again))
         assert one[2:] == other[2:]

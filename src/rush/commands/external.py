@@ -70,11 +70,10 @@ class ExternalModel:
         Raises:
             ConfigError: Another option is given, for which a run has its own value.
         """
-        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
-        for name in changed:
-            if name != "data":
+        for field in fields(self):
+            if field.name != "data" and getattr(self, field.name) != field.default:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} belongs to --model; a run folder has its own value, see --set"
+                    f"--{field.name.replace('_', '-')} belongs to --model; a run folder has its own value, see --set"
                 )
         return None if self.data is None else list(map(Path, self.data))
 

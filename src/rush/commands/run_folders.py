@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -16,8 +16,6 @@ from rush.errors import ConfigError
 if TYPE_CHECKING:
     from rush.recipe.schema import Recipe
     from rush.records.folder import RunFolder
-
-T = TypeVar("T")
 
 Data = Annotated[
     list[Path] | None,
@@ -102,7 +100,7 @@ def several_processes() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _in_turn(work: Callable[[], T]) -> T:
+def _in_turn(work: Callable[[], RunFolder]) -> RunFolder:
     """Return ``work()``, called in one process after another: all of them write the same file."""
     if not several_processes():
         return work()
