@@ -82,10 +82,10 @@ def test_a_command_imports_the_module_of_no_other() -> None:
 
 
 def test_an_interrupted_command_says_how_to_resume(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt() -> NoReturn:
+    def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rush.recipe.schema.recipe_names", interrupt)
+    monkeypatch.setattr("rush.commands.recipes.print_table", interrupt)
     done = call("recipes")
     assert (done.returncode, done.stderr) == (130, "rush: interrupted; run the same command again to resume\n")
 
@@ -377,10 +377,10 @@ def test_a_warning_of_this_library_is_one_line(tmp_path: Path) -> None:
 
 def test_predict_names_the_file_that_is_no_image(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
-    message = refusal(call("predict", tiny_run, tmp_path / "text.png"))
-    assert f"{tmp_path}/text.png cannot be read as an image" in message
-    message = refusal(call("predict", tmp_path / "none", tmp_path / "text.png"))
-    assert "is no folder; give a run folder" in message
+    told = refusal(call("predict", tiny_run, tmp_path / "text.png"))
+    assert f"{tmp_path}/text.png cannot be read as an image" in told
+    told = refusal(call("predict", tmp_path / "none", tmp_path / "text.png"))
+    assert "is no folder; give a run folder" in told
 
 
 @pytest.mark.slow
@@ -421,11 +421,11 @@ def test_a_training_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(t
     while child.poll() is None and not (out / "checkpoints/pretrain.pt").exists():
         time.sleep(0.02)
     child.terminate()
-    _, message = child.communicate(timeout=60)
+    _, told = child.communicate(timeout=60)
     assert child.returncode == 143
-    assert "rush: pretrain: stopped by SIGTERM after " in message
-    assert "the same command goes on from there" in message
-    assert "Traceback" not in message
+    assert "rush: pretrain: stopped by SIGTERM after " in told
+    assert "the same command goes on from there" in told
+    assert "Traceback" not in told
     state = TrainingCheckpoint(out / "checkpoints/pretrain.pt", RunFolder.open(out).fingerprint("pretrain")).load()
     assert state is not None
     assert 0 < state["number"] < 4000 * 10

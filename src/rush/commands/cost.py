@@ -377,7 +377,7 @@ class _Trial:
         return budget.epochs
 
     def _peak_memory(self, measured: Sequence[int | None], images: int, config: TrainingConfig) -> int | None:
-        """Return the measured peak with the training images, unless they are streamed, instead of the random ones."""
+        """The measured peak with the training images in place of the random ones; too many of them are streamed."""
         told = [peak for peak in measured if peak is not None]
         if not told:
             return None
