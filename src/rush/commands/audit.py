@@ -42,7 +42,7 @@ def audit(
     from rush.auditing.audit import audit, write_audit
     from rush.auditing.report import reach_statement
 
-    threat, images, surrogate = external.threat, external.pixels, external.derivative
+    threat, images, surrogate = external.threat, external.pixels, external.surrogate_module
     statement = reach_statement(len(images), tolerance) if 0 < tolerance < 1 else None
     if statement is not None:
         print_lines([statement], stderr=True)

@@ -96,7 +96,7 @@ class ExternalModel:
         return load_model(self.model, self.sigma, self.num_classes or default)
 
     @cached_property
-    def derivative(self) -> nn.Module | None:
+    def surrogate_module(self) -> nn.Module | None:
         """The module that ``surrogate`` names; raises ConfigError where it is not a module."""
         from torch import nn
 
@@ -148,7 +148,7 @@ class ExternalModel:
         from rush.recipe.schema import AttackConfig
 
         threat, pixels = self.threat, self.pixels
-        defender, pixels = prepare(self.classifier, pixels, threat, self.decision, self.derivative)
+        defender, pixels = prepare(self.classifier, pixels, threat, self.decision, self.surrogate_module)
         rungs = plain_ladder(defender.num_classes)
         if defender.kind == "random":
             config = AttackConfig()
