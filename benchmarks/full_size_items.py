@@ -34,7 +34,8 @@ from rush.evaluation.table import attack_table
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_weights
 from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
-from rush.recipe.schema import FinetuneConfig, PretrainConfig, Recipe, build_recipe
+from rush.recipe.load import build_recipe
+from rush.recipe.schema import FinetuneConfig, PretrainConfig, Recipe
 from rush.runtime.execution import Execution, without_tf32
 from rush.runtime.randomness import stream
 from rush.statistics import share_interval

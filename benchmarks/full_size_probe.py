@@ -25,7 +25,8 @@ from rush.data.images import ImageSet
 from rush.errors import RushError
 from rush.models.classifier import Classifier
 from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
-from rush.recipe.schema import Recipe, load_recipe
+from rush.recipe.load import load_recipe
+from rush.recipe.schema import Recipe
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.smoothing.forward import Forward

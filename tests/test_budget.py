@@ -29,7 +29,8 @@ from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.recipe.schema import Recipe, load_recipe
+from rush.recipe.load import load_recipe
+from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import rank, world_size
 from rush.runtime.execution import Execution

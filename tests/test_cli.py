@@ -120,7 +120,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> list[str]:
         raise ValueError("first line\n  second line")
 
-    monkeypatch.setattr("rush.recipe.schema.recipe_names", fail)
+    monkeypatch.setattr("rush.recipe.load.recipe_names", fail)
     monkeypatch.delenv("RUSH_TRACEBACK", raising=False)
 
 

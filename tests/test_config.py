@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from rush.choices import parse_fraction
 from rush.errors import ConfigError
-from rush.recipe.schema import Recipe, build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
+from rush.recipe.load import build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
+from rush.recipe.schema import Recipe
 from tiny import TINY, tiny, write_tiny
 
 

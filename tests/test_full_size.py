@@ -31,7 +31,7 @@ from rush.evaluation.attack import attack_groups
 from rush.models.classifier import Represent
 from rush.models.storage import load_weights
 from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
 from rush.runtime.execution import decide_execution
 from rush.runtime.randomness import stream
 from rush.training.probes import knn_correct, representations

@@ -15,7 +15,7 @@ from recording import Operations
 from rush.choices import OptimizerName
 from rush.data.batches import Batch
 from rush.errors import ConfigError
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
 from rush.runtime.randomness import restarted, seeded_init, stream
 from rush.runtime.schedules import scheduled
 from rush.training.checkpoint import TrainingCheckpoint

@@ -20,7 +20,7 @@ from rush.errors import CheckpointError, ConfigError, DataError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.noise import Gaussian

@@ -26,7 +26,7 @@ from rush.errors import CheckpointError, ConfigError, DataError, RunError
 from rush.pipeline.context import Conditions
 from rush.pipeline.stages import run_stage
 from rush.pipeline.train import run_finetune
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.randomness import stream
 from tiny import TINY, results, run_tiny, tiny

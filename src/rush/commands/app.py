@@ -414,7 +414,7 @@ def cost(
     file: Path
         File for all figures as JSON.
     """
-    from rush.recipe.schema import load_recipe
+    from rush.recipe.load import load_recipe
 
     resolved = [load_recipe(name, overrides or (), _folders(data)) for name in recipes_]
     from rush.commands.cost import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, measure_each, stage_rows, write_costs
@@ -479,7 +479,7 @@ def predict(
 @app.command
 def recipes() -> None:
     """List the shipped recipes."""
-    from rush.recipe.schema import recipe_headline, recipe_names
+    from rush.recipe.load import recipe_headline, recipe_names
 
     print_table(("recipe", "about"), [(name, recipe_headline(name)) for name in recipe_names()])
 
@@ -519,7 +519,7 @@ def _version() -> str:
 
 
 def _create(recipe: str, out: Path | None, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:
-    from rush.recipe.schema import load_recipe
+    from rush.recipe.load import load_recipe
     from rush.records.folder import RunFolder
 
     if Path(recipe, "recipe.json").is_file():
@@ -547,7 +547,7 @@ def _branch(folder: Path, out: Path, data: list[Path] | None, overrides: list[st
 
 
 def _changed(opened: RunFolder, data: list[Path] | None, overrides: list[str] | None) -> Recipe:
-    from rush.recipe.schema import build_recipe
+    from rush.recipe.load import build_recipe
 
     values = opened.recipe.model_dump(mode="json")
     return build_recipe(values, overrides or (), _folders(data), str(opened.path / "recipe.json"))

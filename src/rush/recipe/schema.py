@@ -1,13 +1,8 @@
 """Recipes: read from TOML, overridden field by field, validated once and frozen; nothing here imports torch."""
 
-import difflib
 import json
-import reprlib
-import tomllib
-from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated
 
 from pydantic import (
     AfterValidator,
@@ -15,13 +10,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from rush.choices import (
-    TRAININGS,
     CertifyMethod,
     CompileChoice,
     EncoderName,
@@ -40,12 +33,6 @@ from rush.choices import (
     fewest_samples,
     parse_fraction,
 )
-from rush.errors import ConfigError
-
-_MOST_BYTES, _LONGEST_LINE = 1 << 16, 4096  # of a recipe: the parser's memory grows with the square of a dotted key
-_DEEPEST = 16  # tables and lists in each other
-_GIVEN = reprlib.Repr()
-_GIVEN.maxstring = _GIVEN.maxother = _GIVEN.maxlong = 100
 
 
 def _number_as_text(value: object) -> object:
@@ -463,18 +450,10 @@ class Recipe(Section):
         """Return the section of the training ``stage``."""
         return self.pretrain if stage == "pretrain" else self.finetune
 
-    def with_epochs(self, stage: Stage, epochs: int) -> "Recipe":
-        """Return this recipe with ``epochs`` in place of the minutes of the training ``stage``."""
-        values = self.model_dump(mode="json")
-        values[stage] |= {"epochs": epochs, "minutes": None}
-        return build_recipe(values, source=f"{epochs} epochs of {stage}")
-
     def to_json(self) -> str:
         """The resolved recipe, every default written out."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
-
-_LENGTHS = ("epochs", "minutes")  # of a training: a value of one replaces a value of the other that lies below it
 
 # The sections that decide what a stage computes, beside those of the stages before it.
 STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
@@ -484,180 +463,3 @@ STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
     "attack": ("attack",),
     "audit": ("audit",),
 }
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
-
-
-def recipe_text(name_or_path: str) -> str:
-    """The TOML text of a shipped recipe or of a file; ConfigError when there is neither."""
-    if name_or_path in recipe_names():
-        return _shipped().joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
-    path = Path(name_or_path)
-    if path.suffix != ".toml" or not _is_file(path):
-        hint = _closest(name_or_path, recipe_names())
-        raise ConfigError(
-            f"no recipe {name_or_path[:200]!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a "
-            ".toml file"
-        )
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        if max(map(len, content.split(b"\n"))) > _LONGEST_LINE:
-            raise ValueError(f"it has a line of more than {_LONGEST_LINE} bytes")
-        return content.decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}; it must be a short text file in UTF-8") from error
-
-
-def recipe_headline(name: str) -> str:
-    """The first comment line of a shipped recipe: what it is, in one sentence."""
-    return recipe_text(name).split("\n")[0].removeprefix("#").strip()
-
-
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | Sequence[str] | None = None) -> Recipe:
-    """The validated recipe; ``overrides`` are ``section.field=value`` texts, ``data`` (one folder or several) replaces
-    where the images lie.
-
-    A recipe that names a ``base``, a shipped recipe or a file beside it, gives what it changes in that one.
-    Raises: ConfigError naming the field, what was given and what is allowed.
-    """
-    values = recipe_values(name_or_path)
-    return build_recipe(values, overrides, data, source=f"recipe {name_or_path}")
-
-
-def recipe_values(name_or_path: str, _above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a recipe as they are written, over those of its ``base``; ConfigError when it is no TOML."""
-    text = recipe_text(name_or_path)
-    try:
-        values = tomllib.loads(text.replace("\r\n", "\n"))
-    except (ValueError, RecursionError) as error:  # a ValueError also for an integer of thousands of digits
-        raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error or type(error).__name__}") from error
-    _check_plain(values, f"recipe {name_or_path}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    beside = Path(name_or_path).parent / str(base)
-    found = str(beside) if _is_file(beside) else base
-    if not isinstance(found, str) or found in (*_above, name_or_path):
-        raise ConfigError(f"recipe {name_or_path}: base must name another recipe (given: {reprlib.repr(base)})")
-    return _over(recipe_values(found, (*_above, name_or_path)), values)
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` with the values of ``above``, section by section."""
-    if any(name in above for name in _LENGTHS):
-        below = {key: value for key, value in below.items() if key not in _LENGTHS}
-    both = [key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)]
-    return {**below, **above, **{key: _over(below[key], above[key]) for key in both}}
-
-
-def build_recipe(
-    values: dict[str, Any],
-    overrides: Sequence[str] = (),
-    data: str | Sequence[str] | None = None,
-    source: str = "recipe",
-) -> Recipe:
-    """The validated recipe of plain ``values`` with ``overrides`` applied; raises ConfigError like ``load_recipe``."""
-    for override in overrides:
-        _apply(values, override)
-    _drop_replaced_lengths(values, overrides)
-    _check_plain(values, source)
-    if data is not None and isinstance(values.setdefault("data", {}), dict):
-        values["data"]["root"] = _absolute(data) if isinstance(data, str) else [_absolute(folder) for folder in data]
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(entry) for entry in error.errors())) from None
-
-
-def _absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().resolve())
-
-
-def _check_plain(values: object, source: str) -> None:
-    """Raise ConfigError for tables and lists in each other beyond any recipe, and integers of more than 64 bits."""
-    pending = [(values, 0)]
-    while pending:
-        value, depth = pending.pop()
-        if depth > _DEEPEST:
-            raise ConfigError(
-                f"{source}: tables and lists lie more than {_DEEPEST} deep in each other; recipes need few"
-            )
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ConfigError(f"{source}: an integer has {value.bit_length()} bits, allowed are 64; give a smaller one")
-        if isinstance(value, dict | list):
-            pending += [(part, depth + 1) for part in (value.values() if isinstance(value, dict) else value)]
-
-
-def _is_file(path: Path) -> bool:
-    """Whether ``path`` is a file; a text that the system takes for no path is none."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _shipped() -> Any:
-    return resources.files("rush") / "recipes"
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {override!r} must read section.field=value, e.g. pretrain.epochs=10")
-    target: Any = values
-    for key in keys[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"override {override!r}: {key} is a single value, it has no fields")
-    target[keys[-1]] = _parse_value(text.strip())
-
-
-def _drop_replaced_lengths(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Remove the epochs of a training whose minutes are overridden, and the other way round; both given both stay."""
-    paths = {override.partition("=")[0].strip() for override in overrides}
-    for stage in TRAININGS:
-        given = [name for name in _LENGTHS if f"{stage}.{name}" in paths]
-        if given and isinstance(values.get(stage), dict):
-            values[stage] = {key: value for key, value in values[stage].items() if key not in _LENGTHS or key in given}
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text
-
-
-def _explain(entry: Any) -> str:
-    where = ".".join(str(part) for part in entry["loc"])
-    if entry["type"] == "extra_forbidden":
-        allowed = _fields_at(entry["loc"][:-1])
-        return f"{where}: unknown key{_closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
-    message = entry["msg"].removeprefix("Value error, ")
-    given = (
-        ""
-        if entry["type"] == "missing" or isinstance(entry["input"], dict)
-        else f" (given: {_GIVEN.repr(entry['input'])})"
-    )
-    return f"{where}: {message}{given}".removeprefix(": ")  # what joins sections has no place
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        section = annotation
-    return sorted(section.model_fields)
-
-
-def _closest(given: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, allowed, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
