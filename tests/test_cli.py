@@ -410,7 +410,7 @@ def test_a_training_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(t
     _, told = child.communicate(timeout=60)
     assert child.returncode == 143
     assert "rush: pretrain: stopped by SIGTERM after " in told
-    assert "the same command goes on from there" in told
+    assert "run the same command again to resume" in told
     assert "Traceback" not in told
     state = TrainingCheckpoint(out / "checkpoints/pretrain.pt", RunFolder.open(out).fingerprint("pretrain")).load()
     assert state is not None

@@ -29,7 +29,7 @@ def main() -> None:
         _say(_system_said(error), wanted)
         sys.exit(1)
     except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here", wanted)
+        _say("interrupted; run the same command again to resume", wanted)
         sys.exit(130)
     except Exception as error:
         _say(_memory_said(error) or _unexpected(error, wanted), wanted)

@@ -1,6 +1,5 @@
 """Read recipes from TOML, override single fields and validate the result once."""
 
-import difflib
 import reprlib
 import tomllib
 from collections.abc import Sequence
@@ -8,16 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from rush.choices import TRAININGS, Stage
 from rush.errors import ConfigError
-from rush.recipe.schema import Recipe
+from rush.recipe.schema import Recipe, closest, error_text
 
 _MOST_BYTES, _LONGEST_LINE = 1 << 16, 4096  # of a recipe: the parser's memory grows with the square of a dotted key
 _DEEPEST = 16  # nesting of tables and lists
-_GIVEN = reprlib.Repr()
-_GIVEN.maxstring = _GIVEN.maxother = _GIVEN.maxlong = 100
 _LENGTHS = ("epochs", "minutes")  # of a training stage: a value of one replaces an inherited value of the other
 
 
@@ -36,7 +33,7 @@ def recipe_text(name_or_path: str) -> str:
         return _shipped().joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
     path = Path(name_or_path)
     if path.suffix != ".toml" or not _is_file(path):
-        hint = _closest(name_or_path, recipe_names())
+        hint = closest(name_or_path, recipe_names())
         raise ConfigError(
             f"no recipe {name_or_path[:200]!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a "
             ".toml file"
@@ -127,11 +124,6 @@ def with_epochs(recipe: Recipe, stage: Stage, epochs: int) -> Recipe:
     return build_recipe(values, source=f"{epochs} epochs of {stage}")
 
 
-def error_text(error: ValidationError, section: type[BaseModel]) -> str:
-    """Describe every wrong value of ``section``: its field, the problem and the value given."""
-    return "; ".join(_explain(entry, section) for entry in error.errors())
-
-
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return ``below`` updated with the values of ``above``, section by section."""
     if any(name in above for name in _LENGTHS):
@@ -198,27 +190,3 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         return text
-
-
-def _explain(entry: Any, section: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in entry["loc"])
-    if entry["type"] == "extra_forbidden":
-        allowed = _fields_at(entry["loc"][:-1], section)
-        return f"{where}: unknown key{_closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
-    message = entry["msg"].removeprefix("Value error, ")
-    without_value = entry["type"] == "missing" or isinstance(entry["input"], dict)
-    value = "" if without_value else f" (given: {_GIVEN.repr(entry['input'])})"
-    return f"{where}: {message}{value}".removeprefix(": ")  # an error that joins sections has no location
-
-
-def _fields_at(location: tuple[Any, ...], section: type[BaseModel]) -> list[str]:
-    for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        section = annotation
-    return sorted(section.model_fields)
-
-
-def _closest(given: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, allowed, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

@@ -54,7 +54,7 @@ class TrainingCheckpoint:
             kept = "; the last one is kept" if self.path.exists() else ""
             raise CheckpointError(
                 f"checkpoint {self.path} cannot be written: {error.reason}{kept}. "
-                "Free or allow space there; the same command then goes on from the last checkpoint"
+                "Free or allow space there; the same command then resumes from the last checkpoint"
             ) from error
 
     def rehearse(self, state: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ class Meter:
     """
 
     def __init__(self, *networks: nn.Module, device: str = "cpu") -> None:
-        self._networks, self._device = networks, device
+        self._networks, self.device = networks, device
         self._read_energy = _energy_reader(device)
         self._since, self._energy = time.perf_counter(), 0.0
         self.cost = Cost(joules=0.0 if self._read_energy else None)
@@ -68,8 +68,8 @@ class Meter:
 
     def restart(self, cost: Cost) -> None:
         """Count on from ``cost``: passes, time, energy and the accelerator's peak of memory up to now are forgotten."""
-        if torch.device(self._device).type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._since, self._energy = time.perf_counter(), self._read_energy() if self._read_energy else 0.0
         self.cost = cost
 
