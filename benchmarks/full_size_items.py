@@ -141,8 +141,7 @@ class Bench:
     def rungs(self) -> dict[str, Plan]:
         """The ladder from no attack to the largest EOT."""
         config = self.recipe.attack
-        share = parse_fraction(config.step_size) / parse_fraction(config.epsilon)
-        plans = ladder(config.steps, share, config.restarts, config.eot_samples, threat=self.threat)
+        plans = ladder(config.replace(strong_steps=0), self.threat, self.test.num_classes)
         return {plan.name: plan for plan in plans if isinstance(plan, Plan)}
 
     @cached_property

@@ -30,14 +30,13 @@ from rush.evaluation.model import Model, SmoothedDefender
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult
 from rush.models.storage import load
+from rush.recipe.schema import AttackConfig
 from rush.reporting import tables
 from rush.runtime.lines import one_line
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.statistics import paired_difference
 
-_STEPS, _STEP_SHARE = 20, 0.25
-_DRAWS = (1, 4, 16, 64, 256)
-_STRONG_STEPS = 50
+_BUDGETS = AttackConfig()
 _NATIVE = {2: np.float16, 4: np.float32}  # by the bytes of a number, in the machine's byte order; else float64
 
 
@@ -99,13 +98,14 @@ class Subject:
             seed=seed,
         )
 
-    def climb(self, seed: int, alpha: float = 0.001, max_votes: int = 10_000) -> Iterator[AttackResult]:
+    def climb(
+        self, seed: int, alpha: float = _BUDGETS.alpha, max_votes: int = _BUDGETS.max_votes
+    ) -> Iterator[AttackResult]:
         """The ladder's results, rung after rung; ``alpha`` is shared by all of them."""
         defender, pixels = prepare(self.model, self.images, self.threat, self.decision, self.surrogate)
         rungs: list[Plan | Suite] = plain_ladder(defender.num_classes)
         if defender.kind == "random":
-            options = {"threat": self.threat, "num_classes": defender.num_classes, "strong_steps": _STRONG_STEPS}
-            rungs = ladder(_STEPS, _STEP_SHARE, 1, _DRAWS, **options)  # type: ignore[arg-type]
+            rungs = ladder(_BUDGETS, self.threat, defender.num_classes)
         if not isinstance(defender, SmoothedDefender):
             rungs = [rung for rung in rungs if rung.name != "transfer"]
         whole = Judging.checked(alpha, max_votes, seed)

@@ -113,7 +113,7 @@ class _Attackers:
         """Return those for images of this number of pixels, counted over all channels."""
         config, smoothed = recipe.attack, recipe.smoothing.sigma > 0
         threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
-        rungs = _smoothed_rungs(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
+        rungs = ladder(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
         draws = config.strong_eot_samples if smoothed else 0
         curve_ = curve(threat, pixels, config.steps, draws) if config.curve_images else []
         # one verdict a rung and point of the curve, and one inside the certified ball
@@ -223,21 +223,6 @@ def _load_model(context: StageContext) -> tuple[Model, int]:
         return classifier, len(read_description(folder)["classes"])
     smoothed = load_smoothed(folder, context.execution)
     return smoothed, smoothed.num_classes
-
-
-def _smoothed_rungs(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[Plan | Suite]:
-    return ladder(
-        config.steps,
-        parse_fraction(config.step_size) / parse_fraction(config.epsilon),
-        config.restarts,
-        config.eot_samples,
-        threat=threat,
-        num_classes=num_classes,
-        strong_steps=config.strong_steps,
-        strong_eot_samples=config.strong_eot_samples,
-        strong_restarts=config.strong_restarts,
-        queries=config.queries,
-    )
 
 
 def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:
