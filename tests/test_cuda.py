@@ -171,15 +171,15 @@ def test_a_step_that_finds_no_memory_says_what_to_lower_and_the_run_resumes(
 ) -> None:
     overrides = on(device, "execution.checkpoint_minutes=1e-9")
     run = run_tiny(tmp_path, *overrides, stages=TRAININGS[: TRAININGS.index(stage)])
-    usual = TrainingRun._whole_step
+    usual = TrainingRun._update
 
-    def whole_step(own: TrainingRun, *given: Any) -> Any:
-        if own.number == 12:
+    def update(run: TrainingRun, *given: Any) -> Any:
+        if run.number == 12:
             exhaust(device)
-        return usual(own, *given)
+        return usual(run, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_whole_step", whole_step)
+        patch.setattr(TrainingRun, "_update", update)
         with pytest.raises(DeviceMemoryError, match=rf"{stage}, step 13: .*Lower .*{stage}\.{field}"):
             run_stage(run, stage)
     run_stage(run, stage)

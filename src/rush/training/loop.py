@@ -266,15 +266,16 @@ class TrainingRun:
         """Train on one batch and return the share of the processes that were asked to stop."""
         epoch = self.number / self.per_epoch
         names: tuple[str | int, ...] = ("step", self.number, *_process_name())
+        stopping = None
         self._set_learning_rate()
         if self.graph is not None:
-            stopping = None
             counted = self.meter.cost.passes, self.meter.cost.forward_passes
             loss = self.graph(batch, epoch, lambda generator: restarted(generator, self.seed, self.name, *names))
             self._count(*counted)
         else:
-            generator = stream(self.seed, self.name, *names, device=self.device)
-            loss, stopping = self._whole_step(batch, epoch, generator, stop)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.step(batch, epoch, stream(self.seed, self.name, *names, device=self.device))
+            loss, stopping = self._update(loss, bool(stop))
         self.losses.add(loss)
         if self.average is not None:
             self.average.update(self.module)
@@ -289,18 +290,14 @@ class TrainingRun:
         if self.checkpoints.checkpoint is not None and rank() == 0:
             self.checkpoints.checkpoint.rehearse(self._state())
 
-    def _whole_step(
-        self, batch: Batch, epoch: float, generator: torch.Generator, stop: StopRequest | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Run forward, backward and the optimizer's step.
+    def _update(self, loss: Tensor, stop: bool = False) -> tuple[Tensor, Tensor]:
+        """Average the gradients over the processes and run the optimizer's step.
 
         Returns:
-            The loss, NaN where a gradient is not finite, and the share of the processes that were asked to stop.
+            The mean loss, NaN where a gradient is not finite, and the share of the processes that were asked to stop.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.step(batch, epoch, generator)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, bool(stop))]))
+        loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, stop)]))
         norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
         self.optimizer.step()
         return loss + 0 * norm.to(loss.dtype), stopping
@@ -313,11 +310,12 @@ class TrainingRun:
                 'execution.compile_training = "none", or train in one process'
             )
         self.rate_tensor = rate_tensor(self.optimizer, self.device)
-        return CapturedStep(
-            lambda batch, epoch, generator: self._whole_step(batch, epoch, generator)[0],
-            self.device,
-            lambda capturing: set_capturable(self.optimizer, capturing),
-        )
+
+        def whole_step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._update(self.step(batch, epoch, generator))[0]
+
+        return CapturedStep(whole_step, self.device, lambda capturing: set_capturable(self.optimizer, capturing))
 
     def _count(self, passes: int, forward_passes: int) -> None:
         """Count the passes of a replayed step, in which no network is called, as those of the previous step."""
