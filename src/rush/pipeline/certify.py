@@ -14,6 +14,7 @@ from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import ModelError, RunError
 from rush.models.storage import load_smoothed
 from rush.pipeline.context import StageContext
+from rush.recipe.schema import CertifyConfig
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, in_turn, rank, world_size
 from rush.runtime.files import make_folder
@@ -40,7 +41,7 @@ def run_certify(run: RunFolder) -> None:
     smoothed = load_smoothed(run.path / "model", context.execution)
     config = context.recipe.certify
     indices, pixels = context.splits.evaluation(config.images, smoothed.num_classes, smoothed.kind)
-    rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
+    rule = run_rule(config, smoothed.sigma, len(pixels))
     parts = run.path / CERTIFICATE_PARTS
     context.begin("certify")
     model = smoothed.fingerprint()
@@ -62,6 +63,25 @@ def run_certify(run: RunFolder) -> None:
         shutil.rmtree(parts, ignore_errors=True)
         run.finish("certify", **_certify_figures(certificates))
     barrier()
+
+
+def run_rule(config: CertifyConfig, sigma: float, num_images: int) -> Rule:
+    """Return the rule by which a run certifies ``num_images`` images, or ``config.images`` of them.
+
+    Raises:
+        InputError: with these numbers nothing can be certified.
+    """
+    return make_rule(
+        sigma=sigma,
+        method=config.method,
+        alpha=config.alpha,
+        level=config.level,
+        num_images=config.images or num_images,
+        num_selection=config.num_selection,
+        num_estimation=config.num_estimation,
+        radii=config.radii,
+        futility=config.futility,
+    )
 
 
 def differing_image(certificates: Certificates, pixels: LabelledPixels) -> str | None:

@@ -2,13 +2,13 @@
 
 import torch
 
-from rush.certification.rule import make_rule
 from rush.data.batches import batches_per_epoch
 from rush.data.images import ImageSet
 from rush.data.kind import ImageKind
 from rush.data.streaming import Stream
 from rush.errors import ConfigError, DataError, InputError
 from rush.pipeline.attack import check_attackers
+from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext
 from rush.recipe.schema import FinetuneConfig, Recipe
 from rush.records.folder import RunFolder
@@ -104,10 +104,8 @@ def labelled_count(config: FinetuneConfig, images: int, classes: int) -> int:
 
 
 def _check_rule(context: StageContext, images: int) -> None:
-    config, noise = context.recipe.certify, context.noise
-    assert noise is not None
     try:
-        make_rule(sigma=noise.sigma, num_images=config.images or images, **config.model_dump(exclude={"images"}))
+        run_rule(context.recipe.certify, context.recipe.smoothing.sigma, images)
     except InputError as error:
         raise ConfigError(f"certify: {error}") from error
 
