@@ -25,7 +25,7 @@ from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sa
 from rush.evaluation.table import write_attacks
 from rush.models.storage import load_plain, load_smoothed, read_description
 from rush.pipeline.certify import NOT_SMOOTHED, read_run_certificates
-from rush.pipeline.context import Conditions
+from rush.pipeline.context import StageContext
 from rush.recipe.schema import AttackConfig, Recipe
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
@@ -45,10 +45,10 @@ def run_attack(run: RunFolder) -> None:
     if run.finished("attack"):
         return
     run.require("certify")
-    here = Conditions.of(run)
-    here.begin("attack")
+    context = StageContext.of(run)
+    context.begin("attack")
     barrier()
-    siege = _Siege.of(here)
+    siege = _Siege.of(context)
     certificates = None if siege.smoothed is None else read_run_certificates(run, siege.pixels, siege.smoothed)
     results = [siege.evaluate(plan) for plan in siege.rungs]
     curve_ = [siege.evaluate(plan, threat, siege.curve_rows) for threat, plan in siege.curve]
@@ -82,8 +82,8 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
     Raises: ConfigError for a rung that the ladder does not have; RunError where the attack stage is not finished.
     """
     run.require("attack")
-    here = Conditions.of(run)
-    config, siege = here.recipe.audit, _Siege.of(here)
+    context = StageContext.of(run)
+    config, siege = context.recipe.audit, _Siege.of(context)
     rows = list(range(min(config.images or len(siege.pixels), len(siege.pixels))))
     certificates = None if siege.smoothed is None else read_run_certificates(run, siege.pixels, siege.smoothed)
     return audit(
@@ -95,7 +95,7 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
         certificates=certificates,
         alpha=config.alpha,
         max_votes=config.max_votes,
-        seed=here.recipe.seed,
+        seed=context.recipe.seed,
     )
 
 
@@ -113,7 +113,7 @@ class _Attackers:
         """Return those for images of this number of pixels, counted over all channels."""
         config, smoothed = recipe.attack, recipe.smoothing.sigma > 0
         threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
-        rungs = _smoothed_rungs(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
+        rungs = ladder(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
         draws = config.strong_eot_samples if smoothed else 0
         curve_ = curve(threat, pixels, config.steps, draws) if config.curve_images else []
         # one verdict a rung and point of the curve, and one inside the certified ball
@@ -170,12 +170,12 @@ class _Siege:
     judging: Judging
 
     @classmethod
-    def of(cls, here: Conditions) -> "_Siege":
-        config = here.recipe.attack
-        model, num_classes = _load_model(here)
-        indices, pixels = here.evaluation_images(config.images, num_classes, kind_of(model))
-        attackers = _Attackers.of(here.recipe, num_classes, pixels.x[0].numel())
-        return cls(here.run.path, config, model, num_classes, indices, pixels, **vars(attackers))
+    def of(cls, context: StageContext) -> "_Siege":
+        config = context.recipe.attack
+        model, num_classes = _load_model(context)
+        indices, pixels = context.splits.evaluation(config.images, num_classes, kind_of(model))
+        attackers = _Attackers.of(context.recipe, num_classes, pixels.x[0].numel())
+        return cls(context.run.path, config, model, num_classes, indices, pixels, **vars(attackers))
 
     @property
     def smoothed(self) -> SmoothedClassifier | None:
@@ -215,29 +215,14 @@ class _Siege:
         return self.evaluate(known[name]).select(rows)
 
 
-def _load_model(here: Conditions) -> tuple[Model, int]:
+def _load_model(context: StageContext) -> tuple[Model, int]:
     """The run's model, smoothed where its recipe has noise, and its number of classes."""
-    folder = here.run.path / "model"
-    if here.noise is None:
-        classifier = load_plain(folder, here.execution.device)
+    folder = context.run.path / "model"
+    if context.noise is None:
+        classifier = load_plain(folder, context.execution.device)
         return classifier, len(read_description(folder)["classes"])
-    smoothed = load_smoothed(folder, here.execution)
+    smoothed = load_smoothed(folder, context.execution)
     return smoothed, smoothed.num_classes
-
-
-def _smoothed_rungs(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[Plan | Suite]:
-    return ladder(
-        config.steps,
-        parse_fraction(config.step_size) / parse_fraction(config.epsilon),
-        config.restarts,
-        config.eot_samples,
-        threat=threat,
-        num_classes=num_classes,
-        strong_steps=config.strong_steps,
-        strong_eot_samples=config.strong_eot_samples,
-        strong_restarts=config.strong_restarts,
-        queries=config.queries,
-    )
 
 
 def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:
