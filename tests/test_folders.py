@@ -203,7 +203,7 @@ LINKS: dict[str, tuple[str, str, str]] = {
     "to an image of another class": ("train/b/again.png", "train/a/0.png", "are the same file by a link"),
     "to a class as a class": ("train/c", "train/a", "are the same file by a link"),
     "to a class in a class": ("train/a/more", "train/b", "are the same file by a link"),
-    "to nothing": ("train/a/x.png", "nowhere.png", "is a link to nothing, not an image file"),
+    "to nothing": ("train/a/x.png", "nowhere.png", "is a broken link, not an image file"),
     "to a device": ("train/a/x.png", "/dev/zero", "is a pipe, socket or device, not an image file"),
 }
 

@@ -98,7 +98,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "dates": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS.astype("M8[s]"))), "plain numbers and text"),
     "version 9": (lambda p: zipped(p, images=b"\x93NUMPY\x09\x00" + bytes(200)), "version"),
     "no array": (lambda p: zipped(p, images=b"plain text"), "cannot be read"),
-    "expanding": (bomb, r"would grow from \d+ to 2147483648 bytes"),
+    "expanding": (bomb, r"would expand from \d+ to 2147483648 bytes"),
     "encrypted": (encrypted, "cannot be read"),
     "label 10^9": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS * 10**9)), "at most 100000 are allowed"),
     "label 2^64 - 1": (
@@ -122,11 +122,11 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "one label that is not 0": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS * 0 + 3)), "at least two"),
     "two classes of one name": (
         lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array(["a", "b", "a"]))),
-        "'a' is empty or there twice",
+        "'a' is empty or a duplicate",
     ),
     "an empty class name": (
         lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array(["a", "b", ""]))),
-        "'' is empty or there twice",
+        "'' is empty or a duplicate",
     ),
     "class names 1.5": (
         lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array([0.5, 1.5, 2.5]))),
@@ -226,10 +226,10 @@ SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda d: shard(d, [0, 1] * 3, metadata=b"\xff"),
         "'huggingface' has no info.features",
     ),
-    "class names of numbers": (lambda d: shard(d, [0, 1] * 3, metadata=named([1, 2])), "must be a list of texts"),
-    "class names of an object": (lambda d: shard(d, [0, 1] * 3, metadata=named({"a": 1})), "must be a list of texts"),
-    "class names of a text": (lambda d: shard(d, [0, 1] * 3, metadata=named("ab")), "must be a list of texts"),
-    "one name twice": (lambda d: shard(d, [0, 1] * 3, metadata=named(["a", "a"])), "'a' is empty or there twice"),
+    "class names of numbers": (lambda d: shard(d, [0, 1] * 3, metadata=named([1, 2])), "must be a list of strings"),
+    "class names of an object": (lambda d: shard(d, [0, 1] * 3, metadata=named({"a": 1})), "must be a list of strings"),
+    "class names of a text": (lambda d: shard(d, [0, 1] * 3, metadata=named("ab")), "must be a list of strings"),
+    "one name twice": (lambda d: shard(d, [0, 1] * 3, metadata=named(["a", "a"])), "'a' is empty or a duplicate"),
     "bytes that are integers": (
         lambda d: shard(d, [0, 1] * 3, pa.array([{"bytes": 7, "path": None}] * 6)),
         "it needs 'img' or 'image'",
@@ -320,7 +320,7 @@ def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         shard(tmp_path, [0, 1] * 3)
         os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"test-{number}.parquet")
     stream = open_stream(tmp_path, "test")
-    assert [file.name for file in stream.records.files()] == [f"test-{number}.parquet" for number in range(11)]
+    assert [file.name for file in stream.encoded.files()] == [f"test-{number}.parquet" for number in range(11)]
 
 
 def test_all_splits_of_shards_name_the_same_classes(tmp_path: Path) -> None:
@@ -421,13 +421,13 @@ PICTURES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a huge file": (lambda p: sparse(p / "x.webp"), "at most 268435456 are read"),
     "a short bomb": (lambda p: written(p / "x.png", huge_png(8192, 8192)), "cannot be decoded"),
-    "an animated GIF": (lambda p: saved(p / "x.gif", COLOUR, save_all=True, append_images=FRAMES), "several pictures"),
-    "an animated PNG": (lambda p: saved(p / "x.png", COLOUR, save_all=True, append_images=FRAMES), "several pictures"),
+    "an animated GIF": (lambda p: saved(p / "x.gif", COLOUR, save_all=True, append_images=FRAMES), "several images"),
+    "an animated PNG": (lambda p: saved(p / "x.png", COLOUR, save_all=True, append_images=FRAMES), "several images"),
     "an animated WebP": (
         lambda p: saved(p / "x.webp", COLOUR, save_all=True, append_images=FRAMES),
-        "several pictures",
+        "several images",
     ),
-    "a TIFF of pages": (lambda p: saved(p / "x.tif", COLOUR, save_all=True, append_images=FRAMES), "several pictures"),
+    "a TIFF of pages": (lambda p: saved(p / "x.tif", COLOUR, save_all=True, append_images=FRAMES), "several images"),
     "CMYK in JPEG": (lambda p: saved(p / "x.jpg", COLOUR.convert("CMYK")), "has mode CMYK"),
     "CMYK in TIFF": (lambda p: saved(p / "x.tif", COLOUR.convert("CMYK")), "has mode CMYK"),
     "LAB": (lambda p: saved(p / "x.tif", Image.new("LAB", (4, 4))), "has mode LAB"),
@@ -472,8 +472,8 @@ PICTURES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a socket": (lambda p: listening(p / "x.png"), "is a pipe, socket or device"),
     "a device": (lambda p: linked(p / "x.png", "/dev/zero"), "is a pipe, socket or device"),
     "a directory": (lambda p: ((p / "x.png").mkdir(), p / "x.png")[1], "is a directory"),
-    "a link to nothing": (lambda p: linked(p / "x.png", "nowhere"), "is a link to nothing"),
-    "a link to itself": (lambda p: linked(p / "x.png", "x.png"), "is a link to nothing"),
+    "a link to nothing": (lambda p: linked(p / "x.png", "nowhere"), "is a broken link"),
+    "a link to itself": (lambda p: linked(p / "x.png", "x.png"), "is a broken link"),
     "no file": (lambda p: p / "x.png", "is missing"),
 }
 

@@ -116,8 +116,8 @@ def test_without_labels_drops_the_labels_alone() -> None:
         ({"ids": np.array(["a", "b", "a", "c", "d", "e"])}, "'a' occurs 2 times"),
         ({"ids": np.arange(6)}, r"array of str of shape \(6,\), got int64"),
         ({"ids": np.array(["a"])}, r"\(1,\)"),
-        ({"classes": ["a", "b", "c"]}, "tuple of different names"),
-        ({"classes": ("a", "b", "a")}, "tuple of different names"),
+        ({"classes": ["a", "b", "c"]}, "tuple of distinct names"),
+        ({"classes": ("a", "b", "a")}, "tuple of distinct names"),
     ],
 )
 def test_what_is_not_an_image_set_is_refused_with_its_name_and_what_was_given(change: dict, text: str) -> None:
@@ -190,7 +190,7 @@ def test_without_labels_all_images_are_held_out_alike() -> None:
 
 @pytest.mark.parametrize("count", [0, 6, -1, 2.0, True])
 def test_an_impossible_number_of_held_out_images_is_refused(count: object) -> None:
-    with pytest.raises(InputError, match=r"of 6 images 1\.\.5 can be held out"):
+    with pytest.raises(InputError, match=r"to hold out must be in 1\.\.5 of 6, got"):
         hold_out(numbered(), count, stream(0, "held"))
 
 

@@ -131,7 +131,7 @@ def test_of_several_folders_the_first_that_holds_an_archive_is_read(
     (roots[0] / "test-00000-of-00001.parquet").write_bytes(b"never read")
     assert sources.load_images("cifar10", root=roots, download=False).fingerprint == alone.fingerprint
     assert sources.decoded_bytes("cifar10", "test", roots) == 10_000 * 3072
-    assert sources.open_records("cifar10", "test", roots) is None
+    assert sources.open_encoded("cifar10", "test", roots) is None
 
 
 def test_a_download_goes_to_the_first_of_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,9 @@ def test_empty_and_unlike_shards_are_named(tmp_path: Path) -> None:
         load_images(tmp_path)
     write(tmp_path / "train-00000-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
     write(tmp_path / "train-00001-of-00002.parquet", range(2), [0, 1], names=["b", "a"])
-    with pytest.raises(DataError, match=r"train-00001-of-00002\.parquet has another label column or other classes"):
+    with pytest.raises(
+        DataError, match=r"train-00001-of-00002\.parquet has a different label column or different classes"
+    ):
         load_images(tmp_path, "train")
 
 
@@ -255,7 +257,9 @@ def test_other_class_names_in_another_folder_are_refused(tmp_path: Path) -> None
     first, second = tmp_path / "a", tmp_path / "b"
     write(first / "train-00000-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
     write(second / "train-00001-of-00002.parquet", range(2), [0, 1], names=["b", "a"])
-    with pytest.raises(DataError, match=rf"{second}/train-.* has another label column or other classes than {first}/"):
+    with pytest.raises(
+        DataError, match=rf"{second}/train-.* has a different label column or different classes from {first}/"
+    ):
         load_images(".", "train", root=[first, second])
     write(second / "train-00001-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
     write(second / "test.parquet", range(2), [0, 1], names=["b", "a"])

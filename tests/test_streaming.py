@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from rush.data import streaming
 from rush.data.batches import Batch, Resident
 from rush.data.images import hold_out
 from rush.data.readers.decoding import Encoded
-from rush.data.readers.parquet import ParquetRecords
+from rush.data.readers.parquet import ParquetImages
 from rush.data.sources import decoded_bytes, load_images
 from rush.data.streaming import Stream, open_stream
 from rush.errors import ConfigError, DataError, InputError
@@ -86,7 +87,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(folder: Path, **options: Any) -> Stream:
     """A stream whose pools hold about three row groups of ten images."""
-    return open_stream(folder, "train", **{"memory": 2 * 3 * 10 * (150 + _ROW_BYTES), **options})
+    return replace(open_stream(folder, "train", memory=2 * 3 * 10 * (150 + _ROW_BYTES)), **options)
 
 
 def same(one: Iterator[Batch], other: Iterator[Batch]) -> bool:
@@ -189,13 +190,13 @@ def test_a_resumed_epoch_reads_no_pool_that_is_over(shards: Path, monkeypatch: p
     streamed = small(shards)
     later = [numbers(batch) for batch in streamed.batches(stream(0, "o"), 9)][8:]
     read: list[int] = []
-    plain = ParquetRecords.read
+    plain = ParquetImages.read
 
-    def watched(self: ParquetRecords, rows: np.ndarray) -> Iterator[Encoded]:
+    def watched(self: ParquetImages, rows: np.ndarray) -> Iterator[Encoded]:
         read.extend(rows.tolist())
         return plain(self, rows)
 
-    monkeypatch.setattr(ParquetRecords, "read", watched)
+    monkeypatch.setattr(ParquetImages, "read", watched)
     assert [numbers(batch) for batch in streamed.batches(stream(0, "o"), 9, first=8)] == later
     assert sorted(read) == sorted(row for batch in later for row in batch)
 
@@ -209,6 +210,8 @@ def test_a_large_row_group_is_read_in_parts(tmp_path: Path) -> None:
     assert sorted(row for batch in rows for row in batch) == list(range(60))
     with pytest.raises(DataError, match=r"00000-of-00001\.parquet has images of about \d{3} bytes.*give at least \d+"):
         open_stream(folder, "train", memory=500)
+    with pytest.raises(DataError, match="more than the 1 bytes held at a time; give at least"):
+        open_stream(folder, "train", memory=1)
 
 
 def test_a_damaged_image_is_named_when_its_turn_comes(tmp_path: Path) -> None:
@@ -275,7 +278,7 @@ def test_held_out_images_are_those_of_the_loaded_set_and_never_streamed(
     further, more = streamed.holding_out(5, stream(0, "more"))
     assert len(further) == len(rest) - 5
     assert not set(more.ids) & set(held.ids)
-    with pytest.raises(InputError, match=r"1\.\.\d+ can be held out, got 0"):
+    with pytest.raises(InputError, match=r"hold out must be in 1\.\.\d+ of \d+, got 0"):
         streamed.holding_out(0, stream(0, "held"))
 
 
@@ -310,16 +313,21 @@ def test_what_cannot_be_streamed_says_what_to_do(tmp_path: Path, shards: Path) -
     for name in ("digits", tmp_path / "some.npz"):
         with pytest.raises(DataError, match=r"only be loaded as a whole.*data\.memory_gb"):
             open_stream(name, "train")
-    with pytest.raises(DataError, match="no known data set"):
+    with pytest.raises(DataError, match="not a known data set"):
         open_stream(tmp_path / "nothing", "train")
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"memory": 0}, "memory must be an integer >= 1"),
-        ({"rank": 2, "processes": 2}, r"rank must be an integer in 0\.\.1, got 2"),
         ({"threads": 0}, "threads must be"),
     )
     for options, text in wrong:
         with pytest.raises(ConfigError, match=text):
             open_stream(shards, "train", **options)
+    for placement, text in (
+        ({"rank": 2, "processes": 2}, r"rank must be an integer in 0\.\.1, got 2"),
+        ({"processes": 0}, "processes must be an integer >= 1"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            replace(open_stream(shards, "train"), **placement)
     with pytest.raises(InputError, match="size must be"):
         open_stream(shards, "train", size=0)
     with pytest.raises(ConfigError, match="exceeds the 95"):
