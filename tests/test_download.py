@@ -37,9 +37,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.server.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.supports_range else 0
+        requested = self.headers.get("Range")
+        self.server.ranges.append(requested)
+        start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and self.server.supports_range else 0
         if self.server.status != 200:
             return self.send_error(self.server.status)
         if start >= len(CONTENT):

@@ -12,12 +12,10 @@ from rush.runtime.randomness import stream
 
 
 def numbered(n: int = 6, labels: list[int] | None = None, classes: int = 3) -> ImageSet:
-    """Image i is filled with the value 10 i, so that a row can be told by its pixels."""
+    """Image i is filled with the value 10 i, so that its pixels identify a row."""
     images = (torch.arange(n) * 10 % 256).to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2).clone()
-    given = torch.tensor(labels if labels is not None else [i % classes for i in range(n)])
-    return ImageSet(
-        images, given, tuple("abcdefghij"[:classes]), np.array([f"id-{i}" for i in range(n)]), "set", "test"
-    )
+    y = torch.tensor(labels if labels is not None else [i % classes for i in range(n)])
+    return ImageSet(images, y, tuple("abcdefghij"[:classes]), np.array([f"id-{i}" for i in range(n)]), "set", "test")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +216,6 @@ def test_splits_are_joined_with_ids_that_stay_unique() -> None:
     ],
 )
 def test_what_does_not_belong_together_is_not_joined(change: dict, text: str) -> None:
-    given = {"labels": None, "ids": np.array([f"x{row}" for row in range(6)]), **change}
+    fields = {"labels": None, "ids": np.array([f"x{row}" for row in range(6)]), **change}
     with pytest.raises(DataError, match=text):
-        concatenate([numbered(), replace(numbered(), **given)])
+        concatenate([numbered(), replace(numbered(), **fields)])

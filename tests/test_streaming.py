@@ -1,4 +1,4 @@
-"""Streams give the images of the files, each once an epoch, in an order of their own, within the memory given."""
+"""Streams yield every image of the files once per epoch, in a random order, within the given memory."""
 
 import json
 import subprocess
@@ -6,18 +6,16 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
+from encoded_images import image_column, png, write_shard
 from rush.data import streaming
 from rush.data.batches import Batch, Resident
 from rush.data.images import hold_out
@@ -32,15 +30,8 @@ SIDE = 6
 _ROW_BYTES = 256  # counted for each image that is held, beside its encoded bytes
 
 
-def png(pixels: np.ndarray, mode: str | None = None, **options: Any) -> bytes:
-    buffer = BytesIO()
-    image = Image.fromarray(pixels)
-    (image.convert(mode) if mode else image).save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
 def numbered(row: int, side: int = SIDE) -> np.ndarray:
-    """An RGB image that can be told by its first pixel: (row // 256, row % 256, 0), and noise elsewhere."""
+    """An RGB image identified by its first pixel: (row // 256, row % 256, 0), and noise elsewhere."""
     pixels = np.random.default_rng(row).integers(0, 256, (side, side, 3), np.uint8)
     pixels[0, 0] = row // 256, row % 256, 0
     return pixels
@@ -54,15 +45,13 @@ def write_shards(
     folder: Path, contents: list[bytes], shards: int = 2, group: int = 10, labelled: bool = True, split: str = "train"
 ) -> Path:
     """The images in order over ``shards`` files with row groups of ``group``; the label of row i is i % 3."""
-    folder.mkdir(exist_ok=True)
     bounds = np.linspace(0, len(contents), shards + 1).astype(int)
     for number, (start, stop) in enumerate(pairwise(bounds)):
-        structs = [{"bytes": content, "path": None} for content in contents[start:stop]]
-        columns: dict[str, Any] = {"image": pa.array(structs, pa.struct({"bytes": pa.binary(), "path": pa.string()}))}
+        columns: dict[str, Any] = {"image": image_column(contents[start:stop])}
         if labelled:
             columns["label"] = [row % 3 for row in range(start, stop)]
         path = folder / f"{split}-{number:05d}-of-{shards:05d}.parquet"
-        pq.write_table(pa.table(columns), path, row_group_size=group, use_dictionary=False, compression="none")
+        write_shard(path, columns, row_group_size=group, use_dictionary=False, compression="none")
     return folder
 
 
@@ -90,11 +79,11 @@ def small(folder: Path, **options: Any) -> Stream:
     return replace(open_stream(folder, "train", memory=2 * 3 * 10 * (150 + _ROW_BYTES)), **options)
 
 
-def same(one: Iterator[Batch], other: Iterator[Batch]) -> bool:
+def same(batches: Iterator[Batch], other: Iterator[Batch]) -> bool:
     def labels(batch: Batch) -> list[int] | None:
         return None if batch.labels is None else batch.labels.tolist()
 
-    return all(a.images.equal(b.images) and labels(a) == labels(b) for a, b in zip(one, other, strict=True))
+    return all(a.images.equal(b.images) and labels(a) == labels(b) for a, b in zip(batches, other, strict=True))
 
 
 @pytest.mark.parametrize("source", ["files", "shards"])
@@ -304,7 +293,7 @@ def test_the_fingerprint_tells_files_rows_and_labels_apart_and_needs_no_pixels(s
         open_stream(files, "train"),
         open_stream(shards, "train").holding_out(5, stream(0, "held"))[0],
     ]
-    assert len({one.fingerprint for one in streams}) == 5
+    assert len({streamed.fingerprint for streamed in streams}) == 5
     assert streams[0].fingerprint == small(shards, processes=2, rank=1).fingerprint
 
 
@@ -352,9 +341,9 @@ def test_shards_of_two_folders_are_streamed_as_those_of_one(tmp_path: Path, shar
     for root, file in zip(roots, sorted(shards.iterdir(), reverse=True), strict=True):
         root.mkdir()
         (root / file.name).symlink_to(file)
-    one, two = (open_stream(".", "train", root=root, memory=20_000) for root in (shards, roots))
-    assert two.fingerprint == one.fingerprint
-    batches = [list(source.batches(stream(0, "order"), 19)) for source in (one, two)]
+    single, joined = (open_stream(".", "train", root=root, memory=20_000) for root in (shards, roots))
+    assert joined.fingerprint == single.fingerprint
+    batches = [list(source.batches(stream(0, "order"), 19)) for source in (single, joined)]
     for expected, batch in zip(*batches, strict=True):
         assert batch.images.equal(expected.images)
         assert batch.labels.equal(expected.labels)
@@ -383,7 +372,7 @@ print(json.dumps([len(streamed), sizes]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
 def test_memory_stays_within_what_was_given_however_large_the_set(tmp_path: Path) -> None:
-    """84 MiB of encoded noise (12 KiB an image), in row groups of 0.8 MiB, through 8 MiB.
+    """84 MiB of encoded noise (12 KiB per image), in row groups of 0.8 MiB, through 8 MiB.
 
     The slack of 24 MiB: four batches of 0.4 MiB at once, what two threads decode and what the reader of the files
     buffers, each with the allocator's own share, which is larger on a busy machine. Holding the set would take 84 MiB.

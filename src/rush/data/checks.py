@@ -113,7 +113,10 @@ def labelled_pixels(images: Images, num_classes: int | None = None, kind: ImageK
         pixels = images
     elif isinstance(images, ImageSet):
         if images.labels is None:
-            raise InputError(f"{images.name} ({images.split}) has no labels; certification and attacks need them")
+            raise InputError(
+                f"{images.name} ({images.split}) has no labels, but certification and attacks need them; give "
+                "labelled images"
+            )
         what = f"the images of {images.name} ({images.split})"
         kind.check_shape(images.shape, what, "those of the model")
         kind.check_classes(images.classes, what, "the model")

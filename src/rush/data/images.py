@@ -265,9 +265,9 @@ def _check_generator(generator: torch.Generator) -> None:
 def _check_images(images: torch.Tensor, where: str) -> None:
     is_tensor = isinstance(images, torch.Tensor)
     if not (is_tensor and images.dtype == torch.uint8 and images.ndim == 4 and images.device.type == "cpu"):
-        given = f"{images.dtype} {tuple(images.shape)} on {images.device}" if is_tensor else type(images).__name__
+        actual = f"{images.dtype} {tuple(images.shape)} on {images.device}" if is_tensor else type(images).__name__
         raise DataError(
-            f"{where}: images must be a torch.uint8 tensor (N, C, H, W) with values 0..255 on the cpu, got {given}; "
+            f"{where}: images must be a torch.uint8 tensor (N, C, H, W) with values 0..255 on the cpu, got {actual}; "
             "convert it first"
         )
     if images.numel() == 0:
@@ -283,9 +283,9 @@ def _check_classes(classes: tuple[str, ...], where: str) -> None:
 
 def _check_ids(ids: np.ndarray, num_images: int, where: str) -> None:
     if not isinstance(ids, np.ndarray) or ids.dtype.kind != "U" or ids.shape != (num_images,):
-        given = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        actual = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
         raise DataError(
-            f"{where}: ids must be a numpy array of str of shape ({num_images},), got {given}; "
+            f"{where}: ids must be a numpy array of str of shape ({num_images},), got {actual}; "
             "use np.array([...], dtype=str)"
         )
     if len(set(ids.tolist())) != num_images:
@@ -298,8 +298,8 @@ def _check_ids(ids: np.ndarray, num_images: int, where: str) -> None:
 
 def _check_label_type(labels: torch.Tensor, where: str) -> None:
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.device.type != "cpu":
-        given = f"{labels.dtype} on {labels.device}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        actual = f"{labels.dtype} on {labels.device}" if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise DataError(
-            f"{where}: labels must be None or a torch.int64 tensor (N,) on the cpu, got {given}; use "
+            f"{where}: labels must be None or a torch.int64 tensor (N,) on the cpu, got {actual}; use "
             "labels.long().cpu()"
         )

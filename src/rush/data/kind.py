@@ -12,7 +12,7 @@ _LISTED = 30  # largest number of class names that an error lists in full
 
 @dataclass(frozen=True)
 class ImageKind:
-    """What is known of images; None where it is not.
+    """The known properties of images: a property is None where it is unknown.
 
     shape: (channels, height, width) of every image. classes: names in the order of their labels.
     """

@@ -112,11 +112,7 @@ def open_encoded(name_or_path: str | os.PathLike[str], split: str, root: Root = 
 
 
 def decoded_bytes(
-    name_or_path: str | os.PathLike[str],
-    split: str,
-    root: Root = None,
-    *,
-    size: int | None = None,
+    name_or_path: str | os.PathLike[str], split: str, root: Root = None, *, size: int | None = None
 ) -> int:
     """Estimate the memory in bytes that ``load_images`` would take for the images of ``split``.
 

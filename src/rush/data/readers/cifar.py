@@ -46,42 +46,27 @@ def _archive(stem: str, folder: str, md5: str) -> Archive:
 def cifar10_versions() -> tuple[CifarVersion, ...]:
     """Return the Python and the binary version of CIFAR-10: five training files and a test file of 10,000 each."""
     batches = tuple(f"data_batch_{number}" for number in range(1, 6))
+    files = {"train": batches, "test": ("test_batch",)}
+    binary_files = {split: tuple(f"{name}.bin" for name in names) for split, names in files.items()}
     rows = {"train": 10_000, "test": 10_000}
     python = _archive("cifar-10-python", "cifar-10-batches-py", "c58f30108f718f92721af3b95e74349a")
     binary = _archive("cifar-10-binary", "cifar-10-batches-bin", "c32a1d4ab5d03f1284b67883e8d87530")
-    binary_files = {"train": tuple(f"{batch}.bin" for batch in batches), "test": ("test_batch.bin",)}
     return (
-        CifarVersion(
-            python,
-            {"train": batches, "test": ("test_batch",)},
-            rows,
-            "batches.meta",
-            10,
-            labels_key="labels",
-            names_key="label_names",
-        ),
+        CifarVersion(python, files, rows, "batches.meta", 10, labels_key="labels", names_key="label_names"),
         CifarVersion(binary, binary_files, rows, "batches.meta.txt", 10),
     )
 
 
 def cifar100_versions() -> tuple[CifarVersion, ...]:
     """Return the Python and the binary version of CIFAR-100: a training file of 50,000 and a test file of 10,000."""
+    files = {"train": ("train",), "test": ("test",)}
+    binary_files = {"train": ("train.bin",), "test": ("test.bin",)}
     rows = {"train": 50_000, "test": 10_000}
     python = _archive("cifar-100-python", "cifar-100-python", "eb9058c3a382ffc7106e4002c42a8d85")
     binary = _archive("cifar-100-binary", "cifar-100-binary", "03b5dce01913d631647c71ecec9e9cb8")
     return (
-        CifarVersion(
-            python,
-            {"train": ("train",), "test": ("test",)},
-            rows,
-            "meta",
-            100,
-            labels_key="fine_labels",
-            names_key="fine_label_names",
-        ),
-        CifarVersion(
-            binary, {"train": ("train.bin",), "test": ("test.bin",)}, rows, "fine_label_names.txt", 100, label_bytes=2
-        ),
+        CifarVersion(python, files, rows, "meta", 100, labels_key="fine_labels", names_key="fine_label_names"),
+        CifarVersion(binary, binary_files, rows, "fine_label_names.txt", 100, label_bytes=2),
     )
 
 

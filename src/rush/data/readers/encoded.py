@@ -21,7 +21,7 @@ from rush.errors import DataError
 class Block:
     """Rows start..stop - 1, which are read together.
 
-    num_bytes: what holding them encoded takes in memory; 0 for image files, which are opened one by one.
+    num_bytes: memory that holding them encoded takes. It is 0 for image files, which are opened one by one.
     """
 
     start: int
@@ -66,7 +66,7 @@ class EncodedImages(Protocol):
         """Yield the encoded images of the ascending ``rows``.
 
         Raises:
-            DataError: a file is damaged; it is named.
+            DataError: a file, which is named, is damaged.
         """
         ...
 
@@ -140,7 +140,7 @@ def decode_all(encoded: EncodedImages, size: int | None = None) -> ImageSet:
     """Decode all images into memory, each by ``decode`` with this ``size``.
 
     Raises:
-        DataError: an image cannot be decoded, or is of another size than the first; it is named.
+        DataError: an image, which is named, cannot be decoded, or has a different size from the first.
         InputError: a wrong ``size``.
     """
     check_size(size)

@@ -54,7 +54,8 @@ def warn_of_omitted(folder: Path, omitted: Sequence[Path], what: str) -> None:
     counts = Counter(path.suffix.lower() or "no suffix" for path in omitted)
     listed = ", ".join(f"{count} with {suffix}" for suffix, count in counts.most_common(8))
     text = (
-        f"{folder}: {len(omitted)} entries are omitted, not being {what} ({listed}), the first is {omitted[0]}; "
+        f"{folder}: {len(omitted)} entries are omitted because they are not {what} ({listed}), the first is "
+        f"{omitted[0]}; "
         "remove them, or convert what should be read"
     )
     warnings.warn(text, DataWarning, stacklevel=2)

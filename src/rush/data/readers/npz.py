@@ -106,7 +106,10 @@ def _check_header(stream: IO[bytes], entry: zipfile.ZipInfo, where: str) -> None
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise DataError(f"{where} has version {version} of the .npy format, allowed are {', '.join(map(str, readers))}")
+        raise DataError(
+            f"{where} has version {version} of the .npy format, allowed are {', '.join(map(str, readers))}; write it "
+            "again with numpy.savez"
+        )
     shape, _, dtype = readers[version](stream)
     if dtype.hasobject or dtype.fields is not None or dtype.kind not in "biufUS":
         raise DataError(

@@ -289,7 +289,9 @@ def _image_column(schema: Any, path: Path) -> str:
             if pa.types.is_struct(kind) and _holds_bytes(kind):
                 return column
     columns = ", ".join(f"{name}: {kind}" for name, kind in zip(schema.names, schema.types, strict=True))
-    raise DataError(f"{path} has the columns {columns}; it needs 'img' or 'image', a struct of bytes and path")
+    raise DataError(
+        f"{path} has the columns {columns}; it needs 'img' or 'image', a struct of bytes and path; rename or convert it"
+    )
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -356,7 +358,9 @@ def _read_group(file: Any, shard: _Shard, number: int, rows: np.ndarray) -> Iter
             if content is None:
                 raise DataError(f"{shard.path} row {row} has no image bytes; embed the image or remove the row")
             if len(content) > MAX_BYTES:
-                raise DataError(f"{shard.path} row {row} has {len(content)} bytes, at most {MAX_BYTES} are read")
+                raise DataError(
+                    f"{shard.path} row {row} has {len(content)} bytes, at most {MAX_BYTES} are read; store it smaller"
+                )
             yield f"{shard.path} row {row}", content
         start += len(column)
         if start > rows[-1]:
