@@ -88,7 +88,9 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     if not path.is_file():
         raise DataError(f"{path} is {describe_kind(path)}, not an .npz file; give the path of one")
     if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is truncated or not an .npz file; write it again with numpy.savez")
+        raise DataError(
+            f"{path} is truncated or not an .npz file and cannot be read as arrays; write it again with numpy.savez"
+        )
     remedy = "write plain arrays again with numpy.savez"
     with name_damage(f"{path} cannot be read", remedy), zipfile.ZipFile(path) as file:
         yield file
