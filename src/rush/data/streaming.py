@@ -153,7 +153,7 @@ class Stream:
         return replace(self, rows=np.delete(self.rows, drawn)), images
 
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """As ``TrainingImages.batches``: a function of ``order``, ``batch_size``, ``memory`` and the files alone.
+        """Yield batches as ``TrainingImages.batches``, a function of ``order``, ``batch_size``, ``memory`` and the files alone.
 
         Batches before ``first`` are neither read nor decoded.
 

@@ -113,7 +113,7 @@ def decode(encoded: Encoded, size: int | tuple[int, int] | None = None) -> np.nd
         plain = _opaque(_upright(image), where)
         height, width = (size, size) if isinstance(size, int) else size or plain.size[::-1]
         pixels = np.asarray(fit_image(plain, width, height))
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # from (H, W) or (H, W, 3)
 
 
 def _allocated(shape: tuple[int, ...], where: str) -> np.ndarray:
