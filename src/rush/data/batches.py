@@ -56,7 +56,7 @@ class Resident:
         return len(self._images)
 
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """Yield batches as ``TrainingImages.batches``; batch k holds positions k B to (k + 1) B of one random permutation."""
+        """Yield positions k B to (k + 1) B of one random permutation as batch k; see ``TrainingImages.batches``."""
         per_epoch, share = batches_per_epoch(len(self), batch_size), share_of(batch_size, self._rank, self._processes)
         permutation = sent(torch.randperm(len(self), generator=order), self._images.device)
         for number in range(first, per_epoch):

@@ -153,9 +153,9 @@ class Stream:
         return replace(self, rows=np.delete(self.rows, drawn)), images
 
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """Yield batches as ``TrainingImages.batches``, a function of ``order``, ``batch_size``, ``memory`` and the files alone.
+        """Yield batches as ``TrainingImages.batches``.
 
-        Batches before ``first`` are neither read nor decoded.
+        They depend on ``order``, ``batch_size``, ``memory`` and the files alone. Batches before ``first`` are neither read nor decoded.
 
         Raises:
             ConfigError: ``batch_size`` is not possible.
