@@ -155,7 +155,8 @@ class Stream:
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
         """Yield batches as ``TrainingImages.batches``.
 
-        They depend on ``order``, ``batch_size``, ``memory`` and the files alone. Batches before ``first`` are neither read nor decoded.
+        They depend on ``order``, ``batch_size``, ``memory`` and the files alone. Batches before ``first`` are neither
+        read nor decoded.
 
         Raises:
             ConfigError: ``batch_size`` is not possible.
