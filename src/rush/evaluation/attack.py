@@ -16,15 +16,7 @@ from rush.attacks.gradient import gradient_statistics, seeded
 from rush.attacks.losses import LossName, cross_entropy, named_loss
 from rush.attacks.threat import ORDERS, ThreatModel, distances, norms
 from rush.choices import AttackMethod, Decision, Gradient
-from rush.data.checks import (
-    Images,
-    LabelledPixels,
-    check_labels,
-    check_pixels,
-    kind_of,
-    labelled_pixels,
-    positive_integer,
-)
+from rush.data.checks import Images, LabelledPixels, check_class_indices, check_pixels, kind_of, labelled_pixels
 from rush.errors import InputError, ModelError, RoundingWarning
 from rush.evaluation.candidates import GROUP, Points, find_points
 from rush.evaluation.groups import read_part, write_part
@@ -40,7 +32,7 @@ from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite,
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, fewest_draws
 from rush.runtime.distributed import gather_objects, rank, world_size
-from rush.runtime.numbers import as_real, as_whole
+from rush.runtime.numbers import as_real, as_whole, positive_integer
 from rush.runtime.progress import progress
 from rush.smoothing.classifier import BLOCK, SmoothedClassifier
 from rush.smoothing.inspection import check_logits
@@ -246,7 +238,7 @@ def _check_outputs(defender: Defender, pixels: LabelledPixels, declared: bool) -
             f"the classifier gave {classes} logits per image, expected num_classes = {defender.num_classes}"
         )
     defender.num_classes = classes
-    check_labels(pixels.y, len(pixels), classes)
+    check_class_indices(pixels.y, len(pixels), classes)
     try:
         defender.inspect(pixels.x, declared)
     except ModelError:
