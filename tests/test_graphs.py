@@ -249,7 +249,7 @@ def test_batches_of_another_size_and_new_numbers_are_refused() -> None:
     )
     for number in range(WARM_UP):
         take(number)
-    with pytest.raises(ConfigError, match="asks for other numbers than before"):
+    with pytest.raises(ConfigError, match="requests different numbers than before"):
         take(WARM_UP)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives. They are imported on first use, so that `rush --help` does not wait for torch.
+# Modules of the public names. They are imported on first use, so that `rush --help` does not wait for torch.
 _HOMES = {
     "ABSTAIN": "rush.smoothing.classifier",
     "Gaussian": "rush.smoothing.noise",
