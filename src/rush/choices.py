@@ -37,7 +37,7 @@ TRAININGS: tuple[Stage, ...] = ("pretrain", "finetune")
 
 
 def parse_fraction(text: str | float) -> float:
-    """Return the number in ``text``, e.g. ``"8/255"`` or ``0.5``; raise ValueError if it is not one."""
+    """Return the number in ``text``, e.g. ``"8/255"`` or ``0.5``, or raise ValueError if it is not one."""
     try:
         return float(Fraction(text)) if isinstance(text, str) else float(text)
     except (ValueError, ZeroDivisionError):
@@ -48,6 +48,6 @@ def fewest_samples(alpha: float) -> int:
     """Return the least number of votes that can show a probability above 1/2 at level ``alpha``.
 
     If all n votes agree, their lower bound alpha^(1/n), less the 1e-10 for rounding of ``statistics.lower_bound``, must
-    exceed 1/2. No sigma needs fewer; a tiny sigma may need more (``certification.rule``).
+    exceed 1/2. No sigma needs fewer, but a tiny sigma may need more (``certification.rule``).
     """
     return math.floor(-math.log2(alpha) / (1 + math.log2(1 - 1e-10))) + 1

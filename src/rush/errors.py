@@ -10,7 +10,7 @@ class ConfigError(RushError, ValueError):
 
 
 class DataError(RushError, ValueError):
-    """A data set is missing, damaged, empty or invalid; the text names the file and the remedy."""
+    """A data set is missing, damaged, empty or invalid. The text names the file and the remedy."""
 
 
 class InputError(RushError, ValueError):
@@ -26,7 +26,7 @@ class RunError(RushError):
 
 
 class WriteError(RunError, OSError):
-    """A file cannot be written; ``reason`` says why, e.g. a full disk or a missing permission."""
+    """A file cannot be written. ``reason`` says why, e.g. a full disk or a missing permission."""
 
     def __init__(self, path: object, reason: str) -> None:
         self.reason = reason
@@ -41,7 +41,7 @@ class CheckpointError(RushError):
 
 
 class Interrupted(RushError):
-    """The process was asked to stop and has saved its work; ``status`` is its exit status."""
+    """The process was asked to stop and has saved its work. ``status`` is its exit status."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -49,7 +49,7 @@ class Interrupted(RushError):
 
 
 class DeviceMemoryError(RushError, MemoryError):
-    """The device ran out of memory; the text names the field of the recipe to lower."""
+    """The device ran out of memory. The text names the field of the recipe to lower."""
 
 
 class SandwichError(RushError):
@@ -61,11 +61,11 @@ class RushWarning(UserWarning):
 
 
 class DataWarning(RushWarning):
-    """Some files in a folder of images are not read; the text says which kind, how many, and names the first."""
+    """Some files in a folder of images are not read. The text says which kind, how many, and names the first."""
 
 
 class CopiesWarning(RushWarning):
-    """Some images are exact duplicates and are counted once; the text gives their number."""
+    """Some images are exact duplicates and are counted once. The text gives their number."""
 
 
 class NumericsWarning(RushWarning):

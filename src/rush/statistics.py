@@ -1,4 +1,4 @@
-"""Exact binomial bounds, tests and confidence intervals; bounds and p-values are rounded to the safe side."""
+"""Exact binomial bounds, tests and confidence intervals, with bounds and p-values rounded to the safe side."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArra
 
 
 def sign_test(wins: ArrayLike, losses: ArrayLike) -> NDArray[np.float64]:
-    """Return the one-sided p-value of "wins are at most as likely as losses", rounded up; 1 without votes.
+    """Return the one-sided p-value of "wins are at most as likely as losses", rounded up, or 1 without votes.
 
     It is P(Binomial(wins + losses, 1/2) >= wins). It holds for votes among several classes too: given the number of
     votes for either of two classes, the split between them is binomial.

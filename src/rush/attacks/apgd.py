@@ -43,7 +43,7 @@ def apgd(
 
     On a deterministic function ``best`` has the largest loss among the misclassified points or, if there are none,
     among all. On a stochastic function the largest of many measured losses is partly luck. There the best and the
-    current point are compared on common random numbers, only at the checkpoints and at the end; the step is halved
+    current point are compared on common random numbers, only at the checkpoints and at the end. The step is halved
     where the current point loses, and points between checkpoints are never returned.
 
     Args:
@@ -54,7 +54,7 @@ def apgd(
         steps: number of gradient steps.
         loss: the objective. Cross-entropy has no gradient at a confident point (p_y = 1 in float32): start elsewhere,
             or use margin or DLR.
-        start: first point, projected into the ball; ``x`` by default.
+        start: first point (default ``x``), projected into the ball.
 
     Returns:
         Two candidates per image, (best, last), both (B, C, H, W) in the ball and in [0, 1].

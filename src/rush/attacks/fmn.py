@@ -41,7 +41,7 @@ def fmn(
     l-inf and l1, and it finds points where the paper's rule finds none.
 
     The method was chosen because one rule covers all three norms, with one gradient per step and no subproblem. FAB
-    (Croce & Hein 2020) needs a gradient for every class or target and a projection onto a plane within the box; DDN
+    (Croce & Hein 2020) needs a gradient for every class or target and a projection onto a plane within the box. DDN
     (Rony et al. 2019) covers l2 only.
 
     For a stochastic ``log_probs`` this is a heuristic. The radius follows the losses as measured. Of the points only
@@ -56,11 +56,11 @@ def fmn(
         norm: in which distances are measured.
         steps: number of gradient steps.
         loss: positive only where the label is not the most probable class: margin, DLR or their targeted forms.
-        start: first point, clamped to [0, 1]; ``x`` by default.
+        start: first point (default ``x``), clamped to [0, 1].
         confidence: how far the loss must exceed 0 (Carlini & Wagner 2017).
 
     Returns:
-        Points (B, C, H, W) in [0, 1]; ``x`` itself where it is such a point, and where none was found.
+        Points (B, C, H, W) in [0, 1], and ``x`` itself where it is such a point, and where none was found.
 
     Random: nothing but ``log_probs``.
 

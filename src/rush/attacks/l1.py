@@ -20,9 +20,9 @@ def project_l1(change: Tensor, x: Tensor, epsilon: Tensor) -> Tensor:
     size, room = change.abs().flatten(1), room_towards(change, x).flatten(1)
     radius = epsilon.reshape(-1, 1)
     threshold = torch.where(torch.minimum(size, room).sum(1, keepdim=True) <= radius, 0.0, _knot(size, room, radius))
-    kept = torch.minimum((size - threshold).clamp(min=0), room)
-    kept = kept * (radius / kept.sum(1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)  # rounding
-    return kept.view_as(change) * change.sign()
+    projected = torch.minimum((size - threshold).clamp(min=0), room)
+    projected = projected * (radius / projected.sum(1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)  # rounding
+    return projected.view_as(change) * change.sign()
 
 
 def sparse_step(gradient: Tensor, room: Tensor, length: Tensor, pixels: Tensor) -> Tensor:

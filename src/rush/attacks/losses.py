@@ -49,7 +49,7 @@ def targeted_cross_entropy(targets: Tensor, log_probs: Tensor, _y: Tensor) -> Te
 
 
 def targeted_margin(targets: Tensor, log_probs: Tensor, y: Tensor) -> Tensor:
-    """Return z_t - z_y, (B,), for targets t (B,); where it is positive, the label is not the most probable class."""
+    """Return z_t - z_y, (B,), for targets t (B,): positive only where the label is not the most probable class."""
     return targeted_cross_entropy(targets, log_probs, y) - targeted_cross_entropy(y, log_probs, y)
 
 

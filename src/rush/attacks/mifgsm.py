@@ -28,7 +28,7 @@ def mifgsm(
 
     Args:
         log_probs, x, y, threat, steps, start, loss: as for ``pgd``.
-        step_size: share of epsilon; 1 / steps by default, so that the last step can just reach the edge of the ball.
+        step_size: share of epsilon, by default 1 / steps, so that the last step can just reach the edge of the ball.
         decay: factor on the sum per step.
 
     Returns:

@@ -32,14 +32,14 @@ def pgd(
         threat: the ball.
         steps: number of steps.
         step_size: length of a step as a share of epsilon.
-        start: first point, projected into the ball; ``x`` by default.
+        start: first point (default ``x``), projected into the ball.
         loss: the objective.
         decay: if given, steps follow the sum of all gradients so far, each scaled to l1 norm 1 and multiplied by this
             factor at every later step.
 
     Returns:
         Two candidates per image, (best, last), both (B, C, H, W) in the ball and in [0, 1]. ``best`` is the iterate
-        with the largest measured loss, the start included; ``last`` is the final iterate.
+        with the largest measured loss, the start included, and ``last`` is the final iterate.
 
     Random: nothing but ``log_probs``.
 

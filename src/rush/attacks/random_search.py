@@ -35,7 +35,7 @@ def random_search(
     ``ThreatModel.random_points``. No gradient is computed.
 
     Args:
-        log_probs: the attacked function, (B, C, H, W) -> (B, K); if stochastic, see ``best_of_proposals``.
+        log_probs: the attacked function, (B, C, H, W) -> (B, K). If stochastic, see ``best_of_proposals``.
         x: images (B, C, H, W) in [0, 1].
         y: labels (B,).
         threat: the ball.

@@ -42,7 +42,7 @@ def square(
     margin of ``ENOUGH`` no longer change. No gradient is computed.
 
     Args:
-        log_probs: the attacked function, (B, C, H, W) -> (B, K); if stochastic, see ``best_of_proposals``.
+        log_probs: the attacked function, (B, C, H, W) -> (B, K). If stochastic, see ``best_of_proposals``.
         x: images (B, C, H, W) in [0, 1].
         y: labels (B,).
         threat: the ball.
@@ -50,7 +50,7 @@ def square(
         queries: number of forward passes.
         loss: the objective.
         p_init: area of the first squares as a share of the image.
-        schedule: number of queries for which the squares' area falls; by default ``queries``.
+        schedule: number of queries for which the squares' area falls, by default ``queries``.
         refresh: number of proposals per draw of a stochastic ``log_probs``.
 
     Returns:

@@ -110,7 +110,7 @@ class _Shadowing(TorchFunctionMode):
         return self._joined_all(result, source, in_place)
 
     def _carries(self, leaf: object) -> bool:
-        """Return whether ``leaf`` may depend on the pixels; a weight, which is a leaf of the graph, does not."""
+        """Return whether ``leaf`` may depend on the pixels, unlike a weight, which is a leaf of the graph."""
         if not isinstance(leaf, Tensor):
             return False
         return (leaf.requires_grad and not leaf.is_leaf) or id(leaf) in self._shadows
@@ -143,7 +143,7 @@ class _Shadowing(TorchFunctionMode):
         return first if name in _CASTS else None
 
     def _slope(self, name: str, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Apply the operation to the shadows of its operands; integer operations get their real counterpart."""
+        """Apply the operation to the shadows of its operands, where integer operations get their real counterpart."""
         shadows = [self._shadow(arg) for arg in args]
         if name in _ABOVE or name in _BELOW:
             return shadows[0] - shadows[1] if name in _ABOVE else shadows[1] - shadows[0]
@@ -162,7 +162,7 @@ class _Shadowing(TorchFunctionMode):
         return plain(*tree_map(self._shadow, args), **tree_map(self._shadow, kwargs))
 
     def _selected(self, function: Callable[..., Any], table: Any, args: Any, kwargs: Any) -> Any:
-        """Return entries of ``table``; a table without a derivative gets its mean slope in the index."""
+        """Return entries of ``table``, where a table without a derivative gets its mean slope in the index."""
         index = args[1]
         if not self._carries(args[0]) and isinstance(index, Tensor) and id(index) in self._shadows and table.ndim == 1:
             return self._shadow(index) * ((table[-1] - table[0]) / max(1, len(table) - 1))

@@ -87,7 +87,7 @@ class ThreatModel:
         return sparse_step(gradient, room_towards(gradient, at), length, _pixels(gradient, density))
 
     def random_start(self, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Return points (B, C, H, W) uniform in the ball and moved into [0, 1]; one generator per image."""
+        """Return points (B, C, H, W) uniform in the ball and moved into [0, 1], with one generator per image."""
         return self.random_points(x, generators, 1)[:, 0]
 
     def random_points(
@@ -171,7 +171,7 @@ def _unit_ball(norm: Norm, shape: tuple[int, ...], generators: list[torch.Genera
 
 
 def _pixels(gradient: Tensor, density: float | Tensor = L1_DENSITY) -> Tensor:
-    """Return the number of entries of an image that are this share of all, at least one; (1 or B, 1, 1, 1)."""
+    """Return the number of entries of an image that are this share of all, at least one, (1 or B, 1, 1, 1)."""
     return (_beside(gradient, density) * gradient[0].numel()).floor().clamp(min=1)
 
 
@@ -186,7 +186,7 @@ def _beside(x: Tensor, value: float | Tensor) -> Tensor:
 
 
 def _number_or_tensor(epsilon: object) -> object:
-    """Return one number as a float and an array of numbers as a float tensor; anything else unchanged."""
+    """Return one number as a float and an array of numbers as a float tensor, and anything else unchanged."""
     if isinstance(epsilon, np.ndarray) and epsilon.ndim and epsilon.dtype.kind in "fiu":
         epsilon = torch.from_numpy(epsilon.astype(np.float64 if epsilon.dtype.kind != "f" else epsilon.dtype))
     if isinstance(epsilon, Tensor) and epsilon.ndim:

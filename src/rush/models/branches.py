@@ -41,7 +41,7 @@ class NormBranch(nn.Module):
         """Return ``module(x)`` with the normalization of this branch.
 
         The layers of ``module`` decide by their ``training`` flag whether batch or running statistics are used, and
-        they provide momentum and eps; the mode of the branch has no effect. In training mode the branch's running
+        they provide momentum and eps. The mode of the branch has no effect. In training mode the branch's running
         statistics are updated and those of the module stay. Gradients flow into the branch's parameters and the
         module's other parameters.
         """

@@ -43,7 +43,7 @@ def build_encoder(name: EncoderName, width: int, in_channels: int, stem: Stem = 
 
     Args:
         name: the encoder.
-        width: number of channels of the first stage; the published networks have 64, the wide ones 160 ("-10").
+        width: number of channels of the first stage, in the published networks 64, in the wide ones 160 ("-10").
         in_channels: number of channels of the images.
         stem: "small", or "standard" (7x7 stride 2 with pooling, for images of 96 pixels and more), which resnet18,
             resnet34 and resnet50 support.

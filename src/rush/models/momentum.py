@@ -13,21 +13,21 @@ from rush.runtime.distributed import gather
 class KeyNetwork(nn.Module):
     """A slowly moving copy of a query network, with a queue of its latest keys (MoCo: He et al. 2020, section 3.2).
 
-    ``network`` starts as a deep copy of ``query`` whose parameters take no gradients; ``follow`` moves them. Its
-    BatchNorm layers keep separate running statistics, of the keys that it computes in training mode; ``follow`` does
+    ``network`` starts as a deep copy of ``query`` whose parameters take no gradients but are moved by ``follow``. Its
+    BatchNorm layers keep separate running statistics, of the keys that it computes in training mode. ``follow`` does
     not change them. ``queue`` (queue_size, features) holds unit vectors, at first normal draws scaled to norm 1, and
     ``position`` is the slot that is written next. Both are buffers, so that ``state_dict`` is all that a resumed run
     needs.
 
     BatchNorm can reveal the positive key: unlike the queue, it was normalized together with the batch of its query. He
-    et al. 2020 (section 3.3) therefore shuffle the keys over the processes' batches; see ``shuffled``.
+    et al. 2020 (section 3.3) therefore shuffle the keys over the processes' batches (see ``shuffled``).
 
     Args:
         query: module (B, ...) -> (B, features).
         features: length of a key.
         queue_size: a multiple of ``global_batch``, so that every batch of keys replaces a whole one.
         global_batch: number of keys per step, over all processes.
-        generator: on the CPU; draws the queue.
+        generator: on the CPU, draws the queue.
 
     Raises:
         ConfigError: ``queue_size`` is not a multiple of ``global_batch``, or one of them is below 1.
@@ -66,7 +66,7 @@ class KeyNetwork(nn.Module):
         Args:
             x: inputs (B, ...).
             groups: number of groups, a divisor of B.
-            generator: on the device of ``x``; draws one permutation.
+            generator: on the device of ``x``, draws one permutation.
 
         Raises:
             ConfigError: ``groups`` does not divide B.
@@ -85,7 +85,7 @@ class KeyNetwork(nn.Module):
 
         Args:
             query: the query network.
-            momentum: in [0, 1]; 0.999 in the paper.
+            momentum: in [0, 1] (0.999 in the paper).
 
         Raises:
             InputError: ``momentum`` is out of range, or the parameters of ``query`` have different shapes.

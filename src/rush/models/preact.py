@@ -34,10 +34,10 @@ class PreActResNet(nn.Module):
     Each stage after the first has twice as many channels at half the side. BatchNorm and ReLU follow the last block.
 
     Args:
-        blocks: number of blocks per stage; (2, 2, 2, 2) is PreActResNet-18.
-        width: number of channels of the first stage; 64 in the published network. ``features`` is that of the last.
+        blocks: number of blocks per stage, (2, 2, 2, 2) for PreActResNet-18.
+        width: number of channels of the first stage, 64 in the published network. ``features`` is that of the last.
         in_channels: number of channels of the images.
-        stem_channels: number of channels of the stem, one 3x3 convolution; by default ``width``.
+        stem_channels: number of channels of the stem, one 3x3 convolution, by default ``width``.
     """
 
     def __init__(

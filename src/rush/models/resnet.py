@@ -57,11 +57,11 @@ class ResNet(nn.Module):
     ``features`` is 8 * width, or 32 * width with bottlenecks.
 
     Args:
-        blocks: number of blocks per stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 and, with ``Bottleneck``,
+        blocks: number of blocks per stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 and, with ``Bottleneck``,
             ResNet-50.
-        width: number of channels of the first stage's 3x3 convolutions; 64 in the published network.
+        width: number of channels of the first stage's 3x3 convolutions, 64 in the published network.
         in_channels: number of channels of the images.
-        stem: "small" is one 3x3 convolution without pooling, as is usual at 32x32; "standard" is 7x7 stride 2 with
+        stem: "small" is one 3x3 convolution without pooling, as is usual at 32x32, and "standard" is 7x7 stride 2 with
             pooling.
         block: the type of block.
     """

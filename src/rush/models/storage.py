@@ -46,7 +46,7 @@ class ClassifierSpec:
         mean: of the pixels, per channel.
         std: standard deviation of the pixels, per channel.
         classes: names of the classes.
-        stem: stem of the encoder; descriptions of older versions omit it and mean "small".
+        stem: stem of the encoder. Descriptions of older versions omit it and mean "small".
     """
 
     encoder: EncoderName
@@ -58,7 +58,7 @@ class ClassifierSpec:
     stem: Stem = "small"
 
     def build(self) -> Classifier:
-        """Build the classifier; raise ConfigError if the encoder or the stem does not exist."""
+        """Build the classifier, or raise ConfigError if the encoder or the stem does not exist."""
         encoder = build_encoder(self.encoder, self.width, self.in_channels, self.stem)
         features = encoder.features
         assert isinstance(features, int)
@@ -79,7 +79,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load ``module`` in place from ``path``; raise RunError if the file is missing, damaged or does not fit."""
+    """Load ``module`` in place from ``path``, or raise RunError if the file is missing, damaged or does not fit."""
     _check_weights(module, path)
     try:
         module.load_state_dict(load_file(path))
@@ -128,7 +128,7 @@ def save_smoothed(
         folder: where the model is written.
         classifier: the base classifier.
         spec: the arguments that built it.
-        sigma: standard deviation of the noise; 0 for a classifier that is not smoothed.
+        sigma: standard deviation of the noise, 0 for a classifier that is not smoothed.
         execution: the forward of its judged samples.
         image_shape: (C, H, W) of the images that it was trained on.
         resized: whether these were resized from images of any size (``data.size``), as its inputs then are too.
@@ -244,7 +244,7 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
 
     Args:
         folder: a run folder, or a folder with a saved model.
-        device: "auto" for cuda, else mps, else cpu; or a device of torch.
+        device: a device of torch, or "auto" for cuda, else mps, else cpu.
         compiled: whether a model that was certified with torch.compile runs compiled. False serves machines without a
             compiler. Compilation changes the last bits of the logits, so a few votes in many thousands may differ.
 
@@ -269,7 +269,7 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
 
 
 def image_form(folder: str | PathLike[str]) -> ImageForm:
-    """Return the form of the images that the model in ``folder`` was trained on; not resized where not recorded."""
+    """Return the form of the images that the model in ``folder`` was trained on, not resized unless recorded."""
     description = read_description(_model_folder(folder))
     channels, height, width = description["image_shape"]
     return ImageForm((channels, height, width), description["resized"])

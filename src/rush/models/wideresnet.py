@@ -13,7 +13,7 @@ def wide_resnet(depth: int, width: int = 160, in_channels: int = 3) -> PreActRes
     Args:
         depth: number of convolutions, 6 n + 4: n blocks of two in each of three stages, the stem and, counted as in the
             paper, the three 1x1 shortcuts.
-        width: number of channels of the first stage, 16 times the paper's widening factor k; 160 with depth 28 is
+        width: number of channels of the first stage, 16 times the paper's widening factor k: 160 with depth 28 is
             WRN-28-10.
         in_channels: number of channels of the images.
     """

@@ -30,7 +30,7 @@ def rank() -> int:
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Join the processes started by torchrun in one process group within the context; do nothing without torchrun."""
+    """Join the processes started by torchrun in one process group within the context, if torchrun started any."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield
         return
@@ -84,7 +84,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """Return the rows of all ranks in rank order, differentiably; ``x`` itself with one process.
+    """Return the rows of all ranks in rank order, differentiably, or ``x`` itself with one process.
 
     The gradient of ``x`` is that of the *sum* of the ranks' losses. ``average_gradients`` then takes the mean over
     ranks, so a loss that is a mean over local rows becomes the mean over the global batch.
@@ -113,7 +113,7 @@ def average_gradients(parameters: Iterable[Tensor], extras: Tensor) -> Tensor:
     message of their own. The price is that communication does not overlap with the backward pass.
 
     Args:
-        parameters: tensors whose ``.grad`` is averaged. Those without a gradient are skipped; they must be the same
+        parameters: tensors whose ``.grad`` is averaged. Those without a gradient are skipped, and must be the same
             ones on all ranks.
         extras: (E,), other values that the ranks must agree on, e.g. a loss or a stop flag. They share the gradients'
             message where dtype and device match.

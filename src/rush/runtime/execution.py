@@ -20,13 +20,13 @@ class Execution:
 
     Attributes:
         device: where tensors live.
-        precision: dtype that autocast computes in; "float32" means no autocast.
+        precision: dtype that autocast computes in, where "float32" means no autocast.
         channels_last: memory layout of 4-d tensors.
-        tile: fixed number of rows of every judged batch; the last batch is padded.
+        tile: fixed number of rows of every judged batch, the last one padded.
         threads: number of CPU threads when it was decided.
         folded: whether BatchNorm is folded into the convolutions for judged samples.
         compile_mode: mode of torch.compile for judged samples, or "none".
-        deterministic: whether cuDNN must use algorithms that give the same bits every time; otherwise it uses the
+        deterministic: whether cuDNN must use algorithms that give the same bits every time. Otherwise it uses the
             fastest (see ``configure``).
     """
 
@@ -126,7 +126,7 @@ def decide_execution(
     Whether compilation pays is measured later (``smoothing.forward.try_forwards``).
 
     Args:
-        device: "auto" for cuda, else mps, else cpu; or a device of torch.
+        device: a device of torch, or "auto" for cuda, else mps, else cpu.
         precision: "auto" for bfloat16 where the processor computes in it natively, else float32.
         tile: rows of every judged batch.
         deterministic: see ``Execution``.
@@ -175,14 +175,14 @@ def without_tf32(device: str) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> str:
-    """Return the device of the first parameter of ``module``; the CPU without parameters."""
+    """Return the device of the first parameter of ``module``, or the CPU without parameters."""
     parameter = next(module.parameters(), None)
     return "cpu" if parameter is None else str(parameter.device)
 
 
 @contextmanager
 def compiled(module: nn.Module, mode: TrainingCompile) -> Iterator[None]:
-    """Compile the forward of ``module`` within the context; its hooks stay outside the compiled part.
+    """Compile the forward of ``module`` within the context, where its hooks stay outside the compiled part.
 
     The modes "none" and "graph" (which captures the whole step) change nothing.
     """

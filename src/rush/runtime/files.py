@@ -32,7 +32,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     may write ``path``. Outside a run folder ``path`` may be a link, whose target is then replaced.
 
     Args:
-        path: the file; missing parent folders are created.
+        path: the file, whose missing parent folders are created.
         write: called with the path of the temporary file, which is empty.
 
     Raises:
@@ -78,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_text(path: Path, text: str, header: str = "") -> None:
-    """Append ``text`` to the file ``path`` and flush it to the disk; a new file begins with ``header``.
+    """Append ``text`` to the file ``path`` and flush it to the disk. A new file begins with ``header``.
 
     If writing fails, e.g. on a full disk, the file is cut back to its former size.
 
@@ -134,7 +134,7 @@ def refuse_links(path: Path) -> None:
 def one_process(path: Path, wait: bool) -> Iterator[None]:
     """Hold an exclusive lock on the existing file or folder ``path`` within the context.
 
-    The system releases the lock of a killed process. Windows has no such locks; nothing is held there.
+    The system releases the lock of a killed process. Windows has no such locks, so nothing is held there.
 
     Args:
         path: the file or folder to lock.

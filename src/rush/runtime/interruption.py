@@ -19,9 +19,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record SIGTERM and the first Ctrl-C within the context instead of ending the process; a second Ctrl-C ends it.
+    """Record SIGTERM and the first Ctrl-C within the context without ending the process.
 
-    Only the main thread can handle signals; in other threads nothing is recorded.
+    A second Ctrl-C ends it. Only the main thread can handle signals, so that in other threads nothing is recorded.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

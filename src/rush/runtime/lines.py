@@ -23,7 +23,7 @@ _ESCAPED = re.compile(rf"\\({_CODE})")
 
 
 def escape(text: str) -> str:
-    r"""Return ``text`` as one line of printable characters; ``unescape`` is the inverse.
+    r"""Return ``text`` as one line of printable characters, of which ``unescape`` is the inverse.
 
     Control characters, line separators, marks that change the writing direction and bytes that are not UTF-8 become
     ``\x09`` or ``\u2028``, as Python writes them. A backslash is escaped only where it would start such a code. All
@@ -50,7 +50,7 @@ def one_line(error: BaseException) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 text file, without their ends; a byte order mark and CRLF ends are accepted.
+    """Return the lines of a UTF-8 text file, without their ends, also with a byte order mark or CRLF ends.
 
     Raises:
         OSError: The file cannot be read.
@@ -71,7 +71,7 @@ def read_object(path: Path, max_bytes: int = -1) -> dict[str, Any]:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in ``text``; raise ValueError if it is not one."""
+    """Return the JSON object in ``text``, or raise ValueError if it is not one."""
     try:
         value = json.loads(text)
     except RecursionError:

@@ -21,7 +21,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_error(what: str, remedy: str, error: BaseException) -> DeviceMemoryError:
-    """Return the error for ``what`` having run out of memory; it names the fields ``remedy`` to lower."""
+    """Return the error for ``what`` having run out of memory, with the fields ``remedy`` to lower."""
     cause = ". ".join(one_line(error).split(". ")[:2]).rstrip(".")
     return DeviceMemoryError(
         f"{what}: there is not enough memory ({cause}). Lower {remedy} in a run of its own (another --out), or free "

@@ -10,7 +10,7 @@ MOST = 2**40  # upper end of a search; more samples than any run draws
 
 
 def as_whole(value: object) -> int | None:
-    """Return ``value`` as an int: an integer of Python or NumPy, or a 0-d array or tensor of one; else None.
+    """Return ``value`` as an int: an integer of Python or NumPy, or a 0-d array or tensor of one. Else return None.
 
     Booleans and floats do not count as integers, nor do whole floats such as 2.0.
     """
@@ -34,7 +34,7 @@ def as_real(value: object) -> float | None:
 
 
 def positive_integer(name: str, value: object) -> int:
-    """Return ``value`` as an int >= 1; raise InputError for anything else."""
+    """Return ``value`` as an int >= 1, or raise InputError for anything else."""
     whole = as_whole(value)
     if whole is None or whole < 1:
         raise InputError(f"{name} must be an integer >= 1, got {value!r}")
@@ -42,7 +42,7 @@ def positive_integer(name: str, value: object) -> int:
 
 
 def probability(name: str, value: object, most: float = 1.0) -> float:
-    """Return ``value`` as a float in (0, ``most``); raise InputError for anything else."""
+    """Return ``value`` as a float in (0, ``most``), or raise InputError for anything else."""
     number = as_real(value)
     if number is None or not 0 < number < most:
         raise InputError(f"{name} must lie in (0, {most:g}), got {value!r}")
@@ -50,7 +50,7 @@ def probability(name: str, value: object, most: float = 1.0) -> float:
 
 
 def sigma_of(value: object) -> float:
-    """Return ``value`` as a standard deviation of noise, a finite float > 0; raise InputError for anything else."""
+    """Return ``value`` as a standard deviation of noise, a finite float > 0, or raise InputError for anything else."""
     sigma = as_real(value)
     if sigma is None or sigma <= 0:
         raise InputError(f"sigma must be a finite number > 0 in [0, 1] pixel units, got {value!r}")
@@ -79,6 +79,6 @@ def least_whole(suffices: Callable[[int], bool], start: int = 1) -> int | None:
 
 
 def _scalar(value: object) -> object:
-    """Return the number in a NumPy scalar, 0-d array or 0-d tensor; anything else unchanged."""
+    """Return the number in a NumPy scalar, 0-d array or 0-d tensor, and anything else unchanged."""
     item = getattr(value, "item", None)
     return item() if callable(item) and getattr(value, "ndim", None) == 0 else value

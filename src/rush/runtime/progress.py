@@ -1,4 +1,4 @@
-"""Progress bars with rates and remaining time; silent when standard error is not a terminal."""
+"""Progress bars with rates and remaining time, silent when standard error is not a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(description: str, total: int, unit: str = "images", start: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar within the context; call the yielded function with the number of units just done.
+    """Show a progress bar within the context, advanced by calls of the yielded function with a number of units.
 
     Args:
         description: text before the bar.

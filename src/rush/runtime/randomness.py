@@ -34,7 +34,7 @@ def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> 
 
 
 def restarted(generator: torch.Generator, seed: int, *names: str | int) -> torch.Generator:
-    """Reset ``generator`` to the start of the stream of this name on its device, and return it; see ``stream``."""
+    """Reset ``generator`` to the start of the stream of this name on its device, and return it (see ``stream``)."""
     number = as_whole(seed)
     if number is None or number < 0:
         raise InputError(f"seed must be an integer >= 0, got {seed!r}")

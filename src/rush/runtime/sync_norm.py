@@ -21,17 +21,17 @@ from rush.runtime.distributed import gather, world_size
 def synchronised(module: nn.Module) -> nn.Module:
     """Make the BatchNorm layers of ``module`` normalize by the global batch, in place, and return it.
 
-    Only training mode changes; evaluation mode needs no communication. The layers keep their parameters, buffers, hooks
-    and names, and their type becomes a subclass of the former one. Output, gradients and running statistics (the same
-    bits on all ranks) are those of one process on the whole batch, up to rounding. Moments are computed in float32, or
-    in float64 for float64 inputs. The moments are correct also when ranks hold different numbers of rows, but a mean
-    over ranks of local mean losses is then not the global mean.
+    Only training mode changes, and evaluation mode needs no communication. The layers keep their parameters, buffers,
+    hooks and names, and their type becomes a subclass of the former one. Output, gradients and running statistics (the
+    same bits on all ranks) are those of one process on the whole batch, up to rounding. Moments are computed in
+    float32, or in float64 for float64 inputs. The moments are correct also when ranks hold different numbers of rows,
+    but a mean over ranks of local mean losses is then not the global mean.
 
-    Every rank must run the same training-mode forward and backward passes in the same order; otherwise all ranks
-    deadlock. With one process nothing changes. Calling it again changes nothing.
+    Every rank must run the same training-mode forward and backward passes in the same order, or all ranks deadlock.
+    With one process nothing changes. Calling it again changes nothing.
 
     Raises:
-        ModelError: A layer is a BatchNorm of a type with its own forward; the text names it.
+        ModelError: A layer is a BatchNorm of a type with its own forward. The text names it.
     """
     if world_size() == 1:
         return module
