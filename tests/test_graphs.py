@@ -222,7 +222,7 @@ def test_a_step_that_decides_by_the_epoch_is_refused(use: Callable[[float], obje
         use(epoch)
         return torch.zeros(())
 
-    told = 'depends on the epoch, .*; set execution.compile_training = "none", or give the number by .*schedules'
+    told = 'depend on the epoch, .*; set execution.compile_training = "none", or obtain the number from .*schedules'
     with pytest.raises(ConfigError, match=told):
         captured_step(step)(0)
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rush.models.resnet import residual_stages
+
 
 class PreActBlock(nn.Module):
     """Residual block with pre-activation: (B, in, H, W) -> (B, out, H / stride, W / stride).
@@ -47,14 +49,8 @@ class PreActResNet(nn.Module):
         channels = width if stem_channels is None else stem_channels
         self.features = width * 2 ** (len(blocks) - 1)
         self.stem = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)
-        stages: list[nn.Module] = []
-        for stage, repeats in enumerate(blocks):
-            for repeat in range(repeats):
-                out_channels = width * 2**stage
-                stages.append(PreActBlock(channels, out_channels, stride=2 if stage > 0 and repeat == 0 else 1))
-                channels = out_channels
-        self.stages = nn.Sequential(*stages)
-        self.norm = nn.BatchNorm2d(channels)
+        self.stages = residual_stages(PreActBlock, blocks, channels, width)
+        self.norm = nn.BatchNorm2d(self.features)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm(self.stages(self.stem(x))))

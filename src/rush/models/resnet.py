@@ -1,5 +1,7 @@
 """Residual networks (He et al. 2016) for small and standard images, with a width factor."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,17 +79,31 @@ class ResNet(nn.Module):
         super().__init__()
         self.features = 8 * width * block.expansion
         self.stem = _stem(stem, in_channels, width)
-        stages: list[nn.Module] = []
-        in_stage = width
-        for stage, repeats in enumerate(blocks):
-            channels = width * 2**stage
-            for repeat in range(repeats):
-                stages.append(block(in_stage, channels, stride=2 if stage > 0 and repeat == 0 else 1))
-                in_stage = channels * block.expansion
-        self.stages = nn.Sequential(*stages)
+        self.stages = residual_stages(block, blocks, width, width, block.expansion)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.flatten(F.adaptive_avg_pool2d(self.stages(self.stem(x)), 1), 1)
+
+
+def residual_stages(
+    block: Callable[[int, int, int], nn.Module], blocks: Sequence[int], in_channels: int, width: int, expansion: int = 1
+) -> nn.Sequential:
+    """Build the stages of a residual network; each after the first has twice as many channels at half the side.
+
+    Args:
+        block: (input channels, channels, stride) -> a block with channels * expansion output channels.
+        blocks: number of blocks per stage.
+        in_channels: number of channels of the stem's output.
+        width: number of channels of the first stage.
+        expansion: output channels of a block over its channels.
+    """
+    stages: list[nn.Module] = []
+    for stage, repeats in enumerate(blocks):
+        channels = width * 2**stage
+        for repeat in range(repeats):
+            stages.append(block(in_channels, channels, 2 if stage > 0 and repeat == 0 else 1))
+            in_channels = channels * expansion
+    return nn.Sequential(*stages)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -177,7 +177,7 @@ def load_plain(folder: Path, device: str) -> Classifier:
     """
     description = read_description(folder)
     if not _is_plain(description):
-        raise RunError(f"{folder} holds a smoothed classifier; take rush.load")
+        raise RunError(f"{folder} holds a smoothed classifier; use rush.load")
     classifier = _load_classifier(folder, description)
     classifier.kind = ImageKind(checked_shape(description["image_shape"]), tuple(description["classes"]))
     plain_execution(device).place(classifier)

@@ -24,7 +24,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # openin
 _PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write ``path`` so that a crash leaves either the old file or the new one.
 
     ``write`` fills a temporary file beside ``path``, which is flushed to the disk and renamed. The temporary file's
@@ -65,11 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` atomically."""
-
-    def write(target: Path) -> None:
-        target.write_bytes(content)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda target: target.write_bytes(content))
 
 
 def write_json(path: Path, value: Any) -> None:
