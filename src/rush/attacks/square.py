@@ -125,7 +125,7 @@ def _bumps(
         side = min(side + 1 - side % 2, height, width)  # odd, so that a bump has a centre
         into, emptied = _inside(row[:, :2], side, height, width), _inside(row[:, 2:4], side, height, width)
         signs = _signs(row[:, 5:]).view(-1, channels, 1, 1)
-        # The new bump keeps the shape of the change that it covers.
+        # The new content is a bump plus the change that the square already holds, both at unit norm.
         new = signs * _placed(row[:, :2], row[:, 4], side, norm, x) + _of_size(change * into, norm, (2, 3))
         unused = (epsilon**order - _size(change, norm, (1, 2, 3)) ** order).clamp(min=0) / channels
         freed = _size(change * (into | emptied), norm, (2, 3)) ** order

@@ -25,7 +25,7 @@ def memory_error(what: str, remedy: str, error: BaseException) -> DeviceMemoryEr
     cause = ". ".join(one_line(error).split(". ")[:2]).rstrip(".")
     return DeviceMemoryError(
         f"{what}: there is not enough memory ({cause}). Lower {remedy} in a run of its own (another --out), or free "
-        "memory on the device: the same command then resumes. What is finished is kept"
+        "memory on the device: the same command then resumes. Finished work is kept"
     )
 
 
