@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rush.attacks.gradient import gradient_statistics, seeded
 from rush.attacks.losses import LossName, cross_entropy, named_loss
-from rush.attacks.threat import ORDERS, ThreatModel, distances, norms
+from rush.attacks.threat import ORDERS, ThreatModel, norms
 from rush.choices import AttackMethod, Decision, Gradient
 from rush.data.checks import Images, LabelledPixels, check_class_indices, check_pixels, kind_of, labelled_pixels
 from rush.errors import InputError, ModelError, RoundingWarning
@@ -408,7 +408,6 @@ def _judged(
             judged, purpose=plan.name, level=judging.level, max_votes=judging.max_votes, seed=judging.seed
         )
     )
-    linf, l2 = distances(points.adversarial, group.x)
     return AttackResult(
         plan=plan,
         threat=threat,
@@ -419,8 +418,8 @@ def _judged(
         challenger=verdicts.challenger,
         counts=verdicts.counts,
         votes=verdicts.votes,
-        linf=linf.numpy(),
-        l2=l2.numpy(),
+        linf=norms(points.adversarial, group.x, "linf").numpy(),
+        l2=norms(points.adversarial, group.x, "l2").numpy(),
         l1=norms(points.adversarial, group.x, "l1").numpy(),
         passes=np.full(len(group), points.passes),
         forward_passes=np.full(len(group), points.forward_passes),
