@@ -13,8 +13,7 @@ from cyclopts import App, Parameter
 
 from rush.choices import STAGES, TRAININGS, Decision, Level, Norm, Stage
 from rush.commands.terminal import print_lines, print_table, print_wide_table
-from rush.errors import ConfigError, DataError, RunError
-from rush.runtime.lines import read_object
+from rush.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rush.commands.external import Subject
@@ -297,8 +296,8 @@ def audit(
         return
     if rung is not None:
         raise ConfigError("--rung belongs to a run folder; give RUN --rung NAME")
-    from rush.auditing.audit import write_audit
     from rush.auditing.report import reach_statement
+    from rush.records.audit import write_audit
 
     subject = given.subject()
     statement = reach_statement(len(subject.images), tolerance) if 0 < tolerance < 1 else None
@@ -493,7 +492,7 @@ def info(folder: Path) -> None:
     folder: Path
         Run folder.
     """
-    from rush.reporting.reading import read_run
+    from rush.records.read_run import read_run
     from rush.reporting.tables import summary_rows
 
     opened = _reopen(folder, None, None)
@@ -606,7 +605,7 @@ def _reopen_for(folder: Path, given: AnyModel, overrides: list[str] | None) -> R
 
 
 def _audit_run(opened: RunFolder, rung: str | None) -> None:
-    from rush.auditing.audit import AuditReport, write_audit
+    from rush.records.audit import read_audit, write_audit
 
     file = opened.path / ("audit.json" if rung is None else f"audit-{rung}.json")
     if rung is None:
@@ -615,15 +614,12 @@ def _audit_run(opened: RunFolder, rung: str | None) -> None:
         from rush.pipeline.attack import audit_run
 
         write_audit(file, audit_run(opened, rung))
-    try:
-        report_ = AuditReport.from_json(read_object(file))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} is damaged: {error}; delete it and audit again") from error
+    report_ = read_audit(file, "delete it and audit again")
     print_lines([*report_.summary(), f"in {file}"])
 
 
 def _print_ladder(folder: Path) -> None:
-    from rush.reporting.reading import read_run
+    from rush.records.read_run import read_run
     from rush.reporting.tables import ladder_rows
 
     ladder_ = read_run(folder).ladder
@@ -649,8 +645,8 @@ def _report_on(folder: RunFolder, stages: Iterable[Stage]) -> None:
 
 
 def _print_report(folder: Path) -> None:
+    from rush.records.read_run import read_run
     from rush.reporting.page import write_report
-    from rush.reporting.reading import read_run
     from rush.reporting.tables import summary_rows
 
     page = write_report(folder)

@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rush.errors import RunError
-
 # Control characters (C0, DEL, C1), line and paragraph separator, what changes the direction of writing, the byte order
 # mark, and halves of surrogate pairs, which stand for bytes of a file name that are not UTF-8.
 _UNSAFE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
@@ -54,7 +52,7 @@ def read_lines(path: Path) -> list[str]:
 
     Raises: OSError where the file cannot be read; UnicodeDecodeError where it is not UTF-8.
     """
-    lines = _content(path).decode("utf-8-sig").split("\n")
+    lines = content_of(path).decode("utf-8-sig").split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
@@ -63,7 +61,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises: OSError where the file cannot be read; ValueError where it is not UTF-8 or not a JSON object.
     """
-    return parse_object(_content(path).decode("utf-8-sig"))
+    return parse_object(content_of(path).decode("utf-8-sig"))
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -77,49 +75,8 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-def read_events(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the events of a ``log.jsonl`` by the numbers of their lines, none where there is no file.
-
-    The last line may be cut off, as a kill leaves it; it is then omitted.
-    Raises: RunError naming the line where another one is not an event, or where the file cannot be read.
-    """
-    try:
-        content = _content(path) if path.exists() else b""
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be read ({error.strerror}); allow it, or restore the file from a copy"
-        ) from error
-    events = {}
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            event = parse_object(line.decode("utf-8"))
-            if not isinstance(event.get("event"), str):
-                raise ValueError("it does not say its event")
-        except ValueError as error:
-            if is_cut_off(line) and content.endswith(line):
-                break
-            raise damaged_event(path, number, f"{error}: {line[:60]!r}") from error
-        events[number] = event
-    return events
-
-
-def damaged_event(path: Path, number: int, why: str) -> RunError:
-    """Return what to say where line ``number`` of a log is not what it should be."""
-    return RunError(
-        f"{path} is damaged: line {number} cannot be read ({why}). Remedy: restore the file from a copy, or delete the "
-        "line; only the training curves lose a point."
-    )
-
-
-def is_cut_off(line: bytes) -> bool:
-    """Return whether ``line`` is the beginning of a log's event."""
-    opening, written = b'{"event": "', line.rstrip(b"\0")  # a power cut may leave zeros
-    return written.startswith(opening) or opening.startswith(written)
-
-
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """Return the bytes of a regular file. Raises: OSError where it cannot be read or is not a regular file."""
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise OSError(errno.EINVAL, "not a regular file")
     return path.read_bytes()
