@@ -27,7 +27,7 @@ from audit_zoo import (
 from exact_models import square_half_space, square_images
 from rush.attacks.threat import ThreatModel
 from rush.auditing import audit as audit_module
-from rush.auditing.audit import AuditReport, Finding, audit, default_plan, write_audit
+from rush.auditing.audit import AuditReport, Finding, audit, default_plan
 from rush.auditing.findings import GAIN, INVALIDATING, ORDER
 from rush.auditing.report import decide, images_needed
 from rush.data.checks import LabelledPixels, labelled_pixels
@@ -37,6 +37,7 @@ from rush.evaluation.model import SmoothedDefender
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import Verdicts
+from rush.records.audit import write_audit
 from rush.smoothing.classifier import SmoothedClassifier
 
 N = 16

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rush.errors import RunError
-from rush.runtime.lines import escape, printable, read_events, read_lines, read_object, unescape
+from rush.records.log import read_events
+from rush.runtime.lines import escape, printable, read_lines, read_object, unescape
 
 # What ends a line, moves the cursor, hides or is not UTF-8; and what looks like an escape.
 NASTY = (

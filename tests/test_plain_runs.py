@@ -28,9 +28,9 @@ from rush.pipeline.attack import _plain_rungs
 from rush.pipeline.stages import run_stage
 from rush.recipe.schema import WITHOUT_NOISE, AttackConfig
 from rush.records.folder import RunFolder
+from rush.records.read_run import read_run
 from rush.reporting.compare import compare_command
 from rush.reporting.page import write_report
-from rush.reporting.reading import read_run
 from rush.reporting.tables import summary_rows
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.training.finetune import Examples

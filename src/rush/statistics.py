@@ -12,6 +12,7 @@ from rush.runtime.numbers import least_whole
 # The relative error of scipy.special's incomplete beta functions is about 1e-13 for counts up to 1e8. Every bound and
 # p-value is moved to the safe side by far more than that.
 SAFETY = 1e-10
+CHANCE = 1e-6  # probability of more errors than ``most_by_chance``
 
 
 def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
@@ -64,6 +65,14 @@ def upper_quantile(trials: int, probability: float, tail: float) -> int:
     exceed = special.betainc(k + 1.0, np.maximum(trials - k, 0.5), probability)
     exceed[-1] = 0.0
     return int(np.argmax(exceed <= tail))
+
+
+def most_by_chance(trials: int, probability: float) -> int:
+    """Return the largest number of errors among ``trials``, each of this ``probability`` at most, that chance explains.
+
+    More of them have probability at most 1e-6. 0 without trials.
+    """
+    return upper_quantile(trials, min(1.0, probability), CHANCE) if trials else 0
 
 
 @dataclass(frozen=True)

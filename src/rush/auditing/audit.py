@@ -13,7 +13,7 @@ from rush.attacks.threat import ThreatModel
 from rush.auditing.case import VERDICTS, Case
 from rush.auditing.findings import ORDER, Finding
 from rush.auditing.probes import PROBES
-from rush.auditing.report import AuditReport, AuditVerdict, decide, write_audit
+from rush.auditing.report import AuditReport, AuditVerdict, decide
 from rush.certification.certificates import Certificates
 from rush.choices import Decision
 from rush.data.checks import Images, LabelledPixels, pixel_ids
@@ -29,7 +29,7 @@ from rush.smoothing.classifier import SmoothedClassifier
 
 PATIENCE = 4  # times max_votes, for the evaluation's own points: what votes alone leave open is no fault of an attack
 
-__all__ = ["AuditReport", "AuditVerdict", "Finding", "audit", "default_plan", "write_audit"]
+__all__ = ["AuditReport", "AuditVerdict", "Finding", "audit", "default_plan"]
 
 
 def default_plan(kind: Kind) -> Plan:

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from scipy import special
 
-from rush.auditing.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, lower_bound, upper_bound
+from rush.auditing.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, Status, lower_bound, upper_bound
+from rush.choices import Norm
 from rush.errors import InputError
-from rush.runtime.files import write_json
+from rush.runtime.numbers import as_real
+from rush.statistics import Interval, share_interval
 
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
 
@@ -27,7 +28,7 @@ def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> A
     and the audit's own draws, for the share that these attacks break: the levels of d and of all findings that decide
     alone sum to ``findings.OVERESTIMATED_LEVEL``.
     """
-    if lower_bound(newly, total, 1 - LEVELS["d"]) > GAIN or INVALIDATING.intersection(failed):
+    if _exceeds_a_point(newly, total) or INVALIDATING.intersection(failed):
         return "overestimated"
     if upper_bound(newly, total) < tolerance and not failed:
         return "holds"
@@ -112,9 +113,29 @@ class AuditReport:
         return upper_bound(len(self.newly_broken), self.images)
 
     @property
+    def claimed(self) -> Interval:
+        """Robust accuracy that the evaluation claims, with the 95 % interval of the same number of correct images."""
+        return share_interval(round(self.evaluation_accuracy * self.images), self.images)
+
+    @property
+    def measured(self) -> Interval:
+        """Robust accuracy that the audit's attacks leave, with its 95 % interval likewise."""
+        return share_interval(round(self.accuracy_here * self.images), self.images)
+
+    @property
+    def beyond_a_point(self) -> bool:
+        """Whether d is shown to exceed one point, at the level that decides for ``overestimated``."""
+        return _exceeds_a_point(len(self.newly_broken), self.images)
+
+    @property
+    def failed_findings(self) -> tuple[Finding, ...]:
+        """The failed findings; the first is the best explanation."""
+        return tuple(finding for finding in self.findings if finding.status == "failed")
+
+    @property
     def failed(self) -> tuple[str, ...]:
-        """Names of the failed findings; the first is the best explanation."""
-        return tuple(finding.name for finding in self.findings if finding.status == "failed")
+        """Names of ``failed_findings``."""
+        return tuple(finding.name for finding in self.failed_findings)
 
     @property
     def images_needed(self) -> int | None:
@@ -131,15 +152,51 @@ class AuditReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "AuditReport":
-        """The report that ``to_json`` gave. Raises: InputError for another format or missing fields."""
+        """Return the report that ``to_json`` gave. What follows from the fields is derived again, not read.
+
+        Raises: InputError for another format, or for fields that are missing, not allowed or contradict each other.
+        """
         if value.get("format") != FORMAT:
             raise InputError(f"audit of format {value.get('format')!r}, this version reads {FORMAT}; audit again")
+        entries, newly = value.get("findings"), value.get("newly_broken")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError("'findings' must be a list of objects")
+        if not isinstance(newly, list) or len(newly) != len({str(name) for name in newly}):
+            raise InputError("'newly_broken' must be a list of images, each once")
         try:
             fields = {name: value[name] for name in cls.__dataclass_fields__}
-            fields["findings"] = tuple(Finding(**finding) for finding in fields["findings"])
+            fields["findings"] = tuple(Finding(**entry) for entry in entries)
         except (KeyError, TypeError) as error:
             raise InputError(f"the audit is not complete ({type(error).__name__}: {error}); audit again") from error
-        return cls(**{**fields, "newly_broken": tuple(fields["newly_broken"])})
+        report = cls(**{**fields, "newly_broken": tuple(map(str, newly))})
+        report._check()
+        return report
+
+    def _check(self) -> None:
+        """Raise InputError where a field is not allowed, or the fields contradict each other."""
+        if self.verdict not in get_args(AuditVerdict) or self.norm not in get_args(Norm):
+            allowed = f"{' or '.join(get_args(AuditVerdict))}, and {' or '.join(get_args(Norm))}"
+            raise InputError(f"verdict and norm must be {allowed}, got {self.verdict!r} and {self.norm!r}")
+        for name in ("evaluation_accuracy", "accuracy_here", "tolerance", "epsilon", "alpha"):
+            if as_real(getattr(self, name)) is None:
+                raise InputError(f"{name!r} must be a finite number, got {getattr(self, name)!r}")
+        for finding in self.findings:
+            _check_finding(finding)
+        if type(self.images) is not int or not max(1, len(self.newly_broken)) <= self.images:
+            raise InputError(f"{len(self.newly_broken)} of {self.images!r} images cannot be newly broken")
+        if not (0 <= self.accuracy_here <= 1 and 0 <= self.evaluation_accuracy <= 1 and 0 < self.tolerance < 1):
+            raise InputError("accuracies must lie in [0, 1] and the tolerance in (0, 1)")
+        if abs(self.evaluation_accuracy - self.accuracy_here - self.d) > 1e-9:
+            accuracies = f"accuracies of {self.evaluation_accuracy} and {self.accuracy_here}"
+            raise InputError(f"{accuracies} do not differ by the {self.d} that are newly broken")
+        open_question = self.failed or self.d_high >= self.tolerance
+        agrees = {
+            "holds": not open_question,
+            "overestimated": self.failed or self.beyond_a_point,
+            "undecided": open_question and not self.beyond_a_point,
+        }
+        if not agrees[self.verdict]:
+            raise InputError(f"{self.verdict!r} does not agree with its own findings and newly broken images")
 
     def summary(self) -> list[str]:
         """Lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
@@ -163,9 +220,18 @@ class AuditReport:
         return "\n".join(self.summary())
 
 
-def write_audit(path: Path, report: AuditReport) -> None:
-    """Write ``report`` as ``audit.json`` to ``path``, atomically."""
-    write_json(path, report.to_json())
+def _exceeds_a_point(newly: int, total: int) -> bool:
+    return lower_bound(newly, total, 1 - LEVELS["d"]) > GAIN
+
+
+def _check_finding(finding: Finding) -> None:
+    if finding.status not in get_args(Status):
+        allowed = ", ".join(get_args(Status))
+        raise InputError(f"finding {finding.name!r}: status must be one of {allowed}, got {finding.status!r}")
+    for number in (finding.figure, finding.threshold):
+        if number is not None and type(number) not in (int, float):  # infinity is one
+            figures = f"{finding.figure!r} and {finding.threshold!r}"
+            raise InputError(f"finding {finding.name!r}: figure and threshold must be numbers or null, got {figures}")
 
 
 def _fewest(rule: Callable[[int], bool]) -> int | None:

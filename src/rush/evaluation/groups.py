@@ -12,13 +12,13 @@ from rush.data.checks import LabelledPixels
 from rush.errors import RunError
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import ARRAYS, AttackResult
-from rush.runtime.files import write_atomically
+from rush.runtime.files import write_arrays
 
 
 def write_part(path: Path, result: AttackResult, group: LabelledPixels, made_by: str) -> None:
     """Write the result of ``group`` to ``path``, atomically. made_by: what else than plan and threat decides it."""
     arrays = {name: getattr(result, name) for name in ARRAYS}
-    save_arrays(
+    write_arrays(
         path,
         adversarial=result.adversarial.numpy(),
         ids=np.array(result.ids),
@@ -60,16 +60,6 @@ def read_part(
             f"move {path.parent} away and attack again"
         )
     return AttackResult(plan=plan, threat=threat, adversarial=adversarial, ids=ids, level=level, single=single, **kept)
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz file, atomically."""
-
-    def write(target: Path) -> None:
-        with open(target, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-
-    write_atomically(path, write)
 
 
 def _conditions(plan: Plan | Suite, threat: ThreatModel, level: float, made_by: str) -> str:

@@ -18,10 +18,9 @@ from rush.certification.certificates import Certificates
 from rush.errors import SandwichError
 from rush.evaluation.plans import Plan
 from rush.evaluation.result import AttackResult
-from rush.statistics import upper_quantile
+from rush.statistics import most_by_chance
 
 SHARE_OF_RADIUS = 0.99
-TAIL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,5 @@ def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], 
         for own, l2 in zip(np.array(result.ids)[result.broken], result.l2[result.broken], strict=True)
         if own in radius and l2 <= radius[own]
     }
-    chance = min(1.0, certificates.rule.image_alpha + verdict_level)
-    allowed = upper_quantile(len(attacked), chance, TAIL) if attacked else 0
+    allowed = most_by_chance(len(attacked), certificates.rule.image_alpha + verdict_level)
     return Sandwich(len(attacked), tuple(sorted(str(own) for own in broken)), allowed)

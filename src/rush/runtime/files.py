@@ -73,6 +73,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write NumPy ``arrays`` as an .npz file to ``path`` atomically."""
+    import numpy as np
+
+    def write(target: Path) -> None:
+        with open(target, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(path, write)
+
+
 def append_text(path: Path, text: str, header: str = "") -> None:
     """Append ``text`` to the file ``path`` and flush it to the disk. A new file begins with ``header``.
 

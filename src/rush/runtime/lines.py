@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rush.errors import RunError
-
 # Control characters (C0, DEL, C1), line and paragraph separators, marks that change the writing direction, the byte
 # order mark, and surrogates, which stand for bytes of a file name that are not UTF-8.
 _UNSAFE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
@@ -56,7 +54,7 @@ def read_lines(path: Path) -> list[str]:
         OSError: The file cannot be read.
         UnicodeDecodeError: It is not UTF-8.
     """
-    lines = _content(path).decode("utf-8-sig").split("\n")
+    lines = content_of(path).decode("utf-8-sig").split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
@@ -67,7 +65,7 @@ def read_object(path: Path, max_bytes: int = -1) -> dict[str, Any]:
         OSError: The file cannot be read.
         ValueError: It is longer, not UTF-8, or not a JSON object.
     """
-    return parse_object(_content(path, max_bytes).decode("utf-8-sig"))
+    return parse_object(content_of(path, max_bytes).decode("utf-8-sig"))
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -81,51 +79,13 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-def read_events(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the events of a ``log.jsonl`` by line number, or none if the file does not exist.
-
-    A last line that a crash has cut off is omitted.
+def content_of(path: Path, max_bytes: int = -1) -> bytes:
+    """Return the bytes of a regular file, of at most ``max_bytes`` bytes where that is not negative.
 
     Raises:
-        RunError: Another line is not an event, or the file cannot be read.
+        OSError: The file cannot be read or is not a regular file.
+        ValueError: It is longer.
     """
-    try:
-        content = _content(path) if path.exists() else b""
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be read ({error.strerror}); allow it, or restore the file from a copy"
-        ) from error
-    events = {}
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            event = parse_object(line.decode("utf-8"))
-            if not isinstance(event.get("event"), str):
-                raise ValueError("it has no 'event'")
-        except ValueError as error:
-            if is_cut_off(line) and content.endswith(line):
-                break
-            raise damaged_event(path, number, f"{error}: {line[:60]!r}") from error
-        events[number] = event
-    return events
-
-
-def damaged_event(path: Path, number: int, why: str) -> RunError:
-    """Return the error for line ``number`` of a log that is not an event."""
-    return RunError(
-        f"{path} is damaged: line {number} cannot be read ({why}). Remedy: restore the file from a copy, or delete the "
-        "line; only the training curves lose a point."
-    )
-
-
-def is_cut_off(line: bytes) -> bool:
-    """Return whether ``line`` is a prefix of an event in a log."""
-    opening, written = b'{"event": "', line.rstrip(b"\0")  # a power cut may leave zeros
-    return written.startswith(opening) or opening.startswith(written)
-
-
-def _content(path: Path, max_bytes: int = -1) -> bytes:
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise OSError(errno.EINVAL, "not a regular file")
     with path.open("rb") as file:
