@@ -206,7 +206,7 @@ def test_a_damaged_report_is_refused() -> None:
 def test_the_summary_says_what_failed_and_what_to_do() -> None:
     text = str(_report())
     assert "undecided: PGD-20" in text
-    assert "robust accuracy 50.0% there, 47.0% here" in text
+    assert "robust accuracy: reported 50.0%, re-measured 47.0% (worst-case-v1)" in text
     assert "failed: path: 5 of 10 ..." in text
     assert "look at the loss" in text
     assert "ball" not in text

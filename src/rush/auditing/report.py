@@ -1,7 +1,6 @@
-"""What an audit says: the verdict rule on the paired share d, and the report with its machine-readable form."""
+"""The verdict rule of an audit on the paired share d, and the report with its machine-readable form."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +10,12 @@ from scipy import special
 from rush.auditing.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, lower_bound, upper_bound
 from rush.errors import InputError
 from rush.runtime.files import write_json
+from rush.runtime.numbers import least_whole
 
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
 
 FORMAT = 1  # of audit.json
-_MOST_IMAGES = 10_000_000  # where the search for a deciding number of images ends
+_MOST_IMAGES = 5_000_000  # where the doubling search for a deciding number of images ends
 
 
 def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> AuditVerdict:
@@ -35,10 +35,10 @@ def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> A
 
 
 def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> int | None:
-    """The fewest images at which an undecided audit would be decided if d stayed what it is, None where none would do.
+    """Return the fewest images at which an undecided audit would be decided if d stayed the same, None for no number.
 
-    Clopper-Pearson bounds of the share d of n images, n d taken as it is where it is no integer. At d between one point
-    and the tolerance the answer would be ``overestimated``; with a failed finding ``holds`` is out of reach.
+    The Clopper-Pearson bounds of the share d of n images take n d as it is where it is not an integer. At d between one
+    point and the tolerance the answer would be ``overestimated``. With a failed finding ``holds`` is out of reach.
     """
     share = newly / total
 
@@ -49,25 +49,26 @@ def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str
         return newly < total and float(special.betaincinv(share * n + 1, n - share * n, CONFIDENCE)) < tolerance
 
     rules = [overestimated] if failed else [overestimated, holds]
-    found = [fewest for rule in rules if (fewest := _fewest(rule)) is not None]
-    return min(found, default=None)
+    fewest = [least_whole(rule, most=_MOST_IMAGES) for rule in rules]
+    return min((images for images in fewest if images is not None), default=None)
 
 
 def images_to_hold(tolerance: float) -> int | None:
-    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken here; None where no number
-    can."""
-    return _fewest(lambda n: float(upper_bound(0, n)) < tolerance)
+    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken by the audit; None where no
+    number can."""
+    return least_whole(lambda n: float(upper_bound(0, n)) < tolerance, most=_MOST_IMAGES)
 
 
 def reach_statement(images: int, tolerance: float) -> str | None:
-    """Say that an audit of so few ``images`` cannot end with ``holds``, and how many can; None where it can."""
+    """Return a sentence that an audit of this number of ``images`` cannot end with ``holds``, and how many can; None
+    where it can."""
     fewest = images_to_hold(tolerance)
     if fewest is not None and images >= fewest:
         return None
     needed = "no number of them can" if fewest is None else f"that takes at least {fewest}"
     return (
         f"{images} images can show `overestimated`, but not `holds` at tolerance {tolerance:g}, even when nothing more "
-        f"is broken here: {needed}"
+        f"is broken by the audit: {needed}"
     )
 
 
@@ -142,11 +143,12 @@ class AuditReport:
         return cls(**{**fields, "newly_broken": tuple(fields["newly_broken"])})
 
     def summary(self) -> list[str]:
-        """Lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
+        """Return lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
         lines = [
             f"{self.verdict}: {self.evaluation} ({self.norm} {self.epsilon:.4g}, {self.images} images)",
-            f"robust accuracy {self.evaluation_accuracy:.1%} there, {self.accuracy_here:.1%} here ({self.here})",
-            f"held there and broken here: {self.d:.1%}, one-sided 95 % bounds {self.d_low:.1%} and {self.d_high:.1%}",
+            f"robust accuracy: reported {self.evaluation_accuracy:.1%}, re-measured {self.accuracy_here:.1%} "
+            f"({self.here})",
+            f"reported robust but broken: {self.d:.1%}, one-sided 95 % bounds {self.d_low:.1%} and {self.d_high:.1%}",
         ]
         if self.verdict == "undecided":
             needed = self.images_needed
@@ -166,17 +168,3 @@ class AuditReport:
 def write_audit(path: Path, report: AuditReport) -> None:
     """Write ``report`` as ``audit.json`` to ``path``, atomically."""
     write_json(path, report.to_json())
-
-
-def _fewest(rule: Callable[[int], bool]) -> int | None:
-    """The least n >= 1 from which on ``rule`` is true, by doubling and bisection; None beyond ten million."""
-    high = 1
-    while not rule(high):
-        high *= 2
-        if high > _MOST_IMAGES:
-            return None
-    low = math.ceil(high / 2)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rule(middle) else (middle + 1, high)
-    return high

@@ -1,4 +1,4 @@
-"""Where the audit's attacks may take their derivative from when the model's own leads nowhere: twins and surrogates."""
+"""Defenders that are attacked through another derivative where the model's own leads nowhere."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,81 +16,96 @@ from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.noise import Gaussian
 
 
-class SeenThrough:
-    """``defender``, whose attackers climb ``surrogate``; points are chosen and judged on ``defender``."""
+class Wrapped:
+    """A defender that behaves as ``inner`` in everything that a subclass does not define."""
 
-    def __init__(self, defender: Defender, surrogate: Defender) -> None:
-        self.kind: Kind = defender.kind
-        self.execution, self.num_classes = defender.execution, defender.num_classes
-        self.transferable, self.single = defender.transferable, defender.single
-        self._defender, self._surrogate = defender, surrogate
+    def __init__(self, inner: Defender) -> None:
+        self.inner = inner
+        self.kind: Kind = inner.kind
+        self.execution, self.num_classes = inner.execution, inner.num_classes
+        self.transferable, self.single = inner.transferable, inner.single
 
     def inspect(self, x: Tensor, declared: bool) -> None:
-        self._defender.inspect(x, declared)
+        self.inner.inspect(x, declared)
 
     def recheck(self) -> None:
-        self._defender.recheck()
+        self.inner.recheck()
 
     def fingerprint(self) -> str:
-        return f"{self._defender.fingerprint()}/{self._surrogate.fingerprint()}"
+        return f"{type(self).__name__}/{self.inner.fingerprint()}"
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        return self._surrogate.log_probs(plan, x, ids, seed, name)
+        return self.inner.log_probs(plan, x, ids, seed, name)
 
     def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
-        return self._defender.judge(points, purpose=purpose, level=level, max_votes=max_votes, seed=seed)
+        return self.inner.judge(points, purpose=purpose, level=level, max_votes=max_votes, seed=seed)
 
     def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        return self._defender.harm(points, purpose, seed)
+        return self.inner.harm(points, purpose, seed)
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
-        return self._defender.ranking(images, seed)
+        return self.inner.ranking(images, seed)
+
+
+class SeenThrough(Wrapped):
+    """``defender`` whose attackers climb ``climbed``; its points are chosen and judged on ``defender``."""
+
+    def __init__(self, defender: Defender, climbed: Defender) -> None:
+        super().__init__(defender)
+        self._climbed = climbed
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}/{self._climbed.fingerprint()}"
+
+    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
+        return self._climbed.log_probs(plan, x, ids, seed, name)
 
 
 def steps_without_derivative(defender: Defender, x: Tensor) -> int:
-    """Return how many steps of the network at the images ``x`` lose the derivative that a straight-through twin has.
+    """Return the number of steps of the network at the images ``x`` whose derivative only a straight-through twin has.
 
-    Raises whatever the network raises, run that way.
+    Raises whatever the network raises when it is run step by step.
     """
     with torch.enable_grad(), seeded(0):
-        at = defender.execution.copied(x.detach()).requires_grad_(True)
-        outputs, steps = straight_through(network_of(defender), at)
-        if steps:
-            torch.autograd.grad(outputs.float().sum(), at, allow_unused=True)  # or the twin is of no use
+        images = defender.execution.copied(x.detach()).requires_grad_(True)
+        outputs, steps = straight_through(network_of(defender), images)
+        if steps:  # a twin is of use only where this derivative can be taken
+            torch.autograd.grad(outputs.float().sum(), images, allow_unused=True)
         return steps
 
 
 def twin(defender: Defender) -> Defender:
-    """``defender`` of the same values, with a derivative straight through rounding (``attacks.straight_through``)."""
+    """Return ``defender`` with the same values and a derivative straight through rounding
+    (``attacks.straight_through``)."""
     return _like(defender, StraightThrough(network_of(defender)), 0.0)
 
 
 def smoothed_surrogate(defender: Defender, sigma: float, straight: bool) -> Defender:
-    """The mean of ``defender`` over Gaussian noise of ``sigma`` on its images, besides what it draws itself."""
+    """Return the mean of ``defender`` over Gaussian noise of ``sigma`` on its images, besides its own draws."""
     network = network_of(defender)
     return _like(defender, StraightThrough(network) if straight else network, sigma)
 
 
 def network_of(defender: Defender) -> nn.Module:
-    """The network that a defender is made of."""
+    """Return the network of a defender."""
     assert isinstance(defender, PlainDefender | SmoothedDefender | RandomDefender)
     return defender.smoothed.classifier if isinstance(defender, SmoothedDefender) else defender.model
 
 
 def _like(defender: Defender, network: nn.Module, sigma: float) -> Defender:
-    execution = replace(defender.execution, folded=False, compile_mode="none")  # both look into the network
+    """Return the defender of ``network``, under noise of ``sigma`` besides the noise of ``defender``."""
+    execution = replace(defender.execution, folded=False, compile_mode="none")  # both need the network's own layers
     made: Defender
     if isinstance(defender, RandomDefender):
         made = RandomDefender(_Noisy(network, sigma) if sigma else network, defender.num_classes, "mean", None)
-        made.execution = execution
     elif isinstance(defender, SmoothedDefender) or sigma:
-        own = defender.smoothed.noise.sigma if isinstance(defender, SmoothedDefender) else 0.0
-        noise = Gaussian((own**2 + sigma**2) ** 0.5)
+        defended = defender.smoothed.noise.sigma if isinstance(defender, SmoothedDefender) else 0.0
+        noise = Gaussian((defended**2 + sigma**2) ** 0.5)
         smoothed = SmoothedClassifier(network, noise=noise, num_classes=defender.num_classes, execution=execution)
-        made = SmoothedDefender(smoothed, None)
+        return SmoothedDefender(smoothed, None)
     else:
         made = PlainDefender(network, defender.num_classes, None)
-        made.execution = execution
+    made.execution = execution
     return made
 
 
