@@ -27,8 +27,8 @@ from audit_zoo import (
 from exact_models import square_half_space, square_images
 from rush.attacks.threat import ThreatModel
 from rush.auditing import audit as audit_module
-from rush.auditing.audit import AuditReport, Finding, audit, default_plan, write_audit
-from rush.auditing.findings import GAIN, INVALIDATING, ORDER
+from rush.auditing.audit import PROBES, AuditReport, audit, default_plan, write_audit
+from rush.auditing.findings import GAIN, INVALIDATING, Finding
 from rush.auditing.report import decide, images_needed
 from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.errors import CopiesWarning, InputError
@@ -223,8 +223,8 @@ def test_every_verdict_on_an_image_is_paid_for(monkeypatch: pytest.MonkeyPatch) 
 
     def counted(self: SmoothedDefender, points: LabelledPixels, *, purpose: str, level: float, **rest: Any) -> Verdicts:
         purposes.append((purpose, points.ids))
-        for own in points.ids:
-            spent[own] += level
+        for image_id in points.ids:
+            spent[image_id] += level
         return judge(self, points, purpose=purpose, level=level, **rest)
 
     monkeypatch.setattr(SmoothedDefender, "judge", counted)
@@ -242,7 +242,7 @@ def test_the_same_seed_gives_the_same_report() -> None:
     smoothed = SmoothedClassifier(square_half_space(), 0.25, 2)
     first, second = (audit(smoothed, IMAGES, THREAT, max_votes=200, seed=4) for _ in range(2))
     assert first == second
-    assert tuple(finding.name for finding in first.findings) == ORDER
+    assert tuple(finding.name for finding in first.findings) == tuple(PROBES)
 
 
 def test_a_model_in_training_mode_is_a_finding_and_stays_as_it_is() -> None:
@@ -281,8 +281,8 @@ def test_points_that_break_when_judged_again_are_not_attacked_again(monkeypatch:
 
 def _refused(**changes: Any) -> tuple[object, ...]:
     made = attack(square_half_space(), IMAGES, THREAT)
-    given = {"images": IMAGES, "threat": THREAT, "evaluation": made, **changes}
-    return square_half_space(), given["images"], given["threat"], given["evaluation"]
+    arguments = {"images": IMAGES, "threat": THREAT, "evaluation": made, **changes}
+    return square_half_space(), arguments["images"], arguments["threat"], arguments["evaluation"]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_newly_broken_images_are_named() -> None:
     threat = ThreatModel("linf", 0.15)
     report = audit(square_half_space(), IMAGES, threat, replace(ONE_STEP, step_size=0.01, start="clean"))
     within = np.abs(square_half_space().linf_distances(IMAGES[0])) < 0.15
-    assert set(report.newly_broken) == {own for own, near in zip(_ids(IMAGES), within, strict=True) if near}
+    assert set(report.newly_broken) == {image_id for image_id, near in zip(_ids(IMAGES), within, strict=True) if near}
     assert report.failed[0] == "step-size"
 
 

@@ -1,4 +1,4 @@
-"""What decides an audit alone: silent on honest models, by a proven level, and heard where it should be."""
+"""Findings that decide an audit alone: they pass on honest models, at a proven level, and fail where they should."""
 
 import json
 import os
@@ -25,10 +25,9 @@ from audit_zoo_second import (
 )
 from exact_models import Bins
 from rush.attacks.threat import ThreatModel
-from rush.auditing.audit import AuditReport, audit
+from rush.auditing.audit import PROBES, AuditReport, audit
 from rush.auditing.case import Case
 from rush.auditing.findings import INVALIDATING, LEVELS, OVERESTIMATED_LEVEL, Finding
-from rush.auditing.probes import PROBES
 from rush.choices import Decision
 from rush.evaluation.attack import Judging, evaluate, prepare
 from rush.evaluation.model import Model, defend
@@ -72,13 +71,13 @@ HARD = [
 
 
 def drawn(seed: int, number: int, images: Images) -> Images:
-    """So many of the images, drawn by ``seed``."""
+    """Return ``number`` of the images, drawn by ``seed``."""
     rows = torch.randperm(len(images[0]), generator=stream(seed, "test/images"))[:number]
     return images[0][rows], images[1][rows]
 
 
 def deciding(honest: Honest, seed: int, images: Images, plan: Plan | None = None) -> list[Finding]:
-    """The findings that decide alone, on an evaluation by ``plan`` whose points are the images themselves."""
+    """Return the findings that decide alone, on an evaluation by ``plan`` whose points are the images themselves."""
     model = honest.model()
     defender, pixels = prepare(model, images, THREAT, honest.decision, declared=False)
     judging = Judging(1e-3, 100, seed)
@@ -91,8 +90,8 @@ def deciding(honest: Honest, seed: int, images: Images, plan: Plan | None = None
         pixels=pixels,
         threat=THREAT,
         evaluation=evaluation,
-        again=None,
-        training=(),
+        rejudged=None,
+        training_layers=(),
         surrogate=None,
         certificates=None,
         judging=judging,
@@ -100,8 +99,8 @@ def deciding(honest: Honest, seed: int, images: Images, plan: Plan | None = None
     return [PROBES[name](case) for name in sorted(INVALIDATING)]
 
 
-def failed(found: list[Finding]) -> list[str]:
-    return [finding.name for finding in found if finding.status == "failed"]
+def failed(findings: list[Finding]) -> list[str]:
+    return [finding.name for finding in findings if finding.status == "failed"]
 
 
 def keep(name: str, figures: dict[str, object]) -> None:
@@ -187,19 +186,19 @@ def noisy(sigma: float) -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_an_attacker_who_sees_other_noise_is_told(name: str, model: Callable[[], nn.Module], seed: int) -> None:
+def test_an_attacker_under_other_noise_is_detected(name: str, model: Callable[[], nn.Module], seed: int) -> None:
     """The spreads differ by factors of three and more, of 64 draws; none of 999 exchanges comes near that."""
     assert "noise" in failed(deciding(Honest(name, model, "vote"), seed, drawn(seed, PROBED, digits(400))))
 
 
 @pytest.fixture(scope="module")
 def weight_noise_report() -> AuditReport:
-    """One draw a step of a network with noisy weights."""
+    """The audit of an attack with one draw per step on a network with noisy weights."""
     plan = replace(EOT, eot_samples=1, label="PGD-20, one draw")
     return audit(NoisyWeights(perceptron(), 0.5), digits(32), ThreatModel("linf", 0.08), plan, decision="mean")
 
 
-def test_weight_noise_is_told_for_its_cause(weight_noise_report: AuditReport) -> None:
+def test_weight_noise_is_explained_by_its_cause(weight_noise_report: AuditReport) -> None:
     assert "noise" not in weight_noise_report.failed
     assert weight_noise_report.failed[0] in ("signal-to-noise", "more-eot-samples"), str(weight_noise_report)
 
