@@ -15,13 +15,14 @@ from torch import nn
 
 from audit_zoo import (
     Entry,
-    Quantised,
     Scaled,
     assert_told_apart,
     audited,
     digits,
+    linf,
     noisy_network,
     plain_network,
+    quantised,
     robust_network,
 )
 from exact_models import square_half_space, square_images
@@ -61,40 +62,56 @@ def _on_the_base(model: object, images: Any, threat: ThreatModel) -> AttackResul
 
 
 FIRST_HALF = [
-    Entry("plain network, default", plain_network, 0.1, None, "holds"),
-    Entry("PGD-trained network, PGD-100", robust_network, 0.1, PGD_100, "holds"),
-    Entry("noise-trained smoothed network, EOT 20", lambda: _smoothed(noisy_network(), 0.25), 0.07, None, "holds"),
+    Entry("plain network, default", plain_network, digits(100), linf(0.1), None, "holds"),
+    Entry("PGD-trained network, PGD-100", robust_network, digits(100), linf(0.1), PGD_100, "holds"),
+    Entry(
+        "noise-trained smoothed network, EOT 20",
+        lambda: _smoothed(noisy_network(), 0.25),
+        digits(100),
+        linf(0.07),
+        None,
+        "holds",
+    ),
     Entry(
         "logits x 1000 under cross-entropy",
         lambda: Scaled(plain_network(), 1000.0),
-        0.07,
+        digits(60),
+        linf(0.07),
         None,
         "overestimated",
-        "gradient",
-        images=60,
+        frozenset({"gradient"}),
     ),
-    Entry("quantised input", lambda: Quantised(plain_network(), 8), 0.1, None, "overestimated", "gradient", images=60),
-    Entry("one step", robust_network, 0.15, ONE_STEP, "overestimated", "step-size", images=60),
+    Entry(
+        "quantised input",
+        lambda: quantised(plain_network(), 8),
+        digits(60),
+        linf(0.1),
+        None,
+        "overestimated",
+        frozenset({"gradient"}),
+    ),
+    Entry("one step", robust_network, digits(60), linf(0.15), ONE_STEP, "overestimated", frozenset({"step-size"})),
     Entry(
         "noise off in the attacker's view",
         lambda: _smoothed(plain_network(), 0.5),
-        0.1,
+        digits(60),
+        linf(0.1),
         NOISE_OFF,
         "overestimated",
-        "noise",
-        images=60,
+        frozenset({"noise"}),
     ),
 ]
 SLOW_FIRST_HALF = [
-    Entry("PGD-trained network, APGD-100", robust_network, 0.1, APGD_100, "holds"),
-    Entry("PGD-trained network, default", robust_network, 0.1, None, "holds", images=150),
+    Entry("PGD-trained network, APGD-100", robust_network, digits(100), linf(0.1), APGD_100, "holds"),
+    Entry("PGD-trained network, default", robust_network, digits(150), linf(0.1), None, "holds"),
     Entry(
         "judged on the base network",
         lambda: _smoothed(plain_network(), 0.5),
-        0.1,
+        digits(100),
+        linf(0.1),
         _on_the_base,
         "overestimated",
-        "noise",
+        frozenset({"noise"}),
     ),
 ]
 

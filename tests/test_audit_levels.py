@@ -12,15 +12,15 @@ import torch
 from scipy import stats
 from torch import nn
 
-from audit_stochastic import Dropped, NoisyWeights, OneSeed, OwnDraws, Rarely, UnderAttack, dropout_perceptron
+from audit_stochastic import NoisyWeights, OneSeed, Rarely, UnderAttack, dropout_perceptron, dropped, own_draws
 from audit_zoo import Images, digits
 from audit_zoo_second import (
-    NoiseInside,
-    ShiftInside,
+    noise_inside,
     noisy_perceptron,
     parity,
     perceptron,
     plane,
+    shift_inside,
     shifted_perceptron,
 )
 from exact_models import Bins
@@ -56,16 +56,16 @@ class Honest:
 SIX = [
     Honest("deterministic", perceptron),
     Honest("smoothed", lambda: SmoothedClassifier(noisy_perceptron(), 0.25, 10)),
-    Honest("dropout 0.05", lambda: Dropped(dropout_perceptron(), 0.05), "mean"),
+    Honest("dropout 0.05", lambda: dropped(dropout_perceptron(), 0.05), "mean"),
     Honest("weight noise 0.35", lambda: NoisyWeights(perceptron(), 0.35), "mean"),
-    Honest("noise inside", lambda: NoiseInside(noisy_perceptron(), 0.25), "vote"),
-    Honest("shifts inside", lambda: ShiftInside(shifted_perceptron(), 2), "vote"),
+    Honest("noise inside", lambda: noise_inside(noisy_perceptron(), 0.25), "vote"),
+    Honest("shifts inside", lambda: shift_inside(shifted_perceptron(), 2), "vote"),
 ]
 # Each of these failed one finding for most seeds, or would without the test behind the band.
 HARD = [
     Honest("heavy noise, other scales drown it", lambda: SmoothedClassifier(perceptron(), 2.0, 10)),
-    Honest("heavy noise inside, other scales drown it", lambda: NoiseInside(perceptron(), 2.0), "vote"),
-    Honest("draws of its own", lambda: OwnDraws(noisy_perceptron(), 0.25), "vote"),
+    Honest("heavy noise inside, other scales drown it", lambda: noise_inside(perceptron(), 2.0), "vote"),
+    Honest("draws of its own", lambda: own_draws(noisy_perceptron(), 0.25), "vote"),
     Honest("rarely another answer", lambda: Rarely(perceptron()), "vote"),
 ]
 
@@ -143,7 +143,7 @@ def test_each_deciding_finding_keeps_its_level(honest: Honest) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
-    "model", [lambda: NoiseInside(plane(), 0.25), lambda: Dropped(plane(), 0.05)], ids=["noise inside", "dropout 0.05"]
+    "model", [lambda: noise_inside(plane(), 0.25), lambda: dropped(plane(), 0.05)], ids=["noise inside", "dropout 0.05"]
 )
 def test_the_whole_audit_keeps_its_level(model: Callable[[], nn.Module], request: pytest.FixtureRequest) -> None:
     """30 seeds with 32 images each. For every draw the most harmful point of a plane is the same corner of the box,
@@ -164,7 +164,7 @@ def test_the_whole_audit_keeps_its_level(model: Callable[[], nn.Module], request
 
 
 def noisy(sigma: float) -> nn.Module:
-    return NoiseInside(noisy_perceptron(), sigma)
+    return noise_inside(noisy_perceptron(), sigma)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def noisy(sigma: float) -> nn.Module:
         ("noise off", lambda: UnderAttack(noisy(0.25), noisy_perceptron())),
         ("noise only under attack", lambda: UnderAttack(noisy_perceptron(), noisy(0.25))),
         ("one frozen draw", lambda: UnderAttack(noisy(0.25), OneSeed(noisy(0.25)))),
-        ("dropout off", lambda: UnderAttack(Dropped(perceptron(), 0.3), perceptron())),
-        ("dropout of one seed", lambda: UnderAttack(Dropped(perceptron(), 0.3), OneSeed(Dropped(perceptron(), 0.3)))),
+        ("dropout off", lambda: UnderAttack(dropped(perceptron(), 0.3), perceptron())),
+        ("dropout of one seed", lambda: UnderAttack(dropped(perceptron(), 0.3), OneSeed(dropped(perceptron(), 0.3)))),
         ("weights fixed", lambda: UnderAttack(NoisyWeights(perceptron(), 0.35), perceptron())),
-        ("draws of its own, off", lambda: UnderAttack(OwnDraws(noisy_perceptron(), 0.25), noisy_perceptron())),
+        ("draws of its own, off", lambda: UnderAttack(own_draws(noisy_perceptron(), 0.25), noisy_perceptron())),
         (
             "draws of its own, less",
-            lambda: UnderAttack(OwnDraws(noisy_perceptron(), 0.4), OwnDraws(noisy_perceptron(), 0.05, 1)),
+            lambda: UnderAttack(own_draws(noisy_perceptron(), 0.4), own_draws(noisy_perceptron(), 0.05, 1)),
         ),
     ],
 )
@@ -205,7 +205,7 @@ def test_weight_noise_is_explained_by_its_cause(weight_noise_report: AuditReport
 
 def test_other_noise_under_attack_decides_the_audit() -> None:
     """An attacker of a network without its noise, which comes from a generator of its own."""
-    model = UnderAttack(OwnDraws(noisy_perceptron(), 0.25), noisy_perceptron())
+    model = UnderAttack(own_draws(noisy_perceptron(), 0.25), noisy_perceptron())
     report = audit(model, digits(12), THREAT, EOT, decision="vote", max_votes=400)
     assert report.verdict == "overestimated"
     assert report.failed[0] == "noise", str(report)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rush
-from audit_zoo import Quantised, Scaled
+from audit_zoo import OnChanged, Scaled, quantised
 from exact_models import HalfSpace, assert_in_threat, square_half_space, square_images
 from random_models import NoisyHalfSpace
 from rush.attacks.gradient import fresh_noise
@@ -85,16 +85,9 @@ def _moved(factor: float) -> Callable[[AttackResult], AttackResult]:
     return lambda result: replace(result, adversarial=X + factor * (result.adversarial - X))
 
 
-class InBatch(nn.Module):
+def in_batch() -> nn.Module:
     """The half space on images without their batch's mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = square_half_space()
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x - 0.5 * x.mean(0, keepdim=True))
+    return OnChanged(square_half_space(), lambda x: x - 0.5 * x.mean(0, keepdim=True))
 
 
 class QuietUnderAttack(NoisyHalfSpace):
@@ -102,13 +95,6 @@ class QuietUnderAttack(NoisyHalfSpace):
 
     def draws(self, rows: int) -> Tensor:
         return torch.zeros(rows) if torch.is_grad_enabled() else super().draws(rows)
-
-
-class GreyLevels(HalfSpace):
-    """The half space of images from 0 to 255."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x / 255)
 
 
 class RandomSlope(nn.Module):
@@ -151,19 +137,19 @@ def test_an_honest_evaluation_of_an_exact_model_passes_everything() -> None:
     ("name", "case"),
     [
         ("input-range", lambda: _case(_smoothed(), tampered=lambda result: replace(result, adversarial=255 * X))),
-        ("pixel-scale", lambda: _case(GreyLevels(torch.full((1, 2, 2), 0.5), -1.0), images=MANY)),
+        ("pixel-scale", lambda: _case(OnChanged(square_half_space(), lambda x: x / 255), images=MANY)),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(1.1))),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(255 / 256))),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(0.5))),
         ("mode", lambda: _case(square_half_space(), training_layers=("layer",))),
-        ("mode", lambda: _case(InBatch())),
+        ("mode", lambda: _case(in_batch())),
         ("randomness", lambda: _case(noisy())),
         ("randomness", lambda: _case(square_half_space(), decision="vote")),
         ("noise", lambda: _case(_smoothed(), replace(PGD, gradient="transfer"))),
         ("noise", lambda: _case(_smoothed(), tampered=lambda result: replace(result, plan=PGD))),
         ("noise", lambda: _case(QuietUnderAttack(torch.full((1, 2, 2), 0.5), -1.0, 0.1), decision="vote")),
         ("gradient", lambda: _case(Scaled(square_half_space(), 1e5))),
-        ("gradient", lambda: _case(Quantised(square_half_space(), 16))),
+        ("gradient", lambda: _case(quantised(square_half_space(), 16))),
         ("finite-differences", lambda: _case(square_half_space(), surrogate=wrong_way())),
         ("step-size", lambda: _case(square_half_space(), replace(PGD, steps=3))),
         ("step-size", lambda: _case(square_half_space(), tampered=_moved(0.3))),
@@ -235,7 +221,7 @@ def test_transfer_through_a_surrogate_finds_what_a_masked_gradient_hides() -> No
     """At 0.25 every image can be broken, and the evaluation, one random draw, breaks few."""
     weak = Plan("weak", "one random point", "random", steps=1, loss="margin", start="clean")
     case = _case(
-        Quantised(square_half_space(), 64), weak, threat=ThreatModel("linf", 0.25), surrogate=square_half_space()
+        quantised(square_half_space(), 64), weak, threat=ThreatModel("linf", 0.25), surrogate=square_half_space()
     )
     assert len(case.held) > N // 2
     assert _probed("transfer", case).status == "failed"
@@ -340,7 +326,7 @@ def test_a_probe_runs_the_attack_that_it_names(name: str, changed: dict[str, obj
     ("name", "case"),
     [
         ("frozen-noise", lambda: _case(_smoothed(), replace(EOT, gradient="frozen"))),
-        ("straight-through", lambda: _case(Quantised(square_half_space(), 16))),
+        ("straight-through", lambda: _case(quantised(square_half_space(), 16))),
         *(
             (name, lambda: _case(_smoothed()))
             for name in (
