@@ -86,12 +86,7 @@ def fresh_draws(model: nn.Module, execution: Execution, eot_samples: int, genera
 def with_surrogate(log_probs: LogProbs, surrogate: LogProbs) -> LogProbs:
     """The value of ``log_probs`` with the derivative of ``surrogate``: backward pass differentiable approximation
     (BPDA, Athalye et al. 2018), for models that have no useful gradient of their own."""
-    return combined(_through, log_probs, surrogate)
-
-
-def combined(combine: Callable[..., LogProbs], *parts: LogProbs) -> LogProbs:
-    """Return ``combine(*parts)``, which is random where one of ``parts`` is and pins them all when it is pinned."""
-    return _Combined(combine, parts) if any(map(is_random, parts)) else combine(*parts)
+    return _WithSurrogate(log_probs, surrogate) if is_random(log_probs) else _Through(log_probs, surrogate)
 
 
 def loss_and_gradient(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -212,25 +207,20 @@ class _FreshDraws:
         return draw_seed(self._generator)
 
 
-class _Combined:
-    def __init__(self, combine: Callable[..., LogProbs], parts: Sequence[LogProbs]) -> None:
-        self._combine, self._parts, self._log_probs = combine, parts, combine(*parts)
+class _Through:
+    def __init__(self, value: LogProbs, slope: LogProbs) -> None:
+        self._value, self._slope = value, slope
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._log_probs(x)
-
-    def pinned(self) -> LogProbs:
-        return self._combine(*map(pinned, self._parts))
-
-
-def _through(value: LogProbs, slope: LogProbs) -> LogProbs:
-    def log_probs(x: Tensor) -> Tensor:
-        by_slope = slope(x)
+        slope = self._slope(x)
         with torch.no_grad():
-            shift = value(x) - by_slope
-        return by_slope + shift
+            shift = self._value(x) - slope
+        return slope + shift
 
-    return log_probs
+
+class _WithSurrogate(_Through):
+    def pinned(self) -> LogProbs:
+        return _Through(pinned(self._value), pinned(self._slope))
 
 
 @contextmanager

@@ -45,9 +45,8 @@ __all__ = ["AuditReport", "AuditVerdict", "Finding", "audit", "default_plan", "w
 def default_plan(kind: Kind) -> Plan:
     """Return the evaluation that is audited by default: PGD-20 on the cross-entropy, of a stochastic model with EOT
     over 20 draws."""
-    if kind == "plain":
-        return Plan("default", "PGD-20, cross-entropy (the default)", "pgd", "fresh", 0, 20, 0.25)
-    return Plan("default", "PGD-20, cross-entropy, EOT 20 (the default)", "pgd", "fresh", 20, 20, 0.25)
+    draws, label = (0, "") if kind == "plain" else (20, ", EOT 20")
+    return Plan("default", f"PGD-20, cross-entropy{label} (the default)", "pgd", "fresh", draws, 20, 0.25)
 
 
 def audit(

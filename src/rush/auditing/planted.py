@@ -12,12 +12,13 @@ steps of enough length gets there. Random points do not, since <w, x' - x> of a 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rush.attacks.gradient import LogProbs, combined
+from rush.attacks.gradient import LogProbs, is_random, pinned
 from rush.attacks.losses import margin
 from rush.attacks.threat import ThreatModel
 from rush.auditing.surrogates import Wrapped
@@ -30,6 +31,8 @@ from rush.runtime.randomness import stream
 SLACK = 1.25  # times the gap at p: an attack may stop short of p by a fifth, and noise may move the gap
 AHEAD = 0.5  # nats by which c wins at p beyond that
 _JUDGE = Plan("planted", "mean of 100 draws", "pgd", "fresh", 100)
+
+Tilt: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class PlantedDefender(Wrapped):
@@ -54,7 +57,7 @@ class PlantedDefender(Wrapped):
         strength = (SLACK * gap + AHEAD) / change.square().flatten(1).sum(1)
         self.slopes = strength.view(-1, 1, 1, 1) * change  # a w of each image, (N, C, H, W)
 
-    def tilt(self, ids: Sequence[str], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    def tilt(self, ids: Sequence[str], device: torch.device) -> Tilt:
         """Return the function from log-probabilities (B, K) and points (B, C, H, W) of the images ``ids`` to the
         log-probabilities of the planted model."""
         rows = [self._rows[image_id] for image_id in ids]
@@ -68,9 +71,8 @@ class PlantedDefender(Wrapped):
         return tilted
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        tilted = self.tilt(ids, x.device)
         inner = self.inner.log_probs(plan, x, ids, seed, name)
-        return combined(lambda log_probs: lambda points: tilted(log_probs(points), points), inner)
+        return (_RandomTilted if is_random(inner) else _Tilted)(inner, self.tilt(ids, x.device))
 
     def judge(
         self,
@@ -85,6 +87,19 @@ class PlantedDefender(Wrapped):
 
     def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
         return margin(_mean_log_probs(self, points, seed, f"planted/{purpose}"), points.y)
+
+
+class _Tilted:
+    def __init__(self, inner: LogProbs, tilt: Tilt) -> None:
+        self._inner, self._tilt = inner, tilt
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._tilt(self._inner(x), x)
+
+
+class _RandomTilted(_Tilted):
+    def pinned(self) -> LogProbs:
+        return _Tilted(pinned(self._inner), self._tilt)
 
 
 def _mean_log_probs(defender: Defender, points: LabelledPixels, seed: int, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The verdict rule of an audit on the paired share d, and the report with its machine-readable form."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,11 @@ from rush.runtime.numbers import least_whole
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
 
 FORMAT = 1  # of audit.json
-_MOST_IMAGES = 5_000_000  # where the doubling search for a deciding number of images ends
+_MOST_IMAGES = 10_000_000  # beyond it no number of images is named
 
 
 def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> AuditVerdict:
-    """The verdict about an evaluation that held ``newly`` of ``total`` images which were broken here.
+    """Return the verdict on an evaluation that held ``newly`` of ``total`` images which the audit broke.
 
     ``overestimated``: the one-sided lower bound of d = newly / total, at the level ``findings.LEVELS["d"]``, exceeds
     one point, or a failed finding says that the evaluation is invalid. ``holds``: the 95 % upper bound of d is below
@@ -49,14 +49,13 @@ def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str
         return newly < total and float(special.betaincinv(share * n + 1, n - share * n, CONFIDENCE)) < tolerance
 
     rules = [overestimated] if failed else [overestimated, holds]
-    fewest = [least_whole(rule, most=_MOST_IMAGES) for rule in rules]
-    return min((images for images in fewest if images is not None), default=None)
+    return min((images for rule in rules if (images := _fewest(rule)) is not None), default=None)
 
 
 def images_to_hold(tolerance: float) -> int | None:
     """Return the fewest images of which ``decide`` can say ``holds``, none of them broken by the audit; None where no
     number can."""
-    return least_whole(lambda n: float(upper_bound(0, n)) < tolerance, most=_MOST_IMAGES)
+    return _fewest(lambda n: float(upper_bound(0, n)) < tolerance)
 
 
 def reach_statement(images: int, tolerance: float) -> str | None:
@@ -74,15 +73,21 @@ def reach_statement(images: int, tolerance: float) -> str | None:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Is an evaluation believable?
+    """Report of an audit: can the evaluation be trusted?
 
-    verdict: see ``decide``. evaluation: what was audited, with ``evaluation_accuracy``, the robust accuracy that it
-    claims; here: the name and version of the suite that stood against it, with ``accuracy_here`` = 1 - share of images
-    that are broken by the evaluation, the suite or a probe. images: N. newly_broken: ids of the images that the
-    evaluation held (or left undecided) and that are broken here; d = their share, with its one-sided 95 % bounds
-    ``d_low`` and ``d_high``. images_needed: how many would decide, where the verdict is undecided and any number would.
-    findings: in the order of cause before symptom. norm, epsilon: the threat model (the largest epsilon, where images
-    have their own). alpha: bound on the probability of any false verdict on an image.
+    Attributes:
+        verdict: see ``decide``.
+        evaluation: what was audited, with ``evaluation_accuracy``, the robust accuracy that it reports.
+        here: name and version of the reference suite.
+        accuracy_here: re-measured robust accuracy, 1 - the share of images that are broken by the evaluation, the
+            reference suite or a probe.
+        images: number of images.
+        newly_broken: ids of the images that the evaluation held, or left undecided, and that are broken by the audit.
+        tolerance: the largest acceptable share of these.
+        findings: from causes to symptoms.
+        norm: norm of the threat model.
+        epsilon: epsilon of the threat model, the largest one where images have their own.
+        alpha: bound on the probability of any false verdict on an image.
     """
 
     verdict: AuditVerdict
@@ -102,6 +107,7 @@ class AuditReport:
 
     @property
     def d(self) -> float:
+        """Share of images that are newly broken; ``d_low`` and ``d_high`` are its one-sided 95 % bounds."""
         return len(self.newly_broken) / self.images
 
     @property
@@ -168,3 +174,9 @@ class AuditReport:
 def write_audit(path: Path, report: AuditReport) -> None:
     """Write ``report`` as ``audit.json`` to ``path``, atomically."""
     write_json(path, report.to_json())
+
+
+def _fewest(rule: Callable[[int], bool]) -> int | None:
+    """Return the least number of images from which on ``rule`` is true, None beyond ten million."""
+    images = least_whole(rule)
+    return images if images is not None and images <= _MOST_IMAGES else None

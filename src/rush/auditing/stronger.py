@@ -236,21 +236,20 @@ def worst_case(case: Case) -> Outcome:
     "certificate or verdict is wrong: other weights, other noise, other pixels; do not rely on either",
 )
 def certificates(case: Case) -> Outcome:
-    """Do proof and attack agree on the points of all attacks before this probe? Cost: none."""
+    """Do proof and attack agree on the points of all attacks before this probe?
+
+    Were certified accuracy above attacked accuracy, some certified image would be broken inside its radius.
+
+    Cost: none.
+    """
     if case.certificates is None:
         return skipped("no certificates were given")
     results = [case.evaluation, *case.results]
     sandwich = check_sandwich(case.certificates, results, VERDICTS * case.judging.level + case.evaluation.level)
-    return decide_certificates(len(sandwich.violations), sandwich.checked, sandwich.allowed)
-
-
-def decide_certificates(violations: int, checked: int, allowed: int) -> Outcome:
-    """Decide on ``violations``, the number of ``checked`` certified images that are broken inside their radius, of
-    which chance explains ``allowed``.
-
-    Were certified accuracy above attacked accuracy, some image would be a violation.
-    """
-    evidence = f"{violations} of {checked} certified images are broken inside their radius, {allowed} can be chance"
+    violations, allowed = len(sandwich.violations), sandwich.allowed
+    evidence = (
+        f"{violations} of {sandwich.checked} certified images are broken inside their radius, {allowed} can be chance"
+    )
     return Outcome("failed" if violations > allowed else "passed", float(violations), float(allowed), evidence)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rush.attacks.apgd import apgd
 from rush.attacks.fgsm import fgsm
 from rush.attacks.fmn import fmn
-from rush.attacks.gradient import LogProbs, combined
+from rush.attacks.gradient import LogProbs, RandomLogProbs, is_random
 from rush.attacks.losses import named_loss
 from rush.attacks.mifgsm import mifgsm
 from rush.attacks.pgd import pgd
@@ -157,30 +157,42 @@ def _run(
 
 
 class _Counter:
-    """Counts the passes per image that an attack makes through log-probabilities, with and without a gradient."""
+    """Counts the passes that attacks make through log-probabilities, for each image of a group."""
 
     def __init__(self, draws: int) -> None:
         self._draws, self._images, self._sizes = draws, 0, 0
         self._calls, self._silent = 0.0, 0.0
 
     def begin(self, images: int) -> None:
-        """Begin a batch of this number of images, without its padding."""
+        """A batch of so many images (its padding left out) is attacked from now on."""
         self._images, self._sizes = images, self._sizes + images
 
     def count(self, log_probs: LogProbs) -> LogProbs:
-        """Return ``log_probs`` whose calls are counted."""
-        return combined(self._counted, log_probs)
+        """``log_probs``, counted."""
+        return _CountedRandom(log_probs, self) if is_random(log_probs) else _Counted(log_probs, self)
+
+    def add(self) -> None:
+        """One call through ``count``."""
+        if torch.is_grad_enabled():
+            self._calls += self._images * self._draws
+        else:
+            self._silent += self._images * self._draws
 
     def per_image(self) -> tuple[float, float]:
-        """Return the passes per image with and without a gradient."""
+        """Passes with and without gradient, on average an image."""
         return self._calls / self._sizes, self._silent / self._sizes
 
-    def _counted(self, log_probs: LogProbs) -> LogProbs:
-        def call(x: Tensor) -> Tensor:
-            if torch.is_grad_enabled():
-                self._calls += self._images * self._draws
-            else:
-                self._silent += self._images * self._draws
-            return log_probs(x)
 
-        return call
+class _Counted:
+    def __init__(self, log_probs: LogProbs, counter: _Counter) -> None:
+        self._log_probs, self._counter = log_probs, counter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._counter.add()
+        return self._log_probs(x)
+
+
+class _CountedRandom(_Counted):
+    def pinned(self) -> LogProbs:
+        assert isinstance(self._log_probs, RandomLogProbs)
+        return _Counted(self._log_probs.pinned(), self._counter)

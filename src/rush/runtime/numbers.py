@@ -57,12 +57,12 @@ def sigma_of(value: object) -> float:
     return sigma
 
 
-def least_whole(suffices: Callable[[int], bool], start: int = 1, most: int = MOST) -> int | None:
-    """Return the least integer >= ``start`` for which ``suffices``, which must stay true from there on, or None where
-    the search, which doubles, ends beyond ``most``."""
+def least_whole(suffices: Callable[[int], bool], start: int = 1) -> int | None:
+    """The least integer >= ``start`` for which ``suffices``, which must stay true from there on; None beyond
+    ``MOST``."""
     step, high = 1, start
     while not suffices(high):
-        if high > most:
+        if high > MOST:
             return None
         high, step = high + step, 2 * step
     low = max(start, high - step // 2)
