@@ -14,7 +14,7 @@ from audit_stochastic import Picked, dithered
 from audit_zoo import OnChanged, digits, linf, quantised
 from audit_zoo_second import noisy_perceptron, perceptron
 from rush.auditing.audit import AuditReport, audit
-from rush.auditing.surrogates import SeenThrough, smoothed_surrogate, steps_without_derivative, twin
+from rush.auditing.surrogates import attacked_through, smoothed_surrogate, steps_without_derivative, twin
 from rush.evaluation.attack import Judging, attack, evaluate, prepare, verdict
 from rush.evaluation.plans import Plan, worst_case
 
@@ -107,7 +107,7 @@ def test_a_deterministic_quantiser_is_passed_straight_through() -> None:
     assert steps_without_derivative(defender, pixels.x[:2]) > 0
     plan, judging = Plan("apgd", "APGD-30", "apgd", steps=30, loss="margin"), Judging(1e-3, 100, 0)
     plain = evaluate(defender, pixels, threat, plan, judging)
-    through = evaluate(SeenThrough(defender, twin(defender)), pixels, threat, plan, judging)
+    through = evaluate(attacked_through(defender, twin(defender)), pixels, threat, plan, judging)
     assert plain.robust_accuracy > through.robust_accuracy + 0.3
     wrong = (model(through.adversarial).argmax(1) != pixels.y).numpy()
     np.testing.assert_array_equal(through.broken, wrong)
@@ -123,7 +123,7 @@ def test_a_smoothed_surrogate_climbs_where_the_gradient_is_hidden(decision: str 
     defender, pixels = prepare(model, images, threat, decision)  # type: ignore[arg-type]
     plan, judging = Plan("apgd", "APGD-20", "apgd", "fresh", 16, 20, loss="margin"), Judging(1e-3, 400, 0)
     bare = evaluate(defender, pixels, threat, plan, judging)
-    surrogate = SeenThrough(defender, smoothed_surrogate(defender, 0.1, straight=False))
+    surrogate = attacked_through(defender, smoothed_surrogate(defender, 0.1, straight=False))
     through = evaluate(surrogate, pixels, threat, plan, judging)
     assert through.robust_accuracy <= bare.robust_accuracy - 0.1
 

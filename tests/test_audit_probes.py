@@ -20,7 +20,7 @@ from rush.auditing import measures
 from rush.auditing.audit import PROBES
 from rush.auditing.case import Case
 from rush.auditing.findings import Finding
-from rush.auditing.planted import PlantedDefender, edge_point
+from rush.auditing.planted import Planted, edge_point
 from rush.choices import Norm
 from rush.data.checks import labelled_pixels
 from rush.evaluation import model as defenders
@@ -255,7 +255,7 @@ def test_planted_examples_are_at_their_points(norm: Norm, epsilon: float, kind: 
     Random model: 200 draws of a margin with little spread, far from 0.5 nats."""
     threat = ThreatModel(norm, epsilon)
     defender, pixels = prepare(square_half_space() if kind == "plain" else _smoothed(), (X, Y), threat)
-    planted = PlantedDefender(defender, pixels, threat, 0)
+    planted = Planted(defender, pixels, threat, 0)
     slopes, tilted = planted.slopes, planted.tilt(pixels.ids, X.device)
     assert torch.allclose(tilted(torch.zeros(N, 2), X).exp(), torch.full((N, 2), 0.5))
     sizes = slopes.flatten(1).norm(dim=1)
@@ -263,8 +263,8 @@ def test_planted_examples_are_at_their_points(norm: Norm, epsilon: float, kind: 
     direction = slopes.sign() if norm == "linf" else slopes / sizes.view(-1, 1, 1, 1)
     points = threat.project(X + epsilon * direction, X)
     assert_in_threat(points, X, threat)
-    assert bool((planted.harm(replace(pixels, x=points), "test", 0) > 0.3).all())
-    assert bool((planted.harm(pixels, "test", 0) < 0).all())
+    assert bool((planted.defender.harm(replace(pixels, x=points), "test", 0) > 0.3).all())
+    assert bool((planted.defender.harm(pixels, "test", 0) < 0).all())
 
 
 def test_random_points_do_not_find_what_is_planted() -> None:
@@ -274,11 +274,11 @@ def test_random_points_do_not_find_what_is_planted() -> None:
     model = HalfSpace(torch.full((1, 8, 8), 1 / 8), -8.0)
     threat, y = ThreatModel("linf", 0.02), torch.zeros(N, dtype=torch.int64)
     defender, pixels = prepare(model, (x, y), threat)
-    planted = PlantedDefender(defender, pixels, threat, 0)
+    planted = Planted(defender, pixels, threat, 0)
     log_probs = planted.log_probs(PGD, x, pixels.ids, 0, "test")
     points = random_search(log_probs, x, y, threat, [stream(0, image_id) for image_id in pixels.ids], draws=100)
-    assert bool((planted.harm(replace(pixels, x=points), "test", 0) < 0).all())
-    result = evaluate(planted, pixels, threat, PGD, Judging(1e-3, 100, 0))
+    assert bool((planted.defender.harm(replace(pixels, x=points), "test", 0) < 0).all())
+    result = evaluate(planted.defender, pixels, threat, PGD, Judging(1e-3, 100, 0))
     assert bool(result.broken.all())
 
 

@@ -110,10 +110,12 @@ def audit(
     if isinstance(evaluation, AttackResult):
         points = LabelledPixels(case.points, pixels.y, pixels.ids)
         case.rejudged = defender.judge(points, purpose="audit-again", **asdict(patient))
-    newly = _broken_by_suite(case, suite)
+    unbroken = np.flatnonzero(~(case.evaluation.broken | _broken(case))).tolist()
+    if unbroken:
+        case.attack(suite, unbroken)
     findings = tuple(_findings(case))
     defender.recheck()
-    return _report(case, suite, newly | _broken_by_probes(case), findings, tolerance, alpha)
+    return _report(case, suite, findings, tolerance, alpha)
 
 
 def _without_copies(
@@ -201,17 +203,6 @@ def _check_same(evaluation: AttackResult, pixels: LabelledPixels, threat: Threat
         )
 
 
-def _broken_by_suite(case: Case, suite: Suite) -> NDArray[np.bool_]:
-    """Return which images (N,) the evaluation did not break and its points judged again, or the suite, break."""
-    broken = np.zeros(len(case.pixels), bool)
-    if case.rejudged is not None:
-        broken |= case.rejudged.verdict == BROKEN
-    rows = np.flatnonzero(~(case.evaluation.broken | broken)).tolist()
-    if rows:
-        broken[rows] |= case.attack(suite, rows).broken
-    return broken & ~case.evaluation.broken
-
-
 def _findings(case: Case) -> Iterator[Finding]:
     with progress("audit", len(PROBES)) as advance:
         for probe in PROBES.values():
@@ -219,15 +210,15 @@ def _findings(case: Case) -> Iterator[Finding]:
             advance(1)
 
 
-def _broken_by_probes(case: Case) -> NDArray[np.bool_]:
-    """Return which images (N,) the evaluation did not break and a probe or the suite breaks."""
-    broken = {image_id for result in case.results for image_id in np.array(result.ids)[result.broken].tolist()}
-    return np.array([image_id in broken for image_id in case.pixels.ids]) & ~case.evaluation.broken
+def _broken(case: Case) -> NDArray[np.bool_]:
+    """Return which images (N,) the suite, a probe or the second judgement of the evaluation's points has broken."""
+    broken = np.zeros(len(case.pixels), bool) if case.rejudged is None else case.rejudged.verdict == BROKEN
+    ids = {image_id for result in case.results for image_id in np.array(result.ids)[result.broken].tolist()}
+    return broken | np.array([image_id in ids for image_id in case.pixels.ids])
 
 
-def _report(
-    case: Case, suite: Suite, newly: NDArray[np.bool_], findings: tuple[Finding, ...], tolerance: float, alpha: float
-) -> AuditReport:
+def _report(case: Case, suite: Suite, findings: tuple[Finding, ...], tolerance: float, alpha: float) -> AuditReport:
+    newly = _broken(case) & ~case.evaluation.broken
     failed = [finding.name for finding in findings if finding.status == "failed"]
     total = len(case.pixels)
     return AuditReport(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rush.attacks.gradient import LogProbs
 from rush.attacks.losses import Loss, named_loss
 from rush.attacks.threat import ThreatModel, norms
-from rush.auditing.surrogates import SeenThrough
+from rush.auditing.surrogates import attacked_through
 from rush.certification.certificates import Certificates
 from rush.data.checks import LabelledPixels
 from rush.evaluation.attack import Judging, evaluate
@@ -129,7 +129,7 @@ class Case:
         named: Plan | Suite = replace(plan, name=f"audit-{plan.name}")
         if isinstance(plan, Suite):
             named = replace(plan, plans=tuple(replace(each, name=f"audit-suite-{each.name}") for each in plan.plans))
-        defender = self.defender if climbed is None else SeenThrough(self.defender, climbed)
+        defender = self.defender if climbed is None else attacked_through(self.defender, climbed)
         result = evaluate(defender, self.pixels.select(rows), self.threat.select(rows), named, self.judging)
         self.results.append(result)
         return result

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rush.attacks.gradient import LogProbs, draw_seed, loss_and_gradient, seeded
 from rush.attacks.losses import Loss, margin
 from rush.attacks.threat import ThreatModel
+from rush.auditing.surrogates import with_network
 from rush.evaluation.model import RandomDefender, SmoothedDefender
 from rush.evaluation.plans import Plan
 from rush.runtime.execution import Execution
@@ -129,17 +130,10 @@ def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: in
     ``validity.SIGMA_BAND`` with probability < 1e-20.
     """
     entrance = _Entrance(smoothed.classifier)
-    execution = replace(smoothed.execution, folded=False, compile_mode="none")  # folding works on a copy
-    watched = SmoothedClassifier(
-        entrance,
-        noise=smoothed.noise,
-        num_classes=smoothed.num_classes,
-        execution=execution,
-        image_shape=tuple(shape),
-    )
+    watched = with_network(smoothed, entrance, tuple(shape))
     grey, ids = torch.full((_IMAGES, *shape), _GREY), tuple(f"grey-{row}" for row in range(_IMAGES))
     watched.counts(grey, 1, watched.streams(seed, "audit/noise/first", ids))  # calls that only inspect have no noise
-    defender, x = SmoothedDefender(watched, None), grey.to(execution.device)
+    defender, x = SmoothedDefender(watched, None), grey.to(smoothed.execution.device)
     entrance.forget()
     calls = -(-_VALUES // (grey.numel() * max(1, plan.eot_samples)))
     for call in range(calls):

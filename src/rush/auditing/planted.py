@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from rush.attacks.gradient import LogProbs, is_random, pinned
 from rush.attacks.losses import margin
 from rush.attacks.threat import ThreatModel
-from rush.auditing.surrogates import Wrapped
+from rush.auditing.surrogates import overridden
 from rush.data.checks import LabelledPixels
 from rush.evaluation.model import Defender
 from rush.evaluation.plans import Plan
@@ -35,17 +35,14 @@ _JUDGE = Plan("planted", "mean of 100 draws", "pgd", "fresh", 100)
 Tilt: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-class PlantedDefender(Wrapped):
-    """``defender`` with an adversarial example planted for each of ``images``, as the module says.
+class Planted:
+    """An adversarial example planted for each of ``images``, as the module says.
 
-    Its class at a point is that of the mean probabilities over 100 fresh draws.
-
-    Cost: 200 forward passes per image of a stochastic model, 2 of a deterministic one, to plant the examples.
+    Cost: 100 forward passes per image of a stochastic model, 1 of a deterministic one, besides the ranking of classes.
     """
 
     def __init__(self, defender: Defender, images: LabelledPixels, threat: ThreatModel, seed: int) -> None:
-        super().__init__(defender)
-        self.single = False
+        self._inner = defender
         self._images, self._rows = images.x, {image_id: row for row, image_id in enumerate(images.ids)}
         points = torch.stack(
             [edge_point(image_id, row, threat, images, seed) for row, image_id in enumerate(images.ids)]
@@ -57,12 +54,17 @@ class PlantedDefender(Wrapped):
         strength = (SLACK * gap + AHEAD) / change.square().flatten(1).sum(1)
         self.slopes = strength.view(-1, 1, 1, 1) * change  # a w of each image, (N, C, H, W)
 
+    @property
+    def defender(self) -> Defender:
+        """The planted model. Its class at a point is that of the mean probabilities over 100 fresh draws."""
+        return overridden(self._inner, single=False, log_probs=self.log_probs, judge=self._judge, harm=self._harm)
+
     def tilt(self, ids: Sequence[str], device: torch.device) -> Tilt:
         """Return the function from log-probabilities (B, K) and points (B, C, H, W) of the images ``ids`` to the
         log-probabilities of the planted model."""
         rows = [self._rows[image_id] for image_id in ids]
         x, slopes = self._images[rows].to(device), self.slopes[rows].to(device)
-        targets = F.one_hot(self._targets[rows], self.num_classes).to(device)
+        targets = F.one_hot(self._targets[rows], self._inner.num_classes).to(device)
 
         def tilted(log_probs: Tensor, points: Tensor) -> Tensor:
             along = ((points - x) * slopes).flatten(1).sum(1, keepdim=True)
@@ -71,22 +73,16 @@ class PlantedDefender(Wrapped):
         return tilted
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        inner = self.inner.log_probs(plan, x, ids, seed, name)
+        """Return the log-probabilities of the planted model, as ``Defender.log_probs``."""
+        inner = self._inner.log_probs(plan, x, ids, seed, name)
         return (_RandomTilted if is_random(inner) else _Tilted)(inner, self.tilt(ids, x.device))
 
-    def judge(
-        self,
-        points: LabelledPixels,
-        *,
-        purpose: str,
-        level: float,  # noqa: ARG002
-        max_votes: int,  # noqa: ARG002
-        seed: int,
-    ) -> Verdicts:
-        return judge_deterministic(_mean_log_probs(self, points, seed, f"planted/verdict/{purpose}"), points.y)
+    def _judge(self, points: LabelledPixels, *, purpose: str, seed: int, **_: float) -> Verdicts:
+        means = _mean_log_probs(self.defender, points, seed, f"planted/verdict/{purpose}")
+        return judge_deterministic(means, points.y)
 
-    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        return margin(_mean_log_probs(self, points, seed, f"planted/{purpose}"), points.y)
+    def _harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        return margin(_mean_log_probs(self.defender, points, seed, f"planted/{purpose}"), points.y)
 
 
 class _Tilted:

@@ -11,7 +11,7 @@ from rush.attacks.threat import ThreatModel
 from rush.auditing import measures, surrogates
 from rush.auditing.case import CLOSE, FEW_IMAGES, STEPPING, VERDICTS, Case
 from rush.auditing.findings import LARGE_EPSILON_HELD
-from rush.auditing.planted import PlantedDefender
+from rush.auditing.planted import Planted
 from rush.auditing.probes import NOT_CLIMBING, Outcome, attack_gain, gain, probe, share, skipped
 from rush.data.checks import LabelledPixels
 from rush.evaluation.attack import evaluate
@@ -113,7 +113,7 @@ def planted(case: Case) -> Outcome:
         return skipped(_unknown(case))
     rows = case.held[:CLOSE]
     images, threat = case.pixels.select(rows), case.threat.select(rows)
-    defender = PlantedDefender(case.defender, images, threat, case.seed)
+    defender = Planted(case.defender, images, threat, case.seed).defender
     result = _repeated(case, case.plan, defender, images, threat, "planted")
     what = "adversarial examples that were planted into the model were not found by the evaluation's attack"
     return share(int((~result.broken).sum()), len(images), PLANTED_MISSED, what)

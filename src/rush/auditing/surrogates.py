@@ -1,64 +1,65 @@
 """Defenders that are attacked through another derivative where the model's own leads nowhere."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from rush.attacks.gradient import LogProbs, seeded
+from rush.attacks.gradient import seeded
 from rush.attacks.straight_through import StraightThrough, straight_through
-from rush.data.checks import LabelledPixels
 from rush.evaluation.model import Defender, PlainDefender, RandomDefender, SmoothedDefender
-from rush.evaluation.plans import Kind, Plan
-from rush.evaluation.verdict import Verdicts
+from rush.runtime.execution import Execution
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.noise import Gaussian
 
 
-class Wrapped:
-    """A defender that behaves as ``inner`` in everything that a subclass does not define."""
+class Changed(nn.Module):
+    """``inner`` on images that ``change`` alters at every call."""
 
-    def __init__(self, inner: Defender) -> None:
-        self.inner = inner
-        self.kind: Kind = inner.kind
-        self.execution, self.num_classes = inner.execution, inner.num_classes
-        self.transferable, self.single = inner.transferable, inner.single
+    def __init__(self, inner: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self._change = inner, change
+        self.eval()
 
-    def inspect(self, x: Tensor, declared: bool) -> None:
-        self.inner.inspect(x, declared)
-
-    def recheck(self) -> None:
-        self.inner.recheck()
-
-    def fingerprint(self) -> str:
-        return f"{type(self).__name__}/{self.inner.fingerprint()}"
-
-    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        return self.inner.log_probs(plan, x, ids, seed, name)
-
-    def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
-        return self.inner.judge(points, purpose=purpose, level=level, max_votes=max_votes, seed=seed)
-
-    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        return self.inner.harm(points, purpose, seed)
-
-    def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
-        return self.inner.ranking(images, seed)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self._change(x))
 
 
-class SeenThrough(Wrapped):
-    """``defender`` whose attackers climb ``climbed``; its points are chosen and judged on ``defender``."""
+def overridden(defender: Defender, **members: object) -> Defender:
+    """Return a copy of ``defender``, of the same model, in which ``members`` replace attributes and methods."""
+    other = copy.copy(defender)
+    vars(other).update(members)
+    return other
 
-    def __init__(self, defender: Defender, climbed: Defender) -> None:
-        super().__init__(defender)
-        self._climbed = climbed
 
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint()}/{self._climbed.fingerprint()}"
+def attacked_through(defender: Defender, surrogate: Defender) -> Defender:
+    """Return ``defender`` whose attackers climb ``surrogate``; its points are chosen and judged as before."""
+    return overridden(
+        defender,
+        log_probs=surrogate.log_probs,
+        fingerprint=lambda: f"{defender.fingerprint()}/{surrogate.fingerprint()}",
+    )
 
-    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        return self._climbed.log_probs(plan, x, ids, seed, name)
+
+def with_network(
+    smoothed: SmoothedClassifier, network: nn.Module, image_shape: Sequence[int] | None = None
+) -> SmoothedClassifier:
+    """Return ``smoothed`` of another ``network``, whose layers are neither folded nor compiled, for images of
+    ``image_shape`` (C, H, W)."""
+    return SmoothedClassifier(
+        network,
+        noise=smoothed.noise,
+        num_classes=smoothed.num_classes,
+        execution=unfolded(smoothed.execution),
+        image_shape=image_shape,
+    )
+
+
+def unfolded(execution: Execution) -> Execution:
+    """Return ``execution`` that runs the network's own layers."""
+    return replace(execution, folded=False, compile_mode="none")
 
 
 def steps_without_derivative(defender: Defender, x: Tensor) -> int:
@@ -94,10 +95,12 @@ def network_of(defender: Defender) -> nn.Module:
 
 def _like(defender: Defender, network: nn.Module, sigma: float) -> Defender:
     """Return the defender of ``network``, under noise of ``sigma`` besides the noise of ``defender``."""
-    execution = replace(defender.execution, folded=False, compile_mode="none")  # both need the network's own layers
+    execution = unfolded(defender.execution)
     made: Defender
     if isinstance(defender, RandomDefender):
-        made = RandomDefender(_Noisy(network, sigma) if sigma else network, defender.num_classes, "mean", None)
+        if sigma:
+            network = Changed(network, lambda x: x + sigma * torch.randn_like(x))
+        made = RandomDefender(network, defender.num_classes, "mean", None)
     elif isinstance(defender, SmoothedDefender) or sigma:
         defended = defender.smoothed.noise.sigma if isinstance(defender, SmoothedDefender) else 0.0
         noise = Gaussian((defended**2 + sigma**2) ** 0.5)
@@ -107,13 +110,3 @@ def _like(defender: Defender, network: nn.Module, sigma: float) -> Defender:
         made = PlainDefender(network, defender.num_classes, None)
     made.execution = execution
     return made
-
-
-class _Noisy(nn.Module):
-    def __init__(self, inner: nn.Module, sigma: float) -> None:
-        super().__init__()
-        self.inner, self.sigma = inner, sigma
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x + self.sigma * torch.randn_like(x))

@@ -1,19 +1,19 @@
 """Findings about what was evaluated: was it this model, under this threat model, and do its verdicts stand?"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from scipy import special
-from torch import Tensor, nn
+from torch import Tensor
 
 from rush.attacks.gradient import LogProbs
 from rush.auditing import measures
 from rush.auditing.case import FEW_IMAGES, STEPPING, Case
 from rush.auditing.findings import GAIN, LEVELS, Status
 from rush.auditing.probes import Outcome, probe, share, skipped
+from rush.auditing.surrogates import Changed, with_network
 from rush.evaluation.model import RandomDefender, SmoothedDefender
 from rush.evaluation.plans import Plan
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
@@ -72,7 +72,7 @@ def pixel_scale(case: Case) -> Outcome:
         for name, rescale in _SCALES.items():
             if isinstance(case.model, SmoothedClassifier):
                 # In front of the noise, the same noise would be another share of the pixels' range.
-                behind = _rescaled_behind_noise(case.model, rescale)
+                behind = SmoothedDefender(with_network(case.model, Changed(case.model.classifier, rescale)), None)
                 log_probs = behind.log_probs(draws, x, case.pixels.select(rows).ids, case.seed, "audit/scale")
                 rescaled[name].append(_right(log_probs, x, y))
             else:
@@ -336,24 +336,6 @@ def verdict(case: Case) -> Outcome:
     pairs = zip(case.evaluation.verdict.tolist(), case.rejudged.verdict.tolist(), strict=True)
     what = "images have another verdict when the evaluation's own points are judged again"
     return share(sum(pair in contradictions for pair in pairs), len(case.pixels), GAIN, what)
-
-
-class _Rescaled(nn.Module):
-    def __init__(self, inner: nn.Module, rescale: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.inner, self._rescale = inner, rescale
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(self._rescale(x))
-
-
-def _rescaled_behind_noise(smoothed: SmoothedClassifier, rescale: Callable[[Tensor], Tensor]) -> SmoothedDefender:
-    """Return the defender of ``smoothed`` whose base network takes its noisy pixels in another scale."""
-    execution = replace(smoothed.execution, folded=False, compile_mode="none")
-    base = _Rescaled(smoothed.classifier, rescale)
-    other = SmoothedClassifier(base, noise=smoothed.noise, num_classes=smoothed.num_classes, execution=execution)
-    return SmoothedDefender(other, None)
 
 
 def _right(log_probs: LogProbs, x: Tensor, y: Tensor) -> Tensor:
