@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from rush.certification.certificates import Certificates
 from rush.choices import Decision
 from rush.data.checks import Images, LabelledPixels, pixel_ids
 from rush.errors import CopiesWarning, InputError
-from rush.evaluation.attack import Judging, check_reachable, evaluate, prepare
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import Defender, Model
 from rush.evaluation.plans import Kind, Plan, Suite, worst_case
 from rush.evaluation.result import AttackResult
-from rush.evaluation.verdict import BROKEN
+from rush.evaluation.verdict import BROKEN, VerdictSettings
 from rush.runtime.numbers import as_real
 from rush.runtime.progress import progress
 from rush.smoothing.classifier import SmoothedClassifier
@@ -74,22 +74,23 @@ def audit(
     Raises: InputError for bad images or numbers and for an evaluation of other images or another threat model;
     ModelError for an unusable model.
     """
-    whole = Judging.checked(alpha, max_votes, seed)
+    whole = VerdictSettings.checked(alpha, max_votes, seed)
     alpha, max_votes, tolerance = whole.level, whole.max_votes, _checked_tolerance(tolerance)
     judging = replace(whole, level=alpha / VERDICTS)
     training = _training_layers(model)
     model = _in_evaluation_mode(model) if training else model
-    defender, pixels = prepare(model, images, threat, decision, surrogate, declared=False)
+    checked = Evaluation.of(model, images, threat, judging, decision, surrogate, declared=False)
+    defender, pixels = checked.defender, checked.images
     pixels, threat, evaluation = _without_copies(pixels, threat, evaluation)
     suite = worst_case(defender.kind, defender.num_classes, defender.transferable)
-    check_reachable(defender, judging, suite)
+    checked.check_reachable(suite)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
     result = _evaluated(evaluation, defender, pixels, threat, patient)
     again = None
     if isinstance(evaluation, AttackResult):
         points = threat.project(evaluation.adversarial.clamp(0, 1), pixels.x)
         judged = LabelledPixels(points, pixels.y, pixels.ids)
-        again = defender.judge(judged, purpose="audit-again", **asdict(patient))
+        again = defender.judge(judged, "audit-again", patient)
     case = Case(model, defender, pixels, threat, result, again, training, surrogate, certificates, judging)
     newly = _broken_by_suite(case, suite)
     found = _findings(case)
@@ -149,7 +150,7 @@ def _evaluated(
     defender: Defender,
     pixels: LabelledPixels,
     threat: ThreatModel,
-    judging: Judging,
+    judging: VerdictSettings,
 ) -> AttackResult:
     if isinstance(evaluation, AttackResult):
         return evaluation
@@ -157,7 +158,7 @@ def _evaluated(
         raise InputError(
             f"evaluation must be an AttackResult, a Plan, a Suite or None, got {type(evaluation).__name__}"
         )
-    return evaluate(defender, pixels, threat, evaluation or default_plan(defender.kind), judging)
+    return Evaluation(defender, pixels, threat, judging).run(evaluation or default_plan(defender.kind))
 
 
 def _check_same(evaluation: AttackResult, pixels: LabelledPixels, threat: ThreatModel) -> None:

@@ -12,11 +12,11 @@ from rush.attacks.losses import Loss, named_loss
 from rush.attacks.threat import ThreatModel
 from rush.certification.certificates import Certificates
 from rush.data.checks import LabelledPixels
-from rush.evaluation.attack import Judging, evaluate
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import Defender, Model
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult
-from rush.evaluation.verdict import Verdicts
+from rush.evaluation.verdict import Verdicts, VerdictSettings
 from rush.runtime.randomness import stream
 
 PROBED = 64  # images, drawn by the seed, that probes look at
@@ -43,7 +43,7 @@ class Case:
     training: tuple[str, ...]
     surrogate: nn.Module | None
     certificates: Certificates | None
-    judging: Judging
+    judging: VerdictSettings
     found: list[AttackResult] = field(default_factory=list)
 
     @property
@@ -92,9 +92,8 @@ class Case:
         named: Plan | Suite = replace(plan, name=f"audit-{plan.name}")
         if isinstance(plan, Suite):
             named = replace(plan, plans=tuple(replace(own, name=f"audit-suite-{own.name}") for own in plan.plans))
-        result = evaluate(
-            defender or self.defender, self.pixels.select(rows), self.threat.select(rows), named, self.judging
-        )
+        attacked = Evaluation(defender or self.defender, self.pixels, self.threat, self.judging)
+        result = attacked.select(rows).run(named)
         self.found.append(result)
         return result
 

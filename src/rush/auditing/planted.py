@@ -24,7 +24,7 @@ from rush.attacks.threat import ThreatModel
 from rush.data.checks import LabelledPixels
 from rush.evaluation.model import Defender
 from rush.evaluation.plans import Plan
-from rush.evaluation.verdict import Verdicts, judge_deterministic
+from rush.evaluation.verdict import Verdicts, VerdictSettings, judge_deterministic
 from rush.runtime.randomness import stream
 
 SLACK = 1.25  # times the gap at p: an attack may stop short of p by a fifth, and noise may move the gap
@@ -68,18 +68,10 @@ class PlantedDefender:
         tilt = self._tilt(ids, x.device)
         return _RandomTilted(inner, tilt) if is_random(inner) else _Tilted(inner, tilt)
 
-    def judge(
-        self,
-        points: LabelledPixels,
-        *,
-        purpose: str,
-        level: float,  # noqa: ARG002
-        max_votes: int,  # noqa: ARG002
-        seed: int,
-    ) -> Verdicts:
-        return judge_deterministic(self._means(points, f"verdict/{purpose}", seed), points.y)
+    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
+        return judge_deterministic(self._means(points, f"verdict/{purpose}", settings.seed), points.y)
 
-    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+    def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
         return margin(self._means(points, purpose, seed), points.y)
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ Costs are given in passes of one image through the base network; m stands for th
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -20,7 +20,7 @@ from rush.auditing.case import CLOSE, VERDICTS, Case
 from rush.auditing.findings import Finding, skipped
 from rush.auditing.planted import PlantedDefender
 from rush.data.checks import LabelledPixels
-from rush.evaluation.attack import evaluate
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.ladder import grey_radius
 from rush.evaluation.model import Defender, RandomDefender, SmoothedDefender, defend
 from rush.evaluation.plans import Plan, Suite
@@ -471,7 +471,7 @@ def _gain(case: Case, name: str, plan: Plan, attack: str) -> Finding:
 def _run(case: Case, defender: Defender, images: LabelledPixels, threat: ThreatModel, name: str) -> AttackResult:
     assert case.plan is not None
     plan = replace(case.plan, name=f"audit-{name}")
-    return evaluate(defender, images, threat, plan, case.judging)
+    return Evaluation(defender, images, threat, case.judging).run(plan)
 
 
 def _transfer_from(case: Case, surrogate: nn.Module, plan: Plan) -> Finding:
@@ -479,9 +479,9 @@ def _transfer_from(case: Case, surrogate: nn.Module, plan: Plan) -> Finding:
     if not case.held:
         return findings.gain("transfer", 0, len(case.probed), made_on)
     images, threat = case.pixels.select(case.held), case.threat.select(case.held)
-    made = evaluate(defend(surrogate, case.defender.num_classes), images, threat, plan, case.judging)
+    made = Evaluation(defend(surrogate, case.defender.num_classes), images, threat, case.judging).run(plan)
     points = LabelledPixels(made.adversarial, images.y, images.ids)
-    judged = case.defender.judge(points, purpose="audit-transfer", **asdict(case.judging))
+    judged = case.defender.judge(points, "audit-transfer", case.judging)
     told = {name: getattr(judged, name) for name in ("verdict", "challenger", "counts", "votes")}
     case.found.append(replace(made, **told))
     return findings.gain("transfer", int((judged.verdict == BROKEN).sum()), len(case.probed), made_on)

@@ -11,7 +11,7 @@ from rush.attacks.straight_through import StraightThrough, straight_through
 from rush.data.checks import LabelledPixels
 from rush.evaluation.model import Defender, PlainDefender, RandomDefender, SmoothedDefender
 from rush.evaluation.plans import Kind, Plan
-from rush.evaluation.verdict import Verdicts
+from rush.evaluation.verdict import Verdicts, VerdictSettings
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.noise import Gaussian
 
@@ -37,11 +37,11 @@ class SeenThrough:
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         return self._surrogate.log_probs(plan, x, ids, seed, name)
 
-    def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
-        return self._defender.judge(points, purpose=purpose, level=level, max_votes=max_votes, seed=seed)
+    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
+        return self._defender.judge(points, purpose, settings)
 
-    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        return self._defender.harm(points, purpose, seed)
+    def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        return self._defender.choice_margin(points, purpose, seed)
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
         return self._defender.ranking(images, seed)
