@@ -30,7 +30,7 @@ from rush.errors import InputError, ModelError, RunError
 from rush.evaluation import evaluation as evaluating
 from rush.evaluation.attack import attack, verdict
 from rush.evaluation.evaluation import Evaluation
-from rush.evaluation.model import Model, SmoothedDefender
+from rush.evaluation.model import Model, SmoothedDefender, defend
 from rush.evaluation.plans import PAPER, WORST_CASE_VERSION, Kind, Plan, Suite, scaled, worst_case
 from rush.evaluation.result import ARRAYS, AttackResult
 from rush.evaluation.verdict import Verdicts, VerdictSettings
@@ -466,6 +466,18 @@ def test_an_attack_that_was_killed_goes_on_and_ends_with_the_same_bits(
     assert attacked_groups == [22]
     _assert_same(_attacked(tmp_path), undisturbed)
     assert attacked_groups == [22]  # nothing is left to do
+
+
+def test_a_group_on_disk_says_of_what_it_is_in_the_words_of_the_first_ones(tmp_path: Path) -> None:
+    """So that a run begun before the settings had their present name is resumed."""
+    model, images, _ = _three_groups(3)
+    plan, fingerprint = Plan("pgd", "PGD", "pgd", "fresh", 2, 3, 0.25), defend(model).fingerprint()
+    Evaluation.of(model, images, ThreatModel("linf", 1 / 64), VerdictSettings(0.01, 400, seed=7)).run(plan, tmp_path)
+    with np.load(tmp_path / "pgd-0000.npz") as stored:
+        conditions = str(stored["conditions"])
+    origin = f"(Judging(level=0.01, max_votes=400, seed=7), '{fingerprint}')"
+    assert conditions == repr((plan, "linf", 1 / 64, 0.01, origin))
+    assert repr(plan).startswith("Plan(name='pgd', label='PGD', method='pgd', gradient='fresh', eot_samples=2, steps=3")
 
 
 def test_a_suite_is_taken_up_again_too(attacked_groups: list[int], tmp_path: Path) -> None:

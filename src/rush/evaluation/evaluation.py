@@ -6,7 +6,7 @@ streams that hold the hash of the point).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -119,7 +119,7 @@ class Evaluation:
 
         Raises:
             InputError: the level of a verdict can never be reached.
-            ModelError: the model is not, or not any more, a function of one image.
+            ModelError: the model turns out not to be one fixed function of one image.
             RunError: ``resume`` holds groups of a different evaluation.
         """
         self.check_reachable(plan)
@@ -182,16 +182,13 @@ class Evaluation:
             x, y = batch.x.to(device), batch.y.to(device)
             ranking = self.defender.ranking(batch, seed).to(device) if plan.targets else None
             points: list[Tensor] = []
-            for restart in range(plan.restarts):
-                for target in plan.targets or (None,):
-                    name = f"attack/{plan.name}/{restart}" + ("" if target is None else f"/{target}")
-                    aim = None if ranking is None or target is None else ranking[:, target - 1]
-                    loss = _counted(named_loss(plan.loss, self.defender.num_classes, aim), passes, len(rows) * draws)
-                    generators = [stream(seed, f"{name}/start", image_id, device=device) for image_id in batch.ids]
-                    seen = self.defender.log_probs(plan, x, batch.ids, seed, name)
-                    start = start_of(plan, x, None if best is None else best[padded], threat, generators)
-                    made = attack_of(plan, threat, loss, start, generators)(seen, x, y)
-                    points += made if isinstance(made, tuple) else [made]
+            for name, aim in _loops(plan, ranking):
+                loss = _counted(named_loss(plan.loss, self.defender.num_classes, aim), passes, len(rows) * draws)
+                generators = [stream(seed, f"{name}/start", image_id, device=device) for image_id in batch.ids]
+                seen = self.defender.log_probs(plan, x, batch.ids, seed, name)
+                start = start_of(plan, x, None if best is None else best[padded], threat, generators)
+                made = attack_of(plan, threat, loss, start, generators)(seen, x, y)
+                points += made if isinstance(made, tuple) else [made]
             batches.append([point[: len(rows)].cpu() for point in points])
             advance(len(rows))
         return self._most_harmful([torch.cat(parts) for parts in zip(*batches, strict=True)], passes, in_suite)
@@ -282,6 +279,20 @@ def _batch_size(images: int, most: int, shrink: bool) -> int:
     """Return at most ``most`` and a whole group; with ``shrink`` at most the power of two that holds all images."""
     size = max(1, min(most, GROUP))
     return min(size, 1 << (images - 1).bit_length()) if shrink else size
+
+
+def _loops(plan: Plan, ranking: Tensor | None) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield the streams' name and the classes aimed at, (B,) or None, of each of the ``plan.runs`` loops of an attack.
+
+    Args:
+        ranking: (B, K - 1), classes other than the label, the most probable one first; None for an untargeted plan.
+    """
+    for restart in range(plan.restarts):
+        name = f"attack/{plan.name}/{restart}"
+        if ranking is None:
+            yield name, None
+        else:
+            yield from ((f"{name}/{rank_aimed_at}", ranking[:, rank_aimed_at - 1]) for rank_aimed_at in plan.targets)
 
 
 def _counted(loss: Loss, passes: list[int], rows: int) -> Loss:
