@@ -536,7 +536,7 @@ def test_a_confidence_that_is_none_is_refused(confidence: float) -> None:
 
 
 def test_an_image_that_is_there_twice_is_refused() -> None:
-    with pytest.raises(InputError, match=r"an image \(id\) is there twice; the bound needs independent images"):
+    with pytest.raises(InputError, match=r"duplicate image id: the bound assumes independent images"):
         _right(5, 10).select([0, 1, 1]).accuracy_lower()
     assert _right(5, 10).select([0, 1, 2]).accuracy_lower() > 0
 

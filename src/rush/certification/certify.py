@@ -26,7 +26,7 @@ from rush.runtime.numbers import positive_integer
 from rush.runtime.progress import progress
 from rush.runtime.transfer import sent
 from rush.smoothing.classifier import SmoothedClassifier
-from rush.smoothing.votes import BLOCK, PendingVotes, Request
+from rush.smoothing.votes import BLOCK, PendingVotes, VoteRequest
 
 _ROUND_TILES = 25  # tiles launched together before anything is read back
 
@@ -194,7 +194,7 @@ class _Round:
 class _Engine:
     def __init__(self, smoothed: SmoothedClassifier, rule: Rule, capacity: int) -> None:
         self._smoothed, self._rule, self._capacity = smoothed, rule, capacity
-        self._voter, self._decider = smoothed.voter(), Decider(rule)
+        self._counter, self._decider = smoothed.vote_counter(), Decider(rule)
         self._model = smoothed.fingerprint()
         self._last_read = time.perf_counter()
 
@@ -227,8 +227,8 @@ class _Engine:
             until = min(self._rule.num_estimation, image.issued + ahead * BLOCK)
             blocks += [(image, False, votes) for votes in _block_sizes(image.issued, until)]
             image.issued = until
-        requests = (Request(image.pixels, image.generators[not selects], votes) for image, selects, votes in blocks)
-        return _Round(blocks, self._voter.launch(requests, len(blocks)))
+        requests = (VoteRequest(image.pixels, image.generators[not selects], votes) for image, selects, votes in blocks)
+        return _Round(blocks, self._counter.launch(requests, len(blocks)))
 
     def collect(self, launched: _Round) -> list[_InProgress]:
         """Read the votes of a round, apply the rule block by block, and return the images that are decided now."""
