@@ -1,14 +1,14 @@
-# `make demo` and `make test` are all a new user needs; each makes its own environment in .venv.
+# A new user needs `make demo` and `make test` only. Each creates the environment in .venv that it needs.
 PYTHON ?= python3
 VENV ?= .venv
-# Where pip would bring the CUDA build of torch to a Linux machine without a GPU:
+# On a Linux machine without a GPU, where pip would install the CUDA build of torch:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-# One thread per test process: two busy processes with several threads each slow one another down many times over.
-# One process per core, at most four. The tests of a file share their fixtures, so they stay in one process; files come in
-# the order of their names, in which the longest are not the last.
+# One thread per test process: two busy processes with several threads each slow each other down many times over.
+# One process per core, at most four. The tests of a file share fixtures, so they stay in one process. Files run in the
+# order of their names, in which the longest are not the last.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint clean

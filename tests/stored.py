@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rush.certification.apply_rule import apply_rule
-from rush.certification.bounds import certify_votes
+from rush.certification.bounds import certify_counts
 from rush.certification.certificates import Certificates
 from rush.certification.rule import Rule, make_rule
 from rush.choices import BLOCK
@@ -24,8 +24,9 @@ def rule_of(**changes: Any) -> Rule:
 def votes_for(radius: float, rule: Rule) -> int:
     """The most votes of ``rule.num_estimation`` that certify at most ``radius``."""
     successes = np.arange(rule.num_estimation + 1)
-    trials = np.full(len(successes), rule.num_estimation)
-    radii = certify_votes(np.zeros_like(successes), successes, trials, rule.sigma, rule.image_alpha).radius
+    estimation = np.stack([successes, rule.num_estimation - successes], 1)
+    selection = np.tile([1, 0], (len(successes), 1))
+    radii = certify_counts(selection, estimation, rule.sigma, rule.image_alpha).radius
     return int(np.searchsorted(radii, radius, side="right")) - 1
 
 
@@ -43,12 +44,12 @@ def stored_certificates(
     paths = [np.diff(most * count // rule.num_estimation).astype(np.uint8) for count in votes]
     chosen = np.array(selected, np.int64)
     drawn = np.full(len(paths), rule.num_estimation)
-    certified, outcome, successes, trials = apply_rule(rule, paths, drawn, chosen)
     rows = np.arange(len(paths))
     counts, selection = (np.zeros((len(paths), classes), np.int64) for _ in range(2))
+    selection[rows, chosen] = rule.num_selection
+    certified, outcome, successes, trials = apply_rule(rule, paths, drawn, selection)
     counts[rows, chosen] = successes
     counts[rows, (chosen + 1) % classes] += trials - successes
-    selection[rows, chosen] = rule.num_selection
     return Certificates(
         prediction=certified.prediction,
         radius=certified.radius,

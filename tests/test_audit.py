@@ -37,7 +37,7 @@ from rush.evaluation.attack import attack
 from rush.evaluation.model import SmoothedDefender
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult
-from rush.evaluation.verdict import Verdicts
+from rush.evaluation.verdict import Verdicts, VerdictSettings
 from rush.smoothing.classifier import SmoothedClassifier
 
 N = 16
@@ -238,11 +238,11 @@ def test_every_verdict_on_an_image_is_paid_for(monkeypatch: pytest.MonkeyPatch) 
     purposes: list[tuple[str, tuple[str, ...]]] = []
     judge = SmoothedDefender.judge
 
-    def counted(self: SmoothedDefender, points: LabelledPixels, *, purpose: str, level: float, **rest: Any) -> Verdicts:
+    def counted(self: SmoothedDefender, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
         purposes.append((purpose, points.ids))
         for image_id in points.ids:
-            spent[image_id] += level
-        return judge(self, points, purpose=purpose, level=level, **rest)
+            spent[image_id] += settings.level
+        return judge(self, points, purpose, settings)
 
     monkeypatch.setattr(SmoothedDefender, "judge", counted)
     smoothed = SmoothedClassifier(square_half_space(), 0.25, 2)

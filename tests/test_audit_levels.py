@@ -29,9 +29,10 @@ from rush.auditing.audit import PROBES, AuditReport, audit
 from rush.auditing.case import Case
 from rush.auditing.findings import INVALIDATING, LEVELS, OVERESTIMATED_LEVEL, Finding
 from rush.choices import Decision
-from rush.evaluation.attack import Judging, evaluate, prepare
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import Model, defend
 from rush.evaluation.plans import Plan
+from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.statistics import share_interval
@@ -79,10 +80,11 @@ def drawn(seed: int, number: int, images: Images) -> Images:
 def deciding(honest: Honest, seed: int, images: Images, plan: Plan | None = None) -> list[Finding]:
     """Return the findings that decide alone, on an evaluation by ``plan`` whose points are the images themselves."""
     model = honest.model()
-    defender, pixels = prepare(model, images, THREAT, honest.decision, declared=False)
-    judging = Judging(1e-3, 100, seed)
+    judging = VerdictSettings(1e-3, 100, seed)
+    made = Evaluation.of(model, images, THREAT, judging, honest.decision, declared=False)
+    defender, pixels = made.defender, made.images
     # what was held does not matter to these findings: judged by a deterministic network, which costs one pass
-    clean = evaluate(defend(perceptron(), 10), pixels, THREAT, Plan("clean", "no attack", "none"), judging)
+    clean = replace(made, defender=defend(perceptron(), 10)).run(Plan("clean", "no attack", "none"))
     evaluation = replace(clean, plan=plan or (PGD if defender.kind == "plain" else EOT))
     case = Case(
         model=model,

@@ -1,7 +1,7 @@
 """Defences that hide their gradient: the audit's own accuracy comes near to what an attack made for them leaves."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -15,8 +15,10 @@ from audit_zoo import OnChanged, digits, linf, quantised
 from audit_zoo_second import noisy_perceptron, perceptron
 from rush.auditing.audit import AuditReport, audit
 from rush.auditing.surrogates import attacked_through, smoothed_surrogate, steps_without_derivative, twin
-from rush.evaluation.attack import Judging, attack, evaluate, prepare, verdict
+from rush.evaluation.attack import attack, verdict
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.plans import Plan, worst_case
+from rush.evaluation.verdict import VerdictSettings
 
 LEVELS = 3
 NEAR = 0.05  # of the truth
@@ -103,13 +105,14 @@ def test_the_audits_accuracy_is_near_the_truth(case: Masked) -> None:
 def test_a_deterministic_quantiser_is_passed_straight_through() -> None:
     """Points of the twin are judged on the network itself: what it breaks, the network gives another class."""
     model, threat = quantised(perceptron(), 8), linf(0.1)
-    defender, pixels = prepare(model, digits(40), threat)
-    assert steps_without_derivative(defender, pixels.x[:2]) > 0
-    plan, judging = Plan("apgd", "APGD-30", "apgd", steps=30, loss="margin"), Judging(1e-3, 100, 0)
-    plain = evaluate(defender, pixels, threat, plan, judging)
-    through = evaluate(attacked_through(defender, twin(defender)), pixels, threat, plan, judging)
+    evaluation = Evaluation.of(model, digits(40), threat, VerdictSettings(1e-3, 100, 0))
+    defender, images = evaluation.defender, evaluation.images
+    assert steps_without_derivative(defender, images.x[:2]) > 0
+    plan = Plan("apgd", "APGD-30", "apgd", steps=30, loss="margin")
+    plain = evaluation.run(plan)
+    through = replace(evaluation, defender=attacked_through(defender, twin(defender))).run(plan)
     assert plain.robust_accuracy > through.robust_accuracy + 0.3
-    wrong = (model(through.adversarial).argmax(1) != pixels.y).numpy()
+    wrong = (model(through.adversarial).argmax(1) != images.y).numpy()
     np.testing.assert_array_equal(through.broken, wrong)
 
 
@@ -120,11 +123,12 @@ def test_a_smoothed_surrogate_climbs_where_the_gradient_is_hidden(decision: str 
     images, threat = digits(40), linf(0.1)
     rippled = OnChanged(perceptron(), lambda x: x + 0.02 * torch.sin(x * 500))
     model = rippled if decision is None else Picked([rippled])
-    defender, pixels = prepare(model, images, threat, decision)  # type: ignore[arg-type]
-    plan, judging = Plan("apgd", "APGD-20", "apgd", "fresh", 16, 20, loss="margin"), Judging(1e-3, 400, 0)
-    bare = evaluate(defender, pixels, threat, plan, judging)
+    settings = VerdictSettings(1e-3, 400, 0)
+    evaluation = Evaluation.of(model, images, threat, settings, decision)  # type: ignore[arg-type]
+    plan, defender = Plan("apgd", "APGD-20", "apgd", "fresh", 16, 20, loss="margin"), evaluation.defender
+    bare = evaluation.run(plan)
     surrogate = attacked_through(defender, smoothed_surrogate(defender, 0.1, straight=False))
-    through = evaluate(surrogate, pixels, threat, plan, judging)
+    through = replace(evaluation, defender=surrogate).run(plan)
     assert through.robust_accuracy <= bare.robust_accuracy - 0.1
 
 

@@ -21,14 +21,14 @@ from rush.auditing.audit import PROBES
 from rush.auditing.case import Case
 from rush.auditing.findings import Finding
 from rush.auditing.planted import Planted, edge_point
-from rush.choices import Norm
-from rush.data.checks import labelled_pixels
+from rush.choices import Decision, Norm
+from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.evaluation import model as defenders
-from rush.evaluation.attack import Judging, evaluate, prepare
-from rush.evaluation.model import Model, SmoothedDefender
+from rush.evaluation.evaluation import Evaluation
+from rush.evaluation.model import Defender, Model, SmoothedDefender
 from rush.evaluation.plans import Plan, worst_case
 from rush.evaluation.result import AttackResult
-from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
+from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, VerdictSettings
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 
@@ -43,6 +43,16 @@ PGD = Plan("pgd", "PGD-20", "pgd", "fresh", 0, 20, 0.25)
 EOT = replace(PGD, eot_samples=8)
 
 
+def _prepared(
+    model: Model,
+    threat: ThreatModel = THREAT,
+    images: tuple[Tensor, Tensor] = (X, Y),
+    decision: Decision | None = None,
+) -> tuple[Defender, LabelledPixels]:
+    evaluation = Evaluation.of(model, images, threat, VerdictSettings(1e-3, 100, 0), decision)
+    return evaluation.defender, evaluation.images
+
+
 def _case(
     model: Model,
     plan: Plan | None = None,
@@ -54,9 +64,10 @@ def _case(
     """Return the audit of ``plan`` on the half space's images, with its result ``tampered``."""
     images = options.pop("images", (X, Y))
     doors = {name: options.pop(name, None) for name in ("decision", "surrogate")}
-    defender, pixels = prepare(model, images, threat, **doors, declared=False)  # type: ignore[arg-type]
-    judging = Judging(1e-4, 1000, 0)
-    made = evaluate(defender, pixels, threat, plan or (PGD if defender.kind == "plain" else EOT), judging)
+    judging = VerdictSettings(1e-4, 1000, 0)
+    evaluation = Evaluation.of(model, images, threat, judging, **doors, declared=False)  # type: ignore[arg-type]
+    defender, pixels = evaluation.defender, evaluation.images
+    made = evaluation.run(plan or (PGD if defender.kind == "plain" else EOT))
     rest = {"rejudged": None, "training_layers": (), "certificates": None, **options}
     return Case(
         model=model,
@@ -190,14 +201,14 @@ def test_the_attackers_sigma_is_measured(share: float, monkeypatch: pytest.Monke
 def test_draws_needed_of_a_slope_with_known_noise(spread: float) -> None:
     """The margin's gradient is 2 (w + spread z), signal 4 ||w||^2 = 4, noise 4 spread^2 x 4 pixels: a cosine of 1/2
     takes noise / (3 signal) draws. 1,000 repeats: the median of 24 images is within 25 % but for 1e-4."""
-    defender, pixels = prepare(RandomSlope(spread), (X, Y), THREAT, decision="vote")
+    defender, pixels = _prepared(RandomSlope(spread), decision="vote")
     one = defender.log_probs(replace(EOT, eot_samples=1), pixels.x, pixels.ids, 0, "test")
     needed = measures.draws_needed(one, pixels.x, pixels.y, margin, 1, 1000)
     assert np.median(needed) == pytest.approx(4 * spread**2 / 3, rel=0.25)
 
 
 def test_slopes_of_a_plane_agree_exactly() -> None:
-    defender, pixels = prepare(square_half_space(), (X, Y), THREAT)
+    defender, pixels = _prepared(square_half_space())
     log_probs = defender.log_probs(PGD, pixels.x, pixels.ids, 0, "test")
     slopes = measures.slopes_at(log_probs, pixels.x, pixels.y, THREAT, stream(0, "test"))
     assert measures.agreement([slopes]) == pytest.approx((1.0, 1.0, N), rel=1e-3)
@@ -206,9 +217,7 @@ def test_slopes_of_a_plane_agree_exactly() -> None:
 def test_verdicts_that_do_not_stand_are_found() -> None:
     """Six images called broken that are held, or left undecided that are broken; six left undecided are no fault."""
     case = _case(_smoothed())
-    judged = case.defender.judge(
-        replace(case.pixels, x=case.points), purpose="again", level=1e-4, max_votes=1000, seed=0
-    )
+    judged = case.defender.judge(replace(case.pixels, x=case.points), "again", VerdictSettings(1e-4, 1000, 0))
     verdict = np.full(N, HELD, np.uint8)
     for called, now, status in ((BROKEN, HELD, "failed"), (UNDECIDED, BROKEN, "failed"), (UNDECIDED, HELD, "passed")):
         reported, rejudged = verdict.copy(), verdict.copy()
@@ -254,7 +263,7 @@ def test_planted_examples_are_at_their_points(norm: Norm, epsilon: float, kind: 
 
     Random model: 200 draws of a margin with little spread, far from 0.5 nats."""
     threat = ThreatModel(norm, epsilon)
-    defender, pixels = prepare(square_half_space() if kind == "plain" else _smoothed(), (X, Y), threat)
+    defender, pixels = _prepared(square_half_space() if kind == "plain" else _smoothed(), threat)
     planted = Planted(defender, pixels, threat, 0)
     slopes, tilted = planted.slopes, planted.tilt(pixels.ids, X.device)
     assert torch.allclose(tilted(torch.zeros(N, 2), X).exp(), torch.full((N, 2), 0.5))
@@ -263,8 +272,8 @@ def test_planted_examples_are_at_their_points(norm: Norm, epsilon: float, kind: 
     direction = slopes.sign() if norm == "linf" else slopes / sizes.view(-1, 1, 1, 1)
     points = threat.project(X + epsilon * direction, X)
     assert_in_threat(points, X, threat)
-    assert bool((planted.defender.harm(replace(pixels, x=points), "test", 0) > 0.3).all())
-    assert bool((planted.defender.harm(pixels, "test", 0) < 0).all())
+    assert bool((planted.defender.choice_margin(replace(pixels, x=points), "test", 0) > 0.3).all())
+    assert bool((planted.defender.choice_margin(pixels, "test", 0) < 0).all())
 
 
 def test_random_points_do_not_find_what_is_planted() -> None:
@@ -273,12 +282,12 @@ def test_random_points_do_not_find_what_is_planted() -> None:
     x = 0.25 + 0.5 * torch.rand(N, 1, 8, 8, generator=stream(0, "test"))
     model = HalfSpace(torch.full((1, 8, 8), 1 / 8), -8.0)
     threat, y = ThreatModel("linf", 0.02), torch.zeros(N, dtype=torch.int64)
-    defender, pixels = prepare(model, (x, y), threat)
+    defender, pixels = _prepared(model, threat, (x, y))
     planted = Planted(defender, pixels, threat, 0)
     log_probs = planted.log_probs(PGD, x, pixels.ids, 0, "test")
     points = random_search(log_probs, x, y, threat, [stream(0, image_id) for image_id in pixels.ids], draws=100)
-    assert bool((planted.defender.harm(replace(pixels, x=points), "test", 0) < 0).all())
-    result = evaluate(planted.defender, pixels, threat, PGD, Judging(1e-3, 100, 0))
+    assert bool((planted.defender.choice_margin(replace(pixels, x=points), "test", 0) < 0).all())
+    result = Evaluation(planted.defender, pixels, threat, VerdictSettings(1e-3, 100, 0)).run(PGD)
     assert bool(result.broken.all())
 
 

@@ -378,6 +378,41 @@ def _textbook(pixels: list[float], own: str, sizes: tuple[int, int], alpha: floa
     return Textbook(selection, [votes.count(c) for c in range(4)], blocks, radius, prediction, outcome)
 
 
+def textbook_certify(
+    pixels: list[float], image_id: str, sizes: tuple[int, int], alpha: float
+) -> tuple[list[int], list[int], int, float, float]:
+    """Cohen et al. 2019, algorithm CERTIFY: selection and estimation votes, class, radius and p_lower."""
+    votes: dict[str, list[int]] = {}
+    for purpose, size in zip(("selection", "estimation"), sizes, strict=True):
+        drawn = _textbook_votes(pixels, f"certify-{purpose}", image_id, 3, SIGMA)
+        classes = [next(drawn) for _ in range(size)]
+        votes[purpose] = [classes.count(c) for c in range(4)]
+    selected = votes["selection"].index(max(votes["selection"]))
+    successes = votes["estimation"][selected]
+    p_lower = float(stats.beta.ppf(alpha, successes, sizes[1] - successes + 1)) if successes else 0.0
+    if p_lower <= 0.5:
+        return votes["selection"], votes["estimation"], ABSTAIN, 0.0, p_lower
+    return votes["selection"], votes["estimation"], selected, SIGMA * float(stats.norm.ppf(p_lower)), p_lower
+
+
+@pytest.mark.parametrize(("sizes", "alpha"), [((30, 1230), 0.001), ((130, 400), 0.05)])
+def test_certificates_from_a_fixed_number_of_votes_are_those_of_the_textbook(
+    sizes: tuple[int, int], alpha: float
+) -> None:
+    x, y = pixel_images(40)
+    rows = list(range(0, 40, 3))
+    found = certified(
+        "clopper-pearson", (x[rows], y[rows]), num_selection=sizes[0], num_estimation=sizes[1], alpha=alpha
+    )
+    for row, image_id in enumerate(found.ids):
+        slow = textbook_certify(x[rows[row]].flatten().tolist(), image_id, sizes, alpha)
+        assert (found.selection[row].tolist(), found.counts[row].tolist(), found.prediction[row]) == slow[:3]
+        assert slow[3] - 1.1e-6 <= found.radius[row] <= slow[3]
+        assert found.p_lower[row] == pytest.approx(slow[4], rel=1e-9)
+        assert found.p_lower[row] <= slow[4]
+    assert {ABSTAIN, 0, 1, 2, 3} <= set(found.prediction.tolist())
+
+
 @pytest.mark.parametrize(("sizes", "alpha"), [((30, 1230), 0.001), ((130, 400), 0.05)])
 def test_sequential_certificates_are_those_of_the_textbook(sizes: tuple[int, int], alpha: float) -> None:
     x, y = pixel_images(40)

@@ -25,8 +25,8 @@ from rush.recipe.schema import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
+from rush.smoothing import forward as forward_module
 from rush.smoothing.classifier import SmoothedClassifier
-from rush.smoothing.classifier import forward as forward_module
 from rush.smoothing.forward import Forward, fold_batch_norm, try_forwards
 
 

@@ -22,9 +22,9 @@ from rush.errors import ConfigError, DataError, InputError, ModelError
 from rush.evaluation.attack import verdict
 from rush.models.classifier import Normalize
 from rush.models.storage import load
+from rush.pipeline import context as conditions
+from rush.pipeline import train as training
 from rush.pipeline.stages import check_run, run_stage
-from rush.pipeline.stages import context as conditions
-from rush.pipeline.stages import train as training
 from rush.records.folder import RunFolder
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
@@ -177,7 +177,7 @@ def test_the_first_images_fix_the_number_of_channels() -> None:
     smoothed = _smoothed(Brightness())
     smoothed.predict(_images(3, 8, 8), num_samples=20)
     smoothed.predict(_images(3, 5, 5), num_samples=20)  # the size may change where no shape is known
-    with pytest.raises(InputError, match=r"images have 1 channels, the first ones .* had 3; make another"):
+    with pytest.raises(InputError, match=r"images have 1 channels, the first images .* had 3; make another"):
         smoothed.predict(_images(1, 8, 8), num_samples=20)
 
 
@@ -193,7 +193,7 @@ def test_images_that_the_classifier_could_not_take_fix_nothing() -> None:
 def test_every_door_fixes_the_number_of_channels(door: str) -> None:
     smoothed = _smoothed(Brightness())
     _doors(smoothed, _images(3, 8, 8))[door]()  # type: ignore[operator]
-    with pytest.raises(InputError, match="the first ones that this classifier was given had 3"):
+    with pytest.raises(InputError, match="the first images of this classifier had 3"):
         smoothed.check_shape((1, 8, 8))
 
 

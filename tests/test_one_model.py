@@ -13,7 +13,7 @@ import rush
 from rush.certification.certificates import join_certificates
 from rush.certification.table import COLUMNS, OLDER_COLUMNS, append_certificates, read_certificates
 from rush.errors import InputError, ModelError, RunError
-from rush.pipeline.stages import certify as certifying
+from rush.pipeline import certify as certifying
 from rush.pipeline.stages import run_stage
 from rush.records.folder import RunFolder
 from rush.smoothing.classifier import SmoothedClassifier

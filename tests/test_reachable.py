@@ -20,6 +20,7 @@ from rush.choices import fewest_samples
 from rush.commands.external import Subject
 from rush.errors import ConfigError, InputError
 from rush.evaluation.attack import verdict
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.plans import worst_case
 from rush.evaluation.verdict import (
     BROKEN,
@@ -93,7 +94,7 @@ def test_the_fewest_votes_of_a_sequential_rule_are_those_of_trying(bound: str, l
 
 
 def test_a_sigma_with_which_no_radius_is_ever_certified_is_refused() -> None:
-    with pytest.raises(InputError, match="no number of votes does: give a larger sigma"):
+    with pytest.raises(InputError, match="no number of votes suffices: give a larger sigma"):
         rush.certify(rush.SmoothedClassifier(square_half_space(), 1e-9, 2), (X, Y), num_estimation=100)
 
 
@@ -178,7 +179,7 @@ def test_a_suite_shares_the_level_among_its_attackers() -> None:
 
 
 def test_an_audit_and_a_ladder_are_refused_before_their_first_attack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rush.evaluation.attack.attack_group", lambda *_: pytest.fail("an attack was begun"))
+    monkeypatch.setattr(Evaluation, "candidates", lambda *_, **__: pytest.fail("an attack was begun"))
     with pytest.raises(InputError, match="no verdict can be given at the level"):
         audit(SMOOTHED, (X, Y), THREAT, alpha=2.0**-100 * 1.001, max_votes=100)
     subject = Subject(SMOOTHED, rush.data.checks.labelled_pixels((X, Y)), THREAT)
@@ -211,5 +212,5 @@ def test_predict_on_the_command_line_names_the_least_number(call: Call, tiny_run
     file = tmp_path / "0.png"
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(file)
     text = refusal(call("predict", tiny_run, file, "--num-samples", 10))
-    assert "num_samples = 10 can answer nothing at alpha = 0.001" in text
+    assert "num_samples = 10 cannot decide at alpha = 0.001" in text
     assert text.endswith("the two-sided test needs at least 11")

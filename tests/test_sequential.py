@@ -714,17 +714,17 @@ def test_one_radius_costs_little_more_than_with_known_probabilities() -> None:
         (
             {"num_estimation": 9, "alpha": 0.001},
             "num_estimation = 9 certifies nothing with the bound 'geometric', sigma = 0.25, at level 0.001 per image, "
-            "even when all votes agree; give at least 12",
+            "even if all votes agree; give at least 12",
         ),
         (
             {"num_estimation": 9, "level": "family", "alpha": 0.02},
             "num_estimation = 9 certifies nothing with the bound 'geometric', sigma = 0.25, at level 0.001 per image, "
-            "even when all votes agree; give at least 12",
+            "even if all votes agree; give at least 12",
         ),
         (
             {"num_estimation": 9, "alpha": 0.001, "method": "clopper-pearson"},
             "num_estimation = 9 certifies nothing with the bound 'clopper-pearson', sigma = 0.25, at level 0.001 per "
-            "image, even when all votes agree; give at least 10",
+            "image, even if all votes agree; give at least 10",
         ),
         ({"radii": ()}, "radii is empty; give at least one radius, or None"),
         ({"radii": (0.1, -0.1)}, "radii must be finite numbers >= 0 in [0, 1] pixel units, got -0.1"),
@@ -732,7 +732,7 @@ def test_one_radius_costs_little_more_than_with_known_probabilities() -> None:
         ({"radii": (float("inf"),)}, "radii must be finite numbers >= 0 in [0, 1] pixel units, got inf"),
         ({"radii": (True,)}, "radii must be finite numbers >= 0 in [0, 1] pixel units, got True"),
         ({"radii": ("0.5",)}, "radii must be finite numbers >= 0 in [0, 1] pixel units, got '0.5'"),
-        ({"radii": (0.25, 3)}, "radius 3 cannot be certified with num_estimation = 2000 at level 0.05 an image"),
+        ({"radii": (0.25, 3)}, "radius 3 cannot be certified with num_estimation = 2000 at level 0.05 per image"),
         ({"radii": (0.25, 1e300)}, "radius 1e+300 cannot be certified with num_estimation = 2000"),
     ],
 )
@@ -752,7 +752,7 @@ def test_a_radius_beyond_reach_is_refused_with_the_largest_which_is_accepted(
     def grid(*radii: float) -> tuple[float, ...] | None:
         return rule_of(method=method, bound=bound, sigma=sigma, num_estimation=num, radii=radii, alpha=0.01).radii
 
-    with pytest.raises(InputError, match="even when all votes agree: at most ") as refused:
+    with pytest.raises(InputError, match="even if all votes agree: at most ") as refused:
         grid(0.0, 50.0)
     told = re.search(r"at most (\d+\.\d{6}) can;", str(refused.value))
     assert told is not None

@@ -180,7 +180,7 @@ def test_numbers_of_votes_that_can_never_decide_are_refused_with_the_least_one_t
     x = square_images(np.full(20, 0.75), seed=2)
     smoothed = _smoothed(square_half_space(), 2)
     for too_few in (1, 10):
-        with pytest.raises(InputError, match=f"num_samples = {too_few} can answer nothing .* needs at least 11$"):
+        with pytest.raises(InputError, match=f"num_samples = {too_few} cannot decide .* needs at least 11$"):
             smoothed.predict(x, num_samples=too_few, alpha=0.001)
     assert (smoothed.predict(x, num_samples=11, alpha=0.001) != ABSTAIN).any()
     with pytest.raises(InputError, match="needs at least 1002"):
@@ -275,7 +275,7 @@ def test_as_module_is_log_probs_with_fresh_noise() -> None:
 
 def test_without_a_generator_there_is_no_noise() -> None:
     smoothed = _smoothed(Smooth(), 3)
-    with pytest.raises(InputError, match=r"give generator=rush\.randomness\.stream"):
+    with pytest.raises(InputError, match=r"give generator=rush\.stream"):
         smoothed.log_probs(_images(1), 4)
     with pytest.raises(InputError, match="generator"):
         smoothed.as_module()(_images(1))
@@ -376,7 +376,7 @@ def test_numbers_that_predict_cannot_use_are_refused(num_samples: int, alpha: fl
 def test_a_generator_too_few_is_refused_and_never_shared() -> None:
     smoothed, x = _smoothed(Smooth(), 3), _images(2)
     for call in (smoothed.log_probs, smoothed.vote_blocks):
-        with pytest.raises(InputError, match="got 1 generators for 2 images; give one an image"):
+        with pytest.raises(InputError, match="got 1 generators for 2 images; give one per image"):
             call(x, 4, smoothed.streams(0, "test", ["a"]))
     with pytest.raises(InputError, match="num_samples must be an integer >= 1, got 0"):
         smoothed.log_probs(x, 0, stream(0, "test"))

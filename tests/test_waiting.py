@@ -31,7 +31,7 @@ from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import Sentinel
 from rush.smoothing.noise import Gaussian
-from rush.smoothing.votes import Request, Voter
+from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.training.loop import Keeping, _Run
 from rush.training.meter import Meter
 from tiny import tiny
@@ -160,14 +160,14 @@ def test_no_tile_of_a_certification_waits(meta: Execution) -> None:
     own = replace(meta, tile=64)
     forward = Forward(smoothed(own).classifier, own, 10)
     forward._watch = SimpleNamespace(shape=(64, 3, 8, 8), observe=lambda *_: None)  # type: ignore[assignment]
-    voter = Voter(forward, Gaussian(0.25), 10, own)
+    voter = VoteCounter(forward, Gaussian(0.25), 10, own)
     pixels = torch.empty(3, 3, 8, 8, device="meta")
-    voter._noisy(Request(pixels[0], MetaGenerator()))
+    voter._noisy(VoteRequest(pixels[0], MetaGenerator()))
     sentinel = object.__new__(Sentinel)
     sentinel._expected, sentinel._limit = torch.empty(10, device="meta"), 0.1
     voter._sentinel = sentinel
     with waits() as mode:
-        voter.launch([Request(image, MetaGenerator()) for image in pixels], 3)
+        voter.launch([VoteRequest(image, MetaGenerator()) for image in pixels], 3)
     assert mode.found == []
     assert mode.operations > 100
 

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,11 +20,11 @@ from rush.certification.certificates import Certificates
 from rush.choices import Decision
 from rush.data.checks import Images, LabelledPixels, pixel_ids
 from rush.errors import CopiesWarning, InputError
-from rush.evaluation.attack import Judging, check_reachable, evaluate, prepare
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import Defender, Model
 from rush.evaluation.plans import Kind, Plan, Suite, worst_case
 from rush.evaluation.result import AttackResult
-from rush.evaluation.verdict import BROKEN
+from rush.evaluation.verdict import BROKEN, VerdictSettings
 from rush.runtime.numbers import as_real
 from rush.runtime.progress import progress
 from rush.smoothing.classifier import SmoothedClassifier
@@ -95,21 +95,22 @@ def audit(
     evaluation and at most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800
     passes more on all images that the evaluation held, 100 of a deterministic model.
     """
-    whole = Judging.checked(alpha, max_votes, seed)
+    whole = VerdictSettings.checked(alpha, max_votes, seed)
     alpha, max_votes, tolerance = whole.level, whole.max_votes, _checked_tolerance(tolerance)
     judging = replace(whole, level=alpha / VERDICTS)
     training = _training_layers(model)
     model = _in_evaluation_mode(model) if training else model
-    defender, pixels = prepare(model, images, threat, decision, surrogate, declared=False)
+    checked = Evaluation.of(model, images, threat, judging, decision, surrogate, declared=False)
+    defender, pixels = checked.defender, checked.images
     pixels, threat, evaluation = _without_copies(pixels, threat, evaluation)
     suite = worst_case(defender.kind, defender.num_classes, defender.transferable)
-    check_reachable(defender, judging, suite)
+    checked.check_reachable(suite)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
     result = _evaluated(evaluation, defender, pixels, threat, patient)
     case = Case(model, defender, pixels, threat, result, None, training, surrogate, certificates, judging)
     if isinstance(evaluation, AttackResult):
         points = LabelledPixels(case.points, pixels.y, pixels.ids)
-        case.rejudged = defender.judge(points, purpose="audit-again", **asdict(patient))
+        case.rejudged = defender.judge(points, "audit-again", patient)
     unbroken = np.flatnonzero(~(case.evaluation.broken | _broken(case))).tolist()
     if unbroken:
         case.attack(suite, unbroken)
@@ -170,7 +171,7 @@ def _evaluated(
     defender: Defender,
     pixels: LabelledPixels,
     threat: ThreatModel,
-    judging: Judging,
+    judging: VerdictSettings,
 ) -> AttackResult:
     if isinstance(evaluation, AttackResult):
         return evaluation
@@ -178,7 +179,7 @@ def _evaluated(
         raise InputError(
             f"evaluation must be an AttackResult, a Plan, a Suite or None, got {type(evaluation).__name__}"
         )
-    return evaluate(defender, pixels, threat, evaluation or default_plan(defender.kind), judging)
+    return Evaluation(defender, pixels, threat, judging).run(evaluation or default_plan(defender.kind))
 
 
 def _check_same(evaluation: AttackResult, pixels: LabelledPixels, threat: ThreatModel) -> None:

@@ -15,11 +15,11 @@ from rush.attacks.threat import ThreatModel, norms
 from rush.auditing.surrogates import attacked_through
 from rush.certification.certificates import Certificates
 from rush.data.checks import LabelledPixels
-from rush.evaluation.attack import Judging, evaluate
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import Defender, Model
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult
-from rush.evaluation.verdict import Verdicts
+from rush.evaluation.verdict import Verdicts, VerdictSettings
 from rush.runtime.randomness import stream
 
 PROBED = 64  # images, drawn by the seed, that probes measure
@@ -53,7 +53,7 @@ class Case:
     training_layers: tuple[str, ...]
     surrogate: nn.Module | None
     certificates: Certificates | None
-    judging: Judging
+    judging: VerdictSettings
     results: list[AttackResult] = field(default_factory=list)
 
     @property
@@ -130,7 +130,7 @@ class Case:
         if isinstance(plan, Suite):
             named = replace(plan, plans=tuple(replace(each, name=f"audit-suite-{each.name}") for each in plan.plans))
         defender = self.defender if climbed is None else attacked_through(self.defender, climbed)
-        result = evaluate(defender, self.pixels.select(rows), self.threat.select(rows), named, self.judging)
+        result = Evaluation(defender, self.pixels, self.threat, self.judging).select(rows).run(named)
         self.results.append(result)
         return result
 

@@ -25,7 +25,7 @@ from rush.auditing.surrogates import overridden
 from rush.data.checks import LabelledPixels
 from rush.evaluation.model import Defender
 from rush.evaluation.plans import Plan
-from rush.evaluation.verdict import Verdicts, judge_deterministic
+from rush.evaluation.verdict import Verdicts, VerdictSettings, judge_deterministic
 from rush.runtime.randomness import stream
 
 SLACK = 1.25  # times the gap at p: an attack may stop short of p by a fifth, and noise may move the gap
@@ -57,7 +57,9 @@ class Planted:
     @property
     def defender(self) -> Defender:
         """The planted model. Its class at a point is that of the mean probabilities over 100 fresh draws."""
-        return overridden(self._inner, single=False, log_probs=self.log_probs, judge=self._judge, harm=self._harm)
+        return overridden(
+            self._inner, single=False, log_probs=self.log_probs, judge=self._judge, choice_margin=self._choice_margin
+        )
 
     def tilt(self, ids: Sequence[str], device: torch.device) -> Tilt:
         """Return the function from log-probabilities (B, K) and points (B, C, H, W) of the images ``ids`` to the
@@ -77,11 +79,11 @@ class Planted:
         inner = self._inner.log_probs(plan, x, ids, seed, name)
         return (_RandomTilted if is_random(inner) else _Tilted)(inner, self.tilt(ids, x.device))
 
-    def _judge(self, points: LabelledPixels, *, purpose: str, seed: int, **_: float) -> Verdicts:
-        means = _mean_log_probs(self.defender, points, seed, f"planted/verdict/{purpose}")
+    def _judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
+        means = _mean_log_probs(self.defender, points, settings.seed, f"planted/verdict/{purpose}")
         return judge_deterministic(means, points.y)
 
-    def _harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+    def _choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
         return margin(_mean_log_probs(self.defender, points, seed, f"planted/{purpose}"), points.y)
 
 

@@ -1,7 +1,7 @@
 """Findings of other attacks: do more budget, other losses or attacks that need no gradient break more, and is a
 certificate contradicted?"""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
@@ -14,7 +14,7 @@ from rush.auditing.findings import LARGE_EPSILON_HELD
 from rush.auditing.planted import Planted
 from rush.auditing.probes import NOT_CLIMBING, Outcome, attack_gain, gain, probe, share, skipped
 from rush.data.checks import LabelledPixels
-from rush.evaluation.attack import evaluate
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.ladder import grey_radius
 from rush.evaluation.model import Defender, defend
 from rush.evaluation.plans import Plan, Suite
@@ -261,15 +261,15 @@ def _repeated(
     case: Case, plan: Plan, defender: Defender, images: LabelledPixels, threat: ThreatModel, name: str
 ) -> AttackResult:
     """Return the result of the evaluation's ``plan`` on another defender or threat, which is not one of the case's."""
-    return evaluate(defender, images, threat, replace(plan, name=f"audit-{name}"), case.judging)
+    return Evaluation(defender, images, threat, case.judging).run(replace(plan, name=f"audit-{name}"))
 
 
 def _broken_from(case: Case, surrogate: nn.Module, plan: Plan) -> int:
     """Return the number of held images that points of ``plan`` on ``surrogate`` break on the model."""
     images, threat = case.pixels.select(case.held), case.threat.select(case.held)
-    made = evaluate(defend(surrogate, case.defender.num_classes), images, threat, plan, case.judging)
+    made = Evaluation(defend(surrogate, case.defender.num_classes), images, threat, case.judging).run(plan)
     points = LabelledPixels(made.adversarial, images.y, images.ids)
-    verdicts = case.defender.judge(points, purpose="audit-transfer", **asdict(case.judging))
+    verdicts = case.defender.judge(points, "audit-transfer", case.judging)
     judged = {name: getattr(verdicts, name) for name in ("verdict", "challenger", "counts", "votes")}
     case.results.append(replace(made, **judged))
     return int((verdicts.verdict == BROKEN).sum())

@@ -1,18 +1,18 @@
-"""From the votes of a path to its certificate, one image or many: the only place where a rule is applied."""
+"""From the votes of an image to its certificate: the only place where a rule is applied."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rush.certification.bounds import Certified, certify_votes
+from rush.certification.bounds import Certified, certify_counts
 from rush.certification.rule import Rule, null_probability
 from rush.certification.sequential import CERTIFIED, UNDECIDED
 from rush.choices import ABSTAIN, BLOCK
 
 
 class Decider:
-    """Follows B images under one rule, block by block; the state is the number of radii an image has passed (B,)."""
+    """Applies one rule to B images, block by block; the state is the number of radii that each has passed, (B,)."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -21,7 +21,7 @@ class Decider:
     def look(
         self, passed: NDArray[np.int64], successes: NDArray[np.int64], trials: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
-        """One look after every block: radii passed, outcome, and whether the image needs no more votes, each (B,)."""
+        """Return the radii passed after another block, the outcome, and whether no more votes are needed, each (B,)."""
         if self._tests is None:
             outcome = np.full(len(passed), UNDECIDED, np.uint8)
         else:
@@ -30,33 +30,40 @@ class Decider:
 
     def conclude(
         self,
-        selected: NDArray[np.int64],
-        successes: NDArray[np.int64],
-        trials: NDArray[np.int64],
+        selection: NDArray[np.int64],
+        estimation: NDArray[np.int64],
         passed: NDArray[np.int64],
         outcome: NDArray[np.uint8],
     ) -> tuple[Certified, NDArray[np.uint8]]:
-        """The certificates at the end of the paths, and the outcomes; all arguments and results (B,)."""
+        """Return certificates and outcomes (B,) once all votes, (B, K) each, are there."""
         if self._tests is None:
-            certified = _conclude_fixed(self.rule, selected, successes, trials)
+            certified = certify_counts(selection, estimation, self.rule.sigma, self.rule.image_alpha)
+            if self.rule.radii is not None:
+                certified = _on_grid(certified, selection.argmax(1), self.rule.radii)
             last = 0.0 if self.rule.radii is None else self.rule.radii[-1]
             done = (certified.prediction != ABSTAIN) & (certified.radius >= last)
             return certified, np.where(done, CERTIFIED, UNDECIDED).astype(np.uint8)
         assert self.rule.radii is not None
         radii = np.array([0.0, *self.rule.radii])
         p_lower = np.array([0.0, *(null_probability(radius, self.rule.sigma) for radius in self.rule.radii)])
-        prediction = np.where(passed > 0, selected, ABSTAIN).astype(np.int64)
+        prediction = np.where(passed > 0, selection.argmax(1), ABSTAIN).astype(np.int64)
         return Certified(prediction, radii[passed], p_lower[passed]), outcome
 
 
 def follow(
     rule: Rule, paths: Sequence[NDArray[np.uint8]], lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """Follow stored paths, B images in step: ``paths`` are votes for the selected class by blocks, ``lengths`` (B,) all
-    votes of each.
+    """Apply ``rule`` to stored votes up to the block at which it stops.
 
-    Returns radii passed, outcome, and successes and trials at the stop, each (B,). A path that ends before the rule
-    decides is undecided.
+    A path that ends before the rule decides is undecided.
+
+    Args:
+        rule: to be applied.
+        paths: for each of B images the votes for its selected class, by blocks of 100.
+        lengths: int (B,), all votes of each path.
+
+    Returns:
+        Radii passed, outcomes, successes and trials where each path stops, each (B,).
     """
     decider = Decider(rule)
     stop = np.minimum(lengths, rule.num_estimation)
@@ -77,24 +84,30 @@ def follow(
 
 
 def apply_rule(
-    rule: Rule, paths: Sequence[NDArray[np.uint8]], lengths: NDArray[np.int64], selected: NDArray[np.int64]
+    rule: Rule, paths: Sequence[NDArray[np.uint8]], lengths: NDArray[np.int64], selection: NDArray[np.int64]
 ) -> tuple[Certified, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """Return what ``rule`` makes of stored paths with the ``selected`` classes (B,), as it would have on drawing them.
+    """Certify stored votes under ``rule``, as it would have certified them while they were drawn.
 
-    That is certificates, outcomes, and successes and trials where each path stops, all of B images.
+    Args:
+        rule: to be applied.
+        paths: as in ``follow``.
+        lengths: as in ``follow``.
+        selection: int (B, K), the votes that selected the class of each image.
+
+    Returns:
+        Certificates, outcomes, and successes and trials where each path stops, each of B images.
     """
     passed, outcome, successes, trials = follow(rule, paths, lengths)
-    certified, outcome = Decider(rule).conclude(selected, successes, trials, passed, outcome)
+    rows, selected = np.arange(len(selection)), selection.argmax(1)
+    estimation = np.zeros_like(selection)
+    estimation[rows, selected - 1] = trials - successes  # a path does not say which other classes got them
+    estimation[rows, selected] = successes
+    certified, outcome = Decider(rule).conclude(selection, estimation, passed, outcome)
     return certified, outcome, successes, trials
 
 
-def _conclude_fixed(
-    rule: Rule, selected: NDArray[np.int64], successes: NDArray[np.int64], trials: NDArray[np.int64]
-) -> Certified:
-    """Clopper-Pearson; with a grid the radius is the largest of it within the bound's."""
-    free = certify_votes(selected, successes, trials, rule.sigma, rule.image_alpha)
-    if rule.radii is None:
-        return free
-    places = np.where(free.p_lower > 0.5, np.searchsorted(rule.radii, free.radius, side="right"), 0)
-    radius = np.array([0.0, *rule.radii])[places]
-    return Certified(np.where(places > 0, selected, ABSTAIN).astype(np.int64), radius, free.p_lower)
+def _on_grid(certified: Certified, selected: NDArray[np.int64], radii: tuple[float, ...]) -> Certified:
+    """Round radii down to the grid ``radii``, of which 0 is certified by p_lower > 1/2 alone."""
+    places = np.where(certified.p_lower > 0.5, np.searchsorted(radii, certified.radius, side="right"), 0)
+    prediction = np.where(places > 0, selected, ABSTAIN).astype(np.int64)
+    return Certified(prediction, np.array([0.0, *radii])[places], certified.p_lower)

@@ -1,4 +1,4 @@
-"""Certificates of many images: what they say of each image, and of the classifier."""
+"""Certificates of many images, and the statements about the classifier that follow from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,17 +18,26 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Certificates:
-    """Certificates of N images under one ``rule``; ``rule.statement`` says which level speaks.
+    """Certificates of N images under one ``rule``.
 
-    prediction int64 (N,), ABSTAIN (-1) where nothing is certified; radius float64 (N,) in pixel units, 0.0 there: the
-    largest certified one of ``rule.radii``, any where that is None; p_lower (N,): the class's probability is shown to
-    be at least so much; num_samples int64 (N,), selection and estimation together; counts int64 (N, K) of the
-    estimation votes, UNKNOWN (-1) but for the selected class where recomputed from the first of them; blocks: for each
-    image uint8 (B,), the votes for the selected class by blocks of 100; selection int64 (N, K); outcome uint8 (N,),
-    index into ``OUTCOMES``, of the radius after the certified one; seconds (N,); labels int64 (N,); ids; pixels: for
-    each image the hash of its pixels (``data.checks.pixel_ids``), by which copies of one picture are known; model: the
-    fingerprint of the smoothed classifier (``SmoothedClassifier.fingerprint``); both None where the table was written
-    without them.
+    Attributes:
+        prediction: int64 (N,), ABSTAIN (-1) where nothing is certified.
+        radius: float64 (N,) in pixel units, 0.0 where nothing is certified. With a grid ``rule.radii`` it is the
+            largest certified radius of the grid.
+        p_lower: float64 (N,), lower bound on the probability of the selected class.
+        num_samples: int64 (N,), selection and estimation together.
+        counts: int64 (N, K), estimation votes. After recertification from the first votes of a path, classes other than
+            the selected one are UNKNOWN (-1).
+        blocks: for each image uint8 (B,), the votes for the selected class in each block of 100.
+        selection: int64 (N, K), selection votes.
+        outcome: uint8 (N,), index into ``OUTCOMES``, of the radius after the certified one.
+        seconds: float64 (N,).
+        labels: int64 (N,).
+        ids: of the images.
+        rule: under which they were certified.
+        pixels: for each image the hash of its pixels (``data.checks.pixel_ids``), by which copies of one picture are
+            recognized; None if the table was written without them.
+        model: fingerprint of the smoothed classifier (``SmoothedClassifier.fingerprint``); None as ``pixels``.
     """
 
     prediction: NDArray[np.int64]
@@ -63,68 +72,76 @@ class Certificates:
 
     @property
     def num_estimation(self) -> int:
-        """Estimation samples an image; with a sequential rule the most there may be."""
+        """Estimation samples per image; the largest number if the rule is sequential."""
         return self.rule.num_estimation
 
     @property
     def selected(self) -> NDArray[np.int64]:
-        """The class that was tested, (N,): the most voted on the selection samples, the lowest at a tie."""
+        """The tested class, int64 (N,): the one with the most selection votes, the lowest at a tie."""
         return self.selection.argmax(1).astype(np.int64)
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Certified with the label's class, (N,)."""
+        """Whether the label's class is certified, bool (N,)."""
         return self.prediction == self.labels
 
     @property
     def largest_radius(self) -> float:
-        """No image can be certified beyond this radius under the rule."""
+        """The largest radius that an image can be certified at under the rule."""
         return self.rule.largest_radius
 
     def accuracy(self, radius: float = 0.0) -> float:
-        """Certified accuracy: share of images certified with the correct class and a radius >= ``radius``.
+        """Return the certified accuracy: the share of images certified correctly with a radius >= ``radius``.
 
-        With a grid only its radii are ever certified: between two of them this is the accuracy at the larger.
+        Between two radii of a grid it is the accuracy at the larger one.
         """
         return float(self._certified_correctly(radius).mean())
 
     def accuracy_lower(self, radius: float = 0.0, confidence: float = 0.95) -> float:
-        """A lower bound on the true certified accuracy at ``radius``, over the images' draw *and* the noise.
+        """Return a lower bound on the true certified accuracy, over the draw of the images *and* the noise.
 
-        The true one is a = P(g(X) = Y and the smoothed classifier's exact radius at X is >= ``radius``), (X, Y) drawn
-        from the images' distribution. Copies of one picture (equal ``pixels``) count as one draw, which is certified
-        correctly only if all of its copies are; without ``pixels`` copies cannot be known. Assumption: the pictures are
-        independent draws of the distribution and each image has noise of its own (their ids differ). Proof: whether a
-        picture is certified correctly is then an independent coin of probability s. That takes a picture for which it
-        is true, or a false certificate of its first copy, which has probability at most alpha_i, the level of a single
-        certificate, given the picture; further copies can only turn a success into a failure. So
-        s <= a + (1 - a) alpha_i, and a >= (s - alpha_i) / (1 - alpha_i). With the Clopper-Pearson bound on s in its
-        place the inequality holds with probability >= ``confidence``; no correction for the number of pictures is due.
-        Raises: InputError unless 0 < confidence < 1, or when an id occurs twice.
+        The true certified accuracy is a = P(g(X) = Y and the exact radius of the smoothed classifier at X is >=
+        ``radius``) for (X, Y) from the distribution of the images. Copies of one picture (equal ``pixels``) count as
+        one draw, which is certified correctly only if all of its copies are. Without ``pixels``, copies cannot be
+        recognized.
+
+        Assumption: the pictures are independent draws from the distribution, and each image has its own noise (their
+        ids differ).
+
+        Proof: whether a picture is certified correctly is then an independent coin of probability s. Either the picture
+        is one of those counted by a, or its first copy has a false certificate, which has probability at most alpha_i,
+        the level of a single certificate, given the picture. Further copies can only turn a success into a failure. So
+        s <= a + (1 - a) alpha_i, and a >= (s - alpha_i) / (1 - alpha_i). With the Clopper-Pearson bound in place of s,
+        the inequality holds with probability >= ``confidence``. No correction for the number of pictures is needed.
+
+        Raises:
+            InputError: ``confidence`` is not in (0, 1), or an id is a duplicate.
         """
         if not 0 < confidence < 1:
             raise InputError(f"confidence must lie in (0, 1), got {confidence!r}")
         if len(set(self.ids)) < len(self.ids):
-            raise InputError("an image (id) is there twice; the bound needs independent images")
+            raise InputError("duplicate image id: the bound assumes independent images")
         share = float(lower_bound(*self.certified_pictures(radius), 1 - confidence))
         return max(0.0, (share - self.rule.image_alpha) / (1 - self.rule.image_alpha))
 
     def certified_pictures(self, radius: float = 0.0) -> tuple[int, int]:
-        """Return how many different pictures are certified at ``radius`` with the correct class, all copies of each,
-        and how many there are; images where ``pixels`` is None."""
+        """Return the number of different pictures with all copies certified correctly at ``radius``, and of all.
+
+        Without ``pixels`` every image is a picture.
+        """
         pictures = of_pictures(self._certified_correctly(radius), self.pixels)
         return int(pictures.sum()), len(pictures)
 
     @property
     def num_copies(self) -> int | None:
-        """Number of images beyond the first of each picture; None where the table does not tell pictures apart."""
+        """Number of images beyond the first of each picture, None without ``pixels``."""
         return None if self.pixels is None else len(self) - len(set(self.pixels))
 
     def decision(self, radius: float) -> NDArray[np.str_]:
-        """Of each image (N,): "certified" at ``radius`` with the selected class, "not certifiable" or "undecided".
+        """Return the outcome for each image at ``radius``: "certified", "not certifiable" or "undecided", (N,).
 
-        "not certifiable" is wrong for an image with probability at most the rule's level ``futility``; a fixed number
-        of samples leaves everything undecided that it does not certify.
+        "certified" means with the selected class. "not certifiable" is wrong for an image with probability at most the
+        rule's level ``futility``. A fixed number of samples leaves everything undecided that it does not certify.
         """
         certified = (self.prediction >= 0) & (self.radius >= radius)
         grid = np.array([*(self.rule.radii or ()), np.inf])
@@ -134,20 +151,20 @@ class Certificates:
 
     @property
     def acr(self) -> float:
-        """Average certified radius, wrong and abstained images counting 0.
+        """Average certified radius; wrong and abstained images count 0.
 
-        It depends on ``num_estimation``, and with ``rule.radii`` it is the average over that grid (``acr_name``); print
-        them together.
+        It depends on ``num_estimation``. With ``rule.radii`` it is the average over that grid. Print it with
+        ``acr_name``.
         """
         return float(np.where(self.correct, self.radius, 0.0).mean())
 
     @property
     def acr_name(self) -> str:
-        """ "ACR", or "grid ACR" where radii are those of a grid."""
+        """ "ACR", or "grid ACR" if the radii are those of a grid."""
         return "ACR" if self.rule.radii is None else "grid ACR"
 
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> "Certificates":
-        """The certificates of these rows, in their order; the rule stays, and with it the family's size."""
+        """Return the certificates of ``rows``, in their order; the rule, and so the size of the family, stays."""
         arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in _ARRAYS}
         blocks, ids = (tuple(getattr(self, name)[row] for row in rows) for name in ("blocks", "ids"))
         pixels = None if self.pixels is None else tuple(self.pixels[row] for row in rows)
@@ -161,7 +178,7 @@ class Certificates:
 
 
 def join_certificates(parts: Sequence[Certificates]) -> Certificates:
-    """Return one table of several, in their order. Raises: InputError unless all are of one rule and one model."""
+    """Concatenate certificates. Raises: InputError unless all have one rule and one model."""
     if any(part.rule != parts[0].rule for part in parts):
         raise InputError("certificates of different rules cannot be joined; certify all images under one rule")
     if any(part.model != parts[0].model for part in parts):
@@ -177,22 +194,26 @@ def join_certificates(parts: Sequence[Certificates]) -> Certificates:
 def first_difference(
     certificates: Certificates, ids: Sequence[str], labels: Sequence[int], pixels: Sequence[str]
 ) -> str | None:
-    """Return the first of these images, by its id, that has another label or other pixels in ``certificates``, None
-    where none has; images that are not in both are passed over."""
+    """Return the id of the first image whose label or pixels differ in ``certificates``, None if there is none.
+
+    Images that are not in both are ignored.
+    """
     rows = {image_id: row for row, image_id in enumerate(certificates.ids)}
     for image_id, label, picture in zip(ids, labels, pixels, strict=True):
         row = rows.get(image_id)
         if row is None:
             continue
-        known = picture if certificates.pixels is None else certificates.pixels[row]
-        if (label, picture) != (certificates.labels[row], known):
+        certified = picture if certificates.pixels is None else certificates.pixels[row]
+        if (label, picture) != (certificates.labels[row], certified):
             return image_id
     return None
 
 
 def of_pictures(flags: NDArray[np.bool_], pixels: Sequence[str] | None) -> NDArray[np.bool_]:
-    """Return for each different picture whether ``flags`` (N,) holds for all of its copies, ``pixels`` naming the
-    picture of each image; ``flags`` itself where that is not known."""
+    """Return for each different picture whether ``flags`` (N,) holds for all of its copies.
+
+    ``pixels`` names the picture of each image. Without it ``flags`` is returned.
+    """
     if pixels is None:
         return flags
     _, picture = np.unique(np.array(pixels, object), return_inverse=True)

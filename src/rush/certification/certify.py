@@ -1,9 +1,9 @@
 """Certification of a data set by continuous batching: images enter and leave the running batch as they are decided.
 
 Every image has noise of its own (``stream(seed, "certify-selection", id)`` and ``"certify-estimation"``), drawn in
-blocks of 100, and is looked at after every block of its own path. What is drawn beyond the block that decides is thrown
-away unseen. A certificate is therefore a function of the image, the seed and the rule: neither the number of images in
-flight nor their order, neither the tile's other rows nor the number of processes changes a bit of it.
+blocks of 100. The rule is applied after every block of an image's path, and votes drawn beyond the block that decides
+are discarded unread. A certificate therefore depends on the image, the seed and the rule alone. The number of images in
+flight, their order, the other rows of a tile and the number of processes do not change a bit of it.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from rush.runtime.numbers import positive_integer
 from rush.runtime.progress import progress
 from rush.runtime.transfer import sent
 from rush.smoothing.classifier import SmoothedClassifier
-from rush.smoothing.votes import BLOCK, PendingVotes, Request
+from rush.smoothing.votes import BLOCK, PendingVotes, VoteRequest
 
 _ROUND_TILES = 25  # tiles launched together before anything is read back
 
@@ -44,22 +44,48 @@ def certify(
     seed: int = 0,
     in_flight: int | None = None,
 ) -> Certificates:
-    """Certificates of all images, in their order.
+    """Certify images: a class and an l2 radius within which the smoothed classifier provably predicts it.
 
-    images: an ImageSet with labels, or a pair (float images (N, C, H, W) in [0, 1], labels (N,)).
-    method: ``clopper-pearson`` draws ``num_estimation`` samples an image (Cohen et al. 2019, algorithm CERTIFY);
-    ``sequential`` draws until the radii are decided, at most so many (``certification.sequential``). Either selects the
-    class on ``num_selection`` samples of their own.
-    radii: the grid of radii, in pixel units, taken to six decimals upwards; None: any radius for ``clopper-pearson``; 0
-    and the multiples of sigma / 2 within reach for ``sequential``. Few radii cost few samples.
-    level: ``image``: each certificate by itself is false with probability <= alpha; ``family``: all of them hold
-    together with probability >= 1 - alpha (alpha / N each).
-    futility: probability of giving up a radius that could be certified (``sequential``); never unsound.
-    in_flight: images sampled at once; changes no result. With torch.distributed initialised the images are shared among
-    the processes, and each returns all certificates.
-    Raises: InputError for bad images, labels or numbers, a radius beyond what ``num_estimation`` can certify among
-    them; ModelError for a classifier that cannot be certified (training mode, stochastic, dependent on neighbours, or
-    no longer the same function at the end).
+    With torch.distributed initialised the images are shared among the processes, and each returns all certificates.
+
+    Args:
+        smoothed: the classifier.
+        images: an ImageSet with labels, or a pair (float images (N, C, H, W) in [0, 1], labels (N,)).
+        method: ``clopper-pearson`` draws ``num_estimation`` samples per image (Cohen et al. 2019, algorithm CERTIFY).
+            ``sequential`` draws until the radii are decided, at most ``num_estimation`` (``certification.sequential``).
+        num_selection: samples per image that select the class; they are used for nothing else.
+        num_estimation: samples per image that bound its probability.
+        alpha: probability of a false certificate.
+        radii: grid of radii in pixel units, rounded up to six decimals. None: any radius for ``clopper-pearson``, and 0
+            and the multiples of sigma / 2 within reach for ``sequential``. Few radii need few samples.
+        level: ``image``: each certificate is false with probability at most alpha. ``family``: all of them hold
+            together with probability at least 1 - alpha (alpha / N each).
+        futility: probability that ``sequential`` gives up a radius that could be certified; it is never unsound.
+        seed: of the noise.
+        in_flight: number of images sampled at once; changes no result.
+
+    Returns:
+        Certificates of all images, in their order.
+
+    Raises:
+        InputError: bad images, labels or numbers, or a radius beyond what ``num_estimation`` samples can certify.
+        ModelError: the classifier cannot be certified: it is in training mode, stochastic, lets an image depend on the
+            rest of the batch, or changed before the end.
+
+    Cost: at most ``num_selection + num_estimation`` forward passes per image, in full tiles.
+
+    Random: one pair of streams per image, named by ``seed`` and the image's id.
+
+    Example:
+        >>> import rush, torch
+        >>> classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+        >>> smoothed = rush.SmoothedClassifier(classifier, sigma=0.25, num_classes=10)
+        >>> images = rush.load_images("digits", split="test")[:5]
+        >>> certificates = rush.certify(smoothed, images, num_estimation=1000)
+        >>> certificates.radius.shape
+        (5,)
+        >>> 0 <= certificates.accuracy(radius=0.25) <= 1
+        True
     """
     pixels = labelled_pixels(images, smoothed.num_classes, smoothed.kind)
     smoothed.check_shape(pixels.x.shape[1:])
@@ -74,11 +100,11 @@ def certify(
         radii=radii,
         futility=futility,
     )
-    own = list(range(rank(), len(pixels), world_size()))
-    found = dict(certify_each(smoothed, pixels, rule, seed, own, in_flight))
+    positions = list(range(rank(), len(pixels), world_size()))
+    certified = dict(certify_each(smoothed, pixels, rule, seed, positions, in_flight))
     smoothed.answered(pixels.x.shape[1:])
-    shared = {position: part for shard in gather_objects(found) for position, part in shard.items()}
-    return join_certificates([shared[position] for position in range(len(pixels))])
+    parts = {position: part for shard in gather_objects(certified) for position, part in shard.items()}
+    return join_certificates([parts[position] for position in range(len(pixels))])
 
 
 def certify_each(
@@ -89,10 +115,10 @@ def certify_each(
     positions: Sequence[int],
     in_flight: int | None = None,
 ) -> Iterator[tuple[int, Certificates]]:
-    """(position, its certificate) for the images at ``positions``, as soon as each is decided; the checked inside of
-    ``certify``.
+    """Yield (position, certificate) for the images at ``positions``, each as soon as it is decided.
 
-    Two cohorts of images take turns: while the device counts the votes of one, the other's are looked at.
+    This is ``certify`` without the checks of its arguments. Two cohorts of images take turns: while the device counts
+    the votes of one, the rule is applied to those of the other.
 
     Raises:
         ModelError: as ``certify``. If the iteration ends with one, no certificate that it yielded is valid.
@@ -101,19 +127,20 @@ def certify_each(
         in_flight = positive_integer("in_flight", in_flight)
     capacity = max(1, _ROUND_TILES * smoothed.execution.tile // BLOCK)
     engine = _Engine(smoothed, rule, capacity)
-    cohorts = _cohort_sizes(rule, capacity, in_flight)
+    sizes = _cohort_sizes(rule, capacity, in_flight)
     waiting = iter(positions)
-    flights: list[list[_Flight]] = [[] for _ in cohorts]
+    cohorts: list[list[_InProgress]] = [[] for _ in sizes]
     launched: _Round | None = None
     with progress("certify", len(positions)) as advance:
-        for turn in itertools.cycle(range(len(cohorts))):
-            entering = itertools.islice(waiting, cohorts[turn] - len(flights[turn]))
-            flights[turn] += [engine.enter(pixels, position, seed) for position in entering]
-            following = engine.launch(flights[turn]) if flights[turn] else None
-            for flight in engine.land(launched) if launched else ():
-                yield flight.position, engine.certificate(flight)
+        for turn in itertools.cycle(range(len(sizes))):
+            entering = itertools.islice(waiting, sizes[turn] - len(cohorts[turn]))
+            cohorts[turn] += [engine.enter(pixels, position, seed) for position in entering]
+            # Queue this cohort's round before the other's votes are read, so that the device never waits for the host.
+            following = engine.launch(cohorts[turn]) if cohorts[turn] else None
+            for image in engine.collect(launched) if launched else ():
+                yield image.position, engine.certificate(image)
                 advance(1)
-            flights = [[flight for flight in cohort if not flight.done] for cohort in flights]
+            cohorts = [[image for image in cohort if not image.done] for cohort in cohorts]
             if launched is None and following is None:
                 break
             launched = following
@@ -121,15 +148,26 @@ def certify_each(
 
 
 @dataclass(eq=False)
-class _Flight:
-    """An image whose votes are being drawn; ``issued`` estimation votes are drawn or under way."""
+class _InProgress:
+    """An image whose votes are being drawn.
+
+    Attributes:
+        picture: hash of the pixels.
+        generators: of the selection and the estimation noise.
+        selection, counts: int64 (K,), selection and estimation votes read so far.
+        blocks: votes for the selected class in each estimation block read so far.
+        issued: estimation votes launched, read or not.
+        trials: estimation votes read.
+        passed, outcome, done: state of the rule after the last block.
+        seconds: the image's share of the time of its rounds.
+    """
 
     position: int
     pixels: Tensor
     label: int
-    own: str
-    picture: str  # hash of the pixels
-    generators: tuple[torch.Generator, torch.Generator]  # selection, estimation
+    image_id: str
+    picture: str
+    generators: tuple[torch.Generator, torch.Generator]
     selection: NDArray[np.int64]
     counts: NDArray[np.int64]
     blocks: list[int] = field(default_factory=list)
@@ -147,113 +185,121 @@ class _Flight:
 
 @dataclass
 class _Round:
-    """Blocks launched together: for each the flight, whether it selects, and its number of votes."""
+    """Blocks launched together: for each the image, whether it selects, and its number of votes."""
 
-    blocks: list[tuple[_Flight, bool, int]]
+    blocks: list[tuple[_InProgress, bool, int]]
     pending: PendingVotes
 
 
 class _Engine:
     def __init__(self, smoothed: SmoothedClassifier, rule: Rule, capacity: int) -> None:
         self._smoothed, self._rule, self._capacity = smoothed, rule, capacity
-        self._voter, self._decider = smoothed.voter(), Decider(rule)
+        self._counter, self._decider = smoothed.vote_counter(), Decider(rule)
         self._model = smoothed.fingerprint()
-        self._landed = time.perf_counter()
+        self._last_read = time.perf_counter()
 
-    def enter(self, pixels: LabelledPixels, position: int, seed: int) -> _Flight:
-        own, classes = pixels.ids[position], self._smoothed.num_classes
+    def enter(self, pixels: LabelledPixels, position: int, seed: int) -> _InProgress:
+        """Begin with the image at ``position``."""
+        image_id, classes = pixels.ids[position], self._smoothed.num_classes
         selection, estimation = (
-            self._smoothed.streams(seed, f"certify-{purpose}", [own])[0] for purpose in ("selection", "estimation")
+            self._smoothed.streams(seed, f"certify-{purpose}", [image_id])[0] for purpose in ("selection", "estimation")
         )
-        return _Flight(
+        return _InProgress(
             position=position,
             pixels=sent(pixels.x[position].float(), self._smoothed.execution.device),
             label=int(pixels.y[position]),
-            own=own,
+            image_id=image_id,
             picture=pixel_ids(pixels.x[position][None])[0],
             generators=(selection, estimation),
             selection=np.zeros(classes, np.int64),
             counts=np.zeros(classes, np.int64),
         )
 
-    def launch(self, flights: Sequence[_Flight]) -> _Round:
-        """Queue the next blocks of ``flights``; at first also those that select the class."""
-        blocks: list[tuple[_Flight, bool, int]] = []
-        share = max(1, self._capacity // len(flights))
-        for flight in flights:
-            if flight.issued == 0:
-                blocks += [(flight, True, votes) for votes in _block_sizes(0, self._rule.num_selection)]
-            ahead = share if self._rule.method == "clopper-pearson" else min(share, 1 + flight.issued // (4 * BLOCK))
-            until = min(self._rule.num_estimation, flight.issued + ahead * BLOCK)
-            blocks += [(flight, False, votes) for votes in _block_sizes(flight.issued, until)]
-            flight.issued = until
-        requests = (Request(flight.pixels, flight.generators[not selects], votes) for flight, selects, votes in blocks)
-        return _Round(blocks, self._voter.launch(requests, len(blocks)))
+    def launch(self, images: Sequence[_InProgress]) -> _Round:
+        """Queue the next blocks of ``images``, and those that select the class of the ones that have just entered."""
+        blocks: list[tuple[_InProgress, bool, int]] = []
+        share = max(1, self._capacity // len(images))  # blocks per image that fill the round
+        for image in images:
+            if image.issued == 0:
+                blocks += [(image, True, votes) for votes in _block_sizes(0, self._rule.num_selection)]
+            # A sequential path may end at any block: launch at most a quarter of what the image has drawn so far.
+            ahead = share if self._rule.method == "clopper-pearson" else min(share, 1 + image.issued // (4 * BLOCK))
+            until = min(self._rule.num_estimation, image.issued + ahead * BLOCK)
+            blocks += [(image, False, votes) for votes in _block_sizes(image.issued, until)]
+            image.issued = until
+        requests = (VoteRequest(image.pixels, image.generators[not selects], votes) for image, selects, votes in blocks)
+        return _Round(blocks, self._counter.launch(requests, len(blocks)))
 
-    def land(self, round_: _Round) -> list[_Flight]:
-        """Look at the votes of a round, block after block; returns the flights that are decided now."""
-        votes = round_.pending.result().numpy()
+    def collect(self, launched: _Round) -> list[_InProgress]:
+        """Read the votes of a round, apply the rule block by block, and return the images that are decided now."""
+        votes = launched.pending.result().numpy()  # (blocks, K)
         now = time.perf_counter()
-        seconds, self._landed = (now - self._landed) / len(votes), now
-        paths: dict[_Flight, list[tuple[NDArray[np.int64], int]]] = {}
-        for (flight, selects, size), counted in zip(round_.blocks, votes, strict=True):
-            flight.seconds += seconds
+        seconds, self._last_read = (now - self._last_read) / len(votes), now
+        paths: dict[_InProgress, list[tuple[NDArray[np.int64], int]]] = {}
+        for (image, selects, size), block in zip(launched.blocks, votes, strict=True):
+            image.seconds += seconds
             if selects:
-                flight.selection += counted
+                image.selection += block
             else:
-                paths.setdefault(flight, []).append((counted, size))
+                paths.setdefault(image, []).append((block, size))
+        # All images take their next block at once, so that one vectorised look decides them. Blocks of a path behind
+        # the one that decides it stay unread.
         for step in range(max(map(len, paths.values()))):
-            open_ = [flight for flight, path in paths.items() if step < len(path) and not flight.done]
-            self._look([(flight, *paths[flight][step]) for flight in open_])
-        return [flight for flight in paths if flight.done]
+            undecided = [image for image, path in paths.items() if step < len(path) and not image.done]
+            self._look([(image, *paths[image][step]) for image in undecided])
+        return [image for image in paths if image.done]
 
-    def certificate(self, flight: _Flight) -> Certificates:
+    def certificate(self, image: _InProgress) -> Certificates:
+        """Return the certificate of a decided image."""
         certified, outcome = self._decider.conclude(
-            selected=np.array([flight.selected], np.int64),
-            successes=np.array([sum(flight.blocks)], np.int64),
-            trials=np.array([flight.trials], np.int64),
-            passed=np.array([flight.passed], np.int64),
-            outcome=np.array([flight.outcome], np.uint8),
+            selection=image.selection[None],
+            estimation=image.counts[None],
+            passed=np.array([image.passed], np.int64),
+            outcome=np.array([image.outcome], np.uint8),
         )
         return Certificates(
             prediction=certified.prediction,
             radius=certified.radius,
             p_lower=certified.p_lower,
-            num_samples=np.array([self._rule.num_selection + flight.trials], np.int64),
-            counts=flight.counts[None],
-            blocks=(np.array(flight.blocks, np.uint8),),
-            selection=flight.selection[None],
+            num_samples=np.array([self._rule.num_selection + image.trials], np.int64),
+            counts=image.counts[None],
+            blocks=(np.array(image.blocks, np.uint8),),
+            selection=image.selection[None],
             outcome=outcome,
-            seconds=np.array([flight.seconds]),
-            labels=np.array([flight.label], np.int64),
-            ids=(flight.own,),
+            seconds=np.array([image.seconds]),
+            labels=np.array([image.label], np.int64),
+            ids=(image.image_id,),
             rule=self._rule,
-            pixels=(flight.picture,),
+            pixels=(image.picture,),
             model=self._model,
         )
 
-    def _look(self, step: Sequence[tuple[_Flight, NDArray[np.int64], int]]) -> None:
+    def _look(self, step: Sequence[tuple[_InProgress, NDArray[np.int64], int]]) -> None:
+        """Add one block (votes (K,), size) to each of some images, and apply the rule."""
         if not step:
             return
-        for flight, counted, size in step:
-            flight.counts += counted
-            flight.blocks.append(int(counted[flight.selected]))
-            flight.trials += size
-        flights = [flight for flight, _, _ in step]
-        passed = np.array([flight.passed for flight in flights], np.int64)
-        successes = np.array([flight.counts[flight.selected] for flight in flights], np.int64)
-        trials = np.array([flight.trials for flight in flights], np.int64)
-        for flight, *state in zip(flights, *self._decider.look(passed, successes, trials), strict=True):
-            flight.passed, flight.outcome, flight.done = int(state[0]), int(state[1]), bool(state[2])
+        for image, block, size in step:
+            image.counts += block
+            image.blocks.append(int(block[image.selected]))
+            image.trials += size
+        images = [image for image, _, _ in step]
+        passed = np.array([image.passed for image in images], np.int64)
+        successes = np.array([image.counts[image.selected] for image in images], np.int64)
+        trials = np.array([image.trials for image in images], np.int64)
+        for image, *state in zip(images, *self._decider.look(passed, successes, trials), strict=True):
+            image.passed, image.outcome, image.done = int(state[0]), int(state[1]), bool(state[2])
 
 
 def _block_sizes(before: int, until: int) -> list[int]:
-    """Votes of the blocks from vote ``before`` (a multiple of 100) to ``until``."""
+    """Return the sizes of the blocks from vote ``before``, a multiple of 100, to vote ``until``."""
     return [min(BLOCK, until - start) for start in range(before, until, BLOCK)]
 
 
 def _cohort_sizes(rule: Rule, capacity: int, in_flight: int | None) -> tuple[int, int]:
-    """Images in each cohort: as many as fill a round by a block each, or by all their blocks where all are needed."""
+    """Return the number of images of each cohort.
+
+    They fill a round with one block each, or, where a fixed number of votes is needed, with all of their blocks.
+    """
     if in_flight is None:
         blocks = -(-rule.num_estimation // BLOCK) if rule.method == "clopper-pearson" else 1
         in_flight = 2 * max(1, capacity // blocks)

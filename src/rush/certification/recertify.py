@@ -1,4 +1,4 @@
-"""Other certificates from the votes of old ones, as far as that is valid: no sample is drawn."""
+"""Certify stored votes again under another rule, where that is valid; no sample is drawn."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,36 +23,45 @@ def recompute(
     level: Level | None = None,
     futility: float | None = None,
 ) -> Certificates:
-    """The certificates of the same images under another rule, from their stored votes; None keeps what was.
+    """Return the certificates of the same images under another rule, from their stored votes.
 
-    bound: ``clopper-pearson``, or an anytime-valid one (``geometric``, ``beta``), which makes the rule sequential.
-    num_estimation: only the first so many votes, a multiple of 100.
-    Valid: whatever the new rule, it must be fixed without regard to these votes, like the first one; choosing the best
-    of several is not covered by any level. A run with a fixed number of samples can be given any bound. In a sequential
-    run the number of votes depends on the votes, so that only anytime-valid bounds hold, and a path that was stopped
-    before the new rule decides stays undecided.
-    Raises: InputError where the result would not be valid or the votes do not suffice, saying why.
+    The new rule, like the first one, must be fixed without regard to these votes. No level covers the choice of the
+    best of several rules. A run with a fixed number of samples can be given any bound. In a sequential run the number
+    of votes depends on the votes. Only anytime-valid bounds hold for it, and a path that was stopped before the new
+    rule decides stays undecided.
+
+    Args:
+        certificates: with their votes.
+        alpha: level; None, here and below, keeps the old value.
+        bound: ``clopper-pearson``, or an anytime-valid one (``geometric``, ``beta``), which makes the rule sequential.
+        num_estimation: number of votes to use, the first ones of each path; a multiple of 100.
+        radii: grid of radii, in pixel units.
+        level: ``image`` or ``family``.
+        futility: level at which a sequential rule gives up a radius.
+
+    Raises:
+        InputError: the result would not be valid, or the votes do not suffice.
     """
     old = certificates.rule
     new_bound = old.bound if bound is None else bound
-    given = old.num_estimation if num_estimation is None else num_estimation
-    wanted = as_whole(given)
+    votes = old.num_estimation if num_estimation is None else num_estimation
+    num_votes = as_whole(votes)
     if old.method == "sequential" and new_bound == CLOPPER_PEARSON:
         raise InputError(
-            "these votes come from a sequential run: how many were drawn depends on the votes themselves, and a "
+            "these votes come from a sequential run: their number depends on the votes themselves, and a "
             "Clopper-Pearson bound holds only for a number fixed beforehand; give an anytime-valid bound (geometric or "
             "beta), or certify again with method = clopper-pearson"
         )
-    if wanted is None:
-        raise InputError(f"num_estimation must be an integer >= 1, got num_estimation = {given!r}")
-    if wanted > old.num_estimation:
+    if num_votes is None:
+        raise InputError(f"num_estimation must be an integer >= 1, got num_estimation = {votes!r}")
+    if num_votes > old.num_estimation:
         raise InputError(
-            f"num_estimation = {wanted} exceeds the {old.num_estimation} votes that this run could draw; "
+            f"num_estimation = {num_votes} exceeds the {old.num_estimation} votes that this run could draw; "
             "certify again to draw more"
         )
-    if wanted != old.num_estimation and wanted % BLOCK:
+    if num_votes != old.num_estimation and num_votes % BLOCK:
         raise InputError(
-            f"votes are stored by blocks of {BLOCK}, so that num_estimation must be a multiple of it, got {wanted}"
+            f"votes are stored by blocks of {BLOCK}, so num_estimation must be a multiple of it, got {num_votes}"
         )
     new_alpha, new_level = old.alpha if alpha is None else alpha, old.level if level is None else level
     rule = make_rule(
@@ -63,7 +72,7 @@ def recompute(
         level=new_level,
         num_images=old.num_images,
         num_selection=old.num_selection,
-        num_estimation=wanted,
+        num_estimation=num_votes,
         radii=radii,
         futility=old.futility if futility is None else futility,
     )
@@ -78,8 +87,8 @@ def recompute(
         rule = replace(rule, radii=kept)
     drawn = certificates.num_samples - old.num_selection
     selected = certificates.selected
-    certified, outcome, successes, trials = apply_rule(rule, certificates.blocks, drawn, selected)
-    blocks = tuple(own[: -(-int(used) // BLOCK)] for own, used in zip(certificates.blocks, trials, strict=True))
+    certified, outcome, successes, trials = apply_rule(rule, certificates.blocks, drawn, certificates.selection)
+    blocks = tuple(path[: -(-int(used) // BLOCK)] for path, used in zip(certificates.blocks, trials, strict=True))
     counts = np.where((trials < drawn)[:, None], UNKNOWN, certificates.counts)
     counts[np.arange(len(counts)), selected] = successes
     return replace(

@@ -1,4 +1,4 @@
-"""The rule of a certification: everything that must be fixed before the first vote, and stored beside the votes."""
+"""The rule of a certification: what must be fixed before the first vote and is stored with the votes."""
 
 import itertools
 import json
@@ -19,12 +19,19 @@ CLOPPER_PEARSON = "clopper-pearson"
 
 @dataclass(frozen=True)
 class Rule:
-    """How images are certified; the same for every image of a table.
+    """How images are certified, the same for every image of a table.
 
-    method: ``clopper-pearson`` draws ``num_estimation`` votes an image, ``sequential`` draws until decided, at most so
-    many. bound: the name of the bound or test martingale. alpha: probability of a false certificate, for each image
-    (level ``image``) or for all ``num_images`` together (``family``). radii: the grid, ascending; None: any radius.
-    futility: level at which a sequential run gives a radius up.
+    Attributes:
+        sigma: standard deviation of the noise, in pixel units.
+        method: ``clopper-pearson`` draws ``num_estimation`` votes per image; ``sequential`` draws until it decides, at
+            most that number.
+        bound: name of the bound or test martingale.
+        alpha: probability of a false certificate, for each image (level ``image``) or for all ``num_images`` together
+            (``family``).
+        num_selection: votes per image that select the class.
+        num_estimation: votes per image that bound its probability.
+        radii: the grid, ascending; None: any radius.
+        futility: level at which a sequential run gives up a radius.
     """
 
     sigma: float
@@ -40,24 +47,24 @@ class Rule:
 
     @property
     def image_alpha(self) -> float:
-        """The level of each single certificate: alpha, or alpha / num_images for the family (Bonferroni)."""
+        """Level of each single certificate: alpha, or alpha / num_images for the family (Bonferroni)."""
         return self.alpha if self.level == "image" else self.alpha / self.num_images
 
     @property
     def num_samples(self) -> int:
-        """Most samples of an image, selection and estimation together."""
+        """Largest number of samples per image, selection and estimation together."""
         return self.num_selection + self.num_estimation
 
     @property
     def largest_radius(self) -> float:
-        """No image can be certified beyond this radius under this rule."""
+        """The largest radius that an image can be certified at under this rule."""
         if self.radii is not None:
             return self.radii[-1]
         return largest_radius(self.num_estimation, self.sigma, self.image_alpha)
 
     @property
     def statement(self) -> str:
-        """Which level speaks, in a sentence."""
+        """What alpha covers, each certificate or all of them jointly, as a clause."""
         if self.level == "image":
             return f"each certificate by itself is false with probability at most {self.alpha:g}"
         return f"all {self.num_images:,} certificates hold together with probability at least {1 - self.alpha:g}"
@@ -75,15 +82,15 @@ class Rule:
         )
 
     def to_json(self) -> str:
-        """One line, read back by ``from_json`` to the same rule."""
+        """Return the rule as one line, which ``from_json`` reads."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Rule":
-        """ValueError when ``text`` is no rule."""
+        """Return the rule that ``to_json`` wrote. Raises: ValueError if ``text`` is not a rule."""
         values: dict[str, Any] = json.loads(text)
         if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{text!r} is no certification rule")
+            raise ValueError(f"{text!r} is not a certification rule")
         radii = values["radii"]
         if not isinstance(radii, list | None):
             raise ValueError(f"radii must be a list or null, got {radii!r}")
@@ -103,9 +110,13 @@ def make_rule(
     futility: float,
     bound: str | None = None,
 ) -> Rule:
-    """A checked rule. A sequential one without ``radii`` gets 0 and the multiples of sigma / 2 within its reach.
+    """Return a validated rule; the arguments are its fields.
 
-    Radii are taken to six decimals, upwards. Raises: InputError naming what was given and what is allowed.
+    Radii are rounded up to six decimals. A sequential rule without ``radii`` gets 0 and the multiples of sigma / 2
+    within reach. Without ``bound`` it is the first one of the method.
+
+    Raises:
+        InputError: an argument is not allowed, or no radius could be certified.
     """
     bounds: dict[str, tuple[str, ...]] = {CLOPPER_PEARSON: (CLOPPER_PEARSON,), "sequential": get_args(SequentialBound)}
     _check_one_of("method", method, get_args(CertifyMethod))
@@ -137,12 +148,12 @@ def make_rule(
 
 
 def null_probability(radius: float, sigma: float) -> float:
-    """Phi(radius / sigma), rounded up: whoever is shown to lie above it has a certified radius above ``radius``."""
+    """Return Phi(radius / sigma), rounded up. A class probability proven to exceed it certifies ``radius``."""
     return float(special.ndtr(radius / sigma * (1 + 1e-12)) + 1e-14)
 
 
 def within_reach(rule: Rule) -> Callable[[float], bool]:
-    """Whether a radius is certified when all ``rule.num_estimation`` votes agree, whatever the rule's own grid."""
+    """Return a predicate: is a radius certified if all ``rule.num_estimation`` votes agree? The grid is ignored."""
     if rule.bound == CLOPPER_PEARSON:
         ceiling = largest_radius(rule.num_estimation, rule.sigma, rule.image_alpha)
         return lambda radius: radius <= ceiling
@@ -155,9 +166,9 @@ def within_reach(rule: Rule) -> Callable[[float], bool]:
 
 
 def fewest_estimation(rule: Rule) -> int | None:
-    """Return the least ``num_estimation`` with which ``rule`` can certify a radius, all votes agreeing.
+    """Return the smallest ``num_estimation`` with which ``rule`` can certify a radius if all votes agree.
 
-    None where no number of votes can, as with a sigma so small that every radius is rounded down to 0.
+    None if no number of votes can, because sigma is so small that every radius is rounded down to 0.
     """
     if rule.bound == CLOPPER_PEARSON:
         return least_whole(lambda n: largest_radius(n, rule.sigma, rule.image_alpha) > 0)
@@ -170,10 +181,10 @@ def _check_enough(rule: Rule) -> None:
     if rule.bound != CLOPPER_PEARSON and within_reach(rule)(0.0):
         return
     fewest = fewest_estimation(rule)
-    remedy = f"give at least {fewest}" if fewest is not None else "no number of votes does: give a larger sigma"
+    remedy = f"give at least {fewest}" if fewest is not None else "no number of votes suffices: give a larger sigma"
     raise InputError(
         f"num_estimation = {rule.num_estimation} certifies nothing with the bound {rule.bound!r}, sigma = "
-        f"{rule.sigma:g}, at level {rule.image_alpha:g} per image, even when all votes agree; {remedy}"
+        f"{rule.sigma:g}, at level {rule.image_alpha:g} per image, even if all votes agree; {remedy}"
     )
 
 
@@ -184,13 +195,13 @@ def _default_grid(rule: Rule, within: Callable[[float], bool]) -> tuple[float, .
 
 def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
     try:
-        given = list(radii)
+        values = list(radii)
     except TypeError:
         raise InputError(
             f"radii must be several numbers or None, got {radii!r}; for one radius give ({radii!r},)"
         ) from None
-    numbers = [as_real(radius) for radius in given]
-    for radius, number in zip(given, numbers, strict=True):
+    numbers = [as_real(radius) for radius in values]
+    for radius, number in zip(values, numbers, strict=True):
         if number is None or number < 0:
             raise InputError(f"radii must be finite numbers >= 0 in [0, 1] pixel units, got {radius!r}")
     grid = tuple(sorted({_six_decimals(number) for number in numbers if number is not None}))
@@ -200,14 +211,14 @@ def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule:
         beyond = [radius for radius in grid if not within(radius)]
         raise InputError(
             f"radius {beyond[0]:g} cannot be certified with num_estimation = {rule.num_estimation} at level "
-            f"{rule.image_alpha:g} an image, even when all votes agree: at most {_largest(within):.6f} can; "
+            f"{rule.image_alpha:g} per image, even if all votes agree: at most {_largest(within):.6f} can; "
             "give smaller radii, more samples or a larger sigma"
         )
     return grid
 
 
 def _largest(within: Callable[[float], bool]) -> float:
-    """The largest radius within reach, to a millionth; 0 where there is none."""
+    """Return the largest radius within reach, to a millionth, or 0."""
     low, high = 0, 1
     while within(high / 1e6):
         low, high = high, 2 * high
@@ -218,7 +229,7 @@ def _largest(within: Callable[[float], bool]) -> float:
 
 
 def _six_decimals(radius: float) -> float:
-    """``radius`` rounded up to six decimals; what already has six stays."""
+    """Return ``radius`` rounded up to six decimals, unchanged if it has no more."""
     nearest = round(radius, RADIUS_DIGITS)
     return nearest if nearest >= radius else round(nearest + 10.0**-RADIUS_DIGITS, RADIUS_DIGITS)
 

@@ -43,20 +43,20 @@ CERTIFIED, NOT_CERTIFIABLE, UNDECIDED = range(len(OUTCOMES))
 _POINTS = 12
 _DECAY = 0.75
 _TERMINAL = 1 / 3
-# Rounding in sums of a million terms of size one moves a logarithm by less than 1e-9; thresholds are raised by more.
+# Rounding changes a logarithm by less than 1e-9 in sums of a million terms of size one; thresholds are raised by more.
 _SAFETY = 1e-6
 
 
 class Evidence(Protocol):
-    """A nonnegative supermartingale under its hypothesis, starting at <= 1."""
+    """A nonnegative supermartingale under its hypothesis that starts at <= 1."""
 
     def log_value(self, successes: NDArray[np.float64], trials: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Its logarithm after ``successes`` of ``trials``, both (B,)."""
+        """Return its logarithm after ``successes`` of ``trials``, all (B,)."""
         ...
 
 
 class GeometricMixture:
-    """Points at geometric distances from ``null``, above it (``side`` = 1, against p <= null) or below (-1)."""
+    """Mixture over points at geometric distances from ``null``: above it (``side`` = 1, against p <= null) or below."""
 
     def __init__(self, null: float, level: float, cap: int, side: int) -> None:
         room = 1 - null if side > 0 else null
@@ -75,7 +75,7 @@ class GeometricMixture:
 
 
 class BetaMixture:
-    """Beta(1/2, 1/2) truncated to the side of ``null`` that contradicts the hypothesis."""
+    """Mixture by Beta(1/2, 1/2), truncated to the side of ``null`` that contradicts the hypothesis."""
 
     def __init__(self, null: float, level: float, cap: int, side: int) -> None:  # noqa: ARG002 - as the other mixture
         self._null = null
@@ -92,7 +92,7 @@ class BetaMixture:
 
 
 class WithTerminal:
-    """``inner`` with weight 2/3 and the binomial test at the cap, as a martingale, with weight 1/3."""
+    """Mixture of ``inner`` (weight 2/3) and the binomial test at the cap as a martingale (weight 1/3)."""
 
     def __init__(self, inner: Evidence, null: float, level: float, cap: int) -> None:
         share = _TERMINAL * level * (1 - 2 * _SAFETY)  # so that passing it passes the raised threshold
@@ -112,7 +112,7 @@ class WithTerminal:
 
 
 def evidence(bound: SequentialBound, null: float, level: float, cap: int) -> Evidence:
-    """Evidence against p <= ``null``, to be compared with 1 / ``level``."""
+    """Return evidence against p <= ``null``, which rejects at 1 / ``level``."""
     if bound == "beta":
         return BetaMixture(null, level, cap, side=1)
     return WithTerminal(GeometricMixture(null, level, cap, side=1), null, level, cap)
@@ -121,8 +121,15 @@ def evidence(bound: SequentialBound, null: float, level: float, cap: int) -> Evi
 class FixedSequence:
     """The tests of ascending null probabilities on one path of votes.
 
-    nulls: p_r of the radii, each in [1/2, 1). level, futility: of an image's certificate and of giving up. cap: most
-    votes, fixed beforehand. Raises: InputError when the nulls do not ascend or ``cap`` agreeing votes reject one not.
+    Args:
+        nulls: p_r of the radii, each in [1/2, 1).
+        bound: name of the mixture.
+        level: of an image's certificate.
+        futility: level of giving up a radius.
+        cap: largest number of votes, fixed beforehand.
+
+    Raises:
+        InputError: the nulls do not ascend, or ``cap`` agreeing votes do not reject one of them.
     """
 
     def __init__(
@@ -139,10 +146,16 @@ class FixedSequence:
     def look(
         self, passed: NDArray[np.int64], successes: ArrayLike, trials: ArrayLike
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """One look at B images: how many nulls each has ``passed`` now (B,), and its outcome uint8 (B,).
+        """Apply the tests to B images after another block.
 
-        The outcome is an index into ``OUTCOMES``: CERTIFIED when all nulls are passed, NOT_CERTIFIABLE when the next
-        one is given up, UNDECIDED while it is open; an image is sampled on while it is open and below the cap.
+        Args:
+            passed: int (B,), number of nulls passed so far.
+            successes: (B,), votes for the selected class so far.
+            trials: (B,), votes so far.
+
+        Returns:
+            The number of nulls passed now, and the outcome uint8 (B,), an index into ``OUTCOMES``: CERTIFIED if all
+            nulls are passed, NOT_CERTIFIABLE if the next one is given up, UNDECIDED while it is open.
         """
         passed = passed.copy()
         k, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
@@ -160,7 +173,7 @@ class FixedSequence:
 
 
 def reachable(bound: SequentialBound, null: float, level: float, cap: int) -> bool:
-    """Whether ``cap`` votes that all agree reject p <= ``null``."""
+    """Return whether ``cap`` votes that all agree reject p <= ``null``."""
     if not 0 < null < 1:
         return False
     all_agree = np.array([float(cap)])
@@ -168,7 +181,7 @@ def reachable(bound: SequentialBound, null: float, level: float, cap: int) -> bo
 
 
 def _smallest_rejecting(null: float, level: float, cap: int) -> int:
-    """Smallest k with P(Binomial(cap, null) >= k) <= level, shown with a relative margin of 1e-9; cap + 1 without."""
+    """Return the smallest k with P(Binomial(cap, null) >= k) <= level, by a margin of 1e-9, or cap + 1."""
     low, high = 0, cap + 1  # P(>= 0) = 1 > level; cap + 1 successes are impossible
     while high - low > 1:
         middle = (low + high) // 2

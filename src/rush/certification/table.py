@@ -145,7 +145,7 @@ class _Table:
         self._check_votes(rule, counts, selection, drawn)
         selected = selection.argmax(1).astype(np.int64)
         blocks = self._blocks(drawn, counts[np.arange(len(counts)), selected])
-        certified, outcome, _, trials = apply_rule(rule, blocks, drawn, selected)
+        certified, outcome, _, trials = apply_rule(rule, blocks, drawn, selection)
         self.check(trials == drawn, "votes were drawn after its rule had decided")
         derived = Certificates(
             prediction=certified.prediction,

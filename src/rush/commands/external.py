@@ -24,11 +24,13 @@ from rush.data.readers.npz import read_arrays
 from rush.data.readers.roots import Root
 from rush.data.sources import load_images
 from rush.errors import ConfigError, DataError, InputError, ModelError, RushError
-from rush.evaluation.attack import Judging, check_reachable, evaluate, prepare, verdict
+from rush.evaluation.attack import verdict
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.ladder import ladder, plain_ladder
 from rush.evaluation.model import Model, SmoothedDefender
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult
+from rush.evaluation.verdict import VerdictSettings
 from rush.models.storage import load
 from rush.reporting import tables
 from rush.runtime.lines import one_line
@@ -101,19 +103,20 @@ class Subject:
 
     def climb(self, seed: int, alpha: float = 0.001, max_votes: int = 10_000) -> Iterator[AttackResult]:
         """The ladder's results, rung after rung; ``alpha`` is shared by all of them."""
-        defender, pixels = prepare(self.model, self.images, self.threat, self.decision, self.surrogate)
+        settings = VerdictSettings.checked(alpha, max_votes, seed)
+        evaluation = Evaluation.of(self.model, self.images, self.threat, settings, self.decision, self.surrogate)
+        defender = evaluation.defender
         rungs: list[Plan | Suite] = plain_ladder(defender.num_classes)
         if defender.kind == "random":
             options = {"threat": self.threat, "num_classes": defender.num_classes, "strong_steps": _STRONG_STEPS}
             rungs = ladder(_STEPS, _STEP_SHARE, 1, _DRAWS, **options)  # type: ignore[arg-type]
         if not isinstance(defender, SmoothedDefender):
             rungs = [rung for rung in rungs if rung.name != "transfer"]
-        whole = Judging.checked(alpha, max_votes, seed)
-        judging = replace(whole, level=whole.level / len(rungs))
+        evaluation = replace(evaluation, settings=replace(settings, level=settings.level / len(rungs)))
         for rung in rungs:
-            check_reachable(defender, judging, rung)
+            evaluation.check_reachable(rung)
         for rung in rungs:
-            yield evaluate(defender, pixels, self.threat, rung, judging)
+            yield evaluation.run(rung)
 
 
 def load_model(name: str, sigma: float | None, num_classes: int) -> Model:

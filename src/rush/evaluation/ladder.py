@@ -1,8 +1,9 @@
-"""The ladder: one model under attackers of rising strength, and the same attacker at rising epsilon."""
+"""The ladder: one model under attackers of rising strength, and one attacker at rising epsilon."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from rush.attacks.threat import ThreatModel
 from rush.choices import Norm
@@ -25,30 +26,39 @@ def ladder(
     strong_restarts: int = 5,
     queries: int = 1000,
 ) -> list[Plan | Suite]:
-    """Rungs for a smoothed classifier from the weakest attacker to the strongest, the first one being no attack.
+    """Return the rungs for a smoothed classifier, from the weakest attacker to the strongest.
 
-    The noise-free base network, transferred; one noise draw frozen before the loop; fresh draws at every step,
-    ``eot_samples`` of them: all PGD with random start and the same ``steps``, ``step_size`` (share of epsilon) and
-    ``restarts``. With ``strong_steps``: APGD on the mean of ``strong_eot_samples`` draws, by cross-entropy, by margin,
-    aimed at the three most probable other classes, from ``strong_restarts`` starts; Square; the suite's worst case.
+    The first rung is no attack. Then come the noise-free base network, transferred; one noise draw frozen before the
+    loop; and fresh draws at every step, a rung for each number in ``eot_samples``. All of these are PGD with a random
+    start and the same budget. The strong rungs are APGD on the mean of several draws, by cross-entropy, by margin,
+    aimed at the three most probable other classes, and from several starts; Square; and the suite's worst case.
+
+    Args:
+        steps, restarts: budget of PGD.
+        step_size: share of epsilon per step of PGD.
+        eot_samples: noise draws per gradient of PGD, one rung for each.
+        threat: threat model; a rung that is the paper's protocol under it says so.
+        num_classes: number of classes, for the strong rungs.
+        strong_steps: steps of APGD; 0 leaves the strong rungs out.
+        strong_eot_samples, strong_restarts: draws per gradient and number of starts of APGD.
+        queries: number of queries of Square.
     """
-    budget = {"steps": steps, "step_size": step_size, "restarts": restarts}
+    pgd = partial(Plan, method="pgd", steps=steps, step_size=step_size, restarts=restarts)
     rungs: list[Plan | Suite] = [
         Plan("clean", "no attack", "none"),
-        Plan("transfer", "noise-free base network, transferred", "pgd", "transfer", 0, **budget),  # type: ignore[arg-type]
-        Plan("frozen", "one noise draw frozen before the loop", "pgd", "frozen", 1, **budget),  # type: ignore[arg-type]
+        pgd("transfer", "noise-free base network, transferred", gradient="transfer"),
+        pgd("frozen", "one noise draw frozen before the loop", gradient="frozen", eot_samples=1),
     ]
     for samples in eot_samples:
         label = "one fresh noise draw a step" if samples == 1 else f"EOT over {samples} fresh noise draws a step"
-        plan = Plan(f"eot-{samples}", label, "pgd", "fresh", samples, **budget)  # type: ignore[arg-type]
-        rungs.append(_named_paper(plan, threat))
+        rungs.append(_named_paper(pgd(f"eot-{samples}", label, eot_samples=samples), threat))
     if strong_steps:
         rungs += _strong(num_classes, strong_steps, strong_eot_samples, strong_restarts, queries)
     return rungs
 
 
 def plain_ladder(num_classes: int) -> list[Plan | Suite]:
-    """Rungs for a deterministic model."""
+    """Return the rungs for a deterministic model."""
     ranks = target_ranks(num_classes, most=9)
     return [
         Plan("clean", "no attack", "none"),
@@ -64,10 +74,17 @@ def plain_ladder(num_classes: int) -> list[Plan | Suite]:
 
 
 def curve(threat: ThreatModel, pixels: int, steps: int, eot_samples: int) -> list[tuple[ThreatModel, Plan]]:
-    """One attacker at epsilon / 4, epsilon / 2, epsilon, ... up to where every image can be made the same grey, and the
-    accuracy must be near zero.
+    """Return one attacker at epsilon / 4, epsilon / 2, epsilon, ... up to where accuracy must be near zero.
 
-    pixels: C x H x W. eot_samples: 0 for a deterministic model. Raises: InputError where images have their own epsilon.
+    At the last epsilon every image can be made the same grey.
+
+    Args:
+        pixels: C x H x W.
+        steps: number of steps of PGD.
+        eot_samples: noise draws per gradient; 0 for a deterministic model.
+
+    Raises:
+        InputError: images have their own epsilon.
     """
     if not isinstance(threat.epsilon, float | int):
         raise InputError("accuracy against epsilon needs one epsilon for all images")
@@ -85,12 +102,12 @@ def curve(threat: ThreatModel, pixels: int, steps: int, eot_samples: int) -> lis
 
 
 def grey_radius(norm: Norm, pixels: int) -> float:
-    """Epsilon at which mid-grey is within the ball of every image in [0, 1]."""
+    """Return the epsilon at which mid-grey is within the ball of every image in [0, 1]."""
     return 0.5 * {"linf": 1.0, "l2": math.sqrt(pixels), "l1": float(pixels)}[norm]
 
 
 def epsilon_text(norm: Norm, epsilon: float) -> str:
-    """``8/255`` for l-inf, a number else."""
+    """Return epsilon as text, such as ``8/255``, for l-inf, and as a number for other norms."""
     return f"{epsilon * 255:.4g}/255" if norm == "linf" else f"{epsilon:.4g}"
 
 
@@ -117,7 +134,7 @@ def _strong(num_classes: int, steps: int, draws: int, restarts: int, queries: in
 
 
 def _named_paper(plan: Plan, threat: ThreatModel | None) -> Plan:
-    """``plan``, said to be the paper's protocol where it is."""
+    """Return ``plan``, labelled as the paper's protocol where it is."""
     same = plan.eot_samples == PAPER.eot_samples and plan.steps == PAPER.steps and plan.restarts == PAPER.restarts
     stated = threat is not None and threat.norm == PAPER_NORM and threat.epsilon == PAPER_EPSILON
     if not (same and stated and abs(plan.step_size - PAPER.step_size) < 1e-9):

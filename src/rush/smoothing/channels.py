@@ -1,8 +1,8 @@
-"""Does a network show one plane of grey images several times to its first layer? Asked by a call on two images.
+"""Detects networks that repeat the plane of grey images before their first layer.
 
-A colour network whose normalization is written as ``(x - mean) / std`` takes grey images without an error: they are
-broadcast to three planes. Under smoothing the three then carry the same noise, which is no noise that the network was
-trained with, and the classifier that is certified is another one than the user means.
+A colour network whose normalization is ``(x - mean) / std`` accepts grey images: they are broadcast to three planes.
+Under smoothing the three planes carry the same noise, with which the network was not trained. The certified classifier
+would then not be the one that the user means.
 """
 
 import torch
@@ -12,33 +12,37 @@ from torch.nn.modules.conv import _ConvNd
 from rush.runtime.execution import Execution
 
 _LAYERS = (_ConvNd, nn.Linear)
-_EQUAL = 1e-4  # of the spread of a plane: what rounding leaves between planes that are shifted and scaled copies
+_EQUAL = 1e-4  # 1 - correlation that rounding leaves between planes that are shifted and scaled copies
 
 
 class _Reached(Exception):
-    """The first layer with weights has been reached; ``seen`` is its input."""
+    """The first layer with weights has been reached, with this ``input``."""
 
-    def __init__(self, seen: object) -> None:
+    def __init__(self, value: object) -> None:
         super().__init__()
-        self.seen = seen
+        self.input = value
 
 
 def copied_planes(module: nn.Module, execution: Execution, shape: tuple[int, ...], generator: torch.Generator) -> int:
-    """Return how often the first convolution or linear layer of ``module`` sees the one plane of images of ``shape``.
+    """Return the number of copies of a grey image's plane that reach the first convolution or linear layer.
 
-    1 for images of several channels, for networks without such layers and where the planes are no shifted and scaled
-    copies of one another. The call ends at that layer.
+    1 for images of several channels, for networks without such layers, and if the planes are not shifted and scaled
+    copies of one another.
 
-    Random: two images of noise from ``generator``.
+    Args:
+        module: the network; its call ends at that layer.
+        execution: how it runs.
+        shape: (C, H, W) of the images.
+        generator: of the two random images that it is called on.
     """
     channels, height, width = shape
     if channels != 1 or height * width < 2 or not any(isinstance(layer, _LAYERS) for layer in module.modules()):
         return 1
     x = torch.rand((2, *shape), generator=generator, device=generator.device)
-    seen = _first_input(module, execution, x)
-    if seen is None or seen.ndim < 2 or len(seen) != len(x):
+    first_input = _first_input(module, execution, x)
+    if first_input is None or first_input.ndim < 2 or len(first_input) != len(x):
         return 1
-    rows = seen.double().flatten(1).cpu()
+    rows = first_input.double().flatten(1).cpu()
     copies, rest = divmod(rows.shape[1], height * width)
     if copies < 2 or rest:
         return 1
@@ -53,7 +57,7 @@ def copied_planes(module: nn.Module, execution: Execution, shape: tuple[int, ...
 
 
 def _first_input(module: nn.Module, execution: Execution, x: Tensor) -> Tensor | None:
-    """What the first layer with weights is given when ``module`` is called on ``x``; None where none is reached."""
+    """Return the input of the first layer with weights when ``module`` is called on ``x``, None if none is reached."""
 
     def stop(_: nn.Module, inputs: tuple[object, ...]) -> None:
         raise _Reached(inputs[0] if inputs else None)
@@ -63,8 +67,8 @@ def _first_input(module: nn.Module, execution: Execution, x: Tensor) -> Tensor |
         with torch.no_grad(), execution.autocast():
             module(execution.copied(x))
     except _Reached as reached:
-        return reached.seen.detach() if isinstance(reached.seen, Tensor) else None
-    except Exception:  # what the network cannot take is said by the first real call
+        return reached.input.detach() if isinstance(reached.input, Tensor) else None
+    except Exception:  # the first real call reports it
         return None
     finally:
         for hook in hooks:

@@ -20,27 +20,44 @@ from rush.smoothing.fingerprint import fingerprint_of
 from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import check_logits
 from rush.smoothing.noise import Gaussian
-from rush.smoothing.votes import Request, Voter
+from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.statistics import fewest_votes, sign_test
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 
 class SmoothedClassifier:
-    """g(x) = the class c with the largest P(f(x + noise) = c), f the base classifier (Cohen et al. 2019, equation 1).
+    """A base classifier f under noise: g(x) = argmax_c P(f(x + noise) = c) (Cohen et al. 2019, equation 1).
 
-    classifier: any nn.Module in evaluation mode from pixels (B, C, H, W) to logits (B, num_classes); its logits for one
-    image must not depend on the other images. Pixels are in [0, 1]; noise is added in float32 and not clipped, so the
-    classifier sees values outside that range.
-    sigma: standard deviation of Gaussian noise in pixel units; or give ``noise``.
-    execution: where and how f runs; by default float32, as it is, on the device where its parameters are. "auto": on
-    the best device, in bfloat16 where the processor computes in it, BatchNorm folded; the classifier is moved. Every
-    certified, predicted or judged sample goes through this one forward.
-    classes, image_shape: names of the classes, in the order of the logits, and (C, H, W) of the images, by default
-    those that ``classifier`` is known to have been trained on. Images of another shape or with other class names are
-    refused everywhere. Where no shape is known, the first images fix the number of channels, and grey ones are refused
-    when the classifier repeats their plane before its first layer: its copies would carry the same noise.
-    Raises: InputError for a bad sigma, number of classes or shape, ModelError when ``classifier`` is no module.
+    Noise is added in float32 and not clipped, so f sees values outside [0, 1]. Every certified, predicted or judged
+    sample goes through one forward, which ``execution`` describes.
+
+    Args:
+        classifier: nn.Module in evaluation mode from pixels (B, C, H, W) in [0, 1] to logits (B, num_classes). Its
+            logits for an image must not depend on the rest of the batch.
+        sigma: standard deviation of Gaussian noise, in pixel units.
+        num_classes: K, at least 2.
+        noise: in place of ``sigma``.
+        execution: where and how f runs. None: in float32, on the device of its parameters. "auto": on the best device,
+            to which f is moved, in bfloat16 where the processor computes in it, with BatchNorm folded.
+        classes: names of the classes, in the order of the logits; by default those that f was trained on, if known.
+        image_shape: (C, H, W) of the images; by default that which f was trained on, if known. Images of another shape
+            are refused. Where no shape is known, the first images fix the number of channels. Grey images are refused
+            if f repeats their plane before its first layer, since the copies would carry the same noise.
+
+    Raises:
+        InputError: bad sigma, number of classes or shape.
+        ModelError: ``classifier`` is not a module.
+
+    Example:
+        >>> import rush, torch
+        >>> classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+        >>> smoothed = rush.SmoothedClassifier(classifier, sigma=0.25, num_classes=10)
+        >>> x = rush.load_images("digits", split="test")[:3].pixels()
+        >>> smoothed.predict(x, num_samples=100).shape
+        torch.Size([3])
+        >>> smoothed.log_probs(x, num_samples=8, generator=rush.stream(0, "example")).shape
+        torch.Size([3, 10])
     """
 
     def __init__(
@@ -62,17 +79,17 @@ class SmoothedClassifier:
             raise InputError("give either sigma or noise")
         whole = as_whole(num_classes)
         if whole is None or whole < 2:
-            one = "; a classifier with a single logit z has two classes: let it return torch.cat([-z, z], 1)"
-            raise InputError(f"num_classes must be an integer >= 2, got {num_classes!r}{one if whole == 1 else ''}")
-        known = classifier.kind if isinstance(classifier, Classifier) else ANY_KIND
-        names = known.classes if classes is None else tuple(map(str, classes))
+            hint = "; a classifier with a single logit z has two classes: let it return torch.cat([-z, z], 1)"
+            raise InputError(f"num_classes must be an integer >= 2, got {num_classes!r}{hint if whole == 1 else ''}")
+        trained_on = classifier.kind if isinstance(classifier, Classifier) else ANY_KIND
+        names = trained_on.classes if classes is None else tuple(map(str, classes))
         if names is not None and len(names) != whole:
             raise InputError(f"got {len(names)} class names for num_classes = {whole}")
         self.classifier = classifier
         self.noise = noise if noise is not None else Gaussian(sigma)  # type: ignore[arg-type]
         self.num_classes = whole
         self.classes = names if names is not None else tuple(str(k) for k in range(whole))
-        self.kind = ImageKind(known.shape if image_shape is None else checked_shape(image_shape), names)
+        self.kind = ImageKind(trained_on.shape if image_shape is None else checked_shape(image_shape), names)
         self._channels: int | None = None  # of the first images that it has answered, where no shape is known
         self._examined: tuple[int, ...] | None = None
         if execution == "auto":
@@ -87,7 +104,7 @@ class SmoothedClassifier:
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of the images that the classifier takes; None where it is not known."""
+        """(C, H, W) of the images that the classifier takes, None if not known."""
         return self.kind.shape
 
     def check_shape(self, shape: Sequence[int]) -> None:
@@ -96,39 +113,49 @@ class SmoothedClassifier:
         Where its shape is not known, the number of channels must be that of the first images, and a single one must
         not be repeated before the first layer (``smoothing.channels``).
         """
-        given = tuple(shape)
-        self.kind.check_shape(given, "the images", "those of the model")
-        if self.kind.shape is not None or given[0] == self._channels:
+        shape = tuple(shape)
+        self.kind.check_shape(shape, "the images", "those of the model")
+        if self.kind.shape is not None or shape[0] == self._channels:
             return
         if self._channels is not None:
             raise InputError(
-                f"the images have {given[0]} channels, the first ones that this classifier was given had "
-                f"{self._channels}; make another SmoothedClassifier for other images, with its image_shape"
+                f"the images have {shape[0]} channels, the first images of this classifier had {self._channels}; make "
+                "another SmoothedClassifier for other images, with its image_shape"
             )
-        if given == self._examined:
+        if shape == self._examined:
             return
         check_eval_mode(self.classifier)
-        copies = copied_planes(self.classifier, self.execution, given, stream(0, "channels"))
+        copies = copied_planes(self.classifier, self.execution, shape, stream(0, "channels"))
         if copies > 1:
             raise InputError(
                 f"the images have 1 channel, and the classifier repeats it to {copies} before its first layer, e.g. by "
                 "a normalization with statistics of several channels: all of them would carry the same noise. Give "
-                f"images of {copies} channels, or say image_shape={given} where the classifier was trained like this"
+                f"images of {copies} channels, or set image_shape={shape} if the classifier was trained like this"
             )
-        self._examined = given
+        self._examined = shape
 
     def answered(self, shape: Sequence[int]) -> None:
         """Note that the classifier has answered images of ``shape``, which fixes its number of channels."""
         self._channels = shape[0]
 
     def vote_blocks(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """Votes per block of 100 noise samples: int64 (B, ceil(num_samples / 100), K) on the CPU.
+        """Count the votes of noisy copies of each image, in blocks of 100.
 
-        x: (B, C, H, W) float32 in [0, 1]. generators: one an image, on the execution's device; each is advanced by
-        whole blocks, so the votes for an image depend on its pixels and its generator alone. Cost: B x num_samples
-        forward passes, in full tiles.
-        Raises: ModelError when the classifier is in training mode, is random, looks at neighbours, or gives logits of
-        the wrong shape or not finite. ``recheck`` ends the use of votes.
+        The votes for an image depend on its pixels and its generator alone. ``recheck`` ends the use of votes.
+
+        Args:
+            x: images (B, C, H, W), float32 in [0, 1].
+            num_samples: noisy copies per image.
+            generators: one per image, on the execution's device; each advances by whole blocks.
+
+        Returns:
+            int64 (B, ceil(num_samples / 100), K), on the CPU.
+
+        Raises:
+            ModelError: the classifier is in training mode, is stochastic, lets an image depend on the rest of the
+                batch, or returns logits that are not finite or of the wrong shape.
+
+        Cost: B x num_samples forward passes, in full tiles.
         """
         num_samples = positive_integer("num_samples", num_samples)
         _check_one_each(generators, len(x))
@@ -136,33 +163,45 @@ class SmoothedClassifier:
         blocks = -(-num_samples // BLOCK)
         images = x.to(self.execution.device, torch.float32)
         requests = (
-            Request(pixels, generator, min(BLOCK, num_samples - block * BLOCK))
+            VoteRequest(pixels, generator, min(BLOCK, num_samples - block * BLOCK))
             for pixels, generator in zip(images, generators, strict=True)
             for block in range(blocks)
         )
-        votes = self.voter().launch(requests, len(x) * blocks).result()
+        votes = self.vote_counter().launch(requests, len(x) * blocks).result()
         self.answered(x.shape[1:])
         return votes.view(len(x), blocks, self.num_classes)
 
     def counts(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """Votes int64 (B, K) of ``num_samples`` noisy copies of each image; see ``vote_blocks``."""
+        """Count the votes of ``num_samples`` noisy copies of each image, int64 (B, K); see ``vote_blocks``."""
         return self.vote_blocks(x, num_samples, generators).sum(1)
 
     def predict(self, x: Tensor, num_samples: int = 1000, alpha: float = 0.001, seed: int = 0) -> Tensor:
-        """Class of the smoothed classifier, int64 (B,), or ABSTAIN (-1) where ``num_samples`` votes do not decide.
+        """Predict the class of each image with ``num_samples`` votes.
 
-        P(result is neither g(x) nor ABSTAIN) <= alpha for each image: the two-sided binomial test between the two most
-        voted classes (Cohen et al. 2019, proposition 2). Noise comes from ``stream(seed, "predict", hash of the
-        pixels)``.
-        Raises: InputError for bad images or numbers, also for fewer samples than could ever decide at ``alpha`` (11 at
-        0.001); ModelError like ``vote_blocks``.
+        P(the result is neither g(x) nor ABSTAIN) <= alpha for each image, by the two-sided binomial test between the
+        two classes with the most votes (Cohen et al. 2019, proposition 2).
+
+        Args:
+            x: images (B, C, H, W) in [0, 1].
+            num_samples: noisy copies per image.
+            alpha: probability of a wrong answer.
+            seed: of the noise.
+
+        Returns:
+            int64 (B,), ABSTAIN (-1) where the votes do not decide.
+
+        Raises:
+            InputError: bad images or numbers, or fewer samples than could ever decide at ``alpha`` (11 at 0.001).
+            ModelError: as ``vote_blocks``.
+
+        Random: ``stream(seed, "predict", hash of the pixels)`` for each image.
         """
         x, num_samples = check_pixels(x), positive_integer("num_samples", num_samples)
         alpha = probability("alpha", alpha)
         fewest = fewest_votes(alpha / 2)
         if num_samples < fewest:
             raise InputError(
-                f"num_samples = {num_samples} can answer nothing at alpha = {alpha:g}, even when all votes agree: the "
+                f"num_samples = {num_samples} cannot decide at alpha = {alpha:g}, even if all votes agree: the "
                 f"two-sided test needs at least {fewest}"
             )
         generators = self.streams(seed, "predict", pixel_ids(x))
@@ -172,65 +211,80 @@ class SmoothedClassifier:
         return torch.where(p_value <= alpha, classes[:, 0], ABSTAIN)
 
     def log_probs(self, x: Tensor, num_samples: int = 32, generator: Generators | None = None) -> Tensor:
-        """Log of the mean softmax over ``num_samples`` noisy copies, (B, K) float32, differentiable in ``x`` (B, C, H,
-        W).
+        """Return the log of the mean softmax over noisy copies, the differentiable surrogate that attacks ascend.
 
-        The soft surrogate of the vote that attacks climb (Salman et al. 2019, section 3). generator: one for all images
-        or a sequence with one an image; they are advanced.
+        Salman et al. 2019, section 3.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1].
+            num_samples: noisy copies per image.
+            generator: one for all images, or a sequence with one per image; they advance.
+
+        Returns:
+            float32 (B, K), differentiable in ``x``.
         """
         noise = self.sample_noise(x, num_samples, generator)
         return self.log_probs_at(x, noise)
 
     def sample_noise(self, x: Tensor, num_samples: int, generator: Generators | None) -> Tensor:
-        """Noise (B, num_samples, C, H, W) for the images ``x``, from one generator or one an image."""
+        """Draw noise (B, num_samples, C, H, W) for the images ``x``, from one generator or one per image."""
         num_samples = positive_integer("num_samples", num_samples)
         if generator is None:
             raise InputError("log_probs draws noise: give generator=rush.stream(seed, name) or another torch.Generator")
         if isinstance(generator, torch.Generator):
             return self.noise.sample((len(x), num_samples, *x.shape[1:]), generator)
         _check_one_each(generator, len(x))
-        return torch.stack([self.noise.sample((num_samples, *x.shape[1:]), own) for own in generator])
+        return torch.stack([self.noise.sample((num_samples, *x.shape[1:]), each) for each in generator])
 
     def log_probs_at(self, x: Tensor, noise: Tensor, logits: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """``log_probs`` for given ``noise`` (B, M, C, H, W); by the forward ``logits`` where it is given, e.g.
-        ``differentiable()``, in which BatchNorm may be folded and the weights are copies."""
+        """Return ``log_probs`` for given noise.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1].
+            noise: (B, M, C, H, W).
+            logits: the forward to use, e.g. ``differentiable()``, in which BatchNorm may be folded; by default f.
+        """
         check_eval_mode(self.classifier)
         self.check_shape(x.shape[1:])
         noisy = (x[:, None] + noise.to(x.device)).flatten(0, 1)
-        found = (logits or self._logits)(noisy)
+        noisy_logits = (logits or self._logits)(noisy)
         self.answered(x.shape[1:])
-        return mean_log_softmax(found, len(x))
+        return mean_log_softmax(noisy_logits, len(x))
 
     def as_module(self, num_samples: int = 32, generator: torch.Generator | None = None) -> nn.Module:
-        """An nn.Module x -> ``log_probs`` with fresh noise at every call, for attack libraries that take a network."""
+        """Return an nn.Module that computes ``log_probs`` with fresh noise at every call, for attack libraries."""
         return _SmoothedModule(self, num_samples, generator)
 
     def streams(self, seed: int, purpose: str, *names: Sequence[str]) -> list[torch.Generator]:
         """Return one generator per image, named by what it serves and the image's names, e.g. its id."""
         return [stream(seed, purpose, *each, device=self.execution.device) for each in zip(*names, strict=True)]
 
-    def voter(self) -> Voter:
-        """The engine that counts votes, with the forward made anew when the classifier's weights have changed."""
-        return Voter(self._current(), self.noise, self.num_classes, self.execution)
+    def vote_counter(self) -> VoteCounter:
+        """Return the engine that counts votes, with a new forward if the classifier's weights have changed."""
+        return VoteCounter(self._current(), self.noise, self.num_classes, self.execution)
 
     def fingerprint(self) -> str:
         """Return 64 hex digits that change with the classifier's weights, the noise and the execution."""
         return fingerprint_of({"model": self.classifier}, {"noise": self.noise, "execution": self.execution})
 
     def recheck(self) -> None:
-        """Ask the classifier for some of the images of its first tile again: the end of whatever was computed.
+        """Check that the classifier still gives the same logits for some images of its first tile.
 
-        Cost: one tile.
+        Whatever was computed ends with this check.
 
         Raises:
-            ModelError: if it is no longer the function that the votes so far are of; then none of them counts.
+            ModelError: it does not. Then no vote so far is valid.
+
+        Cost: one tile.
         """
         if self._forward is not None:
             self._forward.recheck()
 
     def differentiable(self) -> Callable[[Tensor], Tensor]:
-        """The judged forward before compilation: noisy pixels (B, C, H, W) -> logits (B, K), differentiable; what
-        attacks climb."""
+        """Return the judged forward before compilation, which attacks ascend.
+
+        It maps noisy pixels (B, C, H, W) to logits (B, K) and is differentiable in them.
+        """
         return self._current().differentiable
 
     def _current(self) -> Forward:
@@ -258,11 +312,11 @@ class _SmoothedModule(nn.Module):
 
 
 def mean_log_softmax(logits: Tensor, images: int) -> Tensor:
-    """Log of the mean softmax (B, K) of logits (B x M, K), the M draws of an image side by side."""
+    """Return the log of the mean softmax (B, K) of logits (B x M, K), in which the M draws of an image are adjacent."""
     log_softmax = F.log_softmax(logits, dim=1).view(images, -1, logits.shape[1])
     return log_softmax.logsumexp(1) - torch.tensor(float(log_softmax.shape[1])).log()
 
 
 def _check_one_each(generators: Sequence[torch.Generator], num_images: int) -> None:
     if len(generators) != num_images:
-        raise InputError(f"got {len(generators)} generators for {num_images} images; give one an image")
+        raise InputError(f"got {len(generators)} generators for {num_images} images; give one per image")

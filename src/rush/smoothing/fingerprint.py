@@ -1,4 +1,4 @@
-"""Fingerprints of models: what a stored result was computed with."""
+"""Fingerprints of models, by which stored results know the model that they were computed with."""
 
 import hashlib
 
@@ -9,11 +9,11 @@ from torch import nn
 def fingerprint_of(modules: dict[str, nn.Module], facts: dict[str, object]) -> str:
     """Return 64 hex digits that change with the type, parameters and buffers of any module and with any of the facts.
 
-    What a module keeps outside its parameters and buffers is not seen.
+    State outside parameters and buffers does not change it.
 
     Args:
         modules: modules by their role.
-        facts: values whose ``repr`` says what they are.
+        facts: values with a complete ``repr``.
     """
     digest = hashlib.sha256(repr(sorted(facts.items())).encode("utf-8", "surrogatepass"))
     for role, module in sorted(modules.items()):

@@ -1,4 +1,4 @@
-"""The one forward of every certified, predicted or judged sample, and the trial that chooses its form."""
+"""The forward through which every certified, predicted or judged sample goes, and the choice of its form."""
 
 import logging
 import time
@@ -22,18 +22,24 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TRIAL_SECONDS = 0.5
 _WORTH_TRYING_SECONDS = 60.0
-_MOST_COMPILED = 64  # networks of a process that torch compiles
+_MOST_COMPILED = 64  # networks per process
 
 
 class Forward:
-    """Full tiles (T, C, H, W) float32 -> logits (T, num_classes) float32, without gradients, as ``execution`` says.
+    """Maps full tiles (T, C, H, W) float32 to logits (T, num_classes) float32, without gradients.
 
-    ``classifier`` must be in evaluation mode and is only ever given copies. Folding works on a copy: weights that
-    change later call for a new one (``is_current``). The first tile is run several times to see that the logits of an
-    image depend on nothing but the image. Some of its images are asked for again at random tiles and by ``recheck``,
-    which ends whatever was computed with this forward.
-    Raises: ModelError when they do not, when the mode is wrong, when logits have the wrong shape, or when the
-    classifier itself raises.
+    The classifier only ever gets copies. Folding works on a copy of the weights, so changed weights need a new forward
+    (``is_current``). The first tile is run several times, to see that the logits of an image depend on nothing but the
+    image. Some of its images are run again at random tiles, and by ``recheck``, with which every computation ends.
+
+    Args:
+        classifier: nn.Module in evaluation mode.
+        execution: where and how it runs.
+        num_classes: K.
+
+    Raises:
+        ModelError: logits of an image depend on something else, logits have the wrong shape, the mode is wrong, or the
+            classifier raises.
     """
 
     def __init__(self, classifier: nn.Module, execution: Execution, num_classes: int) -> None:
@@ -44,7 +50,7 @@ class Forward:
         self._module = fold_batch_norm(classifier) if execution.folded else classifier
         self._call = _compiled(self._unguarded, execution.compile_mode)
         graphs = execution.compile_mode == "reduce-overhead" and torch.device(execution.device).type == "cuda"
-        self._climbed = GradientGraphs(self._eager, execution.precision) if graphs else self._eager
+        self._differentiable = GradientGraphs(self._eager, execution.precision) if graphs else self._eager
         self._watch: Watch | None = None
 
     def __call__(self, tile: Tensor) -> Tensor:
@@ -57,12 +63,12 @@ class Forward:
             return logits
 
     def recheck(self) -> None:
-        """Ask for some of the first images again. Raises: ModelError when their logits are no longer those."""
+        """Run some of the first images again. Raises: ModelError if their logits have changed."""
         if self._watch is not None:
             self._watch.conclude()
 
     def is_current(self, classifier: nn.Module) -> bool:
-        """Whether ``classifier`` still has the weights that this forward was made of."""
+        """Return whether ``classifier`` still has the weights from which this forward was made."""
         now = _tensors(classifier)
         return now.keys() == self._weights.keys() and all(
             tensor.device == self._weights[name].device and torch.equal(tensor, self._weights[name])
@@ -70,11 +76,11 @@ class Forward:
         )
 
     def differentiable(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of any number of rows (B, C, H, W), differentiable in ``x``: this forward uncompiled.
+        """Return logits (B, K) of any number of rows (B, C, H, W), differentiable in ``x``: this forward uncompiled.
 
-        On CUDA with ``compile_mode`` "reduce-overhead" its passes are replayed as CUDA graphs (``gradient_graphs``).
+        On CUDA with ``compile_mode`` "reduce-overhead", CUDA graphs are replayed (``gradient_graphs``).
         """
-        return self._climbed(x)
+        return self._differentiable(x)
 
     def _eager(self, x: Tensor) -> Tensor:
         return self._execution.logits(self._module, x)
@@ -83,7 +89,7 @@ class Forward:
         return self._execution.unguarded_logits(self._module, x)
 
     def _guarded(self, tile: Tensor) -> Tensor:
-        """Return the logits of a tile. They are copied, since a CUDA graph writes over its output at the next call."""
+        """Return the logits of a tile, copied, since a CUDA graph overwrites its output at the next call."""
         with foreign_call(tile):
             logits = self._call(tile).clone()
         expected = (len(tile), self._num_classes)
@@ -104,7 +110,7 @@ class Forward:
         try:
             self._call(tile)
         except Exception as error:
-            self.differentiable(tile)  # what fails without the compiler, too, is the classifier's own error
+            self.differentiable(tile)  # if this fails too, the error is the classifier's own
             raise ModelError(
                 f"this classifier's forward is recorded as compiled ({self._execution.compile_mode}) and "
                 f"cannot be compiled here ({type(error).__name__}: {str(error)[:300]}); install a C++ compiler, or run "
@@ -112,7 +118,7 @@ class Forward:
             ) from error
 
     def _check_folding(self, tile: Tensor) -> None:
-        """In float32 the folded copy must compute what the original does, up to rounding."""
+        """Raise ModelError unless, in float32, the folded copy gives the logits of the original, up to rounding."""
         plain = replace(self._execution, precision="float32")
         with without_tf32(plain.device):
             expected, folded = plain.logits(self._original, tile), plain.logits(self._module, tile)
@@ -125,17 +131,17 @@ class Forward:
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` (evaluation mode) with every BatchNorm that follows a convolution folded into it.
+    """Return a copy of ``module``, in evaluation mode, with every BatchNorm folded into the convolution before it.
 
-    It computes the same up to rounding. A BatchNorm stays where its input is no convolution's output (a sum, as in
-    pre-activation networks) or where something else sees that output too (a shortcut).
-    ``module`` itself where there is nothing to fold or where its forward cannot be traced symbolically.
+    The copy computes the same up to rounding. A BatchNorm stays if its input is not the output of a convolution (a sum,
+    as in pre-activation networks) or if another layer also reads that output (a shortcut). ``module`` itself is
+    returned if there is nothing to fold or its forward cannot be traced symbolically.
     """
     if not any(isinstance(layer, _NORMS) for layer in module.modules()):
         return module
     try:
         traced = symbolic_trace(module)
-    except Exception as error:  # a trace runs the user's own code on symbols: it may fail in any way
+    except Exception as error:  # a trace runs the user's code on symbols, which may fail in any way
         text = f"BatchNorm is not folded, the classifier's forward cannot be traced: {error}"
         warnings.warn(text, NumericsWarning, stacklevel=2)
         return module
@@ -146,7 +152,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def _fold_node(traced: GraphModule, node: Node) -> None:
-    """Fold ``node`` into the convolution before it, if it is a BatchNorm and nothing else sees that convolution."""
+    """Fold ``node`` into the convolution before it, if it is a BatchNorm and the only reader of that convolution."""
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return
@@ -167,19 +173,22 @@ def _module_of(traced: GraphModule, node: Node) -> nn.Module | None:
 def try_forwards(
     classifier: nn.Module, execution: Execution, shape: Sequence[int], num_classes: int, forward_passes: int
 ) -> tuple[Execution, dict[str, object]]:
-    """``execution`` with the form of the forward that gets ``forward_passes`` images of ``shape`` done soonest.
+    """Choose the form of the forward that computes ``forward_passes`` images of ``shape`` in the least time.
 
-    Eager is timed first; torch.compile (on CUDA also with its CUDA graphs) is tried only where the whole eager work
-    takes longer than a compilation, and is chosen when the time it saves exceeds the time it took. Also returns what
-    was measured: images a second of each form, seconds of compilation, and why a form could not be used.
+    Eager is timed first. torch.compile (on CUDA also with CUDA graphs) is tried only if the whole work takes longer
+    eagerly than a compilation, and is chosen if the time saved exceeds the time of compilation.
+
+    Returns:
+        ``execution`` with the chosen form, and the measurements: images per second of each form, seconds of
+        compilation, and why a form could not be used.
     """
     modes: list[CompileMode] = ["default", "reduce-overhead"] if execution.device.startswith("cuda") else ["default"]
     tile = torch.full((execution.tile, *shape), 0.5, device=execution.device)
     rates: dict[CompileMode, float] = {"none": _rate(Forward(classifier, execution, num_classes), tile)}
-    found: dict[str, object] = {"forward_passes": forward_passes, "images_per_second": rates}
+    measured: dict[str, object] = {"forward_passes": forward_passes, "images_per_second": rates}
     best, least = execution, forward_passes / rates["none"]
     if least < _WORTH_TRYING_SECONDS:
-        return best, {**found, "compiled": "not tried, the whole work takes less than a compilation"}
+        return best, {**measured, "compiled": "not tried, the whole work takes less than a compilation"}
     for mode in modes:
         candidate = replace(execution, compile_mode=mode)
         started = time.perf_counter()
@@ -190,14 +199,14 @@ def try_forwards(
             rates[mode] = _rate(forward, tile)
         except Exception as error:  # no compiler, an unsupported operation, ...: eager still works
             logging.getLogger(__name__).info("torch.compile (%s) cannot be used", mode, exc_info=True)
-            cause = error.__cause__ or error  # a ModelError says what to do, its cause why
-            found[f"{mode}_failed"] = f"{type(cause).__name__}: {str(cause)[:200]}"
+            cause = error.__cause__ or error  # a ModelError names the remedy, its cause the reason
+            measured[f"{mode}_failed"] = f"{type(cause).__name__}: {str(cause)[:200]}"
             continue
-        found[f"{mode}_compile_seconds"] = round(compile_seconds, 1)
+        measured[f"{mode}_compile_seconds"] = round(compile_seconds, 1)
         total = compile_seconds + forward_passes / rates[mode]
         if total < least:
             best, least = candidate, total
-    return best, found
+    return best, measured
 
 
 def _compiled(function: Callable[[Tensor], Tensor], mode: CompileMode) -> Callable[[Tensor], Tensor]:
@@ -205,14 +214,14 @@ def _compiled(function: Callable[[Tensor], Tensor], mode: CompileMode) -> Callab
         return function
     from torch._dynamo import config
 
-    # torch counts the compiled networks of a process, and beyond its limit of 8 runs the others eagerly.
+    # torch compiles a limited number of networks per process, by default 8, and silently runs further ones eagerly.
     config.recompile_limit = max(_MOST_COMPILED, config.recompile_limit)
     options: dict[str, Any] = {"freezing": True, "triton.cudagraphs": mode == "reduce-overhead"}
     return torch.compile(function, dynamic=False, options=options)
 
 
 def _rate(forward: Forward, tile: Tensor) -> float:
-    """Images a second, over about half a second after two warm-up tiles."""
+    """Return images per second, over about half a second after two warm-up tiles."""
     for _ in range(2):
         forward(tile)
     _wait(tile)

@@ -1,4 +1,4 @@
-"""The differentiable forward of attacks as CUDA graphs, one pair for forward and backward pass per shape."""
+"""Replays the forward and backward pass of attacks as CUDA graphs, one pair per shape."""
 
 import warnings
 from collections import Counter
@@ -13,8 +13,8 @@ from rush.errors import NumericsWarning
 from rush.runtime.lines import one_line
 from rush.smoothing.inspection import ARITHMETIC, RELATIVE, is_rounding
 
-_SHAPES = 4  # most shapes that are captured: each holds the activations of a forward pass
-_CALLS = 3  # of a shape before it is captured
+_SHAPES = 4  # most shapes that are captured; each holds the activations of a forward pass
+_CALLS = 3  # the call at which a shape is captured
 
 Function = Callable[[Tensor], Tensor]
 
@@ -22,7 +22,7 @@ Function = Callable[[Tensor], Tensor]
 def graphed(function: Function, sample: Tensor) -> Function:
     """Return ``function`` with its forward and backward pass captured for inputs like ``sample``, on CUDA."""
     before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # weights that were cast outside a capture must not be used inside it
+    torch.set_autocast_cache_enabled(False)  # a capture must not use weights that were cast outside it
     try:
         return torch.cuda.make_graphed_callables(function, (sample,))  # type: ignore[return-value]
     finally:
@@ -30,17 +30,17 @@ def graphed(function: Function, sample: Tensor) -> Function:
 
 
 class GradientGraphs:
-    """A function (B, C, H, W) -> (B, K), differentiable in its input alone, that replays CUDA graphs where it can.
+    """A function (B, C, H, W) -> (B, K), differentiable in its input alone, that replays CUDA graphs if possible.
 
-    A shape is captured at its third call with gradients, and compared once with the function itself in value and
-    gradient: they must agree up to rounding, as ``inspection.check_forward`` has it. Where they do not, or where a
-    capture fails, the function runs as it is, with a NumericsWarning; so it does for further shapes than the first four
-    and without gradients. Outputs and gradients are copies, which later calls leave alone. A backward pass whose
+    A shape is captured at its third call with gradients. Value and gradient are then compared once with those of the
+    function itself, with which they must agree up to rounding (``inspection.check_forward``). If they do not, or if a
+    capture fails, the function runs eagerly, with a NumericsWarning. It also does without gradients, and for shapes
+    after the first four. Outputs and gradients are copies, which later calls do not overwrite. A backward pass whose
     forward pass is not the latest one computes that one again.
 
     Args:
-        function: what is captured; it draws nothing at random.
-        precision: what it computes in.
+        function: to be captured; it must not draw random numbers.
+        precision: of its arithmetic.
         capture: as ``graphed``.
     """
 
@@ -65,7 +65,7 @@ class GradientGraphs:
         return logits
 
     def _try(self, x: Tensor) -> bool:
-        """Capture the shape of ``x``; whether that went well."""
+        """Capture the shape of ``x`` and return whether the capture can be used."""
         try:
             replayed = self._capture(self._function, x.detach().clone().requires_grad_())
             pair = _Pair(self._function, replayed)
@@ -84,19 +84,19 @@ class GradientGraphs:
         return True
 
     def _differing(self, x: Tensor, pair: "_Pair") -> str:
-        """What differs by more than rounding between replay and function at ``x``; empty where nothing does."""
+        """Return what differs by more than rounding between replay and function at ``x``, "" if nothing does."""
         expected, gradient = _value_and_gradient(self._function, x)
-        found, found_gradient = _value_and_gradient(lambda point: _Replayed.apply(point, pair), x)
-        if not is_rounding(expected, found, self._precision):
+        logits, replayed_gradient = _value_and_gradient(lambda point: _Replayed.apply(point, pair), x)
+        if not is_rounding(expected, logits, self._precision):
             return "give other logits as CUDA graphs, by more than rounding explains"
         limit = RELATIVE * ARITHMETIC[self._precision] * gradient.norm()
-        if not bool((found_gradient - gradient).norm() <= limit):
+        if not bool((replayed_gradient - gradient).norm() <= limit):
             return "give another gradient as CUDA graphs, by more than rounding explains"
         return ""
 
 
 class _Pair:
-    """A function and its capture, whose memory holds the latest call alone."""
+    """A function and its capture, whose memory holds only the latest call."""
 
     def __init__(self, function: Function, replayed: Function) -> None:
         self.function, self.replayed = function, replayed
@@ -128,7 +128,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def _value_and_gradient(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits at ``x``, and the gradient of a sum of them in which every class has a weight of its own."""
+    """Return the logits at ``x``, and the gradient of their sum with a different weight for each class."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         logits = function(point)

@@ -1,9 +1,9 @@
-"""Is a classifier one fixed function of one image? Checked before any sampling, at random tiles and at the end.
+"""Checks that a classifier is one fixed function of one image: before sampling, at random tiles and at the end.
 
-Every guarantee is about votes of one function f under noise. A classifier that is stochastic, that changes in the
-course of its calls, or whose logits for an image depend on the other images or on its row in the tile, is no such
-function. ``check_structure`` reads what the layers declare. ``check_forward`` measures what only a call can show.
-``Watch`` keeps some of the first images with their logits and asks for them again later, in other company.
+Every guarantee is about votes of one function f under noise. A classifier is not such a function if it is stochastic,
+changes between calls, or lets the logits of an image depend on the rest of the batch or on its row in the tile.
+``check_structure`` reads what the layers declare. ``check_forward`` measures what only a call can show. ``Watch`` keeps
+some of the first images with their logits and runs them again later, among other images.
 """
 
 import warnings
@@ -19,15 +19,23 @@ from rush.errors import ModelError, NumericsWarning
 from rush.runtime.execution import check_eval_mode
 from rush.runtime.randomness import stream
 
-RELATIVE = 16  # epsilons of the arithmetic, of the spread of the logits: what rounding inside a deep network explains
-ULPS = 4  # epsilons of the logits' own type, of their magnitude: what rounding of the logits themselves explains
-# Convolutions and products in float32 may be computed in TF32, whose mantissa has 10 bits like that of float16.
+# Tolerances for rounding: inside a deep network, in epsilons of the arithmetic times the spread of the logits, and of
+# the logits themselves, in epsilons of their type times their magnitude.
+RELATIVE = 16
+ULPS = 4
+# Convolutions and products in float32 may be computed in TF32, whose mantissa has 10 bits, as that of float16.
 ARITHMETIC: dict[Precision, float] = {"float32": 2**-10, "bfloat16": 2**-7}
 
 
 @dataclass(frozen=True)
 class _Question:
-    """What was changed between two calls, what to do about a real difference, what a last-bit one means."""
+    """One comparison of two calls.
+
+    Attributes:
+        finding: the property that a difference shows.
+        remedy: for a difference that rounding does not explain.
+        consequence: of one that may be rounding.
+    """
 
     finding: str
     remedy: str
@@ -50,7 +58,7 @@ _NEIGHBOURS = _Question(
 _LATER = _Question(
     "of one image are no longer those that it gave before, or depend on the other images or on its row in the tile",
     "the classifier must be one fixed function of one image from the first call to the last: remove counters, caches, "
-    "updated averages and whatever depends on the rest of the batch; nothing that was computed with it is kept",
+    "updated averages and whatever depends on the rest of the batch; nothing computed with it is kept",
     "",
 )
 SENTINEL_MOVED = (
@@ -66,48 +74,58 @@ _POSITION = _Question(
 
 
 def check_structure(module: nn.Module) -> None:
-    """Raises ModelError when a layer of ``module`` is in training mode, or is a BatchNorm that normalizes by the
-    statistics of the batch even in evaluation mode, as it does without running statistics.
+    """Raise ModelError if a layer of ``module`` is in training mode or normalizes by the statistics of the batch.
 
-    InstanceNorm, LayerNorm and GroupNorm look at one image and are fine with and without running statistics; so is a
-    BatchNorm that holds them and no longer tracks them. Costs no forward call.
+    A BatchNorm without running statistics does the latter even in evaluation mode. InstanceNorm, LayerNorm and
+    GroupNorm normalize each image by itself and pass. Cost: no forward pass.
     """
     check_eval_mode(module)
-    found = [name or "(the module itself)" for name, layer in module.named_modules() if _uses_batch_statistics(layer)]
-    if found:
+    layers = [name or "(the module itself)" for name, layer in module.named_modules() if _uses_batch_statistics(layer)]
+    if layers:
         raise ModelError(
-            f"a BatchNorm layer has no running statistics (first such layer: {found[0]}, {len(found)} in all) and "
-            "takes those of the batch even in evaluation mode, so that an image's logits depend on its neighbours: "
+            f"a BatchNorm layer has no running statistics (first such layer: {layers[0]}, {len(layers)} in all) and "
+            "takes those of the batch even in evaluation mode, so an image's logits depend on its neighbours: "
             "train the classifier with track_running_stats=True, or with GroupNorm in place of that layer"
         )
 
 
 def check_forward(forward: Callable[[Tensor], Tensor], tile: Tensor, precision: Precision = "float32") -> None:
-    """Raises ModelError unless ``forward`` is, up to rounding, one fixed function of one image.
+    """Raise ModelError unless ``forward`` is, up to rounding, one fixed function of one image.
 
-    forward: maps a full tile (T, C, H, W) to logits (T, K). tile: float32 pixels, T >= 1, best the noisy images that
-    are to be judged; it is not changed. precision: what the forward computes in.
+    The logits of the same images are compared in at most four calls, without gradients:
 
-    Four calls at most, without gradients: the tile; the same again; with about half of the rows replaced; with every
-    image moved one row on. Logits of the same image are compared. The rows that stay are those whose number has an
-    even number of ones in binary (the Thue-Morse sequence), a pattern that has no period and splits every pair
-    (2k, 2k + 1), so that whatever mixes rows at some distance, in groups or in halves meets replaced ones; the others
-    become 3 - 2x, brighter than white and of twice the contrast, so that no statistic of the batch stays. A function
-    of the row that moving by one row leaves alone is a constant one. A single row has no neighbours and no other place.
+    1. the tile;
+    2. the same tile again;
+    3. about half of the rows replaced. The rows whose number has an even number of ones in binary stay (the Thue-Morse
+       sequence). This pattern has no period and splits every pair (2k, 2k + 1), so whatever mixes rows at some
+       distance, in groups or in halves meets replaced ones. The others become 3 - 2x, brighter than white and of twice
+       the contrast, so that every statistic of the batch changes;
+    4. every image moved by one row. A function of the row that this leaves unchanged is constant.
 
-    What counts as rounding: at most 16 epsilons of the arithmetic (2^-7 for bfloat16, 2^-10 for float32, which may be
-    computed in TF32) of the standard deviation over the classes, the image's own or the tile's median, whichever is
-    larger; plus 4 epsilons of the type that holds the logits, of their magnitude. That is 12.5 % in bfloat16 and 1.6 %
-    in float32. Measured on a ResNet-18 and on a trained small network: bfloat16 differs from float32, and from bfloat16
-    in another memory layout, by at most 3 %, float32 with its sums in another order by less than 0.001 %; batch
-    statistics in one layer, centring by the batch and dropout of 1 % by 25 % and more. In between, rounding and a weak
-    dependence look alike, hence the warning with its size. Logits that jump, as those of a hard decision do, turn a
-    last bit into an error.
+    A tile of one row has no neighbours and no other row.
 
-    Nothing is drawn here; the forward itself may advance the global generator.
-    Raises: ModelError naming the dependence and its size, also for logits that are not finite or not (T, K).
-    Warns: NumericsWarning, once, for the first difference in that order that is not zero, yet no more than rounding;
-    a forward that changes from call to call differs in the other comparisons too.
+    Rounding explains a difference of at most 16 epsilons of the arithmetic (2^-7 for bfloat16, 2^-10 for float32, which
+    may be computed in TF32) times the standard deviation over the classes, the image's own or the tile's median,
+    whichever is larger, plus 4 epsilons of the type that holds the logits times their magnitude. That is 12.5 % of the
+    spread in bfloat16 and 1.6 % in float32. Measured on a ResNet-18 and on a trained small network, bfloat16 differs
+    from float32, and from bfloat16 in another memory layout, by at most 3 %; float32 with its sums in another order
+    differs by less than 0.001 %; batch statistics in one layer, centring by the batch and dropout of 1 % change logits
+    by 25 % and more. Between these, rounding and a weak dependence look alike, hence the warning with its size. For
+    logits that jump, as those of a hard decision do, a last-bit difference becomes an error.
+
+    Args:
+        forward: maps a full tile (T, C, H, W) to logits (T, K).
+        tile: float32 pixels, T >= 1, preferably the noisy images to be judged; it is not changed.
+        precision: of the forward.
+
+    Raises:
+        ModelError: logits are not finite, not (T, K), or depend on something else; the text has the size.
+
+    Warns:
+        NumericsWarning: once, for the first nonzero difference in this order that may be rounding. A forward that
+            changes from call to call differs in the other comparisons too.
+
+    Random: nothing is drawn here; the forward itself may advance the global generator.
     """
     notes = list(filter(None, compare_calls(forward, tile, precision)))
     if notes:
@@ -117,14 +135,16 @@ def check_forward(forward: Callable[[Tensor], Tensor], tile: Tensor, precision: 
 def compare_calls(
     forward: Callable[[Tensor], Tensor], tile: Tensor, precision: Precision = "float32", movable: bool = True
 ) -> Iterator[str]:
-    """Make the calls of ``check_forward`` one by one; yield for each what to warn of, empty where nothing differs.
+    """Make the comparisons of ``check_forward`` one by one and yield the text of a warning for each, "" for none.
 
     Args:
-        forward, tile, precision: as in ``check_forward``.
-        movable: whether an image's logits may be compared at another row; not where each row has its own seeded draw.
+        forward: as in ``check_forward``.
+        tile: as in ``check_forward``.
+        precision: as in ``check_forward``.
+        movable: whether an image may be compared at another row; False if each row has its own seeded draw.
 
     Raises:
-        ModelError: at the first difference that is no rounding.
+        ModelError: at the first difference that rounding does not explain.
     """
     first = _logits(forward, tile)
     if not bool(first.isfinite().all()):
@@ -138,11 +158,11 @@ def compare_calls(
 
 
 class Sentinel:
-    """One image in every tile whose logits must stay what they are, whatever the other rows hold.
+    """One image in every tile, whose logits must not change, whatever the other rows hold.
 
     Args:
-        logits: what the forward gave for a whole tile (T, K); the sentinel's row is the last.
-        precision: what the forward computes in.
+        logits: of a whole tile (T, K); the sentinel's row is the last.
+        precision: of the forward.
     """
 
     def __init__(self, logits: Tensor, precision: Precision) -> None:
@@ -150,29 +170,30 @@ class Sentinel:
         self._expected, self._limit = logits[-1].clone(), float(limits[-1])
 
     def unmoved(self, logits: Tensor) -> Tensor:
-        """Return whether the last row of ``logits`` (T, K) is as it was, up to rounding: a bool () on its device."""
+        """Return whether the last row of ``logits`` (T, K) is unchanged up to rounding: a bool () on its device."""
         return (logits[-1] - self._expected).abs().amax() <= self._limit
 
 
 class Watch:
-    """A few images with the logits that a forward gave for them, to be asked for again.
+    """A few images with their logits, which are run again later.
 
-    The forward is asked again after a random number of observed tiles, ``spacing`` on average, and by ``conclude``.
-    It then gets kept images and new ones mixed, at other rows than before, so that one call shows a function that has
-    changed, a dependence on neighbours and one on the row. What counts as rounding is said in ``check_forward``; a
-    difference of that size passes without a warning, which the first inspection gives.
+    The forward is run again after a random number of observed tiles, ``spacing`` on average, and by ``conclude``. It
+    gets a mixture of kept and new images, at different rows than before. One call thus shows a function that has
+    changed, a dependence on neighbours and one on the row. ``check_forward`` defines rounding. A difference of that
+    size passes without a warning, since the first inspection gives it.
 
     Args:
         forward: maps images (T, C, H, W) to logits (T, K).
-        tile, logits: images (T, C, H, W) to keep, with what the forward gave for them, (T, K).
-        precision: what the forward computes in.
-        movable: whether an image may be asked for at another row; not where a row has its own seeded draw.
+        tile: images (T, C, H, W) to keep.
+        logits: theirs, (T, K).
+        precision: of the forward.
+        movable: whether an image may be run at another row; False if each row has its own seeded draw.
         spacing: mean number of observed tiles between two calls; the sequence is the same in every process.
 
-    Cost: one call per ``spacing`` tiles on average, and one per ``conclude``; the memory of one tile.
-
     Raises:
-        ModelError: if logits differ by more than rounding explains.
+        ModelError: logits differ by more than rounding explains.
+
+    Cost: one call per ``spacing`` tiles on average, one per ``conclude``, and the memory of one tile.
     """
 
     def __init__(
@@ -195,9 +216,11 @@ class Watch:
         return self._tile.shape
 
     def observe(self, tile: Tensor, logits: Tensor | None = None) -> None:
-        """Check now and then that the logits (T, K) of ``tile``, shaped like the kept one, depend on nothing else.
+        """Check at random times that the logits of an image depend on nothing else. Raises: ModelError.
 
-        The forward is asked for them where they are not given. Raises: ModelError, see the class.
+        Args:
+            tile: images, shaped as the kept ones.
+            logits: theirs, (T, K); None computes them if needed.
         """
         self._remaining -= 1
         if self._remaining == 0:
@@ -206,11 +229,11 @@ class Watch:
 
     @torch.no_grad()
     def conclude(self) -> None:
-        """Ask for half of the kept images again, the others replaced. Raises: ModelError, see the class."""
+        """Run half of the kept images again, with the others replaced. Raises: ModelError."""
         self._ask(_replaced(self._tile), None)
 
     def _ask(self, tile: Tensor, logits: Tensor | None) -> None:
-        """Compare in one call the images that stay of the kept tile with its logits, and the others with theirs."""
+        """Run a mixture of kept images and those of ``tile``, and compare both with their earlier logits."""
         stay = _staying(len(tile))
         shift = self._draw(len(tile)) if self._movable else 0
         mixed = torch.where(_column(stay, tile), self._tile, tile)
@@ -224,9 +247,9 @@ class Watch:
 
 
 def check_logits(logits: Tensor, rows: int, num_classes: int | None = None) -> Tensor:
-    """Return ``logits`` if they are finite and (rows, num_classes), any number >= 2 of classes where that is None.
+    """Return ``logits`` if they are finite and of shape (rows, num_classes), with any K >= 2 if that is None.
 
-    Raises: ModelError.
+    Raises: ModelError otherwise.
     """
     if logits.shape in ((rows,), (rows, 1)):
         raise ModelError(
@@ -245,9 +268,9 @@ def check_logits(logits: Tensor, rows: int, num_classes: int | None = None) -> T
 
 
 def with_others_replaced(tile: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which images of ``tile`` (T, C, H, W) stay, bool (T,), and the tile with the others replaced.
+    """Return a mask bool (T,) of the images of ``tile`` that stay, and the tile with the others replaced.
 
-    Those stay whose row has an even number of ones in binary, row 0 among them; see ``check_forward``.
+    Rows with an even number of ones in binary stay, row 0 among them (``check_forward``).
     """
     stay = _staying(len(tile))
     return stay, torch.where(_column(stay, tile), tile, _replaced(tile))
@@ -262,7 +285,7 @@ def _column(mask: Tensor, tile: Tensor) -> Tensor:
 
 
 def _replaced(tile: Tensor) -> Tensor:
-    """Images of another brightness and contrast: within [0, 1] where ``tile`` is, else brighter than white."""
+    """Return images of another brightness and contrast, within [0, 1] if ``tile`` is, else brighter than white."""
     inside = bool((tile >= 0).all()) and bool((tile <= 1).all())
     return (1 - tile) / 2 if inside else 3 - 2 * tile
 
@@ -273,7 +296,7 @@ def _uses_batch_statistics(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _logits(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Logits (T, K) in float64 on the CPU; the forward gets a copy, which it may overwrite."""
+    """Return logits (T, K) in float64 on the CPU; the forward gets a copy, which it may overwrite."""
     logits = forward(x.clone())
     if logits.ndim != 2 or len(logits) != len(x):
         raise ModelError(
@@ -287,20 +310,20 @@ def _compared(logits: Tensor) -> Tensor:
     return logits.detach().cpu().double()
 
 
-def is_rounding(expected: Tensor, found: Tensor, precision: Precision) -> bool:
-    """Return whether logits (R, K) of the same images differ by no more than rounding; see ``check_forward``."""
-    expected, found = _compared(expected), _compared(found)
-    gaps = (found - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+def is_rounding(expected: Tensor, actual: Tensor, precision: Precision) -> bool:
+    """Return whether logits (R, K) of the same images differ by no more than rounding (``check_forward``)."""
+    expected, actual = _compared(expected), _compared(actual)
+    gaps = (actual - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return bool((gaps <= _rounding(expected, precision)[1]).all())
 
 
-def _judge(expected: Tensor, found: Tensor, precision: Precision, question: _Question) -> str:
-    """Compares logits (R, K) of the same images from two calls; returns what to warn of, empty when they are equal."""
-    gaps = (found - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+def _judge(expected: Tensor, actual: Tensor, precision: Precision, question: _Question) -> str:
+    """Compare logits (R, K) of the same images from two calls and return the text of a warning, "" if equal."""
+    gaps = (actual - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     if not bool((gaps > 0).any()):
         return ""
     spreads, limits = _rounding(expected, precision)
-    worst = int((gaps / limits).nan_to_num(nan=0.0).argmax())  # 0 / 0: an image of equal logits that did not move
+    worst = int((gaps / limits).nan_to_num(nan=0.0).argmax())  # 0 / 0: equal logits that did not change
     finding = (
         f"the classifier's logits {question.finding}, by up to {gaps[worst]:.2g} where those of an image have a "
         f"standard deviation of {spreads[worst]:.2g}"
@@ -311,7 +334,7 @@ def _judge(expected: Tensor, found: Tensor, precision: Precision, question: _Que
 
 
 def _rounding(logits: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-    """Spreads (R,) of logits (R, K) and how far rounding may move them, (R,); see ``check_forward``."""
+    """Return the spreads (R,) of logits (R, K), and by how much rounding may change them, (R,) (``check_forward``)."""
     deviations = logits.std(1, correction=0)
     spreads = deviations.maximum(deviations.median())
     resolution = _resolution(logits)
@@ -320,7 +343,7 @@ def _rounding(logits: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
 
 
 def _resolution(logits: Tensor) -> float:
-    """Epsilon of the coarsest type that holds every one of these numbers."""
+    """Return the epsilon of the coarsest type that holds all of ``logits`` exactly."""
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(logits.to(dtype).double(), logits):
             return torch.finfo(dtype).eps

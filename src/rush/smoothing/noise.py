@@ -1,4 +1,4 @@
-"""Smoothing noise: one object trains, certifies, predicts and is attacked."""
+"""Smoothing noise, one object for training, certification, prediction and attacks."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ class Gaussian:
         object.__setattr__(self, "sigma", sigma_of(self.sigma))
 
     def sample(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
-        """Noise of ``shape`` in float32 on the generator's device."""
+        """Draw noise of ``shape``, float32 on the generator's device."""
         return self.fill(torch.empty(shape, dtype=torch.float32, device=generator.device), generator)
 
     def fill(self, out: Tensor, generator: torch.Generator) -> Tensor:
-        """``out``, float32 on the generator's device, filled in place with the noise that ``sample`` gives."""
+        """Fill ``out``, float32 on the generator's device, with the noise that ``sample`` draws, and return it."""
         return out.normal_(generator=generator).mul_(self.sigma)

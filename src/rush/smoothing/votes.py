@@ -1,4 +1,4 @@
-"""Votes of a base classifier on noisy copies of images: the engine under certification, prediction and verdicts."""
+"""Counts votes of a base classifier on noisy copies of images, for certification, prediction and verdicts."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,24 +17,29 @@ from rush.smoothing.noise import Gaussian
 _SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
 
 
-class Request(NamedTuple):
-    """One block of noise on one image: ``pixels`` (C, H, W) float32 and ``generator`` on the engine's device; the first
-    ``rows`` <= 100 copies vote."""
+class VoteRequest(NamedTuple):
+    """One block of noise on one image.
+
+    Attributes:
+        pixels: (C, H, W) float32, on the engine's device.
+        generator: on the engine's device; it advances by one block.
+        rows: number of copies that vote, the first ones, at most 100.
+    """
 
     pixels: Tensor
     generator: torch.Generator
     rows: int = BLOCK
 
 
-class Voter:
-    """Counts votes in full tiles, whatever images and blocks come.
+class VoteCounter:
+    """Counts votes in full tiles, whatever images and blocks are requested.
 
-    Noise is drawn by whole blocks, added in float32 and never clipped. A tile that a launch leaves unfinished is filled
-    by the next one, and padded only where votes in it are read before. Nothing waits for the device until votes are
-    read, and memory does not grow with the number of requests.
+    Noise is drawn in whole blocks, added in float32 and never clipped. A launch continues the tile that the previous
+    one left unfinished. A tile is padded only if votes in it are read before it is full. The host waits for the device
+    only when votes are read, and memory does not grow with the number of requests.
 
-    The last row of a tile of 16 rows or more does not vote: it holds one and the same noisy image throughout, whose
-    logits show in every tile whether the forward still looks at one image alone.
+    The last row of a tile of 16 rows or more does not vote. It always holds the same noisy image, whose logits show in
+    every tile whether the forward still computes each image by itself.
     """
 
     def __init__(self, forward: Forward, noise: Gaussian, num_classes: int, execution: Execution) -> None:
@@ -47,21 +52,18 @@ class Voter:
         self._filled = 0
         self._owners: list[tuple[PendingVotes, int]] = []  # launches in the tile, each with its first row
 
-    def launch(self, requests: Iterable[Request], count: int) -> "PendingVotes":
-        """Begin to count the votes of ``count`` requests; each advances its generator by one block.
-
-        Raises: ModelError like ``Forward``.
-        """
+    def launch(self, requests: Iterable[VoteRequest], count: int) -> "PendingVotes":
+        """Start counting the votes of ``count`` requests. Raises: ModelError as ``Forward``."""
         pending = PendingVotes(self, count, self._num_classes, self._device)
         for slot, request in enumerate(requests):
-            rows = self._noisy(request)[: request.rows]
+            rows = self._noisy(request)[: request.rows]  # (r, C, H, W), valid until the next request
             pending.waiting += len(rows)
             while len(rows):
                 taken = min(len(rows), self._rows - self._filled)
                 if not self._owners or self._owners[-1][0] is not pending:
                     self._owners.append((pending, self._filled))
                 self._tile[self._filled : self._filled + taken] = rows[:taken]
-                self._places[self._filled : self._filled + taken] = slot * self._num_classes
+                self._places[self._filled : self._filled + taken] = slot * self._num_classes  # + class: slot's count
                 self._filled, rows = self._filled + taken, rows[taken:]
                 if self._filled == self._rows:
                     self._count()
@@ -69,12 +71,12 @@ class Voter:
         return pending
 
     def flush(self) -> None:
-        """Count the unfinished tile, padded with its first row."""
+        """Count the unfinished tile, padded with copies of its first row."""
         if self._filled:
             self._tile[self._filled : self._rows] = self._tile[0].clone()
             self._count()
 
-    def _noisy(self, request: Request) -> Tensor:
+    def _noisy(self, request: VoteRequest) -> Tensor:
         shape = request.pixels.shape
         if self._block.shape[1:] != shape:
             self.flush()
@@ -85,9 +87,9 @@ class Voter:
         return self._noise.fill(self._block, request.generator).add_(request.pixels)
 
     def _count(self) -> None:
-        """Give each launch in the tile the votes of its rows."""
+        """Compute the logits of the tile and add the votes of its rows to the launches that they belong to."""
         filled, owners = self._filled, self._owners
-        self._filled, self._owners = 0, []  # also where the forward fails: what it refused is not tried again
+        self._filled, self._owners = 0, []  # also if the forward fails, so that a refused tile is not tried again
         logits = self._classified()
         unmoved = self._sentinel.unmoved(logits) if self._sentinel else None
         voting = logits[: self._rows]
@@ -97,7 +99,7 @@ class Voter:
             pending.add(voted[first:last], finite[first:last], unmoved)
 
     def _classified(self) -> Tensor:
-        """Return the logits of the tile; the first tile of a shape gives the sentinel."""
+        """Return the logits of the tile; the first tile of a shape defines the sentinel."""
         if self._rows == self._execution.tile or self._sentinel is not None:
             return self._forward(self._tile)
         self._tile[-1] = self._tile[0]
@@ -107,19 +109,24 @@ class Voter:
 
 
 class PendingVotes:
-    """Votes of one launch that the device may still be counting, or whose last rows wait for a full tile."""
+    """Votes of one launch, which the device may still be counting or whose last rows may wait for a full tile."""
 
-    def __init__(self, voter: Voter, count: int, num_classes: int, device: str) -> None:
+    def __init__(self, counter: VoteCounter, count: int, num_classes: int, device: str) -> None:
         self.waiting = 0  # rows that are not counted yet
-        self._voter, self._shape, self._closed = voter, (count, num_classes), False
+        self._counter, self._shape, self._closed = counter, (count, num_classes), False
         self._votes = torch.zeros(count * num_classes, dtype=torch.int64, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._unmoved = torch.ones((), dtype=torch.bool, device=device)
         self._copies: HostCopy | None = None
 
     def add(self, places: Tensor, finite: Tensor, unmoved: Tensor | None) -> None:
-        """Count one vote at each of ``places`` (rows,), request x K + class, if ``finite`` (rows,) holds everywhere and
-        the tile's sentinel, where it has one, is ``unmoved``."""
+        """Add one vote at each of ``places``.
+
+        Args:
+            places: int64 (rows,), request x K + class.
+            finite: bool (rows,), whether the logits of each row are finite.
+            unmoved: bool (), whether the tile's sentinel has its first logits; None without a sentinel.
+        """
         self._votes.index_add_(0, places, torch.ones_like(places))
         self._finite &= finite.all()
         if unmoved is not None:
@@ -128,15 +135,18 @@ class PendingVotes:
         self._fetch_if_complete()
 
     def close(self) -> None:
-        """No more rows will come."""
+        """Note that all rows of the launch have been placed."""
         self._closed = True
         self._fetch_if_complete()
 
     def result(self) -> Tensor:
-        """int64 (count, K) on the CPU; waits for the device. Raises: ModelError where logits were not finite or the
-        sentinel's were not what they had been."""
+        """Wait for the device and return the votes, int64 (count, K), on the CPU.
+
+        Raises:
+            ModelError: logits were not finite, or the sentinel's logits changed.
+        """
         if self.waiting:
-            self._voter.flush()
+            self._counter.flush()
         assert self._copies is not None
         votes, finite, unmoved = self._copies.read()
         if not bool(finite):
@@ -146,6 +156,6 @@ class PendingVotes:
         return votes.view(self._shape)
 
     def _fetch_if_complete(self) -> None:
-        """Copy behind the work just queued, not behind what is queued later."""
+        """Enqueue the copy to the host right after the current work, ahead of any later launch."""
         if self._closed and self.waiting == 0:
             self._copies = HostCopy(self._votes, self._finite, self._unmoved)
