@@ -22,13 +22,14 @@ from rush.data.batches import Resident
 from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.data.images import ImageSet, evaluation_order, stratified_subset
 from rush.errors import ConfigError
-from rush.evaluation.attack import Judging, evaluate
-from rush.evaluation.groups import read_part, write_part
+from rush.evaluation.evaluation import Evaluation
+from rush.evaluation.groups import read_group, write_group
 from rush.evaluation.ladder import ladder
 from rush.evaluation.model import defend
 from rush.evaluation.plans import Plan, Suite, worst_case
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.sandwich import check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
+from rush.evaluation.verdict import VerdictSettings
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_weights
 from rush.pipeline.context import noise_of
@@ -132,10 +133,10 @@ class Bench:
         return ThreatModel(self.recipe.attack.norm, parse_fraction(self.recipe.attack.epsilon))
 
     @property
-    def judging(self) -> Judging:
+    def settings(self) -> VerdictSettings:
         """How every point is judged; all verdicts on an image of one model share the level."""
         config = self.recipe.attack
-        return Judging(config.alpha / VERDICTS, config.max_votes, self.recipe.seed)
+        return VerdictSettings(config.alpha / VERDICTS, config.max_votes, self.recipe.seed)
 
     @cached_property
     def rungs(self) -> dict[str, Plan]:
@@ -178,12 +179,14 @@ class Bench:
         """Return the stored result of a model and attacker on the first images; None where there is none."""
         group = self.pixels.select(list(range(images)))
         file = self.store.work / "results" / f"{name}-{plan.name}.npz"
-        return read_part(file, group, self.threat, plan, self.judging.level, False, name)
+        if not file.exists():
+            return None
+        return read_group(file, group, self.threat, plan, self.settings.level, False, name)
 
     def keep_attacked(self, name: str, result: AttackResult) -> None:
         """Store the result of a model and attacker on the first images."""
         group = self.pixels.select(list(range(len(result))))
-        write_part(self.store.work / "results" / f"{name}-{result.plan.name}.npz", result, group, name)
+        write_group(self.store.work / "results" / f"{name}-{result.plan.name}.npz", result, group, name)
 
     def certificates(self, name: str) -> Certificates | None:
         """Return the stored certificates of a model; None where there are none."""
@@ -194,11 +197,11 @@ class Bench:
         self, smoothed: rush.SmoothedClassifier, plans: Sequence[Plan | Suite]
     ) -> Callable[[list[int]], list[AttackResult]]:
         """Return what attacks and judges the images at some rows of the order by each of ``plans``."""
-        defender = defend(smoothed, self.test.num_classes)
+        evaluation = Evaluation(defend(smoothed, self.test.num_classes), self.pixels, self.threat, self.settings)
 
         def attack(rows: list[int]) -> list[AttackResult]:
-            pixels = self.pixels.select(rows)
-            return [evaluate(defender, pixels, self.threat, plan, self.judging) for plan in plans]
+            chosen = evaluation.select(rows)
+            return [chosen.run(plan) for plan in plans]
 
         return attack
 
@@ -603,11 +606,11 @@ def close_sandwich(bench: Bench, seconds: float) -> dict[str, Any]:
     least = min(bench.sizes.least, len(positions))
     needed = bench.rates.seconds(least * plan.passes_per_image, least * bench.recipe.attack.max_votes)
     bench.check_fits(seconds, f"{least} images", needed)
-    defender = defend(smoothed, bench.test.num_classes)
+    defender, certified = defend(smoothed, bench.test.num_classes), bench.pixels.select(positions)
+    evaluation = Evaluation(defender, certified, balls, bench.settings)
 
     def job(rows: list[int]) -> AttackResult:
-        pixels = bench.pixels.select([positions[row] for row in rows])
-        return evaluate(defender, pixels, balls.select(rows), plan, bench.judging)
+        return evaluation.select(rows).run(plan)
 
     images, found = in_rounds({name: job}, wanted=len(positions), minimum=least, seconds=seconds, clock=bench.clock)
     _check_images(images, least)

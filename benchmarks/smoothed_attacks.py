@@ -37,10 +37,12 @@ from rush.attacks.losses import cross_entropy
 from rush.choices import parse_fraction
 from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet, stratified_subset
-from rush.evaluation.attack import Judging, Method, evaluate, verdict
+from rush.evaluation.attack import Method, verdict
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import defend
 from rush.evaluation.plans import scaled, worst_case
 from rush.evaluation.result import AttackResult
+from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.statistics import paired_difference, share_interval
@@ -210,8 +212,9 @@ def tenfold(arguments: argparse.Namespace) -> None:
     images, before = images[rows], before.select(rows)
     left = np.flatnonzero(~before.broken)
     suite = scaled(worst_case("random", smoothed.num_classes), 10)
-    pixels, judging = labelled_pixels(images[left]), Judging(ALPHA, MAX_VOTES, 1)
-    after = evaluate(defend(smoothed), pixels, threat_of(arguments), suite, judging, arguments.cache / "tenfold")
+    pixels, settings = labelled_pixels(images[left]), VerdictSettings(ALPHA, MAX_VOTES, seed=1)
+    evaluation = Evaluation(defend(smoothed), pixels, threat_of(arguments), settings)
+    after = evaluation.run(suite, arguments.cache / "tenfold")
     print_result("worst case", before)
     standing = ~before.broken
     standing[left[after.broken]] = False

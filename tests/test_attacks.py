@@ -20,12 +20,16 @@ from rush.attacks.gradient import loss_and_gradient
 from rush.attacks.losses import cross_entropy, margin
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel, norms
-from rush.choices import Norm
+from rush.choices import Gradient, Norm
 from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet
 from rush.data.sources import load_images
 from rush.errors import InputError, ModelError
-from rush.evaluation.attack import AttackResult, Gradient, Model, Plan, attack_groups, join_results
+from rush.evaluation.evaluation import GROUP, Evaluation
+from rush.evaluation.model import Model, defend
+from rush.evaluation.plans import Plan
+from rush.evaluation.result import AttackResult
+from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 
@@ -101,9 +105,15 @@ def _none(model: Model, images: tuple[Tensor, Tensor], threat: ThreatModel) -> A
 
 def _without_steps(model: Model, images: tuple[Tensor, Tensor], threat: ThreatModel) -> AttackResult:
     plan = Plan("idle", "steps of no length", "pgd", "fresh", 4, steps=10, step_size=0.0)
-    pixels = labelled_pixels(images)
-    groups = attack_groups(model, pixels, threat, plan, level=0.001, max_votes=10_000, seed=0)
-    return join_results(list(groups), threat)
+    return _evaluation(model, images, threat, level=0.001, max_votes=10_000).run(plan)
+
+
+def _evaluation(
+    model: Model, images: ImageSet | tuple[Tensor, Tensor], threat: ThreatModel, **settings: float
+) -> Evaluation:
+    """The evaluation of ``model`` without a look at it, so that what it sees is the attack's alone."""
+    chosen = {"level": 0.01, "max_votes": 100, "seed": 0, **settings}
+    return Evaluation(defend(model), labelled_pixels(images), threat, VerdictSettings(**chosen))  # type: ignore[arg-type]
 
 
 def assert_reaches_the_distance(attack: Attack, model: Model, x: Tensor, y: Tensor, norm: Norm, excess: float) -> None:
@@ -214,9 +224,8 @@ def test_random_starts_are_uniform_in_the_ball(norm: Norm) -> None:
 
 def _starts(images: ImageSet | tuple[Tensor, Tensor], network: nn.Module, seed: int, restarts: int = 1) -> Tensor:
     plan = Plan("pgd", "starts alone", "pgd", steps=1, step_size=0.0, restarts=restarts)
-    threat, pixels = ThreatModel("linf", 0.1), labelled_pixels(images)
-    groups = attack_groups(network, pixels, threat, plan, level=0.01, max_votes=100, seed=seed)
-    return join_results(list(groups), threat).adversarial - pixels.x
+    evaluation = _evaluation(network, images, ThreatModel("linf", 0.1), seed=seed)
+    return evaluation.run(plan).adversarial - evaluation.images.x
 
 
 def test_random_starts_differ_by_image_and_seed_alone() -> None:
@@ -279,8 +288,7 @@ def test_steps_have_the_length_that_was_asked_for_in_pixels() -> None:
 
 def _starts_of(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
     plan = Plan("pgd", "starts alone", "pgd", steps=1, step_size=0.0)
-    groups = attack_groups(model, labelled_pixels((x, y)), threat, plan, level=0.01, max_votes=100, seed=0)
-    return join_results(list(groups), threat).adversarial
+    return _evaluation(model, (x, y), threat).run(plan).adversarial
 
 
 def test_losses_are_what_they_say_and_gradients_are_per_image(digits_network: nn.Module) -> None:
@@ -450,14 +458,10 @@ def test_more_restarts_break_every_image_that_fewer_break(digits_network: nn.Mod
     assert (best > first + 1e-3).float().mean() > 0.5
 
 
-def _digits_attacked(
-    model: Model, images: ImageSet, start: int = 0, epsilon: float | Tensor = 0.1, eot_samples: int = 4
-) -> AttackResult:
-    eot = eot_samples if isinstance(model, SmoothedClassifier) else 0
+def _digits_attacked(model: Model, images: ImageSet) -> AttackResult:
+    eot = 4 if isinstance(model, SmoothedClassifier) else 0
     plan = Plan("pgd", "PGD", "pgd", "fresh", eot, steps=3, step_size=0.25)
-    threat = ThreatModel("linf", epsilon)
-    groups = attack_groups(model, labelled_pixels(images), threat, plan, level=0.01, max_votes=400, seed=0, start=start)
-    return join_results(list(groups), threat)
+    return _evaluation(model, images, ThreatModel("linf", 0.1), max_votes=400).run(plan)
 
 
 def _assert_same(first: AttackResult, second: AttackResult, rows: list[int]) -> None:
@@ -483,12 +487,10 @@ def test_a_point_does_not_depend_on_the_other_images(
     _assert_same(_digits_attacked(model, images[np.array(rows)]), whole, rows)
 
 
-def test_an_attack_resumed_at_a_group_ends_with_the_same_points(
-    whole_attack: tuple[Model, ImageSet, AttackResult],
-) -> None:
+def test_a_group_has_the_points_that_it_has_in_the_whole(whole_attack: tuple[Model, ImageSet, AttackResult]) -> None:
     model, images, whole = whole_attack
-    for start in (64, 128):
-        _assert_same(_digits_attacked(model, images, start=start), whole, list(range(start, 150)))
+    for start in (GROUP, 2 * GROUP):
+        _assert_same(_digits_attacked(model, images[start:]), whole, list(range(start, 150)))
 
 
 def test_epsilons_stay_with_their_images() -> None:
@@ -520,8 +522,7 @@ def test_the_stated_passes_are_those_that_the_network_sees(plan: Plan, smoothed:
     plan = plan if smoothed else replace(plan, eot_samples=0)
     model = SmoothedClassifier(recorder, 0.02, 2) if smoothed else recorder
     threat = ThreatModel("l2", 0.01)
-    groups = attack_groups(model, labelled_pixels((x, y)), threat, plan, level=0.001, max_votes=1000, seed=0)
-    result = join_results(list(groups), threat)
+    result = _evaluation(model, (x, y), threat, level=0.001, max_votes=1000).run(plan)
     assert (result.votes == (200 if smoothed else 1)).all()
     assert recorder.backward_rows == 64 * plan.passes_per_image
     # PGD's last loss, and what chooses between its two candidates
@@ -552,16 +553,7 @@ def test_frozen_noise_is_the_same_at_every_call_and_fresh_noise_is_not() -> None
     def noises(gradient: Gradient) -> Iterator[Tensor]:
         recorder = Recorder(plane)
         plan = Plan("pgd", "", "pgd", gradient, 4, steps=2, step_size=0.0)
-        groups = attack_groups(
-            SmoothedClassifier(recorder, 0.1, 2),
-            labelled_pixels((x, y)),
-            ThreatModel("l2", 1e-6),
-            plan,
-            level=0.01,
-            max_votes=100,
-            seed=0,
-        )
-        list(groups)
+        _evaluation(SmoothedClassifier(recorder, 0.1, 2), (x, y), ThreatModel("l2", 1e-6)).candidates(plan)
         return iter(recorder.inputs[:3])
 
     first, *others = noises("frozen")

@@ -20,11 +20,11 @@ from rush.choices import Decision
 from rush.data.checks import LabelledPixels
 from rush.errors import InputError, ModelError
 from rush.evaluation import model as defenders
-from rush.evaluation.attack import prepare
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import Defender, Model, defend
 from rush.evaluation.plans import Plan
 from rush.evaluation.result import AttackResult
-from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, looks
+from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, VerdictSettings, looks
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 
@@ -46,7 +46,7 @@ def _points(count: int, y: int = 0) -> LabelledPixels:
 def _judged(
     model: nn.Module, decision: Decision, points: LabelledPixels, level: float, max_votes: int, seed: int = 0
 ) -> Verdicts:
-    return defend(model, 2, decision).judge(points, purpose="test", level=level, max_votes=max_votes, seed=seed)
+    return defend(model, 2, decision).judge(points, "test", VerdictSettings(level, max_votes, seed))
 
 
 def _clean(model: Model, images: tuple[Tensor, Tensor], **given: object) -> AttackResult:
@@ -254,7 +254,7 @@ def test_judging_follows_its_seed_and_purpose_and_no_global_generator() -> None:
     defender = defend(network, 2, "vote")
 
     def counts(purpose: str, seed: int) -> list[list[int]]:
-        return defender.judge(points, purpose=purpose, level=1e-6, max_votes=400, seed=seed).counts.tolist()
+        return defender.judge(points, purpose, VerdictSettings(1e-6, 400, seed)).counts.tolist()
 
     first = counts("test", 0)
     torch.rand(7)
@@ -313,21 +313,21 @@ def test_an_attack_on_a_drawing_network_is_the_same_whatever_the_global_generato
 
 
 @pytest.mark.parametrize("decision", ["vote", "mean", "single", None])
-def test_harm_is_measured_on_the_same_draws_for_all_points_of_an_image(decision: Decision | None) -> None:
+def test_the_choice_margin_is_measured_on_the_same_draws_for_all_points_of_an_image(decision: Decision | None) -> None:
     """Also where one image has moved; None is the smoothed plane."""
     plane = square_half_space()
     model: Model = SmoothedClassifier(plane, SPREAD, 2) if decision is None else _noisy(NoisyHalfSpace)
     defender = defend(model, 2, decision)
     x, y = square_images(np.linspace(-0.2, 0.2, 6), seed=0), torch.ones(6, dtype=torch.int64)
     ids = tuple("abcdef")
-    first = defender.harm(LabelledPixels(x, y, ids), "choice", 0)
-    assert torch.equal(defender.harm(LabelledPixels(x.clone(), y, ids), "choice", 0), first)
+    first = defender.choice_margin(LabelledPixels(x, y, ids), "choice", 0)
+    assert torch.equal(defender.choice_margin(LabelledPixels(x.clone(), y, ids), "choice", 0), first)
     moved = x.clone()
     moved[3] = (moved[3] - 0.1).clamp(0, 1)
-    second = defender.harm(LabelledPixels(moved, y, ids), "choice", 0)
+    second = defender.choice_margin(LabelledPixels(moved, y, ids), "choice", 0)
     assert second[3] > first[3]
     assert torch.equal(second[[0, 1, 2, 4, 5]], first[[0, 1, 2, 4, 5]])
-    assert not torch.equal(defender.harm(LabelledPixels(x, y, ids), "choice", 1), first)
+    assert not torch.equal(defender.choice_margin(LabelledPixels(x, y, ids), "choice", 1), first)
 
 
 class Undecided(nn.Module):
@@ -352,7 +352,7 @@ def test_the_choice_among_candidates_asks_what_the_model_is_used_for(decision: D
     ids, y = ("a",), torch.tensor([0])
     defender = defend(Undecided(), 2, decision)
     bright, dark = (
-        float(defender.harm(LabelledPixels(torch.full((1, 1, 2, 2), value), y, ids), "choice", 0))
+        float(defender.choice_margin(LabelledPixels(torch.full((1, 1, 2, 2), value), y, ids), "choice", 0))
         for value in (0.8, 0.2)
     )
     assert (bright > dark) == (worse == "bright")
@@ -451,7 +451,7 @@ def test_a_drawing_network_that_is_not_said_to_be_one_is_refused(network: nn.Mod
     with pytest.raises(ModelError, match=text):
         rush.attack(network, (x, torch.ones(8).long()), BALL, method)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=text):
-        prepare(network, (x, torch.ones(8).long()), BALL)
+        Evaluation.of(network, (x, torch.ones(8).long()), BALL, VerdictSettings(0.001, 100, 0))
 
 
 def test_dropout_that_is_never_switched_off_is_found() -> None:
@@ -491,7 +491,7 @@ def test_a_rounding_error_between_two_calls_is_no_randomness() -> None:
             InputError,
             "unknown decision 'votes'; allowed: vote, mean, single",
         ),
-        (SmoothedClassifier(square_half_space(), 0.1, 2), {"decision": "vote"}, InputError, "leave it away"),
+        (SmoothedClassifier(square_half_space(), 0.1, 2), {"decision": "vote"}, InputError, "omit it"),
         (
             square_half_space(),
             {"surrogate": lambda x: x},
@@ -566,14 +566,14 @@ def test_the_number_of_classes_is_asked_of_the_network_once() -> None:
     the last gives is kept."""
     recorder = Recorder(square_half_space())
     x = square_images(np.linspace(-0.2, 0.2, 12), seed=0)
-    defender, pixels = prepare(recorder, (x, torch.ones(12).long()), BALL)
-    assert defender.num_classes == 2
-    assert len(pixels) == 12
+    evaluation = Evaluation.of(recorder, (x, torch.ones(12).long()), BALL, VerdictSettings(0.001, 100, 0))
+    assert evaluation.defender.num_classes == 2
+    assert len(evaluation.images) == 12
     assert [len(batch) for batch in recorder.inputs] == [1, *[16] * 7]
 
 
 def test_a_smoothed_classifier_of_another_number_of_classes_is_refused() -> None:
     smoothed = SmoothedClassifier(Recorder(square_half_space()), 0.1, 10)
     x = square_images(np.linspace(-0.2, 0.2, 3), seed=0)
-    with pytest.raises(ModelError, match="the classifier gave 2 logits per image, expected num_classes = 10"):
+    with pytest.raises(ModelError, match=r"logits of shape \(1, 2\) for 1 images, expected \(1, 10\)"):
         rush.attack(smoothed, (x, torch.ones(3).long()), BALL, "worst-case")

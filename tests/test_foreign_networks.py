@@ -11,15 +11,17 @@ import rush
 from rush.attacks.threat import ThreatModel, norms
 from rush.choices import Decision
 from rush.errors import ModelError
-from rush.evaluation.attack import Judging, evaluate, prepare, verdict
+from rush.evaluation.attack import verdict
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.ladder import plain_ladder
 from rush.evaluation.model import Model, RandomDefender, defend
+from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 
 CLASSES, TILE, SHAPE = 4, 32, (3, 4, 4)
 WEIGHT = torch.randn((48, CLASSES), generator=stream(0, "foreign weights")) / 7
-BALL = ThreatModel("linf", 16 / 255)
+BALL, SETTINGS = ThreatModel("linf", 16 / 255), VerdictSettings(0.001, 100, seed=0)
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -292,7 +294,7 @@ def test_a_network_that_looks_at_its_batch_is_refused_at_every_door(name: str, c
         lambda net: rush.certify(_smoothed(net), (x, y), num_estimation=100),
         lambda net: _smoothed(net).predict(x, 100),
         lambda net: rush.attack(_smoothed(net), (x, y), BALL, "none", max_votes=100),
-        lambda net: prepare(net, (x, y), BALL),
+        lambda net: Evaluation.of(net, (x, y), BALL, SETTINGS),
         lambda net: rush.attack(net, (x, y), BALL, "none"),
         lambda net: rush.attack(net, (x, y), BALL, "worst-case"),
         lambda net: verdict(net, (x, y), x, BALL),
@@ -304,8 +306,8 @@ def test_a_network_that_looks_at_its_batch_is_refused_at_every_door(name: str, c
 
 
 def _ladder(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    defender, pixels = prepare(model, (x, y), BALL)
-    evaluate(defender, pixels, BALL, plain_ladder(CLASSES)[0], Judging(0.001, 100, 0))
+    evaluation = Evaluation.of(model, (x, y), BALL, SETTINGS)
+    evaluation.run(plain_ladder(CLASSES)[0])
 
 
 class OwnGenerator(nn.Module):
@@ -332,7 +334,7 @@ def test_a_random_network_that_looks_at_its_batch_is_refused(decision: Decision,
     mixing: list[Layer] = [lambda x: scores(x - x.mean(0)), lambda x: scores(x + 0.5 * x.roll(1, 0))]
     for answer in mixing:
         with pytest.raises(ModelError, match=r"neighbours|depend on the other images"):
-            prepare(network(answer), (x, y), BALL, decision)
+            Evaluation.of(network(answer), (x, y), BALL, SETTINGS, decision)
     noisy = nn.Sequential(_batch_norm(), Net(lambda z: z + torch.randn_like(z))).eval()
     with pytest.raises(ModelError, match="no running statistics"):
         rush.attack(noisy, (x, y), BALL, "none", decision=decision, max_votes=100)

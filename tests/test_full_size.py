@@ -26,7 +26,9 @@ from full_size_store import Clock, Store, in_rounds, load_shards
 from rush.data.batches import Resident
 from rush.data.images import stratified_subset
 from rush.errors import RunError, RushError
-from rush.evaluation.attack import attack_groups
+from rush.evaluation.evaluation import Evaluation
+from rush.evaluation.model import defend
+from rush.evaluation.verdict import VerdictSettings
 from rush.models.classifier import Represent
 from rush.models.storage import load_weights
 from rush.pipeline.context import noise_of
@@ -203,16 +205,10 @@ def test_a_cell_of_the_grid_is_the_library_attack(finished: Order, name: str) ->
     smoothed = bench.smoothed(name)
     assert smoothed.sigma == float(name.split("-")[1])
     pixels = bench.pixels.select(list(range(finished.sizes.grid)))
+    settings = VerdictSettings(level=0.001 / 9, max_votes=300, seed=0)
+    evaluation = Evaluation(defend(smoothed), pixels, rush.ThreatModel("linf", 8 / 255), settings)
     for rung in GRID:
-        (result,) = attack_groups(
-            smoothed,
-            pixels,
-            rush.ThreatModel("linf", 8 / 255),
-            bench.rungs[rung],
-            level=0.001 / 9,
-            max_votes=300,
-            seed=0,
-        )
+        result = evaluation.run(bench.rungs[rung])
         found = (int(result.broken.sum()), int(result.held.sum()), int(result.undecided.sum()))
         assert found == tuple(cell[rung][what] for what in ("broken", "held", "undecided")), rung
         stored = bench.attacked(name, bench.rungs[rung], len(pixels))

@@ -15,7 +15,8 @@ from rush.certification.rule import make_rule
 from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet, hold_out, stratified_subset
 from rush.errors import InputError
-from rush.evaluation.attack import Judging, verdict
+from rush.evaluation.attack import verdict
+from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.numbers import as_real, as_whole, least_whole, positive_integer, probability
 from rush.runtime.randomness import stream
 from rush.smoothing.noise import Gaussian
@@ -160,7 +161,7 @@ def test_attacks_verdicts_and_audits_take_them() -> None:
         rush.attack(_network(), LABELLED, threat, seed=1.5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="tolerance is a share of images"):
         audit(_network(), LABELLED, threat, tolerance=True)
-    assert Judging.checked(np.float32(0.25), np.int64(100), np.int64(0)) == Judging(0.25, 100, 0)  # type: ignore[arg-type]
+    assert VerdictSettings.checked(np.float32(0.25), np.int64(100), np.int64(0)) == VerdictSettings(0.25, 100, 0)  # type: ignore[arg-type]
 
 
 def test_a_threat_model_takes_an_array_of_one_epsilon_per_image() -> None:

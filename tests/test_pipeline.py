@@ -16,8 +16,7 @@ import torch
 
 import rush.certification.certify
 import rush.data.splits
-import rush.evaluation.attack
-import rush.evaluation.candidates
+import rush.evaluation.evaluation
 import rush.pipeline.train
 from rush.choices import STAGES, Stage
 from rush.data.images import ImageSet
@@ -106,7 +105,7 @@ GROUPED = (
 def small_groups() -> None:
     """Certificates come one or two at a time, attacked images in groups of two."""
     rush.certification.certify._ROUND_TILES = 2
-    rush.evaluation.attack.GROUP = rush.evaluation.candidates.GROUP = 2
+    rush.evaluation.evaluation.GROUP = 2
 
 
 def kill_at(way: str, write: int, delay: float) -> None:

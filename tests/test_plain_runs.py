@@ -6,7 +6,9 @@ Seeds are fixed, so nothing here fails by chance on one machine; the trained net
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +17,12 @@ from PIL import Image
 from torch import nn
 
 import rush
-import rush.evaluation.attack
-import rush.evaluation.candidates
+import rush.evaluation.evaluation
 from commands import Call, refusal
 from rush.choices import STAGES, FinetuneObjective
 from rush.commands.external import load_model
 from rush.commands.predict import predict_files
 from rush.errors import ConfigError, InputError, RunError
-from rush.evaluation.result import AttackResult
 from rush.models.storage import load_plain, load_smoothed
 from rush.pipeline.attack import _plain_rungs
 from rush.pipeline.stages import run_stage
@@ -57,8 +57,7 @@ GROUP = 8  # so that the attack stage has places to stop at
 @pytest.fixture(scope="module", autouse=True)
 def _groups() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rush.evaluation.attack, "GROUP", GROUP)
-        patch.setattr(rush.evaluation.candidates, "GROUP", GROUP)
+        patch.setattr(rush.evaluation.evaluation, "GROUP", GROUP)
         yield
 
 
@@ -151,20 +150,20 @@ def without_attack(folder: Path, target: Path) -> RunFolder:
 def test_an_attack_stage_that_was_cut_off_ends_with_the_same_results(
     plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, real = without_attack(plain_run, tmp_path / "run"), rush.evaluation.attack.attack_group
+    run, write_group = without_attack(plain_run, tmp_path / "run"), rush.evaluation.evaluation.write_group
     attacked: list[str] = []
 
-    def counted(*arguments: object, stop: bool) -> AttackResult:
+    def counted(file: Path, *rest: Any, stop: bool) -> None:
         if stop and len(attacked) == 7:
             raise KeyboardInterrupt
-        attacked.append(arguments[3].name)  # type: ignore[attr-defined]
-        return real(*arguments)  # type: ignore[arg-type]
+        attacked.append(file.name)
+        write_group(file, *rest)
 
-    monkeypatch.setattr(rush.evaluation.attack, "attack_group", lambda *given: counted(*given, stop=True))
+    monkeypatch.setattr(rush.evaluation.evaluation, "write_group", partial(counted, stop=True))
     with pytest.raises(KeyboardInterrupt):
         run_stage(run, "attack")
     assert not run.finished("attack")
-    monkeypatch.setattr(rush.evaluation.attack, "attack_group", lambda *given: counted(*given, stop=False))
+    monkeypatch.setattr(rush.evaluation.evaluation, "write_group", partial(counted, stop=False))
     run_stage(run, "attack")
     groups = -(-20 // GROUP)
     assert len(attacked) == len(RUNGS) * groups + 6, "a finished group was attacked again"

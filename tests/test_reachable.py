@@ -20,6 +20,7 @@ from rush.choices import fewest_samples
 from rush.commands.external import ExternalModel
 from rush.errors import ConfigError, InputError
 from rush.evaluation.attack import verdict
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.plans import worst_case
 from rush.evaluation.verdict import (
     BROKEN,
@@ -180,7 +181,7 @@ def test_a_suite_shares_the_level_among_its_attackers() -> None:
 def test_an_audit_and_a_ladder_are_refused_before_their_first_attack(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("rush.evaluation.attack.attack_group", lambda *_: pytest.fail("an attack was begun"))
+    monkeypatch.setattr(Evaluation, "candidates", lambda *_, **__: pytest.fail("an attack was begun"))
     with pytest.raises(InputError, match="no verdict can be given at the level"):
         audit(SMOOTHED, (X, Y), THREAT, alpha=2.0**-100 * 1.001, max_votes=100)
     np.savez(tmp_path / "images.npz", images=np.uint8(255 * X), labels=Y)

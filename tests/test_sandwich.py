@@ -15,7 +15,10 @@ from rush.attacks.threat import ThreatModel
 from rush.certification.certify import Certificates
 from rush.data.checks import labelled_pixels
 from rush.errors import SandwichError
-from rush.evaluation.attack import AttackResult, Plan, attack_groups, join_results
+from rush.evaluation.evaluation import Evaluation
+from rush.evaluation.model import defend
+from rush.evaluation.plans import Plan
+from rush.evaluation.result import AttackResult
 from rush.evaluation.sandwich import (
     SHARE_OF_RADIUS,
     Sandwich,
@@ -24,7 +27,7 @@ from rush.evaluation.sandwich import (
     sandwich_positions,
     sandwich_threat,
 )
-from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
+from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, VerdictSettings
 from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
 from rush.smoothing.noise import Gaussian
 
@@ -51,10 +54,8 @@ def _attacked(x: Tensor, y: Tensor, certificates: Certificates) -> AttackResult:
     positions = sandwich_positions(certificates, pixels.ids)
     chosen = pixels.select(positions)
     threat = sandwich_threat(certificates, chosen.ids)
-    groups = attack_groups(
-        SMOOTHED, chosen, threat, sandwich_plan(steps=10, eot_samples=4), level=LEVEL, max_votes=10_000, seed=0
-    )
-    return join_results(list(groups), threat)
+    evaluation = Evaluation(defend(SMOOTHED), chosen, threat, VerdictSettings(LEVEL, 10_000, seed=0))
+    return evaluation.run(sandwich_plan(steps=10, eot_samples=4))
 
 
 def test_honest_certificates_are_not_broken(certified: tuple[Tensor, Tensor, Certificates]) -> None:

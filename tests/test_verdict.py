@@ -15,7 +15,16 @@ from random_models import NoisyHalfSpace
 from rush.data.checks import LabelledPixels, pixel_ids
 from rush.evaluation.attack import verdict
 from rush.evaluation.model import defend
-from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, VERDICTS, Verdicts, judge, judge_deterministic, looks
+from rush.evaluation.verdict import (
+    BROKEN,
+    HELD,
+    UNDECIDED,
+    VERDICTS,
+    Verdicts,
+    VerdictSettings,
+    judge_deterministic,
+    looks,
+)
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
@@ -38,7 +47,7 @@ def _judged(
     model, x = bins_with(probabilities, SIGMA)
     points = LabelledPixels(x.expand(count, -1, -1, -1), torch.full((count,), y), tuple(map(str, range(count))))
     smoothed = SmoothedClassifier(model, SIGMA, len(probabilities), execution=Execution(tile=4000))
-    return judge(smoothed, points, purpose=purpose, level=level, max_votes=max_votes, seed=seed)
+    return defend(smoothed).judge(points, purpose, VerdictSettings(level, max_votes, seed))
 
 
 def _count(verdicts: Verdicts, kind: int) -> int:
@@ -156,7 +165,7 @@ def test_verdicts_follow_seed_and_purpose_and_not_the_other_points() -> None:
 
     def counts(ids: Sequence[str], purpose: str = "test", seed: int = 0) -> list[list[int]]:
         points = LabelledPixels(x.expand(len(ids), -1, -1, -1), torch.zeros(len(ids), dtype=torch.int64), tuple(ids))
-        verdicts = judge(smoothed, points, purpose=purpose, level=0.05, max_votes=1600, seed=seed)
+        verdicts = defend(smoothed).judge(points, purpose, VerdictSettings(0.05, 1600, seed))
         return np.column_stack([verdicts.counts, verdicts.verdict, verdicts.votes]).tolist()
 
     whole = counts("abcdefgh")
@@ -184,7 +193,7 @@ def test_attack_choice_challenger_and_verdict_share_no_noise(monkeypatch: pytest
         return noise
 
     monkeypatch.setattr("rush.smoothing.classifier.stream", named)
-    monkeypatch.setattr("rush.evaluation.candidates.stream", named)
+    monkeypatch.setattr("rush.evaluation.evaluation.stream", named)
     monkeypatch.setattr(Gaussian, "fill", recorded)
     x = square_images(np.array([0.1, -0.1, 0.05]), seed=0)
     smoothed = SmoothedClassifier(square_half_space(), SIGMA, 2)
@@ -282,13 +291,13 @@ def test_the_smallest_change_of_a_point_changes_the_noise_of_its_verdict(kind: s
         torch.full((1, 1, 1, 1), value) for value in np.nextafter(np.float32(0.5), np.arange(2, dtype=np.float32))
     ]
     judged = [
-        defender.judge(
-            LabelledPixels(point, torch.zeros(1).long(), ("a",)), purpose="p", level=1e-9, max_votes=3200, seed=0
-        )
+        defender.judge(LabelledPixels(point, torch.zeros(1).long(), ("a",)), "p", VerdictSettings(1e-9, 3200, seed=0))
         for point in (*points, points[0])
     ]
     counts = [verdicts.counts.tolist() for verdicts in judged]
     assert counts[0] == counts[2]
     assert counts[0] != counts[1]
-    harms = [float(defender.harm(LabelledPixels(p, torch.zeros(1).long(), ("a",)), "choice", 0)) for p in points]
-    assert harms[0] == pytest.approx(harms[1], abs=1e-4)
+    margins = [
+        float(defender.choice_margin(LabelledPixels(p, torch.zeros(1).long(), ("a",)), "choice", 0)) for p in points
+    ]
+    assert margins[0] == pytest.approx(margins[1], abs=1e-4)

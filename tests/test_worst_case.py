@@ -24,14 +24,16 @@ from ranks import on_ranks
 from rush.attacks.losses import margin
 from rush.attacks.threat import ThreatModel
 from rush.choices import Decision, Norm
-from rush.data.checks import labelled_pixels
+from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.data.images import ImageSet
 from rush.errors import InputError, ModelError, RunError
-from rush.evaluation import attack as robust
-from rush.evaluation.attack import Judging, Model, attack, evaluate, verdict
-from rush.evaluation.model import SmoothedDefender
+from rush.evaluation import evaluation as evaluating
+from rush.evaluation.attack import attack, verdict
+from rush.evaluation.evaluation import Evaluation
+from rush.evaluation.model import Model, SmoothedDefender, defend
 from rush.evaluation.plans import PAPER, WORST_CASE_VERSION, Kind, Plan, Suite, scaled, worst_case
 from rush.evaluation.result import ARRAYS, AttackResult
+from rush.evaluation.verdict import Verdicts, VerdictSettings
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 
@@ -126,10 +128,11 @@ def test_an_image_is_held_only_where_every_verdict_on_it_is() -> None:
     failing by chance: 0.001 for each of six images, to be broken."""
     x, y = _near(_plane(), [0.1] * 6)
     threat = ThreatModel("l2", _distances(_plane(), x, "l2").float())
-    defender, pixels = robust.prepare(SmoothedClassifier(_plane(), 0.02, 2), (x, y), threat)
+    model, settings = SmoothedClassifier(_plane(), 0.02, 2), VerdictSettings(0.001, 400, 0)
+    evaluation = Evaluation.of(model, (x, y), threat, settings)
     pgd = Plan("pgd", "", "pgd", "fresh", 4, 20, 0.25)
     for plans in ((Plan("before", "", "none"), pgd), (pgd, Plan("behind", "", "none"))):
-        found = evaluate(defender, pixels, threat, Suite("two", "two-v1", "", plans), Judging(0.001, 400, 0))
+        found = evaluation.run(Suite("two", "two-v1", "", plans))
         assert found.undecided.all()
         assert (found.attacker == plans.index(pgd)).all()
         assert (found.l2 > 0.09).all()
@@ -184,18 +187,14 @@ def test_the_worst_case_is_the_worst_of_its_stages_image_by_image(kind: Kind) ->
     """A suite of weak attackers, so that several of them count. Each alone, at the level that it has there, breaks what
     it breaks in the suite; what holds is returned at its most harmful."""
     model, x, y = _bumpy(kind)
-    suite, threat, judging = worst_case(kind, 3), ThreatModel("linf", 0.02), Judging(0.01, 1600, 1)
+    suite, threat, settings = worst_case(kind, 3), ThreatModel("linf", 0.02), VerdictSettings(0.01, 1600, 1)
     plans = tuple(
         replace(plan, steps=FEW_STEPS.get(plan.method, 0), eot_samples=min(plan.eot_samples, 2)) for plan in suite.plans
     )
-    defender, pixels = robust.prepare(model, (x, y), threat)
-    whole = evaluate(defender, pixels, threat, replace(suite, plans=plans), judging)
-    each = replace(judging, level=0.01 / len(plans))
-    alone = {
-        number: evaluate(defender, pixels, threat, plan, each)
-        for number, plan in enumerate(plans)
-        if plan.start != "best"
-    }
+    evaluation = Evaluation.of(model, (x, y), threat, settings)
+    whole = evaluation.run(replace(suite, plans=plans))
+    each = replace(evaluation, settings=replace(settings, level=0.01 / len(plans)))
+    alone = {number: each.run(plan) for number, plan in enumerate(plans) if plan.start != "best"}
     broken = np.array([result.broken for result in alone.values()])
     assert 0.4 < whole.broken.mean() < 0.9
     assert len(np.unique(whole.attacker[whole.broken])) >= 3
@@ -282,9 +281,9 @@ def test_the_level_of_an_image_is_shared_by_all_its_verdicts(monkeypatch: pytest
     judged: list[tuple[str, float]] = []
     judge = SmoothedDefender.judge
 
-    def recorded(self: SmoothedDefender, points: object, *, purpose: str, level: float, **given: object) -> object:
-        judged.append((purpose, level))
-        return judge(self, points, purpose=purpose, level=level, **given)  # type: ignore[arg-type]
+    def recorded(self: SmoothedDefender, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
+        judged.append((purpose, settings.level))
+        return judge(self, points, purpose, settings)
 
     monkeypatch.setattr(SmoothedDefender, "judge", recorded)
     x, y = _near(_plane(), [0.2] * 3)
@@ -395,8 +394,9 @@ def test_a_scaled_suite_can_be_run(kind: str) -> None:
     x, y = _near(_plane(), [0.1] * 4)
     exact = _distances(_plane(), x, "linf").float()
     threat = ThreatModel("linf", exact * torch.tensor([0.9, 0.9, 1.1, 1.1]))
-    defender, pixels = robust.prepare(made(0.02), (x, y), threat)
-    result = evaluate(defender, pixels, threat, scaled(worst_case(defender.kind, 2), 2), Judging(0.001, 10_000, 0))
+    evaluation = Evaluation.of(made(0.02), (x, y), threat, VerdictSettings(0.001, 10_000, 0))
+    defender = evaluation.defender
+    result = evaluation.run(scaled(worst_case(defender.kind, 2), 2))
     assert result.broken.tolist() == [False, False, True, True]
     assert result.held.tolist() == [True, True, False, False]
     assert result.suite == "worst-case-v1-x2"
@@ -427,29 +427,29 @@ def undisturbed() -> AttackResult:
 def killed_in_the_third_group(folder: Path) -> None:
     """A process that attacks until it is killed."""
     torch.set_num_threads(1)
-    whole, groups = robust.attack_group, []
+    write_group, files = evaluating.write_group, []
 
-    def until_killed(*given: object) -> AttackResult:
-        groups.append(given)
-        if len(groups) == 3:
+    def until_killed(file: Path, *rest: Any) -> None:
+        files.append(file)
+        if len(files) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(*given)  # type: ignore[arg-type]
+        write_group(file, *rest)
 
-    robust.attack_group = until_killed  # type: ignore[assignment]
+    evaluating.write_group = until_killed
     _attacked(folder)
 
 
 @pytest.fixture
 def attacked_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the groups that are attacked."""
+    """Sizes of the groups that are attacked, and so written."""
     sizes: list[int] = []
-    whole = robust.attack_group
+    write_group = evaluating.write_group
 
-    def counted(defender: object, group: object, *given: object) -> AttackResult:
-        sizes.append(len(group))  # type: ignore[arg-type]
-        return whole(defender, group, *given)  # type: ignore[arg-type]
+    def counted(file: Path, result: AttackResult, *rest: Any) -> None:
+        sizes.append(len(result))
+        write_group(file, result, *rest)
 
-    monkeypatch.setattr(robust, "attack_group", counted)
+    monkeypatch.setattr(evaluating, "write_group", counted)
     return sizes
 
 
@@ -468,13 +468,24 @@ def test_an_attack_that_was_killed_goes_on_and_ends_with_the_same_bits(
     assert attacked_groups == [22]  # nothing is left to do
 
 
+def test_a_group_on_disk_says_of_what_it_is_in_the_words_of_the_first_ones(tmp_path: Path) -> None:
+    """So that a run begun before the settings had their present name is resumed."""
+    model, images, _ = _three_groups(3)
+    plan, fingerprint = Plan("pgd", "PGD", "pgd", "fresh", 2, 3, 0.25), defend(model).fingerprint()
+    Evaluation.of(model, images, ThreatModel("linf", 1 / 64), VerdictSettings(0.01, 400, seed=7)).run(plan, tmp_path)
+    with np.load(tmp_path / "pgd-0000.npz") as stored:
+        conditions = str(stored["conditions"])
+    origin = f"(Judging(level=0.01, max_votes=400, seed=7), '{fingerprint}')"
+    assert conditions == repr((plan, "linf", 1 / 64, 0.01, origin))
+    assert repr(plan).startswith("Plan(name='pgd', label='PGD', method='pgd', gradient='fresh', eot_samples=2, steps=3")
+
+
 def test_a_suite_is_taken_up_again_too(attacked_groups: list[int], tmp_path: Path) -> None:
     model, images, threat = _three_groups(70)
 
     def attacked() -> AttackResult:
-        defender, pixels = robust.prepare(model, images, threat)
         suite = Suite("short", "short-v1", "", (Plan("clean", "", "none"), Plan("pgd", "", "pgd", "fresh", 2, 3, 0.25)))
-        return evaluate(defender, pixels, threat, suite, Judging(0.01, 400, 0), tmp_path)
+        return Evaluation.of(model, images, threat, VerdictSettings(0.01, 400, 0)).run(suite, tmp_path)
 
     first = attacked()
     (tmp_path / "short-0000.npz").unlink()

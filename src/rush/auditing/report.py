@@ -1,6 +1,5 @@
-"""What an audit says: the verdict rule on the paired share d, and the report with its machine-readable form."""
+"""The verdict rule of an audit on the paired share d, and the report with its machine-readable form."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -10,17 +9,17 @@ from scipy import special
 from rush.auditing.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, Status, lower_bound, upper_bound
 from rush.choices import Norm
 from rush.errors import InputError
-from rush.runtime.numbers import as_real
+from rush.runtime.numbers import as_real, least_whole
 from rush.statistics import Interval, share_interval
 
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
 
 FORMAT = 1  # of audit.json
-_MOST_IMAGES = 10_000_000  # where the search for a deciding number of images ends
+_MOST_IMAGES = 10_000_000  # beyond it no number of images is named
 
 
 def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> AuditVerdict:
-    """The verdict about an evaluation that held ``newly`` of ``total`` images which were broken here.
+    """Return the verdict on an evaluation that held ``newly`` of ``total`` images which the audit broke.
 
     ``overestimated``: the one-sided lower bound of d = newly / total, at the level ``findings.LEVELS["d"]``, exceeds
     one point, or a failed finding says that the evaluation is invalid. ``holds``: the 95 % upper bound of d is below
@@ -36,10 +35,10 @@ def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> A
 
 
 def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> int | None:
-    """The fewest images at which an undecided audit would be decided if d stayed what it is, None where none would do.
+    """Return the fewest images at which an undecided audit would be decided if d stayed the same, None for no number.
 
-    Clopper-Pearson bounds of the share d of n images, n d taken as it is where it is no integer. At d between one point
-    and the tolerance the answer would be ``overestimated``; with a failed finding ``holds`` is out of reach.
+    The Clopper-Pearson bounds of the share d of n images take n d as it is where it is not an integer. At d between one
+    point and the tolerance the answer would be ``overestimated``. With a failed finding ``holds`` is out of reach.
     """
     share = newly / total
 
@@ -50,39 +49,45 @@ def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str
         return newly < total and float(special.betaincinv(share * n + 1, n - share * n, CONFIDENCE)) < tolerance
 
     rules = [overestimated] if failed else [overestimated, holds]
-    found = [fewest for rule in rules if (fewest := _fewest(rule)) is not None]
-    return min(found, default=None)
+    return min((images for rule in rules if (images := _fewest(rule)) is not None), default=None)
 
 
 def images_to_hold(tolerance: float) -> int | None:
-    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken here; None where no number
-    can."""
+    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken by the audit; None where no
+    number can."""
     return _fewest(lambda n: float(upper_bound(0, n)) < tolerance)
 
 
 def reach_statement(images: int, tolerance: float) -> str | None:
-    """Say that an audit of so few ``images`` cannot end with ``holds``, and how many can; None where it can."""
+    """Return a sentence that an audit of this number of ``images`` cannot end with ``holds``, and how many can; None
+    where it can."""
     fewest = images_to_hold(tolerance)
     if fewest is not None and images >= fewest:
         return None
     needed = "no number of them can" if fewest is None else f"that takes at least {fewest}"
     return (
         f"{images} images can show `overestimated`, but not `holds` at tolerance {tolerance:g}, even when nothing more "
-        f"is broken here: {needed}"
+        f"is broken by the audit: {needed}"
     )
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Is an evaluation believable?
+    """Report of an audit: can the evaluation be trusted?
 
-    verdict: see ``decide``. evaluation: what was audited, with ``evaluation_accuracy``, the robust accuracy that it
-    claims; here: the name and version of the suite that stood against it, with ``accuracy_here`` = 1 - share of images
-    that are broken by the evaluation, the suite or a probe. images: N. newly_broken: ids of the images that the
-    evaluation held (or left undecided) and that are broken here; d = their share, with its one-sided 95 % bounds
-    ``d_low`` and ``d_high``. images_needed: how many would decide, where the verdict is undecided and any number would.
-    findings: in the order of cause before symptom. norm, epsilon: the threat model (the largest epsilon, where images
-    have their own). alpha: bound on the probability of any false verdict on an image.
+    Attributes:
+        verdict: see ``decide``.
+        evaluation: what was audited, with ``evaluation_accuracy``, the robust accuracy that it reports.
+        here: name and version of the reference suite.
+        accuracy_here: re-measured robust accuracy, 1 - the share of images that are broken by the evaluation, the
+            reference suite or a probe.
+        images: number of images.
+        newly_broken: ids of the images that the evaluation held, or left undecided, and that are broken by the audit.
+        tolerance: the largest acceptable share of these.
+        findings: from causes to symptoms.
+        norm: norm of the threat model.
+        epsilon: epsilon of the threat model, the largest one where images have their own.
+        alpha: bound on the probability of any false verdict on an image.
     """
 
     verdict: AuditVerdict
@@ -102,6 +107,7 @@ class AuditReport:
 
     @property
     def d(self) -> float:
+        """Share of images that are newly broken; ``d_low`` and ``d_high`` are its one-sided 95 % bounds."""
         return len(self.newly_broken) / self.images
 
     @property
@@ -199,11 +205,12 @@ class AuditReport:
             raise InputError(f"{self.verdict!r} does not agree with its own findings and newly broken images")
 
     def summary(self) -> list[str]:
-        """Lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
+        """Return lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
         lines = [
             f"{self.verdict}: {self.evaluation} ({self.norm} {self.epsilon:.4g}, {self.images} images)",
-            f"robust accuracy {self.evaluation_accuracy:.1%} there, {self.accuracy_here:.1%} here ({self.here})",
-            f"held there and broken here: {self.d:.1%}, one-sided 95 % bounds {self.d_low:.1%} and {self.d_high:.1%}",
+            f"robust accuracy: reported {self.evaluation_accuracy:.1%}, re-measured {self.accuracy_here:.1%} "
+            f"({self.here})",
+            f"reported robust but broken: {self.d:.1%}, one-sided 95 % bounds {self.d_low:.1%} and {self.d_high:.1%}",
         ]
         if self.verdict == "undecided":
             needed = self.images_needed
@@ -235,14 +242,6 @@ def _check_finding(finding: Finding) -> None:
 
 
 def _fewest(rule: Callable[[int], bool]) -> int | None:
-    """The least n >= 1 from which on ``rule`` is true, by doubling and bisection; None beyond ten million."""
-    high = 1
-    while not rule(high):
-        high *= 2
-        if high > _MOST_IMAGES:
-            return None
-    low = math.ceil(high / 2)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rule(middle) else (middle + 1, high)
-    return high
+    """Return the least number of images from which on ``rule`` is true, None beyond ten million."""
+    images = least_whole(rule)
+    return images if images is not None and images <= _MOST_IMAGES else None

@@ -142,24 +142,25 @@ class ExternalModel:
         Raises:
             InputError: No verdict can be given at this level and number of votes; raised before the first attack.
         """
-        from rush.evaluation.attack import Judging, check_reachable, evaluate, prepare
+        from rush.evaluation.evaluation import Evaluation
         from rush.evaluation.ladder import ladder, plain_ladder
         from rush.evaluation.model import SmoothedDefender
+        from rush.evaluation.verdict import VerdictSettings
         from rush.recipe.schema import AttackConfig
 
-        threat, pixels = self.threat, self.pixels
-        defender, pixels = prepare(self.classifier, pixels, threat, self.decision, self.surrogate_module)
+        threat, pixels, settings = self.threat, self.pixels, VerdictSettings.checked(alpha, max_votes, self.seed or 0)
+        evaluation = Evaluation.of(self.classifier, pixels, threat, settings, self.decision, self.surrogate_module)
+        defender = evaluation.defender
         rungs = plain_ladder(defender.num_classes)
         if defender.kind == "random":
             rungs = ladder(AttackConfig(), threat, defender.num_classes)
         if not isinstance(defender, SmoothedDefender):
             rungs = [rung for rung in rungs if rung.name != "transfer"]
-        whole = Judging.checked(alpha, max_votes, self.seed or 0)
-        judging = replace(whole, level=whole.level / len(rungs))
+        evaluation = replace(evaluation, settings=replace(settings, level=settings.level / len(rungs)))
         for rung in rungs:
-            check_reachable(defender, judging, rung)
+            evaluation.check_reachable(rung)
         for rung in rungs:
-            yield evaluate(defender, pixels, threat, rung, judging)
+            yield evaluation.run(rung)
 
 
 NO_MODEL = ExternalModel()

@@ -1,8 +1,9 @@
-"""The ladder: one model under attackers of rising strength, and the same attacker at rising epsilon."""
+"""The ladder: one model under attackers of rising strength, and one attacker at rising epsilon."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from rush.attacks.threat import ThreatModel
 from rush.choices import Norm
@@ -25,23 +26,22 @@ def ladder(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[
     Args:
         config: the budgets. Its own norm, epsilon and verdict are not read.
     """
-    budget = {"steps": config.steps, "step_size": config.step_share, "restarts": config.restarts}
+    pgd = partial(Plan, method="pgd", steps=config.steps, step_size=config.step_share, restarts=config.restarts)
     rungs: list[Plan | Suite] = [
         Plan("clean", "no attack", "none"),
-        Plan("transfer", "noise-free base network, transferred", "pgd", "transfer", 0, **budget),  # type: ignore[arg-type]
-        Plan("frozen", "one noise draw frozen before the loop", "pgd", "frozen", 1, **budget),  # type: ignore[arg-type]
+        pgd("transfer", "noise-free base network, transferred", gradient="transfer"),
+        pgd("frozen", "one noise draw frozen before the loop", gradient="frozen", eot_samples=1),
     ]
     for samples in config.eot_samples:
         label = "one fresh noise draw a step" if samples == 1 else f"EOT over {samples} fresh noise draws a step"
-        plan = Plan(f"eot-{samples}", label, "pgd", "fresh", samples, **budget)  # type: ignore[arg-type]
-        rungs.append(_named_paper(plan, threat))
+        rungs.append(_named_paper(pgd(f"eot-{samples}", label, eot_samples=samples), threat))
     if config.strong_steps:
         rungs += _strong(config, num_classes)
     return rungs
 
 
 def plain_ladder(num_classes: int) -> list[Plan | Suite]:
-    """Rungs for a deterministic model."""
+    """Return the rungs for a deterministic model."""
     ranks = target_ranks(num_classes, most=9)
     return [
         Plan("clean", "no attack", "none"),
@@ -57,10 +57,17 @@ def plain_ladder(num_classes: int) -> list[Plan | Suite]:
 
 
 def curve(threat: ThreatModel, pixels: int, steps: int, eot_samples: int) -> list[tuple[ThreatModel, Plan]]:
-    """One attacker at epsilon / 4, epsilon / 2, epsilon, ... up to where every image can be made the same grey, and the
-    accuracy must be near zero.
+    """Return one attacker at epsilon / 4, epsilon / 2, epsilon, ... up to where accuracy must be near zero.
 
-    pixels: C x H x W. eot_samples: 0 for a deterministic model. Raises: InputError where images have their own epsilon.
+    At the last epsilon every image can be made the same grey.
+
+    Args:
+        pixels: C x H x W.
+        steps: number of steps of PGD.
+        eot_samples: noise draws per gradient; 0 for a deterministic model.
+
+    Raises:
+        InputError: images have their own epsilon.
     """
     if not isinstance(threat.epsilon, float | int):
         raise InputError("accuracy against epsilon needs one epsilon for all images")
@@ -78,12 +85,12 @@ def curve(threat: ThreatModel, pixels: int, steps: int, eot_samples: int) -> lis
 
 
 def grey_radius(norm: Norm, pixels: int) -> float:
-    """Epsilon at which mid-grey is within the ball of every image in [0, 1]."""
+    """Return the epsilon at which mid-grey is within the ball of every image in [0, 1]."""
     return 0.5 * {"linf": 1.0, "l2": math.sqrt(pixels), "l1": float(pixels)}[norm]
 
 
 def epsilon_text(norm: Norm, epsilon: float) -> str:
-    """``8/255`` for l-inf, a number else."""
+    """Return epsilon as text, such as ``8/255``, for l-inf, and as a number for other norms."""
     return f"{epsilon * 255:.4g}/255" if norm == "linf" else f"{epsilon:.4g}"
 
 
@@ -116,7 +123,7 @@ def _strong(config: AttackConfig, num_classes: int) -> Iterator[Plan | Suite]:
 
 
 def _named_paper(plan: Plan, threat: ThreatModel) -> Plan:
-    """Return ``plan``, labelled as the paper's protocol where it is that."""
+    """Return ``plan``, labelled as the paper's protocol where it is."""
     same = plan.eot_samples == PAPER.eot_samples and plan.steps == PAPER.steps and plan.restarts == PAPER.restarts
     stated = threat.norm == PAPER_NORM and threat.epsilon == PAPER_EPSILON
     if not (same and stated and abs(plan.step_size - PAPER.step_size) < 1e-9):

@@ -1,7 +1,7 @@
-"""The model under evaluation, one way to ask it for each kind: deterministic, smoothed, or random by itself.
+"""The defender: the model under evaluation, asked in one way whether it is deterministic, smoothed or stochastic.
 
-An attacker gets log-probabilities, the verdict votes (or probabilities) of draws that no attacker has seen, and the
-choice among an attacker's candidates votes of a third stream.
+An attacker gets log-probabilities. The verdict gets votes, or probabilities, of draws that no attacker has seen. The
+choice among an attacker's candidates gets votes of a third stream.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,37 +26,42 @@ from rush.attacks.gradient import (
     with_surrogate,
 )
 from rush.attacks.losses import margin
-from rush.choices import Decision
+from rush.choices import BLOCK, Decision
 from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import InputError, ModelError
 from rush.evaluation.plans import Kind, Plan
 from rush.evaluation.verdict import (
-    BROKEN,
-    HELD,
-    UNDECIDED,
     Verdicts,
-    judge,
+    VerdictSettings,
     judge_deterministic,
     judge_means,
+    judge_single,
     judge_votes,
 )
 from rush.runtime.execution import Execution, check_eval_mode, device_of
 from rush.runtime.randomness import stream
-from rush.smoothing.classifier import BLOCK, SmoothedClassifier
+from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.fingerprint import fingerprint_of
 from rush.smoothing.inspection import Watch, check_logits, check_structure, compare_calls, with_others_replaced
-from rush.statistics import sign_test
 
 Model: TypeAlias = nn.Module | SmoothedClassifier
 
-CHOICE_VOTES = BLOCK  # that choose among candidates of a random model, the same noise for all of them
+CHOICE_VOTES = BLOCK  # votes of a random model that choose among candidates, under the same noise for all of them
 _RANKING_DRAWS = 64
-_FEW = 16  # images that a module without noise of its own is inspected on
+_FEW = 16  # images on which a module without noise of its own is inspected
 _MEAN_DRAWS, _STANDARD_ERRORS = 128, 8
 
 
 class Defender(Protocol):
-    """A model as an evaluation sees it."""
+    """The model under evaluation.
+
+    Attributes:
+        kind: "plain" for a deterministic model, "random" for one that draws.
+        execution: where and in what precision it runs.
+        num_classes: number of classes, K; 0 while unknown.
+        transferable: whether a random model has a base network without noise, which an attacker may climb.
+        single: whether a random model is used with one draw, so that no verdict on a point is final.
+    """
 
     kind: Kind
     execution: Execution
@@ -65,30 +70,32 @@ class Defender(Protocol):
     single: bool
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        """What the attacker of ``plan`` sees of the images ``x`` (B, C, H, W); draws come from streams of ``name``."""
+        """Return what the attacker of ``plan`` sees of the images ``x`` (B, C, H, W); draws are named by ``name``."""
         ...
 
-    def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
-        """Verdicts on points, each false with probability <= ``level``, on draws named by ``purpose``."""
+    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
+        """Return verdicts on points, each false with probability <= ``settings.level``, on draws named by
+        ``purpose``."""
         ...
 
-    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        """Margin (N,) against the labels on draws named by ``purpose``: the same for all points of an image."""
+    def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        """Return the margin (N,) of the best other class over the label, on draws that all points of an image share."""
         ...
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
-        """Classes (N, K - 1) but the label, the most probable one first."""
+        """Return the classes (N, K - 1) other than the label, the most probable one first."""
         ...
 
     def inspect(self, x: Tensor, declared: bool) -> None:
         """Raise ModelError unless the model is a function of one image, and of its draws, on the images ``x``.
 
-        declared: refuse a random model that is not said to be one.
+        Args:
+            declared: refuse a random model that is not declared to be one.
         """
         ...
 
     def recheck(self) -> None:
-        """Raise ModelError unless the model is still what it was when inspected; the end of an evaluation."""
+        """Raise ModelError unless the model is still what it was when inspected; ends an evaluation."""
         ...
 
     def fingerprint(self) -> str:
@@ -102,15 +109,20 @@ def defend(
     decision: Decision | None = None,
     surrogate: nn.Module | None = None,
 ) -> Defender:
-    """The defender of a model.
+    """Return the defender of a model.
 
-    model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels to logits. decision: None for a deterministic
-    module; for one that draws by itself at every call what it is used for: the class most often voted for ("vote"),
-    that of the largest mean probability ("mean"), or that of one draw ("single"). surrogate: a module whose derivative
-    stands in for the model's (BPDA).
-    Raises: ModelError or InputError for what cannot be evaluated.
+    Args:
+        model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels (B, C, H, W) to logits (B, K).
+        num_classes: number of classes of an nn.Module, where it is known.
+        decision: None for a deterministic module. For a stochastic one, what it is used for: the class most often
+            voted for ("vote"), that of the largest mean probability ("mean"), or that of one draw ("single").
+        surrogate: a module whose derivative stands in for the model's (BPDA).
+
+    Raises:
+        ModelError: the model is of another type, or in training mode.
+        InputError: the surrogate or the decision cannot be used.
     """
-    if not isinstance(model, SmoothedClassifier) and not isinstance(model, nn.Module):
+    if not isinstance(model, SmoothedClassifier | nn.Module):
         raise ModelError(f"model must be a SmoothedClassifier or a torch.nn.Module, got {type(model).__name__}")
     if surrogate is not None and not isinstance(surrogate, nn.Module):
         raise InputError(f"surrogate must be a torch.nn.Module, got {type(surrogate).__name__}")
@@ -119,7 +131,7 @@ def defend(
         check_eval_mode(surrogate)
     if isinstance(model, SmoothedClassifier):
         if decision is not None:
-            raise InputError(f"decision={decision!r} is for modules that are random by themselves; leave it away")
+            raise InputError(f"decision={decision!r} is for stochastic modules; omit it for a smoothed classifier")
         return SmoothedDefender(model, surrogate)
     if decision is None:
         return PlainDefender(model, num_classes or 0, surrogate)
@@ -128,16 +140,39 @@ def defend(
     return RandomDefender(model, num_classes or 0, decision, surrogate)
 
 
-class PlainDefender:
+class _Defender:
+    """The part that all kinds of defenders share: the network, its execution and its surrogate."""
+
+    transferable, single = False, False
+
+    def __init__(self, model: nn.Module, execution: Execution, num_classes: int, surrogate: nn.Module | None) -> None:
+        self.model, self.execution, self.num_classes, self.surrogate = model, execution, num_classes, surrogate
+        self._watch: Watch | None = None
+
+    def recheck(self) -> None:
+        if self._watch is not None:
+            self._watch.conclude()
+
+    def fingerprint(self) -> str:
+        return self._fingerprint()
+
+    def _fingerprint(self, **facts: object) -> str:
+        modules = {"model": self.model} | ({} if self.surrogate is None else {"surrogate": self.surrogate})
+        facts |= {"defender": type(self).__name__, "execution": self.execution, "classes": self.num_classes}
+        return fingerprint_of(modules, facts)
+
+    def _seen(self, log_probs: LogProbs) -> LogProbs:
+        """Return ``log_probs`` with the surrogate's derivative, where there is a surrogate."""
+        return log_probs if self.surrogate is None else with_surrogate(log_probs, plain(self.surrogate, self.execution))
+
+
+class PlainDefender(_Defender):
     """A deterministic network, judged by its class at the point."""
 
     kind: Kind = "plain"
-    transferable, single = False, False
 
     def __init__(self, model: nn.Module, num_classes: int, surrogate: nn.Module | None) -> None:
-        self.model, self.num_classes, self._surrogate = model, num_classes, surrogate
-        self.execution = Execution(device=device_of(model))
-        self._watch: Watch | None = None
+        super().__init__(model, Execution(device=device_of(model)), num_classes, surrogate)
 
     def inspect(self, x: Tensor, declared: bool) -> None:
         random = _calls_differ(self.model, self.execution, x)
@@ -149,31 +184,16 @@ class PlainDefender:
             )
         self._watch = _watch(self.model, self.execution, x, random)
 
-    def recheck(self) -> None:
-        if self._watch is not None:
-            self._watch.conclude()
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self, self.model, self._surrogate)
-
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
-        return _through(plain(self.model, self.execution), self._surrogate, self.execution)
+        return self._seen(plain(self.model, self.execution))
 
-    def judge(
-        self,
-        points: LabelledPixels,
-        *,
-        purpose: str,  # noqa: ARG002
-        level: float,  # noqa: ARG002
-        max_votes: int,  # noqa: ARG002
-        seed: int,  # noqa: ARG002
-    ) -> Verdicts:
+    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:  # noqa: ARG002
         logits = plain_logits(self.model, self.execution, points.x)
         if self._watch is not None:
             self._watch.observe(_few(points.x))
         return judge_deterministic(logits, points.y)
 
-    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:  # noqa: ARG002
+    def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:  # noqa: ARG002
         with torch.no_grad():
             return margin(self.execution.logits(self.model, points.x).cpu(), points.y)
 
@@ -181,96 +201,99 @@ class PlainDefender:
         return _others(plain_logits(self.model, self.execution, images.x), images.y)
 
 
-class SmoothedDefender:
-    """A smoothed classifier, judged by votes under its noise."""
+class SmoothedDefender(_Defender):
+    """A smoothed classifier, judged by votes under its noise.
+
+    The noise of a verdict comes from ``stream(seed, "challenger/<purpose>", id, hash)`` and ``stream(seed,
+    "verdict/<purpose>", id, hash)``, where the hash is that of the point's float32 pixels. No attack draws from these
+    streams, and no point can be fitted to noise that changes with it.
+    """
 
     kind: Kind = "random"
-    transferable, single = True, False
+    transferable = True
 
     def __init__(self, smoothed: SmoothedClassifier, surrogate: nn.Module | None) -> None:
-        self.smoothed, self._surrogate = smoothed, surrogate
-        self.execution, self.num_classes = smoothed.execution, smoothed.num_classes
+        super().__init__(smoothed.classifier, smoothed.execution, smoothed.num_classes, surrogate)
+        self.smoothed = smoothed
 
     def inspect(self, x: Tensor, declared: bool) -> None:  # noqa: ARG002
         """Count a tile of votes, the first of which are inspected, before anything is attacked."""
-        few = _few(x)
         names = [str(row) for row in range(_FEW)]
         samples = max(1, self.execution.tile // _FEW)
-        self.smoothed.counts(few, samples, self.smoothed.streams(0, "inspection", names))
+        self.smoothed.counts(_few(x), samples, self.smoothed.streams(0, "inspection", names))
 
     def recheck(self) -> None:
         self.smoothed.recheck()
 
     def fingerprint(self) -> str:
-        return _fingerprint(self, self.smoothed.classifier, self._surrogate, noise=self.smoothed.noise)
+        return self._fingerprint(noise=self.smoothed.noise)
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         if plan.gradient == "transfer":
-            return _through(plain(self.smoothed.classifier, self.execution), self._surrogate, self.execution)
+            return self._seen(plain(self.model, self.execution))
         generators = self.smoothed.streams(seed, f"{name}/noise", ids)
         if plan.gradient == "frozen":
-            seen = frozen_noise(self.smoothed, x, plan.eot_samples, generators)
-        else:
-            seen = fresh_noise(self.smoothed, plan.eot_samples, generators)
-        return _through(seen, self._surrogate, self.execution)
+            return self._seen(frozen_noise(self.smoothed, x, plan.eot_samples, generators))
+        return self._seen(fresh_noise(self.smoothed, plan.eot_samples, generators))
 
-    def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
-        return judge(self.smoothed, points, purpose=purpose, level=level, max_votes=max_votes, seed=seed)
+    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
+        """Return the verdicts on points, see ``Defender.judge``.
 
-    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        Cost: 200 to 100 + ``settings.max_votes`` forward passes per point.
+        """
+        names = points.ids, pixel_ids(points.x)
+        challengers = self.smoothed.streams(settings.seed, f"challenger/{purpose}", *names)
+        challenging = self.smoothed.counts(points.x, BLOCK, challengers)
+        generators = self.smoothed.streams(settings.seed, f"verdict/{purpose}", *names)
+
+        def count(rows: list[int], number: int) -> NDArray[np.int64]:
+            return self.smoothed.counts(points.x[rows], number, [generators[row] for row in rows]).numpy()
+
+        return judge_votes(count, challenging.numpy(), points.y.numpy(), settings.level, settings.max_votes)
+
+    def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
         generators = self.smoothed.streams(seed, purpose, points.ids)
         return margin(self.smoothed.counts(points.x, CHOICE_VOTES, generators).float(), points.y)
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
         generators = self.smoothed.streams(seed, "targets", images.ids)
         with torch.no_grad():
-            found = [
+            log_probs = [
                 self.smoothed.log_probs(images.x[row : row + 1].to(self.execution.device), _RANKING_DRAWS, [generator])
                 for row, generator in enumerate(generators)
             ]
-        return _others(torch.cat(found).cpu(), images.y)
+        return _others(torch.cat(log_probs).cpu(), images.y)
 
 
-class RandomDefender:
-    """A network that draws by itself at every call, from the process's generators.
+class RandomDefender(_Defender):
+    """A stochastic network, which draws from the process's generators at every call.
 
     Every draw is a call of its own, so that draws of one image are independent even where the network draws once for
-    all rows of a call. The images of one call share a stream; it is named by the first of them.
+    all rows of a call. The images of one call share a stream, which is named by the first of them.
     """
 
     kind: Kind = "random"
-    transferable = False
 
     def __init__(self, model: nn.Module, num_classes: int, decision: Decision, surrogate: nn.Module | None) -> None:
-        self.model, self.num_classes, self._decision, self._surrogate = model, num_classes, decision, surrogate
-        self.execution = Execution(device=device_of(model))
-        self.single = decision == "single"
-        self._watch: Watch | None = None
+        super().__init__(model, Execution(device=device_of(model)), num_classes, surrogate)
+        self.decision, self.single = decision, decision == "single"
 
     def inspect(self, x: Tensor, declared: bool) -> None:  # noqa: ARG002
         self._watch = _watch(self.model, self.execution, x, random=True)
 
-    def recheck(self) -> None:
-        if self._watch is not None:
-            self._watch.conclude()
-
     def fingerprint(self) -> str:
-        return _fingerprint(self, self.model, self._surrogate, decision=self._decision)
-
-    @property
-    def decision(self) -> Decision:
-        """What the network is used for."""
-        return self._decision
+        return self._fingerprint(decision=self.decision)
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
         generator = stream(seed, f"{name}/noise", ids[0])
         fresh = fresh_draws(self.model, self.execution, max(1, plan.eot_samples), generator)
-        return _through(pinned(fresh) if plan.gradient == "frozen" else fresh, self._surrogate, self.execution)
+        return self._seen(pinned(fresh) if plan.gradient == "frozen" else fresh)
 
-    def judge(self, points: LabelledPixels, *, purpose: str, level: float, max_votes: int, seed: int) -> Verdicts:
+    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
         y, names = points.y.numpy(), (points.ids[0], *pixel_ids(points.x))
-        generator = stream(seed, f"verdict/{purpose}", *names)
-        challenging = self._probabilities(points.x, BLOCK, stream(seed, f"challenger/{purpose}", *names))
+        generator = stream(settings.seed, f"verdict/{purpose}", *names)
+        challenger = stream(settings.seed, f"challenger/{purpose}", *names)
+        challenging = self._probabilities(points.x, BLOCK, challenger)
 
         def draw(rows: list[int], number: int) -> NDArray[np.float64]:
             return self._probabilities(points.x[rows], number, generator)
@@ -279,44 +302,31 @@ class RandomDefender:
             blocks = [_votes(draw(rows, min(BLOCK, number - first))) for first in range(0, number, BLOCK)]
             return np.sum(blocks, axis=0)
 
-        if self._decision == "mean":
-            return judge_means(draw, challenging, y, level, max_votes)
+        if self.decision == "mean":
+            return judge_means(draw, challenging, y, settings.level, settings.max_votes)
         if self.single:
-            return self._judge_single(count(list(range(len(y))), max_votes), challenging, y, level)
-        return judge_votes(count, _votes(challenging), y, level, max_votes)
+            return judge_single(count([*range(len(y))], settings.max_votes), challenging.shape[1], y, settings.level)
+        return judge_votes(count, _votes(challenging), y, settings.level, settings.max_votes)
 
-    def harm(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        found = self._probabilities(points.x, CHOICE_VOTES, stream(seed, purpose, points.ids[0]))
-        # what the model is used for; among equal votes the means tell
-        scores = found.mean(1) if self._decision == "mean" else _votes(found) + found.mean(1)
+    def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        probabilities = self._probabilities(points.x, CHOICE_VOTES, stream(seed, purpose, points.ids[0]))
+        means = probabilities.mean(1)
+        # scored by what the model is used for; the means decide between equal votes
+        scores = means if self.decision == "mean" else _votes(probabilities) + means
         return margin(torch.from_numpy(scores).float(), points.y)
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
         mean = self._probabilities(images.x, _RANKING_DRAWS, stream(seed, "targets", images.ids[0])).mean(1)
         return _others(torch.from_numpy(mean), images.y)
 
-    @staticmethod
-    def _judge_single(
-        counts: NDArray[np.int64], challenging: NDArray[np.float64], y: NDArray[np.int64], level: float
-    ) -> Verdicts:
-        """A fixed number of draws, whose share that is right is what counts; *broken* and *held* say on which side of
-        one half the probability is shown to be."""
-        own = counts[np.arange(len(y)), y]
-        rest = counts.sum(1) - own
-        verdict = np.where(
-            sign_test(rest, own) <= level, BROKEN, np.where(sign_test(own, rest) <= level, HELD, UNDECIDED)
-        )
-        others = np.where(np.arange(counts.shape[1]) == y[:, None], -1, counts)
-        return Verdicts(verdict.astype(np.uint8), others.argmax(1), counts, counts.sum(1) + challenging.shape[1])
-
     def _probabilities(self, x: Tensor, draws: int, generator: torch.Generator) -> NDArray[np.float64]:
-        """Probabilities (N, draws, K) of so many calls on the images ``x``."""
-        found = []
+        """Return the class probabilities (N, draws, K) of ``draws`` calls on the images ``x``."""
+        probabilities = []
         with torch.no_grad(), seeded(draw_seed(generator)):
             for _ in range(draws):
                 logits = torch.cat([self.execution.logits(self.model, part) for part in x.split(self.execution.tile)])
-                found.append(F.softmax(check_logits(logits, len(x)).double(), dim=1).cpu())
-        return torch.stack(found, 1).numpy()
+                probabilities.append(F.softmax(check_logits(logits, len(x)).double(), dim=1).cpu())
+        return torch.stack(probabilities, 1).numpy()
 
 
 @torch.no_grad()
@@ -353,6 +363,7 @@ def _watch(model: nn.Module, execution: Execution, x: Tensor, random: bool) -> W
 
 
 def _unlike(first: Tensor, second: Tensor) -> bool:
+    """Return whether two logits differ by more than 0.1 % of the first one's spread."""
     return float((second - first).abs().max()) > 1e-3 * max(float(first.std()), 1e-12)
 
 
@@ -372,29 +383,25 @@ def _check_means(call: Callable[[Tensor], Tensor], few: Tensor) -> None:
 
 
 def _few(rows: Tensor) -> Tensor:
-    """The first 16 rows, cyclically where there are fewer."""
+    """Return the first 16 rows, repeated cyclically where there are fewer."""
     return rows[torch.arange(_FEW) % len(rows)]
 
 
 def plain_logits(model: nn.Module, execution: Execution, x: Tensor) -> Tensor:
-    """Logits (N, K) of a plain model on the CPU; ModelError when they have another shape or are not finite."""
+    """Return the logits (N, K) of a deterministic model, on the CPU.
+
+    Raises:
+        ModelError: they have another shape or are not finite.
+    """
     return check_logits(execution.tiled_logits(model, x), len(x)).cpu()
 
 
-def _fingerprint(defender: Defender, model: nn.Module, surrogate: nn.Module | None, **facts: object) -> str:
-    modules = {"model": model} if surrogate is None else {"model": model, "surrogate": surrogate}
-    facts |= {"defender": type(defender).__name__, "execution": defender.execution, "classes": defender.num_classes}
-    return fingerprint_of(modules, facts)
-
-
-def _through(seen: LogProbs, surrogate: nn.Module | None, execution: Execution) -> LogProbs:
-    return seen if surrogate is None else with_surrogate(seen, plain(surrogate, execution))
-
-
 def _others(scores: Tensor, y: Tensor) -> Tensor:
+    """Return the classes (N, K - 1) other than the label ``y``, sorted by falling score (N, K)."""
     return scores.scatter(1, y[:, None], -torch.inf).argsort(stable=True, dim=1, descending=True)[:, :-1]
 
 
 def _votes(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the votes (N, K) of draws with class probabilities (N, draws, K)."""
     classes = np.arange(probabilities.shape[2])
     return (probabilities.argmax(2)[:, :, None] == classes).sum(1).astype(np.int64)

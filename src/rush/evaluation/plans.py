@@ -1,4 +1,8 @@
-"""Attackers as data: one attacker with its budget is a plan, several in a fixed order are a suite."""
+"""Attackers as data: one attacker with its budget is a plan, several in a fixed order are a suite.
+
+The fields of ``Plan`` and ``Suite`` and their order are part of the files of unfinished evaluations, see
+``evaluation.groups``.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,12 +18,20 @@ Kind = Literal["plain", "random"]
 class Plan:
     """One attacker with its budget.
 
-    gradient: what is differentiated of a random model: "fresh" noise at every call, noise "frozen" before the loop, or
-    "transfer", the base network without noise. eot_samples: noise draws a gradient (for Square and random search, a
-    query), 0 where there is no noise. steps: for Square queries, for random search draws. step_size: share of epsilon
-    (MI-FGSM and PGD). targets: ranks of the classes aimed at one after the other, 1 for the most probable class that is
-    not the label; empty for untargeted. start: a random point of the ball, the image, or the most harmful point that
-    the suite has found so far.
+    Attributes:
+        name: names the plan in files and streams.
+        label: what a reader is shown.
+        method: the attack.
+        gradient: what is differentiated of a random model: "fresh" noise at every call, noise "frozen" before the loop,
+            or "transfer", the base network without noise.
+        eot_samples: noise draws per gradient, or per query of Square and random search; 0 where there is no noise.
+        steps: number of steps, of queries (Square) or of draws (random search).
+        step_size: share of epsilon (MI-FGSM and PGD).
+        restarts: number of loops, each from a start of its own.
+        loss: what is maximized.
+        targets: ranks of the classes aimed at one after the other, 1 for the most probable class other than the label;
+            empty for untargeted.
+        start: a random point of the ball, the image ("clean"), or the most harmful point of the suite so far ("best").
     """
 
     name: str
@@ -36,20 +48,22 @@ class Plan:
 
     @property
     def runs(self) -> int:
-        """How often the attack's loop is run."""
+        """Number of times that the attack's loop is run."""
         return self.restarts * max(1, len(self.targets))
 
     @property
     def passes_per_image(self) -> int:
-        """Forward+backward passes through the base network; what is measured without a gradient is not among them."""
+        """Forward and backward passes through the base network per image, without passes that take no gradient."""
         calls = {"none": 0, "fgsm": 1, "square": 0, "random": 0}.get(self.method, self.steps)
         return self.runs * max(1, self.eot_samples) * calls
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Attackers in a fixed order, cheap ones first; an image leaves when a verdict breaks it. The plans of a
-    ``version`` never change."""
+    """Attackers in a fixed order, cheap ones first; an image leaves when a verdict breaks it.
+
+    The plans of a ``version`` never change.
+    """
 
     name: str
     version: str
@@ -58,11 +72,11 @@ class Suite:
 
     @property
     def passes_per_image(self) -> int:
-        """Forward+backward passes of an image that nothing breaks."""
+        """Forward and backward passes of an image that nothing breaks."""
         return sum(plan.passes_per_image for plan in self.plans)
 
 
-# The protocol of the paper's abstract; what it leaves open is the choice of this library (docs/attacks.md).
+# The protocol of the paper's abstract. What the paper leaves open is this library's choice (docs/attacks.md).
 PAPER = Plan("paper", "the paper's protocol: PGD-20, one fresh noise draw a step", "pgd", "fresh", 1, 20, 0.25)
 PAPER_NORM, PAPER_EPSILON = "linf", 8 / 255
 
@@ -71,9 +85,10 @@ _MOST_TARGETS = 9
 
 
 def worst_case(kind: Kind, num_classes: int, transferable: bool = True) -> Suite:
-    """The parameter-free suite, version ``worst-case-v1``, for deterministic models ("plain") or random ones.
+    """Return the parameter-free suite, version ``worst-case-v1``, for deterministic models ("plain") or random ones.
 
-    transferable: whether a random model has a base network without noise.
+    Args:
+        transferable: whether a random model has a base network without noise.
     """
     plans = tuple(_plain_plans(num_classes) if kind == "plain" else _random_plans(num_classes, transferable))
     label = f"worst case of {len(plans)} attackers ({WORST_CASE_VERSION})"
@@ -81,7 +96,7 @@ def worst_case(kind: Kind, num_classes: int, transferable: bool = True) -> Suite
 
 
 def target_ranks(num_classes: int, most: int) -> tuple[int, ...]:
-    """Ranks of the other classes, at most so many."""
+    """Return the ranks of the other classes, at most ``most`` of them."""
     return tuple(range(1, min(most, num_classes - 1) + 1))
 
 
@@ -114,8 +129,10 @@ def _random_plans(num_classes: int, transferable: bool) -> Iterator[Plan]:
 
 
 def scaled(suite: Suite, factor: int) -> Suite:
-    """``suite`` with ``factor`` times its budget: that many restarts of every attack that draws its start or its noise,
-    that many times the steps of the others."""
+    """Return ``suite`` with ``factor`` times its budget.
+
+    Attacks that draw their start take that many times the restarts, the others that many times the steps.
+    """
     plans = tuple(_scaled(suite.plans, factor))
     return Suite(
         f"{suite.name}-x{factor}", f"{suite.version}-x{factor}", f"{suite.label}, {factor} times the budget", plans

@@ -1,6 +1,6 @@
-"""What an evaluation gives: one attacker's or one suite's points and their verdicts."""
+"""The result of an evaluation: the points of one attacker or one suite, with their verdicts."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,25 @@ from rush.statistics import Interval, share_interval
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attacker's points and their verdicts on N images; of a suite the worst case, image by image.
+    """The points of one attacker on N images, with their verdicts; of a suite the worst case, image by image.
 
-    adversarial: float32 (N, C, H, W), of a suite the point that broke the image, else the most harmful one; verdict
-    uint8 (N,); challenger int64 (N,): the class the label was tried against; counts int64 (N, K): judging votes; votes
-    int64 (N,): all votes the verdicts took; linf, l2, l1: float64 (N,) sizes of the change; passes (N,): forward and
-    backward passes spent on the attack, forward_passes (N,): those without backward; attacker (N,): which plan of the
-    suite made the point, 0 without one; right: float64 (N,), share of judging votes for the label; seconds (N,).
-    level: bound on the probability that a verdict on the image is false, over all verdicts that were given on it.
-    single: a random model that is used with one draw, see ``robust_accuracy``.
+    Attributes:
+        plan: the attacker or the suite.
+        threat: the threat model.
+        adversarial: float32 (N, C, H, W), of a suite the point that broke the image, else the most harmful one.
+        labels: int64 (N,).
+        ids: one id per image.
+        verdict: uint8 (N,), index into ``choices.VERDICTS``.
+        challenger: int64 (N,), class that the label was tested against.
+        counts: int64 (N, K), judging votes.
+        votes: int64 (N,), all votes that the verdicts took.
+        linf, l2, l1: float64 (N,), sizes of the change.
+        passes: float64 (N,), forward and backward passes spent on the attack.
+        forward_passes: float64 (N,), forward passes without backward.
+        attacker: int64 (N,), position in the suite of the plan that made the point; 0 without a suite.
+        seconds: float64 (N,), wall time.
+        level: bound on the probability that a verdict on an image is false, over all verdicts given on it.
+        single: the model is a stochastic one that is used with one draw, see ``robust_accuracy``.
     """
 
     plan: Plan | Suite
@@ -51,46 +61,52 @@ class AttackResult:
 
     @property
     def suite(self) -> str | None:
-        """Name and version of the suite, None for a single attacker."""
+        """Name and version of the suite; None for a single attacker."""
         return self.plan.version if isinstance(self.plan, Suite) else None
 
     @property
     def broken(self) -> NDArray[np.bool_]:
+        """Images (N,) whose point is shown to be misclassified."""
         return self.verdict == BROKEN
 
     @property
     def held(self) -> NDArray[np.bool_]:
+        """Images (N,) whose point is shown to be classified correctly."""
         return self.verdict == HELD
 
     @property
     def undecided(self) -> NDArray[np.bool_]:
+        """Images (N,) whose point reached the cap of votes without a verdict."""
         return self.verdict == UNDECIDED
 
     @property
     def right(self) -> NDArray[np.float64]:
-        """Share (N,) of the judging votes that are for the label."""
+        """Share (N,) of the judging votes that are for the label, float64."""
         return self.counts[np.arange(len(self)), self.labels] / self.counts.sum(1)
 
     @property
     def robust_accuracy(self) -> float:
-        """1 - share broken: what the attack leaves, undecided images counted for the model.
+        """Share of images that are not broken: undecided images count for the model.
 
-        With ``single`` the mean probability that one draw of the model is right at the attacked point, estimated
+        With ``single`` it is the mean probability that one draw of the model is right at the attacked point, estimated
         without bias by the judging votes.
         """
         return float(self.right.mean()) if self.single else 1 - float(self.broken.mean())
 
     @property
     def robust_accuracy_lower(self) -> float:
-        """Share held: undecided images counted against the model. With ``single`` the same as ``robust_accuracy``."""
+        """Share of images that are held: undecided images count against the model.
+
+        With ``single`` it is ``robust_accuracy``.
+        """
         return self.robust_accuracy if self.single else float(self.held.mean())
 
     @property
     def interval(self) -> Interval:
-        """``robust_accuracy`` with its 95 % interval over images, Clopper-Pearson.
+        """``robust_accuracy`` with its 95 % Clopper-Pearson interval over images.
 
-        With ``single`` that of as many right images: among all variables within [0, 1] of one mean, those that are
-        either 0 or 1 vary most.
+        With ``single`` it is the interval of that share of right images, which is wide enough: among all variables in
+        [0, 1] of one mean, those that are either 0 or 1 vary most.
         """
         return share_interval(round(self.robust_accuracy * len(self)), len(self))
 
@@ -101,8 +117,7 @@ class AttackResult:
 
     @property
     def budget(self) -> dict[str, float]:
-        """Passes through the base network, on average an image: of the attack with and without backward, and the
-        verdicts' votes."""
+        """Mean passes through the base network per image: the attack's with and without backward, and the votes."""
         return {
             "passes_per_image": float(self.passes.mean()),
             "forward_passes_per_image": float(self.forward_passes.mean()),
@@ -110,12 +125,9 @@ class AttackResult:
         }
 
     def select(self, rows: list[int]) -> "AttackResult":
-        """The results of the images at these positions."""
+        """Return the results of the images at these positions."""
         chosen: dict[str, Any] = {name: getattr(self, name)[rows] for name in (*ARRAYS, "adversarial")}
-        return self._like(self.threat.select(rows), tuple(self.ids[row] for row in rows), **chosen)
-
-    def _like(self, threat: ThreatModel, ids: tuple[str, ...], **arrays: Any) -> "AttackResult":
-        return AttackResult(plan=self.plan, threat=threat, ids=ids, level=self.level, single=self.single, **arrays)
+        return replace(self, threat=self.threat.select(rows), ids=tuple(self.ids[row] for row in rows), **chosen)
 
 
 ARRAYS = tuple(
@@ -126,14 +138,9 @@ ARRAYS = tuple(
 
 
 def join_results(parts: list[AttackResult], threat: ThreatModel) -> AttackResult:
-    """One result of several groups of one attacker, in their order."""
-    first = parts[0]
-    return AttackResult(
-        plan=first.plan,
-        threat=threat,
-        adversarial=torch.cat([part.adversarial for part in parts]),
-        ids=tuple(own for part in parts for own in part.ids),
-        level=first.level,
-        single=first.single,
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS},
+    """Return one result of several groups of one attacker, in their order."""
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    ids = tuple(image_id for part in parts for image_id in part.ids)
+    return replace(
+        parts[0], threat=threat, adversarial=torch.cat([part.adversarial for part in parts]), ids=ids, **arrays
     )

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from rush.auditing.audit import AuditReport, audit
 from rush.auditing.case import VERDICTS
 from rush.certification.certificates import Certificates
 from rush.choices import parse_fraction
-from rush.data.checks import LabelledPixels, kind_of
+from rush.data.checks import kind_of
 from rush.errors import ConfigError, InputError
-from rush.evaluation.attack import Judging, evaluate
+from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.ladder import curve, epsilon_text, ladder, plain_ladder
 from rush.evaluation.model import Model, defend
 from rush.evaluation.plans import Plan, Suite, worst_case
 from rush.evaluation.result import AttackResult
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
+from rush.evaluation.verdict import VerdictSettings
 from rush.models.storage import load_plain, load_smoothed, read_description
 from rush.pipeline.certify import NOT_SMOOTHED, read_run_certificates
 from rush.pipeline.context import StageContext
@@ -36,12 +37,13 @@ AUDIT = Path("audit.json")
 
 
 def run_attack(run: RunFolder) -> None:
-    """Climb the ladder, follow accuracy against epsilon and attack inside every certified ball, of which there is none
-    without noise; a group of images that was judged before is not attacked again. With several processes each takes its
-    share of the groups.
+    """Run the ladder, follow accuracy against epsilon, and attack inside every certified ball.
 
-    Raises: SandwichError when certified images are broken inside their radius more often than chance explains; the
-    results are kept.
+    Without noise there are no certified balls. Groups of images that were judged before are read. Several processes
+    share the groups.
+
+    Raises:
+        SandwichError: more certified images are broken inside their radius than chance explains. The results are kept.
     """
     if run.finished("attack"):
         return
@@ -49,17 +51,19 @@ def run_attack(run: RunFolder) -> None:
     context = StageContext.of(run)
     context.begin("attack")
     barrier()
-    siege = _Siege.of(context)
-    certificates = None if siege.smoothed is None else read_run_certificates(run, siege.pixels, siege.smoothed)
-    results = [siege.evaluate(plan) for plan in siege.rungs]
-    curve_ = [siege.evaluate(plan, threat, siege.curve_rows) for threat, plan in siege.curve]
+    session = AttackSession.of(context)
+    evaluation, certificates = session.evaluation, session.certificates()
+    results = [evaluation.run(rung, session.parts) for rung in session.rungs]
+    few = evaluation.select(list(range(min(session.config.curve_images, len(evaluation.images)))))
+    curve_results = [replace(few, threat=threat).run(plan, session.parts) for threat, plan in session.curve]
     sandwich = Sandwich(0, (), 0)
     if certificates is not None:
-        results += siege.inside(certificates)
-        sandwich = check_sandwich(certificates, [*results, *curve_], siege.config.alpha)
+        results += session.inside_certified_balls(certificates)
+        sandwich = check_sandwich(certificates, [*results, *curve_results], session.config.alpha)
     if rank() == 0:
-        write_attacks(run.path, results, dict(zip(siege.pixels.ids, siege.indices, strict=True)), siege.pixels)
-        run.finish("attack", **_attack_figures(siege, results, curve_, sandwich))
+        images = evaluation.images
+        write_attacks(run.path, results, dict(zip(images.ids, session.indices, strict=True)), images)
+        run.finish("attack", **_attack_figures(session, results, curve_results, sandwich))
     barrier()
     sandwich.require()
 
@@ -78,22 +82,24 @@ def run_audit(run: RunFolder) -> None:
 
 
 def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
-    """The audit of a run's evaluation: of the ladder's ``rung``, or of the one that the recipe names.
+    """Return the audit of a run's evaluation: of the ladder's ``rung``, or of the one that the recipe names.
 
-    Raises: ConfigError for a rung that the ladder does not have; RunError where the attack stage is not finished.
+    Raises:
+        ConfigError: the ladder has no such rung.
+        RunError: the attack stage is not finished.
     """
     run.require("attack")
     context = StageContext.of(run)
-    config, siege = context.recipe.audit, _Siege.of(context)
-    rows = list(range(min(config.images or len(siege.pixels), len(siege.pixels))))
-    certificates = None if siege.smoothed is None else read_run_certificates(run, siege.pixels, siege.smoothed)
+    config, session = context.recipe.audit, AttackSession.of(context)
+    images = session.evaluation.images
+    rows = list(range(min(config.images or len(images), len(images))))
     return audit(
-        siege.model,
-        siege.pixels.select(rows),
-        siege.threat,
-        siege.audited(rung or config.rung, rows),
+        session.model,
+        images.select(rows),
+        session.evaluation.threat,
+        session.rung(rung or config.rung, rows),
         config.tolerance,
-        certificates=certificates,
+        certificates=session.certificates(),
         alpha=config.alpha,
         max_votes=config.max_votes,
         seed=context.recipe.seed,
@@ -107,41 +113,41 @@ class _Attackers:
     threat: ThreatModel
     rungs: list[Plan | Suite]
     curve: list[tuple[ThreatModel, Plan]]
-    judging: Judging
+    settings: VerdictSettings
 
     @classmethod
     def of(cls, recipe: Recipe, num_classes: int, pixels: int) -> "_Attackers":
-        """Return those for images of this number of pixels, counted over all channels."""
+        """Return the attackers for images of this number of pixels, counted over all channels."""
         config, smoothed = recipe.attack, recipe.smoothing.sigma > 0
         threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
         rungs = ladder(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
         draws = config.strong_eot_samples if smoothed else 0
-        curve_ = curve(threat, pixels, config.steps, draws) if config.curve_images else []
-        # one verdict a rung and point of the curve, and one inside the certified ball
-        judging = Judging(config.alpha / (len(rungs) + len(curve_) + 1), config.max_votes, recipe.seed)
-        return cls(threat, rungs, curve_, judging)
+        points = curve(threat, pixels, config.steps, draws) if config.curve_images else []
+        # an image gets one verdict per rung and point of the curve, and one inside the certified ball
+        level = config.alpha / (len(rungs) + len(points) + 1)
+        return cls(threat, rungs, points, VerdictSettings(level, config.max_votes, recipe.seed))
 
 
 def check_attackers(recipe: Recipe, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Raise ConfigError when the attack stage or the audit of ``recipe`` could not judge a point, or has no rung of the
-    name that is to be audited."""
+    """Raise ConfigError when the attack stage or the audit of ``recipe`` could never judge a point, or when the rung to
+    be audited does not exist."""
     attackers = _Attackers.of(recipe, num_classes, math.prod(shape))
     rungs = {rung.name: rung for rung in attackers.rungs}
     _check_rung(recipe.audit.rung, rungs)
     if recipe.smoothing.sigma == 0:
         return  # a deterministic network is judged by its class
     most = max(_verdicts(plan) for plan in attackers.rungs)
-    audit_ = Judging(recipe.audit.alpha / VERDICTS, recipe.audit.max_votes, recipe.seed)
+    audited = VerdictSettings(recipe.audit.alpha / VERDICTS, recipe.audit.max_votes, recipe.seed)
     suite = worst_case("random", num_classes)
-    for section, judging, verdicts in (("attack", attackers.judging, most), ("audit", audit_, _verdicts(suite))):
+    for section, settings, verdicts in (("attack", attackers.settings, most), ("audit", audited, _verdicts(suite))):
         try:
-            judging.check_reachable(None, verdicts)
+            settings.check_reachable(None, verdicts)
         except InputError as error:
             raise ConfigError(f"{section}: {error}") from error
 
 
 def _verdicts(plan: Plan | Suite) -> int:
-    """Number of verdicts on an image that share the level of ``plan``."""
+    """Return the number of verdicts on an image that share the level of ``plan``."""
     return len(plan.plans) if isinstance(plan, Suite) else 1
 
 
@@ -152,72 +158,70 @@ def _check_rung(name: str | None, rungs: Mapping[str, Plan | Suite]) -> None:
 
 
 @dataclass(frozen=True)
-class _Siege:
-    """What the attack stage and the audit share: model, images, threat, attackers and how points are judged.
+class AttackSession:
+    """What the attack stage and the audit of a run share.
 
-    model: the smoothed classifier, or the classifier itself where the recipe has no noise. curve_rows: the images that
-    are also attacked at rising epsilon.
+    Attributes:
+        model: the smoothed classifier, or the classifier itself where the recipe has no noise.
+        indices: positions in the test split of the attacked images.
+        evaluation: the model, the attacked images, the threat and how points are judged.
+        rungs: the ladder's attackers, from the weakest to the strongest.
+        curve: one attacker at rising epsilon, for the first ``config.curve_images`` images.
     """
 
-    path: Path
+    run: RunFolder
     config: AttackConfig
     model: Model
-    num_classes: int
     indices: list[int]
-    pixels: LabelledPixels
-    threat: ThreatModel
+    evaluation: Evaluation
     rungs: list[Plan | Suite]
     curve: list[tuple[ThreatModel, Plan]]
-    judging: Judging
 
     @classmethod
-    def of(cls, context: StageContext) -> "_Siege":
+    def of(cls, context: StageContext) -> "AttackSession":
+        """Load the model and the images of a run, and make the attackers of its recipe."""
         config = context.recipe.attack
         model, num_classes = _load_model(context)
-        indices, pixels = context.splits.evaluation(config.images, num_classes, kind_of(model))
-        attackers = _Attackers.of(context.recipe, num_classes, pixels.x[0].numel())
-        return cls(context.run.path, config, model, num_classes, indices, pixels, **vars(attackers))
+        indices, images = context.splits.evaluation(config.images, num_classes, kind_of(model))
+        attackers = _Attackers.of(context.recipe, num_classes, images.x[0].numel())
+        evaluation = Evaluation(defend(model, num_classes), images, attackers.threat, attackers.settings)
+        return cls(context.run, config, model, indices, evaluation, attackers.rungs, attackers.curve)
 
-    @property
-    def smoothed(self) -> SmoothedClassifier | None:
-        """The model where it is smoothed, so that there are certificates."""
-        return self.model if isinstance(self.model, SmoothedClassifier) else None
+    def certificates(self) -> Certificates | None:
+        """Return the certificates of the attacked images; None where the model is not smoothed."""
+        if not isinstance(self.model, SmoothedClassifier):
+            return None
+        return read_run_certificates(self.run, self.evaluation.images, self.model)
 
-    @property
-    def curve_rows(self) -> list[int]:
-        return list(range(min(self.config.curve_images, len(self.pixels))))
-
-    def evaluate(
-        self, plan: Plan | Suite, threat: ThreatModel | None = None, rows: list[int] | None = None
-    ) -> AttackResult:
-        """One attacker on all images or those in ``rows``; what is in the run's parts is read, not attacked again."""
-        pixels = self.pixels if rows is None else self.pixels.select(rows)
-        parts = self.path / "attacks/parts"
-        defender = defend(self.model, self.num_classes)
-        return evaluate(defender, pixels, threat or self.threat, plan, self.judging, parts)
-
-    def inside(self, certificates: Certificates) -> list[AttackResult]:
-        """The attack inside the balls of the images that are certified with the right class; [] where none is."""
-        positions = sandwich_positions(certificates, self.pixels.ids)
+    def inside_certified_balls(self, certificates: Certificates) -> list[AttackResult]:
+        """Attack the images that are certified with the right class inside their balls; return [] where none is."""
+        positions = sandwich_positions(certificates, self.evaluation.images.ids)
         if not positions:
             return []
-        balls = sandwich_threat(certificates, self.pixels.select(positions).ids)
-        return [self.evaluate(sandwich_plan(self.config.steps), balls, positions)]
+        certified = self.evaluation.select(positions)
+        inside = replace(certified, threat=sandwich_threat(certificates, certified.images.ids))
+        return [inside.run(sandwich_plan(self.config.steps), self.parts)]
 
-    def audited(self, name: str | None, rows: list[int]) -> AttackResult | None:
-        """The ladder's rung of this name on ``rows``; None, for the audit's default, without a name.
+    def rung(self, name: str | None, rows: list[int]) -> AttackResult | None:
+        """Return the result of the ladder's rung of this name on the images at ``rows``; None without a name.
 
-        Raises: ConfigError when there is no such rung.
+        Raises:
+            ConfigError: there is no such rung.
         """
         if name is None:
             return None
-        known = {plan.name: plan for plan in self.rungs}
-        _check_rung(name, known)
-        return self.evaluate(known[name]).select(rows)
+        rungs = {plan.name: plan for plan in self.rungs}
+        _check_rung(name, rungs)
+        return self.evaluation.run(rungs[name], self.parts).select(rows)
+
+    @property
+    def parts(self) -> Path:
+        """Folder of the groups of images that were judged before."""
+        return self.run.path / "attacks/parts"
 
 
 def _load_model(context: StageContext) -> tuple[Model, int]:
-    """The run's model, smoothed where its recipe has noise, and its number of classes."""
+    """Return the run's model, smoothed where its recipe has noise, and its number of classes."""
     folder = context.run.path / "model"
     if context.noise is None:
         classifier = load_plain(folder, context.execution.device)
@@ -227,7 +231,7 @@ def _load_model(context: StageContext) -> tuple[Model, int]:
 
 
 def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:
-    """The ladder of deterministic networks, without its strong attackers where the recipe wants none."""
+    """Return the ladder of deterministic networks, without its strong attackers where the recipe has none."""
     rungs = plain_ladder(num_classes)
     if config.strong_steps:
         return rungs
@@ -235,42 +239,42 @@ def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:
 
 
 def _attack_figures(
-    siege: _Siege, results: list[AttackResult], curve_: list[AttackResult], sandwich: Sandwich
+    session: AttackSession, results: list[AttackResult], curve_results: list[AttackResult], sandwich: Sandwich
 ) -> dict[str, Any]:
-    rungs, config = [_rung_figures(result) for result in results], siege.config
+    rungs, config = [_rung_figures(result) for result in results], session.config
     return {
-        "seconds": sum(float(result.seconds.sum()) for result in (*results, *curve_)),
+        "seconds": sum(float(result.seconds.sum()) for result in (*results, *curve_results)),
         "processes": world_size(),
         "threat": {"norm": config.norm, "epsilon": parse_fraction(config.epsilon), "epsilon_text": config.epsilon},
         "alpha": config.alpha,
-        "level": siege.judging.level,
-        "num_verdicts": len(results) + len(curve_),
+        "level": session.evaluation.settings.level,
+        "num_verdicts": len(results) + len(curve_results),
         "max_votes": config.max_votes,
         "rungs": [rung for rung in rungs if rung["name"] != "sandwich"],
-        **({"curve": _curve_figures(curve_)} if curve_ else {}),
+        **({"curve": _curve_figures(curve_results)} if curve_results else {}),
         "sandwich": {
             **next((rung for rung in rungs if rung["name"] == "sandwich"), {}),
             "checked": sandwich.checked,
             "violations": list(sandwich.violations),
             "allowed": sandwich.allowed,
-            **({} if siege.smoothed is not None else {"reason": NOT_SMOOTHED}),
+            **({} if isinstance(session.model, SmoothedClassifier) else {"reason": NOT_SMOOTHED}),
         },
     }
 
 
 def _rung_figures(result: AttackResult) -> dict[str, Any]:
     plan = result.plan
-    own: dict[str, Any]
+    attacker: dict[str, Any]
     if isinstance(plan, Suite):
         broken_by = np.bincount(result.attacker[result.broken], minlength=len(plan.plans))
-        own = {
+        attacker = {
             "suite": plan.version,
             "attackers": dict(zip((p.name for p in plan.plans), broken_by.tolist(), strict=True)),
         }
     else:
         budget = ("method", "loss", "gradient", "steps", "step_size", "restarts", "eot_samples")
-        own = {name: getattr(plan, name) for name in budget}
-    return {"name": plan.name, "label": plan.label, **own, **result.budget, "seconds": float(result.seconds.sum())}
+        attacker = {name: getattr(plan, name) for name in budget}
+    return {"name": plan.name, "label": plan.label, **attacker, **result.budget, "seconds": float(result.seconds.sum())}
 
 
 def _curve_figures(results: list[AttackResult]) -> dict[str, Any]:
