@@ -20,6 +20,7 @@ import full_size
 import full_size_items
 import full_size_probe
 import rush
+from encoded_images import png
 from full_size import TINY_IMAGES, Order, parse
 from full_size_items import GRID, ITEMS, SIGMAS, Bench, Item, nearest_to_paper
 from full_size_store import Clock, Store, in_rounds, load_shards
@@ -40,7 +41,7 @@ from rush.runtime.randomness import stream
 from rush.training.finetune import finetune
 from rush.training.pretrain import pretrain
 from rush.training.probes import knn_correct, representations
-from test_parquet import encoded, write
+from test_parquet import write
 
 TIMES = {
     "seconds", "allotted", "training_seconds", "images_per_second", "views_per_second", "seconds_per_image",
@@ -58,7 +59,7 @@ def write_images(folder: Path, name: str, count: int, first: int) -> None:
         (rng.normal(100, 30, (32, 32, 3)) + 60 * (np.arange(3) == label % 3) + shade * (label >= 5)).clip(0, 255)
         for label in labels
     ]
-    contents: list[bytes | None] = [encoded(own.astype(np.uint8)) for own in pixels]
+    contents: list[bytes | None] = [png(own.astype(np.uint8)) for own in pixels]
     paths: list[str | None] = [f"{first + row}.png" for row in range(count)]
     write(folder / name, range(count), labels, names=list("abcdefghij"), paths=paths, contents=contents)
 
