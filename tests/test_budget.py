@@ -553,8 +553,8 @@ def test_the_same_command_resumes_with_the_number_and_other_minutes_are_refused(
     killed_after(monkeypatch, call, 3, *command)
     done = call("pretrain", run)
     assert done.returncode == 0, done.stderr
-    assert "finished before, kept" in call(*command).stderr
-    assert "finished before, kept" in call(*command[:-1], f"pretrain.epochs={EPOCHS}").stderr
+    assert "already finished, skipping" in call(*command).stderr
+    assert "already finished, skipping" in call(*command[:-1], f"pretrain.epochs={EPOCHS}").stderr
     log = RunFolder.open(run)
     assert [event["epochs"] for event in log.events("budget", "pretrain")] == [EPOCHS]
     assert log.require("pretrain")["epochs"] == EPOCHS

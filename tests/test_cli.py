@@ -23,6 +23,7 @@ from PIL import Image
 
 from commands import Call, refusal
 from rush.choices import STAGES
+from rush.commands.app import COMMANDS
 from rush.data.sources import load_images
 from rush.models.storage import load
 from rush.records.folder import RunFolder
@@ -54,8 +55,7 @@ main()
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--help",),
-        ("run", "--help"),
+        *[(command, "--help") for command in ("", *COMMANDS)],
         ("--version",),
         ("recipes",),
         ("run", "digit"),
@@ -65,15 +65,29 @@ main()
     ids=" ".join,
 )
 def test_help_and_refused_recipes_do_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
-    modules = modules_after(*arguments)
+    modules = modules_after(*filter(None, arguments))
     assert "rush.commands.app" in modules
-    assert "torch" not in modules
+    assert not {"torch", "numpy", "scipy"} & modules
 
 
 def test_help_names_every_command_of_the_flow() -> None:
-    told = rush("--help").stdout
-    for command in ("run", "pretrain", "finetune", "certify", "attack", "report", "predict", "recipes", "info"):
-        assert f"{command} " in told
+    lines = [line.strip("│ ").split() for line in rush("--help").stdout.splitlines()]
+    for command in ("run", *STAGES, "report", "ladder", "verdict", "predict", "compare", "cost", "recipes", "info"):
+        assert any(words[:1] == [command] and len(words) > 4 for words in lines), f"{command} is not described"
+
+
+def test_a_command_imports_the_module_of_no_other() -> None:
+    commands = {f"rush.commands.{module}" for module in COMMANDS.values()}
+    assert modules_after("info", "/nowhere") & commands == {"rush.commands.info"}
+
+
+def test_an_interrupted_command_says_how_to_resume(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rush.commands.recipes.print_table", interrupt)
+    done = call("recipes")
+    assert (done.returncode, done.stderr) == (130, "rush: interrupted; run the same command again to resume\n")
 
 
 def test_an_unknown_recipe_is_one_line_on_standard_error(tmp_path: Path) -> None:
@@ -82,8 +96,8 @@ def test_an_unknown_recipe_is_one_line_on_standard_error(tmp_path: Path) -> None
 
 
 def test_a_wrong_override_is_told_before_a_folder_is_made(call: Call, tmp_path: Path) -> None:
-    told = refusal(call("run", "digits", "--out", tmp_path / "run", "--set", "pretrain.epoch=3"))
-    assert "pretrain.epoch: unknown key, did you mean 'epochs'?" in told
+    message = refusal(call("run", "digits", "--out", tmp_path / "run", "--set", "pretrain.epoch=3"))
+    assert "pretrain.epoch: unknown key, did you mean 'epochs'?" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -96,21 +110,21 @@ def test_recipes_are_listed_with_what_they_are() -> None:
 
 
 def test_an_unknown_command_and_a_missing_argument_fail_without_a_traceback(call: Call) -> None:
-    for arguments, told in (
+    for arguments, message in (
         (("certfy", "x"), "certfy"),
         (("certify",), "requires an argument"),
         (("run", "x", "--sett"), "--sett"),
     ):
         done = call(*arguments)
         assert done.returncode == 2
-        assert told in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr + done.stdout
 
 
 def test_a_folder_that_is_no_run_is_refused_by_every_command_that_takes_one(call: Call, tmp_path: Path) -> None:
     for command in ("finetune", "certify", "attack", "ladder", "audit", "report", "info"):
-        told = refusal(call(command, tmp_path))
-        assert "holds no recipe.json, so it is no run folder; start one with `rush run RECIPE" in told
+        message = refusal(call(command, tmp_path))
+        assert "holds no recipe.json, so it is no run folder; start one with `rush run RECIPE" in message
 
 
 @pytest.fixture
@@ -144,12 +158,12 @@ def test_a_stage_without_memory_names_the_tile_and_resumes_to_the_same_result(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, short)
-        told = refusal(call(stage, run))
-    assert told.startswith(
+        message = refusal(call(stage, run))
+    assert message.startswith(
         f"rush: {stage}: there is not enough memory (OutOfMemoryError: CUDA out of memory. Tried to "
     )
-    assert "Lower execution.tile" in told
-    assert "the same command then resumes" in told
+    assert "Lower execution.tile" in message
+    assert "the same command then resumes" in message
     assert call(stage, run).returncode == 0
     names = ("certificates.tsv",) if stage == "certify" else ("certificates.tsv", "attacks.tsv")
     for name in names:
@@ -161,9 +175,9 @@ def test_a_prediction_without_memory_is_one_line(call: Call, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little.")
 
     monkeypatch.setattr("rush.commands.predict.predict_files", short)
-    told = refusal(call("predict", tmp_path, tmp_path / "image.png"))
-    assert "not enough memory (OutOfMemoryError: CUDA out of memory" in told
-    assert "Lower execution.tile" in told
+    message = refusal(call("predict", tmp_path, tmp_path / "image.png"))
+    assert "not enough memory (OutOfMemoryError: CUDA out of memory" in message
+    assert "Lower execution.tile" in message
 
 
 @pytest.mark.usefixtures("broken")
@@ -269,8 +283,8 @@ def test_nothing_is_coloured_or_animated_where_nobody_watches(
 def test_stages_one_by_one_are_the_same_run(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     recipe, folder = write_tiny(tmp_path), tmp_path / "run"
     assert call("pretrain", recipe, "--out", folder).returncode == 0
-    told = refusal(call("certify", folder))
-    assert f"stage finetune is not finished; run `rush finetune {folder}` first" in told
+    message = refusal(call("certify", folder))
+    assert f"stage finetune is not finished; run `rush finetune {folder}` first" in message
     for command in ("finetune", "certify", "attack", "audit"):
         done = call(command, folder)
         assert done.returncode == 0, done.stderr
@@ -286,7 +300,7 @@ def test_a_finished_run_is_kept_and_reported_again(
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     again = call("run", folder)
     assert again.stderr.splitlines() == [
-        f"{stage}: finished before, kept" for stage in ("pretrain", "finetune", "certify", "attack", "audit")
+        f"{stage}: already finished, skipping" for stage in ("pretrain", "finetune", "certify", "attack", "audit")
     ]
     assert again.stdout == first.stdout
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
@@ -298,16 +312,16 @@ def test_a_changed_field_of_a_finished_stage_is_refused(
 ) -> None:
     folder, _ = finished
     recipe = (folder / "recipe.json").read_bytes()
-    told = refusal(call("run", folder, "--set", "smoothing.sigma=0.5"))
-    assert "already holds stage finetune made with other values of smoothing.sigma" in told
+    message = refusal(call("run", folder, "--set", "smoothing.sigma=0.5"))
+    assert "already holds stage finetune made with other values of smoothing.sigma" in message
     assert (folder / "recipe.json").read_bytes() == recipe
 
 
 def test_info_tells_state_and_figures(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(tiny_run, half, ignore=shutil.ignore_patterns("attack.json", "attacks", "attacks.tsv"))
-    told = [line.split("│") for line in call("info", half).stdout.splitlines()]
-    states = {cells[0].strip(): cells[1].strip() for cells in told if len(cells) == 2}
+    rows = [line.split("│") for line in call("info", half).stdout.splitlines()]
+    states = {cells[0].strip(): cells[1].strip() for cells in rows if len(cells) == 2}
     assert [states[stage] for stage in ("pretrain", "finetune", "certify", "attack")] == [
         "finished",
         "finished",
@@ -328,7 +342,7 @@ def test_predict_answers_like_the_library_for_every_file(call: Call, tiny_run: P
     expected = load(tiny_run, device="cpu").predict(images.pixels(), num_samples=400, seed=5).tolist()
     assert len(set(expected)) > 1
     answers = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "│" in line]
-    assert answers == ["abstain" if own == -1 else str(own) for own in expected]
+    assert answers == ["abstain" if label == -1 else str(label) for label in expected]
 
 
 def test_predict_refuses_another_size_unless_told_to_resize(call: Call, tiny_run: Path, tmp_path: Path) -> None:
@@ -336,8 +350,8 @@ def test_predict_refuses_another_size_unless_told_to_resize(call: Call, tiny_run
     large = np.kron(image, np.ones((3, 3), np.uint8))
     file = tmp_path / "large.png"
     Image.fromarray(large).save(file)
-    told = refusal(call("predict", tiny_run, file))
-    assert f"{file} is 24x24, the model takes 8x8; give --resize" in told
+    message = refusal(call("predict", tiny_run, file))
+    assert f"{file} is 24x24, the model takes 8x8; give --resize" in message
     done = call("predict", tiny_run, file, "--resize", "--num-samples", 100)
     assert done.returncode == 0, done.stderr
     answer = next(line for line in done.stdout.splitlines() if "│" in line).split("│")[1].strip()
@@ -427,18 +441,18 @@ def test_two_processes_do_all_stages_that_can_be_shared(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "audit and report run in one process" in done.stderr
     finished = {stage: json.loads((out / f"stages/{stage}.json").read_text()) for stage in STAGES[:-1]}
-    assert [own["processes"] for own in finished.values()] == [2, 2, 2, 2]
+    assert [figures["processes"] for figures in finished.values()] == [2, 2, 2, 2]
     # every event once, and the passes of both processes
     epochs = RunFolder.open(out).events("epoch", "pretrain")
-    assert [own["epoch"] for own in epochs] == [1, 2]
-    assert [own["passes"] for own in epochs] == [2 * 10 * 128] * 2
+    assert [event["epoch"] for event in epochs] == [1, 2]
+    assert [event["passes"] for event in epochs] == [2 * 10 * 128] * 2
     assert "audit: " in rush("run", out).stderr
 
 
 def test_a_run_begins_with_the_encoder_of_another(call: Call, tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "fewer"
-    own = ("--set", "finetune.label_fraction=0.2", "--set", "name=fewer")
-    done = call("finetune", tiny_run, "--out", out, *own)
+    changes = ("--set", "finetune.label_fraction=0.2", "--set", "name=fewer")
+    done = call("finetune", tiny_run, "--out", out, *changes)
     assert done.returncode == 0, done.stderr
     assert RunFolder.open(out).recipe.name == "fewer"
     figures = json.loads((out / "stages/finetune.json").read_text())

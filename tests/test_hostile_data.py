@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from bounded import refused
-from rush.commands.external import judge_file
+from rush.commands.verdict import judge_file
 from rush.data.readers.archives import read_words
 from rush.data.readers.decoding import MAX_PIXELS, decode
 from rush.data.readers.pickles import read_plain_pickle

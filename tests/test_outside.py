@@ -14,8 +14,10 @@ import torch
 import rush
 from commands import Call, refusal
 from rush.auditing.audit import AuditReport
-from rush.commands import external as outside_module
-from rush.commands.external import Subject, judge_file, ladder_rows, load_model, threat_model
+from rush.commands.external import ExternalModel, load_model
+from rush.commands.external import call as call_by_name
+from rush.commands.ladder import rung_rows
+from rush.commands.verdict import judge_file
 from rush.data.sources import load_images
 from rush.errors import ConfigError, DataError, InputError, ModelError
 from rush.evaluation.attack import verdict
@@ -80,11 +82,11 @@ def test_a_module_is_found_in_the_working_folder_and_smoothed_where_asked(outsid
 @pytest.mark.parametrize(
     ("name", "sigma", "message"),
     [
-        ("nowhere_at_all:sums", None, "No module named 'nowhere_at_all'.*where the module lies"),
+        ("nowhere_at_all:sums", None, "No module named 'nowhere_at_all'.*in the folder of the module"),
         ("{}:absent", None, "has no function 'absent'"),
         ("{}:nothing", None, r"gave int, expected a torch\.nn\.Module"),
         ("{}:", None, "must read module:function"),
-        ("{}:smoothed", 0.5, "its own noise; leave --sigma away"),
+        ("{}:smoothed", 0.5, "its own noise; omit --sigma"),
     ],
 )
 def test_what_is_no_model_is_refused(outside: str, name: str, sigma: float | None, message: str) -> None:
@@ -167,11 +169,11 @@ def test_a_run_folder_takes_several_data_folders_in_every_command(call: Call, ti
 
 
 def test_thresholds_of_a_command_are_fractions_in_pixel_units() -> None:
-    assert threat_model("linf", "8/255").epsilon == 8 / 255
+    assert ExternalModel(norm="linf", epsilon="8/255").threat.epsilon == 8 / 255
     with pytest.raises(InputError, match="exceeds the pixel range"):
-        threat_model("linf", "8")
+        _ = ExternalModel(norm="linf", epsilon="8").threat
     with pytest.raises(ConfigError, match="--epsilon: 'much' is not a number"):
-        threat_model("l2", "much")
+        _ = ExternalModel(norm="l2", epsilon="much").threat
 
 
 def test_an_audit_of_any_model_is_written_and_read_back(call: Call, outside: str, tmp_path: Path) -> None:
@@ -206,8 +208,8 @@ def test_a_ladder_of_any_model_ends_with_the_worst_case(call: Call, outside: str
 
 
 def test_a_random_model_must_say_what_it_is_used_for(call: Call, outside: str) -> None:
-    given = ("ladder", "--model", f"{outside}:noisy", "--data", "digits", "--images", 4)
-    assert 'decision="vote"' in refusal(call(*given))
+    command = ("ladder", "--model", f"{outside}:noisy", "--data", "digits", "--images", 4)
+    assert 'decision="vote"' in refusal(call(*command))
 
 
 def test_a_run_folder_keeps_its_own_threat_model(call: Call, tiny_run: Path) -> None:
@@ -235,9 +237,10 @@ def test_points_in_a_file_are_judged_like_points_in_memory(outside: str, tmp_pat
     points = (images.pixels() + 0.02).clamp(0, 1)
     file, threat = tmp_path / "points.npz", rush.ThreatModel("linf", 0.03)
     np.savez(file, adversarial=points.numpy()[::-1], ids=np.array(images.ids)[::-1])
-    subject = Subject.of(f"{outside}:smoothed", "digits", "linf", "0.03", images=None)
-    result = judge_file(file, subject, subject.model, threat, max_votes=400)
-    whole = verdict(subject.model, images, points, threat, max_votes=400)
+    external = ExternalModel(f"{outside}:smoothed", ["digits"], images=None)
+    model = external.classifier
+    result = judge_file(file, external.pixels, model, threat, max_votes=400)
+    whole = verdict(model, images, points, threat, max_votes=400)
     assert result.ids == tuple(reversed(whole.ids))
     np.testing.assert_array_equal(result.verdict[::-1], whole.verdict)
     assert result.broken.any()
@@ -249,28 +252,29 @@ def test_points_in_a_file_are_judged_like_points_in_memory(outside: str, tmp_pat
         images=images.images.numpy(),
         labels=images.labels,
     )
-    alone = judge_file(file, None, subject.model, threat, max_votes=400)
+    alone = judge_file(file, None, model, threat, max_votes=400)
     assert len(alone) == 30
     assert alone.linf.max() == pytest.approx(5 / 255, abs=1e-6)  # 0.02 is 5.1 grey levels
 
 
 def test_files_that_cannot_be_judged_say_why(outside: str, tmp_path: Path) -> None:
     file, threat = tmp_path / "points.npz", rush.ThreatModel("linf", 0.1)
-    subject = Subject.of(f"{outside}:sums", "digits", "linf", "0.1", images=3)
+    external = ExternalModel(f"{outside}:sums", ["digits"], images=3)
+    pixels, model = external.pixels, external.classifier
     with pytest.raises(DataError, match="does not exist"):
-        judge_file(file, subject, subject.model, threat)
+        judge_file(file, pixels, model, threat)
     file.write_bytes(b"no archive")
     with pytest.raises(DataError, match="cannot be read as arrays"):
-        judge_file(file, subject, subject.model, threat)
+        judge_file(file, pixels, model, threat)
     np.savez(file, points=np.zeros(3))
     with pytest.raises(DataError, match="has no array 'adversarial'; it has points"):
-        judge_file(file, subject, subject.model, threat)
+        judge_file(file, pixels, model, threat)
     np.savez(file, adversarial=np.zeros((3, 1, 8, 8), np.float32), ids=np.array(["a", "b", "c"]))
-    with pytest.raises(DataError, match="3 images that the data set has not, first a"):
-        judge_file(file, subject, subject.model, threat)
+    with pytest.raises(DataError, match="names 3 images that are not in the data set, first a"):
+        judge_file(file, pixels, model, threat)
     np.savez(file, adversarial=np.zeros((3, 8, 8), np.float32))
     with pytest.raises(DataError, match=r"must be \(N, C, H, W\), float in \[0, 1\] or uint8, got float32 \(3, 8, 8\)"):
-        judge_file(file, None, subject.model, threat)
+        judge_file(file, None, model, threat)
 
 
 @pytest.mark.parametrize(
@@ -307,23 +311,24 @@ def test_pixels_of_every_float_type_and_byte_order_are_read(kind: str, outside: 
 
 def test_ids_may_be_bytes_or_integers_and_must_differ(outside: str, tmp_path: Path) -> None:
     file, threat = tmp_path / "points.npz", rush.ThreatModel("linf", 0.1)
-    subject = Subject.of(f"{outside}:sums", "digits", "linf", "0.1", images=3)
-    x, names = subject.images.x.numpy(), list(subject.images.ids)
+    external = ExternalModel(f"{outside}:sums", ["digits"], images=3)
+    pixels, model = external.pixels, external.classifier
+    x, names = pixels.x.numpy(), list(pixels.ids)
     np.savez(file, adversarial=x, ids=np.array([name.encode() for name in names]))
-    assert judge_file(file, subject, subject.model, threat).ids == tuple(names)
-    numbered = Subject(subject.model, replace(subject.images, ids=("0", "1", "2")), threat)
+    assert judge_file(file, pixels, model, threat).ids == tuple(names)
+    numbered = replace(pixels, ids=("0", "1", "2"))
     np.savez(file, adversarial=x, ids=np.arange(3))
-    assert judge_file(file, numbered, subject.model, threat).ids == ("0", "1", "2")
+    assert judge_file(file, numbered, model, threat).ids == ("0", "1", "2")
     np.savez(file, adversarial=x, ids=np.array([0, 1, 1]))
     with pytest.raises(DataError, match="has a duplicate id, 1; give one point per image"):
-        judge_file(file, numbered, subject.model, threat)
+        judge_file(file, numbered, model, threat)
     for wrong in (np.array([0.0, 1.0, 2.0]), np.array([["0"], ["1"], ["2"]])):
         np.savez(file, adversarial=x, ids=wrong)
         with pytest.raises(DataError, match="must be text or integers of shape"):
-            judge_file(file, numbered, subject.model, threat)
+            judge_file(file, numbered, model, threat)
     np.savez(file, adversarial=x, ids=np.array([b"\xff", b"a", b"b"]))
     with pytest.raises(DataError, match="bytes that are not UTF-8"):
-        judge_file(file, numbered, subject.model, threat)
+        judge_file(file, numbered, model, threat)
 
 
 def test_a_file_that_is_no_archive_of_arrays_is_refused(outside: str, tmp_path: Path) -> None:
@@ -374,9 +379,11 @@ def test_the_curve_ends_where_every_image_can_be_made_grey(norm: str, last: floa
 
 
 def test_rows_of_a_ladder_pair_each_rung_with_the_one_before(outside: str) -> None:
-    subject = Subject.of(f"{outside}:smoothed", "digits", "linf", "0.05", images=10)
-    results = [rush.attack(subject.model, subject.images, subject.threat, method) for method in ("none", "fgsm")]  # type: ignore[arg-type]
-    first, second = ladder_rows(results)
+    external = ExternalModel(f"{outside}:smoothed", ["digits"], epsilon="0.05", images=10)
+    results = [
+        rush.attack(external.classifier, external.pixels, external.threat, method) for method in ("none", "fgsm")
+    ]
+    first, second = rung_rows(results)
     assert first[4] == ""
     assert second[4].startswith(("−", "+0"))
     assert second[1] == "16 + 0"
@@ -384,7 +391,7 @@ def test_rows_of_a_ladder_pair_each_rung_with_the_one_before(outside: str) -> No
 
 def test_call_needs_a_function() -> None:
     with pytest.raises(ConfigError, match="must read module:function"):
-        outside_module.call("module")
+        call_by_name("module")
 
 
 def test_points_are_judged_under_a_seed_drawn_after_them_which_repeats(
@@ -402,8 +409,8 @@ def test_points_are_judged_under_a_seed_drawn_after_them_which_repeats(
     seeds = []
     for _ in range(2):
         shown = judged()
-        (told,) = [line for line in shown if "--seed" in line]
-        seeds.append(int(told.rsplit("--seed ", 1)[1].split()[0]))
+        (line,) = [line for line in shown if "--seed" in line]
+        seeds.append(int(line.rsplit("--seed ", 1)[1].split()[0]))
         again = judged("--seed", seeds[-1])
         one, other = ([line.split() for line in lines if "seed" not in line] for lines in (shown, again))
         assert one[2:] == other[2:]

@@ -98,15 +98,17 @@ def test_a_file_becomes_the_pixels_that_folders_and_shards_give(name: str, resiz
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_file_is_refused_where_folders_and_shards_refuse_it(name: str, tmp_path: Path) -> None:
     files = [REFUSED[name](tmp_path / "set" / part) for part in "ab"]
-    told = []
+    messages = []
     for load in (lambda: load_images(tmp_path / "set"), lambda: load_images(parquet(tmp_path / "shards", files))):
         with pytest.raises(DataError) as caught:
             load()
-        told.append(str(caught.value))
+        messages.append(str(caught.value))
     (answer,) = predict_files(model(tmp_path / "model"), files[:1], **OPTIONS)
     assert answer.answer is None
-    assert answer.error == told[0]
-    assert told[1].removeprefix(f"{tmp_path}/shards/test-0.parquet row 0") == told[0].removeprefix(str(files[0]))
+    assert answer.error == messages[0]
+    assert messages[1].removeprefix(f"{tmp_path}/shards/test-0.parquet row 0") == messages[0].removeprefix(
+        str(files[0])
+    )
 
 
 def test_images_of_another_size_need_a_model_that_resizes_or_the_word(tmp_path: Path) -> None:
@@ -115,9 +117,9 @@ def test_images_of_another_size_need_a_model_that_resizes_or_the_word(tmp_path: 
     assert answer.error == f"{file} is 30x12, the model takes 8x8; give --resize or resize it"
     resizing = model(tmp_path / "resizing", resized=True)
     assert image_form(resizing) == ImageForm((3, 8, 8), True)
-    told = predict_files(tmp_path / "model", [file], **(OPTIONS | {"resize": True}))
-    assert told == predict_files(resizing, [file], **OPTIONS)
-    assert told[0].answer in tuple("0123456789")
+    answers = predict_files(tmp_path / "model", [file], **(OPTIONS | {"resize": True}))
+    assert answers == predict_files(resizing, [file], **OPTIONS)
+    assert answers[0].answer in tuple("0123456789")
 
 
 def test_a_colour_file_for_a_grey_model_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rush.auditing.report import decide, images_to_hold, reach_statement
 from rush.certification.bounds import largest_radius
 from rush.certification.rule import fewest_estimation, make_rule
 from rush.choices import fewest_samples
-from rush.commands.external import Subject
+from rush.commands.external import ExternalModel
 from rush.errors import ConfigError, InputError
 from rush.evaluation.attack import verdict
 from rush.evaluation.evaluation import Evaluation
@@ -178,13 +178,16 @@ def test_a_suite_shares_the_level_among_its_attackers() -> None:
     assert fewest_draws(alpha / shares) == 104
 
 
-def test_an_audit_and_a_ladder_are_refused_before_their_first_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_audit_and_a_ladder_are_refused_before_their_first_attack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(Evaluation, "candidates", lambda *_, **__: pytest.fail("an attack was begun"))
     with pytest.raises(InputError, match="no verdict can be given at the level"):
         audit(SMOOTHED, (X, Y), THREAT, alpha=2.0**-100 * 1.001, max_votes=100)
-    subject = Subject(SMOOTHED, rush.data.checks.labelled_pixels((X, Y)), THREAT)
+    np.savez(tmp_path / "images.npz", images=np.uint8(255 * X), labels=Y)
+    external = ExternalModel(f"{__name__}:SMOOTHED", [str(tmp_path / "images.npz")], norm="l2", epsilon="0.05")
     with pytest.raises(InputError, match="no verdict can be given at the level"):
-        next(subject.climb(0, alpha=2.0**-100 * 1.001, max_votes=100))
+        next(external.run_ladder(alpha=2.0**-100 * 1.001, max_votes=100))
 
 
 @pytest.mark.parametrize("tolerance", [0.02, 0.05, 0.1, 0.5])

@@ -25,16 +25,16 @@ X, Y = pixel_images(40)
 RADII = tuple(0.05 * step for step in range(10))
 
 
-def _fresh(**given: Any) -> Certificates:
+def _fresh(**changes: Any) -> Certificates:
     """Certified anew, under any rule."""
     pixels = labelled_pixels((X, Y), 4)
     usual = {
         "sigma": SIGMA, "alpha": 0.001, "level": "image", "num_images": 40, "num_selection": 30,
         "num_estimation": 1230, "radii": None, "futility": 0.01,
     }  # fmt: skip
-    rule = make_rule(**{**usual, **given})
-    found = dict(certify_each(pixel_vote(), pixels, rule, 3, list(range(40))))
-    return join_certificates([found[position] for position in range(40)])
+    rule = make_rule(**{**usual, **changes})
+    result = dict(certify_each(pixel_vote(), pixels, rule, 3, list(range(40))))
+    return join_certificates([result[position] for position in range(40)])
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +51,20 @@ def _known(certificates: Certificates) -> NDArray[np.bool_]:
     return certificates.counts != UNKNOWN
 
 
-def _assert_like_fresh(found: Certificates, fresh: Certificates) -> None:
+def _assert_like_fresh(result: Certificates, fresh: Certificates) -> None:
     """The same; counts as far as they are known, those of the selected class at least."""
-    assert_same(found, fresh, but="counts")
-    known = _known(found)
-    np.testing.assert_array_equal(found.counts[known], fresh.counts[known])
-    assert known[np.arange(len(found)), found.selected].all()
+    assert_same(result, fresh, but="counts")
+    known = _known(result)
+    np.testing.assert_array_equal(result.counts[known], fresh.counts[known])
+    assert known[np.arange(len(result)), result.selected].all()
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"radii": (0.0, 0.1, 0.3)}, {"level": "family"}, {"num_estimation": 400, "alpha": 0.05}]
+    "changes", [{}, {"radii": (0.0, 0.1, 0.3)}, {"level": "family"}, {"num_estimation": 400, "alpha": 0.05}]
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_rule_gives_the_same(method: str, given: dict[str, Any]) -> None:
-    before = certified(method, (X, Y), **given)
+def test_the_same_rule_gives_the_same(method: str, changes: dict[str, Any]) -> None:
+    before = certified(method, (X, Y), **changes)
     assert_same(recompute(before), before)
     rule = asdict(before.rule)
     named = {name: rule[name] for name in ("alpha", "bound", "num_estimation", "radii", "level", "futility")}
@@ -76,71 +76,73 @@ def test_the_same_rule_gives_the_same(method: str, given: dict[str, Any]) -> Non
 def test_another_level_for_a_fixed_number_is_that_of_certifying_afresh(
     fixed: Certificates, alpha: float, radii: tuple[float, ...] | None
 ) -> None:
-    found = recompute(fixed, alpha=alpha, radii=radii)
-    assert_same(found, certified("clopper-pearson", (X, Y), alpha=alpha, radii=radii))
-    assert (found.radius != fixed.radius).any()
+    result = recompute(fixed, alpha=alpha, radii=radii)
+    assert_same(result, certified("clopper-pearson", (X, Y), alpha=alpha, radii=radii))
+    assert (result.radius != fixed.radius).any()
 
 
 def test_a_radius_of_the_grid_that_is_the_bounds_own_is_certified(fixed: Certificates) -> None:
-    own = sorted(set(fixed.radius.tolist()) - {0.0})
-    found = recompute(fixed, radii=own)
-    assert found.rule.radii == tuple(own)
-    np.testing.assert_array_equal(found.radius, fixed.radius)
-    above = recompute(fixed, radii=[radius + 1e-6 for radius in own])
+    radii = sorted(set(fixed.radius.tolist()) - {0.0})
+    result = recompute(fixed, radii=radii)
+    assert result.rule.radii == tuple(radii)
+    np.testing.assert_array_equal(result.radius, fixed.radius)
+    above = recompute(fixed, radii=[radius + 1e-6 for radius in radii])
     assert (above.radius[fixed.radius > 0] < fixed.radius[fixed.radius > 0]).all()
 
 
 @pytest.mark.parametrize("num_estimation", [100, 700, 1200])
 @pytest.mark.parametrize("bound", ["clopper-pearson", "geometric", "beta"])
 def test_the_first_votes_are_a_shorter_run(fixed: Certificates, bound: str, num_estimation: int) -> None:
-    found = recompute(fixed, bound=bound, num_estimation=num_estimation)
+    result = recompute(fixed, bound=bound, num_estimation=num_estimation)
     method = "clopper-pearson" if bound == "clopper-pearson" else "sequential"
     fresh = _fresh(method=method, bound=bound, num_estimation=num_estimation)
-    _assert_like_fresh(found, fresh)
-    assert found.num_samples.max() <= 30 + num_estimation
-    others = np.ones_like(found.counts, bool)
-    others[np.arange(40), found.selected] = False
-    assert (found.counts[others] == UNKNOWN).all()  # blocks hold the votes for the selected class alone
+    _assert_like_fresh(result, fresh)
+    assert result.num_samples.max() <= 30 + num_estimation
+    others = np.ones_like(result.counts, bool)
+    others[np.arange(40), result.selected] = False
+    assert (result.counts[others] == UNKNOWN).all()  # blocks hold the votes for the selected class alone
 
 
-@pytest.mark.parametrize("given", [{}, {"alpha": 0.05}, {"radii": (0.1, 0.3)}, {"futility": 0.2}, {"level": "family"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"alpha": 0.05}, {"radii": (0.1, 0.3)}, {"futility": 0.2}, {"level": "family"}]
+)
 @pytest.mark.parametrize("bound", ["geometric", "beta"])
 def test_anytime_valid_bounds_on_a_fixed_number_are_a_sequential_run(
-    fixed: Certificates, bound: str, given: dict[str, Any]
+    fixed: Certificates, bound: str, changes: dict[str, Any]
 ) -> None:
-    found = recompute(fixed, bound=bound, **given)
-    fresh = _fresh(method="sequential", bound=bound, **given)
-    _assert_like_fresh(found, fresh)
-    assert found.rule.method == "sequential"
-    assert found.num_samples.mean() < 0.95 * fixed.num_samples.mean()
-    assert len(set(found.radius.tolist())) >= 3
+    result = recompute(fixed, bound=bound, **changes)
+    fresh = _fresh(method="sequential", bound=bound, **changes)
+    _assert_like_fresh(result, fresh)
+    assert result.rule.method == "sequential"
+    assert result.num_samples.mean() < 0.95 * fixed.num_samples.mean()
+    assert len(set(result.radius.tolist())) >= 3
 
 
 def test_a_sequential_run_under_a_stricter_rule_is_open_where_its_votes_end(sequential: Certificates) -> None:
     """Nothing is certified that a fresh run, whose votes go on, does not certify too."""
-    found = recompute(sequential, alpha=1e-6)
+    result = recompute(sequential, alpha=1e-6)
     fresh = certified("sequential", (X, Y), alpha=1e-6)
-    assert found.rule == replace(fresh.rule, radii=found.rule.radii)
-    assert (found.num_samples <= sequential.num_samples).all()
-    assert (found.radius <= fresh.radius).all()
-    ended = (found.outcome == UNDECIDED) & (found.num_samples < 1260)
+    assert result.rule == replace(fresh.rule, radii=result.rule.radii)
+    assert (result.num_samples <= sequential.num_samples).all()
+    assert (result.radius <= fresh.radius).all()
+    ended = (result.outcome == UNDECIDED) & (result.num_samples < 1260)
     assert ended.sum() >= 3
-    assert (found.num_samples == sequential.num_samples)[ended].all()
+    assert (result.num_samples == sequential.num_samples)[ended].all()
     decided = np.flatnonzero(~ended & (fresh.num_samples <= sequential.num_samples)).tolist()
     assert len(decided) >= 3
-    if found.rule == fresh.rule:
-        _assert_like_fresh(found.select(decided), fresh.select(decided))
+    if result.rule == fresh.rule:
+        _assert_like_fresh(result.select(decided), fresh.select(decided))
 
 
 def test_a_sequential_run_under_a_looser_rule_stops_sooner(sequential: Certificates) -> None:
     radii = sequential.rule.radii
-    found, fresh = recompute(sequential, alpha=0.05), certified("sequential", (X, Y), alpha=0.05, radii=radii)
-    assert (found.num_samples <= sequential.num_samples).all()
-    assert (found.num_samples < sequential.num_samples).any()
+    result, fresh = recompute(sequential, alpha=0.05), certified("sequential", (X, Y), alpha=0.05, radii=radii)
+    assert (result.num_samples <= sequential.num_samples).all()
+    assert (result.num_samples < sequential.num_samples).any()
     assert {CERTIFIED, NOT_CERTIFIABLE} <= set(fresh.outcome.tolist())
     alike = np.flatnonzero(fresh.num_samples <= sequential.num_samples).tolist()
     assert len(alike) > 25
-    _assert_like_fresh(found.select(alike), fresh.select(alike))
+    _assert_like_fresh(result.select(alike), fresh.select(alike))
 
 
 def test_a_number_fixed_beforehand_is_not_claimed_for_a_sequential_run(
@@ -237,10 +239,10 @@ def test_the_command_shows_the_new_rule_and_writes_its_certificates(
     )  # fmt: skip
     assert done.returncode == 0, done
     expected = recompute(fixed, bound="geometric", alpha=0.01, num_estimation=1000, radii=(0.25, 0.125), level="family")
-    found = read_certificates(tmp_path / "new.tsv")
-    assert found is not None
-    assert found[0] == list(range(100, 140))
-    assert_same(found[1], expected)
+    result = read_certificates(tmp_path / "new.tsv")
+    assert result is not None
+    assert result[0] == list(range(100, 140))
+    assert_same(result[1], expected)
     assert table.read_bytes() == before
     for text in (
         "all 40 certificates hold together with probability at least 0.99",
@@ -262,9 +264,9 @@ def test_the_command_reads_a_run_folder_and_leaves_it_as_it_is(call: Call, tiny_
     done = call("certify", tiny_run, "--recompute", "--alpha", 0.05)
     assert done.returncode == 0, done
     assert "each certificate by itself is false with probability at most 0.05" in done.stdout
-    found = read_certificates(tiny_run / "certificates.tsv")
-    assert found is not None
-    assert f"{recompute(found[1], alpha=0.05).acr:.4f}" in done.stdout
+    result = read_certificates(tiny_run / "certificates.tsv")
+    assert result is not None
+    assert f"{recompute(result[1], alpha=0.05).acr:.4f}" in done.stdout
     assert {file: file.stat().st_mtime_ns for file in tiny_run.rglob("*")} == before
 
 
@@ -273,8 +275,8 @@ def test_the_command_reads_a_run_folder_and_leaves_it_as_it_is(call: Call, tiny_
     [("--alpha", 0.01), ("--bound", "beta"), ("--num-estimation", 100), ("--radii", 0.1), ("--level", "family")],
 )
 def test_options_of_recomputing_are_refused_without_it(call: Call, tiny_run: Path, options: tuple[object, ...]) -> None:
-    told = refusal(call("certify", tiny_run, *options))
-    assert told.startswith(
+    message = refusal(call("certify", tiny_run, *options))
+    assert message.startswith(
         f"rush: {options[0]} belongs to --recompute; to certify with other values give --set certify."
     )
     assert "--out belongs to --recompute" in refusal(call("certify", tiny_run, "--out", "new.tsv"))
@@ -284,8 +286,8 @@ def test_what_cannot_be_recomputed_is_told_in_a_line(call: Call, table: Path, tm
     before = table.read_bytes()
     assert "exists; give another file to --out" in refusal(call("certify", table, "--recompute", "--out", table))
     assert table.read_bytes() == before
-    told = refusal(call("certify", tmp_path / "none.tsv", "--recompute"))
-    assert "none.tsv is missing or holds no certificates; run `rush certify` first" in told
+    message = refusal(call("certify", tmp_path / "none.tsv", "--recompute"))
+    assert "none.tsv is missing or holds no certificates; run `rush certify` first" in message
     assert "certificates.tsv is missing" in refusal(call("certify", tmp_path, "--recompute"))
     assert "multiple of it, got 150" in refusal(call("certify", table, "--recompute", "--num-estimation", 150))
     new = tmp_path / "new.tsv"

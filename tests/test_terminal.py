@@ -10,7 +10,7 @@ import pytest
 
 import rush
 from commands import Call, refusal
-from rush.commands.terminal import print_lines, print_table, print_wide_table
+from rush.commands.terminal import print_lines, print_table
 from rush.reporting.compare import markdown
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
@@ -30,13 +30,26 @@ def test_names_are_printed_as_they_are(
         monkeypatch.setenv("TERM", "xterm")
     print_lines([HOSTILE])
     print_lines([HOSTILE], stderr=True)
-    print_table((HOSTILE, "head"), [(HOSTILE, "cell")])
-    print_wide_table(HOSTILE, [HOSTILE, "head"], [(HOSTILE, "cell")])
+    print_table([HOSTILE, "head"], [(HOSTILE, "cell")], HOSTILE)
     out, err = capsys.readouterr()
-    assert out.count(SHOWN) == 6
+    assert out.count(SHOWN) == 4
     assert err.count(SHOWN) == 1
     for text in ("\a", "\r", "\u2028", "\u202e", "\x1b[31", "\x1b[2J", "\U0001f604"):
         assert text not in out + err
+
+
+def test_a_table_is_as_wide_as_its_text_in_a_pipe_and_shares_a_terminal_evenly(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = "word " * 19 + "end", "word " * 39 + "end"
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table((short, "b"), [("a", long)])
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert short in head
+    assert long in row
+    monkeypatch.setenv("COLUMNS", "61")
+    print_table((short, "b"), [("a", long)])
+    assert {line.index("│") for line in capsys.readouterr().out.splitlines() if "│" in line} == {29}
 
 
 def test_a_comparison_in_markdown_keeps_its_lines() -> None:
@@ -82,6 +95,6 @@ def test_a_full_disk_behind_standard_output_is_one_line(command: str, tmp_path: 
             check=False,
         )
     assert done.returncode == 1
-    line = "rush: the output cannot be written: No space left on device; what was computed is kept\n"
+    line = "rush: the output cannot be written: No space left on device; results computed so far are kept\n"
     assert done.stderr == line
     assert (run / "report.html").exists() == (command == "report")

@@ -2,54 +2,54 @@
 
 import os
 import sys
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 _TRACEBACK = "--traceback"
 
 
 def main() -> None:
-    """Run the command line; whatever goes wrong is one clear line on standard error and exit status 1.
+    """Run the command line; an error ends it with one line on standard error and exit status 1.
 
-    With ``--traceback`` anywhere on the command line, or RUSH_TRACEBACK=1 in the environment, the traceback comes
+    With ``--traceback`` anywhere on the command line, or RUSH_TRACEBACK=1 in the environment, the traceback is printed
     before the line.
     """
     from rush.errors import Interrupted, RushError
 
-    wanted = _take_traceback()
+    show_traceback = _take_traceback()
     _show_own_warnings_in_one_line()
     try:
-        _run()
-    except Interrupted as stop:
-        _say(str(stop), wanted)
-        sys.exit(stop.status)
-    except RushError as error:
-        _say(str(error), wanted)
-        sys.exit(1)
-    except OSError as error:
-        _say(_system_said(error), wanted)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here", wanted)
-        sys.exit(130)
-    except Exception as error:
-        _say(_memory_said(error) or _unexpected(error, wanted), wanted)
-        sys.exit(1)
+        from rush.commands.app import app
 
-
-def _run() -> None:
-    from rush.commands.app import app, several_processes
-
-    if several_processes():
-        from rush.runtime.distributed import joined_processes
-
-        with joined_processes():
+        if sys.argv[1:2] in ([], ["--help"], ["-h"]):
+            app.resolved_commands()  # the list of commands consists of their docstrings
+        with _processes():
             app()
-    else:
-        app()
+    except Interrupted as stop:
+        _fail(str(stop), show_traceback, stop.status)
+    except RushError as error:
+        _fail(str(error), show_traceback)
+    except OSError as error:
+        _fail(_system_message(error), show_traceback)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to resume", show_traceback, 130)
+    except Exception as error:
+        _fail(_memory_message(error) or _unexpected(error, show_traceback), show_traceback)
+
+
+def _processes() -> AbstractContextManager[None]:
+    """Return the context in which the processes that torchrun started are connected; torch is imported for several."""
+    from rush.commands.run_folders import several_processes
+
+    if not several_processes():
+        return nullcontext()
+    from rush.runtime.distributed import joined_processes
+
+    return joined_processes()
 
 
 def _take_traceback() -> bool:
-    """Whether a traceback is wanted; the option is taken off the command line, whose commands do not know it."""
+    """Return whether a traceback is asked for, and remove the option from the command line, as no command has it."""
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     kept = [word for word in words[:end] if word != _TRACEBACK]
@@ -58,7 +58,7 @@ def _take_traceback() -> bool:
 
 
 def _show_own_warnings_in_one_line() -> None:
-    """Print warnings of this library without the place in its code that raised them."""
+    """Print warnings of this library in one line, without the place in its code that raised them."""
     import warnings
 
     from rush.errors import RushWarning
@@ -75,8 +75,8 @@ def _show_own_warnings_in_one_line() -> None:
     warnings.showwarning = show
 
 
-def _memory_said(error: Exception) -> str | None:
-    """What to say of a device that is out of memory; None of any other error."""
+def _memory_message(error: Exception) -> str | None:
+    """Return the message for a device that is out of memory; None for any other error."""
     if "torch" not in sys.modules:
         return None
     from rush.runtime.memory import JUDGED, is_out_of_memory, memory_error
@@ -85,34 +85,36 @@ def _memory_said(error: Exception) -> str | None:
 
 
 def _unexpected(error: Exception, traceback_shown: bool) -> str:
-    """What to say of an error that no part of this library raises on purpose."""
-    said = " ".join(str(error).split())
+    """Return the message for an error that no part of this library raises on purpose."""
+    text = " ".join(str(error).split())
     more = "" if traceback_shown else f", which {_TRACEBACK} shows"
     return (
-        f"internal error: {type(error).__name__}{': ' if said else ''}{said}; this should not happen: please report it "
+        f"internal error: {type(error).__name__}{': ' if text else ''}{text}; this should not happen: please report it "
         f"with the command and the traceback{more}"
     )
 
 
-def _say(text: str, traceback_wanted: bool) -> None:
+def _fail(text: str, show_traceback: bool, status: int = 1) -> NoReturn:
+    """Print the error that is being handled and exit."""
     from rush.runtime.lines import printable
 
-    if traceback_wanted:
+    if show_traceback:
         import traceback
 
         traceback.print_exc()
     sys.stderr.write(f"rush: {printable(text)}\n")
+    sys.exit(status)
 
 
-def _system_said(error: OSError) -> str:
-    """What to say where the system refuses something that no other part of the library has put into words."""
+def _system_message(error: OSError) -> str:
+    """Return the message for an error of the operating system that no other part of the library has described."""
     if error.filename is not None:
-        return f"{error.filename}: {error.strerror}; the same command resumes once this is mended"
+        return f"{error.filename}: {error.strerror}; fix this and run the same command again to resume"
     try:
         sys.stdout.flush()
-    except OSError:  # what is still to be printed would be tried again at the end
+    except OSError:  # buffered output would be written again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return f"the output cannot be written: {error.strerror or error}; what was computed is kept"
+    return f"the output cannot be written: {error.strerror or error}; results computed so far are kept"
 
 
 if __name__ == "__main__":

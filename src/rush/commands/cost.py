@@ -1,4 +1,4 @@
-"""What recipes would cost on this machine: some steps of each training are measured, the rest is multiplication."""
+"""The cost of training by a recipe on this machine, extrapolated from a few measured steps of each stage."""
 
 import json
 import multiprocessing
@@ -30,9 +30,9 @@ from rush.training.budget import Plan, Times
 from rush.training.loop import Schedule
 
 STEPS = 4
-COST_HEADER = ("recipe", "network", "objectives", "passes an image", "steps", "s a step", "hours", "to the first")
+COST_HEADER = ("recipe", "network", "objectives", "passes per image", "steps", "s per step", "hours", "vs. first")
 STAGE_HEADER = (
-    "recipe", "stage", "images", "passes an image", "epochs", "steps", "s a step", "images/s", "time",
+    "recipe", "stage", "images", "passes per image", "epochs", "steps", "s per step", "images/s", "time",
     "peak memory", "energy",
 )  # fmt: skip
 _NO_STEP = 1e-9  # learning rate of a trial: random images teach nothing, and a step costs the same
@@ -40,7 +40,7 @@ _NO_STEP = 1e-9  # learning rate of a trial: random images teach nothing, and a 
 
 @dataclass(frozen=True)
 class DataSize:
-    """What the cost of training depends on: shape (C, H, W), classes, and how many images each training draws from."""
+    """The data that the cost of training depends on: shape (C, H, W), classes and images of each training stage."""
 
     shape: tuple[int, int, int]
     num_classes: int
@@ -50,9 +50,16 @@ class DataSize:
 
 @dataclass(frozen=True)
 class StageCost:
-    """A whole training, extrapolated. passes: images forward and backward; forward_passes: forward alone; seconds,
-    joules: of all steps, joules None where the device does not tell; peak_memory: bytes, the images included. epochs:
-    the recipe's, or as many as end within its minutes."""
+    """The extrapolated cost of a whole training stage.
+
+    Attributes:
+        passes: Images that pass forward and backward.
+        forward_passes: Images that only pass forward.
+        seconds: Time of all steps.
+        peak_memory: Bytes, including the training images.
+        joules: Energy of all steps; None if the device does not report it.
+        epochs: Those of the recipe, or as many as fit into its minutes.
+    """
 
     stage: Stage
     objective: str
@@ -81,8 +88,10 @@ class StageCost:
 
 @dataclass(frozen=True)
 class RecipeCost:
-    """All trainings of a recipe, extrapolated from ``measured_steps`` of each, on the machine that ``conditions``
-    name."""
+    """The cost of all training stages of a recipe, extrapolated from ``measured_steps`` of each.
+
+    ``conditions`` describes the machine.
+    """
 
     recipe: str
     network: str
@@ -96,7 +105,7 @@ class RecipeCost:
 
     @property
     def images(self) -> int:
-        """The images of the training that draws from most: those by which passes of all trainings are counted."""
+        """The images of the stage that draws from most; passes of all stages are counted per image of these."""
         return max(stage.images for stage in self.stages)
 
     @property
@@ -129,10 +138,11 @@ class RecipeCost:
 
 
 def data_size(recipe: Recipe) -> DataSize:
-    """Shape and numbers of the recipe's training images: of data sets known by name without their files, else of the
-    images themselves, which are loaded.
+    """Return shape and numbers of the recipe's training images, which are loaded unless their data set has a name.
 
-    Raises: DataError as ``load_images``; ConfigError where fewer images are left than are held out.
+    Raises:
+        DataError: As in ``load_images``.
+        ConfigError: At least as many images are held out as there are.
     """
     data, config = recipe.data, recipe.finetune
     shape, num_classes, train, other = _known_size(recipe) if data.name in SPLITS else _loaded_size(recipe)
@@ -147,14 +157,20 @@ def data_size(recipe: Recipe) -> DataSize:
 
 
 def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
-    """The cost of the recipe's trainings on this machine, from ``steps`` steps of each on random 8-bit images, by the
-    same functions, precision and device as in a run.
+    """Measure the cost of the recipe's training stages on random 8-bit images.
 
-    As many steps before them, which warm up and compile, are not counted; neither is what a run does between the steps:
-    reading the data, live figures, checkpoints. Of a training by minutes they give the number of epochs that its steps
-    alone would leave room for. Random: images, labels and weights, from the recipe's seed.
-    Raises: ConfigError for ``steps`` below 1, a batch larger than the training set, or minutes that are too few;
-    DataError as ``load_images``.
+    The functions, precision and device are those of a run. The time between steps (reading data, live figures,
+    checkpoints) is not included. A stage with a limit in minutes gets the number of epochs whose steps alone fit.
+
+    Args:
+        recipe: The recipe to measure.
+        steps: Steps to measure per stage, after the same number of warm-up steps, which are not counted.
+
+    Raises:
+        ConfigError: ``steps`` is below 1, a batch is larger than the training set, or there are too few minutes.
+        DataError: As in ``load_images``.
+
+    Random: Images, labels and weights, from the recipe's seed.
     """
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
@@ -173,16 +189,17 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
 
 
 def measure_each(recipes: Iterable[Recipe], steps: int = STEPS) -> Iterator[RecipeCost]:
-    """``measure`` of one recipe after the other, each in a fresh process, so that the peak of its memory is its own.
+    """Measure one recipe after another, each in a new process, so that its peak memory is its own.
 
-    Raises: as ``measure``; RushError where a process ends without an answer, as it does for want of memory.
+    Raises:
+        RushError: As in ``measure``, or a process ends without an answer, e.g. because it ran out of memory.
     """
     for recipe in recipes:
         yield _measure_apart(recipe, steps)
 
 
 def conditions_text(execution: Execution) -> str:
-    """The machine as the trainings use it: device, precision and threads."""
+    """Return the device, precision, threads and torch version that training uses."""
     kind = torch.device(execution.device).type
     name = torch.cuda.get_device_name(execution.device) if kind == "cuda" else str(machine()["processor"])
     threads = f"{execution.threads} thread{'s' if execution.threads != 1 else ''}"
@@ -190,7 +207,7 @@ def conditions_text(execution: Execution) -> str:
 
 
 def cost_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
-    """The rows below ``COST_HEADER``: one a recipe, times also as multiples of the first, and the sum of several."""
+    """Return a row under ``COST_HEADER`` per recipe, with its time relative to the first, and the sum of several."""
     rows: list[tuple[str, ...]] = [
         (
             cost.recipe,
@@ -210,7 +227,7 @@ def cost_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
 
 
 def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
-    """The rows below ``STAGE_HEADER``: one a training."""
+    """Return a row under ``STAGE_HEADER`` per training stage."""
     return [
         (
             cost.recipe,
@@ -231,7 +248,7 @@ def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
 
 
 def write_costs(path: Path, costs: Sequence[RecipeCost]) -> None:
-    """Write all figures to ``path`` as JSON; ``extrapolated`` is true beside each of them."""
+    """Write all figures to ``path`` as JSON, each marked as ``extrapolated``."""
     told = [
         {
             **{key: value for key, value in asdict(cost).items() if key != "stages"},
@@ -256,7 +273,7 @@ def write_costs(path: Path, costs: Sequence[RecipeCost]) -> None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Short trainings of a recipe on random images: every phase lasts two epochs, of which the second counts."""
+    """Short training stages of a recipe on random images; every phase lasts two epochs, and the second is measured."""
 
     recipe: Recipe
     size: DataSize
@@ -297,7 +314,7 @@ class _Trial:
         return new_classifier(spec_of(self.recipe, images), self.recipe.seed)
 
     def _images(self, batch_size: int) -> ImageSet:
-        """Random images with random labels, ``steps`` batches of them."""
+        """Return ``steps`` batches of random images with random labels."""
         count, generator = self.steps * batch_size, stream(self.recipe.seed, "cost", "images")
         pixels = torch.randint(0, 256, (count, *self.size.shape), dtype=torch.uint8, generator=generator)
         labels = torch.randint(0, self.size.num_classes, (count,), generator=generator)
@@ -307,8 +324,10 @@ class _Trial:
     def _extrapolated(
         self, stage: Stage, objective: str, config: TrainingConfig, images: int, phases: Sequence[dict[str, Any]]
     ) -> StageCost:
-        """phases: what the log says of the measured steps of each kind: of the head alone and of every weight, or of
-        the one kind that there is."""
+        """Return the cost of the whole stage.
+
+        phases: figures of the measured steps of each kind: of the head alone and of all weights, or of the only kind.
+        """
         per_epoch = images // config.batch_size
         head_epochs = config.head_epochs if isinstance(config, FinetuneConfig) and len(phases) == 2 else 0
         epochs = config.epochs
@@ -349,7 +368,7 @@ class _Trial:
         head_epochs: int,
         phases: Sequence[dict[str, Any]],
     ) -> int:
-        """Epochs whose steps end within the minutes of ``config``."""
+        """Return the number of epochs whose steps fit into the minutes of ``config``."""
         assert config.minutes is not None
         seconds = [phase["seconds"] / self.steps for phase in phases]
         plan = Plan(stage, config.minutes, per_epoch, head_epochs, config.warmup_epochs)
@@ -368,7 +387,7 @@ class _Trial:
 
 
 class _Epochs:
-    """Keeps the epochs that a training logs."""
+    """A log that keeps the epochs of a training stage."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -378,7 +397,7 @@ class _Epochs:
             self.events.append(values)
 
     def phases(self) -> list[dict[str, Any]]:
-        """Every second epoch, the one after the warm-up of its kind of step."""
+        """Return every second epoch, which follows the warm-up of its kind of step."""
         return self.events[1::2]
 
 
@@ -387,7 +406,7 @@ def _short(config: TrainingConfig, phases: int) -> Schedule:
 
 
 def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
-    """Shape, classes, images to train on and further images to pre-train on of a data set known by name."""
+    """Return shape, classes, training images and further pre-training images of a data set known by name."""
     data, splits = recipe.data, SPLITS[recipe.data.name]
     parts = data.pretrain_split.split("+")
     unknown = [part for part in parts if part not in splits]
@@ -401,7 +420,7 @@ def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
 
 
 def _loaded_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
-    """The same of images at a path."""
+    """Return the same as ``_known_size`` for images at a path."""
     data = recipe.data
     train = load_images(data.name, split="train", root=data.root, size=data.size)
     others = [part for part in data.pretrain_split.split("+") if part != "train"]
@@ -423,7 +442,7 @@ def _measure_apart(recipe: Recipe, steps: int) -> RecipeCost:
         child.join()
         raise RushError(
             f"{recipe.name}: the process that measured it ended without an answer (exit status {child.exitcode}), most "
-            "likely for want of memory; lower batch_size, or set pretrain.micro_batch"
+            "likely because it ran out of memory; lower batch_size, or set pretrain.micro_batch"
         ) from None
     child.join()
     if isinstance(answer, RushError):
@@ -433,7 +452,7 @@ def _measure_apart(recipe: Recipe, steps: int) -> RecipeCost:
 
 
 def _answer(sender: Connection, recipe: str, steps: int, threads: int) -> None:
-    """Measure in this process and send the cost, or the error that the user is to see."""
+    """Measure in this process and send the cost, or the error to show the user."""
     torch.set_num_threads(threads)
     try:
         sender.send(measure(Recipe.model_validate_json(recipe), steps))

@@ -1,20 +1,21 @@
-"""Predictions for image files."""
+"""``rush predict``: the classes of image files."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from rush.data.images import as_pixels
-from rush.data.readers.decoding import decode
+from rush.choices import ABSTAIN
+from rush.commands.terminal import print_lines, print_table
 from rush.errors import DataError
-from rush.evaluation.model import plain_logits
-from rush.models.storage import ImageForm, class_names, image_form, load, plain_execution
-from rush.runtime.execution import device_of
-from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rush.models.storage import ImageForm
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,43 @@ class FilePrediction:
     file: Path
     answer: str | None
     error: str | None = None
+
+
+def predict(
+    folder: Path,
+    images: list[Path],
+    *,
+    num_samples: int = 1000,
+    alpha: float = 0.001,
+    seed: int = 0,
+    resize: bool = False,
+    eager: bool = False,
+) -> None:
+    """Predict the class of image files with the classifier of a run, smoothed or not.
+
+    Args:
+        folder: Run folder, or a folder with model.json and model.safetensors.
+        images: Image files. They are read like the training images, and resized if these were (data.size).
+            A file that cannot be read is named, and the others are answered.
+        num_samples: Number of noisy copies that vote on each image.
+        alpha: Probability of a wrong answer, per image; if the votes do not decide, the answer is "abstain".
+        seed: Seed of the noise.
+        resize: Resample the central square of images of another size instead of refusing them.
+            Without it, this happens only if the training images were resized.
+        eager: Do not compile the network, even if it was certified compiled; for a machine without a compiler.
+    """
+    predictions = predict_files(
+        folder, images, num_samples=num_samples, alpha=alpha, seed=seed, resize=resize, compiled=not eager
+    )
+    answered = [
+        (str(prediction.file), prediction.answer) for prediction in predictions if prediction.answer is not None
+    ]
+    if answered:
+        print_table(("image", "class"), answered)
+    errors = [prediction.error for prediction in predictions if prediction.error is not None]
+    print_lines([f"rush: {error}" for error in errors[:-1]], stderr=True)
+    if errors:
+        raise DataError(errors[-1])
 
 
 def predict_files(
@@ -38,19 +76,28 @@ def predict_files(
 ) -> list[FilePrediction]:
     """Return the answer of the classifier in ``folder`` for each image file, in order.
 
-    The files are read as the training images were: by the same reader (``rush.data.readers.decoding``), and where
-    ``data.size`` made the training images of images of any size, by the same resampling of the central square. One
-    file that cannot be read keeps no other from its answer. A classifier that is not smoothed never abstains.
+    The files are read by the reader of training images (``rush.data.readers.decoding``). If ``data.size`` resized
+    these, the files are resampled in the same way, from their central square. A file that cannot be read does not
+    affect the others. A classifier that is not smoothed never abstains.
 
     Args:
         folder: A run folder, or a folder with ``model.json`` and ``model.safetensors``.
         files: Image files; greyscale ones are repeated over the channels of a colour model.
-        num_samples: Votes per image, of a smoothed classifier, as are ``alpha`` and ``seed``.
+        num_samples: Number of votes per image. Like ``alpha`` and ``seed`` it is for smoothed classifiers only.
         alpha: Probability of a wrong answer per image.
         seed: Seed of the noise.
-        resize: Also resample where the training images were taken as they were stored.
+        resize: Also resample if the training images were taken as they were stored.
         compiled: As in ``rush.load``.
     """
+    import numpy as np
+    import torch
+
+    from rush.data.images import as_pixels
+    from rush.evaluation.model import plain_logits
+    from rush.models.storage import class_names, image_form, load, plain_execution
+    from rush.runtime.execution import device_of
+    from rush.smoothing.classifier import SmoothedClassifier
+
     model, names, form = load(folder, compiled=compiled), class_names(folder), image_form(folder)
     read = [_read(Path(file), form, resize) for file in files]
     pixels = [image for image in read if isinstance(image, np.ndarray)]
@@ -72,7 +119,11 @@ def predict_files(
 
 
 def _read(file: Path, form: ImageForm, resize: bool) -> np.ndarray | DataError:
-    """Return the image as uint8 in the shape of the model's images, or what keeps it from being one."""
+    """Return the image as uint8 in the shape of the model's images, or the error if it cannot be."""
+    import numpy as np
+
+    from rush.data.readers.decoding import decode
+
     channels, height, width = form.shape
     try:
         image = decode((str(file), file), (height, width) if form.resized or resize else None)
@@ -84,5 +135,5 @@ def _read(file: Path, form: ImageForm, resize: bool) -> np.ndarray | DataError:
     if len(image) == 3 and channels == 1:
         return DataError(f"{file} is in colour, the model takes greyscale; convert it to greyscale first")
     if len(image) not in (1, channels):
-        return DataError(f"{file} has {len(image)} channels, the model takes {channels}; give images of that many")
+        return DataError(f"{file} has {len(image)} channels, the model takes {channels}; give images with {channels}")
     return image if len(image) == channels else np.repeat(image, channels, axis=0)

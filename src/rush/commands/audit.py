@@ -1,0 +1,73 @@
+"""``rush audit``: whether the evaluation of a run or of any model can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rush.commands.external import NO_MODEL, ExternalModel
+from rush.commands.run_folders import Overrides, open_run, unfinished
+from rush.commands.terminal import print_lines
+from rush.errors import ConfigError, RunError
+from rush.runtime.lines import read_object
+
+if TYPE_CHECKING:
+    from rush.records.folder import RunFolder
+
+
+def audit(
+    folder: Path | None = None,
+    *,
+    external: ExternalModel = NO_MODEL,
+    rung: str | None = None,
+    tolerance: float = 0.05,
+    out: Path | None = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check whether an evaluation can be trusted: that of a run, one rung of its ladder, or the default one (PGD-20,
+    for stochastic models EOT 20) of any model.
+
+    Args:
+        folder: Run folder; or give --model and --data.
+        rung: Rung of the run's ladder to audit instead, e.g. frozen; the audit is written to audit-RUNG.json.
+        tolerance: Largest acceptable share of images that the evaluation reports as robust but this audit breaks.
+            A run uses the tolerance of its recipe.
+        out: File for the machine-readable audit of --model; audit.json by default.
+    """
+    if folder is not None:
+        _audit_run(open_run(folder, external.data_of_run(), overrides), rung)
+        return
+    if rung is not None:
+        raise ConfigError("--rung belongs to a run folder; give RUN --rung NAME")
+    from rush.auditing.audit import audit, write_audit
+    from rush.auditing.report import reach_statement
+
+    threat, images, surrogate = external.threat, external.pixels, external.surrogate_module
+    statement = reach_statement(len(images), tolerance) if 0 < tolerance < 1 else None
+    if statement is not None:
+        print_lines([statement], stderr=True)
+    decision, seed = external.decision, external.seed or 0
+    report = audit(
+        external.classifier, images, threat, None, tolerance, decision=decision, surrogate=surrogate, seed=seed
+    )
+    file = out or Path("audit.json")
+    write_audit(file, report)
+    print_lines([*report.summary(), f"written to {file}"])
+
+
+def _audit_run(run: RunFolder, rung: str | None) -> None:
+    from rush.auditing.audit import AuditReport, write_audit
+    from rush.pipeline.attack import audit_run
+    from rush.pipeline.stages import run_stage
+
+    file = run.path / ("audit.json" if rung is None else f"audit-{rung}.json")
+    if rung is None:
+        for stage in unfinished(run, "audit"):
+            run_stage(run, stage)
+    elif not file.exists():
+        write_audit(file, audit_run(run, rung))
+    try:
+        report = AuditReport.from_json(read_object(file))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} is damaged: {error}; delete it and audit again") from error
+    print_lines([*report.summary(), f"in {file}"])

@@ -1,0 +1,74 @@
+"""``rush ladder``: a model under increasingly strong attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rush.commands.external import NO_MODEL, ExternalModel
+from rush.commands.run_folders import Overrides, open_run, unfinished
+from rush.commands.terminal import print_lines, print_table
+
+if TYPE_CHECKING:
+    from rush.evaluation.result import AttackResult
+    from rush.records.folder import RunFolder
+
+HEADER = ("attacker", "passes + forward", "accuracy", "held", "vs. previous rung", "time")
+
+
+def ladder(folder: Path | None = None, *, external: ExternalModel = NO_MODEL, overrides: Overrides = None) -> None:
+    """Evaluate a model under a ladder of increasingly strong attacks. Takes a run (this is its attack stage) or any
+    model.
+
+    Args:
+        folder: Run folder; or give --model and --data.
+    """
+    if folder is not None:
+        _run_ladder(open_run(folder, external.data_of_run(), overrides))
+        return
+    from rush.reporting.tables import percent
+
+    results = []
+    for result in external.run_ladder():
+        results.append(result)
+        print_lines([f"{result.plan.label}: {percent(result.robust_accuracy)}"], stderr=True)
+    title = f"{external.model}, {external.norm} {external.epsilon}, {len(results[0])} images"
+    print_table(HEADER, rung_rows(results), title)
+
+
+def _run_ladder(run: RunFolder) -> None:
+    from rush.pipeline.stages import run_stage
+    from rush.reporting.reading import read_run
+    from rush.reporting.tables import ladder_rows
+
+    for stage in unfinished(run, "attack"):
+        run_stage(run, stage)
+    rungs = read_run(run.path).ladder
+    assert rungs is not None
+    header = ("attacker", "passes", "accuracy", "held", "undecided", "vs. previous rung", "time")
+    cells = [
+        (row.label, row.passes, row.accuracy, row.held, row.undecided, row.step, row.seconds)
+        for row in ladder_rows(rungs)
+    ]
+    print_table(header, cells, str(run.path))
+
+
+def rung_rows(results: Sequence[AttackResult]) -> list[tuple[str, ...]]:
+    """Return a row under ``HEADER`` per rung, each with its paired difference to the rung before."""
+    from rush.reporting.tables import count, duration, percent, points, share
+    from rush.statistics import paired_difference
+
+    steps = [points(paired_difference(~after.broken, ~before.broken)) for before, after in pairwise(results)]
+    return [
+        (
+            result.plan.label,
+            f"{count(result.budget['passes_per_image'])} + {count(result.budget['forward_passes_per_image'])}",
+            share(result.interval),
+            percent(result.robust_accuracy_lower),
+            step,
+            duration(float(result.seconds.sum())),
+        )
+        for result, step in zip(results, ["", *steps], strict=True)
+    ]

@@ -1,0 +1,109 @@
+"""Run folders on the command line: options that commands share, opening a run, and its stages in turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from rush.choices import Stage
+from rush.commands.terminal import print_lines
+from rush.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rush.recipe.schema import Recipe
+    from rush.records.folder import RunFolder
+
+Data = Annotated[
+    list[Path] | None,
+    Parameter(help="Folder with the archives or shards of the data set; repeatable, shards of all folders are joined."),
+]
+Overrides = Annotated[
+    list[str] | None, Parameter(name="--set", help="Override one recipe field, e.g. pretrain.epochs=10; repeatable.")
+]
+
+
+def create_run(recipe: str, out: Path | None, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:
+    """Create the run of a recipe in ``out``, by default ``runs/NAME``, or open the run folder that ``recipe`` names.
+
+    Raises:
+        ConfigError: The recipe is not valid, or is a run folder and ``out`` is given.
+        RunError: The folder holds something else, or finished stages made with other values.
+    """
+    from rush.recipe.schema import load_recipe
+    from rush.records.folder import RunFolder
+
+    if Path(recipe, "recipe.json").is_file():
+        if out is not None:
+            raise ConfigError(f"{recipe} is already a run folder; omit --out {out}, or give a recipe")
+        return open_run(Path(recipe), data, overrides)
+    resolved = load_recipe(recipe, overrides or (), data_roots(data))
+    return _in_turn(lambda: RunFolder.create(out or Path("runs") / resolved.name, resolved))
+
+
+def open_run(folder: Path, data: list[Path] | None = None, overrides: list[str] | None = None) -> RunFolder:
+    """Open a run folder, and change its recipe by ``data`` and ``overrides``."""
+    from rush.records.folder import RunFolder
+
+    run = RunFolder.open(folder)
+    if data is None and not overrides:
+        return run
+    return _in_turn(lambda: RunFolder.create(folder, _changed(run, data, overrides)))
+
+
+def branch_run(folder: Path, out: Path, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:
+    """Create a run in ``out`` that begins with the encoder of the run in ``folder``."""
+    from rush.records.folder import RunFolder
+
+    run = RunFolder.open(folder)
+    return _in_turn(lambda: run.branch(out, _changed(run, data, overrides)))
+
+
+def _changed(run: RunFolder, data: list[Path] | None, overrides: list[str] | None) -> Recipe:
+    from rush.recipe.schema import build_recipe
+
+    values = run.recipe.model_dump(mode="json")
+    return build_recipe(values, overrides or (), data_roots(data), str(run.path / "recipe.json"))
+
+
+def data_roots(paths: list[Path] | None) -> str | list[str] | None:
+    """Return one folder as text and several as a list, as ``recipe.json`` stores them."""
+    if paths is None:
+        return None
+    return str(paths[0]) if len(paths) == 1 else list(map(str, paths))
+
+
+def unfinished(run: RunFolder, *stages: Stage) -> Iterator[Stage]:
+    """Yield each of ``stages`` that is not finished, and print when it begins, how long it took or that it is skipped.
+
+    The caller runs a stage before it takes the next one.
+    """
+    for stage in stages:
+        if run.finished(stage):
+            print_once(f"{stage}: already finished, skipping")
+            continue
+        print_once(f"{stage} ...")
+        yield stage
+        print_once(f"{stage}: {run.require(stage)['seconds']:.0f} s")
+
+
+def print_once(text: str) -> None:
+    """Print one line on standard error, in the first process only."""
+    print_lines([text], stderr=True, quiet=int(os.environ.get("RANK", "0")) > 0)
+
+
+def several_processes() -> bool:
+    """Return whether torchrun started more than one process, without importing torch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _in_turn(work: Callable[[], RunFolder]) -> RunFolder:
+    """Return ``work()``, called in one process after another: all of them write the same file."""
+    if not several_processes():
+        return work()
+    from rush.runtime.distributed import in_turn
+
+    return in_turn(work)

@@ -1,0 +1,109 @@
+"""``rush run``, ``pretrain``, ``finetune``, ``attack`` and ``report``: the stages of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from rush.choices import STAGES
+from rush.commands.run_folders import (
+    Data,
+    Overrides,
+    branch_run,
+    create_run,
+    open_run,
+    print_once,
+    several_processes,
+    unfinished,
+)
+from rush.commands.terminal import print_lines, print_table
+from rush.errors import SandwichError
+
+Out = Annotated[Path | None, Parameter(help="Run folder; runs/RECIPE by default.")]
+
+
+def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides = None) -> None:
+    """Run every stage: pretrain, finetune, certify, attack, audit and report. Re-running the command resumes where it
+    stopped.
+
+    Args:
+        recipe: Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
+    """
+    folder = create_run(recipe, out, data, overrides)
+    from rush.pipeline.stages import check_run, run_stage
+
+    check_run(folder)
+    shared = several_processes()
+    try:
+        for stage in unfinished(folder, *(STAGES[:-1] if shared else STAGES)):
+            run_stage(folder, stage)
+    except SandwichError:
+        if not shared:
+            _print_report(folder.path)  # it lists the violations
+        raise
+    if shared:
+        print_once(f"audit and report run in one process; start `rush run {folder.path}` without torchrun for them")
+    else:
+        _print_report(folder.path)
+
+
+def pretrain(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides = None) -> None:
+    """Pre-train the encoder of a recipe in a new or existing run folder.
+
+    Args:
+        recipe: Name of a shipped recipe, path of a .toml file, or an existing run folder.
+    """
+    folder = create_run(recipe, out, data, overrides)
+    from rush.pipeline.stages import run_stage
+
+    for stage in unfinished(folder, "pretrain"):
+        run_stage(folder, stage)
+
+
+def finetune(folder: Path, *, out: Path | None = None, data: Data = None, overrides: Overrides = None) -> None:
+    """Fine-tune the pre-trained encoder of a run. With --out this happens in a new run, e.g. with fewer labels or
+    another objective.
+
+    Args:
+        folder: Run folder.
+        out: New run folder that begins with the encoder of this one.
+    """
+    target = open_run(folder, data, overrides) if out is None else branch_run(folder, out, data, overrides)
+    from rush.pipeline.stages import run_stage
+
+    for stage in unfinished(target, "finetune"):
+        run_stage(target, stage)
+
+
+def attack(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
+    """Attack test images of a run with a ladder of attackers, and inside every certified ball.
+
+    Args:
+        folder: Run folder.
+    """
+    target = open_run(folder, data, overrides)
+    from rush.pipeline.stages import run_stage
+
+    for stage in unfinished(target, "attack"):
+        run_stage(target, stage)
+
+
+def report(folder: Path) -> None:
+    """Write report.html from the files of a run and print its summary.
+
+    Args:
+        folder: Run folder.
+    """
+    _print_report(open_run(folder).path)
+
+
+def _print_report(folder: Path) -> None:
+    from rush.reporting.page import write_report
+    from rush.reporting.reading import read_run
+    from rush.reporting.tables import summary_rows
+
+    page = write_report(folder)
+    print_table(("", str(folder)), summary_rows(read_run(folder)))
+    print_lines([f"report: {page}"])
