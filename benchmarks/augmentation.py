@@ -26,7 +26,8 @@ import torch
 from PIL import Image, ImageEnhance
 from scipy.stats import ks_2samp
 
-from rush.data.views import Views
+from rush.data.views import random_view
+from rush.recipe.schema import Views
 from rush.runtime.randomness import stream
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -39,7 +40,7 @@ Pipeline = Callable[[torch.Tensor], torch.Tensor]
 def rush_pipeline(blur: float, device: str = "cpu") -> Pipeline:
     views = Views(crop_scale=CROP_SCALE, crop_ratio=CROP_RATIO, blur=blur)
     generator = stream(0, "benchmark", device=device)
-    return lambda x: views(x.to(device), generator)
+    return lambda x: random_view(x.to(device), views, generator)
 
 
 def one_by_one(pipeline: Pipeline) -> Pipeline:

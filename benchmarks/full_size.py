@@ -39,7 +39,8 @@ from full_size_probe import Scale, device_facts, probe
 from full_size_store import Clock, Store
 from rush.data.images import ImageSet, hold_out
 from rush.errors import RushError
-from rush.recipe.schema import Recipe, load_recipe
+from rush.recipe.load import load_recipe
+from rush.recipe.schema import Recipe
 from rush.records.folder import commit, machine, versions
 from rush.runtime.execution import decide_execution
 from rush.runtime.randomness import stream

@@ -34,12 +34,15 @@ from rush.evaluation.table import attack_table
 from rush.evaluation.verdict import VerdictSettings
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_weights
-from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
-from rush.recipe.schema import FinetuneConfig, PretrainConfig, Recipe, build_recipe
+from rush.pipeline.context import noise_of
+from rush.pipeline.train import new_classifier, spec_of
+from rush.recipe.load import build_recipe
+from rush.recipe.schema import Recipe, Schedule
 from rush.runtime.execution import Execution, without_tf32
 from rush.runtime.randomness import stream
 from rush.statistics import share_interval
-from rush.training.loop import Schedule
+from rush.training.finetune import finetune
+from rush.training.pretrain import pretrain
 from rush.training.probes import knn_correct, linear_probe, representations
 from shared import labels_of
 
@@ -49,6 +52,7 @@ PAPER_CLEAN, PAPER_ROBUST = 87.9, 77.8  # the abstract's figures, in percent
 GRID = ("clean", "transfer", "frozen", "eot-1")  # rungs of the ladder that the grid shows
 RADII = (0.0, 0.25, 0.5, 0.75)  # at which certified accuracy is printed
 T = TypeVar("T")
+S = TypeVar("S", bound=Schedule)
 LEAST_TRAINING = 2_000  # images of a training that has no time for all of them
 VERDICTS = 9  # most verdicts on an image of one model: the grid's, three of the ladder, the suite, the sandwich
 
@@ -138,8 +142,7 @@ class Bench:
     def rungs(self) -> dict[str, Plan]:
         """The ladder from no attack to the largest EOT."""
         config = self.recipe.attack
-        share = parse_fraction(config.step_size) / parse_fraction(config.epsilon)
-        plans = ladder(config.steps, share, config.restarts, config.eot_samples, threat=self.threat)
+        plans = ladder(config.replace(strong_steps=0), self.threat, self.test.num_classes)
         return {plan.name: plan for plan in plans if isinstance(plan, Plan)}
 
     @cached_property
@@ -162,12 +165,11 @@ class Bench:
             classifier, float(sigma), self.test.num_classes, execution=self.execution, classes=self.test.classes
         )
 
-    def schedule(self, config: PretrainConfig | FinetuneConfig, seconds: float) -> Schedule:
-        """Return the schedule of ``config`` for the epochs that fit into ``seconds``, or for a fixed number."""
-        schedule = schedule_of(config)
+    def within(self, config: S, seconds: float) -> S:
+        """Return ``config`` for the epochs that fit into ``seconds``, or for a fixed number."""
         if self.sizes.epochs is not None:
-            return replace(schedule, epochs=self.sizes.epochs, minutes=None)
-        return replace(schedule, epochs=None, minutes=seconds / 60)
+            return config.replace(epochs=self.sizes.epochs, minutes=None)
+        return config.replace(epochs=None, minutes=seconds / 60)
 
     def fitting(self, seconds: float) -> int:
         """Return the number of images of which a training under noise takes one epoch within ``seconds``."""
@@ -296,9 +298,17 @@ def pretrain_encoder(bench: Bench, seconds: float) -> dict[str, Any]:
     """(a) SimCLR, along a cosine to zero within its minutes."""
     classifier, events, config = bench.new_classifier(), Events(), bench.recipe.pretrain
     source = Resident(bench.train.without_labels(), bench.execution.device)
-    schedule = bench.schedule(config, seconds)
     with _budgeted():
-        pretrain_by(bench.recipe, source, classifier, bench.execution, schedule=schedule, log=events)
+        pretrain(
+            source,
+            classifier.encoder,
+            classifier.normalize,
+            bench.within(config, seconds),
+            seed=bench.recipe.seed,
+            execution=bench.execution,
+            compile_mode=bench.recipe.execution.compile_training,
+            log=events,
+        )
     save_weights(classifier, bench.weights("encoder"))
     bench.store.keep_weights("encoder", classifier.encoder)
     figures = events.figures(len(bench.train))
@@ -374,14 +384,23 @@ def _finetuned(
     generator = stream(recipe.seed, "finetune", "labels")
     images = bench.train if labels == 1 else stratified_subset(bench.train, labels, generator)
     batch = min(recipe.finetune.batch_size, 1 << (len(images).bit_length() - 1))
-    schedule = replace(bench.schedule(recipe.finetune, seconds), batch_size=batch)
+    config = bench.within(recipe.finetune, seconds).replace(batch_size=batch)
     wanted, fitting = len(images), max(LEAST_TRAINING, bench.fitting(seconds))
-    if epochs is None and schedule.minutes is not None and wanted > fitting:
+    if epochs is None and config.minutes is not None and wanted > fitting:
         images, epochs = stratified_subset(images, fitting, generator), 1
     if epochs is not None:
-        schedule = replace(schedule, epochs=epochs, minutes=None)
+        config = config.replace(epochs=epochs, minutes=None)
     with _budgeted():
-        finetune_by(recipe, images, classifier, bench.execution, schedule=schedule, log=events)
+        finetune(
+            images,
+            classifier,
+            config,
+            noise=noise_of(recipe),
+            seed=recipe.seed,
+            execution=bench.execution,
+            compile_mode=recipe.execution.compile_training,
+            log=events,
+        )
     save_weights(classifier, bench.weights(name))
     if name == f"noise-{MAIN_SIGMA:g}":
         bench.store.keep_weights(name, classifier)

@@ -24,14 +24,17 @@ from rush.data.batches import Resident
 from rush.data.images import ImageSet
 from rush.errors import RushError
 from rush.models.classifier import Classifier
-from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
-from rush.recipe.schema import Recipe, load_recipe
+from rush.pipeline.context import noise_of
+from rush.pipeline.train import new_classifier, spec_of
+from rush.recipe.load import load_recipe
+from rush.recipe.schema import Recipe
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.smoothing.forward import Forward
 from rush.smoothing.noise import Gaussian
 from rush.training.budget import clock
-from rush.training.loop import Schedule
+from rush.training.finetune import finetune
+from rush.training.pretrain import pretrain
 from shared import labels_of
 
 BATCHES = (512, 1024)
@@ -41,7 +44,8 @@ MODEL_PASSES = 2_000_000  # forward passes that the run asks of a model: what a 
 SIGMA = 0.25
 _CLEARLY = 0.95  # of the fastest batch's rate: less is clearly slower
 _COMPILING = 25.0  # seconds that compiling a training step is expected to take
-_NO_STEP = 1e-9  # learning rate: random images teach nothing
+# Fields of a trial. Random images teach nothing, so the learning rate is nearly 0.
+_TWO_EPOCHS: dict[str, Any] = {"epochs": 2, "minutes": None, "learning_rate": 1e-9, "warmup_epochs": 0.0}
 
 
 @dataclass(frozen=True)
@@ -193,8 +197,17 @@ def _simclr(probe: Probe, form: TrainingCompile, batch: int, deterministic: bool
     def run(steps: int) -> list[dict[str, Any]]:
         images, events = _random_images(recipe, steps * batch), Events()
         source = Resident(images.without_labels(), execution.device)
-        schedule = _two_epochs(schedule_of(recipe.pretrain))
-        pretrain_by(recipe, source, _classifier(recipe), execution, schedule=schedule, log=events)
+        classifier = _classifier(recipe)
+        pretrain(
+            source,
+            classifier.encoder,
+            classifier.normalize,
+            recipe.pretrain.replace(**_TWO_EPOCHS),
+            seed=recipe.seed,
+            execution=execution,
+            compile_mode=recipe.execution.compile_training,
+            log=events,
+        )
         return events.epochs
 
     try:
@@ -274,8 +287,16 @@ def _finetuning(probe: Probe) -> float:
 
     def run(steps: int) -> list[dict[str, Any]]:
         images, events = _random_images(recipe, steps * batch), Events()
-        schedule = _two_epochs(schedule_of(recipe.finetune))
-        finetune_by(recipe, images, _classifier(recipe), probe.execution, schedule=schedule, log=events)
+        finetune(
+            images,
+            _classifier(recipe),
+            recipe.finetune.replace(**_TWO_EPOCHS),
+            noise=noise_of(recipe),
+            seed=recipe.seed,
+            execution=probe.execution,
+            compile_mode=recipe.execution.compile_training,
+            log=events,
+        )
         return events.epochs
 
     probe.found["finetune"] = {"batch_size": batch, **_measured(run, probe.scale.seconds)}
@@ -348,10 +369,6 @@ def _rate(work: Callable[[], object], amount: int, probe: Probe) -> float:
         work()
         done += amount
     return done / elapsed
-
-
-def _two_epochs(schedule: Schedule) -> Schedule:
-    return replace(schedule, epochs=2, minutes=None, learning_rate=_NO_STEP, warmup_epochs=0.0)
 
 
 def _random_images(recipe: Recipe, count: int) -> ImageSet:

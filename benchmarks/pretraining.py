@@ -57,17 +57,16 @@ from augmentation import (
 from rush.choices import TrainingCompile
 from rush.data.batches import Resident
 from rush.data.images import ImageSet
-from rush.data.views import Views
 from rush.models.classifier import Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import projector
+from rush.recipe.schema import PretrainConfig, Views
 from rush.records.folder import machine
 from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.training.contrastive import nt_xent
-from rush.training.loop import Schedule
 from rush.training.optim import build_optimizer
-from rush.training.pretrain import SimCLR, channel_statistics, pretrain
+from rush.training.pretrain import channel_statistics, pretrain
 
 WORKERS = 2
 # As in the recipe cifar10-small.
@@ -124,11 +123,18 @@ def rush_turn(setting: Setting, compile_mode: TrainingCompile) -> Turn:
             Resident(setting.images[: steps * setting.batch], setting.execution.device),
             setting.encoder(),
             setting.normalize,
-            method=SimCLR(TEMPERATURE),
-            views=Views(crop_scale=CROP_SCALE, crop_ratio=CROP_RATIO),
-            schedule=Schedule(2, setting.batch, "sgd", LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, warmup_epochs=1.0),
-            projector_hidden=HIDDEN,
-            projector_out=OUT,
+            PretrainConfig(
+                epochs=2,
+                batch_size=setting.batch,
+                learning_rate=LEARNING_RATE,
+                momentum=MOMENTUM,
+                weight_decay=WEIGHT_DECAY,
+                warmup_epochs=1.0,
+                temperature=TEMPERATURE,
+                projector_hidden=HIDDEN,
+                projector_out=OUT,
+                views=Views(crop_scale=CROP_SCALE, crop_ratio=CROP_RATIO),
+            ),
             seed=0,
             execution=setting.execution,
             compile_mode=compile_mode,

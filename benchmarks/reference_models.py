@@ -28,15 +28,16 @@ from rush.attacks.gradient import plain
 from rush.attacks.pgd import pgd
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
-from rush.data.views import Views
+from rush.data.views import random_view
 from rush.models.classifier import Classifier
 from rush.models.storage import ClassifierSpec, load_weights, save_weights
+from rush.recipe.schema import Schedule, WeakViews
 from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.files import write_json
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.forward import fold_batch_norm
 from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.loop import Keeping, Schedule, train
+from rush.training.loop import CheckpointPolicy, TrainingRun
 from shared import labels_of
 
 EPSILON = 8 / 255
@@ -145,26 +146,26 @@ def train_pgd(images: ImageSet, out: Path, schedule: Schedule, seed: int) -> Cla
     assert isinstance(classifier, Classifier)
     assert images.labels is not None
     mixed = Mixed(classifier)
-    views = Views.weak()
-    recipe = json.dumps([asdict(SPEC), asdict(schedule), EPSILON, ATTACK_STEPS, ATTACK_STEP_SIZE, seed])
+    weak = WeakViews(shift_pad=4)
+    recipe = json.dumps([asdict(SPEC), schedule.model_dump(), EPSILON, ATTACK_STEPS, ATTACK_STEP_SIZE, seed])
 
     def step(batch: Batch, _epoch: float, generator: torch.Generator) -> Tensor:
         assert batch.labels is not None
-        adversarial = training_point(mixed, views(batch.images, generator), batch.labels, generator)
+        adversarial = training_point(mixed, random_view(batch.images, weak, generator), batch.labels, generator)
         loss = F.cross_entropy(mixed.train()(adversarial), batch.labels)
         loss.backward()
         return loss.detach()
 
-    train(
+    TrainingRun(
         classifier,
         step,
         name="pgd-network",
         images=Resident(images),
         schedule=schedule,
         seed=seed,
-        keeping=Keeping(TrainingCheckpoint(out / "training.pt", recipe)),
+        checkpoints=CheckpointPolicy(TrainingCheckpoint(out / "training.pt", recipe)),
         log=lambda _, **values: print(json.dumps(values), flush=True),
-    )
+    ).run()
     return classifier.eval()
 
 
@@ -212,13 +213,13 @@ def main() -> None:
     arguments = parser.parse_args()
     load = partial(rush.load_images, "cifar10", root=arguments.data)
     started = time.perf_counter()
-    schedule = replace(SCHEDULE, epochs=arguments.epochs)
+    schedule = SCHEDULE.replace(epochs=arguments.epochs)
     classifier = train_pgd(load(split="train"), arguments.work or arguments.out, schedule, arguments.seed)
     seconds = time.perf_counter() - started
     save_weights(classifier, arguments.out / "model.safetensors")
     recipe = {
         "norm": "linf", "epsilon": "8/255", "attack_steps": ATTACK_STEPS,
-        "attack_step_size_over_epsilon": ATTACK_STEP_SIZE, "schedule": asdict(schedule), "seed": arguments.seed,
+        "attack_step_size_over_epsilon": ATTACK_STEP_SIZE, "schedule": schedule.model_dump(), "seed": arguments.seed,
     }  # fmt: skip
     write_json(arguments.out / "model.json", {"classifier": asdict(SPEC), "training": recipe})
     test = load(split="test")[: arguments.test_images]

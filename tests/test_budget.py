@@ -8,6 +8,7 @@ from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,19 +18,19 @@ from torch import Tensor, nn
 import test_keeping
 from commands import Call, refusal
 from ranks import on_ranks
-from rush.choices import FinetuneMode, OptimizerName
+from rush.choices import FinetuneMode, OptimizerName, PretrainObjective
 from rush.commands import cost as costing
 from rush.commands.cost import measure as cost_of
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
-from rush.data.noisy_views import NoiseSchedule
 from rush.data.sources import load_images
-from rush.data.views import Views
+from rush.data.views import random_view
 from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.recipe.schema import Recipe, load_recipe
+from rush.recipe.load import load_recipe
+from rush.recipe.schema import AdversaryConfig, FinetuneConfig, PretrainConfig, Recipe, Schedule, Views
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import rank, world_size
 from rush.runtime.execution import Execution
@@ -37,14 +38,13 @@ from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.noise import Gaussian
 from rush.training import budget, graphs, loop
 from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.finetune import Examples, finetune
-from rush.training.loop import Keeping, Schedule, train
+from rush.training.finetune import finetune
+from rush.training.loop import CheckpointPolicy, TrainingRun
 from rush.training.meter import Meter
-from rush.training.pretrain import ACL, Method, MoCo, SimCLR, pretrain
-from rush.training.supervised import gaussian
+from rush.training.pretrain import pretrain
 from tiny import TINY, results_of_training, tiny, write_tiny
 
-SCHEDULE = replace(test_keeping.SCHEDULE, epochs=None, minutes=1)
+SCHEDULE = test_keeping.SCHEDULE.replace(epochs=None, minutes=1)
 PER_EPOCH = 5  # steps, of 43 images
 
 
@@ -104,10 +104,15 @@ class Training:
     def log(self, event: str, **values: Any) -> None:
         self.events.append({"event": event, **values})
 
-    def run(self, schedule: Schedule = SCHEDULE, keeping: Keeping = Keeping(), **given: Any) -> "Training":  # noqa: B008
+    def run(
+        self,
+        schedule: Schedule = SCHEDULE,
+        checkpoints: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008
+        **given: Any,
+    ) -> "Training":
         self.head_epochs = given.get("head_epochs", 0)
         options: dict[str, Any] = {"name": "finetune", "images": images(), "schedule": schedule, "seed": 0, **given}
-        train(self.module, self.step, meter=self.meter, keeping=keeping, log=self.log, **options)
+        TrainingRun(self.module, self.step, meter=self.meter, checkpoints=checkpoints, log=self.log, **options).run()
         return self
 
     @property
@@ -127,8 +132,8 @@ def bits(module: nn.Module) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
 
 
-def saved_in(folder: Path) -> Keeping:
-    return Keeping(TrainingCheckpoint(folder / "state.pt", "recipe"))
+def saved_in(folder: Path) -> CheckpointPolicy:
+    return CheckpointPolicy(TrainingCheckpoint(folder / "state.pt", "recipe"))
 
 
 # --- how many epochs --------------------------------------------------------------------------------------------------
@@ -178,14 +183,19 @@ def test_so_many_epochs_end_within_the_minutes_and_one_more_would_not(
     def trained(schedule: Schedule, folder: str) -> tuple[Training, float]:
         began = clock.seconds
         training = Training(clock)
-        watch = {"monitor": lambda _: clock.pass_by(monitoring) or {}, "monitor_epochs": monitor_epochs}
-        training.run(schedule, saved_in(tmp_path / folder), images=images(SlowImages), head_epochs=head_epochs, **watch)
+        options = {"images": images(SlowImages), "head_epochs": head_epochs}
+        training.run(
+            schedule.replace(monitor_epochs=monitor_epochs),
+            saved_in(tmp_path / folder),
+            monitor=lambda _: clock.pass_by(monitoring) or {},
+            **options,
+        )
         return training, clock.seconds - began
 
     minutes = 6.0
-    training, taken = trained(replace(SCHEDULE, minutes=minutes), "by minutes")
+    training, taken = trained(SCHEDULE.replace(minutes=minutes), "by minutes")
     epochs = training.budget["epochs"]
-    _, longer = trained(replace(SCHEDULE, minutes=None, epochs=epochs + 1), "one more")
+    _, longer = trained(SCHEDULE.replace(minutes=None, epochs=epochs + 1), "one more")
     usable = 60 * minutes * 0.95
     assert epochs > 2
     assert taken <= usable
@@ -226,7 +236,7 @@ def test_live_figures_come_after_every_so_many_epochs_and_the_last(clock: Clock)
         seen.append(epoch)
         return {"number": epoch}
 
-    trained = Training(clock).run(monitor=monitor, monitor_epochs=3)
+    trained = Training(clock).run(SCHEDULE.replace(monitor_epochs=3), monitor=monitor)
     assert seen == [0, 0, 3, 4]
     assert [event["epoch"] for event in trained.events if event["event"] == "monitor"] == [3, 4]
 
@@ -239,10 +249,10 @@ def test_live_figures_come_after_every_so_many_epochs_and_the_last(clock: Clock)
 def test_the_bits_are_those_of_a_training_for_that_number_of_epochs(
     optimizer: OptimizerName, head_epochs: int, clock: Clock, tmp_path: Path
 ) -> None:
-    schedule = replace(SCHEDULE, optimizer=optimizer)
+    schedule = SCHEDULE.replace(optimizer=optimizer)
     by_minutes = Training(clock).run(schedule, saved_in(tmp_path), head_epochs=head_epochs)
     epochs = by_minutes.budget["epochs"]
-    given = Training(clock).run(replace(schedule, minutes=None, epochs=epochs), head_epochs=head_epochs)
+    given = Training(clock).run(schedule.replace(minutes=None, epochs=epochs), head_epochs=head_epochs)
     assert by_minutes.outcome == given.outcome
     assert len(by_minutes.outcome[1]) == epochs
     assert not (tmp_path / "state.rehearsal.pt").exists()
@@ -264,7 +274,13 @@ def test_a_module_is_put_back_as_it_was() -> None:
 
 
 EXECUTION = Execution()
-TWO = Schedule(None, 32, "sgd", 0.05, 0.9, 1e-3, 1.0, minutes=1.0)
+TWO: dict[str, Any] = {
+    "batch_size": 32,
+    "learning_rate": 0.05,
+    "weight_decay": 1e-3,
+    "warmup_epochs": 1,
+    "monitor_epochs": 1,
+}
 
 
 def classifier() -> Classifier:
@@ -278,73 +294,59 @@ def digits() -> ImageSet:
     return load_images("digits", "train")[slice(100)]
 
 
-def pretrained(method: Method, schedule: Schedule, clock: Clock) -> dict[str, bytes]:
-    own, usual = classifier(), Views(crop_scale=(0.5, 1.0), greyscale=0.0)
+def pretrained(config: PretrainConfig, clock: Clock) -> dict[str, bytes]:
+    trained = classifier()
 
-    def views(x: Tensor, generator: torch.Generator) -> Tensor:
-        clock.pass_by(2.0)  # twice a step
-        return usual(x, generator)
+    def slow_view(x: Tensor, views: Views, generator: torch.Generator) -> Tensor:
+        clock.pass_by(2.0)  # twice per step
+        return random_view(x, views, generator)
 
-    pretrain(
-        Resident(digits().without_labels()),
-        own.encoder,
-        own.normalize,
-        method=method,
-        views=views,  # type: ignore[arg-type]
-        noise=NoiseSchedule("none", (0.0, 0.0), 0.0),
-        schedule=schedule,
+    source = Resident(digits().without_labels())
+    with patch("rush.training.pretrain.random_view", slow_view):
+        pretrain(source, trained.encoder, trained.normalize, config, seed=0, execution=EXECUTION)
+    return bits(trained)
+
+
+@pytest.mark.parametrize("objective", ["simclr", "moco", "acl"])
+def test_a_pre_training_by_minutes_has_the_bits_of_its_epochs(objective: PretrainObjective, clock: Clock) -> None:
+    """28 of 57 s go into the trial; two epochs of three steps of 4 s fit into the others."""
+    config = PretrainConfig(
+        **TWO,
+        minutes=1,
+        objective=objective,
+        views=Views(crop_scale=(0.5, 1.0), greyscale=0.0),
         projector_hidden=16,
         projector_out=8,
-        seed=0,
-        execution=EXECUTION,
+        queue=64,
+        key_momentum=0.5,
+        shuffle_groups=2,
+        adversary=AdversaryConfig(steps=1),
     )
-    return bits(own)
+    by_minutes = pretrained(config, clock)
+    assert by_minutes == pretrained(config.replace(minutes=None, epochs=2), clock)
+    assert by_minutes != pretrained(config.replace(minutes=None, epochs=3), clock)
 
 
-METHODS: dict[str, Method] = {
-    "simclr": SimCLR(),
-    "moco": MoCo(queue=64, key_momentum=0.5, shuffle_groups=2),
-    "acl": ACL(steps=1),
-}
+def finetuned(config: FinetuneConfig, clock: Clock) -> dict[str, bytes]:
+    trained = classifier()
 
+    def slow_view(x: Tensor, views: Views, generator: torch.Generator) -> Tensor:
+        clock.pass_by(2.0)  # once per step
+        return random_view(x, views, generator)
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_pre_training_by_minutes_has_the_bits_of_its_epochs(name: str, clock: Clock) -> None:
-    """28 of 57 s go into the trial; two epochs of three steps of 4 s fit into the others."""
-    by_minutes = pretrained(METHODS[name], TWO, clock)
-    assert by_minutes == pretrained(METHODS[name], replace(TWO, minutes=None, epochs=2), clock)
-    assert by_minutes != pretrained(METHODS[name], replace(TWO, minutes=None, epochs=3), clock)
-
-
-def finetuned(mode: FinetuneMode, schedule: Schedule, clock: Clock) -> dict[str, bytes]:
-    own = classifier()
-
-    def objective(given: Examples) -> Tensor:
-        clock.pass_by(2.0)
-        return gaussian(given.logits, given.x, given.y, given.noise, given.generator)
-
-    finetune(
-        digits(),
-        own,
-        objective=objective,
-        noise=Gaussian(0.25),
-        mode=mode,
-        head_epochs=1,
-        views=Views.weak(shift_pad=1, flip=0.0),
-        schedule=schedule,
-        seed=0,
-        execution=EXECUTION,
-    )
-    assert all(parameter.requires_grad for parameter in own.parameters())
-    return bits(own)
+    with patch("rush.training.finetune.random_view", slow_view):
+        finetune(digits(), trained, config, noise=Gaussian(0.25), seed=0, execution=EXECUTION)
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    return bits(trained)
 
 
 @pytest.mark.parametrize(("mode", "epochs"), [("full", 7), ("linear", 7), ("linear-then-full", 4)])
 def test_a_fine_tuning_by_minutes_has_the_bits_of_its_epochs(mode: FinetuneMode, epochs: int, clock: Clock) -> None:
     """A trial of seven steps of 2 s leaves 43 of 57 s for epochs of 6 s; both kinds of steps take a trial of two."""
-    by_minutes = finetuned(mode, TWO, clock)
-    assert by_minutes == finetuned(mode, replace(TWO, minutes=None, epochs=epochs), clock)
-    assert by_minutes != finetuned(mode, replace(TWO, minutes=None, epochs=epochs + 1), clock)
+    config = FinetuneConfig(**TWO, minutes=1, mode=mode, shift=1, flip=0.0)
+    by_minutes = finetuned(config, clock)
+    assert by_minutes == finetuned(config.replace(minutes=None, epochs=epochs), clock)
+    assert by_minutes != finetuned(config.replace(minutes=None, epochs=epochs + 1), clock)
 
 
 # --- a number that stays ----------------------------------------------------------------------------------------------
@@ -356,8 +358,8 @@ def test_a_resumed_training_keeps_the_number_on_a_slower_machine(taken: int, clo
     undisturbed = Training(clock).run()
     broken = Training(clock, fail_at=trial + taken)
     with pytest.raises(KeyboardInterrupt):
-        broken.run(keeping=saved_in(tmp_path))
-    resumed = Training(clock, seconds=2000.0).run(keeping=saved_in(tmp_path))
+        broken.run(checkpoints=saved_in(tmp_path))
+    resumed = Training(clock, seconds=2000.0).run(checkpoints=saved_in(tmp_path))
     kept = taken // PER_EPOCH * PER_EPOCH
     assert resumed.steps == list(range(kept, 4 * PER_EPOCH))
     assert resumed.outcome[0] == undisturbed.outcome[0]
@@ -366,11 +368,11 @@ def test_a_resumed_training_keeps_the_number_on_a_slower_machine(taken: int, clo
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_a_training_killed_in_its_trial_tries_again(on_nonfinite: Any, clock: Clock, tmp_path: Path) -> None:
-    keeping = replace(saved_in(tmp_path), on_nonfinite=on_nonfinite)
+    checkpoints = replace(saved_in(tmp_path), on_nonfinite=on_nonfinite)
     with pytest.raises(KeyboardInterrupt):
-        Training(clock, fail_at=5).run(keeping=keeping)
+        Training(clock, fail_at=5).run(checkpoints=checkpoints)
     assert not (tmp_path / "state.pt").exists()
-    resumed = Training(clock).run(keeping=keeping)
+    resumed = Training(clock).run(checkpoints=checkpoints)
     assert resumed.budget["epochs"] == 4
     assert resumed.outcome == Training(clock).run().outcome
 
@@ -383,7 +385,7 @@ def test_a_refusal_of_the_number_leaves_no_checkpoint(clock: Clock, tmp_path: Pa
         raise ConfigError("no")
 
     with pytest.raises(ConfigError, match="no"):
-        Training(clock).run(keeping=replace(saved_in(tmp_path), settled=refuse))
+        Training(clock).run(checkpoints=replace(saved_in(tmp_path), settled=refuse))
     assert [settled.epochs for settled in told] == [4]
     assert not (tmp_path / "state.pt").exists()
 
@@ -398,8 +400,8 @@ def test_too_little_for_one_epoch_says_how_many_minutes_one_takes(clock: Clock) 
         match=r"^finetune\.minutes = 0\.4 is too little: one epoch takes 0\.167 minutes here \(5 steps of 2 s, and its "
         r"end\) and the trial that showed it took 0\.233; give at least 0\.43 minutes$",
     ):
-        Training(clock).run(replace(SCHEDULE, minutes=0.4, warmup_epochs=0))
-    assert Training(clock).run(replace(SCHEDULE, minutes=0.43, warmup_epochs=0)).budget["epochs"] == 1
+        Training(clock).run(SCHEDULE.replace(minutes=0.4, warmup_epochs=0))
+    assert Training(clock).run(SCHEDULE.replace(minutes=0.43, warmup_epochs=0)).budget["epochs"] == 1
 
 
 def test_a_trial_ends_early_where_not_one_epoch_of_its_steps_fits(clock: Clock) -> None:
@@ -414,7 +416,7 @@ def test_a_trial_ends_early_where_not_one_epoch_of_its_steps_fits(clock: Clock) 
     [
         (SCHEDULE, 9, r"finetune\.head_epochs = 9 needs at least 10 epochs, and 7 end within finetune\.minutes = 1 "),
         (
-            replace(SCHEDULE, warmup_epochs=4),
+            SCHEDULE.replace(warmup_epochs=4),
             0,
             r"finetune\.warmup_epochs = 4 needs at least 5 epochs, and 4 end within finetune\.minutes = 1 here "
             r"\(the first takes 0\.167 minutes\); lower finetune\.warmup_epochs, or give at least finetune\.minutes = ",
@@ -428,23 +430,23 @@ def test_fewer_epochs_than_a_field_needs_are_refused_with_the_minutes_that_would
         Training(clock).run(schedule, head_epochs=head_epochs)
     enough = float(str(refused.value).rsplit("= ", 1)[1])
     least = int(re.findall(r"at least (\d+) epochs", str(refused.value))[0])
-    trained = Training(clock).run(replace(schedule, minutes=enough), head_epochs=head_epochs)
+    trained = Training(clock).run(schedule.replace(minutes=enough), head_epochs=head_epochs)
     assert trained.budget["epochs"] == least
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"epochs": 3}, "give epochs or minutes, exactly one; got epochs=3, minutes=1"),
-        ({"minutes": None}, "give epochs or minutes, exactly one; got epochs=None, minutes=None"),
-        ({"minutes": 0.0}, "minutes must be a number > 0, got 0"),
-        ({"minutes": float("nan")}, "minutes must be a number > 0, got nan"),
-        ({"minutes": float("inf")}, "minutes must be a number > 0, got inf"),
+        ({"epochs": 3}, r"Schedule: give epochs or minutes, not both \(given: 3 and 1\)"),
+        ({"minutes": None}, "Schedule: give epochs, or minutes"),
+        ({"minutes": 0.0}, r"Schedule: minutes: .* greater than 0 \(given: 0.0\)"),
+        ({"minutes": float("nan")}, r"Schedule: minutes: .* finite number \(given: nan\)"),
+        ({"minutes": float("inf")}, r"Schedule: minutes: .* finite number \(given: inf\)"),
     ],
 )
 def test_a_schedule_has_epochs_or_minutes(given: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        replace(SCHEDULE, **given)
+        SCHEDULE.replace(**given)
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -516,7 +518,7 @@ def tick(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, call: Call, epoch: int, *arguments: object) -> None:
     """Call ``rush`` and break it off when ``epoch`` is about to be kept."""
-    finish = loop._Run._finish_epoch
+    finish = loop.TrainingRun._finish_epoch
 
     def interrupted(run: Any, number: int) -> None:
         if number == epoch:
@@ -524,7 +526,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, call: Call, epoch: int, *argum
         finish(run, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "_finish_epoch", interrupted)
+        patched.setattr(loop.TrainingRun, "_finish_epoch", interrupted)
         assert "killed" in refusal(call(*arguments))
 
 
@@ -701,8 +703,8 @@ def logged(seconds: float) -> Callable[..., None]:
 
 def test_the_cost_of_minutes_is_the_epochs_whose_steps_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second a step, ten steps an epoch: eleven epochs in 57 s."""
-    monkeypatch.setattr(costing, "pretrain_by", logged(2.0))
-    monkeypatch.setattr(costing, "finetune_by", logged(2.0))
+    monkeypatch.setattr(costing, "pretrain", logged(2.0))
+    monkeypatch.setattr(costing, "finetune", logged(2.0))
     pretraining, finetuning = cost_of(tiny(tmp_path, "pretrain.minutes=1"), steps=4).stages
     assert (pretraining.epochs, pretraining.steps, pretraining.seconds) == (11, 110, 55.0)
     assert (finetuning.epochs, finetuning.steps) == (2, 20)
@@ -720,7 +722,7 @@ def trained_on_ranks(folder: str) -> dict[str, Any]:
     clock = Clock()
     budget.clock = clock
     training = Training(clock, seconds=0.2 * (1 + rank()))
-    training.run(keeping=saved_in(Path(folder)), monitor=lambda _: clock.pass_by(4.0) or {})
+    training.run(checkpoints=saved_in(Path(folder)), monitor=lambda _: clock.pass_by(4.0) or {})
     return {
         "epochs": training.budget["epochs"],
         "steps": training.steps,

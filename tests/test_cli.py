@@ -134,7 +134,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> list[str]:
         raise ValueError("first line\n  second line")
 
-    monkeypatch.setattr("rush.recipe.schema.recipe_names", fail)
+    monkeypatch.setattr("rush.recipe.load.recipe_names", fail)
     monkeypatch.delenv("RUSH_TRACEBACK", raising=False)
 
 
@@ -424,7 +424,7 @@ def test_a_training_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(t
     _, told = child.communicate(timeout=60)
     assert child.returncode == 143
     assert "rush: pretrain: stopped by SIGTERM after " in told
-    assert "the same command goes on from there" in told
+    assert "run the same command again to resume" in told
     assert "Traceback" not in told
     state = TrainingCheckpoint(out / "checkpoints/pretrain.pt", RunFolder.open(out).fingerprint("pretrain")).load()
     assert state is not None

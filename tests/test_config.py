@@ -1,5 +1,6 @@
 """Recipes: what is refused and how it is told, what an override may be, and what the shipped ones say of themselves."""
 
+import inspect
 import json
 import re
 import tomllib
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+import rush
 from rush.choices import parse_fraction
 from rush.errors import ConfigError
-from rush.recipe.schema import Recipe, build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
+from rush.recipe.load import build_recipe, load_recipe, recipe_headline, recipe_names, recipe_text
+from rush.recipe.schema import CertifyConfig, PretrainConfig, Recipe
 from tiny import TINY, tiny, write_tiny
 
 
@@ -314,3 +317,39 @@ def test_an_unknown_base_is_told_with_the_recipes_that_there_are(tmp_path: Path)
     (tmp_path / "a.toml").write_text('base = "digit"\nname = "a"\n')
     with pytest.raises(ConfigError, match="no recipe 'digit', did you mean 'digits'"):
         load_recipe(str(tmp_path / "a.toml"))
+
+
+def test_the_temperature_is_by_default_that_of_the_objective() -> None:
+    """0.2 is that of MoCo's source; a recipe that gives one keeps it, and so do runs, whose recipes are resolved."""
+    moco = "pretrain.objective=moco", "pretrain.queue=512"
+    assert build_recipe(values()).pretrain.temperature == 0.5
+    recipe = build_recipe(values(), moco)
+    assert recipe.pretrain.temperature == 0.2
+    assert build_recipe(values(), [*moco, "pretrain.temperature=0.5"]).pretrain.temperature == 0.5
+    assert build_recipe(json.loads(recipe.to_json()), ["pretrain.objective=acl"]).pretrain.temperature == 0.2
+    config = PretrainConfig(epochs=1, batch_size=256, learning_rate=0.1)
+    assert (config.temperature, config.replace(objective="moco").temperature) == (0.5, 0.2)
+    with pytest.raises(ConfigError, match=r"^recipe: pretrain\.objective: Input should be [^;]*\(given: 'mcoo'\)$"):
+        build_recipe(values(), ["pretrain.objective=mcoo"])
+
+
+def test_a_certification_has_the_defaults_of_a_recipe() -> None:
+    """As they are documented, and in either of the two ways to ask for one."""
+    signature = inspect.signature(rush.certify).parameters
+    defaults = {name: parameter.default for name, parameter in signature.items()}
+    assert (defaults["num_selection"], defaults["num_estimation"], defaults["alpha"]) == (100, 100_000, 0.001)
+    assert CertifyConfig().model_dump(exclude={"images"}).items() <= defaults.items()
+
+
+def test_a_section_that_is_built_in_code_is_refused_like_one_of_a_recipe() -> None:
+    config = PretrainConfig(epochs=1, batch_size=256, learning_rate=0.1)
+    for build in (
+        lambda: config.replace(views={"flip": 2.0}),
+        lambda: PretrainConfig(epochs=1, batch_size=256, learning_rate=0.1, views={"flip": 2.0}),
+    ):
+        with pytest.raises(ConfigError, match=r"^PretrainConfig: views\.flip: .* or equal to 1 \(given: 2\.0\)$"):
+            build()
+    with pytest.raises(ConfigError, match=r"^PretrainConfig: learning_rate: Field required$"):
+        PretrainConfig(epochs=1, batch_size=256)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"pretrain\.views\.blur: must be a number \(given: True\)"):
+        build_recipe(values(), ["pretrain.views.blur=true"])

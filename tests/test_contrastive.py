@@ -60,16 +60,16 @@ def test_nt_xent_is_that_of_pytorch_metric_learning_in_value_and_gradient() -> N
 
 def test_the_views_are_interchangeable_and_rows_may_be_reordered_and_rescaled() -> None:
     view_a, view_b = pair()
-    loss = nt_xent(view_a, view_b)
+    loss = nt_xent(view_a, view_b, 0.5)
     order, scale = torch.tensor([3, 0, 5, 1, 4, 2]), torch.tensor([0.1, 2, 30, 1, 0.5, 7]).double()[:, None]
     for changed in (
-        nt_xent(view_b, view_a),
-        nt_xent(view_a[order], view_b[order]),
-        nt_xent(view_a * scale, view_b * scale.flip(0)),
+        nt_xent(view_b, view_a, 0.5),
+        nt_xent(view_a[order], view_b[order], 0.5),
+        nt_xent(view_a * scale, view_b * scale.flip(0), 0.5),
     ):
         torch.testing.assert_close(changed, loss, atol=1e-12, rtol=0)
     # what must not be an invariance: reordering one view alone parts the pairs
-    assert abs(float(nt_xent(view_a[order], view_b) - loss)) > 1e-3
+    assert abs(float(nt_xent(view_a[order], view_b, 0.5) - loss)) > 1e-3
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:

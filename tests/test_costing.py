@@ -164,7 +164,7 @@ def epoch(seconds: float, passes: int, peak: int | None = 1000, joules: float | 
 
 def test_only_the_steps_after_the_warm_up_are_multiplied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four measured steps in 2 s are half a second a step, whatever the epoch before them took."""
-    monkeypatch.setattr(costing, "finetune_by", logged(epoch(900.0, 7, 5000, 9e9), epoch(2.0, 640, 1000, 12.0)))
+    monkeypatch.setattr(costing, "finetune", logged(epoch(900.0, 7, 5000, 9e9), epoch(2.0, 640, 1000, 12.0)))
     cost = measure(tiny(tmp_path, "pretrain.epochs=0"), steps=4).stages[0]
     steps = 2 * (TRAIN // 128)
     assert (cost.steps, cost.seconds_per_step, cost.images_per_second) == (steps, 0.5, 256.0)
@@ -176,7 +176,7 @@ def test_only_the_steps_after_the_warm_up_are_multiplied(tmp_path: Path, monkeyp
 def test_each_kind_of_step_stands_for_its_own_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third epoch warms the steps of every weight up; one unknown number of joules leaves the sum unknown."""
     shown = (epoch(900.0, 7), epoch(1.0, 0, 500, 2.0), epoch(900.0, 7), epoch(4.0, 128, 700))
-    monkeypatch.setattr(costing, "finetune_by", logged(*shown))
+    monkeypatch.setattr(costing, "finetune", logged(*shown))
     wanted = ('finetune.mode="linear-then-full"', "finetune.epochs=5", "finetune.head_epochs=3", "pretrain.epochs=0")
     cost = measure(tiny(tmp_path, *wanted), steps=1).stages[0]
     per_epoch = TRAIN // 128
@@ -186,8 +186,8 @@ def test_each_kind_of_step_stands_for_its_own_epochs(tmp_path: Path, monkeypatch
 
 
 def test_images_that_are_streamed_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costing, "pretrain_by", logged(epoch(1.0, 1), epoch(1.0, 1)))
-    monkeypatch.setattr(costing, "finetune_by", logged(epoch(1.0, 1), epoch(1.0, 1, None)))
+    monkeypatch.setattr(costing, "pretrain", logged(epoch(1.0, 1), epoch(1.0, 1)))
+    monkeypatch.setattr(costing, "finetune", logged(epoch(1.0, 1), epoch(1.0, 1, None)))
     recipe = tiny(tmp_path, "data.name=stl10", 'data.pretrain_split="train+unlabeled"', "data.memory_gb=2")
     pretrained, finetuned = measure(recipe, steps=1).stages
     assert (pretrained.peak_memory, finetuned.peak_memory) == (1000, None)

@@ -30,7 +30,7 @@ from rush.runtime.randomness import stream
 from rush.runtime.transfer import HostCopy, sent
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.loop import _Run
+from rush.training.loop import TrainingRun
 from test_graphs import VARIANTS
 from tiny import results, results_of_training, run_tiny, tiny, write_tiny
 
@@ -134,16 +134,16 @@ def test_no_step_waits_for_the_device(
     device: str, overrides: tuple[str, ...], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the first steps, in which libraries are loaded and a graph is captured."""
-    usual, watched = _Run._one_step, []
+    usual, watched = TrainingRun._one_step, []
 
-    def one_step(run: _Run, *given: Any) -> Tensor | None:
+    def one_step(run: TrainingRun, *given: Any) -> Tensor | None:
         if run.number < 5:
             return usual(run, *given)
         watched.append(run.number)
         with waiting_is_an_error(device):
             return usual(run, *given)
 
-    monkeypatch.setattr(_Run, "_one_step", one_step)
+    monkeypatch.setattr(TrainingRun, "_one_step", one_step)
     changes = on(device, *overrides, f"execution.compile_training={mode}")
     run_tiny(tmp_path, *changes, stages=TRAININGS)
     assert len(watched) >= 15
@@ -171,15 +171,15 @@ def test_a_step_that_finds_no_memory_says_what_to_lower_and_the_run_resumes(
 ) -> None:
     overrides = on(device, "execution.checkpoint_minutes=1e-9")
     run = run_tiny(tmp_path, *overrides, stages=TRAININGS[: TRAININGS.index(stage)])
-    usual = _Run._whole_step
+    usual = TrainingRun._update
 
-    def whole_step(own: _Run, *given: Any) -> Any:
-        if own.number == 12:
+    def update(run: TrainingRun, *given: Any) -> Any:
+        if run.number == 12:
             exhaust(device)
-        return usual(own, *given)
+        return usual(run, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_whole_step", whole_step)
+        patch.setattr(TrainingRun, "_update", update)
         with pytest.raises(DeviceMemoryError, match=rf"{stage}, step 13: .*Lower .*{stage}\.{field}"):
             run_stage(run, stage)
     run_stage(run, stage)

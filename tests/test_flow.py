@@ -177,7 +177,7 @@ def test_what_is_printed_is_printed_by_one_module() -> None:
 
 def test_importing_rush_loads_neither_torch_nor_numpy() -> None:
     heavy = "print(*sorted({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
-    code = f"import sys, rush, rush.commands.app, rush.recipe.schema; {heavy}"
+    code = f"import sys, rush, rush.commands.app, rush.recipe.load; {heavy}"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.split() == []
 

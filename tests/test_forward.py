@@ -21,7 +21,7 @@ from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
 from rush.models.storage import load
 from rush.pipeline.stages import run_stage
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream

@@ -32,10 +32,13 @@ from rush.evaluation.model import defend
 from rush.evaluation.verdict import VerdictSettings
 from rush.models.classifier import Represent
 from rush.models.storage import load_weights
-from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
-from rush.recipe.schema import load_recipe
+from rush.pipeline.context import noise_of
+from rush.pipeline.train import new_classifier, spec_of
+from rush.recipe.load import load_recipe
 from rush.runtime.execution import decide_execution
 from rush.runtime.randomness import stream
+from rush.training.finetune import finetune
+from rush.training.pretrain import pretrain
 from rush.training.probes import knn_correct, representations
 from test_parquet import encoded, write
 
@@ -156,8 +159,9 @@ def test_pretraining_is_that_of_the_library(finished: Order) -> None:
     recipe = load_recipe("cifar10", [*full_size.TINY, "model.width=4"])
     execution = decide_execution("cpu", "float32", 16)
     classifier = new_classifier(spec_of(recipe, bench.train), 0)
-    schedule = replace(schedule_of(recipe.pretrain), epochs=finished.sizes.epochs)
-    pretrain_by(recipe, Resident(bench.train.without_labels()), classifier, execution, schedule=schedule)
+    config = recipe.pretrain.replace(epochs=finished.sizes.epochs)
+    source = Resident(bench.train.without_labels())
+    pretrain(source, classifier.encoder, classifier.normalize, config, seed=recipe.seed, execution=execution)
     stored = load_file(bench.weights("encoder"))
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
@@ -169,8 +173,9 @@ def test_fine_tuning_is_that_of_the_library_on_the_pre_trained_encoder(finished:
     labelled = stratified_subset(bench.train, 0.25, stream(0, "finetune", "labels"))
     classifier = new_classifier(spec_of(recipe, bench.train), 0)
     load_weights(classifier, bench.weights("encoder"))
-    schedule = replace(schedule_of(recipe.finetune), epochs=finished.sizes.epochs)
-    finetune_by(recipe, labelled, classifier, decide_execution("cpu", "float32", 16), schedule=schedule)
+    config = recipe.finetune.replace(epochs=finished.sizes.epochs)
+    execution = decide_execution("cpu", "float32", 16)
+    finetune(labelled, classifier, config, noise=noise_of(recipe), seed=recipe.seed, execution=execution)
     stored = load_file(bench.weights("tenth-0.25"))
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(tensor, stored[name]), name

@@ -1,7 +1,6 @@
 """A captured step gives the bits of the plain one: what changes from step to step reaches it through static memory."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,20 @@ from recording import Operations
 from rush.choices import OptimizerName
 from rush.data.batches import Batch
 from rush.errors import ConfigError
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
+from rush.recipe.schema import Schedule
 from rush.runtime.randomness import restarted, seeded_init, stream
 from rush.runtime.schedules import scheduled
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.graphs import WARM_UP, CapturedStep
-from rush.training.loop import Keeping, Schedule, train
+from rush.training.loop import CheckpointPolicy, TrainingRun
 from rush.training.meter import Meter
 from test_keeping import images
 from tiny import results_of_training, run_tiny, tiny
 
 SCHEDULE = Schedule(
     epochs=3, batch_size=8, optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-3, warmup_epochs=1,
-    ema_decay=0.9,
+    ema_decay=0.9, monitor_epochs=1,
 )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ class Small:
     def __init__(self, optimizer: OptimizerName = "sgd") -> None:
         layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
         self.module = seeded_init(layers, stream(0, "weights")).train()
-        self.schedule = replace(SCHEDULE, optimizer=optimizer)
+        self.schedule = SCHEDULE.replace(optimizer=optimizer)
         self.meter = Meter(self.module)
         self.events: list[dict[str, Any]] = []
         self.calls = 0
@@ -99,8 +99,8 @@ class Small:
         loss.backward()
         return loss.detach()
 
-    def run(self, captured: bool, keeping: Keeping = Keeping()) -> "Small":  # noqa: B008, a frozen value
-        train(
+    def run(self, captured: bool, checkpoints: CheckpointPolicy = CheckpointPolicy()) -> "Small":  # noqa: B008, a frozen value
+        TrainingRun(
             self.module,
             self.step,
             name="pretrain",
@@ -108,10 +108,10 @@ class Small:
             schedule=self.schedule,
             seed=0,
             meter=self.meter,
-            keeping=keeping,
+            checkpoints=checkpoints,
             log=lambda event, **values: self.events.append({"event": event, **values}),
             captured=captured,
-        )
+        ).run()
         return self
 
     @property
@@ -141,14 +141,14 @@ def test_a_captured_training_that_was_broken_off_ends_with_the_same_bits(number:
 
     undisturbed = Small("adamw").run(False)
     with pytest.raises(KeyboardInterrupt):
-        Small("adamw").run(True, Keeping(Broken(tmp_path / "state.pt", "recipe"), minutes=0.0))
+        Small("adamw").run(True, CheckpointPolicy(Broken(tmp_path / "state.pt", "recipe"), minutes=0.0))
     for captured in (True, False):  # a checkpoint is taken up by either
-        keeping = Keeping(TrainingCheckpoint(tmp_path / "state.pt", "recipe"), minutes=1e9)
+        checkpoints = CheckpointPolicy(TrainingCheckpoint(tmp_path / "state.pt", "recipe"), minutes=1e9)
         content = (tmp_path / "state.pt").read_bytes()
         state = TrainingCheckpoint(tmp_path / "state.pt", "recipe").load()
         assert state is not None
         assert isinstance(state["optimizer"]["param_groups"][0]["lr"], float)
-        resumed = Small("adamw").run(captured, keeping)
+        resumed = Small("adamw").run(captured, checkpoints)
         assert resumed.found[0] == undisturbed.found[0]
         (tmp_path / "state.pt").write_bytes(content)
 
@@ -170,8 +170,8 @@ def test_a_capture_is_made_anew_after_a_return_to_a_checkpoint(tmp_path: Path) -
 
     found = []
     for captured in (False, True):
-        keeping = Keeping(TrainingCheckpoint(tmp_path / f"{captured}.pt", "recipe"), 1e9, "skip")
-        training = spoiled(Small()).run(captured, keeping)
+        checkpoints = CheckpointPolicy(TrainingCheckpoint(tmp_path / f"{captured}.pt", "recipe"), 1e9, "skip")
+        training = spoiled(Small()).run(captured, checkpoints)
         assert [own["batch"] for own in training.events if own["event"] == "skipped"] == [3]
         found.append(training.module.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

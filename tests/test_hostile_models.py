@@ -17,7 +17,7 @@ from bounded import refused
 from rush.errors import ConfigError
 from rush.models.description import read_description
 from rush.models.storage import ClassifierSpec, load_smoothed, save_plain, save_smoothed
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream

@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from ranks import on_ranks
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
 from rush.errors import CheckpointError, ConfigError, DeviceMemoryError, Interrupted, RushError
+from rush.recipe.schema import Schedule
 from rush.runtime.distributed import rank, world_size
 from rush.runtime.randomness import seeded_init, stream
 from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.loop import Keeping, Schedule, train
+from rush.training.loop import CheckpointPolicy, TrainingRun
 from rush.training.meter import Meter
 
 SCHEDULE = Schedule(
@@ -35,6 +35,7 @@ SCHEDULE = Schedule(
     weight_decay=1e-3,
     warmup_epochs=1,
     ema_decay=0.9,
+    monitor_epochs=1,
 )
 STEPS = 15  # 43 images: five whole batches an epoch
 NEVER, ALWAYS = 1e9, 0.0
@@ -58,12 +59,12 @@ class Training:
 
     def __init__(
         self,
-        keeping: Keeping,
+        checkpoints: CheckpointPolicy,
         disturb: Callable[[int, Tensor], Tensor] | None = None,
         seconds: float = 0.0,
         per_epoch: int = 5,
     ) -> None:
-        self.module, self.keeping, self.disturb, self.seconds = network(), keeping, disturb, seconds
+        self.module, self.checkpoints, self.disturb, self.seconds = network(), checkpoints, disturb, seconds
         self.per_epoch = per_epoch
         self.steps: list[int] = []
         self.events: list[dict[str, Any]] = []
@@ -84,7 +85,7 @@ class Training:
         self.events.append({"event": event, **values})
 
     def run(self, schedule: Schedule = SCHEDULE) -> "Training":
-        train(
+        TrainingRun(
             self.module,
             self.step,
             name="pretrain",
@@ -92,15 +93,15 @@ class Training:
             schedule=schedule,
             seed=0,
             meter=Meter(self.module),
-            keeping=self.keeping,
+            checkpoints=self.checkpoints,
             log=self.log,
-        )
+        ).run()
         return self
 
     def checkpointed(self) -> int:
         """Number of steps in the checkpoint."""
-        assert self.keeping.checkpoint is not None
-        state = self.keeping.checkpoint.load()
+        assert self.checkpoints.checkpoint is not None
+        state = self.checkpoints.checkpoint.load()
         assert state is not None
         return int(state["number"])
 
@@ -115,13 +116,13 @@ class Training:
         return [(number, own["loss"], own["passes"]) for number, own in sorted(told.items())]
 
 
-def kept(folder: Path, minutes: float = NEVER, **options: Any) -> Keeping:
-    return Keeping(TrainingCheckpoint(folder / "state.pt", "recipe"), minutes, **options)
+def kept(folder: Path, minutes: float = NEVER, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy(TrainingCheckpoint(folder / "state.pt", "recipe"), minutes, **options)
 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> Training:
-    return Training(Keeping()).run()
+    return Training(CheckpointPolicy()).run()
 
 
 def failing_at(number: int) -> Callable[[int, Tensor], Tensor]:
@@ -161,7 +162,7 @@ def test_a_stop_asked_for_by_a_signal_is_answered_with_a_checkpoint(undisturbed:
         return loss
 
     before = signal.getsignal(signal.SIGTERM)
-    told = r"pretrain: stopped by SIGTERM after 8 of 15 steps; kept in .*state\.pt; the same command goes on"
+    told = r"pretrain: stopped by SIGTERM after 8 of 15 steps; saved in .*state\.pt; run the same command again"
     with pytest.raises(Interrupted, match=told) as stopped:
         Training(kept(tmp_path), ask).run()
     assert stopped.value.status == 143
@@ -207,29 +208,29 @@ def test_wherever_a_training_is_broken_off_behind_a_checkpoint_no_epoch_goes_unl
     for saves in range(1, STEPS + 1):
         checkpoint = Killed(tmp_path / f"{saves}.pt", "recipe")
         checkpoint.saves = saves
-        broken = Training(Keeping(checkpoint, ALWAYS))
+        broken = Training(CheckpointPolicy(checkpoint, ALWAYS))
         with pytest.raises(KeyboardInterrupt):
             broken.run()
-        resumed = Training(Keeping(checkpoint, ALWAYS)).run()
+        resumed = Training(CheckpointPolicy(checkpoint, ALWAYS)).run()
         assert [*broken.steps, *resumed.steps] == list(range(STEPS)), saves
         assert broken.epochs + resumed.epochs == undisturbed.epochs, saves
 
 
 def test_twenty_kills_at_random_moments_leave_the_final_bits_unchanged(undisturbed: Training, tmp_path: Path) -> None:
     """Children that are killed outright; the moments are random, what must come out is not."""
-    keeping, moments = kept(tmp_path, ALWAYS), np.random.default_rng(0).uniform(0.0, 0.12, 20)
+    checkpoints, moments = kept(tmp_path, ALWAYS), np.random.default_rng(0).uniform(0.0, 0.12, 20)
     survived = 0
     for moment in moments:
         child = os.fork()
         if child == 0:
             with suppress(BaseException):
-                Training(keeping, seconds=0.02).run()
+                Training(checkpoints, seconds=0.02).run()
             os._exit(0)
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         survived += os.WIFEXITED(status)
-    last = Training(keeping).run()
+    last = Training(checkpoints).run()
     assert last.bits == undisturbed.bits
     assert survived < 20, "every child had finished before it was killed"
     assert not [
@@ -312,7 +313,7 @@ def test_a_long_epoch_is_looked_at_on_the_way_and_no_checkpoint_holds_what_was_n
     assert broken.checkpointed() == 40
     resumed = Training(kept(tmp_path, ALWAYS), per_epoch=200).run()
     assert resumed.steps == list(range(40, 600))
-    assert resumed.bits == Training(Keeping(), per_epoch=200).run().bits
+    assert resumed.bits == Training(CheckpointPolicy(), per_epoch=200).run().bits
 
 
 def test_what_was_seen_late_is_named_right_behind_batches_that_were_skipped(tmp_path: Path) -> None:
@@ -343,7 +344,7 @@ def stopped_in_one_process() -> list[int]:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
-    training = Training(Keeping(), ask, per_epoch=200)
+    training = Training(CheckpointPolicy(), ask, per_epoch=200)
     with pytest.raises(Interrupted, match="after 96 of 600 steps"):
         training.run()
     return training.steps
@@ -381,30 +382,31 @@ def test_skipping_has_an_end(tmp_path: Path) -> None:
 
 def test_skipping_needs_a_checkpoint_to_return_to() -> None:
     with pytest.raises(ConfigError, match="give a checkpoint"):
-        Keeping(on_nonfinite="skip")
+        CheckpointPolicy(on_nonfinite="skip")
 
 
 def test_a_checkpoint_with_other_weights_is_refused_and_kept(tmp_path: Path) -> None:
-    keeping = kept(tmp_path)
-    Training(keeping).run()
-    assert keeping.checkpoint is not None
-    content = keeping.checkpoint.path.read_bytes()
-    other = Training(keeping)
+    checkpoints = kept(tmp_path)
+    Training(checkpoints).run()
+    assert checkpoints.checkpoint is not None
+    content = checkpoints.checkpoint.path.read_bytes()
+    other = Training(checkpoints)
     other.module = nn.Linear(6, 3)
     with pytest.raises(CheckpointError, match="cannot be read"):
         other.run()
-    assert keeping.checkpoint.path.read_bytes() == content
+    assert checkpoints.checkpoint.path.read_bytes() == content
 
 
 def test_the_average_of_the_weights_comes_out(undisturbed: Training) -> None:
-    plain = Training(Keeping())
+    plain = Training(CheckpointPolicy())
     weights: list[Tensor] = []
 
     def remember(_module: nn.Module, _given: object) -> None:
         weights.append(plain.module[0].weight.detach().clone())
 
     plain.module.register_forward_pre_hook(remember)
-    train(plain.module, plain.step, name="pretrain", images=images(), schedule=replace(SCHEDULE, ema_decay=0.0), seed=0)
+    schedule = SCHEDULE.replace(ema_decay=0.0)
+    TrainingRun(plain.module, plain.step, name="pretrain", images=images(), schedule=schedule, seed=0).run()
     weights.append(plain.module[0].weight.detach().clone())
     average = weights[0].double()
     for done, now in enumerate(weights[1:]):
@@ -466,6 +468,6 @@ def test_a_checkpoint_that_takes_long_is_not_written_at_every_epochs_end(
         clock.now += 1.0
         return loss
 
-    training = Training(Keeping(checkpoint, minutes=NEVER), one_second)
-    training.run(replace(SCHEDULE, epochs=12))
+    training = Training(CheckpointPolicy(checkpoint, minutes=NEVER), one_second)
+    training.run(SCHEDULE.replace(epochs=12))
     assert checkpoint.saved == expected

@@ -15,24 +15,24 @@ from rush.choices import FinetuneMode, OptimizerName
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet, stratified_subset
 from rush.data.sources import load_images
-from rush.data.views import Views
 from rush.errors import CheckpointError, ConfigError, DataError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
+from rush.recipe.schema import FinetuneConfig, PretrainConfig, Schedule, Views
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.noise import Gaussian
 from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.finetune import Examples, finetune
-from rush.training.loop import Keeping, Schedule, Step, train
+from rush.training.finetune import finetune
+from rush.training.loop import CheckpointPolicy, Step, TrainingRun
 from rush.training.optim import build_optimizer, cosine_factor
-from rush.training.pretrain import SimCLR, channel_statistics, pretrain
-from rush.training.supervised import gaussian
+from rush.training.pretrain import channel_statistics, pretrain
 
-SCHEDULE = Schedule(
-    epochs=3, batch_size=8, optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-3, warmup_epochs=1
+SCHEDULE = Schedule(epochs=3, batch_size=8, learning_rate=0.1, weight_decay=1e-3, warmup_epochs=1, monitor_epochs=1)
+FINETUNE = FinetuneConfig(
+    epochs=3, batch_size=32, learning_rate=0.1, weight_decay=1e-3, warmup_epochs=1, shift=1, flip=0.0
 )
 
 
@@ -90,8 +90,8 @@ class Scale(nn.Module):
 
 def test_every_step_is_taken_with_the_learning_rate_of_its_number() -> None:
     """A constant gradient of 1 moves the weight by the sum of all learning rates."""
-    module, schedule = Scale(), replace(SCHEDULE, momentum=0.0, weight_decay=0.0, warmup_epochs=1.5)
-    train(module, module.step, name="test", images=numbered(35), schedule=schedule, seed=0)
+    module, schedule = Scale(), SCHEDULE.replace(momentum=0.0, weight_decay=0.0, warmup_epochs=1.5)
+    TrainingRun(module, module.step, name="test", images=numbered(35), schedule=schedule, seed=0).run()
     rates = [0.1 * cosine_factor(number, 3 * 4, 6) for number in range(3 * 4)]
     assert module.weight.item() == pytest.approx(1 - math.fsum(rates), abs=1e-12)
 
@@ -108,7 +108,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
         numbers.append(float(torch.rand(1, generator=generator)))
         return module.step()
 
-    train(module, step, name="test", images=numbered(43), schedule=SCHEDULE, seed=0)
+    TrainingRun(module, step, name="test", images=numbered(43), schedule=SCHEDULE, seed=0).run()
     assert [len(batch) for batch in seen] == [8] * 15
     epochs = [[index for batch in seen[5 * epoch : 5 * epoch + 5] for index in batch] for epoch in range(3)]
     for epoch in epochs:
@@ -121,7 +121,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
 
 def test_fewer_images_than_a_batch_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"batch_size = 8 exceeds the 7 training images; lower it to at most 7"):
-        train(Scale(), Scale().step, name="test", images=numbered(7), schedule=SCHEDULE, seed=0)
+        TrainingRun(Scale(), Scale().step, name="test", images=numbered(7), schedule=SCHEDULE, seed=0).run()
 
 
 X = torch.randn(40, 6, generator=stream(0, "x"))
@@ -157,9 +157,17 @@ def bits(module: nn.Module) -> dict[str, bytes]:
 def trained(
     optimizer: OptimizerName = "sgd", seed: int = 0, fail_at: int = -1, checkpoint: TrainingCheckpoint | None = None
 ) -> nn.Module:
-    module, schedule = network(), replace(SCHEDULE, optimizer=optimizer)
+    module, schedule = network(), SCHEDULE.replace(optimizer=optimizer)
     step = noisy_step(module, fail_at)
-    train(module, step, name="test", images=numbered(40), schedule=schedule, seed=seed, keeping=Keeping(checkpoint))
+    TrainingRun(
+        module,
+        step,
+        name="test",
+        images=numbered(40),
+        schedule=schedule,
+        seed=seed,
+        checkpoints=CheckpointPolicy(checkpoint),
+    ).run()
     return module
 
 
@@ -202,7 +210,7 @@ def test_every_epoch_is_logged_with_the_mean_of_its_losses() -> None:
     def log(event: str, **values: Any) -> None:
         events.append({"event": event, **values})
 
-    train(module, step, name="test", images=numbered(40), schedule=SCHEDULE, seed=0, log=log)
+    TrainingRun(module, step, name="test", images=numbered(40), schedule=SCHEDULE, seed=0, log=log).run()
     assert [(own["event"], own["stage"], own["epoch"]) for own in events] == [("epoch", "test", n) for n in (1, 2, 3)]
     for number, own in enumerate(events):
         assert own["loss"] == pytest.approx(np.mean(losses[5 * number : 5 * number + 5]), rel=1e-6)
@@ -221,20 +229,19 @@ def classifier(seed: int = 0) -> Classifier:
 
 
 def pretrained(images: ImageSet, seed: int = 0, epochs: int = 2) -> Classifier:
-    own = classifier()
-    pretrain(
-        Resident(images),
-        own.encoder,
-        own.normalize,
-        views=Views(crop_scale=(0.5, 1.0), greyscale=0.0),
-        schedule=replace(SCHEDULE, epochs=epochs, batch_size=32),
-        method=SimCLR(temperature=0.5),
+    trained = classifier()
+    config = PretrainConfig(
+        epochs=epochs,
+        batch_size=32,
+        learning_rate=0.1,
+        weight_decay=1e-3,
+        warmup_epochs=1,
         projector_hidden=16,
         projector_out=8,
-        seed=seed,
-        execution=Execution(),
+        views=Views(crop_scale=(0.5, 1.0), greyscale=0.0),
     )
-    return own
+    pretrain(Resident(images), trained.encoder, trained.normalize, config, seed=seed, execution=Execution())
+    return trained
 
 
 def test_pre_training_never_reads_labels() -> None:
@@ -253,26 +260,10 @@ def test_pre_training_for_no_epochs_leaves_the_encoder_as_it_was() -> None:
     assert not own.encoder.training
 
 
-def under_noise(given: Examples) -> Tensor:
-    return gaussian(given.logits, given.x, given.y, given.noise, given.generator)
-
-
-def finetuned(
-    images: ImageSet, mode: FinetuneMode, start: Classifier | None = None, sigma: float = 0.25, seed: int = 0
-) -> Classifier:
-    own = start or classifier()
-    finetune(
-        images,
-        own,
-        objective=under_noise,
-        noise=Gaussian(sigma),
-        mode=mode,
-        views=Views.weak(shift_pad=1, flip=0.0),
-        schedule=replace(SCHEDULE, batch_size=32),
-        seed=seed,
-        execution=Execution(),
-    )
-    return own
+def finetuned(images: ImageSet, mode: FinetuneMode) -> Classifier:
+    trained = classifier()
+    finetune(images, trained, FINETUNE.replace(mode=mode), noise=Gaussian(0.25), seed=0, execution=Execution())
+    return trained
 
 
 def test_linear_fine_tuning_trains_the_head_and_touches_neither_weights_nor_statistics_of_the_encoder() -> None:
@@ -299,17 +290,8 @@ def test_fine_tuning_sees_noise_of_its_sigma() -> None:
     images, seen = digits(), []
     own = classifier()
     own.normalize.register_forward_pre_hook(lambda _module, given: seen.append(given[0].detach()))
-    finetune(
-        images,
-        own,
-        objective=under_noise,
-        noise=Gaussian(0.5),
-        mode="full",
-        views=Views.weak(shift_pad=0, flip=0.0),
-        schedule=replace(SCHEDULE, epochs=1, batch_size=64),
-        seed=0,
-        execution=Execution(),
-    )
+    config = FINETUNE.replace(epochs=1, batch_size=64, shift=0)
+    finetune(images, own, config, noise=Gaussian(0.5), seed=0, execution=Execution())
     order = torch.randperm(64, generator=stream(0, "finetune", "order", 0))
     noise = seen[0] - images.pixels()[order]
     # 4,096 draws: the standard error of the standard deviation is 0.0055, of the mean 0.0078; five of them: odds 1e-6
@@ -345,31 +327,12 @@ def frozen_encoder_accuracy(epochs: int, labelled: ImageSet) -> float:
     encoder = SmallEncoder(RECIPE.model.width)
     own = Classifier(Normalize(*channel_statistics(train_images)), encoder, linear_head(encoder.features, 10))
     seeded_init(own, stream(RECIPE.seed, "classifier", "weights"))
-    schedule = Schedule(**config.model_dump(include=set(Schedule.__dataclass_fields__)))
-    pretrain(
-        Resident(train_images.without_labels()),
-        own.encoder,
-        own.normalize,
-        views=Views(**config.views.model_dump()),
-        schedule=replace(schedule, epochs=epochs),
-        method=SimCLR(config.temperature),
-        projector_hidden=config.projector_hidden,
-        projector_out=config.projector_out,
-        seed=RECIPE.seed,
-        execution=Execution(),
-    )
+    source = Resident(train_images.without_labels())
+    config = config.replace(epochs=epochs)
+    pretrain(source, own.encoder, own.normalize, config, seed=RECIPE.seed, execution=Execution())
     noise = Gaussian(RECIPE.smoothing.sigma)
-    finetune(
-        labelled,
-        own,
-        objective=under_noise,
-        noise=noise,
-        mode="linear",
-        views=Views.weak(shift_pad=1, flip=0.0),
-        schedule=Schedule(150, 50, "adamw", 4e-3, 0.9, 1e-3, 1.0),
-        seed=RECIPE.seed,
-        execution=Execution(),
-    )
+    head = FINETUNE.replace(mode="linear", epochs=150, batch_size=50, optimizer="adamw", learning_rate=4e-3)
+    finetune(labelled, own, head, noise=noise, seed=RECIPE.seed, execution=Execution())
     return vote_accuracy(own, test, noise)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rush.choices import NoisyViewsOption
-from rush.data.noisy_views import NoiseSchedule
+from rush.data.noisy_views import add_noise
 from rush.errors import ConfigError, InputError
+from rush.recipe.schema import NoiseSchedule
 from rush.runtime.randomness import stream
 
 SHAPE = (400, 3, 16, 16)
@@ -22,7 +23,7 @@ def views() -> tuple[Tensor, Tensor]:
 
 def sizes(schedule: NoiseSchedule, epoch: float) -> list[Tensor]:
     """Root mean square of the noise of every image, for both views."""
-    noisy = schedule.add(*views(), epoch, stream(1, "noise"))
+    noisy = add_noise(*views(), schedule, epoch, stream(1, "noise"))
     changes = [(new - old).double() for new, old in zip(noisy, views(), strict=True)]
     return [change.square().mean((1, 2, 3)).sqrt() for change in changes]
 
@@ -30,7 +31,7 @@ def sizes(schedule: NoiseSchedule, epoch: float) -> list[Tensor]:
 @pytest.mark.parametrize("option", ["one", "both"])
 def test_every_image_has_a_sigma_uniform_in_the_range(option: NoisyViewsOption) -> None:
     low, high = 0.2, 0.8
-    first, second = sizes(NoiseSchedule(option, (low, high), 0), 0.0)
+    first, second = sizes(NoiseSchedule(views=option, sigma=(low, high), ramp_epochs=0), 0.0)
     assert (first == 0).all() if option == "one" else (first > 0).all()
     # An image's root mean square of 768 values is its sigma within a share of 1/sqrt(2 x 768) = 0.0255; six of these
     # are passed by one of 800 images with odds of 2e-6. The mean of 400 sigmas uniform in the range deviates by
@@ -47,7 +48,9 @@ def test_every_image_has_a_sigma_uniform_in_the_range(option: NoisyViewsOption) 
 
 def test_the_noise_is_normal_and_not_clipped() -> None:
     x, _ = views()
-    noisy, other = NoiseSchedule("both", (0.5, 0.5), 0).add(x, x, 0.0, stream(1, "noise"))
+    noisy, other = add_noise(
+        x, x, NoiseSchedule(views="both", sigma=(0.5, 0.5), ramp_epochs=0), 0.0, stream(1, "noise")
+    )
     z = ((noisy - x) / 0.5).double().flatten()
     count = z.numel()  # 307,200 values: six standard deviations of each moment, odds below 1e-8 for all of them
     assert abs(z.mean()) < 6 / math.sqrt(count)
@@ -60,10 +63,10 @@ def test_the_noise_is_normal_and_not_clipped() -> None:
 
 
 def test_the_greatest_sigma_rises_linearly_and_then_stays() -> None:
-    schedule = NoiseSchedule("both", (0.1, 0.5), 4)
+    schedule = NoiseSchedule(views="both", sigma=(0.1, 0.5), ramp_epochs=4)
     found = [schedule.highest(epoch) for epoch in (0.0, 1.0, 2.5, 4.0, 100.0)]
     assert found == pytest.approx([0.1, 0.2, 0.35, 0.5, 0.5])
-    assert NoiseSchedule("both", (0.1, 0.5), 0).highest(0.0) == 0.5
+    assert NoiseSchedule(views="both", sigma=(0.1, 0.5), ramp_epochs=0).highest(0.0) == 0.5
     # at the start every sigma is the lowest: 800 images within six of their deviations, odds of 2e-6
     for start in sizes(schedule, 0.0):
         assert (start / 0.1 - 1).abs().max() < 6 * 0.0255
@@ -74,7 +77,9 @@ def test_the_greatest_sigma_rises_linearly_and_then_stays() -> None:
 def test_draws_come_in_the_stated_order_and_the_views_stay_as_they_are() -> None:
     view_a, view_b = views()
     kept = view_a.clone(), view_b.clone()
-    noisy = NoiseSchedule("both", (0.0, 0.4), 2).add(view_a, view_b, 1.0, stream(1, "noise"))
+    noisy = add_noise(
+        view_a, view_b, NoiseSchedule(views="both", sigma=(0.0, 0.4), ramp_epochs=2), 1.0, stream(1, "noise")
+    )
     generator = stream(1, "noise")
     for found, view in zip(noisy, kept, strict=True):
         sigma = torch.rand(len(view), generator=generator) * 0.2
@@ -82,7 +87,9 @@ def test_draws_come_in_the_stated_order_and_the_views_stay_as_they_are() -> None
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert torch.equal(view_a, kept[0])
     assert torch.equal(view_b, kept[1])
-    again = NoiseSchedule("both", (0.0, 0.4), 2).add(view_a, view_b, 1.0, stream(1, "noise"))
+    again = add_noise(
+        view_a, view_b, NoiseSchedule(views="both", sigma=(0.0, 0.4), ramp_epochs=2), 1.0, stream(1, "noise")
+    )
     assert all(torch.equal(first, second) for first, second in zip(noisy, again, strict=True))
 
 
@@ -90,34 +97,37 @@ def test_without_noise_the_same_tensors_come_back_and_nothing_is_drawn() -> None
     view_a, view_b = views()
     generator = stream(1, "noise")
     before = generator.get_state()
-    found = NoiseSchedule("none", (0.0, 0.5), 1).add(view_a, view_b, 3.0, generator)
+    found = add_noise(view_a, view_b, NoiseSchedule(views="none", sigma=(0.0, 0.5), ramp_epochs=1), 3.0, generator)
     assert found[0] is view_a
     assert found[1] is view_b
     assert torch.equal(generator.get_state(), before)
-    assert NoiseSchedule("one", (0.0, 0.5), 1).add(view_a, view_b, 3.0, generator)[0] is view_a
+    assert (
+        add_noise(view_a, view_b, NoiseSchedule(views="one", sigma=(0.0, 0.5), ramp_epochs=1), 3.0, generator)[0]
+        is view_a
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        (("two", (0.0, 0.5), 0), "unknown noise views 'two'; allowed: none, one, both"),
-        (("both", (0.5, 0.25), 0), r"pair \(low, high\) with 0 <= low <= high, got \(0.5, 0.25\)"),
-        (("both", (-0.1, 0.25), 0), "0 <= low <= high"),
-        (("both", (0.1, math.inf), 0), "0 <= low <= high"),
-        (("both", (0.1, math.nan), 0), "0 <= low <= high"),
-        (("both", 0.5, 0), r"pair \(low, high\)"),
-        (("both", (0.1, 0.2, 0.3), 0), r"pair \(low, high\)"),
-        (("both", (True, True), 0), r"pair \(low, high\)"),
-        (("one", (0.0, 0.0), 0), 'views = "one" needs a sigma above 0'),
-        (("both", (0.0, 0.5), -1), "ramp_epochs must be a number >= 0, got -1"),
-        (("both", (0.0, 0.5), math.nan), "ramp_epochs must be a number >= 0, got nan"),
+        ({"views": "two"}, r"views: Input should be 'none', 'one' or 'both' \(given: 'two'\)"),
+        ({"sigma": (0.5, 0.25)}, r"sigma: must be \(least, greatest\), got \[0.5, 0.25\]"),
+        ({"sigma": (-0.1, 0.25)}, r"sigma.0: .* greater than or equal to 0 \(given: -0.1\)"),
+        ({"sigma": (0.1, math.inf)}, r"sigma.1: .* finite number \(given: inf\)"),
+        ({"sigma": (0.1, math.nan)}, r"sigma.1: .* finite number \(given: nan\)"),
+        ({"sigma": 0.5}, r"sigma: .* valid tuple \(given: 0.5\)"),
+        ({"sigma": (0.1, 0.2, 0.3)}, "sigma: .* at most 2 items"),
+        ({"sigma": (True, True)}, r"sigma.0: must be a number \(given: True\)"),
+        ({"views": "one", "sigma": (0.0, 0.0)}, 'views = "one" needs a sigma above 0'),
+        ({"ramp_epochs": -1}, r"ramp_epochs: .* greater than or equal to 0 \(given: -1\)"),
+        ({"ramp_epochs": math.nan}, "ramp_epochs: .* finite number"),
     ],
 )
 def test_values_out_of_range_are_refused(values: Any, text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        NoiseSchedule(*values)
+    with pytest.raises(ConfigError, match=f"NoiseSchedule: {text}"):
+        NoiseSchedule(**{"views": "both", **values})
 
 
 def test_noise_needs_a_generator() -> None:
     with pytest.raises(InputError, match=r"need an explicit torch\.Generator"):
-        NoiseSchedule("one", (0.0, 0.5), 0).add(*views(), 0.0, None)  # type: ignore[arg-type]
+        add_noise(*views(), NoiseSchedule(views="one", sigma=(0.0, 0.5), ramp_epochs=0), 0.0, None)  # type: ignore[arg-type]

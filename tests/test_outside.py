@@ -23,6 +23,7 @@ from rush.errors import ConfigError, DataError, InputError, ModelError
 from rush.evaluation.attack import verdict
 from rush.evaluation.ladder import curve, grey_radius, ladder, plain_ladder
 from rush.evaluation.plans import Suite
+from rush.recipe.schema import AttackConfig
 from rush.records.folder import RunFolder
 from rush.smoothing.classifier import SmoothedClassifier
 
@@ -357,14 +358,15 @@ def test_an_audit_on_the_command_line_says_first_that_it_cannot_hold(call: Call,
 
 def test_the_ladder_climbs_from_no_attack_to_the_worst_case() -> None:
     threat = rush.ThreatModel("linf", 8 / 255)
-    rungs = ladder(20, 0.25, 1, (1, 4), threat=threat, num_classes=10, strong_steps=50)
+    config = AttackConfig(eot_samples=(1, 4))
+    rungs = ladder(config, threat, 10)
     names = [rung.name for rung in rungs]
     strong = ["apgd", "apgd-margin", "apgd-targets", "apgd-restarts", "square", "worst-case"]
     assert names == ["clean", "transfer", "frozen", "eot-1", "eot-4", *strong]
     assert isinstance(rungs[-1], Suite)
     assert "the paper's protocol" in rungs[3].label
-    assert "paper" not in ladder(20, 0.25, 1, (1,), threat=rush.ThreatModel("linf", 4 / 255))[3].label
-    assert [rung.name for rung in ladder(20, 0.25, 1, (1, 4))] == names[:5]
+    assert "paper" not in ladder(config, rush.ThreatModel("linf", 4 / 255), 10)[3].label
+    assert [rung.name for rung in ladder(config.replace(strong_steps=0), threat, 10)] == names[:5]
 
 
 @pytest.mark.parametrize(("norm", "last"), [("linf", 0.5), ("l2", 0.5 * 8), ("l1", 0.5 * 64)])

@@ -15,17 +15,17 @@ import pytest
 import torch
 
 import rush.certification.certify
+import rush.data.splits
 import rush.evaluation.evaluation
-import rush.pipeline.context
 import rush.pipeline.train
 from rush.choices import STAGES, Stage
 from rush.data.images import ImageSet
 from rush.data.sources import load_images
 from rush.errors import CheckpointError, ConfigError, DataError, RunError
-from rush.pipeline.context import Conditions
+from rush.pipeline.context import StageContext
 from rush.pipeline.stages import run_stage
 from rush.pipeline.train import run_finetune
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.randomness import stream
 from tiny import TINY, results, run_tiny, tiny
@@ -313,7 +313,7 @@ def test_a_run_refuses_other_images_under_the_same_name(
         images.images[0, 0, 0, 0] += 1
         return images
 
-    monkeypatch.setattr(rush.pipeline.context, "load_images", other_images)
+    monkeypatch.setattr(rush.data.splits, "load_images", other_images)
     with pytest.raises(RunError, match=r"begun under other conditions \(data: was .*fingerprint"):
         run_stage(run, "attack")
 
@@ -403,12 +403,12 @@ def test_held_out_images_are_seen_by_neither_training_and_watched_in_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder.create(tmp_path / "run", tiny(tmp_path, "data.held_out=300", "pretrain.monitor_epochs=2"))
-    held = Conditions.of(run).held_out_images()
+    held = StageContext.of(run).splits.held_out
     assert held is not None
     assert held.labels is not None
     assert len(held) == 300
     assert set(held.labels.bincount(minlength=10).tolist()) <= set(range(28, 33))
-    seen = {image.numpy().tobytes() for image in Conditions.of(run).pretraining_images()._images}  # type: ignore[attr-defined]
+    seen = {image.numpy().tobytes() for image in StageContext.of(run).splits.pretraining()._images}  # type: ignore[attr-defined]
     train = {image.numpy().tobytes() for image in load_images("digits", "train").images}
     assert seen == train - {image.numpy().tobytes() for image in held.images}
     run_stage(run, "pretrain")
@@ -427,7 +427,7 @@ def test_held_out_images_are_seen_by_neither_training_and_watched_in_both(
 def test_fine_tuning_without_labels_is_refused(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = part_of(tiny_run, tmp_path / "run", "stages/finetune.json", "provenance.json")
     monkeypatch.setattr(
-        rush.pipeline.context, "load_images", lambda *given, **named: load_images(*given, **named).without_labels()
+        rush.data.splits, "load_images", lambda *given, **named: load_images(*given, **named).without_labels()
     )
     with pytest.raises(DataError, match=r"digits \(train\) has no labels; fine-tuning needs them"):
         run_finetune(run)
@@ -470,8 +470,8 @@ def test_a_resumed_run_computes_with_its_recorded_threads(tiny_run: Path) -> Non
     recorded = RunFolder.open(tiny_run).recorded("threads")
     torch.set_num_threads(recorded + 1)
     try:
-        conditions = Conditions.of(RunFolder.open(tiny_run))
-        assert torch.get_num_threads() == conditions.execution.threads == recorded
+        context = StageContext.of(RunFolder.open(tiny_run))
+        assert torch.get_num_threads() == context.execution.threads == recorded
     finally:
         torch.set_num_threads(before)
 

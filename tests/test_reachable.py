@@ -31,7 +31,7 @@ from rush.evaluation.verdict import (
     judge_votes,
     looks,
 )
-from rush.recipe.schema import load_recipe
+from rush.recipe.load import load_recipe
 from rush.statistics import fewest_votes, lower_bound, sign_test
 
 LEVELS = [0.49, 0.1, 0.05, 0.001, 2.0**-10, 2.0**-10 * (1 + 1e-11), 2.0**-10 * (1 - 1e-9), 1e-6, 1e-20]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from commands import Call
 from rush.data.sources import load_images
-from rush.pipeline.context import Conditions
+from rush.pipeline.context import StageContext
 from rush.pipeline.stages import run_stage
 from rush.records.folder import RunFolder
 from tiny import results_of_training, run_tiny, tiny, write_tiny
@@ -41,11 +41,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_streams_are_taken_where_the_images_would_take_more_memory_than_allowed(shards: Path, tmp_path: Path) -> None:
-    loaded = Conditions.of(RunFolder.create(tmp_path / "a", tiny(tmp_path, f"data.name={shards}")))
-    assert type(loaded.training_images()).__name__ == "ImageSet"
-    streamed = Conditions.of(RunFolder.create(tmp_path / "b", tiny(tmp_path, f"data.name={shards}", MEMORY)))
-    assert type(streamed.training_images()).__name__ == "Stream"
-    assert len(streamed.training_images()) == 1397
+    loaded = StageContext.of(RunFolder.create(tmp_path / "a", tiny(tmp_path, f"data.name={shards}")))
+    assert type(loaded.splits.train).__name__ == "ImageSet"
+    streamed = StageContext.of(RunFolder.create(tmp_path / "b", tiny(tmp_path, f"data.name={shards}", MEMORY)))
+    assert type(streamed.splits.train).__name__ == "Stream"
+    assert len(streamed.splits.train) == 1397
 
 
 def test_a_whole_run_streams_resumes_and_holds_out(shards: Path, tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_pre_training_reads_the_splits_it_is_told_and_no_held_out_image(shards: 
             tmp_path / str(number),
             tiny(tmp_path, f"data.name={shards}", memory, "data.held_out=200", "data.pretrain_split=train+unlabeled"),
         )
-        here = Conditions.of(run)
-        assert len(here.pretraining_images()) == 1397 - 200 + 300
+        context = StageContext.of(run)
+        assert len(context.splits.pretraining()) == 1397 - 200 + 300
         run_stage(run, "pretrain")
         assert run.require("pretrain")["images"] == 1497
 

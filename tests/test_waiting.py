@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import rush.training.finetune
-import rush.training.pretrain
 from rush.attacks.apgd import apgd
 from rush.attacks.gradient import fresh_noise
 from rush.attacks.losses import cross_entropy, dlr, margin
@@ -22,7 +20,7 @@ from rush.data.sources import load_images
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.pipeline.train import finetune_by, pretrain_by
+from rush.pipeline.context import noise_of
 from rush.recipe.schema import Recipe
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
@@ -32,8 +30,9 @@ from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import Sentinel
 from rush.smoothing.noise import Gaussian
 from rush.smoothing.votes import VoteCounter, VoteRequest
-from rush.training.loop import Keeping, _Run
-from rush.training.meter import Meter
+from rush.training.finetune import finetune
+from rush.training.loop import TrainingRun
+from rush.training.pretrain import pretrain
 from tiny import tiny
 from waiting import META, MetaGenerator, on_meta, refused, waits
 
@@ -55,20 +54,18 @@ def steps_of(monkeypatch: pytest.MonkeyPatch, training: Callable[[], None]) -> t
     found: list[str] = []
     operations = 0
 
-    def train(module: nn.Module, step: Any, *, keeping: Keeping, meter: Meter, **given: Any) -> None:
+    def take_some_steps(run: TrainingRun) -> None:
         nonlocal operations
-        run = _Run(module, step, keeping=keeping, meter=meter, **{"head_epochs": 0, **given})
         order = stream(0, "order")
-        with waits() as mode, meter.running():
+        with waits() as mode, run.meter.running():
             batches = run.images.batches(order, run.schedule.batch_size)
             for _ in range(STEPS):
-                run._one_step(next(batches), SimpleNamespace())
+                run._one_step(next(batches), SimpleNamespace())  # type: ignore[arg-type]
                 run.number += 1
         found.extend(mode.found)
         operations += mode.operations
 
-    for module in (rush.training.pretrain, rush.training.finetune):
-        monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(TrainingRun, "run", take_some_steps)
     training()
     return found, operations
 
@@ -103,8 +100,12 @@ def test_no_step_of_pre_training_waits(
 ) -> None:
     recipe = tiny(tmp_path, *overrides)
     images = Resident(coloured(recipe).without_labels(), "meta")
+    network = classifier()
     found, operations = steps_of(
-        monkeypatch, lambda: pretrain_by(recipe, images, classifier(), meta, keeping=Keeping(), log=refused)
+        monkeypatch,
+        lambda: pretrain(
+            images, network.encoder, network.normalize, recipe.pretrain, seed=0, execution=meta, log=refused
+        ),
     )
     assert found == []
     assert operations > 100 * STEPS
@@ -124,7 +125,15 @@ def test_no_step_of_fine_tuning_waits(
     recipe = tiny(tmp_path, f"finetune.objective={objective}", f"finetune.mode={mode}", "finetune.flip=0.5")
     found, operations = steps_of(
         monkeypatch,
-        lambda: finetune_by(recipe, coloured(recipe), classifier(), meta, keeping=Keeping(), log=refused),
+        lambda: finetune(
+            coloured(recipe),  # type: ignore[arg-type]
+            classifier(),
+            recipe.finetune,
+            noise=noise_of(recipe),
+            seed=0,
+            execution=meta,
+            log=refused,
+        ),
     )
     assert found == []
     assert operations > 30 * STEPS

@@ -7,7 +7,8 @@ from safetensors.numpy import load_file
 
 from rush.choices import STAGES, Stage
 from rush.pipeline.stages import run_stage
-from rush.recipe.schema import Recipe, load_recipe
+from rush.recipe.load import load_recipe
+from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 
 TINY = """\

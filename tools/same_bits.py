@@ -37,6 +37,7 @@ tile = 100
 epochs = 2
 batch_size = 128
 learning_rate = 0.05
+temperature = 0.5
 projector_hidden = 16
 projector_out = 8
 knn_neighbours = 5

@@ -21,6 +21,7 @@ from rush.certification.certificates import Certificates, join_certificates
 from rush.certification.rule import Rule, make_rule
 from rush.choices import CertifyMethod, Level
 from rush.data.checks import Images, LabelledPixels, labelled_pixels, pixel_ids
+from rush.recipe.schema import CertifyConfig
 from rush.runtime.distributed import gather_objects, rank, world_size
 from rush.runtime.numbers import positive_integer
 from rush.runtime.progress import progress
@@ -28,19 +29,20 @@ from rush.runtime.transfer import sent
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.votes import BLOCK, PendingVotes, VoteRequest
 
+_DEFAULTS = CertifyConfig()
 _ROUND_TILES = 25  # tiles launched together before anything is read back
 
 
 def certify(
     smoothed: SmoothedClassifier,
     images: Images,
-    method: CertifyMethod = "clopper-pearson",
-    num_selection: int = 100,
-    num_estimation: int = 100_000,
-    alpha: float = 0.001,
-    radii: Sequence[float] | None = None,
-    level: Level = "image",
-    futility: float = 0.01,
+    method: CertifyMethod = _DEFAULTS.method,
+    num_selection: int = _DEFAULTS.num_selection,
+    num_estimation: int = _DEFAULTS.num_estimation,
+    alpha: float = _DEFAULTS.alpha,
+    radii: Sequence[float] | None = _DEFAULTS.radii,
+    level: Level = _DEFAULTS.level,
+    futility: float = _DEFAULTS.futility,
     seed: int = 0,
     in_flight: int | None = None,
 ) -> Certificates:

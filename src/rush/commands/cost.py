@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from rush.data.images import ImageSet
 from rush.data.sources import NUM_CLASSES, SHAPES, SPLITS, load_images
 from rush.errors import ConfigError, Interrupted, RushError
 from rush.models.classifier import Classifier
-from rush.pipeline.train import finetune_by, new_classifier, pretrain_by, schedule_of, spec_of
-from rush.recipe.schema import FinetuneConfig, Recipe, TrainingConfig
+from rush.pipeline.context import noise_of
+from rush.pipeline.preconditions import labelled_count
+from rush.pipeline.train import new_classifier, spec_of
+from rush.recipe.schema import FinetuneConfig, Recipe, Schedule
 from rush.records.folder import machine
 from rush.reporting.costs import known_sum
 from rush.reporting.tables import duration, energy_text, memory_text, passes_text
@@ -27,7 +29,8 @@ from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.files import write_text
 from rush.runtime.randomness import stream
 from rush.training.budget import Plan, Times
-from rush.training.loop import Schedule
+from rush.training.finetune import finetune
+from rush.training.pretrain import pretrain
 
 STEPS = 4
 COST_HEADER = ("recipe", "network", "objectives", "passes per image", "steps", "s per step", "hours", "vs. first")
@@ -35,7 +38,8 @@ STAGE_HEADER = (
     "recipe", "stage", "images", "passes per image", "epochs", "steps", "s per step", "images/s", "time",
     "peak memory", "energy",
 )  # fmt: skip
-_NO_STEP = 1e-9  # learning rate of a trial: random images teach nothing, and a step costs the same
+# Fields of a trial. Random images teach nothing, so the learning rate is nearly 0; a step costs the same.
+_TRIAL: dict[str, Any] = {"minutes": None, "learning_rate": 1e-9, "warmup_epochs": 0.0}
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,8 @@ def data_size(recipe: Recipe) -> DataSize:
     if data.held_out >= train:
         raise ConfigError(f"data.held_out = {data.held_out} leaves none of {train} training images; lower it")
     kept = train - data.held_out
-    labelled = round(config.label_fraction * kept)
-    if config.labels_per_class is not None:
-        labelled = config.labels_per_class * num_classes
     from_train = "train" in data.pretrain_split.split("+")
-    return DataSize(shape, num_classes, other + kept * from_train, labelled)
+    return DataSize(shape, num_classes, other + kept * from_train, labelled_count(config, kept, num_classes))
 
 
 def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
@@ -284,12 +285,15 @@ class _Trial:
         config = self.recipe.pretrain
         batches_per_epoch(self.size.pretrain, config.batch_size)
         images, log = self._images(config.batch_size), _Epochs()
-        pretrain_by(
-            self.recipe,
+        classifier = self._classifier(images)
+        pretrain(
             Resident(images.without_labels(), self.execution.device),
-            self._classifier(images),
-            self.execution,
-            schedule=_short(config, phases=1),
+            classifier.encoder,
+            classifier.normalize,
+            config.replace(epochs=2, **_TRIAL),
+            seed=self.recipe.seed,
+            execution=self.execution,
+            compile_mode=self.recipe.execution.compile_training,
             log=log,
         )
         return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, log.phases())
@@ -298,13 +302,14 @@ class _Trial:
         config = self.recipe.finetune
         batches_per_epoch(self.size.finetune, config.batch_size)
         images, log = self._images(config.batch_size), _Epochs()
-        finetune_by(
-            self.recipe,
+        finetune(
             images,
             self._classifier(images),
-            self.execution,
-            schedule=_short(config, phases=2 if config.mode == "linear-then-full" else 1),
-            head_epochs=2,
+            config.replace(epochs=4 if config.mode == "linear-then-full" else 2, head_epochs=2, **_TRIAL),
+            noise=noise_of(self.recipe),
+            seed=self.recipe.seed,
+            execution=self.execution,
+            compile_mode=self.recipe.execution.compile_training,
             log=log,
         )
         objective = config.objective if config.mode == "full" else f"{config.objective} ({config.mode})"
@@ -322,7 +327,7 @@ class _Trial:
         return ImageSet(pixels, labels, classes, np.arange(count).astype(str), "random", "train")
 
     def _extrapolated(
-        self, stage: Stage, objective: str, config: TrainingConfig, images: int, phases: Sequence[dict[str, Any]]
+        self, stage: Stage, objective: str, config: Schedule, images: int, phases: Sequence[dict[str, Any]]
     ) -> StageCost:
         """Return the cost of the whole stage.
 
@@ -363,7 +368,7 @@ class _Trial:
     def _epochs_within(
         self,
         stage: Stage,
-        config: TrainingConfig,
+        config: Schedule,
         per_epoch: int,
         head_epochs: int,
         phases: Sequence[dict[str, Any]],
@@ -376,7 +381,7 @@ class _Trial:
         budget.require_ramps(config.ramps)
         return budget.epochs
 
-    def _peak_memory(self, measured: Sequence[int | None], images: int, config: TrainingConfig) -> int | None:
+    def _peak_memory(self, measured: Sequence[int | None], images: int, config: Schedule) -> int | None:
         """The measured peak with the training images in place of the random ones; too many of them are streamed."""
         told = [peak for peak in measured if peak is not None]
         if not told:
@@ -399,10 +404,6 @@ class _Epochs:
     def phases(self) -> list[dict[str, Any]]:
         """Return every second epoch, which follows the warm-up of its kind of step."""
         return self.events[1::2]
-
-
-def _short(config: TrainingConfig, phases: int) -> Schedule:
-    return replace(schedule_of(config), epochs=2 * phases, minutes=None, learning_rate=_NO_STEP, warmup_epochs=0.0)
 
 
 def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:

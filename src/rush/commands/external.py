@@ -153,16 +153,7 @@ class ExternalModel:
         defender = evaluation.defender
         rungs = plain_ladder(defender.num_classes)
         if defender.kind == "random":
-            config = AttackConfig()
-            rungs = ladder(
-                config.steps,
-                parse_fraction(config.step_size) / parse_fraction(config.epsilon),
-                config.restarts,
-                config.eot_samples,
-                threat=threat,
-                num_classes=defender.num_classes,
-                strong_steps=config.strong_steps,
-            )
+            rungs = ladder(AttackConfig(), threat, defender.num_classes)
         if not isinstance(defender, SmoothedDefender):
             rungs = [rung for rung in rungs if rung.name != "transfer"]
         evaluation = replace(evaluation, settings=replace(settings, level=settings.level / len(rungs)))

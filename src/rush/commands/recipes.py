@@ -13,7 +13,7 @@ from rush.commands.terminal import print_lines, print_table
 
 def recipes() -> None:
     """List the shipped recipes."""
-    from rush.recipe.schema import recipe_headline, recipe_names
+    from rush.recipe.load import recipe_headline, recipe_names
 
     print_table(("recipe", "about"), [(name, recipe_headline(name)) for name in recipe_names()])
 
@@ -34,7 +34,7 @@ def cost(
         steps: Steps to time per stage, after the same number of warm-up steps; 4 by default.
         file: File for all figures, as JSON.
     """
-    from rush.recipe.schema import load_recipe
+    from rush.recipe.load import load_recipe
 
     recipes = [load_recipe(name, overrides or (), data_roots(data)) for name in names]
     from rush.commands.cost import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, measure_each, stage_rows, write_costs

@@ -33,7 +33,7 @@ def create_run(recipe: str, out: Path | None, data: list[Path] | None, overrides
         ConfigError: The recipe is not valid, or is a run folder and ``out`` is given.
         RunError: The folder holds something else, or finished stages made with other values.
     """
-    from rush.recipe.schema import load_recipe
+    from rush.recipe.load import load_recipe
     from rush.records.folder import RunFolder
 
     if Path(recipe, "recipe.json").is_file():
@@ -63,7 +63,7 @@ def branch_run(folder: Path, out: Path, data: list[Path] | None, overrides: list
 
 
 def _changed(run: RunFolder, data: list[Path] | None, overrides: list[str] | None) -> Recipe:
-    from rush.recipe.schema import build_recipe
+    from rush.recipe.load import build_recipe
 
     values = run.recipe.model_dump(mode="json")
     return build_recipe(values, overrides or (), data_roots(data), str(run.path / "recipe.json"))

@@ -1,24 +1,24 @@
-"""Views: random augmentations of a whole batch at once, on its device, every image with parameters of its own.
+"""Random augmentations (views) of a whole batch at once, on its device, with separate parameters for every image.
 
-Two layers. The *operations* (``crop_resize``, ``adjust_*``, ``greyscale``, ``gaussian_blur``, ``gaussian_noise``) are
-pure functions of images and explicit parameters. ``Views`` is the *distribution*: it draws the parameters from a
-generator and applies the operations in one fixed order: crop and flip, brightness, contrast, saturation, hue,
-greyscale, blur, noise. Nothing loops over images, nothing waits for the device, no gradients flow, and an image's view
-depends on its own parameters only. Every view is clipped to [0, 1], except for the noise.
+There are two layers. The *operations* (``crop_resize``, ``adjust_*``, ``greyscale``, ``gaussian_blur``,
+``gaussian_noise``) are pure functions of images and explicit parameters. ``random_view`` draws the parameters from the
+*distribution* ``rush.recipe.schema.Views`` and applies the operations in one fixed order: crop and flip, brightness,
+contrast, saturation, hue, greyscale, blur, noise. Nothing loops over images, nothing waits for the device, no gradients
+flow, and the view of an image depends on its own parameters only. Every view is clipped to [0, 1], except for the
+noise.
 
 Semantics are those of torchvision (``RandomResizedCrop``, ``RandomHorizontalFlip``, ``ColorJitter``,
 ``RandomGrayscale``, ``GaussianBlur``) and of the operations of the same meaning in kornia, except for:
 
 - the order of the four colour changes is fixed (above); torchvision and SimCLR shuffle it for each image, kornia for
   each batch;
-- luma is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as kornia; torchvision rounds 0.2989), so that grey stays what it
-  is;
+- luma is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as kornia; torchvision rounds 0.2989), so that grey stays grey;
 - pixels are float32 throughout, as in kornia; Pillow and torchvision on uint8 round after every operation;
 - resizing is bilinear at half-pixel centres (align_corners=False), where kornia's RandomResizedCrop aligns corners by
-  default; the output has the size of the input, so that a crop is only ever enlarged and antialiasing has no part;
-- crop boxes are drawn by ten attempts made at once, of which the first that fits is taken: the same distribution,
-  other draws;
-- an image that is not jittered still goes through HSV when ``Views`` jitters at all, which moves its pixels by less
+  default; the output has the size of the input, so that a crop is only ever enlarged and antialiasing never applies;
+- crop boxes are drawn by ten simultaneous attempts, of which the first that fits is used: the same distribution,
+  different draws;
+- an image that is not jittered still passes through HSV if ``Views`` jitters at all, which moves its pixels by less
   than 2e-6.
 
 Sources: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", appendix A (the
@@ -34,15 +34,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rush.errors import ConfigError, InputError
-from rush.runtime.numbers import as_real, as_whole
+from rush.errors import InputError
+from rush.recipe.schema import Views, WeakViews
+from rush.runtime.numbers import as_real
 
 _LUMA = (0.299, 0.587, 0.114)
 _CROP_ATTEMPTS = 10
-_CHUNK_VALUES = 128 * 3 * 32 * 32  # on a CPU so many values a thread at a time: they and their temporaries stay cached
-_TINY_CHROMA = 1e-12  # below it a pixel is grey and its hue is of no consequence
+_CHUNK_VALUES = 128 * 3 * 32 * 32  # values per thread at a time on a CPU: they and their temporaries stay cached
+_TINY_CHROMA = 1e-12  # below it a pixel is grey and its hue has no effect
 
-# Columns of the uniform matrix that Views.draw takes.
+# Columns of the uniform matrix of draw_parameters.
 _AREA = slice(0, _CROP_ATTEMPTS)
 _RATIO = slice(_CROP_ATTEMPTS, 2 * _CROP_ATTEMPTS)
 _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _BLUR_SIGMA = range(20, 31)
@@ -52,7 +53,7 @@ _DRAWS = 33
 
 @dataclass(frozen=True, eq=False)
 class ViewParameters:
-    """What is done to each image of a batch; None leaves an operation out for all of them.
+    """Parameters of the operations for each image of a batch; None omits an operation for all of them.
 
     boxes: (B, 4) float32, top, left, height and width in pixels (see ``crop_resize``); flip: (B,) bool;
     brightness, contrast, saturation: (B,) factors >= 0, 1 changes nothing; hue: (B,) turns in [-0.5, 0.5], 0 changes
@@ -69,143 +70,71 @@ class ViewParameters:
     blur_sigma: Tensor | None = None
 
     def __getitem__(self, samples: slice) -> "ViewParameters":
-        """The parameters of some of the samples."""
+        """Return the parameters of some of the images."""
         values = [getattr(self, field.name) for field in fields(self)]
         return ViewParameters(*(None if value is None else value[samples] for value in values))
 
 
-@dataclass(frozen=True)
-class Views:
-    """The distribution of random views; calling it draws one view of every image of a batch.
+@torch.no_grad()
+def random_view(x: Tensor, views: Views, generator: torch.Generator) -> Tensor:
+    """Return one random view of every image.
 
-    The defaults are SimCLR's for CIFAR-10 (colour strength 0.5, no blur) with crops from 0.2 of the area on, where
-    SimCLR has 0.08. ``Views.weak()`` is the usual augmentation of supervised training: a small shift and a flip.
+    Args:
+        x: (B, C, H, W) with C 1 or 3; float32 in [0, 1] (not checked, which would wait for the device) or uint8, which
+            is divided by 255.
+        views: the distribution.
+        generator: on the device of ``x``.
 
-    crop_scale: least and greatest area of the crop, as a share of the image; (1, 1) leaves the crop out.
-    crop_ratio: least and greatest width / height of the crop, uniform in its logarithm.
-    shift_pad: greatest shift in pixels along each axis, over black borders (pad and crop); not together with a crop.
-    flip, jitter, greyscale, blur: probabilities of the horizontal flip, the colour change, the greyscale and the blur.
-    brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value]; hue: uniform in
-    +-value, in turns.
-    blur_sigma: least and greatest sigma of the blur in pixels; its kernel is ``blur_kernel_size`` wide.
-    noise_sigma: standard deviation of the Gaussian noise added last, in units of [0, 1] pixels; never clipped.
+    Returns:
+        float32 of the shape of ``x``, in [0, 1] except for the noise.
 
-    Raises: ConfigError when a value is out of its range.
+    Raises:
+        InputError: ``x`` has another shape or type, or ``generator`` is missing or on another type of device.
+
+    Random: one uniform matrix with a row per image (``draw_parameters``), then, where noise_sigma > 0, one standard
+    normal value per pixel. The same generator state gives the same bits.
     """
+    _check_images(x)
+    _check_generator(generator, x.device)
+    batch, _, height, width = x.shape
+    view = apply_view(x, draw_parameters(views, batch, (height, width), generator))
+    return gaussian_noise(view, views.noise_sigma, generator) if views.noise_sigma > 0 else view
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    shift_pad: int = 0
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    greyscale: float = 0.2
-    blur: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    noise_sigma: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check_range("crop_scale", self.crop_scale, most=1.0)
-        _check_range("crop_ratio", self.crop_ratio)
-        _check_range("blur_sigma", self.blur_sigma)
-        for name in ("flip", "jitter", "greyscale", "blur"):
-            _check_number(name, getattr(self, name), most=1.0)
-        for name in ("brightness", "contrast", "saturation", "noise_sigma"):
-            _check_number(name, getattr(self, name))
-        _check_number("hue", self.hue, most=0.5)
-        if (shift := as_whole(self.shift_pad)) is None or shift < 0:
-            raise ConfigError(f"shift_pad must be an integer >= 0 (pixels), got {self.shift_pad!r}")
-        if self.shift_pad and self._crops:
-            raise ConfigError(
-                f"shift_pad={self.shift_pad} and crop_scale={self.crop_scale} exclude each other; "
-                "set crop_scale=(1.0, 1.0) to shift or shift_pad=0 to crop"
-            )
+def draw_parameters(views: Views, batch: int, size: tuple[int, int], generator: torch.Generator) -> ViewParameters:
+    """Draw the parameters of one view of each of ``batch`` images of ``size`` (height, width).
 
-    @classmethod
-    def weak(cls, shift_pad: int = 4, flip: float = 0.5, noise_sigma: float = 0.0) -> "Views":
-        """Random shift over black borders and horizontal flip: the weak augmentation of supervised training."""
-        return cls((1.0, 1.0), shift_pad=shift_pad, flip=flip, jitter=0.0, greyscale=0.0, noise_sigma=noise_sigma)
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """One random view of every image: float32 of the shape of ``x``, in [0, 1] except for the noise.
-
-        Drawn from ``generator`` in this order: one uniform matrix with a row per sample (``draw``), then, where
-        noise_sigma > 0, one standard normal value per pixel. The same generator state gives the same bits.
-
-        x: (B, C, H, W) with C 1 or 3; float32 in [0, 1] (not checked, that would wait for the device) or uint8, which
-        is divided by 255.
-        Raises: InputError when ``x`` is of another shape or type, or ``generator`` is missing or on another type of
-        device.
-        """
-        _check_images(x)
-        _check_generator(generator, x.device)
-        batch, _, height, width = x.shape
-        view = apply_view(x, self.draw(batch, (height, width), generator))
-        return gaussian_noise(view, self.noise_sigma, generator) if self.noise_sigma > 0 else view
-
-    def draw(self, batch: int, size: tuple[int, int], generator: torch.Generator) -> ViewParameters:
-        """The parameters of one view each of ``batch`` images of ``size`` (height, width), on the generator's device.
-
-        Takes ``torch.rand(batch, 33)`` from ``generator`` whatever the options are, so that no option moves another
-        one's draws. A row is a sample; its columns are the areas of ten crop attempts (0-9) and their ratios (10-19),
-        the crop's top and left, flip, whether jittered, brightness, contrast, saturation, hue, greyscale, whether
-        blurred, blur sigma (20-30), shift down and right (31-32).
-        """
-        _check_generator(generator)
-        uniform = torch.rand(batch, _DRAWS, generator=generator, device=generator.device)
-        return ViewParameters(
-            boxes=self._boxes(uniform, size),
-            flip=uniform[:, _FLIP] < self.flip if self.flip > 0 else None,
-            **self._colours(uniform),
-            greyscale=uniform[:, _GREY] < self.greyscale if self.greyscale > 0 else None,
-            blur_sigma=self._blurs(uniform),
-        )
-
-    @property
-    def _crops(self) -> bool:
-        return tuple(self.crop_scale) != (1.0, 1.0)
-
-    def _boxes(self, uniform: Tensor, size: tuple[int, int]) -> Tensor | None:
-        if self._crops:
-            return _crop_boxes(uniform, size, self.crop_scale, self.crop_ratio)
-        return _shift_boxes(uniform, size, self.shift_pad) if self.shift_pad else None
-
-    def _colours(self, uniform: Tensor) -> dict[str, Tensor | None]:
-        """Factors of the four colour changes; those of a sample that is not jittered change nothing."""
-        jittered = uniform[:, _JITTER] < self.jitter
-
-        def drawn(strength: float, column: int, low: float, high: float, neutral: float) -> Tensor | None:
-            if strength == 0 or self.jitter == 0:
-                return None
-            return torch.where(jittered, low + (high - low) * uniform[:, column], neutral)
-
-        def factor(strength: float, column: int) -> Tensor | None:
-            return drawn(strength, column, max(0.0, 1 - strength), 1 + strength, 1.0)
-
-        return {
-            "brightness": factor(self.brightness, _BRIGHTNESS),
-            "contrast": factor(self.contrast, _CONTRAST),
-            "saturation": factor(self.saturation, _SATURATION),
-            "hue": drawn(self.hue, _HUE, -self.hue, self.hue, 0.0),
-        }
-
-    def _blurs(self, uniform: Tensor) -> Tensor | None:
-        if self.blur == 0:
-            return None
-        low, high = self.blur_sigma
-        return torch.where(uniform[:, _BLUR] < self.blur, low + (high - low) * uniform[:, _BLUR_SIGMA], 0.0)
+    Random: ``torch.rand(batch, 33)`` whatever the options are, so that no option moves the draws of another. A row is
+    an image. Its columns are the areas of ten crop attempts (0-9) and their ratios (10-19), the crop's top and left,
+    flip, whether jittered, brightness, contrast, saturation, hue, greyscale, whether blurred, blur sigma (20-30), shift
+    down and right (31-32).
+    """
+    _check_generator(generator)
+    uniform = torch.rand(batch, _DRAWS, generator=generator, device=generator.device)
+    shift = views.shift_pad if isinstance(views, WeakViews) else 0
+    boxes = _shift_boxes(uniform, size, shift) if shift else None
+    return ViewParameters(
+        boxes=_crop_boxes(uniform, size, views.crop_scale, views.crop_ratio) if views.crops else boxes,
+        flip=uniform[:, _FLIP] < views.flip if views.flip > 0 else None,
+        **_colour_changes(views, uniform),
+        greyscale=uniform[:, _GREY] < views.greyscale if views.greyscale > 0 else None,
+        blur_sigma=_blur_sigmas(views, uniform) if views.blur > 0 else None,
+    )
 
 
 def apply_view(x: Tensor, parameters: ViewParameters) -> Tensor:
-    """The images after the operations that ``parameters`` name, in the fixed order of this module; float32 in [0, 1].
+    """Apply the operations that ``parameters`` name, in the fixed order of this module.
 
-    Nothing is random, ``x`` is left as it is. On a CPU the batch is worked through in pieces that fit the cache.
+    Nothing is random and ``x`` is not modified. On a CPU the batch is processed in pieces that fit the cache.
 
-    x: (B, C, H, W) float32 in [0, 1] or uint8. Raises: InputError as the operations do.
+    Args:
+        x: (B, C, H, W) float32 in [0, 1] or uint8.
+
+    Returns:
+        float32 in [0, 1].
+
+    Raises:
+        InputError: as the operations.
     """
     _check_images(x)
     most = _CHUNK_VALUES * torch.get_num_threads()
@@ -220,14 +149,18 @@ def apply_view(x: Tensor, parameters: ViewParameters) -> Tensor:
 
 
 def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
-    """Each image's box enlarged to the whole image, then mirrored left to right where ``flip`` says so.
+    """Enlarge each image's box to the whole image, then mirror it left to right where ``flip`` is true.
 
-    Bilinear with pixel centres at half-integers (align_corners=False); what lies inside the image but outside the box
-    has no influence, what lies outside the image is black. A box of the image's own size at an integer offset is a
-    shift.
+    Bilinear with pixel centres at half-integers (align_corners=False). Pixels inside the image but outside the box have
+    no influence; outside the image is black. A box of the image's own size at an integer offset is a shift.
 
-    x: (B, C, H, W) float32. boxes: (B, 4) float32, top, left, height, width in pixels. flip: (B,) bool or None.
-    Raises: InputError when shapes do not fit.
+    Args:
+        x: (B, C, H, W) float32.
+        boxes: (B, 4) float32, top, left, height, width in pixels.
+        flip: (B,) bool or None.
+
+    Raises:
+        InputError: shapes do not fit.
     """
     _check_images(x)
     batch, _, height, width = x.shape
@@ -243,31 +176,31 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
 
 
 def flip_horizontal(x: Tensor, flip: Tensor) -> Tensor:
-    """Images mirrored left to right where ``flip`` (B,) is true."""
+    """Mirror images left to right where ``flip`` (B,) is true."""
     _check_images(x)
     return torch.where(_per_sample("flip", flip, len(x)), x.flip(3), x)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """``factor`` times x, clipped to [0, 1]. factor: (B,) >= 0."""
+    """Return ``factor`` times x, clipped to [0, 1]. factor: (B,) >= 0."""
     _check_images(x)
     return _brightness(_copied(x), _per_sample("factor", factor, len(x)))
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """factor x + (1 - factor) m, with m the mean luma of the whole image, clipped to [0, 1]. factor: (B,) >= 0."""
+    """Return factor x + (1 - factor) m, clipped to [0, 1], with m the image's mean luma. factor: (B,) >= 0."""
     _check_images(x)
     return _contrast(_copied(x), _per_sample("factor", factor, len(x)))
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """factor x + (1 - factor) times each pixel's luma, clipped to [0, 1]; unchanged if C = 1. factor: (B,) >= 0."""
+    """Return factor x + (1 - factor) luma, clipped to [0, 1]; unchanged if C = 1. factor: (B,) >= 0."""
     _check_images(x)
     return _saturation(_copied(x), _per_sample("factor", factor, len(x)))
 
 
 def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Images with every pixel's hue turned in HSV, to 2e-6 (0 turns included); unchanged when C = 1.
+    """Turn the hue of every pixel in HSV, to 2e-6 (0 turns included); unchanged when C = 1.
 
     HSV is the hexcone model (Smith 1978, "Color Gamut Transform Pairs"), here without branches. With v the greatest and
     w the least channel of a pixel and c = v - w, its hue in sextants is sign(G - B) (1 + (G + B - R - w) / c) modulo 6,
@@ -280,13 +213,13 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def greyscale(x: Tensor, selected: Tensor) -> Tensor:
-    """Images with all channels set to their luma where ``selected`` (B,) is true; unchanged when C = 1."""
+    """Set all channels to their luma where ``selected`` (B,) is true; unchanged when C = 1."""
     _check_images(x)
     return _greyscale(_copied(x), _per_sample("selected", selected, len(x)))
 
 
-# The changes of colour as they are made one after the other: ``x`` is float32 and may be written over, parameters are
-# (B, 1, 1, 1). On a CPU writing in place is worth a fifth of the time of a view.
+# The colour changes in their order: ``x`` is float32 and may be overwritten, parameters are (B, 1, 1, 1). Writing in
+# place saves a fifth of the time of a view on a CPU.
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -331,10 +264,17 @@ def _greyscale(x: Tensor, selected: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Each image convolved with a normalised Gaussian of its own sigma, ``kernel_size`` wide; borders are reflected.
+    """Convolve each image with a normalised Gaussian of its own sigma; borders are reflected.
 
-    x: (B, C, H, W). sigma: (B,) >= 0 in pixels, 0 leaves the image as it is. kernel_size: odd, at most 2 min(H, W) - 1.
-    Cost: 2 kernel_size passes over the images. Raises: InputError for another kernel_size.
+    Args:
+        x: (B, C, H, W).
+        sigma: (B,) >= 0 in pixels; 0 does not change the image.
+        kernel_size: width of the Gaussian, odd, at most 2 min(H, W) - 1.
+
+    Raises:
+        InputError: ``kernel_size`` is not allowed.
+
+    Cost: 2 kernel_size passes over the images.
     """
     _check_images(x)
     most = 2 * min(x.shape[2:]) - 1
@@ -352,12 +292,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 def blur_kernel_size(side: int) -> int:
-    """The greatest odd number up to a tenth of the image's side, at least 3 (SimCLR takes a tenth of the side)."""
+    """Return the greatest odd number up to a tenth of the side, at least 3 (SimCLR: a tenth of the side)."""
     return max(3, (side // 10 - 1) // 2 * 2 + 1)
 
 
 def gaussian_noise(x: Tensor, sigma: float | Tensor, generator: torch.Generator) -> Tensor:
-    """x + sigma times standard normal noise, float32, *not* clipped. sigma: a number or (B,), in pixel units."""
+    """Add sigma times standard normal noise, *not* clipped. sigma: a number or (B,), in [0, 1] pixel units."""
     _check_images(x)
     _check_generator(generator, x.device)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
@@ -367,7 +307,7 @@ def gaussian_noise(x: Tensor, sigma: float | Tensor, generator: torch.Generator)
 
 
 def unit_float(x: Tensor) -> Tensor:
-    """uint8 images as float32 x / 255, float32 images as they are."""
+    """Return uint8 images as float32 x / 255, and float32 images unchanged."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
@@ -376,12 +316,12 @@ def _on_cpu(x: Tensor) -> bool:
 
 
 def _copied(x: Tensor) -> Tensor:
-    """``unit_float(x)`` in memory of its own."""
+    """Return ``unit_float(x)`` as a copy."""
     return x.clone() if x.dtype == torch.float32 else unit_float(x)
 
 
 def _apply_to_chunk(x: Tensor, parameters: ViewParameters) -> Tensor:
-    """The operations in their order; the result never shares memory with ``x``."""
+    """Apply the operations in their order; the result never shares memory with ``x``."""
     view = unit_float(x)
     if parameters.boxes is not None:
         view = crop_resize(view, parameters.boxes, parameters.flip).clamp_(0, 1)
@@ -405,27 +345,52 @@ def _apply_to_chunk(x: Tensor, parameters: ViewParameters) -> Tensor:
     return view
 
 
+def _colour_changes(views: Views, uniform: Tensor) -> dict[str, Tensor | None]:
+    """Return the factors of the four colour changes; those of an image that is not jittered change nothing."""
+    jittered = uniform[:, _JITTER] < views.jitter
+
+    def drawn(strength: float, column: int, low: float, high: float, neutral: float) -> Tensor | None:
+        if strength == 0 or views.jitter == 0:
+            return None
+        return torch.where(jittered, low + (high - low) * uniform[:, column], neutral)
+
+    def factor(strength: float, column: int) -> Tensor | None:
+        return drawn(strength, column, max(0.0, 1 - strength), 1 + strength, 1.0)
+
+    return {
+        "brightness": factor(views.brightness, _BRIGHTNESS),
+        "contrast": factor(views.contrast, _CONTRAST),
+        "saturation": factor(views.saturation, _SATURATION),
+        "hue": drawn(views.hue, _HUE, -views.hue, views.hue, 0.0),
+    }
+
+
+def _blur_sigmas(views: Views, uniform: Tensor) -> Tensor:
+    low, high = views.blur_sigma
+    return torch.where(uniform[:, _BLUR] < views.blur, low + (high - low) * uniform[:, _BLUR_SIGMA], 0.0)
+
+
 def _crop_boxes(
     uniform: Tensor, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
-    """(B, 4) boxes: the first of ten attempts that fits, at a uniform offset; else the fallback in the centre."""
+    """Return boxes (B, 4): the first of ten attempts that fits, at a uniform offset, else the central fallback."""
     height, width = size
     area = (scale[0] + (scale[1] - scale[0]) * uniform[:, _AREA]) * (height * width)
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + (high - low) * uniform[:, _RATIO])
     widths, heights = torch.sqrt(area * aspect).round_(), torch.sqrt(area / aspect).round_()
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
-    found, first = fits.any(1), fits.int().argmax(1, keepdim=True)
+    fitting, first = fits.any(1), fits.int().argmax(1, keepdim=True)
     last_height, last_width = _fallback_crop(size, ratio)
-    box_height = torch.where(found, heights.gather(1, first).squeeze(1), last_height)
-    box_width = torch.where(found, widths.gather(1, first).squeeze(1), last_width)
-    top = torch.where(found, _integer_offset(uniform[:, _TOP], height - box_height), (height - last_height) // 2)
-    left = torch.where(found, _integer_offset(uniform[:, _LEFT], width - box_width), (width - last_width) // 2)
+    box_height = torch.where(fitting, heights.gather(1, first).squeeze(1), last_height)
+    box_width = torch.where(fitting, widths.gather(1, first).squeeze(1), last_width)
+    top = torch.where(fitting, _integer_offset(uniform[:, _TOP], height - box_height), (height - last_height) // 2)
+    left = torch.where(fitting, _integer_offset(uniform[:, _LEFT], width - box_width), (width - last_width) // 2)
     return torch.stack([top, left, box_height, box_width], dim=1)
 
 
 def _fallback_crop(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int]:
-    """Height and width of the greatest central crop whose ratio is allowed."""
+    """Return height and width of the greatest central crop whose ratio is allowed."""
     height, width = size
     if width < ratio[0] * height:
         return max(1, round(width / ratio[0])), width
@@ -435,26 +400,26 @@ def _fallback_crop(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[i
 
 
 def _integer_offset(uniform: Tensor, most: Tensor) -> Tensor:
-    """Integers uniform in 0..most; the minimum guards the rounding of uniform * (most + 1)."""
+    """Return integers uniform in 0..most; the minimum guards the rounding of uniform * (most + 1)."""
     return torch.minimum((uniform * (most + 1)).floor_(), most)
 
 
 def _shift_boxes(uniform: Tensor, size: tuple[int, int], pad: int) -> Tensor:
-    """(B, 4) boxes of the image's size, moved by whole pixels uniform in -pad..pad along each axis."""
+    """Return boxes (B, 4) of the image's size, moved by whole pixels uniform in -pad..pad along each axis."""
     moves = (uniform[:, _SHIFT] * (2 * pad + 1)).floor_().clamp_(max=2 * pad) - pad
     top, left = moves.unbind(1)
     return torch.stack([top, left, torch.full_like(top, size[0]), torch.full_like(left, size[1])], dim=1)
 
 
 def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
-    """(B, side): where each output pixel reads along an axis, in grid_sample's units (-1 and 1 are the edges)."""
+    """Return the positions (B, side) at which output pixels read, in grid_sample's units (-1 and 1 are the edges)."""
     share = torch.arange(0.5, side, device=start.device) / side
     place = torch.clamp(start + length * share - 0.5, min=start, max=start + length - 1)
     return (2 * place + 1) / side - 1
 
 
 def _luma(x: Tensor) -> Tensor:
-    """(B, 1, H, W): the luma of colour images; images of one channel are their own luma."""
+    """Return the luma (B, 1, H, W); an image of one channel is its own luma."""
     if x.shape[1] == 1:
         return x
     red, green, blue = x.split(1, dim=1)
@@ -462,7 +427,7 @@ def _luma(x: Tensor) -> Tensor:
 
 
 def _weighted_shifts(padded: Tensor, weights: tuple[Tensor, ...], dim: int) -> Tensor:
-    """The sum over k of weights[k] (B, 1, 1, 1) times ``padded`` moved by k along ``dim``."""
+    """Return the sum over k of weights[k] (B, 1, 1, 1) times ``padded`` moved by k along ``dim``."""
     side = padded.shape[dim] - len(weights) + 1
     total = padded.narrow(dim, 0, side) * weights[0]
     for k, weight in enumerate(weights[1:], start=1):
@@ -471,7 +436,7 @@ def _weighted_shifts(padded: Tensor, weights: tuple[Tensor, ...], dim: int) -> T
 
 
 def _per_sample(name: str, value: Tensor, batch: int) -> Tensor:
-    """``value`` (B,) as (B, 1, 1, 1)."""
+    """Return ``value`` (B,) as (B, 1, 1, 1)."""
     _check_shape(name, value, (batch,))
     return value.view(batch, 1, 1, 1)
 
@@ -495,17 +460,3 @@ def _check_generator(generator: torch.Generator, device: torch.device | None = N
         raise InputError(f"views need an explicit torch.Generator, got {generator!r}; make one with rush.stream")
     if device is not None and generator.device.type != device.type:
         raise InputError(f"the generator is on {generator.device}, the images on {device}; both must be on one device")
-
-
-def _check_number(name: str, value: float, most: float = math.inf) -> None:
-    number = as_real(value)
-    if number is None or not 0 <= number <= most:
-        raise ConfigError(f"{name} must be a number in [0, {most}], got {value!r}")
-
-
-def _check_range(name: str, value: tuple[float, float], most: float = math.inf) -> None:
-    pair = isinstance(value, tuple | list) and len(value) == 2 and all(as_real(end) is not None for end in value)
-    if not pair or not 0 < value[0] <= value[1] <= most:
-        raise ConfigError(
-            f"{name} must be a pair (least, greatest) with 0 < least <= greatest <= {most}, got {value!r}"
-        )

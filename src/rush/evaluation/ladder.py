@@ -1,7 +1,7 @@
 """The ladder: one model under attackers of rising strength, and one attacker at rising epsilon."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -9,51 +9,34 @@ from rush.attacks.threat import ThreatModel
 from rush.choices import Norm
 from rush.errors import InputError
 from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, target_ranks, worst_case
+from rush.recipe.schema import AttackConfig
 
 _HALVINGS = 2  # of epsilon, where the curve begins
 
 
-def ladder(
-    steps: int,
-    step_size: float,
-    restarts: int,
-    eot_samples: Sequence[int],
-    *,
-    threat: ThreatModel | None = None,
-    num_classes: int = 0,
-    strong_steps: int = 0,
-    strong_eot_samples: int = 16,
-    strong_restarts: int = 5,
-    queries: int = 1000,
-) -> list[Plan | Suite]:
-    """Return the rungs for a smoothed classifier, from the weakest attacker to the strongest.
+def ladder(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[Plan | Suite]:
+    """Return the rungs for a smoothed classifier, from no attack to the strongest attacker.
 
-    The first rung is no attack. Then come the noise-free base network, transferred; one noise draw frozen before the
-    loop; and fresh draws at every step, a rung for each number in ``eot_samples``. All of these are PGD with a random
-    start and the same budget. The strong rungs are APGD on the mean of several draws, by cross-entropy, by margin,
-    aimed at the three most probable other classes, and from several starts; Square; and the suite's worst case.
+    PGD with random start, and the same steps, step size (as a share of epsilon) and restarts, comes first: on the
+    noise-free base network, transferred; with one noise draw frozen before the loop; with fresh draws at every step,
+    ``eot_samples`` of them. With ``strong_steps`` follow APGD on the mean of ``strong_eot_samples`` draws, by
+    cross-entropy, by margin, aimed at the three most probable other classes, and from ``strong_restarts`` starts; then
+    Square and the suite's worst case.
 
     Args:
-        steps, restarts: budget of PGD.
-        step_size: share of epsilon per step of PGD.
-        eot_samples: noise draws per gradient of PGD, one rung for each.
-        threat: threat model; a rung that is the paper's protocol under it says so.
-        num_classes: number of classes, for the strong rungs.
-        strong_steps: steps of APGD; 0 leaves the strong rungs out.
-        strong_eot_samples, strong_restarts: draws per gradient and number of starts of APGD.
-        queries: number of queries of Square.
+        config: the budgets. Its own norm, epsilon and verdict are not read.
     """
-    pgd = partial(Plan, method="pgd", steps=steps, step_size=step_size, restarts=restarts)
+    pgd = partial(Plan, method="pgd", steps=config.steps, step_size=config.step_share, restarts=config.restarts)
     rungs: list[Plan | Suite] = [
         Plan("clean", "no attack", "none"),
         pgd("transfer", "noise-free base network, transferred", gradient="transfer"),
         pgd("frozen", "one noise draw frozen before the loop", gradient="frozen", eot_samples=1),
     ]
-    for samples in eot_samples:
+    for samples in config.eot_samples:
         label = "one fresh noise draw a step" if samples == 1 else f"EOT over {samples} fresh noise draws a step"
         rungs.append(_named_paper(pgd(f"eot-{samples}", label, eot_samples=samples), threat))
-    if strong_steps:
-        rungs += _strong(num_classes, strong_steps, strong_eot_samples, strong_restarts, queries)
+    if config.strong_steps:
+        rungs += _strong(config, num_classes)
     return rungs
 
 
@@ -111,7 +94,13 @@ def epsilon_text(norm: Norm, epsilon: float) -> str:
     return f"{epsilon * 255:.4g}/255" if norm == "linf" else f"{epsilon:.4g}"
 
 
-def _strong(num_classes: int, steps: int, draws: int, restarts: int, queries: int) -> Iterator[Plan | Suite]:
+def _strong(config: AttackConfig, num_classes: int) -> Iterator[Plan | Suite]:
+    steps, draws, restarts, queries = (
+        config.strong_steps,
+        config.strong_eot_samples,
+        config.strong_restarts,
+        config.queries,
+    )
     ranks = target_ranks(num_classes, most=3)
     mean = f"EOT {draws}"
     yield Plan("apgd", f"APGD-{steps}, cross-entropy of the mean, {mean}", "apgd", "fresh", draws, steps)
@@ -133,10 +122,10 @@ def _strong(num_classes: int, steps: int, draws: int, restarts: int, queries: in
     yield worst_case("random", num_classes)
 
 
-def _named_paper(plan: Plan, threat: ThreatModel | None) -> Plan:
+def _named_paper(plan: Plan, threat: ThreatModel) -> Plan:
     """Return ``plan``, labelled as the paper's protocol where it is."""
     same = plan.eot_samples == PAPER.eot_samples and plan.steps == PAPER.steps and plan.restarts == PAPER.restarts
-    stated = threat is not None and threat.norm == PAPER_NORM and threat.epsilon == PAPER_EPSILON
+    stated = threat.norm == PAPER_NORM and threat.epsilon == PAPER_EPSILON
     if not (same and stated and abs(plan.step_size - PAPER.step_size) < 1e-9):
         return plan
     return replace(plan, label=f"{plan.label}: the paper's protocol")

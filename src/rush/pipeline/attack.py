@@ -26,7 +26,7 @@ from rush.evaluation.table import write_attacks
 from rush.evaluation.verdict import VerdictSettings
 from rush.models.storage import load_plain, load_smoothed, read_description
 from rush.pipeline.certify import NOT_SMOOTHED, read_run_certificates
-from rush.pipeline.context import Conditions
+from rush.pipeline.context import StageContext
 from rush.recipe.schema import AttackConfig, Recipe
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
@@ -47,7 +47,7 @@ def run_attack(run: RunFolder) -> None:
     if run.finished("attack"):
         return
     run.require("certify")
-    context = Conditions.of(run)
+    context = StageContext.of(run)
     context.begin("attack")
     barrier()
     session = AttackSession.of(context)
@@ -88,7 +88,7 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
         RunError: the attack stage is not finished.
     """
     run.require("attack")
-    context = Conditions.of(run)
+    context = StageContext.of(run)
     config, session = context.recipe.audit, AttackSession.of(context)
     images = session.evaluation.images
     rows = list(range(min(config.images or len(images), len(images))))
@@ -119,7 +119,7 @@ class _Attackers:
         """Return the attackers for images of this number of pixels, counted over all channels."""
         config, smoothed = recipe.attack, recipe.smoothing.sigma > 0
         threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
-        rungs = _smoothed_rungs(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
+        rungs = ladder(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
         draws = config.strong_eot_samples if smoothed else 0
         points = curve(threat, pixels, config.steps, draws) if config.curve_images else []
         # an image gets one verdict per rung and point of the curve, and one inside the certified ball
@@ -177,11 +177,11 @@ class AttackSession:
     curve: list[tuple[ThreatModel, Plan]]
 
     @classmethod
-    def of(cls, context: Conditions) -> "AttackSession":
+    def of(cls, context: StageContext) -> "AttackSession":
         """Load the model and the images of a run, and make the attackers of its recipe."""
         config = context.recipe.attack
         model, num_classes = _load_model(context)
-        indices, images = context.evaluation_images(config.images, num_classes, kind_of(model))
+        indices, images = context.splits.evaluation(config.images, num_classes, kind_of(model))
         attackers = _Attackers.of(context.recipe, num_classes, images.x[0].numel())
         evaluation = Evaluation(defend(model, num_classes), images, attackers.threat, attackers.settings)
         return cls(context.run, config, model, indices, evaluation, attackers.rungs, attackers.curve)
@@ -219,7 +219,7 @@ class AttackSession:
         return self.run.path / "attacks/parts"
 
 
-def _load_model(context: Conditions) -> tuple[Model, int]:
+def _load_model(context: StageContext) -> tuple[Model, int]:
     """Return the run's model, smoothed where its recipe has noise, and its number of classes."""
     folder = context.run.path / "model"
     if context.noise is None:
@@ -227,21 +227,6 @@ def _load_model(context: Conditions) -> tuple[Model, int]:
         return classifier, len(read_description(folder)["classes"])
     smoothed = load_smoothed(folder, context.execution)
     return smoothed, smoothed.num_classes
-
-
-def _smoothed_rungs(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[Plan | Suite]:
-    return ladder(
-        config.steps,
-        parse_fraction(config.step_size) / parse_fraction(config.epsilon),
-        config.restarts,
-        config.eot_samples,
-        threat=threat,
-        num_classes=num_classes,
-        strong_steps=config.strong_steps,
-        strong_eot_samples=config.strong_eot_samples,
-        strong_restarts=config.strong_restarts,
-        queries=config.queries,
-    )
 
 
 def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:

@@ -13,7 +13,8 @@ from rush.certification.table import append_certificates, drop_unfinished_line, 
 from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import ModelError, RunError
 from rush.models.storage import load_smoothed
-from rush.pipeline.context import Conditions
+from rush.pipeline.context import StageContext
+from rush.recipe.schema import CertifyConfig
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, in_turn, rank, world_size
 from rush.runtime.files import make_folder
@@ -33,22 +34,22 @@ def run_certify(run: RunFolder) -> None:
     if run.finished("certify"):
         return
     run.require("finetune")
-    here = Conditions.of(run)
-    if here.noise is None:
-        _certify_nothing(here)
+    context = StageContext.of(run)
+    if context.noise is None:
+        _certify_nothing(context)
         return
-    smoothed = load_smoothed(run.path / "model", here.execution)
-    config = here.recipe.certify
-    indices, pixels = here.evaluation_images(config.images, smoothed.num_classes, smoothed.kind)
-    rule = make_rule(sigma=smoothed.sigma, num_images=len(pixels), **config.model_dump(exclude={"images"}))
+    smoothed = load_smoothed(run.path / "model", context.execution)
+    config = context.recipe.certify
+    indices, pixels = context.splits.evaluation(config.images, smoothed.num_classes, smoothed.kind)
+    rule = run_rule(config, smoothed.sigma, len(pixels))
     parts = run.path / CERTIFICATE_PARTS
-    here.begin("certify")
+    context.begin("certify")
     model = smoothed.fingerprint()
     done = in_turn(lambda: _read_parts(run.path, rule, model, indices, pixels))
     missing = [position for position, index in enumerate(indices) if index not in done]
     try:
         for position, certificate in certify_each(
-            smoothed, pixels, rule, here.recipe.seed, missing[rank() :: world_size()]
+            smoothed, pixels, rule, context.recipe.seed, missing[rank() :: world_size()]
         ):
             append_certificates(parts / f"{rank()}.tsv", certificate, [indices[position]])
     except ModelError:
@@ -62,6 +63,25 @@ def run_certify(run: RunFolder) -> None:
         shutil.rmtree(parts, ignore_errors=True)
         run.finish("certify", **_certify_figures(certificates))
     barrier()
+
+
+def run_rule(config: CertifyConfig, sigma: float, num_images: int) -> Rule:
+    """Return the rule by which a run certifies ``num_images`` images, or ``config.images`` of them.
+
+    Raises:
+        InputError: with these numbers nothing can be certified.
+    """
+    return make_rule(
+        sigma=sigma,
+        method=config.method,
+        alpha=config.alpha,
+        level=config.level,
+        num_images=config.images or num_images,
+        num_selection=config.num_selection,
+        num_estimation=config.num_estimation,
+        radii=config.radii,
+        futility=config.futility,
+    )
 
 
 def differing_image(certificates: Certificates, pixels: LabelledPixels) -> str | None:
@@ -94,10 +114,10 @@ def read_run_certificates(run: RunFolder, pixels: LabelledPixels, smoothed: Smoo
     return read[1]
 
 
-def _certify_nothing(here: Conditions) -> None:
-    here.begin("certify")
+def _certify_nothing(context: StageContext) -> None:
+    context.begin("certify")
     if rank() == 0:
-        here.run.finish("certify", seconds=0.0, images=0, certified=False, reason=NOT_SMOOTHED)
+        context.run.finish("certify", seconds=0.0, images=0, certified=False, reason=NOT_SMOOTHED)
     barrier()
 
 

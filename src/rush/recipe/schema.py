@@ -1,13 +1,10 @@
-"""Recipes: read from TOML, overridden field by field, validated once and frozen; nothing here imports torch."""
+"""Recipes: their sections, frozen and validated. The library uses these objects as they are; nothing imports torch."""
 
 import difflib
 import json
 import reprlib
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -21,7 +18,6 @@ from pydantic import (
 )
 
 from rush.choices import (
-    TRAININGS,
     CertifyMethod,
     CompileChoice,
     EncoderName,
@@ -42,10 +38,14 @@ from rush.choices import (
 )
 from rush.errors import ConfigError
 
-_MOST_BYTES, _LONGEST_LINE = 1 << 16, 4096  # of a recipe: the parser's memory grows with the square of a dotted key
-_DEEPEST = 16  # tables and lists in each other
 _GIVEN = reprlib.Repr()
 _GIVEN.maxstring = _GIVEN.maxother = _GIVEN.maxlong = 100
+
+
+def _not_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
 
 
 def _number_as_text(value: object) -> object:
@@ -76,11 +76,16 @@ def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(gt=0, lt=0.5)]
+Whole = Annotated[int, BeforeValidator(_not_boolean)]
+Real = Annotated[float, BeforeValidator(_not_boolean)]
+Count = Annotated[Whole, Field(ge=1)]
+CountOrZero = Annotated[Whole, Field(ge=0)]
+Votes = Annotated[Whole, Field(ge=100)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+Decay = Annotated[Real, Field(ge=0, lt=1)]
+Positive = Annotated[Real, Field(gt=0)]
+NonNegative = Annotated[Real, Field(ge=0)]
+Probability = Annotated[Real, Field(gt=0, lt=0.5)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_ascending)]
 NonNegativeRange = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_check_ascending)]
 DataRoot = Annotated[str | tuple[str, ...] | None, BeforeValidator(_check_root)]
@@ -90,25 +95,46 @@ WITHOUT_NOISE: tuple[FinetuneObjective, ...] = ("standard", "pgd-at", "trades")
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, and unknown keys are errors."""
+    """Base of the parts of a recipe: immutable, with every value validated. Unknown fields are errors.
+
+    Raises:
+        ConfigError: a value is not allowed. The text names the field, the value given and the values allowed.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(f"{type(self).__name__}: {error_text(error, type(self))}") from None
+
+    # pydantic then validates nested sections without a call of __init__, so that errors keep their whole path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with ``changes``, validated again. Fields that were never set keep their default."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
 
 class DataConfig(Section):
-    """Which images: a name or path for ``rush.load_images``; ``root`` is where official archives or shards lie, one
-    folder or a list of folders whose shards are joined.
+    """The images.
 
-    pretrain_split: what pre-training reads, e.g. "train+unlabeled"; fine-tuning reads ``train``. size: side of the
-    images, None as stored. held_out: so many training images are kept out of both trainings and watched during them;
-    0 watches nothing. memory_gb: training images of pre-training that would take more of it stream from the disk.
+    Attributes:
+        name: name or path for ``rush.load_images``.
+        root: directory of official archives or shards, or a list of directories whose shards are joined.
+        pretrain_split: images of pre-training, e.g. "train+unlabeled"; fine-tuning reads ``train``.
+        size: side of the images in pixels; None leaves them as stored.
+        held_out: number of training images reserved for monitoring, seen by neither training stage; 0 disables
+            monitoring.
+        memory_gb: pre-training images that would take more memory than this are streamed from disk.
     """
 
     name: str
     root: DataRoot = None
     pretrain_split: str = "train"
-    size: Annotated[int, Field(ge=4, le=4096)] | None = None
-    held_out: Annotated[int, Field(ge=0)] = 0
+    size: Annotated[Whole, Field(ge=4, le=4096)] | None = None
+    held_out: CountOrZero = 0
     memory_gb: Positive = 8.0
 
     @property
@@ -121,35 +147,38 @@ class ModelConfig(Section):
     """The encoder and its width (channels of the first stage); ``standard`` is the ResNets' stem for large images."""
 
     encoder: EncoderName
-    width: Annotated[int, Field(ge=1, le=1024)] = 64
+    width: Annotated[Whole, Field(ge=1, le=1024)] = 64
     stem: Stem = "small"
 
 
 class SmoothingConfig(Section):
     """Standard deviation of the smoothing noise, in [0, 1] pixel units.
 
-    0: no noise at all. The classifier itself is what is used and attacked, and nothing is certified. Its ladder is the
-    one of deterministic networks, whose attackers have fixed budgets: of the recipe's, attack.steps are those of the
-    curve, and attack.strong_steps = 0 ends the ladder with PGD-100.
+    With 0 there is no noise: the classifier itself is used and attacked, and nothing is certified. Its ladder is the
+    one of deterministic networks, whose attackers have fixed budgets. Of the recipe's budgets, attack.steps applies to
+    the curve, and attack.strong_steps = 0 ends the ladder with PGD-100.
     """
 
     sigma: NonNegative
 
 
 class ExecutionConfig(Section):
-    """How the classifier is run: ``tile`` is the fixed batch size of every certified, predicted or judged sample.
+    """How networks are run.
 
-    compile: torch.compile for these samples; ``auto`` tries it where there is much to certify, and keeps it where it
-    pays. compile_training: of the networks in training; "graph" captures the whole step instead, on CUDA.
-    checkpoint_minutes: a training is kept so often, beside the end of every epoch. on_nonfinite: what a loss or
-    gradient that is not finite does: "stop", or "skip" its batch.
-    deterministic: on CUDA, algorithms that give the same bits every time; false allows the fastest, and two runs of one
-    seed may then differ in their last bits.
+    Attributes:
+        tile: fixed batch size of every certified, predicted or judged sample.
+        compile: torch.compile for these samples; ``auto`` tries it where there is much to certify, and keeps it where
+            it pays.
+        compile_training: torch.compile for networks in training; "graph" captures the whole step instead, on CUDA.
+        checkpoint_minutes: interval between checkpoints within an epoch; one is also written at the end of an epoch.
+        on_nonfinite: reaction to a loss or gradient that is not finite: "stop", or "skip" the batch.
+        deterministic: on CUDA, use algorithms that give the same bits every time. With false the fastest are allowed,
+            and two runs of one seed may differ in their last bits.
     """
 
     device: str = "auto"
     precision: PrecisionChoice = "auto"
-    tile: Annotated[int, Field(ge=1, le=65536)] = 256
+    tile: Annotated[Whole, Field(ge=1, le=65536)] = 256
     compile: CompileChoice = "auto"
     compile_training: TrainingCompile = "none"
     checkpoint_minutes: Positive = 10.0
@@ -157,9 +186,21 @@ class ExecutionConfig(Section):
     deterministic: bool = True
 
 
-class ViewsConfig(Section):
-    """Distribution of one contrastive view; probabilities and strengths as in SimCLR (Chen et al. 2020, appendix A and
-    B.9)."""
+class Views(Section):
+    """Distribution of one random view of an image (``data.views``).
+
+    The defaults are SimCLR's for CIFAR-10 (Chen et al. 2020, appendix A and B.9; colour strength 0.5, no blur), with
+    crops from 0.2 of the area, where SimCLR has 0.08.
+
+    Attributes:
+        crop_scale: least and greatest area of the crop, as a share of the image; (1, 1) disables the crop.
+        crop_ratio: least and greatest width / height of the crop, uniform in its logarithm.
+        flip, jitter, greyscale, blur: probabilities of the horizontal flip, colour change, greyscale and blur.
+        brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value].
+        hue: the shift is uniform in [-value, value], in turns.
+        blur_sigma: least and greatest sigma of the blur, in pixels.
+        noise_sigma: standard deviation of the Gaussian noise added last, in [0, 1] pixel units; never clipped.
+    """
 
     crop_scale: PositiveRange = (0.2, 1.0)
     crop_ratio: PositiveRange = (0.75, 1.3333333333333333)
@@ -168,7 +209,7 @@ class ViewsConfig(Section):
     brightness: NonNegative = 0.4
     contrast: NonNegative = 0.4
     saturation: NonNegative = 0.4
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    hue: Annotated[Real, Field(ge=0, le=0.5)] = 0.1
     greyscale: Share = 0.2
     blur: Share = 0.0
     blur_sigma: PositiveRange = (0.1, 2.0)
@@ -181,27 +222,58 @@ class ViewsConfig(Section):
             raise ValueError(f"is a share of the image's area and at most 1, got {list(value)}")
         return value
 
+    @property
+    def crops(self) -> bool:
+        """Whether views are crops."""
+        return self.crop_scale != (1.0, 1.0)
 
-class TrainingConfig(Section):
-    """What both trainings share.
 
-    epochs or minutes: how long it lasts, exactly one of them. minutes: as many epochs as end within them; the number is
-    fixed at the start by a trial of the steps.
+class WeakViews(Views):
+    """Random shift over black borders and horizontal flip, the weak augmentation of supervised training.
+
+    Attributes:
+        shift_pad: greatest shift along each axis, in pixels (pad and crop). Excludes a crop.
     """
 
-    epochs: Annotated[int, Field(ge=0)] | None = None
+    crop_scale: PositiveRange = (1.0, 1.0)
+    jitter: Share = 0.0
+    greyscale: Share = 0.0
+    shift_pad: CountOrZero
+
+    @model_validator(mode="after")
+    def _shift_or_crop(self) -> Self:
+        if self.shift_pad and self.crops:
+            raise ValueError(
+                f"shift_pad={self.shift_pad} and crop_scale={self.crop_scale} exclude each other; "
+                "set crop_scale=(1.0, 1.0) to shift or shift_pad=0 to crop"
+            )
+        return self
+
+
+class Schedule(Section):
+    """How long, in what batches and by which optimizer a module is trained.
+
+    Attributes:
+        epochs, minutes: length of the training stage, exactly one of them. With minutes, the number of epochs that end
+            within them is fixed at the start, by a trial of the steps (``training.budget``).
+        batch_size: images per step, over all processes.
+        ema_decay: the result is the exponential moving average of the weights with this decay; 0 disables it.
+        monitor_epochs: number of epochs from one measurement of the live figures to the next.
+    """
+
+    epochs: CountOrZero | None = None
     minutes: Positive | None = None
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[Whole, Field(ge=2)]
     optimizer: OptimizerName = "sgd"
     learning_rate: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Decay = 0.9
     weight_decay: NonNegative = 1e-4
     warmup_epochs: NonNegative = 0.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Decay = 0.0
     monitor_epochs: Count = 5
 
     @model_validator(mode="after")
-    def _epochs_or_minutes(self) -> "TrainingConfig":
+    def _epochs_or_minutes(self) -> Self:
         if self.epochs is None and self.minutes is None:
             raise ValueError("give epochs, or minutes")
         if self.epochs is not None and self.minutes is not None:
@@ -210,23 +282,37 @@ class TrainingConfig(Section):
 
     @property
     def ramps(self) -> dict[str, float]:
-        """Number of epochs over which something rises to its value, by field, for those fields that are in use.
-
-        The warm-up of the learning rate is not among them.
-        """
+        """Number of epochs of each ramp in use, by field; the warm-up of the learning rate is not among them."""
         return {}
 
 
-class NoiseConfig(Section):
-    """Gaussian noise on the contrastive views, so that one encoder serves every sigma.
+class NoiseSchedule(Section):
+    """Gaussian noise on contrastive views (``data.noisy_views``), so that one encoder serves every sigma.
 
-    views: which of the two carry it. sigma: an image's own is uniform between these, in [0, 1] pixel units.
-    ramp_epochs: the greatest rises to its value over so many epochs.
+    The standard deviation of a noisy view is uniform in [low, highest(epoch)] for each image, in [0, 1] pixel units,
+    where highest rises from low to high over the first ``ramp_epochs`` epochs.
+
+    Attributes:
+        views: the views that carry noise.
+        sigma: (low, high).
+        ramp_epochs: 0 starts at high.
     """
 
     views: NoisyViewsOption = "none"
     sigma: NonNegativeRange = (0.0, 0.5)
     ramp_epochs: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _noise_that_is_some(self) -> Self:
+        if self.views != "none" and self.sigma[1] == 0:
+            raise ValueError(f'views = "{self.views}" needs a sigma above 0, got {self.sigma}; or set views = "none"')
+        return self
+
+    def highest(self, epoch: float) -> float:
+        """Return the greatest sigma after ``epoch`` epochs (fractional, 0 at the start)."""
+        low, high = self.sigma
+        share = min(1.0, epoch / self.ramp_epochs) if self.ramp_epochs > 0 else 1.0
+        return low + (high - low) * share
 
 
 class AdversaryConfig(Section):
@@ -237,35 +323,50 @@ class AdversaryConfig(Section):
     steps: Count = 10
 
     @model_validator(mode="after")
-    def _epsilon_in_pixels(self) -> "AdversaryConfig":
+    def _epsilon_in_pixels(self) -> Self:
         _check_pixel_range(self.epsilon)
         return self
 
+    @property
+    def budget(self) -> dict[str, Any]:
+        """The keyword arguments of the attack: ``epsilon`` and ``step_size`` as floats, and ``steps``."""
+        epsilon, step_size = parse_fraction(self.epsilon), parse_fraction(self.step_size)
+        return {"epsilon": epsilon, "step_size": step_size, "steps": self.steps}
 
-class PretrainConfig(TrainingConfig):
-    """Contrastive pre-training; 0 epochs leave the encoder untrained, i.e. fine-tuning starts from scratch.
 
-    objective: simclr (Chen et al. 2020a); moco (version 2, Chen et al. 2020b), with a queue of so many keys, a key
-    network of this momentum and keys normalized in so many random groups of the batch; or acl (Jiang et al. 2020) with
-    its adversary. micro_batch: so many images at a time go through the network, gradients cached (Gao et al. 2021), for
-    batches larger than memory.
+class PretrainConfig(Schedule):
+    """Contrastive pre-training (``training.pretrain``); 0 epochs leave the encoder untrained.
+
+    Attributes:
+        objective: "simclr" (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations"),
+            "moco" (version 2: Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning") or "acl"
+            (Jiang et al. 2020, "Robust Pre-Training by Adversarial Contrastive Learning", dual stream).
+        temperature: by default 0.2 for MoCo, as in its source, and 0.5 for the others.
+        micro_batch: SimCLR only. Images per pass through the network, with cached gradients (Gao et al. 2021), for
+            batches larger than memory.
+        queue: MoCo only. Number of keys kept, a multiple of the batch size.
+        key_momentum: MoCo only. Momentum of the key network's weights.
+        shuffle_groups: MoCo only. Number of random groups of a batch whose keys are normalized apart, so that their
+            statistics do not reveal which key belongs to which query.
+        adversary: ACL only.
+        noise: not with ACL.
     """
 
     objective: PretrainObjective = "simclr"
-    temperature: Positive = 0.5
+    temperature: Positive = Field(default_factory=lambda values: 0.2 if values.get("objective") == "moco" else 0.5)
     projector_hidden: Count = 512
     projector_out: Count = 128
     micro_batch: Count | None = None
     queue: Count = 4096
-    key_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    key_momentum: Decay = 0.99
     shuffle_groups: Count = 4
     adversary: AdversaryConfig = AdversaryConfig(steps=5)
     knn_neighbours: Count = 200
-    views: ViewsConfig = ViewsConfig()
-    noise: NoiseConfig = NoiseConfig()
+    views: Views = Views()
+    noise: NoiseSchedule = NoiseSchedule()
 
     @model_validator(mode="after")
-    def _whole_batches(self) -> "PretrainConfig":
+    def _options_of_the_objective(self) -> Self:
         if self.objective == "moco" and self.queue % self.batch_size:
             raise ValueError(f"queue = {self.queue} must be a multiple of batch_size = {self.batch_size}")
         if self.micro_batch is not None and self.objective != "simclr":
@@ -280,9 +381,9 @@ class PretrainConfig(TrainingConfig):
 
 
 class ConsistencyConfig(Section):
-    """Jeong and Shin 2020: weight of the consistency term, weight of the entropy in it, noise draws an image."""
+    """Jeong and Shin 2020: weight of the consistency term, weight of the entropy in it, noise draws per image."""
 
-    draws: Annotated[int, Field(ge=2)] = 2
+    draws: Annotated[Whole, Field(ge=2)] = 2
     weight: NonNegative = 20.0
     entropy_weight: NonNegative = 0.5
 
@@ -296,7 +397,7 @@ class SmoothAdvConfig(Section):
     warmup_epochs: NonNegative = 10.0
 
     def epsilon_at(self, epoch: float) -> float:
-        """The radius after ``epoch`` epochs; never 0, at which an attack has no ball."""
+        """Return the radius after ``epoch`` epochs; never 0, since the attack needs a ball."""
         share = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
         return self.epsilon * max(share, 1e-3)
 
@@ -304,7 +405,7 @@ class SmoothAdvConfig(Section):
 class CatRsConfig(Section):
     """Jeong et al. 2023, confidence-aware training: attack on the noise of confident images, and its weight."""
 
-    draws: Annotated[int, Field(ge=2)] = 4
+    draws: Annotated[Whole, Field(ge=2)] = 4
     epsilon: Positive = 0.25
     steps: Count = 4
     weight: NonNegative = 0.5
@@ -316,21 +417,25 @@ class TradesConfig(Section):
     beta: NonNegative = 6.0
 
 
-class FinetuneConfig(TrainingConfig):
-    """Supervised training; every objective but standard, pgd-at and trades is under noise of ``smoothing.sigma``.
+class FinetuneConfig(Schedule):
+    """Supervised training (``training.finetune``).
 
-    mode: "linear" trains the head on a frozen encoder, "full" every weight, "linear-then-full" the head alone for
-    ``head_epochs`` of the epochs and then every weight.
+    Attributes:
+        objective: all but standard, pgd-at and trades train under noise of ``smoothing.sigma``.
+        mode: "full" trains every weight, "linear" the head on a frozen encoder, and "linear-then-full" the head alone
+            for ``head_epochs`` of the epochs and then every weight (Kumar et al. 2022).
+        label_fraction, labels_per_class: labels that are read, stratified; give at most one of them.
+        flip, shift: the weak augmentation, see ``WeakViews``.
     """
 
     epochs: Count | None = None
     objective: FinetuneObjective = "gaussian"
     mode: FinetuneMode = "full"
     head_epochs: Count = 1
-    label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    label_fraction: Annotated[Real, Field(gt=0, le=1)] = 1.0
     labels_per_class: Count | None = None
     flip: Share = 0.5
-    shift: Annotated[int, Field(ge=0)] = 4
+    shift: CountOrZero = 4
     consistency: ConsistencyConfig = ConsistencyConfig()
     smoothadv: SmoothAdvConfig = SmoothAdvConfig()
     cat_rs: CatRsConfig = CatRsConfig()
@@ -338,7 +443,7 @@ class FinetuneConfig(TrainingConfig):
     trades: TradesConfig = TradesConfig()
 
     @model_validator(mode="after")
-    def _one_way_to_choose_labels(self) -> "FinetuneConfig":
+    def _one_way_to_choose_labels(self) -> Self:
         if self.labels_per_class is not None and self.label_fraction != 1.0:
             raise ValueError("give label_fraction or labels_per_class, not both")
         if self.mode == "linear-then-full" and self.epochs is not None and self.head_epochs >= self.epochs:
@@ -346,27 +451,34 @@ class FinetuneConfig(TrainingConfig):
         return self
 
     @property
+    def views(self) -> WeakViews:
+        """The weak augmentation before noise and attack."""
+        return WeakViews(shift_pad=self.shift, flip=self.flip)
+
+    @property
     def ramps(self) -> dict[str, float]:
         return {"smoothadv.warmup_epochs": self.smoothadv.warmup_epochs} if self.objective == "smoothadv" else {}
 
 
 class CertifyConfig(Section):
-    """Certification (``rush.certify``); ``images`` are the first so many of the test split, None all.
+    """Certification (``rush.certify``).
 
-    radii: the grid, in pixel units; None: any radius, or with the sequential method multiples of sigma / 2.
+    Attributes:
+        images: number of images, the first of a seeded order of the test split; None certifies all.
+        radii: the grid, in pixel units. None: any radius, or with the sequential method multiples of sigma / 2.
     """
 
     images: Count | None = None
     method: CertifyMethod = "clopper-pearson"
     num_selection: Count = 100
-    num_estimation: Count = 10_000
+    num_estimation: Count = 100_000
     alpha: Probability = 0.001
     radii: tuple[NonNegative, ...] | None = None
     level: Level = "image"
     futility: Probability = 0.01
 
     @model_validator(mode="after")
-    def _can_certify(self) -> "CertifyConfig":
+    def _can_certify(self) -> Self:
         family = self.images if self.level == "family" and self.images is not None else 1
         fewest = fewest_samples(self.alpha / family)
         if self.num_estimation < fewest:
@@ -380,8 +492,10 @@ class CertifyConfig(Section):
 class AttackConfig(Section):
     """The ladder of attackers and the verdict; ``epsilon`` is a number or a fraction such as "8/255".
 
-    strong_steps: of the APGD rungs, with which Square and the worst-case suite come; 0 ends the ladder at the last of
-    ``eot_samples``. curve_images: so many images are also attacked at rising epsilon.
+    Attributes:
+        strong_steps: steps of the APGD rungs, which bring Square and the worst-case suite with them; 0 ends the ladder
+            at the last of ``eot_samples``.
+        curve_images: number of images that are also attacked at rising epsilon.
     """
 
     images: Count | None = None
@@ -391,38 +505,43 @@ class AttackConfig(Section):
     step_size: Fraction = "2/255"
     restarts: Count = 1
     eot_samples: tuple[Count, ...] = (1, 4, 16, 64, 256)
-    strong_steps: Annotated[int, Field(ge=0)] = 50
+    strong_steps: CountOrZero = 50
     strong_eot_samples: Count = 16
     strong_restarts: Count = 5
     queries: Count = 1000
-    curve_images: Annotated[int, Field(ge=0)] = 100
+    curve_images: CountOrZero = 100
     alpha: Probability = 0.001
-    max_votes: Annotated[int, Field(ge=100)] = 10_000
+    max_votes: Votes = 10_000
 
     @model_validator(mode="after")
-    def _epsilon_in_pixels(self) -> "AttackConfig":
+    def _epsilon_in_pixels(self) -> Self:
         if self.norm == "linf":
             _check_pixel_range(self.epsilon)
         if list(self.eot_samples) != sorted(set(self.eot_samples)) or not self.eot_samples:
             raise ValueError(f"eot_samples must be ascending and distinct, got {list(self.eot_samples)}")
         return self
 
+    @property
+    def step_share(self) -> float:
+        """The step size as a share of epsilon."""
+        return parse_fraction(self.step_size) / parse_fraction(self.epsilon)
+
 
 class AuditConfig(Section):
-    """The audit of an evaluation: of PGD-20 with EOT 20 by default, or of the ladder's rung of this name."""
+    """The audit of an evaluation: PGD-20 with EOT 20 by default, or the ladder's rung of this name."""
 
     images: Count | None = 100
     rung: str | None = None
-    tolerance: Annotated[float, Field(gt=0.01, lt=1)] = 0.05
+    tolerance: Annotated[Real, Field(gt=0.01, lt=1)] = 0.05
     alpha: Probability = 0.001
-    max_votes: Annotated[int, Field(ge=100)] = 4000
+    max_votes: Votes = 4000
 
 
 class Recipe(Section):
     """One run from pre-training to report; see the recipes shipped in ``rush/recipes``."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: CountOrZero = 0
     data: DataConfig
     model: ModelConfig
     smoothing: SmoothingConfig
@@ -434,7 +553,7 @@ class Recipe(Section):
     audit: AuditConfig = AuditConfig()
 
     @model_validator(mode="after")
-    def _noise_where_it_is_trained_with(self) -> "Recipe":
+    def _noise_where_it_is_trained_with(self) -> Self:
         objective = self.finetune.objective
         if self.smoothing.sigma == 0 and objective not in WITHOUT_NOISE:
             raise ValueError(
@@ -445,7 +564,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_step_to_capture(self) -> "Recipe":
+    def _one_step_to_capture(self) -> Self:
         if self.execution.compile_training != "graph":
             return self
         trained = {"finetune": self.finetune, **({"pretrain": self.pretrain} if self.pretrain.epochs != 0 else {})}
@@ -459,22 +578,14 @@ class Recipe(Section):
             )
         return self
 
-    def training(self, stage: Stage) -> TrainingConfig:
+    def training(self, stage: Stage) -> Schedule:
         """Return the section of the training ``stage``."""
         return self.pretrain if stage == "pretrain" else self.finetune
 
-    def with_epochs(self, stage: Stage, epochs: int) -> "Recipe":
-        """Return this recipe with ``epochs`` in place of the minutes of the training ``stage``."""
-        values = self.model_dump(mode="json")
-        values[stage] |= {"epochs": epochs, "minutes": None}
-        return build_recipe(values, source=f"{epochs} epochs of {stage}")
-
     def to_json(self) -> str:
-        """The resolved recipe, every default written out."""
+        """Return the resolved recipe as JSON, every default written out."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
-
-_LENGTHS = ("epochs", "minutes")  # of a training: a value of one replaces a value of the other that lies below it
 
 # The sections that decide what a stage computes, beside those of the stages before it.
 STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
@@ -486,178 +597,32 @@ STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
 }
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
+def error_text(error: ValidationError, section: type[BaseModel]) -> str:
+    """Describe every wrong value of ``section``: its field, the problem and the value given."""
+    follow_on = "default_factory_not_called"  # of a default that depends on another wrong value
+    return "; ".join(_explain(entry, section) for entry in error.errors() if entry["type"] != follow_on)
 
 
-def recipe_text(name_or_path: str) -> str:
-    """The TOML text of a shipped recipe or of a file; ConfigError when there is neither."""
-    if name_or_path in recipe_names():
-        return _shipped().joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
-    path = Path(name_or_path)
-    if path.suffix != ".toml" or not _is_file(path):
-        hint = _closest(name_or_path, recipe_names())
-        raise ConfigError(
-            f"no recipe {name_or_path[:200]!r}{hint}; shipped: {', '.join(recipe_names())}; or give the path of a "
-            ".toml file"
-        )
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        if max(map(len, content.split(b"\n"))) > _LONGEST_LINE:
-            raise ValueError(f"it has a line of more than {_LONGEST_LINE} bytes")
-        return content.decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}; it must be a short text file in UTF-8") from error
+def closest(name: str, allowed: Sequence[str]) -> str:
+    """Return a hint at the allowed name that ``name`` resembles, empty where there is none."""
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
-def recipe_headline(name: str) -> str:
-    """The first comment line of a shipped recipe: what it is, in one sentence."""
-    return recipe_text(name).split("\n")[0].removeprefix("#").strip()
-
-
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), data: str | Sequence[str] | None = None) -> Recipe:
-    """The validated recipe; ``overrides`` are ``section.field=value`` texts, ``data`` (one folder or several) replaces
-    where the images lie.
-
-    A recipe that names a ``base``, a shipped recipe or a file beside it, gives what it changes in that one.
-    Raises: ConfigError naming the field, what was given and what is allowed.
-    """
-    values = recipe_values(name_or_path)
-    return build_recipe(values, overrides, data, source=f"recipe {name_or_path}")
-
-
-def recipe_values(name_or_path: str, _above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a recipe as they are written, over those of its ``base``; ConfigError when it is no TOML."""
-    text = recipe_text(name_or_path)
-    try:
-        values = tomllib.loads(text.replace("\r\n", "\n"))
-    except (ValueError, RecursionError) as error:  # a ValueError also for an integer of thousands of digits
-        raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error or type(error).__name__}") from error
-    _check_plain(values, f"recipe {name_or_path}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    beside = Path(name_or_path).parent / str(base)
-    found = str(beside) if _is_file(beside) else base
-    if not isinstance(found, str) or found in (*_above, name_or_path):
-        raise ConfigError(f"recipe {name_or_path}: base must name another recipe (given: {reprlib.repr(base)})")
-    return _over(recipe_values(found, (*_above, name_or_path)), values)
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` with the values of ``above``, section by section."""
-    if any(name in above for name in _LENGTHS):
-        below = {key: value for key, value in below.items() if key not in _LENGTHS}
-    both = [key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)]
-    return {**below, **above, **{key: _over(below[key], above[key]) for key in both}}
-
-
-def build_recipe(
-    values: dict[str, Any],
-    overrides: Sequence[str] = (),
-    data: str | Sequence[str] | None = None,
-    source: str = "recipe",
-) -> Recipe:
-    """The validated recipe of plain ``values`` with ``overrides`` applied; raises ConfigError like ``load_recipe``."""
-    for override in overrides:
-        _apply(values, override)
-    _drop_replaced_lengths(values, overrides)
-    _check_plain(values, source)
-    if data is not None and isinstance(values.setdefault("data", {}), dict):
-        values["data"]["root"] = _absolute(data) if isinstance(data, str) else [_absolute(folder) for folder in data]
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(entry) for entry in error.errors())) from None
-
-
-def _absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().resolve())
-
-
-def _check_plain(values: object, source: str) -> None:
-    """Raise ConfigError for tables and lists in each other beyond any recipe, and integers of more than 64 bits."""
-    pending = [(values, 0)]
-    while pending:
-        value, depth = pending.pop()
-        if depth > _DEEPEST:
-            raise ConfigError(
-                f"{source}: tables and lists lie more than {_DEEPEST} deep in each other; recipes need few"
-            )
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ConfigError(f"{source}: an integer has {value.bit_length()} bits, allowed are 64; give a smaller one")
-        if isinstance(value, dict | list):
-            pending += [(part, depth + 1) for part in (value.values() if isinstance(value, dict) else value)]
-
-
-def _is_file(path: Path) -> bool:
-    """Whether ``path`` is a file; a text that the system takes for no path is none."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _shipped() -> Any:
-    return resources.files("rush") / "recipes"
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {override!r} must read section.field=value, e.g. pretrain.epochs=10")
-    target: Any = values
-    for key in keys[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"override {override!r}: {key} is a single value, it has no fields")
-    target[keys[-1]] = _parse_value(text.strip())
-
-
-def _drop_replaced_lengths(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Remove the epochs of a training whose minutes are overridden, and the other way round; both given both stay."""
-    paths = {override.partition("=")[0].strip() for override in overrides}
-    for stage in TRAININGS:
-        given = [name for name in _LENGTHS if f"{stage}.{name}" in paths]
-        if given and isinstance(values.get(stage), dict):
-            values[stage] = {key: value for key, value in values[stage].items() if key not in _LENGTHS or key in given}
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text
-
-
-def _explain(entry: Any) -> str:
+def _explain(entry: Any, section: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
-        allowed = _fields_at(entry["loc"][:-1])
-        return f"{where}: unknown key{_closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+        allowed = _fields_at(entry["loc"][:-1], section)
+        return f"{where}: unknown key{closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
     message = entry["msg"].removeprefix("Value error, ")
-    given = (
-        ""
-        if entry["type"] == "missing" or isinstance(entry["input"], dict)
-        else f" (given: {_GIVEN.repr(entry['input'])})"
-    )
-    return f"{where}: {message}{given}".removeprefix(": ")  # what joins sections has no place
+    without_value = entry["type"] == "missing" or isinstance(entry["input"], dict)
+    value = "" if without_value else f" (given: {_GIVEN.repr(entry['input'])})"
+    return f"{where}: {message}{value}".removeprefix(": ")  # an error that joins sections has no location
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _fields_at(location: tuple[Any, ...], section: type[BaseModel]) -> list[str]:
     for part in location:
         annotation = section.model_fields[str(part)].annotation
         assert isinstance(annotation, type)
         section = annotation
     return sorted(section.model_fields)
-
-
-def _closest(given: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, allowed, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

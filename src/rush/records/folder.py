@@ -14,7 +14,8 @@ from typing import Any
 
 from rush.choices import STAGES, TRAININGS, Stage
 from rush.errors import RunError, WriteError
-from rush.recipe.schema import STAGE_SECTIONS, Recipe, build_recipe
+from rush.recipe.load import build_recipe, with_epochs
+from rush.recipe.schema import STAGE_SECTIONS, Recipe
 from rush.runtime.files import append_text, cut_file, one_process, refuse_links, write_bytes, write_json, write_text
 from rush.runtime.lines import is_cut_off, read_events, read_object
 
@@ -121,7 +122,7 @@ class RunFolder:
         follow from; the recipe has the epochs alone from now on."""
         file = self.path / "provenance.json"
         write_json(file, {**_read_object(file), "budgets": {**_budgets(self.path), stage: dict(budget)}})
-        self.recipe = self.recipe.with_epochs(stage, budget["epochs"])
+        self.recipe = with_epochs(self.recipe, stage, budget["epochs"])
         write_text(self.path / "recipe.json", self.recipe.to_json())
 
     def log(self, event: str, **values: Any) -> None:
@@ -351,7 +352,7 @@ def _settled(recipe: Recipe, path: Path, stages: Iterable[Stage] = TRAININGS) ->
                 f"{path} was begun with {stage}.minutes = {begun:g}, which gave {epochs} epochs, and not with "
                 f"{minutes:g}; nothing was overwritten: use another --out, or leave {stage}.minutes as it was"
             )
-        recipe = recipe.with_epochs(stage, epochs)
+        recipe = with_epochs(recipe, stage, epochs)
     return recipe
 
 

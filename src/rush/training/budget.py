@@ -1,4 +1,4 @@
-"""Trainings by the clock: a trial measures what the parts of a training take, and the number of epochs follows."""
+"""Training for a number of minutes: a trial times the parts of a training stage and fixes the number of epochs."""
 
 import math
 import time
@@ -26,7 +26,7 @@ _SHARE = 0.02  # of the minutes for the timed steps of a kind where the fewest t
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that the parts of a training take.
+    """Seconds of the parts of a training stage.
 
     step: one step. head_step: one step of the first ``head_epochs``. opening: until an epoch's first batch is there.
     saving: one checkpoint. monitoring: one measurement of the live figures.
@@ -41,7 +41,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training of ``minutes``, as far as its number of epochs depends on it.
+    """A training stage of ``minutes``: the facts that decide its number of epochs.
 
     name: of the recipe's section, for errors. per_epoch: steps per epoch. head_epochs: the first epochs whose steps do
     other work than the later ones. warmup_epochs: of the learning rate. monitor_epochs: the number of epochs
@@ -70,8 +70,8 @@ class Plan:
         """Return the largest number of epochs that ends within the minutes, less ``RESERVE`` of them.
 
         Args:
-            times: what the parts of the training take.
-            spent: seconds that are gone.
+            times: seconds of the parts.
+            spent: seconds already used.
 
         Raises:
             ConfigError: if there is no time for one epoch, or for more epochs than ``head_epochs`` and
@@ -95,9 +95,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget:
-    """The number of epochs that end within the minutes of a plan, and what it follows from.
+    """The number of epochs that end within the minutes of a plan, with the measurements behind it.
 
-    spent: seconds of the trial and of what came before it in the same call.
+    spent: seconds of the trial and of everything before it in the same call.
     """
 
     plan: Plan
@@ -122,7 +122,7 @@ class Budget:
         )
 
     def require_ramps(self, ramps: Mapping[str, float]) -> None:
-        """Raise ConfigError where something rises for more epochs than fit; ``ramps`` are these numbers by field."""
+        """Raise ConfigError where a ramp needs more epochs than fit; ``ramps`` holds their epochs by field."""
         for field, epochs in ramps.items():
             self.require(field, epochs, math.ceil(epochs))
 
@@ -154,7 +154,7 @@ def clock(device: str) -> float:
 
 
 def slowest(seconds: float) -> float:
-    """Return the most seconds of all processes, the same number in each."""
+    """Return the largest ``seconds`` of all processes, the same number in each."""
     return max(gather_objects(seconds))
 
 
@@ -167,7 +167,7 @@ def measure(
     monitor: Callable[[], object],
     device: str,
 ) -> Times:
-    """Return what the parts of a training take, in the slowest process; all processes must call it.
+    """Time the parts of a training stage, in the slowest process; all processes must call it.
 
     Each kind of step is timed by itself, after ``WARMUP_STEPS`` that are not: the first of the training and, behind
     ``plan.head_epochs``, the first of the others. Checkpoint and live figures are timed once, and again where the first
@@ -185,7 +185,7 @@ def measure(
     with closing(source.batches()) as taken:
 
         def seconds_of(start: int, count: int) -> float:
-            """Of so many steps from that of number ``start`` on, without the openings of epochs."""
+            """Return the seconds of steps from number ``start`` on, without the openings of epochs."""
             began, opened = clock(device), source.opened
             for number, batch in enumerate(islice(taken, count)):
                 step(start + number % plan.per_epoch, batch)
@@ -200,7 +200,7 @@ def measure(
 
 @contextmanager
 def put_back(module: nn.Module) -> Iterator[None]:
-    """After the context ``module`` has the values, and asks for the gradients, that it had before, in place."""
+    """Restore the values of ``module``, and which of them require gradients, after the context, in place."""
     values = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
     asked = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     try:
@@ -219,7 +219,7 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class _Source:
-    """The batches of one epoch after the other. opened: seconds that went by until the first ones were there."""
+    """The batches of successive epochs. opened: seconds spent waiting for the first batches."""
 
     def __init__(self, batches: Callable[[], Iterator[Batch]], device: str) -> None:
         self._batches, self._device = batches, device
@@ -237,7 +237,7 @@ class _Source:
 
 
 def _seconds_per_step(seconds_of: Callable[[int], float], plan: Plan) -> float:
-    """Seconds of a step after the warm-up; of the last of the warm-up alone where not even its epoch would fit."""
+    """Return the seconds of a step after the warm-up, or of its last step where not even one epoch would fit."""
     seconds_of(WARMUP_STEPS - 1)
     rough = max(1e-9, slowest(seconds_of(1)))  # every process must take the same number of steps
     if rough * plan.per_epoch > 60 * plan.minutes:
@@ -247,7 +247,7 @@ def _seconds_per_step(seconds_of: Callable[[int], float], plan: Plan) -> float:
 
 
 def _seconds(part: Callable[[], object], plan: Plan, device: str) -> float:
-    """Seconds of ``part``, where they are few those of a second time."""
+    """Return the seconds of ``part``; a short one is timed a second time."""
     for _ in range(2):
         began = clock(device)
         part()

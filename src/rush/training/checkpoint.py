@@ -1,4 +1,4 @@
-"""Checkpoints of a training: one file that is whole or not there, with a checksum, and the one before it."""
+"""Atomic checkpoints of a training stage, with a checksum; the previous one is retained."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ _DIGEST_CHARACTERS = 64
 
 
 class TrainingCheckpoint:
-    """The resumable state of one training in ``path``: a line that says what it is, a SHA-256, and tensors.
+    """The resumable state of a training stage in ``path``: an identifying line, a SHA-256, and tensors.
 
     Random streams are named by epoch and step and need no saving. The state is read with ``weights_only=True``: nothing
     in it runs. ``previous`` is the checkpoint before the newest, kept in case the disk loses the newest.
@@ -54,11 +54,11 @@ class TrainingCheckpoint:
             kept = "; the last one is kept" if self.path.exists() else ""
             raise CheckpointError(
                 f"checkpoint {self.path} cannot be written: {error.reason}{kept}. "
-                "Free or allow space there; the same command then goes on from the last checkpoint"
+                "Free or allow space there; the same command then resumes from the last checkpoint"
             ) from error
 
     def rehearse(self, state: dict[str, Any]) -> None:
-        """Write ``state`` to a file of its own and delete it: to see what ``save`` costs.
+        """Write ``state`` to a separate file and delete it, to measure the cost of ``save``.
 
         Raises: CheckpointError when the file cannot be written.
         """
@@ -67,7 +67,7 @@ class TrainingCheckpoint:
         rehearsal.path.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state, on the CPU; None when nothing was saved yet.
+        """Return the saved state, on the CPU; None when nothing was saved yet.
 
         Raises: CheckpointError when the file is damaged or belongs to another recipe.
         """
@@ -85,7 +85,7 @@ class TrainingCheckpoint:
         return dict(state)
 
     def unreadable(self, error: Exception) -> CheckpointError:
-        """What to say where the content does not fit."""
+        """Return the error for content that does not fit."""
         # torch's own text is left out: it advises to switch off weights_only, which would run what is in the file.
         earlier = f" or move {self.previous.name} to its place to go on from there" if self.previous.exists() else ""
         return CheckpointError(
@@ -94,7 +94,7 @@ class TrainingCheckpoint:
         )
 
     def _keep_newest(self) -> None:
-        """The newest file under the name ``previous`` too; a link, so that ``path`` is there all the time."""
+        """Link the newest file as ``previous``; ``path`` never disappears."""
         if not self.path.exists():
             return
         self.previous.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ class TrainingCheckpoint:
 
 
 def _checked(content: bytes) -> bytes:
-    """What follows the opening of a checkpoint; ValueError unless its checksum is right."""
+    """Return the content after the opening of a checkpoint; raise ValueError unless its checksum is right."""
     start = len(_OPENING) + _DIGEST_CHARACTERS + 1
     digest = content[len(_OPENING) : start - 1]
     if not content.startswith(_OPENING) or hashlib.sha256(content[start:]).hexdigest().encode() != digest:

@@ -8,7 +8,7 @@ from rush.errors import InputError
 from rush.runtime.distributed import gather, rank
 
 
-def nt_xent(view_a: Tensor, view_b: Tensor, temperature: float = 0.5) -> Tensor:
+def nt_xent(view_a: Tensor, view_b: Tensor, temperature: float) -> Tensor:
     """Normalized temperature-scaled cross-entropy over the global batch (Chen et al. 2020, equation 1 and algorithm 1).
 
     For every view i with partner j: -log(exp(s_ij / t) / sum over k != i of exp(s_ik / t)), s the cosine similarity;

@@ -31,7 +31,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take the weights that ``module`` has now into the average; ModelError when they are another network's."""
+        """Add the current weights of ``module`` to the average; raise ModelError when they are another network's."""
         now = module.state_dict()
         if now.keys() != self._average.keys():
             raise ModelError(f"the weight average is of another network: {_difference(self._average, now)}")
@@ -45,19 +45,19 @@ class WeightAverage:
         self.updates += 1
 
     def copy_into(self, module: nn.Module) -> None:
-        """Give ``module`` the averaged weights, in place; ModelError when it is another network."""
+        """Copy the averaged weights into ``module``; raise ModelError when it is another network."""
         try:
             module.load_state_dict(self._average)
         except RuntimeError as error:
             raise ModelError(f"the weight average is of another network: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of updates and the averaged tensors themselves, not copies of them."""
+        """Return the number of updates and the averaged tensors themselves, not copies."""
         return {"updates": self.updates, "average": dict(self._average)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``, in place, on the device where the average is.
+        """Load ``state`` in place, on the device of the average.
 
         Raises: CheckpointError, with the average as it was, when ``state`` is another network's or none at all.
         """
@@ -77,7 +77,7 @@ class WeightAverage:
 
 
 def _difference(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
-    """The first names that only one of the two has, or the first tensor of another shape."""
+    """Return the first names that only one of the two has, or the first tensor of a different shape."""
     missing, extra = sorted(own.keys() - other.keys()), sorted(other.keys() - own.keys())
     if missing or extra:
         return f"missing {missing[:3]}, not expected {extra[:3]}"

@@ -1,4 +1,4 @@
-"""Fine-tuning: a classifier on the encoder, trained under the noise it will be smoothed with, if it will be."""
+"""Fine-tuning of a classifier on the encoder, under the noise it will be smoothed with, if any."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,29 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rush.choices import FinetuneMode, TrainingCompile
+from rush.choices import FinetuneObjective, TrainingCompile
 from rush.data.batches import Batch
 from rush.data.images import ImageSet
 from rush.data.streaming import Stream, training_source
-from rush.data.views import Views, unit_float
+from rush.data.views import random_view, unit_float
 from rush.errors import ConfigError, DataError, InputError
 from rush.models.classifier import Classifier
+from rush.recipe.schema import FinetuneConfig
 from rush.runtime.distributed import rank, world_size
 from rush.runtime.execution import Execution, compiled
+from rush.runtime.schedules import scheduled
 from rush.runtime.sync_norm import desynchronised, synchronised
 from rush.smoothing.noise import Gaussian
-from rush.training.loop import Keeping, Schedule, train
+from rush.training.loop import CheckpointPolicy, TrainingRun
 from rush.training.meter import Meter
 from rush.training.modes import evaluation_mode
+from rush.training.supervised import cat_rs, consistency, gaussian, pgd_at, smoothadv, standard, trades
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What an objective is given: the network, a batch and the noise of the smoothed classifier.
+    """The input of an objective: the network, a batch and the noise of the smoothed classifier.
 
-    logits: pixels -> logits float32, in training mode. evaluated: the same weights in evaluation mode, for attacks. x:
-    (B, C, H, W) float32 in [0, 1], weakly augmented. y: (B,) int64. smoothing: None where the classifier will not be
-    smoothed. epoch: epochs done so far.
+    Attributes:
+        logits: pixels -> logits float32, in training mode.
+        evaluated: the same weights in evaluation mode, for attacks.
+        x: (B, C, H, W) float32 in [0, 1], weakly augmented.
+        y: (B,) int64.
+        smoothing: None where the classifier will not be smoothed.
+        epoch: epochs done so far.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -42,7 +49,11 @@ class Examples:
 
     @property
     def noise(self) -> Gaussian:
-        """The noise to train under. Raises: InputError where there is none."""
+        """The noise to train under.
+
+        Raises:
+            InputError: there is none.
+        """
         if self.smoothing is None:
             raise InputError(
                 "this objective trains under the noise of the smoothed classifier, and there is none: give noise, or "
@@ -54,35 +65,84 @@ class Examples:
 Objective = Callable[[Examples], Tensor]
 
 
+def objective_of(config: FinetuneConfig) -> Objective:
+    """Return the objective that ``config`` names, with its options."""
+    budget, draws = config.adversary.budget, config.consistency
+    adv, cat = config.smoothadv, config.cat_rs
+    objectives: dict[FinetuneObjective, Objective] = {
+        "standard": lambda e: standard(e.logits, e.x, e.y),
+        "gaussian": lambda e: gaussian(e.logits, e.x, e.y, e.noise, e.generator),
+        "consistency": lambda e: consistency(
+            e.logits,
+            e.x,
+            e.y,
+            e.noise,
+            e.generator,
+            draws=draws.draws,
+            weight=draws.weight,
+            entropy_weight=draws.entropy_weight,
+        ),
+        "smoothadv": lambda e: smoothadv(
+            e.logits,
+            e.evaluated,
+            e.x,
+            e.y,
+            e.noise,
+            e.generator,
+            draws=adv.draws,
+            epsilon=scheduled(adv.epsilon_at, e.epoch),
+            steps=adv.steps,
+        ),
+        "cat-rs": lambda e: cat_rs(
+            e.logits,
+            e.evaluated,
+            e.x,
+            e.y,
+            e.noise,
+            e.generator,
+            draws=cat.draws,
+            epsilon=cat.epsilon,
+            steps=cat.steps,
+            weight=cat.weight,
+        ),
+        "pgd-at": lambda e: pgd_at(e.logits, e.evaluated, e.x, e.y, e.generator, **budget),
+        "trades": lambda e: trades(e.logits, e.evaluated, e.x, e.y, e.generator, **budget, beta=config.trades.beta),
+    }
+    return objectives[config.objective]
+
+
 def finetune(
     images: ImageSet | Stream,
     classifier: Classifier,
+    config: FinetuneConfig,
     *,
-    objective: Objective,
     noise: Gaussian | None,
-    mode: FinetuneMode,
-    views: Views,
-    schedule: Schedule,
     seed: int,
     execution: Execution,
-    head_epochs: int = 0,
     compile_mode: TrainingCompile = "none",
-    keeping: Keeping = Keeping(),  # noqa: B008, a frozen value
+    checkpoints: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008, a frozen value
     monitor: Callable[[int], dict[str, Any]] | None = None,
-    monitor_epochs: int = 1,
     log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
-    """Train ``classifier`` in place by ``objective``, the mean loss of a batch of ``Examples``.
+    """Train ``classifier`` in place by the objective of ``config``; it is returned in evaluation mode.
 
-    ``full`` trains every weight, ``linear`` the head alone on the encoder as it is, in evaluation mode,
-    ``linear-then-full`` the head alone for ``head_epochs`` and then every weight (Kumar et al. 2022), along one
-    learning-rate schedule. ``views`` is the weak augmentation before noise and attack. noise: None for a classifier
-    that will not be smoothed. keeping, monitor, monitor_epochs, log: as in ``train``. The classifier comes back in
-    evaluation mode. Cost: see the objectives; under ``linear`` all passes of the encoder are forward ones.
-    compile_mode: as in ``pretrain``; "graph" not with ``linear-then-full``, whose step changes in between.
-    Raises: DataError when the images carry no labels; InputError when ``objective`` needs noise and there is none;
-    ConfigError for a step that cannot be captured.
+    Every mode follows one learning-rate schedule. A head trained alone sees the encoder in evaluation mode.
+
+    Args:
+        noise: None for a classifier that will not be smoothed.
+        compile_mode: as in ``pretrain``; "graph" excludes the mode ``linear-then-full``, whose step changes in between.
+        checkpoints, monitor, log: as in ``TrainingRun``.
+
+    Raises:
+        DataError: the images have no labels.
+        InputError: the objective needs noise and there is none.
+        ConfigError: the step cannot be captured.
+        RushError: as ``TrainingRun.run``.
+
+    Cost: see the objectives. With the mode ``linear`` all passes of the encoder are forward ones.
     """
+    mode, views, objective = config.mode, config.views, objective_of(config)
+    head_epochs = config.head_epochs if mode == "linear-then-full" else 0
     if images.labels is None:
         raise DataError(f"{images.name} ({images.split}) has no labels; fine-tuning needs a labelled training split")
     if mode == "linear-then-full" and compile_mode == "graph":
@@ -109,27 +169,25 @@ def finetune(
         assert batch.labels is not None
         frozen = mode == "linear" or (mode == "linear-then-full" and epoch < head_epochs)
         classifier.encoder.requires_grad_(not frozen)
-        x = views(unit_float(batch.images), generator)
+        x = random_view(unit_float(batch.images), views, generator)
         logits = head_alone if frozen else trained
         loss = objective(Examples(logits, evaluated, x, batch.labels, noise, generator, epoch))
         loss.backward()
         return loss.detach()
 
     with compiled(classifier.encoder, compile_mode):
-        train(
+        TrainingRun(
             classifier,
             step,
             name="finetune",
             images=training_source(images, execution.device, rank(), world_size()),
-            schedule=schedule,
+            schedule=config,
             seed=seed,
-            device=execution.device,
             meter=Meter(classifier.encoder, device=execution.device),
-            keeping=keeping,
+            checkpoints=checkpoints,
             monitor=monitor,
-            monitor_epochs=monitor_epochs,
-            head_epochs=head_epochs if mode == "linear-then-full" else 0,
+            head_epochs=head_epochs,
             log=log,
             captured=compile_mode == "graph",
-        )
+        ).run()
     desynchronised(classifier).requires_grad_(True).eval()

@@ -16,7 +16,7 @@ def cached_backward(
     loss: Callable[..., Tensor],
     module: nn.Module,
 ) -> Tensor:
-    """The detached ``loss(z_1, z_2, ...)`` of the whole batch; its gradients are added to the parameters' ``.grad``.
+    """Return the detached ``loss(z_1, z_2, ...)`` of the whole batch; add its gradients to the parameters' ``.grad``.
 
     Gradient cache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"):
     the projections z without graph, micro-batch by micro-batch; the loss on all of them and its gradient dz; then
@@ -54,7 +54,7 @@ def cached_backward(
 
 
 def _micro_batches(tensors: Sequence[Tensor], micro_batch: int) -> list[tuple[Tensor, ...]]:
-    """The rows of all tensors in pieces of at most ``micro_batch`` rows: for every piece one part of each tensor."""
+    """Yield the rows of all tensors in pieces of at most ``micro_batch``: for every piece one part of each tensor."""
     rows = {len(tensor) for tensor in tensors}
     if len(rows) != 1 or rows == {0}:
         raise InputError(f"need inputs of equally many rows (at least one), got {[len(tensor) for tensor in tensors]}")
@@ -70,7 +70,7 @@ def _gradient(z: Tensor) -> Tensor:
 
 @contextmanager
 def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Within the context buffers may be written; afterwards they hold what they held before."""
+    """Restore the values of all buffers after the context."""
     kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
     yield
     for name, buffer in module.named_buffers():

@@ -23,7 +23,7 @@ _TURN_OFF = 'set execution.compile_training = "none"'
 
 
 class CapturedStep:
-    """A step that is taken as it is at first, then captured, and from then on replayed.
+    """A step that is taken eagerly at first, then captured, and replayed from then on.
 
     Args:
         step: the whole step, from a batch, the epochs done so far and the generator to its loss.
@@ -66,7 +66,7 @@ class CapturedStep:
         return self._recorder.replay()
 
     def reset(self) -> None:
-        """Forget the capture: the memory that it works on has been replaced, e.g. by the state of a checkpoint."""
+        """Discard the capture, after its memory has been replaced, e.g. by the state of a checkpoint."""
         self._plain_steps, self._captured = 0, False
         self._epoch = FollowedEpoch(self._device)
         self._recorder = self._new_recorder()
@@ -112,16 +112,16 @@ class _Recorder(Protocol):
         ...
 
     def record(self, function: Callable[[], Tensor]) -> None:
-        """Keep what ``function`` does, without doing it."""
+        """Record ``function`` without running it."""
         ...
 
     def replay(self) -> Tensor:
-        """Do it and return the result."""
+        """Run the recorded function and return its result."""
         ...
 
 
 class _Rerun:
-    """Keeps the function itself."""
+    """Recorder that stores the function itself."""
 
     def plain(self, function: Callable[[], Tensor]) -> Tensor:
         return function()
@@ -134,7 +134,7 @@ class _Rerun:
 
 
 class _CudaGraph:
-    """Keeps the kernels that the function queues, with the generator that they draw from.
+    """Recorder of the kernels that the function queues, with the generator that they draw from.
 
     Plain steps and capture use one stream of their own: nodes of autograd that outlive a step would otherwise make the
     capture wait for another stream, which it must not.

@@ -47,7 +47,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """One more group of parameters; options that it does not name are the optimizer's own."""
+        """Add a group of parameters; options that it does not name are those of the optimizer."""
         if not param_group.get("adapt", True):
             param_group.setdefault("weight_decay", 0.0)
         _check({**self.defaults, **param_group})
@@ -60,7 +60,7 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step along the gradients that are there; returns what ``closure`` returns, which is called first."""
+        """Take one step along the current gradients; return the result of ``closure``, which is called first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -93,7 +93,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _ratios(parameters: list[Tensor], updates: list[Tensor], trust_coefficient: float) -> list[Tensor]:
-    """The trust ratio r of every parameter, each a tensor without axes."""
+    """Return the trust ratio r of every parameter, each a 0-d tensor."""
     weights, steps = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(updates))
     adapted = trust_coefficient * weights / steps  # not finite where a norm is 0, and not taken there
     return list(torch.where((weights > 0) & (steps > 0), adapted, 1.0).unbind())

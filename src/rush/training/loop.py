@@ -1,19 +1,19 @@
-"""The training loop: the only one. Pre-training and fine-tuning differ in the step they hand in."""
+"""The training loop. Pre-training and fine-tuning differ only in the step they pass to it."""
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rush.choices import OnNonfinite, OptimizerName
+from rush.choices import OnNonfinite
 from rush.data.batches import Batch, TrainingImages, batches_per_epoch
 from rush.errors import ConfigError, Interrupted, RushError
+from rush.recipe.schema import ExecutionConfig, Schedule
 from rush.runtime.distributed import average_gradients, barrier, broadcast_module, rank, world_size
 from rush.runtime.interruption import StopRequest, stop_requests
 from rush.runtime.memory import memory_for
@@ -28,7 +28,7 @@ from rush.training.meter import Cost, Meter, peak_memory
 from rush.training.modes import evaluation_mode
 from rush.training.optim import build_optimizer, cosine_factor, rate_tensor, representable, set_capturable
 
-_INSPECTED_STEPS = 32  # losses are looked at once in so many steps, and as many steps late: nothing waits for them
+_INSPECTED_STEPS = 32  # losses are inspected at this interval, and as many steps late: nothing waits for them
 _MOST_SKIPPED = 10
 
 
@@ -36,114 +36,39 @@ class Step(Protocol):
     """One training step on the rows of this process; all randomness comes from ``generator``."""
 
     def __call__(self, batch: Batch, epoch: float, generator: torch.Generator, /) -> Tensor:
-        """The mean loss of these rows, without graph; its gradients are added to the parameters' ``grad``.
+        """Add the gradients of the mean loss of these rows to the parameters' ``grad``.
 
-        epoch: epochs done so far, for schedules.
+        Args:
+            epoch: epochs done so far, for schedules.
+
+        Returns:
+            The loss, without graph.
         """
         ...
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long, in what batches (of all processes together) and by which optimizer a module is trained.
+class CheckpointPolicy:
+    """Where and when a training stage is saved, and what a non-finite loss does.
 
-    epochs or minutes: exactly one of them. minutes: of the whole call of ``train``; as many epochs as end within them,
-    a number that is fixed at the start (``training.budget``). ema_decay: what comes out is the exponential moving
-    average of the weights with this decay; 0 turns it off.
-    Raises: ConfigError when neither or both are given, or the minutes are not a positive number.
-    """
+    Attributes:
+        checkpoint: the file; None saves nothing.
+        minutes: interval between checkpoints within an epoch; one is also written at the end of an epoch.
+        on_nonfinite: "stop" raises an error; "skip" returns to the last checkpoint and omits the batch.
+        settled: called with the budget of a run by minutes before its first step; what it raises ends the run.
 
-    epochs: int | None
-    batch_size: int
-    optimizer: OptimizerName
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    warmup_epochs: float
-    ema_decay: float = 0.0
-    minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.minutes is None):
-            raise ConfigError(f"give epochs or minutes, exactly one; got epochs={self.epochs}, minutes={self.minutes}")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise ConfigError(f"minutes must be a number > 0, got {self.minutes}")
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """How a training is kept: where, how often beside the end of every epoch, and what a non-finite loss does.
-
-    "stop" ends the training with an error; "skip" returns to the last checkpoint and leaves the batch out. settled: is
-    told the budget of a training by minutes before its first step; what it raises ends the training.
+    Raises:
+        ConfigError: on_nonfinite = "skip" without a checkpoint.
     """
 
     checkpoint: TrainingCheckpoint | None = None
-    minutes: float = 10.0
-    on_nonfinite: OnNonfinite = "stop"
+    minutes: float = ExecutionConfig().checkpoint_minutes
+    on_nonfinite: OnNonfinite = ExecutionConfig().on_nonfinite
     settled: Callable[[budget.Budget], None] | None = None
 
     def __post_init__(self) -> None:
         if self.on_nonfinite == "skip" and self.checkpoint is None:
             raise ConfigError('on_nonfinite = "skip" returns to the last checkpoint; give a checkpoint')
-
-
-def train(
-    module: nn.Module,
-    step: Step,
-    *,
-    name: str,
-    images: TrainingImages,
-    schedule: Schedule,
-    seed: int,
-    device: str = "cpu",
-    meter: Meter | None = None,
-    keeping: Keeping = Keeping(),
-    monitor: Callable[[int], dict[str, Any]] | None = None,
-    monitor_epochs: int = 1,
-    head_epochs: int = 0,
-    log: Callable[..., None] = lambda *_, **__: None,
-    captured: bool = False,
-) -> None:
-    """Train ``module`` in place by ``schedule``; goes on from the checkpoint, in the middle of an epoch if need be.
-
-    The order of an epoch comes from ``stream(seed, name, "order", epoch)``, the step's randomness from
-    ``stream(seed, name, "step", number)``, with the process's number behind it where there are several: a resumed
-    training ends with the same bits. Resumed on another number of processes it goes on with the same weights, the same
-    global batches in the same order and the same learning rates; what a step draws is drawn anew, and sums over a batch
-    round otherwise.
-
-    After every epoch ``log("epoch", ...)`` is called with the mean loss, what the epoch cost and images per second;
-    after every ``monitor_epochs`` of them and the last one ``log("monitor", ...)`` with what ``monitor(epoch)``
-    measures (an empty answer is not logged), with averaged weights where they are asked for.
-
-    A training by minutes begins with a trial, which also calls ``monitor(0)``; the number of epochs that fit is given
-    to ``log("budget", ...)`` and kept in the checkpoint, so that a resumed training has the same. The trial leaves no
-    trace: the result has the bits of a training for that number of epochs. head_epochs: the first epochs whose steps do
-    other work than the later ones; a trial measures both.
-    captured: on CUDA the whole step is captured once and replayed (``training.graphs``), with the same bits; one
-    process and the optimizers sgd and adamw can.
-    Raises: ConfigError where the minutes do not suffice for one epoch, the ``head_epochs`` and one more, or the
-    warm-up; RushError on a non-finite loss or gradient, naming epoch and batch; Interrupted when the process was asked
-    to stop, after a checkpoint; ConfigError when the step cannot be captured; DeviceMemoryError where memory is short.
-    """
-    meter = meter or Meter(device=device)
-    run = _Run(
-        module, step, name, images, schedule, seed, device, meter, keeping, monitor, monitor_epochs, head_epochs, log,
-        captured,
-    )  # fmt: skip
-    with stop_requests() as stop, run.meter.running():
-        run.restore()
-        run.settle()
-        with run.shown() as advance:
-            while run.number < run.total:
-                try:
-                    run.rest_of_epoch(stop, advance)
-                except _NotFiniteError as found:
-                    run.recover(found.number)
-    if run.average is not None:
-        run.average.copy_into(module)
-    run.graph = None  # refers to the run, whose memory would be held until the next garbage collection
 
 
 class _NotFiniteError(Exception):
@@ -154,22 +79,41 @@ class _NotFiniteError(Exception):
 
 
 @dataclass
-class _Run:
-    """One call of ``train``. What a kill must not lose is in ``_state``: weights, optimizer, average, place, cost."""
+class TrainingRun:
+    """One run of a training stage: ``run`` trains ``module`` in place along ``schedule``.
 
+    The order of an epoch comes from ``stream(seed, name, "order", epoch)``. The randomness of a step comes from
+    ``stream(seed, name, "step", number)``, with the number of the process appended where there are several. A resumed
+    run therefore ends with the same bits. Resumed on a different number of processes it continues with the same
+    weights, the same global batches in the same order and the same learning rates, but the draws within a step differ,
+    and sums over a batch round differently.
+
+    Attributes:
+        schedule: a run by minutes begins with a trial, which also calls ``monitor(0)``. The number of epochs that fit
+            is passed to ``log("budget", ...)`` and stored in the checkpoint, so that a resumed run has the same. The
+            trial leaves no trace: the result has the bits of a run for that number of epochs.
+        meter: counts the passes of the run, and names its device.
+        monitor: maps an epoch to live figures, computed with averaged weights where the schedule asks for them.
+        head_epochs: number of first epochs whose steps do different work from the later ones; a trial measures both.
+        log: called with ``("epoch", ...)`` after every epoch: mean loss, cost and images per second. Called with
+            ``("monitor", ...)`` and the figures of ``monitor``, unless empty, after every ``schedule.monitor_epochs``
+            epochs and after the last.
+        captured: on CUDA the whole step is captured once and replayed (``training.graphs``), with the same bits. This
+            needs one process and the optimizer sgd or adamw.
+    """
+
+    # What an interruption must not lose is in ``_state``: weights, optimizer, average, position, cost.
     module: nn.Module
     step: Step
     name: str
     images: TrainingImages
     schedule: Schedule
     seed: int
-    device: str
-    meter: Meter
-    keeping: Keeping
-    monitor: Callable[[int], dict[str, Any]] | None
-    monitor_epochs: int
-    head_epochs: int
-    log: Callable[..., None]
+    meter: Meter = field(default_factory=Meter)
+    checkpoints: CheckpointPolicy = CheckpointPolicy()
+    monitor: Callable[[int], dict[str, Any]] | None = None
+    head_epochs: int = 0
+    log: Callable[..., None] = lambda *_, **__: None
     captured: bool = False
 
     def __post_init__(self) -> None:
@@ -180,7 +124,7 @@ class _Run:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Everything as it is before the first step, with the weights that the module has."""
+        """Set everything to its state before the first step, with the current weights of the module."""
         schedule = self.schedule
         self.optimizer = build_optimizer(
             self.module, schedule.optimizer, schedule.learning_rate, schedule.momentum, schedule.weight_decay
@@ -196,20 +140,47 @@ class _Run:
         self.kept_at = self.saving_seconds = 0.0  # by the clock that waits for the device
         self.made = (0, 0)  # passes of a step
 
+    def run(self) -> None:
+        """Train, from the checkpoint on where there is one, in the middle of an epoch if need be.
+
+        Raises:
+            ConfigError: the minutes do not suffice for one epoch, the ``head_epochs`` and one more, or the warm-up; or
+                the step cannot be captured.
+            RushError: a loss or gradient is not finite; the text names epoch and batch.
+            Interrupted: the process was asked to stop; a checkpoint was written before.
+            DeviceMemoryError: memory is short.
+        """
+        with stop_requests() as stop, self.meter.running():
+            self._restore()
+            self._settle()
+            with self._shown() as advance:
+                while self.number < self.total:
+                    try:
+                        self._rest_of_epoch(stop, advance)
+                    except _NotFiniteError as error:
+                        self._recover(error.number)
+        if self.average is not None:
+            self.average.copy_into(self.module)
+        self.graph = None  # refers to the run, whose memory would be held until the next garbage collection
+
+    @property
+    def device(self) -> str:
+        return self.meter.device
+
     @property
     def total(self) -> int:
-        """Steps of the training; in a trial of those of each kind for an epoch."""
+        """Number of steps of the run; during a trial, of one epoch of each kind of step."""
         return self.per_epoch * (self.head_epochs + 1 if self.epochs is None else self.epochs)
 
-    def shown(self) -> AbstractContextManager[Callable[[int], None]]:
-        """A progress bar, in the first process."""
+    def _shown(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Return a progress bar in the first process."""
         size = self.schedule.batch_size
         if rank() > 0:
             return nullcontext(lambda _: None)
         return progress(self.name, self.total * size, start=self.number * size)
 
-    def rest_of_epoch(self, stop: StopRequest, advance: Callable[[int], None]) -> None:
-        """All steps from here to the end of the epoch, then its log and its checkpoint."""
+    def _rest_of_epoch(self, stop: StopRequest, advance: Callable[[int], None]) -> None:
+        """Take the remaining steps of the epoch, then write its log and its checkpoint."""
         epoch, first = divmod(self.number, self.per_epoch)
         order = stream(self.seed, self.name, "order", epoch)
         stopping = None
@@ -219,7 +190,7 @@ class _Run:
             self.number += 1
             advance(self.schedule.batch_size)
             if self.number % self.per_epoch == 0:
-                break  # what is kept at the end of an epoch is kept after its log
+                break  # the checkpoint at the end of an epoch comes after its log
             if world_size() == 1 and stop:
                 self._answer(stop, stopping)
             elif self.number % _INSPECTED_STEPS == 0:
@@ -229,9 +200,9 @@ class _Run:
         self._finish_epoch(epoch + 1)
         self._answer(stop, stopping)
 
-    def restore(self) -> None:
-        """Take up the last checkpoint, where there is one; with "skip" there is one from now on."""
-        checkpoint = self.keeping.checkpoint
+    def _restore(self) -> None:
+        """Load the last checkpoint, if any; with "skip" there is one from now on."""
+        checkpoint = self.checkpoints.checkpoint
         if checkpoint is None:
             return
         state = checkpoint.load()
@@ -241,22 +212,24 @@ class _Run:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise checkpoint.unreadable(error) from error
         barrier()  # nobody writes before everybody has read
-        if state is None and self.epochs is not None and self.keeping.on_nonfinite == "skip":
+        if state is None and self.epochs is not None and self.checkpoints.on_nonfinite == "skip":
             self._save()
 
-    def settle(self) -> None:
-        """Fix the number of epochs of a training by minutes, unless a checkpoint has told it."""
+    def _settle(self) -> None:
+        """Fix the number of epochs of a run by minutes, unless it came from a checkpoint."""
         minutes = self.schedule.minutes
         if minutes is None or self.epochs is not None:
             return
-        warmup = self.schedule.warmup_epochs
-        plan = budget.Plan(self.name, minutes, self.per_epoch, self.head_epochs, warmup, self.monitor_epochs)
+        schedule = self.schedule
+        plan = budget.Plan(
+            self.name, minutes, self.per_epoch, self.head_epochs, schedule.warmup_epochs, schedule.monitor_epochs
+        )
         cost = self.meter.read()
         with budget.put_back(self.module):
             times = budget.measure(
                 plan,
                 self._try_step,
-                lambda: self.images.batches(stream(self.seed, self.name, "order", 0), self.schedule.batch_size),
+                lambda: self.images.batches(stream(self.seed, self.name, "order", 0), schedule.batch_size),
                 save=self._try_saving,
                 monitor=lambda: self._monitored(0),
                 device=self.device,
@@ -265,43 +238,44 @@ class _Run:
         self._prepare()
         spent = budget.slowest(budget.clock(self.device) - self.began)
         settled = plan.fit(times, spent + times.saving)
-        if self.keeping.settled is not None:
-            self.keeping.settled(settled)
+        if self.checkpoints.settled is not None:
+            self.checkpoints.settled(settled)
         self.log("budget", stage=self.name, **settled.figures())
         self.epochs = settled.epochs
         self._save()
         barrier()
 
-    def recover(self, number: int) -> None:
-        """After a batch that was not finite: back to the last checkpoint and on without the batch, or the error."""
+    def _recover(self, number: int) -> None:
+        """Return to the last checkpoint and omit batch ``number``, which was not finite, or raise the error."""
         epoch, batch = divmod(number, self.per_epoch)
-        told = f"{self.name}: loss or gradient is not finite from batch {batch} of epoch {epoch + 1} on"
+        message = f"{self.name}: loss or gradient is not finite from batch {batch} of epoch {epoch + 1} on"
         remedy = f'Lower {self.name}.learning_rate or use execution.precision = "float32"'
-        if self.keeping.on_nonfinite == "stop":
+        if self.checkpoints.on_nonfinite == "stop":
             raise RushError(
-                f"{told}; the checkpoint before it is kept. {remedy}, or leave such batches out with "
+                f"{message}; the checkpoint before it is kept. {remedy}, or omit such batches with "
                 'execution.on_nonfinite = "skip"'
             )
         if len(self.skipped) >= _MOST_SKIPPED:
-            raise RushError(f"{told}, after {_MOST_SKIPPED} batches that were skipped for it. {remedy}")
-        self.restore()
+            raise RushError(f"{message}, after {_MOST_SKIPPED} batches that were skipped for it. {remedy}")
+        self._restore()
         self.skipped.add(number)
         self.log("skipped", stage=self.name, epoch=epoch + 1, batch=batch)
         self._save()
 
     def _one_step(self, batch: Batch, stop: StopRequest) -> Tensor | None:
-        """Train on one batch; how large a share of the processes was asked to stop."""
+        """Train on one batch and return the share of the processes that were asked to stop."""
         epoch = self.number / self.per_epoch
         names: tuple[str | int, ...] = ("step", self.number, *_process_name())
+        stopping = None
         self._set_learning_rate()
         if self.graph is not None:
-            stopping = None
             counted = self.meter.cost.passes, self.meter.cost.forward_passes
             loss = self.graph(batch, epoch, lambda generator: restarted(generator, self.seed, self.name, *names))
             self._count(*counted)
         else:
-            generator = stream(self.seed, self.name, *names, device=self.device)
-            loss, stopping = self._whole_step(batch, epoch, generator, stop)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.step(batch, epoch, stream(self.seed, self.name, *names, device=self.device))
+            loss, stopping = self._update(loss, bool(stop))
         self.losses.add(loss)
         if self.average is not None:
             self.average.update(self.module)
@@ -313,38 +287,38 @@ class _Run:
         self._one_step(batch, StopRequest())
 
     def _try_saving(self) -> None:
-        if self.keeping.checkpoint is not None and rank() == 0:
-            self.keeping.checkpoint.rehearse(self._state())
+        if self.checkpoints.checkpoint is not None and rank() == 0:
+            self.checkpoints.checkpoint.rehearse(self._state())
 
-    def _whole_step(
-        self, batch: Batch, epoch: float, generator: torch.Generator, stop: StopRequest | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Forward, backward and the optimizer's step: the loss, NaN where a gradient is not finite, and how large a
-        share of the processes was asked to stop."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.step(batch, epoch, generator)
+    def _update(self, loss: Tensor, stop: bool = False) -> tuple[Tensor, Tensor]:
+        """Average the gradients over the processes and run the optimizer's step.
+
+        Returns:
+            The mean loss, NaN where a gradient is not finite, and the share of the processes that were asked to stop.
+        """
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, bool(stop))]))
-        norm = nn.utils.get_total_norm([own.grad for own in trained if own.grad is not None])
+        loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, stop)]))
+        norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
         self.optimizer.step()
         return loss + 0 * norm.to(loss.dtype), stopping
 
     def _capturing(self) -> CapturedStep:
-        """The step as one that is captured, with the learning rate in a tensor."""
+        """Return the step as a captured one, with the learning rate in a tensor."""
         if world_size() > 1:
             raise ConfigError(
                 f"{self.name}: a step of {world_size()} processes cannot be captured as a CUDA graph; set "
                 'execution.compile_training = "none", or train in one process'
             )
         self.rate_tensor = rate_tensor(self.optimizer, self.device)
-        return CapturedStep(
-            lambda batch, epoch, generator: self._whole_step(batch, epoch, generator)[0],
-            self.device,
-            lambda capturing: set_capturable(self.optimizer, capturing),
-        )
+
+        def whole_step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._update(self.step(batch, epoch, generator))[0]
+
+        return CapturedStep(whole_step, self.device, lambda capturing: set_capturable(self.optimizer, capturing))
 
     def _count(self, passes: int, forward_passes: int) -> None:
-        """Count the passes of a replayed step, in which no network is called: those of the step before."""
+        """Count the passes of a replayed step, in which no network is called, as those of the previous step."""
         cost = self.meter.cost
         made = cost.passes - passes, cost.forward_passes - forward_passes
         if made == (0, 0):
@@ -363,26 +337,35 @@ class _Run:
                 group["lr"] = self.rate
 
     def _look_back(self, stop: StopRequest, stopping: Tensor | None) -> None:
-        """Judge the losses, and answer the stop requests, that were sent to the host when this was called before.
+        """Check the losses, and answer the stop requests, that were sent to the host by the previous call.
 
-        Every process does so at the same steps with the same values, so that all of them decide alike. Nothing waits
-        for the steps since then.
+        Every process does so at the same steps with the same values, so that all decide alike. Nothing waits for the
+        steps since then.
         """
-        seen = self.losses.seen(torch.zeros(()) if stopping is None else stopping)
-        if seen is not None:
-            first, losses, told = seen
+        previous = self.losses.seen(torch.zeros(()) if stopping is None else stopping)
+        if previous is not None:
+            first, losses, requests = previous
             self._check(first, losses)
-            self._answer(stop, told)
+            self._answer(stop, requests)
 
     def _inspect(self) -> float:
-        """Mean loss of the epoch so far, NaN before its first step; waits for the device. Raises _NotFiniteError."""
+        """Return the mean loss of the epoch so far, NaN before its first step.
+
+        Raises:
+            _NotFiniteError: a loss is not finite.
+
+        Cost: waits for the device.
+        """
         losses = self.losses.values().double()
         self._check(0, losses)
         return float(losses.mean())
 
     def _check(self, first: int, losses: Tensor) -> None:
-        """Raise _NotFiniteError naming the first step whose loss is not finite, of ``losses`` from place ``first`` of
-        the epoch on."""
+        """Raise _NotFiniteError naming the first step whose loss is not finite.
+
+        Args:
+            first: position in the epoch of the first of ``losses``.
+        """
         wrong = (~losses.isfinite()).nonzero()
         if len(wrong):
             start = (self.number - 1) // self.per_epoch * self.per_epoch
@@ -402,58 +385,62 @@ class _Run:
             processes=world_size(),
             **cost.as_dict(),
         )
-        figures = self._monitored(epoch) if epoch % self.monitor_epochs == 0 or epoch == self.epochs else {}
+        figures = self._monitored(epoch) if epoch % self.schedule.monitor_epochs == 0 or epoch == self.epochs else {}
         if figures:
             self.log("monitor", stage=self.name, epoch=epoch, **figures)
-        # After the logs: a kill between them and here repeats the epoch and its events, and none is missing.
+        # After the logs: an interruption in between repeats the epoch and its events, and none is missing.
         self.losses.replace(torch.empty(0))
         self.epoch_began = self.meter.read()
         if self._save_is_worth_it():
             self._save()
 
     def _save_is_worth_it(self) -> bool:
-        """Whether to write a checkpoint at the end of this epoch: not where one takes long and the last one is so
-        recent that writing would take more than ``SAVING_SHARE`` of the time."""
+        """Return whether to write a checkpoint at the end of this epoch.
+
+        A checkpoint that takes long to write is omitted where the last one is so recent that writing would take more
+        than ``SAVING_SHARE`` of the time.
+        """
         recent = budget.clock(self.device) - self.kept_at < self.saving_seconds / SAVING_SHARE
         return self.number == self.total or self.saving_seconds <= LONG_SAVING or not recent
 
     def _monitored(self, epoch: int) -> dict[str, Any]:
-        """The live figures, in the first process."""
+        """Return the live figures in the first process."""
         if self.monitor is None or rank() > 0:
             return {}
         with _evaluated(self.module, self.average):
             return self.monitor(epoch)
 
     def _save_is_due(self) -> bool:
-        """Whether it is time for a checkpoint in the middle of an epoch, in the first process."""
-        return rank() == 0 and time.monotonic() - self.saved_at >= 60 * self.keeping.minutes and self._is_finite()
+        """Return whether a checkpoint within the epoch is due, in the first process."""
+        return rank() == 0 and time.monotonic() - self.saved_at >= 60 * self.checkpoints.minutes and self._is_finite()
 
     def _is_finite(self) -> bool:
         try:
             self._inspect()
         except _NotFiniteError:
-            return False  # all processes meet it together at the next inspection
+            return False  # all processes raise it together at the next inspection
         return True
 
     def _save(self) -> None:
         began = budget.clock(self.device)
-        if self.keeping.checkpoint is not None and rank() == 0:
-            self.keeping.checkpoint.save(self._state())
+        if self.checkpoints.checkpoint is not None and rank() == 0:
+            self.checkpoints.checkpoint.save(self._state())
         self.saved_at, self.kept_at = time.monotonic(), budget.clock(self.device)
         self.saving_seconds = self.kept_at - began
 
     def _answer(self, stop: StopRequest, stopping: Tensor | None) -> None:
-        """End the training if it was asked to; of several processes all or none, by what they told each other."""
-        asked = bool(stop) if world_size() == 1 else stopping is not None and bool(stopping > 0)
-        if not asked:
+        """End the run if that was requested; of several processes all or none do, by what they exchanged."""
+        requested = bool(stop) if world_size() == 1 else stopping is not None and bool(stopping > 0)
+        if not requested:
             return
-        self._inspect()  # no checkpoint holds a step that was not found finite
+        self._inspect()  # no checkpoint holds a step that was not checked to be finite
         self._save()
         barrier()
-        cause, kept = stop.signal or signal.SIGTERM, self.keeping.checkpoint
-        told = f"kept in {kept.path}; the same command goes on from there" if kept else "nothing was kept"
+        cause, checkpoint = stop.signal or signal.SIGTERM, self.checkpoints.checkpoint
+        resume = "run the same command again to resume"
+        saved = f"saved in {checkpoint.path}; {resume}" if checkpoint else "nothing was saved"
         raise Interrupted(
-            f"{self.name}: stopped by {cause.name} after {self.number:,} of {self.total:,} steps; {told}", 128 + cause
+            f"{self.name}: stopped by {cause.name} after {self.number:,} of {self.total:,} steps; {saved}", 128 + cause
         )
 
     def _state(self) -> dict[str, Any]:
@@ -470,7 +457,7 @@ class _Run:
         }
 
     def _optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state, with the learning rate as a number also where the step is captured."""
+        """Return the optimizer's state, with the learning rate as a number also where the step is captured."""
         state = self.optimizer.state_dict()
         groups = [{**group, "lr": self.rate} for group in state["param_groups"]]
         return {**state, "param_groups": groups}
@@ -492,24 +479,24 @@ class _Run:
 
 
 def _memory_fields(name: str) -> str:
-    """What to lower where a training step does not fit into memory."""
+    """Return the field to lower where a training step does not fit into memory."""
     cached = " or, with the objective simclr, set pretrain.micro_batch to a part of it" if name == "pretrain" else ""
     return f"{name}.batch_size{cached}"
 
 
 def _process_name() -> tuple[int, ...]:
-    """What names a process's own streams: nothing where it is alone."""
+    """Return the part of a stream's name that tells processes apart: empty for a single process."""
     return (rank(),) if world_size() > 1 else ()
 
 
 @contextmanager
 def _evaluated(module: nn.Module, average: WeightAverage | None) -> Iterator[None]:
-    """Within the context ``module`` is as it would come out now: in evaluation mode, with averaged weights."""
+    """Put ``module`` into its final state within the context: evaluation mode, averaged weights."""
     with evaluation_mode(module):
         if average is None:
             yield
             return
-        weights = {name: own.detach().clone() for name, own in module.state_dict().items()}
+        weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
         average.copy_into(module)
         try:
             yield

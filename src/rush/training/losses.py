@@ -1,4 +1,4 @@
-"""The losses of an epoch, kept on the device and looked at some steps late."""
+"""Losses of an epoch, stored on the device and inspected some steps late."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from rush.runtime.transfer import HostCopy
 
 
 class Losses:
-    """The losses of the epoch under way, in one tensor on the device.
+    """The losses of the current epoch, in one tensor on the device.
 
     ``seen`` reads what the call before it sent to the host: by then the device has long computed it, so that no step
     waits for the device.
@@ -27,7 +27,7 @@ class Losses:
         return self._count
 
     def add(self, loss: Tensor) -> None:
-        """Keep the scalar ``loss`` of the next step. It is copied."""
+        """Store a copy of the scalar ``loss`` of the next step."""
         if not self._count:
             self._losses = loss.new_empty(self._capacity)
         self._losses[self._count].copy_(loss.detach())

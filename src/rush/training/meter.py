@@ -1,4 +1,4 @@
-"""What a training costs, in the currency in which methods are compared: passes through the network."""
+"""Count the cost of a training stage in passes through the network, the unit in which methods are compared."""
 
 import importlib
 import sys
@@ -19,8 +19,14 @@ _RAPL = Path("/sys/class/powercap")
 
 @dataclass
 class Cost:
-    """Running totals. passes: images forward and backward, in all processes; forward_passes: images forward alone;
-    seconds: wall clock; joules: of this process's processor or accelerator, None where the device does not tell."""
+    """Running totals.
+
+    Attributes:
+        passes: images forward and backward, in all processes.
+        forward_passes: images forward alone.
+        seconds: wall clock.
+        joules: of this process's processor or accelerator; None where the device has no counter.
+    """
 
     passes: int = 0
     forward_passes: int = 0
@@ -31,7 +37,7 @@ class Cost:
         return asdict(self)
 
     def minus(self, earlier: "Cost") -> "Cost":
-        """What came after ``earlier``; joules None unless both tell."""
+        """Return the cost since ``earlier``; joules are None unless both have them."""
         joules = None if self.joules is None or earlier.joules is None else self.joules - earlier.joules
         return Cost(
             self.passes - earlier.passes,
@@ -42,16 +48,15 @@ class Cost:
 
 
 class Meter:
-    """Counts what ``networks`` are asked within ``running``: every row that goes forward, by whether it can go back.
+    """Counter of the rows that go forward through ``networks`` within ``running``, by whether they can go backward.
 
-    A row counts as forward and backward when gradients are on and either the input or a weight asks for one. A backward
-    pass to the input alone costs less than one to the weights too and counts the same. Rows of other processes, which
-    are as many, are counted with these. No waiting for the device. ``cost`` may be set to what an earlier attempt had
-    counted.
+    A row counts as forward and backward when gradients are on and either the input or a weight requires one. A backward
+    pass to the input alone costs less than one to the weights too and counts the same. The equally many rows of each
+    other process are included. Nothing waits for the device. ``cost`` may be set to the count of an earlier attempt.
     """
 
     def __init__(self, *networks: nn.Module, device: str = "cpu") -> None:
-        self._networks, self._device = networks, device
+        self._networks, self.device = networks, device
         self._read_energy = _energy_reader(device)
         self._since, self._energy = time.perf_counter(), 0.0
         self.cost = Cost(joules=0.0 if self._read_energy else None)
@@ -67,14 +72,14 @@ class Meter:
                 handle.remove()
 
     def restart(self, cost: Cost) -> None:
-        """Count on from ``cost``: passes, time, energy and the accelerator's peak of memory up to now are forgotten."""
-        if torch.device(self._device).type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        """Continue from ``cost``; passes, time, energy and peak memory counted so far are discarded."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._since, self._energy = time.perf_counter(), self._read_energy() if self._read_energy else 0.0
         self.cost = cost
 
     def read(self) -> Cost:
-        """The totals up to now; time and energy of this attempt are added to ``cost``."""
+        """Add time and energy of this attempt to ``cost`` and return it."""
         now = time.perf_counter()
         self.cost.seconds += now - self._since
         self._since = now
@@ -93,7 +98,7 @@ class Meter:
 
 
 def peak_memory(device: str) -> int | None:
-    """Most bytes held so far: on the accelerator, or resident in this process; None where the system does not tell."""
+    """Return the peak of bytes on the accelerator, or resident in this process; None where it is not known."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -105,7 +110,7 @@ def peak_memory(device: str) -> int | None:
 
 
 def _energy_reader(device: str) -> Callable[[], float] | None:
-    """A function that tells the joules used so far by the device, from an arbitrary start; None where it cannot."""
+    """Return a function that reads the joules used by the device, from an arbitrary start; None where it has none."""
     return _accelerator_energy(device) if torch.device(device).type == "cuda" else _processor_energy()
 
 
@@ -122,7 +127,7 @@ def _accelerator_energy(device: str) -> Callable[[], float] | None:
 
 
 def _processor_energy() -> Callable[[], float] | None:
-    """Sum of the package counters (Intel and AMD RAPL), where they may be read."""
+    """Return the sum of the package counters (Intel and AMD RAPL), where they may be read."""
     counters = [zone / "energy_uj" for zone in sorted(_RAPL.glob("intel-rapl:?"))]
 
     def read() -> float:

@@ -1,4 +1,4 @@
-"""Training and evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Within the context ``module`` is in evaluation mode; afterwards every layer is in the mode that it was in."""
+    """Put ``module`` into evaluation mode within the context; every layer is restored to its mode afterwards."""
     modes = {layer: layer.training for layer in module.modules()}
     module.eval()
     try:

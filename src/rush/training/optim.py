@@ -14,8 +14,10 @@ from rush.training.lars import LARS
 def build_optimizer(
     module: nn.Module, name: OptimizerName, learning_rate: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Optimizer over the parameters of ``module`` that require gradients; biases and normalization layers are not
-    decayed, nor adapted by LARS. On CUDA the optimizer is the fused one, where torch has it.
+    """Return an optimizer over the parameters of ``module`` that require gradients.
+
+    Biases and normalization layers are neither decayed nor adapted by LARS. On CUDA the optimizer is the fused one,
+    where torch has it.
 
     Raises: ConfigError for an unknown name.
     """
@@ -59,15 +61,17 @@ def rate_tensor(optimizer: torch.optim.Optimizer, device: str) -> Tensor:
 
 
 def set_capturable(optimizer: torch.optim.Optimizer, capturing: bool) -> None:
-    """Tell ``optimizer`` whether its step is being captured; an optimizer that keeps no such flag needs none."""
+    """Set the capturable flag of ``optimizer``; an optimizer without one does not need it."""
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = capturing
 
 
 def cosine_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor on the peak learning rate at ``step`` (0-based): linear warm-up, then half a cosine down to zero at
-    ``total_steps``."""
+    """Return the factor on the peak learning rate at ``step`` (0-based).
+
+    Linear warm-up, then half a cosine down to zero at ``total_steps``.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)

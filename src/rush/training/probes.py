@@ -1,4 +1,4 @@
-"""What a frozen encoder knows: nearest-neighbour and linear accuracy of its representations, clean and under noise."""
+"""Nearest-neighbour and linear accuracy of a frozen encoder's representations, clean and under noise."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def representations(
     noise: Gaussian | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Representations (N, D) float32 of all images by ``represent``, a module from [0, 1] pixels in evaluation mode.
+    """Return the float32 representations (N, D) of all images by ``represent``, a module in evaluation mode.
 
     noise: one draw of it from ``generator``, on the device, is added to every image.
     """
@@ -33,7 +33,7 @@ def representations(
 def knn_correct(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, neighbours: int, temperature: float = 0.1
 ) -> int:
-    """Number of ``queries`` (M, D) whose weighted nearest-neighbour vote over ``bank`` (N, D) gives their label.
+    """Count the ``queries`` (M, D) whose weighted nearest-neighbour vote over ``bank`` (N, D) gives their label.
 
     The ``neighbours`` of largest cosine similarity s vote with weight exp(s / temperature) (Wu et al. 2018, section
     3.4).

@@ -1,10 +1,10 @@
 """Classification objectives: the loss of a batch with its gradient graph, mean over the images.
 
-``logits`` is the network in training mode, ``evaluated`` the same network with BatchNorm in evaluation mode; both take
-images (B, C, H, W) and return float logits (B, K). Attacks inside training climb on ``evaluated`` and never fill
-``.grad``; where the sources leave the mode open, this is the choice made here. ``x`` is in [0, 1], ``y`` int64 (B,).
-Noisy copies are (draws, B, ...) in one forward, so BatchNorm sees all draws of an image in one batch. Nothing waits for
-the device: what depends on the data is chosen by masks. A pass is one forward and one backward of one image.
+``logits`` is the network in training mode, ``evaluated`` the same network with BatchNorm in evaluation mode. Both take
+images (B, C, H, W) and return float logits (B, K). Attacks inside training use ``evaluated`` and never fill ``.grad``;
+the sources leave this mode open. ``x`` is in [0, 1], ``y`` int64 (B,). Noisy copies are (draws, B, ...) in one forward,
+so BatchNorm sees all draws of an image in one batch. Nothing waits for the device: masks select what depends on the
+data. A pass is one forward and one backward of one image.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from rush.errors import InputError
 from rush.smoothing.noise import Gaussian
+from rush.training.ascent import gradient, signed_ascent
 
 Logits: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -48,7 +49,7 @@ def consistency(
     weight: float,
     entropy_weight: float,
 ) -> Tensor:
-    """Cross-entropy plus what the predictions under noise differ by, a scalar (Jeong & Shin 2020, section 3).
+    """Cross-entropy plus a penalty on how predictions differ under noise, a scalar (Jeong & Shin 2020, section 3).
 
     With p_i the softmax under draw i of m and p their mean:
     (1/m) sum of -log p_i[y] + weight (1/m) sum of KL(p || p_i) + entropy_weight H(p). Gradients flow through p too.
@@ -100,7 +101,7 @@ def smoothadv(
 
     adversarial = x
     for _ in range(steps):
-        ascent = _unit(_gradient(smoothed_loss, adversarial))
+        ascent = _unit(gradient(smoothed_loss, adversarial))
         inside = (adversarial + 2 * epsilon / steps * ascent).clamp(0.0, 1.0)
         adversarial = _into_ball(inside, x, epsilon)
     return _cross_entropies(_log_probs(logits, adversarial, drawn), y).mean()
@@ -178,7 +179,7 @@ def pgd_at(
     def loss(images: Tensor) -> Tensor:
         return F.cross_entropy(evaluated(images), y, reduction="sum")
 
-    return F.cross_entropy(logits(_signed_ascent(loss, start, x, epsilon, step_size, steps)), y)
+    return F.cross_entropy(logits(signed_ascent(loss, start, x, epsilon, step_size, steps)), y)
 
 
 def trades(
@@ -212,7 +213,7 @@ def trades(
     def divergence(images: Tensor) -> Tensor:
         return _divergence(target, evaluated(images).log_softmax(1)).sum()
 
-    adversarial = _signed_ascent(divergence, x + _TRADES_START * normal, x, epsilon, step_size, steps)
+    adversarial = signed_ascent(divergence, x + _TRADES_START * normal, x, epsilon, step_size, steps)
     clean = logits(x)
     robust = _divergence(clean.log_softmax(1), logits(adversarial).log_softmax(1)).mean()
     return F.cross_entropy(clean, y) + beta * robust
@@ -221,7 +222,7 @@ def trades(
 def _adversarial_noise(
     evaluated: Logits, x: Tensor, drawn: Tensor, target: Tensor, epsilon: float, steps: int
 ) -> Tensor:
-    """Noise (draws, B, C, H, W) within l2 ``epsilon`` of ``drawn`` that moves the predictions away from the
+    """Return noise (draws, B, C, H, W) within l2 ``epsilon`` of ``drawn`` that moves the predictions away from the
     log-probabilities ``target`` (B, K), see ``cat_rs``."""
     origin = drawn.flatten(0, 1)
 
@@ -230,79 +231,61 @@ def _adversarial_noise(
 
     current = origin
     for _ in range(steps):
-        moved = current + 2 * epsilon / steps * _unit(_gradient(divergence, current))
+        moved = current + 2 * epsilon / steps * _unit(gradient(divergence, current))
         current = _into_ball(_with_moments_of(origin, moved), origin, epsilon)
     return current.view_as(drawn)
 
 
-def _signed_ascent(
-    loss: Callable[[Tensor], Tensor], start: Tensor, x: Tensor, epsilon: float, step_size: float, steps: int
-) -> Tensor:
-    """The last iterate of l-inf ascent on ``loss``, inside the ball around ``x`` and [0, 1]; no gradients."""
-    adversarial = start
-    for _ in range(steps):
-        moved = adversarial + step_size * _gradient(loss, adversarial).sign()
-        adversarial = moved.clamp(x - epsilon, x + epsilon).clamp(0.0, 1.0)
-    return adversarial
-
-
-def _gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """Gradient of the scalar ``loss`` at these points alone: no ``.grad`` is filled and no graph is kept."""
-    with torch.enable_grad():
-        point = at.detach().requires_grad_()
-        return torch.autograd.grad(loss(point), point)[0]
-
-
 def _into_ball(points: Tensor, centres: Tensor, epsilon: float | Tensor) -> Tensor:
-    """The points moved straight towards their centres into the l2 ball."""
+    """Move the points straight towards their centres into the l2 ball."""
     change = points - centres
     # The reciprocal is how torch divides a number by a tensor; a tensor in place of the number must round alike.
     return centres + change * (_norms(change).reciprocal() * epsilon).clamp(max=1.0)
 
 
 def _with_moments_of(origin: Tensor, noise: Tensor) -> Tensor:
-    """``noise`` shifted and scaled to the mean and standard deviation of ``origin``, each over one image."""
+    """Return ``noise`` shifted and scaled to the mean and standard deviation of ``origin``, each over one image."""
     mean = origin.mean((1, 2, 3), keepdim=True)
     centred = noise - noise.mean((1, 2, 3), keepdim=True)
     return mean + centred * (_norms(origin - mean) / _norms(centred))
 
 
-def _unit(gradient: Tensor) -> Tensor:
-    return gradient / _norms(gradient)
+def _unit(direction: Tensor) -> Tensor:
+    return direction / _norms(direction)
 
 
 def _norms(images: Tensor) -> Tensor:
-    """l2 norm of every image (N, 1, 1, 1), as a divisor: never below ``_SMALLEST_NORM``."""
+    """Return the l2 norm of every image (N, 1, 1, 1), as a divisor: never below ``_SMALLEST_NORM``."""
     return images.flatten(1).norm(dim=1).clamp(min=_SMALLEST_NORM).view(-1, 1, 1, 1)
 
 
 def _draw(noise: Gaussian, x: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Noise (draws, B, C, H, W) of the type of ``x``, so that what is computed from it alone is as exact."""
+    """Return noise (draws, B, C, H, W) of the type of ``x``, so that results computed from it alone are as exact."""
     return noise.sample((draws, *x.shape), generator).to(x.dtype)
 
 
 def _log_probs(logits: Logits, x: Tensor, drawn: Tensor) -> Tensor:
-    """Log-probabilities (draws, B, K) of the images under each of the draws (draws, B, C, H, W)."""
+    """Return the log-probabilities (draws, B, K) of the images under each of the draws (draws, B, C, H, W)."""
     return logits((x + drawn).flatten(0, 1)).log_softmax(1).unflatten(0, drawn.shape[:2])
 
 
 def _log_mean(log_probs: Tensor) -> Tensor:
-    """Log of the mean probability (B, K) over the draws (draws, B, K)."""
+    """Return the log of the mean probability (B, K) over the draws (draws, B, K)."""
     return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
 def _cross_entropies(log_probs: Tensor, y: Tensor) -> Tensor:
-    """-log p[y], (draws, B)."""
+    """Return -log p[y], (draws, B)."""
     return -log_probs.gather(2, y.expand(len(log_probs), -1)[..., None])[..., 0]
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension; on logarithms, so that a probability of zero gives no NaN in gradients."""
+    """Return KL(p || q) over the last dimension, from logarithms: a probability of zero gives no NaN in gradients."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _confidence(correct: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """A draw of Binomial(draws, correct / draws) for each entry of ``correct`` (B,): exactly ``draws`` where all are.
+    """Draw from Binomial(draws, correct / draws) for each entry of ``correct`` (B,): exactly ``draws`` where all are.
 
     A uniform number below 1 times ``draws`` stays below ``draws`` in float32; a share of 7/7 need not be 1 there.
     """

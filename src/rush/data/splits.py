@@ -1,0 +1,161 @@
+"""The images of a run by their use: training, monitoring, pre-training and evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from rush.data.batches import TrainingImages
+from rush.data.checks import LabelledPixels, labelled_pixels
+from rush.data.images import ImageSet, evaluation_order, hold_out
+from rush.data.kind import ANY_KIND, ImageKind
+from rush.data.sources import decoded_bytes, load_images
+from rush.data.streaming import Stream, open_stream, training_source
+from rush.errors import ConfigError
+from rush.recipe.schema import DataConfig
+from rush.runtime.distributed import rank, world_size
+from rush.runtime.randomness import stream
+
+_SAMPLE = 20_000  # images of a stream that statistics and nearest neighbours are computed from
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images that ``data`` names. Splits that would take more than its share of memory are streamed.
+
+    Attributes:
+        seed: decides which images are held out, sampled and evaluated.
+        device: streams are decoded for it.
+        record: called once with the name and the images of each split that is computed with. What it raises ends the
+            access.
+        loaded: splits already in memory, by name; splits read from now on are added.
+    """
+
+    data: DataConfig
+    seed: int
+    device: str
+    record: Callable[[str, ImageSet | Stream], None]
+    loaded: dict[str, ImageSet]
+
+    @property
+    def train(self) -> ImageSet | Stream:
+        """The training images without those that are held out."""
+        return self._divided[0]
+
+    @property
+    def held_out(self) -> ImageSet | None:
+        """The training images that neither training stage sees; None where none are held out."""
+        return self._divided[1]
+
+    @property
+    def test(self) -> ImageSet:
+        """The test images."""
+        images = self._in_memory("test")
+        self._record_once("test", images)
+        return images
+
+    def pretraining(self) -> TrainingImages:
+        """Return the source of pre-training: its split without the held-out images and without labels."""
+        split, held_out = self.data.pretrain_split, self.held_out
+        images = self.train if split == "train" else self._used(split)
+        if split != "train" and held_out is not None:
+            images = _without(images, np.concatenate([held_out.ids, np.char.add("train/", held_out.ids)]))
+        return training_source(images.without_labels(), self.device, rank(), world_size())
+
+    def reference(self, count: int | None = None) -> ImageSet:
+        """Return training images in memory, for statistics and nearest neighbours.
+
+        Args:
+            count: None for all training images, else the greatest number, without held-out images. Of a stream it is a
+                random sample.
+        """
+        images = self._used("train") if count is None else self.train
+        if isinstance(images, ImageSet):
+            return images if count is None else images[: min(count, len(images))]
+        size = min(count or _SAMPLE, len(images) - 1)
+        return images.holding_out(size, stream(self.seed, "known images"))[1]
+
+    def evaluation(
+        self, count: int | None, num_classes: int, kind: ImageKind = ANY_KIND
+    ) -> tuple[list[int], LabelledPixels]:
+        """Return the first ``count`` test images (all for None) of one seeded order, and their positions in the split.
+
+        Certification and attacks use the beginning of the same order, so that they evaluate the same images.
+
+        Args:
+            kind: images that the model accepts.
+
+        Raises:
+            ConfigError: there are fewer than ``count`` test images.
+        """
+        self.check_count(count)
+        test = self.test
+        order = evaluation_order(len(test), count, self.seed)
+        return order, labelled_pixels(test[order], num_classes, kind)
+
+    def check_count(self, count: int | None) -> None:
+        """Raise ConfigError when there are fewer than ``count`` test images."""
+        test = self._in_memory("test")
+        if count is not None and count > len(test):
+            raise ConfigError(
+                f"the recipe asks for {count} test images, {test.name} has {len(test)}; "
+                "lower certify.images and attack.images"
+            )
+
+    def inspect(self, split: str) -> ImageSet | Stream:
+        """Return a split without recording it, to check it before anything is computed with it."""
+        data = self.data
+        if split in self.loaded or decoded_bytes(data.name, split, data.root, size=data.size) <= data.memory_bytes:
+            return self._in_memory(split)
+        if split not in self._streams:
+            self._streams[split] = open_stream(
+                data.name,
+                split,
+                root=data.root,
+                size=data.size,
+                memory=data.memory_bytes,
+                device=self.device,
+                rank=rank(),
+                processes=world_size(),
+            )
+        return self._streams[split]
+
+    @cached_property
+    def _divided(self) -> tuple[ImageSet | Stream, ImageSet | None]:
+        train, count = self._used("train"), self.data.held_out
+        if not count:
+            return train, None
+        generator = stream(self.seed, "held out")
+        return hold_out(train, count, generator) if isinstance(train, ImageSet) else train.holding_out(count, generator)
+
+    @cached_property
+    def _streams(self) -> dict[str, Stream]:
+        return {}
+
+    @cached_property
+    def _recorded(self) -> set[str]:
+        return set()
+
+    def _used(self, split: str) -> ImageSet | Stream:
+        images = self.inspect(split)
+        self._record_once(split, images)
+        return images
+
+    def _in_memory(self, split: str) -> ImageSet:
+        if split not in self.loaded:
+            data = self.data
+            self.loaded[split] = load_images(data.name, split=split, root=data.root, size=data.size)
+        return self.loaded[split]
+
+    def _record_once(self, split: str, images: ImageSet | Stream) -> None:
+        if split not in self._recorded:
+            self.record(split, images)
+            self._recorded.add(split)
+
+
+def _without(images: ImageSet | Stream, ids: np.ndarray) -> ImageSet | Stream:
+    """Return the images that have none of these ids."""
+    if isinstance(images, ImageSet):
+        return images[np.flatnonzero(~np.isin(images.ids, ids))]
+    return replace(images, rows=images.rows[~np.isin(images.records.ids()[images.rows], ids)])
