@@ -38,7 +38,7 @@ from rush.attacks.apgd import apgd
 from rush.attacks.gradient import plain
 from rush.attacks.losses import Loss, cross_entropy, dlr
 from rush.attacks.square import square
-from rush.attacks.threat import distances
+from rush.attacks.threat import norms
 from rush.data.images import ImageSet, stratified_subset
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
@@ -150,7 +150,7 @@ def _attack_batch(attacker: Attacker, network: nn.Module, images: ImageSet, epsi
     if clean.any():
         adversarial[torch.from_numpy(clean)] = attacker(counted, images[clean]).detach()
     seconds = time.perf_counter() - started
-    if float(distances(adversarial, x)[0].max()) > epsilon + SLACK or adversarial.min() < 0 or adversarial.max() > 1:
+    if norms(adversarial, x, "linf").max() > epsilon + SLACK or adversarial.min() < 0 or adversarial.max() > 1:
         raise SystemExit("an attack returned a point outside the ball or outside [0, 1]")
     standing = clean & correct(network, adversarial, images)
     return Found(

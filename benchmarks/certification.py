@@ -41,12 +41,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import rush
 from rush.certification.apply_rule import follow
 from rush.certification.bounds import certified_radius
+from rush.certification.certificates import Certificates
 from rush.certification.recertify import recompute
 from rush.certification.rule import Rule, make_rule, null_probability
 from rush.certification.sequential import UNDECIDED
 from rush.data.checks import labelled_pixels
 from rush.models.storage import ClassifierSpec
-from rush.reporting.logs import CertificationLog, read_log
+from rush.records.public_logs import read_log
 from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.forward import Forward, try_forwards
@@ -63,14 +64,14 @@ CURVES = {0.25: np.arange(0, 0.76, 0.25), 0.5: np.arange(0, 1.76, 0.25), 1.0: np
 
 def samples(arguments: argparse.Namespace) -> None:
     for name, sigma in ONE_RADIUS:
-        log = read_log(arguments.logs / f"{name}_sigma_{sigma:.3g}{'.0' if sigma == 1 else ''}.tsv")
+        log = read_log(arguments.logs / f"{name}_sigma_{sigma:.3g}{'.0' if sigma == 1 else ''}.tsv").certificates
         p = class_probabilities(log)
         votes = np.random.default_rng(arguments.seed).binomial(BLOCK, p[:, None], (len(p), CAP // BLOCK))
         for radii in ((sigma,), tuple(CURVES[sigma])):
-            compare_samples(f"{name} sigma {sigma:g}", p, log.correct | (log.predict == log.label), votes, sigma, radii)
+            compare_samples(f"{name} sigma {sigma:g}", p, log.correct, votes, sigma, radii)
 
 
-def class_probabilities(log: CertificationLog) -> NDArray[np.float64]:
+def class_probabilities(log: Certificates) -> NDArray[np.float64]:
     """The probability of the predicted class (N,), recovered from radii; see the module for what a log cannot tell."""
     rng = np.random.default_rng(0)
     counts = np.arange(CAP // 2, CAP + 1)
@@ -78,7 +79,7 @@ def class_probabilities(log: CertificationLog) -> NDArray[np.float64]:
     p = np.interp(special.ndtr(log.radius / log.sigma), lower, counts / CAP)
     ceiling = log.radius >= 0.995 * log.sigma * special.ndtri(lower[-1])
     p[ceiling] = 1 - rng.exponential(1 / CAP, int(ceiling.sum()))
-    abstained = log.predict < 0
+    abstained = log.prediction < 0
     p[abstained] = rng.uniform(0.2, 0.5, int(abstained.sum()))
     return p
 
@@ -170,7 +171,7 @@ def wall_time(arguments: argparse.Namespace) -> None:
     plain = smoothed_model(arguments.run).classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     per_image = textbook_time(plain, pixels, sigma, CAP, arguments.textbook_full)
     textbook_time(plain, pixels, sigma, arguments.textbook_samples, arguments.textbook_images)
-    log = read_log(arguments.logs / f"catrs_sigma_{sigma:g}.tsv")
+    log = read_log(arguments.logs / f"catrs_sigma_{sigma:g}.tsv").certificates
     models = {
         "network": ("trained network", stored.classifier, (pixels, images.y)),
         "margins": ("linear margins of the logs", *margins_model(stored.classifier, sigma, log, len(images))),
@@ -228,7 +229,7 @@ class Margins(nn.Module):
 
 
 def margins_model(
-    network: nn.Module, sigma: float, log: CertificationLog, count: int
+    network: nn.Module, sigma: float, log: Certificates, count: int
 ) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """A model of the network's cost whose class probabilities are every k-th of the log's, sorted."""
     p = np.sort(class_probabilities(log))[:: len(log) // count][:count]

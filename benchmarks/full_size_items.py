@@ -17,7 +17,6 @@ from rush.attacks.threat import ThreatModel
 from rush.certification.certificates import Certificates, join_certificates
 from rush.certification.certify import certify_each
 from rush.certification.rule import Rule, make_rule
-from rush.certification.table import read_certificates, write_certificates
 from rush.choices import parse_fraction
 from rush.data.batches import Resident
 from rush.data.checks import LabelledPixels, labelled_pixels
@@ -30,7 +29,6 @@ from rush.evaluation.model import defend
 from rush.evaluation.plans import Plan, Suite, worst_case
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.sandwich import check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
-from rush.evaluation.table import attack_table
 from rush.evaluation.verdict import VerdictSettings
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_weights
@@ -38,6 +36,8 @@ from rush.pipeline.context import noise_of
 from rush.pipeline.train import new_classifier, spec_of
 from rush.recipe.load import build_recipe
 from rush.recipe.schema import Recipe, Schedule
+from rush.records.attacks import attack_table
+from rush.records.certificates import read_certificates, write_certificates
 from rush.runtime.execution import Execution, without_tf32
 from rush.runtime.randomness import stream
 from rush.statistics import share_interval

@@ -1,26 +1,30 @@
-"""Networks that draw by themselves: honest ones whose evaluation is believable, and defences that weaken attacks."""
+"""Stochastic networks: honest ones whose evaluation is credible, and defences that weaken attacks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audit_zoo import digits
-from audit_zoo_second import fitted, noisy_perceptron, perceptron
+from audit_zoo import OnChanged, digits
+from audit_zoo_second import fitted
 
 
-class Dropped(nn.Module):
+def dropped(inner: nn.Module, rate: float) -> nn.Module:
     """``inner`` on pixels of which every call drops a share ``rate``."""
+    return OnChanged(inner, lambda x: F.dropout(x, rate, True))
 
-    def __init__(self, inner: nn.Module, rate: float) -> None:
-        super().__init__()
-        self.inner, self.rate = inner, rate
-        self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(F.dropout(x, self.rate, True))
+def dithered(inner: nn.Module, levels: int) -> nn.Module:
+    """``inner`` on pixels rounded to ``levels`` + 1 values, up or down by chance, so that their mean is the pixel."""
+    return OnChanged(inner, lambda x: (x * levels + torch.rand_like(x)).floor() / levels)
+
+
+def own_draws(inner: nn.Module, sigma: float, seed: int = 0) -> nn.Module:
+    """``inner`` under noise from a generator of its own, which no seed of the evaluation reaches."""
+    generator = torch.Generator().manual_seed(seed)
+    return OnChanged(inner, lambda x: x + sigma * torch.randn(x.shape, generator=generator))
 
 
 class NoisyWeights(nn.Module):
@@ -39,19 +43,6 @@ class NoisyWeights(nn.Module):
         return torch.func.functional_call(self.inner, drawn, (x,))
 
 
-class OwnDraws(nn.Module):
-    """``inner`` under noise from a generator of its own, which no seed of the evaluation reaches."""
-
-    def __init__(self, inner: nn.Module, sigma: float, seed: int = 0) -> None:
-        super().__init__()
-        self.inner, self.sigma = inner, sigma
-        self._generator = torch.Generator().manual_seed(seed)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x + self.sigma * torch.randn(x.shape, generator=self._generator))
-
-
 class Rarely(nn.Module):
     """``inner`` that one call in a thousand answers at random."""
 
@@ -63,18 +54,6 @@ class Rarely(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits = self.inner(x)
         return logits.roll(1, 1) if float(torch.rand(())) < 1e-3 else logits
-
-
-class Dithered(nn.Module):
-    """``inner`` on pixels rounded to ``levels`` + 1 values, up or down by chance, so that their mean is the pixel."""
-
-    def __init__(self, inner: nn.Module, levels: int) -> None:
-        super().__init__()
-        self.inner, self.levels = inner, levels
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner((x * self.levels + torch.rand_like(x)).floor() / self.levels)
 
 
 class Picked(nn.Module):
@@ -90,7 +69,7 @@ class Picked(nn.Module):
 
 
 class UnderAttack(nn.Module):
-    """``quiet`` where a gradient is asked for, ``inner`` where not: an attacker sees other draws than the verdict."""
+    """``quiet`` where gradients are on, else ``inner``: attack and verdict have different draws."""
 
     def __init__(self, inner: nn.Module, quiet: nn.Module) -> None:
         super().__init__()
@@ -119,11 +98,3 @@ def dropout_perceptron() -> nn.Module:
     """64-64-10, trained under noise that dropped pixels resemble."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     return fitted(network, digits(10_000, "train"), "dropout perceptron", noise=0.15)
-
-
-def dithered_ensemble() -> nn.Module:
-    """A random pick of two perceptrons, each on dithered pixels."""
-    return Picked([Dithered(perceptron(), 3), Dithered(noisy_perceptron(), 3)])
-
-
-Made = Callable[[], nn.Module]

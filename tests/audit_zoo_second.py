@@ -4,60 +4,26 @@ Small perceptrons and linear models where they serve: an audit of them takes sec
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audit_zoo import Images, digits, plain_network
+from audit_zoo import Images, OnChanged, digits, plain_network
 from rush.attacks.gradient import LogProbs, seeded
 from rush.attacks.losses import cross_entropy
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
-from rush.auditing.audit import AuditReport, AuditVerdict, audit
-from rush.choices import Decision
 from rush.evaluation.attack import attack
 from rush.evaluation.model import Model
-from rush.evaluation.plans import Plan, Suite
+from rush.evaluation.plans import Plan
 from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import BROKEN, HELD
 from rush.runtime.randomness import seeded_init, stream
 
-Evaluation: TypeAlias = Plan | Suite | Callable[[Model, Images, ThreatModel], AttackResult] | None
-
-PASSES = 10  # of a random model, of which ``any_of_ten`` wants one to be right
-
-
-@dataclass(frozen=True)
-class Examined:
-    """One evaluation of one model, what the audit must say, and why.
-
-    evaluation: as of ``audit_zoo.Entry``. expected: the verdict; first: the findings of which one must be the first
-    that failed, with more than one only where two causes are equally right; empty where none may fail. decision,
-    surrogate: as of ``rush.audit``.
-    """
-
-    name: str
-    model: Callable[[], Model]
-    images: Images
-    threat: ThreatModel
-    evaluation: Evaluation
-    expected: AuditVerdict
-    first: frozenset[str] = frozenset()
-    decision: Decision | None = None
-    surrogate: Callable[[], nn.Module] | None = None
-
-
-def examined(entry: Examined, seed: int = 0) -> AuditReport:
-    """The audit of one entry."""
-    model, made = entry.model(), entry.evaluation
-    evaluation = made if made is None or isinstance(made, Plan | Suite) else made(model, entry.images, entry.threat)
-    surrogate = None if entry.surrogate is None else entry.surrogate()
-    return audit(model, entry.images, entry.threat, evaluation, decision=entry.decision, surrogate=surrogate, seed=seed)
+PASSES = 10  # of a stochastic model, of which one must be right for ``any_of_ten``
 
 
 def parity(number: int, split: str = "test") -> Images:
@@ -118,10 +84,10 @@ def plane_holds(images: Images, epsilon: float) -> Tensor:
     """Which images (N,) of ``plane`` no change of at most ``epsilon`` a pixel within [0, 1] takes across: exact.
 
     The most harmful change is at one end of its range at every pixel. Noise that is symmetric moves the plane's votes
-    and means to neither side, so that the answer is the same for ``NoiseInside(plane(), sigma)``.
+    and means to neither side, so that the answer is the same for ``noise_inside(plane(), sigma)``.
     """
     x, y = images[0].double().flatten(1), images[1]
-    layer = next(own for own in plane().modules() if isinstance(own, nn.Linear))
+    layer = next(module for module in plane().modules() if isinstance(module, nn.Linear))
     weight, bias = layer.weight.double(), layer.bias.double()
     towards = weight[1 - y] - weight[y]
     rest = bias[1 - y] - bias[y]
@@ -130,29 +96,19 @@ def plane_holds(images: Images, epsilon: float) -> Tensor:
     return worst < 0
 
 
-class NoiseInside(nn.Module):
-    """``inner`` on pixels with Gaussian noise that is drawn at every call: a model that is random by itself."""
-
-    def __init__(self, inner: nn.Module, sigma: float) -> None:
-        super().__init__()
-        self.inner, self.sigma = inner, sigma
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x + self.sigma * torch.randn_like(x))
+def noise_inside(inner: nn.Module, sigma: float) -> nn.Module:
+    """``inner`` on pixels with Gaussian noise that is drawn at every call: a stochastic model."""
+    return OnChanged(inner, lambda x: x + sigma * torch.randn_like(x))
 
 
-class ShiftInside(nn.Module):
+def shift_inside(inner: nn.Module, most: int) -> nn.Module:
     """``inner`` on images that every call shifts by up to ``most`` pixels each way, round the edges."""
 
-    def __init__(self, inner: nn.Module, most: int) -> None:
-        super().__init__()
-        self.inner, self.most = inner, most
-        self.eval()
+    def shifted(x: Tensor) -> Tensor:
+        down, right = torch.randint(-most, most + 1, (2,)).tolist()
+        return x.roll((down, right), (2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        down, right = torch.randint(-self.most, self.most + 1, (2,)).tolist()
-        return self.inner(x.roll((down, right), (2, 3)))
+    return OnChanged(inner, shifted)
 
 
 class FrozenBackbone(nn.Module):
@@ -173,7 +129,7 @@ class FrozenBackbone(nn.Module):
 
 
 def on_0_to_255(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
-    """PGD-20 by somebody who holds pixels from 0 to 255, and took epsilon for a number of that scale."""
+    """PGD-20 on pixels from 0 to 255, with epsilon taken for a number of that scale."""
     assert isinstance(model, nn.Module)
     x, y = images
     assert isinstance(threat.epsilon, float)
@@ -200,7 +156,7 @@ def of_256(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
 
 
 def downhill(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
-    """PGD-20 that descends the loss, told without a word on how its points were made."""
+    """PGD-20 that descends the loss, reported without its plan."""
     assert isinstance(model, nn.Module)
     x, y = images
     _, points = pgd(
@@ -210,7 +166,7 @@ def downhill(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
         threat,
         steps=20,
         step_size=0.25,
-        loss=lambda given, labels: -cross_entropy(given, labels),
+        loss=lambda log_probs, labels: -cross_entropy(log_probs, labels),
     )
     return replace(counted(model, images, threat, points, model(points)), plan=Plan("given", "points given", "none"))
 
@@ -236,7 +192,7 @@ def any_of_ten(model: Model, images: Images, threat: ThreatModel) -> AttackResul
 
 
 def counted(model: nn.Module, images: Images, threat: ThreatModel, points: Tensor, logits: Tensor) -> AttackResult:
-    """The result of PGD-20 at ``points``, judged by somebody from these ``logits``."""
+    """Return the result of PGD-20 at ``points``, judged by these ``logits``."""
     held = logits.argmax(1) == images[1]
     plan = Plan("pgd", "PGD-20", "pgd", steps=20, step_size=0.25)
     verdict = torch.where(held, HELD, BROKEN).to(torch.uint8).numpy()
@@ -245,5 +201,5 @@ def counted(model: nn.Module, images: Images, threat: ThreatModel, points: Tenso
 
 
 def log_probs(network: nn.Module) -> LogProbs:
-    """What an attacker sees of a deterministic network."""
+    """Return the log-probabilities that are attacked of a deterministic network."""
     return lambda x: F.log_softmax(network(x), dim=1)

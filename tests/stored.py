@@ -1,15 +1,19 @@
 """Certificates made from votes that a test chooses, as a run would have stored them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from rush.certification.apply_rule import apply_rule
 from rush.certification.bounds import certify_counts
 from rush.certification.certificates import Certificates
 from rush.certification.rule import Rule, make_rule
+from rush.certification.sequential import UNDECIDED
 from rush.choices import BLOCK
+from rush.records.public_logs import CertificateTable
 
 
 def rule_of(**changes: Any) -> Rule:
@@ -66,3 +70,31 @@ def stored_certificates(
         pixels=tuple(f"{row:032x}" for row in rows) if pixels is None else tuple(pixels),
         model="0" * 64,
     )
+
+
+def log_of(
+    radius: Any, prediction: Any = None, labels: Any = None, name: str = "a", **changes: Any
+) -> CertificateTable:
+    """A published log of these radii at sigma 0.5; right everywhere unless ``prediction`` says more.
+
+    changes: other values of the table, its certificates and its rule, by their names.
+    """
+    radius = np.array(radius, float)
+    labels = np.zeros(len(radius), int) if labels is None else np.array(labels)
+    prediction = labels if prediction is None else np.array(prediction)
+    rule: dict[str, Any] = {
+        "sigma": 0.5, "method": "clopper-pearson", "bound": "clopper-pearson", "alpha": 0.001, "level": "image",
+        "num_images": len(radius), "num_selection": 100, "num_estimation": 100_000, "radii": None, "futility": 0.001,
+    }  # fmt: skip
+    rule |= {key: changes.pop(key) for key in list(changes) if key in rule}
+    stored: dict[str, Any] = {
+        "prediction": prediction, "radius": radius, "p_lower": special.ndtr(radius / rule["sigma"]),
+        "num_samples": np.full(len(radius), rule["num_estimation"] + 100), "counts": np.zeros((len(radius), 0), int),
+        "blocks": (np.zeros(0, np.uint8),) * len(radius), "selection": np.zeros((len(radius), 0), int),
+        "outcome": np.full(len(radius), UNDECIDED, np.uint8), "seconds": np.ones(len(radius)), "labels": labels,
+        "ids": tuple(map(str, range(len(radius)))), "pixels": None,
+    }  # fmt: skip
+    stored |= {key: changes.pop(key) for key in list(changes) if key in stored}
+    certificates = Certificates(**stored, rule=Rule(**rule))
+    table = {"path": Path(f"{name}.tsv"), "idx": np.arange(len(radius)), "published": True}
+    return CertificateTable(name=name, certificates=certificates, **{**table, **changes})

@@ -235,7 +235,7 @@ def test_losses_are_the_textbooks_on_logits_and_on_log_probabilities(name: LossN
 def test_losses_that_the_model_cannot_have_are_refused() -> None:
     targets = torch.tensor([0, 1])
     for given, text in (
-        (("dlr", 2, None), "dlr compares the 3 most probable classes and the model has 2; take margin"),
+        (("dlr", 2, None), "dlr compares the 3 most probable classes and the model has 2; use margin"),
         (("dlr", 3, targets), "targeted dlr compares the 4 most probable classes and the model has 3"),
         (("cw", 10, None), "unknown loss 'cw'; allowed: cross-entropy, margin, dlr"),
         (("margin", 2, torch.tensor([0, 2])), "targets must be 0 to 1, got 0 to 2"),

@@ -19,7 +19,7 @@ from rush.attacks.fgsm import fgsm
 from rush.attacks.gradient import loss_and_gradient
 from rush.attacks.losses import cross_entropy, margin
 from rush.attacks.pgd import pgd
-from rush.attacks.threat import ThreatModel, distances
+from rush.attacks.threat import ThreatModel, norms
 from rush.choices import Gradient, Norm
 from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet
@@ -204,8 +204,9 @@ def test_points_stay_in_the_ball_and_among_pixels(digits_network: nn.Module, nor
     candidates = pgd(log_probs, x, y, threat, steps=8, step_size=0.3, start=start)
     for points in (*seen, *candidates, fgsm(log_probs, x, y, threat)):
         assert_in_threat(points, x, threat)
-    _, l2 = distances(candidates[0], x)
-    assert (l2 > 0.5 * (epsilon if norm == "l2" else epsilon * math.sqrt(20))).all()  # and go to its edge
+    assert (
+        norms(candidates[0], x, "l2") > 0.5 * (epsilon if norm == "l2" else epsilon * math.sqrt(20))
+    ).all()  # and go to its edge
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -15,20 +15,21 @@ from torch import nn
 
 from audit_zoo import (
     Entry,
-    Quantised,
     Scaled,
     assert_told_apart,
     audited,
     digits,
+    linf,
     noisy_network,
     plain_network,
+    quantised,
     robust_network,
 )
 from exact_models import square_half_space, square_images
 from rush.attacks.threat import ThreatModel
 from rush.auditing import audit as audit_module
-from rush.auditing.audit import AuditReport, Finding, audit, default_plan, write_audit
-from rush.auditing.findings import GAIN, INVALIDATING, ORDER
+from rush.auditing.audit import PROBES, AuditReport, audit, default_plan
+from rush.auditing.findings import GAIN, INVALIDATING, Finding
 from rush.auditing.report import decide, images_needed
 from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.errors import CopiesWarning, InputError
@@ -37,6 +38,7 @@ from rush.evaluation.model import SmoothedDefender
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import Verdicts, VerdictSettings
+from rush.records.audit import write_audit
 from rush.smoothing.classifier import SmoothedClassifier
 
 N = 16
@@ -61,40 +63,56 @@ def _on_the_base(model: object, images: Any, threat: ThreatModel) -> AttackResul
 
 
 FIRST_HALF = [
-    Entry("plain network, default", plain_network, 0.1, None, "holds"),
-    Entry("PGD-trained network, PGD-100", robust_network, 0.1, PGD_100, "holds"),
-    Entry("noise-trained smoothed network, EOT 20", lambda: _smoothed(noisy_network(), 0.25), 0.07, None, "holds"),
+    Entry("plain network, default", plain_network, digits(100), linf(0.1), None, "holds"),
+    Entry("PGD-trained network, PGD-100", robust_network, digits(100), linf(0.1), PGD_100, "holds"),
+    Entry(
+        "noise-trained smoothed network, EOT 20",
+        lambda: _smoothed(noisy_network(), 0.25),
+        digits(100),
+        linf(0.07),
+        None,
+        "holds",
+    ),
     Entry(
         "logits x 1000 under cross-entropy",
         lambda: Scaled(plain_network(), 1000.0),
-        0.07,
+        digits(60),
+        linf(0.07),
         None,
         "overestimated",
-        "gradient",
-        images=60,
+        frozenset({"gradient"}),
     ),
-    Entry("quantised input", lambda: Quantised(plain_network(), 8), 0.1, None, "overestimated", "gradient", images=60),
-    Entry("one step", robust_network, 0.15, ONE_STEP, "overestimated", "step-size", images=60),
+    Entry(
+        "quantised input",
+        lambda: quantised(plain_network(), 8),
+        digits(60),
+        linf(0.1),
+        None,
+        "overestimated",
+        frozenset({"gradient"}),
+    ),
+    Entry("one step", robust_network, digits(60), linf(0.15), ONE_STEP, "overestimated", frozenset({"step-size"})),
     Entry(
         "noise off in the attacker's view",
         lambda: _smoothed(plain_network(), 0.5),
-        0.1,
+        digits(60),
+        linf(0.1),
         NOISE_OFF,
         "overestimated",
-        "noise",
-        images=60,
+        frozenset({"noise"}),
     ),
 ]
 SLOW_FIRST_HALF = [
-    Entry("PGD-trained network, APGD-100", robust_network, 0.1, APGD_100, "holds"),
-    Entry("PGD-trained network, default", robust_network, 0.1, None, "holds", images=150),
+    Entry("PGD-trained network, APGD-100", robust_network, digits(100), linf(0.1), APGD_100, "holds"),
+    Entry("PGD-trained network, default", robust_network, digits(150), linf(0.1), None, "holds"),
     Entry(
         "judged on the base network",
         lambda: _smoothed(plain_network(), 0.5),
-        0.1,
+        digits(100),
+        linf(0.1),
         _on_the_base,
         "overestimated",
-        "noise",
+        frozenset({"noise"}),
     ),
 ]
 
@@ -206,7 +224,7 @@ def test_a_damaged_report_is_refused() -> None:
 def test_the_summary_says_what_failed_and_what_to_do() -> None:
     text = str(_report())
     assert "undecided: PGD-20" in text
-    assert "robust accuracy 50.0% there, 47.0% here" in text
+    assert "robust accuracy: reported 50.0%, re-measured 47.0% (worst-case-v1)" in text
     assert "failed: path: 5 of 10 ..." in text
     assert "look at the loss" in text
     assert "ball" not in text
@@ -223,8 +241,8 @@ def test_every_verdict_on_an_image_is_paid_for(monkeypatch: pytest.MonkeyPatch) 
 
     def counted(self: SmoothedDefender, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
         purposes.append((purpose, points.ids))
-        for own in points.ids:
-            spent[own] += settings.level
+        for image_id in points.ids:
+            spent[image_id] += settings.level
         return judge(self, points, purpose, settings)
 
     monkeypatch.setattr(SmoothedDefender, "judge", counted)
@@ -242,7 +260,7 @@ def test_the_same_seed_gives_the_same_report() -> None:
     smoothed = SmoothedClassifier(square_half_space(), 0.25, 2)
     first, second = (audit(smoothed, IMAGES, THREAT, max_votes=200, seed=4) for _ in range(2))
     assert first == second
-    assert tuple(finding.name for finding in first.findings) == ORDER
+    assert tuple(finding.name for finding in first.findings) == tuple(PROBES)
 
 
 def test_a_model_in_training_mode_is_a_finding_and_stays_as_it_is() -> None:
@@ -281,8 +299,8 @@ def test_points_that_break_when_judged_again_are_not_attacked_again(monkeypatch:
 
 def _refused(**changes: Any) -> tuple[object, ...]:
     made = attack(square_half_space(), IMAGES, THREAT)
-    given = {"images": IMAGES, "threat": THREAT, "evaluation": made, **changes}
-    return square_half_space(), given["images"], given["threat"], given["evaluation"]
+    arguments = {"images": IMAGES, "threat": THREAT, "evaluation": made, **changes}
+    return square_half_space(), arguments["images"], arguments["threat"], arguments["evaluation"]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +341,7 @@ def test_newly_broken_images_are_named() -> None:
     threat = ThreatModel("linf", 0.15)
     report = audit(square_half_space(), IMAGES, threat, replace(ONE_STEP, step_size=0.01, start="clean"))
     within = np.abs(square_half_space().linf_distances(IMAGES[0])) < 0.15
-    assert set(report.newly_broken) == {own for own, near in zip(_ids(IMAGES), within, strict=True) if near}
+    assert set(report.newly_broken) == {image_id for image_id, near in zip(_ids(IMAGES), within, strict=True) if near}
     assert report.failed[0] == "step-size"
 
 

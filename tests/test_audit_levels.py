@@ -1,4 +1,4 @@
-"""What decides an audit alone: silent on honest models, by a proven level, and heard where it should be."""
+"""Findings that decide an audit alone: they pass on honest models, at a proven level, and fail where they should."""
 
 import json
 import os
@@ -12,23 +12,22 @@ import torch
 from scipy import stats
 from torch import nn
 
-from audit_stochastic import Dropped, NoisyWeights, OneSeed, OwnDraws, Rarely, UnderAttack, dropout_perceptron
+from audit_stochastic import NoisyWeights, OneSeed, Rarely, UnderAttack, dropout_perceptron, dropped, own_draws
 from audit_zoo import Images, digits
 from audit_zoo_second import (
-    NoiseInside,
-    ShiftInside,
+    noise_inside,
     noisy_perceptron,
     parity,
     perceptron,
     plane,
+    shift_inside,
     shifted_perceptron,
 )
 from exact_models import Bins
 from rush.attacks.threat import ThreatModel
-from rush.auditing.audit import AuditReport, audit
+from rush.auditing.audit import PROBES, AuditReport, audit
 from rush.auditing.case import Case
 from rush.auditing.findings import INVALIDATING, LEVELS, OVERESTIMATED_LEVEL, Finding
-from rush.auditing.probes import PROBES
 from rush.choices import Decision
 from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import Model, defend
@@ -58,28 +57,28 @@ class Honest:
 SIX = [
     Honest("deterministic", perceptron),
     Honest("smoothed", lambda: SmoothedClassifier(noisy_perceptron(), 0.25, 10)),
-    Honest("dropout 0.05", lambda: Dropped(dropout_perceptron(), 0.05), "mean"),
+    Honest("dropout 0.05", lambda: dropped(dropout_perceptron(), 0.05), "mean"),
     Honest("weight noise 0.35", lambda: NoisyWeights(perceptron(), 0.35), "mean"),
-    Honest("noise inside", lambda: NoiseInside(noisy_perceptron(), 0.25), "vote"),
-    Honest("shifts inside", lambda: ShiftInside(shifted_perceptron(), 2), "vote"),
+    Honest("noise inside", lambda: noise_inside(noisy_perceptron(), 0.25), "vote"),
+    Honest("shifts inside", lambda: shift_inside(shifted_perceptron(), 2), "vote"),
 ]
 # Each of these failed one finding for most seeds, or would without the test behind the band.
 HARD = [
     Honest("heavy noise, other scales drown it", lambda: SmoothedClassifier(perceptron(), 2.0, 10)),
-    Honest("heavy noise inside, other scales drown it", lambda: NoiseInside(perceptron(), 2.0), "vote"),
-    Honest("draws of its own", lambda: OwnDraws(noisy_perceptron(), 0.25), "vote"),
+    Honest("heavy noise inside, other scales drown it", lambda: noise_inside(perceptron(), 2.0), "vote"),
+    Honest("draws of its own", lambda: own_draws(noisy_perceptron(), 0.25), "vote"),
     Honest("rarely another answer", lambda: Rarely(perceptron()), "vote"),
 ]
 
 
 def drawn(seed: int, number: int, images: Images) -> Images:
-    """So many of the images, drawn by ``seed``."""
+    """Return ``number`` of the images, drawn by ``seed``."""
     rows = torch.randperm(len(images[0]), generator=stream(seed, "test/images"))[:number]
     return images[0][rows], images[1][rows]
 
 
 def deciding(honest: Honest, seed: int, images: Images, plan: Plan | None = None) -> list[Finding]:
-    """The findings that decide alone, on an evaluation by ``plan`` whose points are the images themselves."""
+    """Return the findings that decide alone, on an evaluation by ``plan`` whose points are the images themselves."""
     model = honest.model()
     judging = VerdictSettings(1e-3, 100, seed)
     made = Evaluation.of(model, images, THREAT, judging, honest.decision, declared=False)
@@ -93,8 +92,8 @@ def deciding(honest: Honest, seed: int, images: Images, plan: Plan | None = None
         pixels=pixels,
         threat=THREAT,
         evaluation=evaluation,
-        again=None,
-        training=(),
+        rejudged=None,
+        training_layers=(),
         surrogate=None,
         certificates=None,
         judging=judging,
@@ -102,8 +101,8 @@ def deciding(honest: Honest, seed: int, images: Images, plan: Plan | None = None
     return [PROBES[name](case) for name in sorted(INVALIDATING)]
 
 
-def failed(found: list[Finding]) -> list[str]:
-    return [finding.name for finding in found if finding.status == "failed"]
+def failed(findings: list[Finding]) -> list[str]:
+    return [finding.name for finding in findings if finding.status == "failed"]
 
 
 def keep(name: str, figures: dict[str, object]) -> None:
@@ -146,7 +145,7 @@ def test_each_deciding_finding_keeps_its_level(honest: Honest) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
-    "model", [lambda: NoiseInside(plane(), 0.25), lambda: Dropped(plane(), 0.05)], ids=["noise inside", "dropout 0.05"]
+    "model", [lambda: noise_inside(plane(), 0.25), lambda: dropped(plane(), 0.05)], ids=["noise inside", "dropout 0.05"]
 )
 def test_the_whole_audit_keeps_its_level(model: Callable[[], nn.Module], request: pytest.FixtureRequest) -> None:
     """30 seeds with 32 images each. For every draw the most harmful point of a plane is the same corner of the box,
@@ -167,7 +166,7 @@ def test_the_whole_audit_keeps_its_level(model: Callable[[], nn.Module], request
 
 
 def noisy(sigma: float) -> nn.Module:
-    return NoiseInside(noisy_perceptron(), sigma)
+    return noise_inside(noisy_perceptron(), sigma)
 
 
 @pytest.mark.parametrize(
@@ -178,37 +177,37 @@ def noisy(sigma: float) -> nn.Module:
         ("noise off", lambda: UnderAttack(noisy(0.25), noisy_perceptron())),
         ("noise only under attack", lambda: UnderAttack(noisy_perceptron(), noisy(0.25))),
         ("one frozen draw", lambda: UnderAttack(noisy(0.25), OneSeed(noisy(0.25)))),
-        ("dropout off", lambda: UnderAttack(Dropped(perceptron(), 0.3), perceptron())),
-        ("dropout of one seed", lambda: UnderAttack(Dropped(perceptron(), 0.3), OneSeed(Dropped(perceptron(), 0.3)))),
+        ("dropout off", lambda: UnderAttack(dropped(perceptron(), 0.3), perceptron())),
+        ("dropout of one seed", lambda: UnderAttack(dropped(perceptron(), 0.3), OneSeed(dropped(perceptron(), 0.3)))),
         ("weights fixed", lambda: UnderAttack(NoisyWeights(perceptron(), 0.35), perceptron())),
-        ("draws of its own, off", lambda: UnderAttack(OwnDraws(noisy_perceptron(), 0.25), noisy_perceptron())),
+        ("draws of its own, off", lambda: UnderAttack(own_draws(noisy_perceptron(), 0.25), noisy_perceptron())),
         (
             "draws of its own, less",
-            lambda: UnderAttack(OwnDraws(noisy_perceptron(), 0.4), OwnDraws(noisy_perceptron(), 0.05, 1)),
+            lambda: UnderAttack(own_draws(noisy_perceptron(), 0.4), own_draws(noisy_perceptron(), 0.05, 1)),
         ),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_an_attacker_who_sees_other_noise_is_told(name: str, model: Callable[[], nn.Module], seed: int) -> None:
+def test_an_attacker_under_other_noise_is_detected(name: str, model: Callable[[], nn.Module], seed: int) -> None:
     """The spreads differ by factors of three and more, of 64 draws; none of 999 exchanges comes near that."""
     assert "noise" in failed(deciding(Honest(name, model, "vote"), seed, drawn(seed, PROBED, digits(400))))
 
 
 @pytest.fixture(scope="module")
 def weight_noise_report() -> AuditReport:
-    """One draw a step of a network with noisy weights."""
+    """The audit of an attack with one draw per step on a network with noisy weights."""
     plan = replace(EOT, eot_samples=1, label="PGD-20, one draw")
     return audit(NoisyWeights(perceptron(), 0.5), digits(32), ThreatModel("linf", 0.08), plan, decision="mean")
 
 
-def test_weight_noise_is_told_for_its_cause(weight_noise_report: AuditReport) -> None:
+def test_weight_noise_is_explained_by_its_cause(weight_noise_report: AuditReport) -> None:
     assert "noise" not in weight_noise_report.failed
     assert weight_noise_report.failed[0] in ("signal-to-noise", "more-eot-samples"), str(weight_noise_report)
 
 
 def test_other_noise_under_attack_decides_the_audit() -> None:
     """An attacker of a network without its noise, which comes from a generator of its own."""
-    model = UnderAttack(OwnDraws(noisy_perceptron(), 0.25), noisy_perceptron())
+    model = UnderAttack(own_draws(noisy_perceptron(), 0.25), noisy_perceptron())
     report = audit(model, digits(12), THREAT, EOT, decision="vote", max_votes=400)
     assert report.verdict == "overestimated"
     assert report.failed[0] == "noise", str(report)

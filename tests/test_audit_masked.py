@@ -10,12 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from audit_stochastic import Dithered, Picked
-from audit_zoo import Quantised, digits
+from audit_stochastic import Picked, dithered
+from audit_zoo import OnChanged, digits, linf, quantised
 from audit_zoo_second import noisy_perceptron, perceptron
-from rush.attacks.threat import ThreatModel
 from rush.auditing.audit import AuditReport, audit
-from rush.auditing.surrogates import SeenThrough, smoothed_surrogate, steps_without_derivative, twin
+from rush.auditing.surrogates import attacked_through, smoothed_surrogate, steps_without_derivative, twin
 from rush.evaluation.attack import attack, verdict
 from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.plans import Plan, worst_case
@@ -25,17 +24,14 @@ LEVELS = 3
 NEAR = 0.05  # of the truth
 
 
-class KnownDither(nn.Module):
-    """``Dithered`` as somebody writes it who knows that its mean is the pixel: the same values, derivative 1."""
+def known_dither(inner: nn.Module, levels: int) -> nn.Module:
+    """``dithered``, written with the knowledge that its mean is the pixel: the same values, derivative 1."""
 
-    def __init__(self, inner: nn.Module, levels: int) -> None:
-        super().__init__()
-        self.inner, self.levels = inner, levels
-        self.eval()
+    def dither(x: Tensor) -> Tensor:
+        rounded = (x.detach() * levels + torch.rand_like(x)).floor() / levels
+        return x - x.detach() + rounded
 
-    def forward(self, x: Tensor) -> Tensor:
-        rounded = (x.detach() * self.levels + torch.rand_like(x)).floor() / self.levels
-        return self.inner(x - x.detach() + rounded)
+    return OnChanged(inner, dither)
 
 
 @dataclass(frozen=True)
@@ -48,18 +44,18 @@ class Masked:
     epsilon: float
 
 
-def ensemble(dithered: type[nn.Module]) -> nn.Module:
-    return Picked([dithered(network, LEVELS) for network in (perceptron(), noisy_perceptron())])
+def ensemble(dither: Callable[[nn.Module, int], nn.Module]) -> nn.Module:
+    return Picked([dither(network, LEVELS) for network in (perceptron(), noisy_perceptron())])
 
 
 CASES = [
     Masked(
         "bit reduction with dither",
-        lambda: Dithered(perceptron(), LEVELS),
-        lambda: KnownDither(perceptron(), LEVELS),
+        lambda: dithered(perceptron(), LEVELS),
+        lambda: known_dither(perceptron(), LEVELS),
         0.12,
     ),
-    Masked("ensemble of dithered networks", lambda: ensemble(Dithered), lambda: ensemble(KnownDither), 0.15),
+    Masked("ensemble of dithered networks", lambda: ensemble(dithered), lambda: ensemble(known_dither), 0.15),
 ]
 # What the attack made for the defence does: gradients, targets and losses that the audit's do not have together.
 MADE_FOR_IT: Sequence[dict[str, object]] = (
@@ -71,21 +67,21 @@ MADE_FOR_IT: Sequence[dict[str, object]] = (
 
 def truly_broken(case: Masked, number: int) -> NDArray[np.bool_]:
     """Images that attacks on the known defence, or its images as they are, break; judged on the defence itself."""
-    images, threat = digits(number), ThreatModel("linf", case.epsilon)
+    images, threat = digits(number), linf(case.epsilon)
     broken = attack(case.defence(), images, threat, "none", decision="vote").broken
-    for number_, options in enumerate(MADE_FOR_IT):
-        made = attack(case.known(), images, threat, "apgd", decision="vote", seed=number_, **options)  # type: ignore[arg-type]
+    for seed, options in enumerate(MADE_FOR_IT):
+        made = attack(case.known(), images, threat, "apgd", decision="vote", seed=seed, **options)  # type: ignore[arg-type]
         broken = broken | verdict(case.defence(), images, made.adversarial, threat, decision="vote").broken
     return broken
 
 
 @cache
 def reported(case: Masked, number: int) -> AuditReport:
-    return audit(case.defence(), digits(number), ThreatModel("linf", case.epsilon), decision="vote")
+    return audit(case.defence(), digits(number), linf(case.epsilon), decision="vote")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_what_masks_the_gradient_is_told(case: Masked) -> None:
+def test_what_masks_the_gradient_is_named(case: Masked) -> None:
     """PGD-20 through the rounding stands still; the twin does not, and the finding names it."""
     report = reported(case, 16)
     assert report.verdict == "overestimated", str(report)
@@ -102,19 +98,19 @@ def test_the_audits_accuracy_is_near_the_truth(case: Masked) -> None:
     The suite alone, without the twin, is 10 points and more away: else nothing is seen here."""
     truth = 1 - truly_broken(case, 40).mean()
     assert reported(case, 40).accuracy_here <= truth + NEAR + 1e-9
-    suite = attack(case.defence(), digits(40), ThreatModel("linf", case.epsilon), "worst-case", decision="vote")
+    suite = attack(case.defence(), digits(40), linf(case.epsilon), "worst-case", decision="vote")
     assert suite.robust_accuracy > truth + 2 * NEAR
 
 
 def test_a_deterministic_quantiser_is_passed_straight_through() -> None:
     """Points of the twin are judged on the network itself: what it breaks, the network gives another class."""
-    model, threat = Quantised(perceptron(), 8), ThreatModel("linf", 0.1)
+    model, threat = quantised(perceptron(), 8), linf(0.1)
     evaluation = Evaluation.of(model, digits(40), threat, VerdictSettings(1e-3, 100, 0))
     defender, images = evaluation.defender, evaluation.images
     assert steps_without_derivative(defender, images.x[:2]) > 0
     plan = Plan("apgd", "APGD-30", "apgd", steps=30, loss="margin")
     plain = evaluation.run(plan)
-    through = replace(evaluation, defender=SeenThrough(defender, twin(defender))).run(plan)
+    through = replace(evaluation, defender=attacked_through(defender, twin(defender))).run(plan)
     assert plain.robust_accuracy > through.robust_accuracy + 0.3
     wrong = (model(through.adversarial).argmax(1) != images.y).numpy()
     np.testing.assert_array_equal(through.broken, wrong)
@@ -124,27 +120,16 @@ def test_a_deterministic_quantiser_is_passed_straight_through() -> None:
 def test_a_smoothed_surrogate_climbs_where_the_gradient_is_hidden(decision: str | None) -> None:
     """A ripple on the pixels has slopes ten times those of the image; the mean over noisy images has not. Four images
     of 40 at least are broken by it alone."""
-    images, threat = digits(40), ThreatModel("linf", 0.1)
-    model = Rippled(perceptron()) if decision is None else Picked([Rippled(perceptron())])
+    images, threat = digits(40), linf(0.1)
+    rippled = OnChanged(perceptron(), lambda x: x + 0.02 * torch.sin(x * 500))
+    model = rippled if decision is None else Picked([rippled])
     settings = VerdictSettings(1e-3, 400, 0)
     evaluation = Evaluation.of(model, images, threat, settings, decision)  # type: ignore[arg-type]
     plan, defender = Plan("apgd", "APGD-20", "apgd", "fresh", 16, 20, loss="margin"), evaluation.defender
     bare = evaluation.run(plan)
-    seen = SeenThrough(defender, smoothed_surrogate(defender, 0.1, straight=False))
-    through = replace(evaluation, defender=seen).run(plan)
+    surrogate = attacked_through(defender, smoothed_surrogate(defender, 0.1, straight=False))
+    through = replace(evaluation, defender=surrogate).run(plan)
     assert through.robust_accuracy <= bare.robust_accuracy - 0.1
-
-
-class Rippled(nn.Module):
-    """``inner`` on pixels with a fine ripple, whose slope hides that of the image."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x + 0.02 * torch.sin(x * 500))
 
 
 def test_the_suite_is_the_version_that_it_was() -> None:

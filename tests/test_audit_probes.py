@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rush
-from audit_zoo import Quantised, Scaled
+from audit_zoo import OnChanged, Scaled, quantised
 from exact_models import HalfSpace, assert_in_threat, square_half_space, square_images
 from random_models import NoisyHalfSpace
 from rush.attacks.gradient import fresh_noise
@@ -17,10 +17,10 @@ from rush.attacks.losses import margin
 from rush.attacks.random_search import random_search
 from rush.attacks.threat import ThreatModel, norms
 from rush.auditing import measures
+from rush.auditing.audit import PROBES
 from rush.auditing.case import Case
 from rush.auditing.findings import Finding
-from rush.auditing.planted import PlantedDefender, _edge
-from rush.auditing.probes import PROBES
+from rush.auditing.planted import Planted, edge_point
 from rush.choices import Decision, Norm
 from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.evaluation import model as defenders
@@ -58,17 +58,17 @@ def _case(
     plan: Plan | None = None,
     *,
     threat: ThreatModel = THREAT,
-    tampered: Callable[[AttackResult], AttackResult] = lambda own: own,
+    tampered: Callable[[AttackResult], AttackResult] = lambda result: result,
     **options: object,
 ) -> Case:
-    """An audit of ``plan`` on the half space's images, its result ``tampered`` with."""
+    """Return the audit of ``plan`` on the half space's images, with its result ``tampered``."""
     images = options.pop("images", (X, Y))
     doors = {name: options.pop(name, None) for name in ("decision", "surrogate")}
     judging = VerdictSettings(1e-4, 1000, 0)
     evaluation = Evaluation.of(model, images, threat, judging, **doors, declared=False)  # type: ignore[arg-type]
     defender, pixels = evaluation.defender, evaluation.images
     made = evaluation.run(plan or (PGD if defender.kind == "plain" else EOT))
-    rest = {"again": None, "training": (), "certificates": None, **options}
+    rest = {"rejudged": None, "training_layers": (), "certificates": None, **options}
     return Case(
         model=model,
         defender=defender,
@@ -82,9 +82,9 @@ def _case(
 
 
 def _probed(name: str, case: Case) -> Finding:
-    found = PROBES[name](case)
-    assert found.name == name
-    return found
+    finding = PROBES[name](case)
+    assert finding.name == name
+    return finding
 
 
 def _smoothed(sigma: float = SIGMA) -> SmoothedClassifier:
@@ -92,34 +92,20 @@ def _smoothed(sigma: float = SIGMA) -> SmoothedClassifier:
 
 
 def _moved(factor: float) -> Callable[[AttackResult], AttackResult]:
-    """The change of every point times ``factor``."""
-    return lambda own: replace(own, adversarial=X + factor * (own.adversarial - X))
+    """Return a function that multiplies the change of every point by ``factor``."""
+    return lambda result: replace(result, adversarial=X + factor * (result.adversarial - X))
 
 
-class InBatch(nn.Module):
+def in_batch() -> nn.Module:
     """The half space on images without their batch's mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = square_half_space()
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x - 0.5 * x.mean(0, keepdim=True))
+    return OnChanged(square_half_space(), lambda x: x - 0.5 * x.mean(0, keepdim=True))
 
 
 class QuietUnderAttack(NoisyHalfSpace):
-    """Random, but not where a gradient is asked for."""
+    """Stochastic, but not where gradients are on."""
 
     def draws(self, rows: int) -> Tensor:
         return torch.zeros(rows) if torch.is_grad_enabled() else super().draws(rows)
-
-
-class GreyLevels(HalfSpace):
-    """The half space of images from 0 to 255."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x / 255)
 
 
 class RandomSlope(nn.Module):
@@ -161,20 +147,20 @@ def test_an_honest_evaluation_of_an_exact_model_passes_everything() -> None:
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        ("input-range", lambda: _case(_smoothed(), tampered=lambda own: replace(own, adversarial=255 * X))),
-        ("pixel-scale", lambda: _case(GreyLevels(torch.full((1, 2, 2), 0.5), -1.0), images=MANY)),
+        ("input-range", lambda: _case(_smoothed(), tampered=lambda result: replace(result, adversarial=255 * X))),
+        ("pixel-scale", lambda: _case(OnChanged(square_half_space(), lambda x: x / 255), images=MANY)),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(1.1))),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(255 / 256))),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(0.5))),
-        ("mode", lambda: _case(square_half_space(), training=("layer",))),
-        ("mode", lambda: _case(InBatch())),
+        ("mode", lambda: _case(square_half_space(), training_layers=("layer",))),
+        ("mode", lambda: _case(in_batch())),
         ("randomness", lambda: _case(noisy())),
         ("randomness", lambda: _case(square_half_space(), decision="vote")),
         ("noise", lambda: _case(_smoothed(), replace(PGD, gradient="transfer"))),
-        ("noise", lambda: _case(_smoothed(), tampered=lambda own: replace(own, plan=PGD))),
+        ("noise", lambda: _case(_smoothed(), tampered=lambda result: replace(result, plan=PGD))),
         ("noise", lambda: _case(QuietUnderAttack(torch.full((1, 2, 2), 0.5), -1.0, 0.1), decision="vote")),
         ("gradient", lambda: _case(Scaled(square_half_space(), 1e5))),
-        ("gradient", lambda: _case(Quantised(square_half_space(), 16))),
+        ("gradient", lambda: _case(quantised(square_half_space(), 16))),
         ("finite-differences", lambda: _case(square_half_space(), surrogate=wrong_way())),
         ("step-size", lambda: _case(square_half_space(), replace(PGD, steps=3))),
         ("step-size", lambda: _case(square_half_space(), tampered=_moved(0.3))),
@@ -223,8 +209,8 @@ def test_draws_needed_of_a_slope_with_known_noise(spread: float) -> None:
 
 def test_slopes_of_a_plane_agree_exactly() -> None:
     defender, pixels = _prepared(square_half_space())
-    seen = defender.log_probs(PGD, pixels.x, pixels.ids, 0, "test")
-    slopes = measures.slopes_at(seen, pixels.x, pixels.y, THREAT, stream(0, "test"))
+    log_probs = defender.log_probs(PGD, pixels.x, pixels.ids, 0, "test")
+    slopes = measures.slopes_at(log_probs, pixels.x, pixels.y, THREAT, stream(0, "test"))
     assert measures.agreement([slopes]) == pytest.approx((1.0, 1.0, N), rel=1e-3)
 
 
@@ -234,9 +220,9 @@ def test_verdicts_that_do_not_stand_are_found() -> None:
     judged = case.defender.judge(replace(case.pixels, x=case.points), "again", VerdictSettings(1e-4, 1000, 0))
     verdict = np.full(N, HELD, np.uint8)
     for called, now, status in ((BROKEN, HELD, "failed"), (UNDECIDED, BROKEN, "failed"), (UNDECIDED, HELD, "passed")):
-        there, here = verdict.copy(), verdict.copy()
-        there[:6], here[:6] = called, now
-        case.evaluation, case.again = replace(case.evaluation, verdict=there), replace(judged, verdict=here)
+        reported, rejudged = verdict.copy(), verdict.copy()
+        reported[:6], rejudged[:6] = called, now
+        case.evaluation, case.rejudged = replace(case.evaluation, verdict=reported), replace(judged, verdict=rejudged)
         assert _probed("verdict", case).status == status
 
 
@@ -244,19 +230,19 @@ def test_transfer_through_a_surrogate_finds_what_a_masked_gradient_hides() -> No
     """At 0.25 every image can be broken, and the evaluation, one random draw, breaks few."""
     weak = Plan("weak", "one random point", "random", steps=1, loss="margin", start="clean")
     case = _case(
-        Quantised(square_half_space(), 64), weak, threat=ThreatModel("linf", 0.25), surrogate=square_half_space()
+        quantised(square_half_space(), 64), weak, threat=ThreatModel("linf", 0.25), surrogate=square_half_space()
     )
     assert len(case.held) > N // 2
     assert _probed("transfer", case).status == "failed"
-    assert case.found[0].broken.all()
+    assert case.results[0].broken.all()
 
 
 def test_a_suites_attacks_are_named() -> None:
     case = _case(square_half_space(), replace(PGD, steps=1, step_size=0.01), threat=ThreatModel("linf", 0.15))
     case.attack(worst_case("plain", 2), case.held)
-    found = _probed("worst-case", case)
-    assert found.status == "failed"
-    assert "PGD-20" in found.evidence
+    finding = _probed("worst-case", case)
+    assert finding.status == "failed"
+    assert "PGD-20" in finding.evidence
 
 
 def test_certificates_above_the_attack_are_found() -> None:
@@ -272,23 +258,22 @@ def test_certificates_above_the_attack_are_found() -> None:
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.05), ("l2", 0.1), ("l1", 0.2)])
 @pytest.mark.parametrize("kind", ["plain", "random"])
-def test_planted_examples_are_where_they_are_said_to_be(norm: Norm, epsilon: float, kind: str) -> None:
+def test_planted_examples_are_at_their_points(norm: Norm, epsilon: float, kind: str) -> None:
     """Nothing changes at the image; at the planted point, inside the ball, the other class wins by 0.5 nats and more.
 
     Random model: 200 draws of a margin with little spread, far from 0.5 nats."""
     threat = ThreatModel(norm, epsilon)
     defender, pixels = _prepared(square_half_space() if kind == "plain" else _smoothed(), threat)
-    planted = PlantedDefender(defender, pixels, threat, 0)
-    slopes = torch.stack([planted._plants[own].slope for own in pixels.ids])
-    tilt = planted._tilt(pixels.ids, X.device)
-    assert torch.allclose(tilt.added_to(torch.zeros(N, 2), X).exp(), torch.full((N, 2), 0.5))
+    planted = Planted(defender, pixels, threat, 0)
+    slopes, tilted = planted.slopes, planted.tilt(pixels.ids, X.device)
+    assert torch.allclose(tilted(torch.zeros(N, 2), X).exp(), torch.full((N, 2), 0.5))
     sizes = slopes.flatten(1).norm(dim=1)
     assert bool((sizes > 0).all())
     direction = slopes.sign() if norm == "linf" else slopes / sizes.view(-1, 1, 1, 1)
     points = threat.project(X + epsilon * direction, X)
     assert_in_threat(points, X, threat)
-    assert bool((planted.choice_margin(replace(pixels, x=points), "test", 0) > 0.3).all())
-    assert bool((planted.choice_margin(pixels, "test", 0) < 0).all())
+    assert bool((planted.defender.choice_margin(replace(pixels, x=points), "test", 0) > 0.3).all())
+    assert bool((planted.defender.choice_margin(pixels, "test", 0) < 0).all())
 
 
 def test_random_points_do_not_find_what_is_planted() -> None:
@@ -298,12 +283,12 @@ def test_random_points_do_not_find_what_is_planted() -> None:
     model = HalfSpace(torch.full((1, 8, 8), 1 / 8), -8.0)
     threat, y = ThreatModel("linf", 0.02), torch.zeros(N, dtype=torch.int64)
     defender, pixels = _prepared(model, threat, (x, y))
-    planted = PlantedDefender(defender, pixels, threat, 0)
-    seen = planted.log_probs(PGD, x, pixels.ids, 0, "test")
-    points = random_search(seen, x, y, threat, [stream(0, own) for own in pixels.ids], draws=100)
-    assert bool((planted.choice_margin(replace(pixels, x=points), "test", 0) < 0).all())
-    found = Evaluation(planted, pixels, threat, VerdictSettings(1e-3, 100, 0)).run(PGD)
-    assert bool(found.broken.all())
+    planted = Planted(defender, pixels, threat, 0)
+    log_probs = planted.log_probs(PGD, x, pixels.ids, 0, "test")
+    points = random_search(log_probs, x, y, threat, [stream(0, image_id) for image_id in pixels.ids], draws=100)
+    assert bool((planted.defender.choice_margin(replace(pixels, x=points), "test", 0) < 0).all())
+    result = Evaluation(planted.defender, pixels, threat, VerdictSettings(1e-3, 100, 0)).run(PGD)
+    assert bool(result.broken.all())
 
 
 def test_a_defender_of_grey_images_is_only_watched_for_the_noise() -> None:
@@ -335,7 +320,7 @@ def test_a_probe_runs_the_attack_that_it_names(name: str, changed: dict[str, obj
     same."""
     case = _case(_smoothed())
     assert _probed(name, case).status == "passed"
-    (result,) = case.found
+    (result,) = case.results
     plan = result.plan
     assert isinstance(plan, Plan)
     assert len(result) == len(case.held) == N
@@ -345,17 +330,51 @@ def test_a_probe_runs_the_attack_that_it_names(name: str, changed: dict[str, obj
         assert replace(plan, label="", name="", **changed) == replace(EOT, label="", name="", **changed)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("broken", "status"), [(0, "passed"), (1, "undecided"), (2, "failed")])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("frozen-noise", lambda: _case(_smoothed(), replace(EOT, gradient="frozen"))),
+        ("straight-through", lambda: _case(quantised(square_half_space(), 16))),
+        *(
+            (name, lambda: _case(_smoothed()))
+            for name in (
+                "more-eot-samples",
+                "more-steps",
+                "more-restarts",
+                "other-loss",
+                "fixed-noise-attack",
+                "transfer",
+                "smoothed-surrogate",
+                "square",
+                "random-search",
+            )
+        ),
+    ],
+)
+def test_an_attack_that_breaks_more_is_a_finding(
+    name: str, case: Callable[[], Case], broken: int, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 24 images the exact lower bound of two exceeds the point that an attack may gain, that of one does not."""
+    audited = case()
+    verdict = np.where(np.arange(N) < broken, BROKEN, HELD).astype(np.uint8)
+    monkeypatch.setattr(Case, "attack", lambda *_: replace(audited.evaluation, verdict=verdict))
+    finding = _probed(name, audited)
+    assert (finding.status, finding.figure) == (status, broken / N)
+    assert finding.remedy
+
+
 def test_frozen_noise_is_tried_again_with_fresh_noise() -> None:
     case = _case(_smoothed(), replace(EOT, gradient="frozen"))
     assert _probed("frozen-noise", case).status == "passed"
-    assert case.found[0].plan == replace(EOT, name="audit-frozen-noise")
+    assert case.results[0].plan == replace(EOT, name="audit-frozen-noise")
     assert _probed("fixed-noise-attack", case).status == "skipped"
 
 
 def test_few_steps_become_ten() -> None:
     case = _case(square_half_space(), replace(PGD, method="fgsm", steps=1, step_size=1.0))
     _probed("more-steps", case)
-    plan = case.found[0].plan
+    plan = case.results[0].plan
     assert isinstance(plan, Plan)
     assert (plan.method, plan.steps, plan.step_size) == ("pgd", 10, 0.25)
 
@@ -367,9 +386,9 @@ def test_a_gradient_at_an_angle_to_the_slope(degrees: int, status: str) -> None:
     cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     along, across = torch.full((1, 2, 2), 0.5), torch.tensor([[[0.5, -0.5], [0.5, -0.5]]])
     surrogate = HalfSpace(float(cosine) * along + float(sine) * across, -1.0)
-    found = _probed("finite-differences", _case(square_half_space(), surrogate=surrogate))
-    assert found.status == status
-    assert found.figure == pytest.approx(cosine, abs=0.25)
+    finding = _probed("finite-differences", _case(square_half_space(), surrogate=surrogate))
+    assert finding.status == status
+    assert finding.figure == pytest.approx(cosine, abs=0.25)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -377,7 +396,7 @@ def test_black_and_white_images_are_planted_at_the_edge_too(norm: Norm) -> None:
     """Where a pixel can move one way alone, it moves that way: the change is epsilon long."""
     x = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4), 0.01 * torch.ones(1, 4, 4)])
     pixels, threat = labelled_pixels((x, torch.zeros(3, dtype=torch.int64))), ThreatModel(norm, 0.4)
-    points = torch.stack([_edge(own, row, threat, pixels, 0) for row, own in enumerate(pixels.ids)])
+    points = torch.stack([edge_point(image_id, row, threat, pixels, 0) for row, image_id in enumerate(pixels.ids)])
     assert_in_threat(points, x, threat)
     assert norms(points, x, norm).numpy() == pytest.approx(np.full(3, 0.4), rel=1e-5)
 
@@ -388,4 +407,4 @@ def test_transferred_points_are_judged_by_the_model() -> None:
     near.bias = -1.15  # within 0.05 of the images at 0.2 from the model's own plane on its upper side
     case = _case(square_half_space(), surrogate=near)
     assert _probed("transfer", case).status == "passed"
-    assert not case.found[0].broken.any()
+    assert not case.results[0].broken.any()

@@ -26,7 +26,9 @@ from rush.certification.certificates import UNKNOWN, Certificates, first_differe
 from rush.certification.recertify import recompute
 from rush.certification.rule import Rule, make_rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, UNDECIDED
-from rush.certification.table import (
+from rush.data.checks import LabelledPixels, pixel_ids
+from rush.errors import InputError, RunError
+from rush.records.certificates import (
     COLUMNS,
     OLDER_COLUMNS,
     append_certificates,
@@ -34,8 +36,6 @@ from rush.certification.table import (
     read_certificates,
     write_certificates,
 )
-from rush.data.checks import LabelledPixels, pixel_ids
-from rush.errors import InputError, RunError
 from rush.smoothing.classifier import ABSTAIN
 from rush.statistics import lower_bound
 from stored import rule_of, stored_certificates
@@ -221,8 +221,18 @@ def test_blocks_of_other_lengths_than_the_votes_are_refused(written: tuple[Path,
 
     path, _ = written
     _change(path, 5, "blocks", longer)
-    with pytest.raises(RunError, match="line 5: its blocks do not add up to its counts"):
+    with pytest.raises(RunError, match=r"line 5: .*its blocks do not add up to its counts"):
         read_certificates(path)
+
+
+def test_a_table_that_an_older_version_began_is_completed_with_its_columns(written: tuple[Path, Certificates]) -> None:
+    path, certificates = written
+    lines = [line.split("\t")[:-1] for line in path.read_text().splitlines()]
+    assert lines[0] == list(COLUMNS[:-1])
+    path.write_text("".join("\t".join(line) + "\n" for line in lines[:-1]))
+    append_certificates(path, certificates.select([7]), [17])
+    assert path.read_text() == "".join("\t".join(line) + "\n" for line in lines)
+    assert _read(path).ids == certificates.ids
 
 
 def test_two_rules_in_one_table_are_refused(written: tuple[Path, Certificates]) -> None:
@@ -238,7 +248,7 @@ def test_a_line_with_too_few_fields_a_foreign_header_and_a_shortened_run_are_ref
     text = path.read_text()
     lines = text.splitlines()
     path.write_text("\n".join([*lines[:3], "3\t1\t1", *lines[4:]]) + "\n")
-    with pytest.raises(RunError, match="line 4: 3 fields instead of 16; move the file away and certify again"):
+    with pytest.raises(RunError, match="line 4: 3 fields instead of 17; move the file away and certify again"):
         read_certificates(path)
     path.write_text("idx\tlabel\n1\t2\n")
     with pytest.raises(RunError, match="line 1: expected the columns idx label predict"):
@@ -256,8 +266,8 @@ def test_a_line_with_too_few_fields_a_foreign_header_and_a_shortened_run_are_ref
         ("radius", "9.000000", "radius is 9, its votes and rule give 0"),
         ("radius", lambda text: f"{float(text) + 2e-6:.6f}", "radius is"),
         ("p_lower", lambda text: repr(float(text) + 2e-6), "p_lower is"),
-        ("p_lower", "nan", "'nan' is not a finite number"),
-        ("radius", "1e999", "'1e999' is not a finite number"),
+        ("p_lower", "nan", "'nan': not a finite number"),
+        ("radius", "1e999", "'1e999': not a finite number"),
         ("predict", lambda text: str(-1 if int(text) >= 0 else 0), "predict is"),
         ("correct", lambda text: str(1 - int(text)), "correct is"),
         ("correct", "2", "correct is 2"),
@@ -267,7 +277,7 @@ def test_a_line_with_too_few_fields_a_foreign_header_and_a_shortened_run_are_ref
         ("outcome", lambda text: "certified" if text != "certified" else "undecided", "outcome is"),
         ("idx", "11", "the image is there twice, by its idx"),
         ("pixels", "", "pixels must be a hash"),
-        ("counts", "9" * 5000, "is not a list of whole numbers"),
+        ("counts", "9" * 5000, "not a list of whole numbers"),
         ("blocks", lambda text: "!" + text, "base64"),
         ("id", "\u2028", "."),
     ],
@@ -448,7 +458,7 @@ def test_an_older_table_is_read_without_its_pictures(written: tuple[Path, Certif
     assert_same(_read(path), replace(certificates, pixels=None, model=None))
     assert (_read(path).pixels, _read(path).num_copies) == (None, None)
     write_certificates(path, _read(path), range(10, 18))
-    assert path.read_text().startswith("\t".join(COLUMNS[:14]) + "\n")
+    assert path.read_text().startswith("\t".join([*OLDER_COLUMNS, "format"]) + "\n")
     assert join_certificates([_read(path).select([0]), replace(certificates, model=None).select([1])]).pixels is None
 
 

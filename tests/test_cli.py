@@ -380,7 +380,7 @@ def test_predict_names_the_file_that_is_no_image(call: Call, tiny_run: Path, tmp
     told = refusal(call("predict", tiny_run, tmp_path / "text.png"))
     assert f"{tmp_path}/text.png cannot be read as an image" in told
     told = refusal(call("predict", tmp_path / "none", tmp_path / "text.png"))
-    assert "is no folder; give a run folder" in told
+    assert "is not a directory; give a run folder" in told
 
 
 @pytest.mark.slow

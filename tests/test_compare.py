@@ -11,8 +11,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from rush.certification.table import write_certificates
+from rush.certification.sequential import CERTIFIED, UNDECIDED
 from rush.errors import ConfigError
+from rush.records.certificates import write_certificates
+from rush.records.public_logs import CertificateTable, read_log
 from rush.reporting.compare import (
     Table,
     class_accuracies,
@@ -24,28 +26,13 @@ from rush.reporting.compare import (
     mcnemar_p_value,
     probability_ecdf,
 )
-from rush.reporting.logs import CertificationLog, read_log
 from rush.reporting.tables import share
 from rush.statistics import paired_difference, share_interval
-from stored import rule_of, stored_certificates
+from stored import log_of, rule_of, stored_certificates
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
-
-
-def log_of(radius: Any, predict: Any = None, label: Any = None, name: str = "a", **fields: Any) -> CertificationLog:
-    """A log of the given radii; right everywhere unless ``predict`` says more."""
-    radius = np.array(radius, float)
-    label = np.zeros(len(radius), int) if label is None else np.array(label)
-    predict = label if predict is None else np.array(predict)
-    values: dict[str, Any] = {
-        "name": name, "path": Path(f"{name}.tsv"), "sigma": 0.5, "method": "clopper-pearson",
-        "bound": "clopper-pearson", "alpha": 0.001, "level": "image", "num_images": len(radius), "num_selection": None,
-        "num_estimation": 100_000, "radii": None, "idx": np.arange(len(radius)), "label": label, "predict": predict,
-        "radius": radius, "correct": predict == label, "seconds": np.ones(len(radius)),
-    }  # fmt: skip
-    return CertificationLog(**{**values, **fields})
 
 
 def table(tables: list[Table], title: str) -> Table:
@@ -65,8 +52,8 @@ def test_the_p_value_is_the_exact_mcnemar_test(first: int, second: int) -> None:
 
 
 def test_accuracies_and_default_radii() -> None:
-    one = log_of([0.1, 0.25, 0.9, 0.8], predict=[0, 0, 0, 1])
-    two = log_of([0.3, 0.0, 0.3, 0.3], predict=[0, -1, 0, 0], name="b")
+    one = log_of([0.1, 0.25, 0.9, 0.8], prediction=[0, 0, 0, 1])
+    two = log_of([0.3, 0.0, 0.3, 0.3], prediction=[0, -1, 0, 0], name="b")
     comparison = compare([one, two])
     assert comparison.radii == (0.0, 0.25, 0.5, 0.75)
     assert comparison.radius == 0.25
@@ -76,7 +63,7 @@ def test_accuracies_and_default_radii() -> None:
     exact = share_interval(3, 4)
     assert shown["0"][0] == f"75.0 % [{100 * exact.low:.1f}, {100 * exact.high:.1f}]"
     assert compare([one], radii=[0.5, 0.1, 0.5]).radii == (0.1, 0.5)
-    assert compare([log_of([0.0], predict=[-1])]).radii == (0.0,)
+    assert compare([log_of([0.0], prediction=[-1])]).radii == (0.0,)
     assert compare([log_of([25.0], sigma=100.0)]).radii[:3] == (0.0, 1.0, 2.0)
 
 
@@ -89,11 +76,11 @@ def test_impossible_radii_are_refused(radii: list) -> None:
 
 
 def test_summary_says_acr_with_its_n_and_grids_apart() -> None:
-    fixed = log_of([0.4, 0.6, 0.9], predict=[0, 0, -1], num_estimation=10_000)
+    fixed = log_of([0.4, 0.6, 0.9], prediction=[0, 0, -1], num_estimation=10_000)
     grid = log_of(
-        [0.25, 0.5, 0.0], predict=[0, 0, -1], name="b", method="sequential", bound="geometric", radii=(0.25, 0.5),
-        num_samples=np.array([200, 400, 9000]), p_lower=np.array([0.7, 0.9, 0.1]), level="family",
-        undecided=np.array([False, True, True]),
+        [0.25, 0.5, 0.0], prediction=[0, 0, -1], name="b", method="sequential", bound="geometric", radii=(0.25, 0.5),
+        num_samples=np.array([200, 400, 9000]), p_lower=np.array([0.7, 0.9, 0.1]), level="family", published=False,
+        outcome=np.array([CERTIFIED, UNDECIDED, UNDECIDED]),
     )  # fmt: skip
     tables = comparison_tables(compare([fixed, grid]))
     summary, conditions = cells(tables, "Summary"), cells(tables, "Conditions")
@@ -111,16 +98,16 @@ def test_summary_says_acr_with_its_n_and_grids_apart() -> None:
 
 
 def test_grid_acr_lowers_each_radius_to_the_grid() -> None:
-    log = log_of([0.2, 0.25, 0.49, 0.5, 9.0, 9.0], predict=[0, 0, 0, 0, 0, 1])
-    assert grid_acr(log, (0.25, 0.5)) == pytest.approx((0 + 0.25 + 0.25 + 0.5 + 0.5) / 6)
+    log = log_of([0.2, 0.25, 0.49, 0.5, 9.0, 9.0], prediction=[0, 0, 0, 0, 0, 1])
+    assert grid_acr(log.certificates, (0.25, 0.5)) == pytest.approx((0 + 0.25 + 0.25 + 0.5 + 0.5) / 6)
 
 
 def test_classes_and_the_worst_of_them() -> None:
-    log = log_of([0.5, 0.5, 0.5, 0.5, 0.1], predict=[3, 7, 7, 3, 7], label=[3, 3, 7, 7, 7])
-    found = class_accuracies(log, 0.25)
+    log = log_of([0.5, 0.5, 0.5, 0.5, 0.1], prediction=[3, 7, 7, 3, 7], labels=[3, 3, 7, 7, 7])
+    found = class_accuracies(log.certificates, 0.25)
     assert found == {3: share_interval(1, 2), 7: share_interval(1, 3)}
     shown = cells(
-        comparison_tables(compare([log, log_of([1.0], label=[9], name="b")], radius=0.25)), "Certified accuracy by cl"
+        comparison_tables(compare([log, log_of([1.0], labels=[9], name="b")], radius=0.25)), "Certified accuracy by cl"
     )
     assert shown["worst"] == ("33.3 % (class 7)", "100.0 % (class 9)")
     assert shown["9"][0] == "–"
@@ -129,20 +116,20 @@ def test_classes_and_the_worst_of_them() -> None:
 
 def test_probabilities_leave_abstained_images_out() -> None:
     log = log_of(
-        [0.1, 0.2, 0.2, 0.0, 1.905728], predict=[0, 0, 0, -1, 0], p_lower=np.array([0.6, 0.7, 0.7, 0.4, 0.99993])
+        [0.1, 0.2, 0.2, 0.0, 1.905728], prediction=[0, 0, 0, -1, 0], p_lower=np.array([0.6, 0.7, 0.7, 0.4, 0.99993])
     )
-    ecdf = probability_ecdf(log)
+    ecdf = probability_ecdf(log.certificates)
     assert (ecdf.values.tolist(), ecdf.shares.tolist()) == ([0.6, 0.7, 0.99993], [0.25, 0.75, 1.0])
     shown = cells(comparison_tables(compare([log])), "Lower bound")
     assert [shown[f"{level} % quantile"][0] for level in (5, 25, 50, 75, 95)] == [
         "0.60000", "0.60000", "0.70000", "0.70000", "0.99993",
     ]  # fmt: skip
     assert shown["at the largest radius"] == ("25.0 %",)
-    none = comparison_tables(compare([log_of([0.0], predict=[-1])]))
+    none = comparison_tables(compare([log_of([0.0], prediction=[-1])]))
     assert set(cells(none, "Lower bound").values()) == {("–",)}
 
 
-def pair_of_runs(seed: int = 0, n: int = 60) -> tuple[CertificationLog, CertificationLog]:
+def pair_of_runs(seed: int = 0, n: int = 60) -> tuple[CertificateTable, CertificateTable]:
     """Two logs on the same images, the second in another order."""
     generator = np.random.default_rng(seed)
     label = generator.integers(0, 4, n)
@@ -161,10 +148,11 @@ def test_a_pair_with_one_fingerprint_is_matched_by_id() -> None:
     first, second = pair_of_runs()
     pair = compare([first, second], radii=[0.0, 0.3, 0.7]).pairs[0]
     assert (pair.refused, pair.images, pair.assumed, pair.notes) == (None, 60, False, ())
-    rows = {name: row for row, name in enumerate(second.ids or ())}
+    one, two = first.certificates, second.certificates
+    rows = {name: row for row, name in enumerate(second.certificates.ids)}
     for found in pair.rows:
-        a = [bool(first.correct[i] and first.radius[i] >= found.radius) for i in range(60)]
-        b = [bool(second.correct[rows[n]] and second.radius[rows[n]] >= found.radius) for n in first.ids or ()]
+        a = [bool(one.correct[i] and one.radius[i] >= found.radius) for i in range(60)]
+        b = [bool(two.correct[rows[n]] and two.radius[rows[n]] >= found.radius) for n in first.certificates.ids]
         assert found.difference == paired_difference(np.array(a), np.array(b))
         assert found.only_first == sum(x and not y for x, y in zip(a, b, strict=True))
         assert found.only_second == sum(y and not x for x, y in zip(a, b, strict=True))
@@ -175,14 +163,17 @@ def test_a_pair_with_one_fingerprint_is_matched_by_id() -> None:
     assert len(header) == len(shown[0]) == 5
 
 
-def cut(log: CertificationLog, rows: Any, **fields: Any) -> CertificationLog:
-    names = ("idx", "label", "predict", "radius", "correct", "seconds")
-    arrays = {name: getattr(log, name)[rows] for name in names}
-    ids = None if log.ids is None else tuple(np.array(log.ids)[rows])
-    return replace(log, **{**arrays, "ids": ids, "num_images": len(arrays["idx"]), **fields})
+def cut(log: CertificateTable, rows: Any, **changes: Any) -> CertificateTable:
+    """The log's ``rows``, with other values of the table, its certificates and its rule, by their names."""
+    positions = np.arange(len(log))[rows]
+    certificates = log.certificates.select(positions.tolist())
+    rule = {key: changes.pop(key) for key in list(changes) if hasattr(log.rule, key)}
+    stored = {key: changes.pop(key) for key in list(changes) if hasattr(certificates, key)}
+    certificates = replace(certificates, rule=replace(log.rule, num_images=len(positions), **rule), **stored)
+    return replace(log, **{"idx": log.idx[rows], "certificates": certificates, **changes})
 
 
-def refusal(*logs: CertificationLog, assume: bool = False) -> str:
+def refusal(*logs: CertificateTable, assume: bool = False) -> str:
     comparison = compare(logs, assume_same_images=assume)
     reason = comparison.pairs[0].refused
     assert reason is not None
@@ -200,11 +191,11 @@ def test_pairs_are_refused_with_the_reason() -> None:
         assert "60 and 59, 59 in both; certify the same images" in refusal(first, part, assume=assume)
         swapped = (replace(part, name="a"), replace(first, name="b"))
         assert "59 and 60, 59 in both" in refusal(*swapped, assume=assume)
-        foreign = cut(second, slice(None), ids=("new.png", *(second.ids or ())[1:]))
+        foreign = cut(second, slice(None), ids=("new.png", *second.certificates.ids[1:]))
         assert "60 and 60, 59 in both" in refusal(first, foreign, assume=assume)
-    changed = second.label.copy()
+    changed = second.certificates.labels.copy()
     changed[4] += 1
-    wrong = cut(second, slice(None), label=changed)
+    wrong = cut(second, slice(None), labels=changed)
     assert f"1 labels differ, the first at idx {second.idx[4]}" in refusal(first, wrong)
     silent = cut(second, slice(None), dataset=None)
     assert "no data-set fingerprint in b" in refusal(first, silent)
@@ -213,21 +204,21 @@ def test_pairs_are_refused_with_the_reason() -> None:
 
 def test_sameness_may_be_assumed_and_labels_must_not_contradict_it() -> None:
     first, second = pair_of_runs()
-    public = cut(second, slice(0, 40), ids=None, dataset=None)
+    public = cut(second, slice(0, 40), dataset=None, published=True)
     pair = compare([first, public], radii=[0.3], assume_same_images=True).pairs[0]
     assert (pair.refused, pair.images, pair.assumed) == (None, 40, True)
     assert pair.notes == ("same images assumed: matched by idx, 40 in both of 60 and 40",)
     here = [int(np.flatnonzero(first.idx == i)[0]) for i in np.sort(public.idx)]
     there = [int(np.flatnonzero(public.idx == i)[0]) for i in np.sort(public.idx)]
-    wanted = paired_difference(first.certified(0.3)[here], public.certified(0.3)[there])
+    wanted = paired_difference(first.certificates.certified(0.3)[here], public.certificates.certified(0.3)[there])
     assert pair.rows[0].difference == wanted
     assert wanted.estimate != 0
     tables = comparison_tables(compare([first, public], radii=[0.3], assume_same_images=True))
     assert "assumed to be the same" in table(tables, "a minus b")[0]
     assert ("a, b", pair.notes[0]) in table(tables, "Paired tests: what")[2]
-    changed = public.label.copy()
+    changed = public.certificates.labels.copy()
     changed[[3, 9]] += 1
-    wrong = cut(public, slice(None), label=changed)
+    wrong = cut(public, slice(None), labels=changed)
     assert f"2 labels differ, the first at idx {min(public.idx[[3, 9]])}" in refusal(first, wrong, assume=True)
     assert "no idx is in both" in refusal(first, cut(public, slice(None), idx=public.idx + 1000), assume=True)
 
@@ -236,8 +227,8 @@ def test_conditions_that_differ_are_noted_and_radii_off_a_grid_left_out() -> Non
     first, second = pair_of_runs()
     grid = (0.0, 0.25, 0.5)
     second = cut(
-        second, slice(None), radius=np.floor(second.radius * 4) / 4, radii=grid, method="sequential", sigma=0.25,
-        num_estimation=1000, level="family",
+        second, slice(None), radius=np.floor(second.certificates.radius * 4) / 4, radii=grid, method="sequential",
+        sigma=0.25, num_estimation=1000, level="family",
     )  # fmt: skip
     comparison = compare([first, second], radii=[0.0, 0.3, 0.5, 0.75])
     pair = comparison.pairs[0]
@@ -387,7 +378,7 @@ def test_a_run_of_older_days_has_what_it_says() -> None:
 def test_published_class_figures_from_their_logs() -> None:
     cat, bird, deer = 3, 2, 4
     gaussian, catrs = (
-        class_accuracies(read_log(LOGS / f"{name}_sigma_0.5.tsv"), 0.5) for name in ("gaussian", "catrs")
+        class_accuracies(read_log(LOGS / f"{name}_sigma_0.5.tsv").certificates, 0.5) for name in ("gaussian", "catrs")
     )
     assert [round(100 * gaussian[k].estimate) for k in (cat, bird, deer)] == [19, 27, 27]
     assert [round(100 * catrs[k].estimate) for k in (cat, deer)] == [23, 27]

@@ -37,9 +37,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.server.ranges.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.supports_range else 0
+        requested = self.headers.get("Range")
+        self.server.ranges.append(requested)
+        start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and self.server.supports_range else 0
         if self.server.status != 200:
             return self.send_error(self.server.status)
         if start >= len(CONTENT):
@@ -125,7 +125,7 @@ def test_a_damaged_part_fails_once_and_then_starts_again(server: Server, tmp_pat
 def test_a_connection_that_keeps_failing_gives_up_and_keeps_the_part(server: Server, tmp_path: Path) -> None:
     server.drops = 100
     server.supports_range = False
-    with pytest.raises(DataError, match=r"could not download .*350000 of 700000.*run again to go on from .*\.part"):
+    with pytest.raises(DataError, match=r"could not download .*350000 of 700000.*run again to resume from .*\.part"):
         fetch(server.url, HASH, tmp_path / "file.tar.gz", attempts=3, pause=0)
     assert (tmp_path / "file.tar.gz.part").read_bytes() == CONTENT[:350_000]
     assert len(server.ranges) == 4  # the first brought bytes, three in a row brought none beyond them

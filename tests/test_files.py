@@ -11,17 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from rush.certification.table import drop_unfinished_line
 from rush.errors import RunError, RushError, WriteError
-from rush.evaluation.groups import save_arrays
-from rush.runtime.files import append_text, cut_file, make_folder, write_atomically, write_bytes, write_json, write_text
+from rush.records.certificates import drop_unfinished_line
+from rush.runtime.files import (
+    append_text,
+    cut_file,
+    make_folder,
+    write_arrays,
+    write_atomically,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 Write = Callable[[Path], None]
 WRITERS: dict[str, Write] = {
     "text": lambda path: write_text(path, "new"),
     "bytes": lambda path: write_bytes(path, b"new"),
     "json": lambda path: write_json(path, {}),
-    "arrays": lambda path: save_arrays(path),
+    "arrays": lambda path: write_arrays(path),
     "append": lambda path: append_text(path, "new"),
     "cut": lambda path: cut_file(path, 0),
     "drop": drop_unfinished_line,

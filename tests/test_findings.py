@@ -1,139 +1,113 @@
-"""Findings from crafted figures: each fails where it must, passes where it must, and says which when it cannot tell."""
+"""Decisions of the audit on crafted figures: each fails or passes where it must, and says when it cannot decide."""
 
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from rush.auditing import findings
-from rush.auditing.findings import Finding
-from rush.auditing.probes import PROBES
+from rush.auditing import findings, gradients, probes, stronger, validity
+from rush.auditing.audit import PROBES
+from rush.auditing.probes import Outcome
 
 HELD = [True] * 10
 
-# name, the finding that must pass, the one that must fail
-CRAFTED: list[tuple[str, Callable[[], Finding], Callable[[], Finding]]] = [
-    ("input-range", lambda: findings.input_range(0.0, 1.0), lambda: findings.input_range(0.0, 255.0)),
-    ("input-range", lambda: findings.input_range(-5e-8, 1 + 5e-8), lambda: findings.input_range(-2.1, 2.6)),
-    (
-        "pixel-scale",
-        lambda: findings.pixel_scale(60, 54, {"a": (3, 0)}),
-        lambda: findings.pixel_scale(60, 6, {"a": (48, 0)}),
-    ),
-    # a stochastic network whose own noise other scales drown, and one that sees nothing of the images
-    (
-        "pixel-scale",
-        lambda: findings.pixel_scale(60, 50, {"a": (9, 0)}, chance=8),
-        lambda: findings.pixel_scale(60, 6, {"a": (48, 0)}, chance=8),
-    ),
-    (
-        "ball",
-        lambda: findings.ball("linf", [1.0] * 10, HELD, 5.0),
-        lambda: findings.ball("linf", [1.0] * 9 + [1.01], HELD, 5.0),
-    ),
-    (
-        "ball",
-        lambda: findings.ball("linf", [1 + 5e-5] * 10, HELD, 5.0),
-        lambda: findings.ball("linf", [255 / 256] * 10, HELD, 5.0),
-    ),
-    (
-        "ball",
-        lambda: findings.ball("l2", [0.7] * 10, HELD, None),
-        lambda: findings.ball("linf", [0.5] * 10, HELD, None),
-    ),
+# decision, figures that must pass, figures that must fail
+CRAFTED: list[tuple[Callable[..., Outcome], tuple[Any, ...], tuple[Any, ...]]] = [
+    (validity.decide_range, (0.0, 1.0), (0.0, 255.0)),
+    (validity.decide_range, (-5e-8, 1 + 5e-8), (-2.1, 2.6)),
+    (validity.decide_scale, (60, 54, {"a": (3, 0)}), (60, 6, {"a": (48, 0)})),
+    # a stochastic network whose own noise other scales drown, and one whose outputs do not depend on the images
+    (validity.decide_scale, (60, 50, {"a": (9, 0)}, 8), (60, 6, {"a": (48, 0)}, 8)),
+    (validity.decide_ball, ("linf", [1.0] * 10, HELD, 5.0), ("linf", [1.0] * 9 + [1.01], HELD, 5.0)),
+    (validity.decide_ball, ("linf", [1 + 5e-5] * 10, HELD, 5.0), ("linf", [255 / 256] * 10, HELD, 5.0)),
+    (validity.decide_ball, ("l2", [0.7] * 10, HELD, None), ("linf", [0.5] * 10, HELD, None)),
     # a plan whose steps cannot reach the edge says nothing about the ball, nor do the points of broken images
-    (
-        "ball",
-        lambda: findings.ball("linf", [0.2] * 10, HELD, 0.2),
-        lambda: findings.ball("linf", [0.2] * 10, HELD, 5.0),
-    ),
-    (
-        "ball",
-        lambda: findings.ball("linf", [0.2] * 10, [False] * 10, 5.0),
-        lambda: findings.ball("l1", [0.4] * 10, HELD, 5.0),
-    ),
-    ("mode", lambda: findings.mode((), 1e-6), lambda: findings.mode(("bn1", "bn2"), None)),
-    ("mode", lambda: findings.mode((), None), lambda: findings.mode((), 0.5)),
-    ("randomness", lambda: findings.randomness(False, 0.0), lambda: findings.randomness(False, 0.1)),
-    ("randomness", lambda: findings.randomness(True, 0.1), lambda: findings.randomness(True, 0.0)),
+    (validity.decide_ball, ("linf", [0.2] * 10, HELD, 0.2), ("linf", [0.2] * 10, HELD, 5.0)),
+    (validity.decide_ball, ("linf", [0.2] * 10, [False] * 10, 5.0), ("l1", [0.4] * 10, HELD, 5.0)),
+    (validity.decide_mode, ((), 1e-6), (("bn1", "bn2"), None)),
+    (validity.decide_mode, ((), None), ((), 0.5)),
+    (validity.decide_randomness, (False, 0.0), (False, 0.1)),
+    (validity.decide_randomness, (True, 0.1), (True, 0.0)),
     # draws that hardly ever change an output are draws
-    ("randomness", lambda: findings.randomness(True, 0.0, drew=True), lambda: findings.randomness(True, 0.0)),
-    ("noise", lambda: findings.noise(0.252, 0.25, "sigma"), lambda: findings.noise(0.12, 0.25, "sigma")),
-    ("noise", lambda: findings.noise(0.8, 1.0, "spread"), lambda: findings.noise(0.0, 1.0, "spread")),
-    ("noise", lambda: findings.noise(0.0, 0.0, "spread"), lambda: findings.noise(1.0, 0.0, "spread")),
-    ("noise", lambda: findings.noise(0.6, 1.0, "spread", 0.001), lambda: findings.noise(0.4, 1.0, "spread", 0.001)),
-    ("noise", lambda: findings.noise(0.25, 0.25, "sigma"), lambda: findings.noise(0.5, 0.25, "sigma")),
-    ("verdict", lambda: findings.verdict(1, 100), lambda: findings.verdict(4, 100)),
-    ("gradient", lambda: findings.gradient(0, 32, 0), lambda: findings.gradient(5, 32, 5)),
-    (
-        "finite-differences",
-        lambda: findings.finite_differences(0.99, 1.0, 32),
-        lambda: findings.finite_differences(0.3, 1.0, 32),
-    ),
+    (validity.decide_randomness, (True, 0.0, True), (True, 0.0)),
+    (validity.decide_noise, (0.252, 0.25, "sigma"), (0.12, 0.25, "sigma")),
+    (validity.decide_noise, (0.25, 0.25, "sigma"), (0.5, 0.25, "sigma")),
+    (validity.decide_noise, (0.8, 1.0, "spread"), (0.0, 1.0, "spread")),
+    (validity.decide_noise, (0.0, 0.0, "spread"), (1.0, 0.0, "spread")),
+    (validity.decide_noise, (0.6, 1.0, "spread", lambda: 0.001), (0.4, 1.0, "spread", lambda: 0.001)),
+    (gradients.decide_slopes, (0.99, 1.0, 32), (0.3, 1.0, 32)),
     # a gradient of the wrong scale points the right way; one of the wrong sign does not
-    (
-        "finite-differences",
-        lambda: findings.finite_differences(0.99, 10.0, 32),
-        lambda: findings.finite_differences(0.99, -1.0, 32),
-    ),
-    ("step-size", lambda: findings.step_size(5.0, 1.0, 30), lambda: findings.step_size(0.2, 0.2, 30)),
-    ("step-size", lambda: findings.step_size(None, 1.0, 30), lambda: findings.step_size(None, 0.3, 30)),
-    ("step-size", lambda: findings.step_size(5.0, 0.0, 2), lambda: findings.step_size(5.0, 0.1, 30)),
-    (
-        "signal-to-noise",
-        lambda: findings.signal_to_noise([2.0] * 10, 20),
-        lambda: findings.signal_to_noise([2.0] * 10, 1),
-    ),
-    ("path", lambda: findings.path(2, 40), lambda: findings.path(12, 40)),
-    (
-        "large-epsilon",
-        lambda: findings.large_epsilon(2, 32, "linf", 0.5),
-        lambda: findings.large_epsilon(9, 32, "l2", 4.0),
-    ),
-    ("planted", lambda: findings.planted(2, 32), lambda: findings.planted(9, 32)),
-    *(
-        (
-            name,
-            lambda name=name: findings.gain(name, 1, 100, "it"),
-            lambda name=name: findings.gain(name, 4, 100, "it"),
-        )
-        for name in (
-            "frozen-noise",
-            "more-steps",
-            "more-eot-samples",
-            "more-restarts",
-            "other-loss",
-            "fixed-noise-attack",
-            "transfer",
-            "straight-through",
-            "smoothed-surrogate",
-            "square",
-            "random-search",
-            "worst-case",
-        )
-    ),
-    ("certificates", lambda: findings.certificates(1, 100, 2), lambda: findings.certificates(3, 100, 2)),
+    (gradients.decide_slopes, (0.99, 10.0, 32), (0.99, -1.0, 32)),
+    (gradients.decide_steps, (5.0, 1.0, 30), (0.2, 0.2, 30)),
+    (gradients.decide_steps, (None, 1.0, 30), (None, 0.3, 30)),
+    (gradients.decide_steps, (5.0, 0.0, 2), (5.0, 0.1, 30)),
+    (gradients.decide_draws, ([2.0] * 10, 20), ([2.0] * 10, 1)),
+    (probes.share, (2, 40, 0.1, "images"), (9, 40, 0.1, "images")),
+    (probes.gain, (1, 100, "it"), (4, 100, "it")),
 ]
 
 
-@pytest.mark.parametrize(("name", "passing", "failing"), CRAFTED)
-def test_crafted_figures(name: str, passing: Callable[[], Finding], failing: Callable[[], Finding]) -> None:
-    assert (passing().name, passing().status) == (name, "passed")
-    failed = failing()
-    assert (failed.name, failed.status) == (name, "failed")
-    assert failed.remedy
+@pytest.mark.parametrize(("decide", "passing", "failing"), CRAFTED)
+def test_crafted_figures(decide: Callable[..., Outcome], passing: tuple[Any, ...], failing: tuple[Any, ...]) -> None:
+    assert decide(*passing).status == "passed"
+    failed = decide(*failing)
+    assert failed.status == "failed"
     assert failed.evidence
     assert failed.figure is not None
     assert math.isfinite(failed.figure)
 
 
-def test_every_finding_has_its_place_its_probe_and_a_case_of_failing() -> None:
-    assert list(PROBES) == list(findings.ORDER)
-    assert {name for name, _, _ in CRAFTED} == set(findings.ORDER)
-    assert set(findings.ORDER) >= findings.INVALIDATING
+def test_every_decision_has_a_crafted_case() -> None:
+    decisions = {
+        value for module in (validity, gradients) for name, value in vars(module).items() if name.startswith("decide_")
+    }
+    assert decisions | {probes.share, probes.gain} == {decide for decide, _, _ in CRAFTED}
+
+
+@pytest.mark.parametrize("probe", PROBES.values(), ids=lambda probe: probe.name)
+def test_every_finding_says_its_question_its_cost_and_what_to_do(probe: probes.Probe) -> None:
+    question, _, cost = str(probe.decide.__doc__).partition("Cost: ")
+    assert "?" in question
+    assert cost
+    assert probe.remedy
+
+
+def test_findings_run_from_causes_to_symptoms() -> None:
+    """The first failed finding explains the others, and the reports in ``results/`` have this order."""
+    assert tuple(PROBES) == (
+        "input-range",
+        "pixel-scale",
+        "ball",
+        "mode",
+        "randomness",
+        "noise",
+        "verdict",
+        "frozen-noise",
+        "gradient",
+        "finite-differences",
+        "step-size",
+        "signal-to-noise",
+        "path",
+        "more-eot-samples",
+        "more-steps",
+        "more-restarts",
+        "other-loss",
+        "large-epsilon",
+        "planted",
+        "fixed-noise-attack",
+        "transfer",
+        "straight-through",
+        "smoothed-surrogate",
+        "square",
+        "random-search",
+        "worst-case",
+        "certificates",
+    )
+    assert set(PROBES) >= findings.INVALIDATING
 
 
 @pytest.mark.parametrize("total", [3, 32, 64, 100])
@@ -155,10 +129,10 @@ def test_the_levels_of_what_decides_alone_sum_to_the_verdicts() -> None:
 
 
 def test_what_chance_explains_does_not_fail() -> None:
-    assert findings.noise(0.4, 1.0, "spread", 0.02).status == "undecided"
-    assert findings.pixel_scale(10, 5, {"a": (3, 0)}).status == "undecided"
-    assert findings.pixel_scale(60, 30, {"a": (29, 0)}, chance=8).status == "undecided"
-    assert findings.pixel_scale(60, 30, {"a": (29, 0)}).status == "failed"
+    assert validity.decide_noise(0.4, 1.0, "spread", lambda: 0.02).status == "undecided"
+    assert validity.decide_scale(10, 5, {"a": (3, 0)}).status == "undecided"
+    assert validity.decide_scale(60, 30, {"a": (29, 0)}, chance=8).status == "undecided"
+    assert validity.decide_scale(60, 30, {"a": (29, 0)}).status == "failed"
 
 
 @pytest.mark.parametrize("total", [5, 24, 64])
@@ -166,7 +140,7 @@ def test_what_chance_explains_does_not_fail() -> None:
 @pytest.mark.parametrize("slack", [0.0, 0.1])
 def test_the_p_value_of_a_gain_is_valid(total: int, worse_rate: float, slack: float) -> None:
     """P(p-value <= u) <= u, summed exactly over all outcomes, for gains at the hypothesis' edge and inside it."""
-    better_rate = worse_rate + findings.SCALE_GAIN - slack
+    better_rate = worse_rate + validity.SCALE_GAIN - slack
     rates = [better_rate, worse_rate, max(0.0, 1 - better_rate - worse_rate)]
     p_values, chances = [], []
     for better in range(total + 1):
@@ -180,7 +154,7 @@ def test_the_p_value_of_a_gain_is_valid(total: int, worse_rate: float, slack: fl
 
 @cache
 def _p_value(better: int, worse: int, total: int) -> float:
-    return findings.gain_p_value(better, worse, total, findings.SCALE_GAIN)
+    return validity.gain_p_value(better, worse, total, validity.SCALE_GAIN)
 
 
 def test_the_p_value_of_a_gain_has_power() -> None:
@@ -189,33 +163,34 @@ def test_the_p_value_of_a_gain_has_power() -> None:
     level = findings.LEVELS["pixel-scale"] / 3
     assert _p_value(17, 0, 20) < level
     assert _p_value(32, 0, 64) < level
-    assert _p_value(12, 0, 24) >= stats.binom.sf(11, 24, findings.SCALE_GAIN)
+    assert _p_value(12, 0, 24) >= stats.binom.sf(11, 24, validity.SCALE_GAIN)
     assert _p_value(0, 0, 5) == 1.0
 
 
-@pytest.mark.parametrize("share", [1.0, 1 / findings.SIGMA_BAND, findings.SIGMA_BAND])
+@pytest.mark.parametrize("share", [1.0, 1 / validity.SIGMA_BAND, validity.SIGMA_BAND])
 def test_the_band_of_sigma_is_beyond_chance(share: float) -> None:
     """16,384 normal values in pairs z, -z against 16,384: the ratio of the squares is F(8192, 16384) times share^2. It
-    leaves the band by chance with probability < 1e-20, and a sigma at twice the band's distance is told."""
+    leaves the band by chance with probability < 1e-20, and a sigma at twice the band's distance is detected."""
     ratio = stats.f(8192, 16384)
-    low, high = findings.SIGMA_BAND**-2, findings.SIGMA_BAND**2
+    low, high = validity.SIGMA_BAND**-2, validity.SIGMA_BAND**2
     outside = ratio.cdf(low / share**4) + ratio.sf(high / share**4)
     assert outside < 1e-20 if share == 1.0 else outside > 1 - 1e-9
 
 
 def test_few_images_decide_nothing() -> None:
-    assert findings.path(1, 3).status == "undecided"
-    assert findings.finite_differences(0.1, 1.0, 4).status == "undecided"
-    assert findings.signal_to_noise([100.0] * 4, 1).status == "undecided"
-    assert findings.planted(0, 0).status == "skipped"
+    assert probes.share(1, 3, 0.1, "images").status == "undecided"
+    assert gradients.decide_slopes(0.1, 1.0, 4).status == "undecided"
+    assert gradients.decide_draws([100.0] * 4, 1).status == "undecided"
+    assert probes.share(0, 0, 0.1, "images").status == "skipped"
 
 
 def test_thresholds_are_the_frozen_ones() -> None:
-    """They were fixed before the second half of the zoo was written; a change asks for a zoo that is made after it."""
+    """They were fixed before the second half of the zoo was written; a change needs a zoo that is made after it."""
     assert {
         name: value
-        for name, value in vars(findings).items()
-        if name.isupper() and name[0] != "_" and isinstance(value, float | int)
+        for module in (findings, probes, validity, gradients, stronger)
+        for name, value in vars(module).items()
+        if name.isupper() and name[0] != "_" and isinstance(value, float)
     } == {
         "GAIN": 0.01,
         "CONFIDENCE": 0.95,
@@ -236,6 +211,6 @@ def test_thresholds_are_the_frozen_ones() -> None:
         "NOT_RISING": 0.1,
         "LARGE_EPSILON_HELD": 0.1,
         "PLANTED_MISSED": 0.1,
-        "FEWEST": 5,
     }
-    assert findings.BALL_USED == {"linf": 0.9, "l2": 0.5, "l1": 0.5}
+    assert probes.FEWEST == 5
+    assert validity.BALL_USED == {"linf": 0.9, "l2": 0.5, "l1": 0.5}

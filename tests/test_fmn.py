@@ -19,7 +19,7 @@ from attacked import (
     planes_case,
 )
 from exact_models import HalfSpace
-from rush.attacks.fmn import BISECTIONS, fmn, fmn_passes
+from rush.attacks.fmn import BISECTIONS, fmn
 from rush.attacks.gradient import fresh_noise
 from rush.attacks.losses import margin, named_loss
 from rush.attacks.threat import norms
@@ -126,8 +126,7 @@ def test_the_stated_passes_are_those_that_are_made(steps: int) -> None:
     model, x, y = half_space_case()
     for function, random in ((Counted(log_probs_of(model)), False), (Clouded(log_probs_of(model), 0.0), True)):
         fmn(function, x, y, "l2", steps=steps)
-        assert (function.with_gradient, function.without_gradient) == fmn_passes(steps, random)
-    assert fmn_passes(30, False) == (30, 1 + BISECTIONS)
+        assert (function.with_gradient, function.without_gradient) == (steps, BISECTIONS + (2 if random else 1))
 
 
 @pytest.mark.parametrize("norm", NORMS)

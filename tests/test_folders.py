@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from encoded_images import image_column, png, write_shard
 from rush.data.sources import load_images
 from rush.data.streaming import open_stream
 from rush.errors import DataError, DataWarning
@@ -164,8 +165,8 @@ def test_every_lossless_format_is_read_to_the_pixel(suffix: str, mode: str, tmp_
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / f"x{suffix}", **({"lossless": True} if suffix == ".webp" else {}))
     expected = np.asarray(image.convert({"1": "L", "P": "RGB"}.get(mode, mode)))
-    found = load_images(tmp_path).images[1].numpy().transpose(1, 2, 0)
-    assert found.squeeze().tolist() == expected.tolist()
+    decoded = load_images(tmp_path).images[1].numpy().transpose(1, 2, 0)
+    assert decoded.squeeze().tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".jpe", ".jfif", ".JFIF"])
@@ -203,7 +204,7 @@ LINKS: dict[str, tuple[str, str, str]] = {
     "to an image of another class": ("train/b/again.png", "train/a/0.png", "are the same file by a link"),
     "to a class as a class": ("train/c", "train/a", "are the same file by a link"),
     "to a class in a class": ("train/a/more", "train/b", "are the same file by a link"),
-    "to nothing": ("train/a/x.png", "nowhere.png", "is a link to nothing, not an image file"),
+    "to nothing": ("train/a/x.png", "nowhere.png", "is a broken link, not an image file"),
     "to a device": ("train/a/x.png", "/dev/zero", "is a pipe, socket or device, not an image file"),
 }
 
@@ -298,10 +299,10 @@ def test_what_else_lies_there_is_counted_in_one_warning(tmp_path: Path) -> None:
     with pytest.warns(DataWarning) as caught:
         images = load_images(base, "train")
     assert len(images) == 8
-    (told,) = [str(one.message) for one in caught]
-    assert "6 entries are omitted" in told
-    assert "2 with .bak" in told
-    assert str(base) in told
+    (text,) = [str(warning.message) for warning in caught]
+    assert "6 entries are omitted" in text
+    assert "2 with .bak" in text
+    assert str(base) in text
 
 
 def test_notes_are_omitted_without_a_word(tmp_path: Path) -> None:
@@ -312,20 +313,13 @@ def test_notes_are_omitted_without_a_word(tmp_path: Path) -> None:
 
 
 def test_what_lies_beside_shards_is_counted(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    write(tmp_path / "x.png", pixels(0))
-    content = (tmp_path / "x.png").read_bytes()
-    (tmp_path / "x.png").unlink()
-    table = pa.table({"image": [{"bytes": content, "path": None}] * 2, "label": [0, 1]})
-    pq.write_table(table, tmp_path / "train-0.parquet")
+    write_shard(tmp_path / "train-0.parquet", {"image": image_column([png(pixels(0))] * 2), "label": [0, 1]})
     (tmp_path / "README.md").write_text("x")
     (tmp_path / "._train-0.parquet").write_text("x")
     assert len(load_images(tmp_path, "train")) == 2
     for name in ("train-1.parquet.tmp", "more.npz", "sub"):
         (tmp_path / name).mkdir()
-    with pytest.warns(DataWarning, match="3 entries are omitted, not being parquet shards"):
+    with pytest.warns(DataWarning, match="3 entries are omitted because they are not parquet shards"):
         load_images(tmp_path, "train")
 
 

@@ -23,7 +23,6 @@ import rush
 from full_size import TINY_IMAGES, Order, parse
 from full_size_items import GRID, ITEMS, SIGMAS, Bench, Item, nearest_to_paper
 from full_size_store import Clock, Store, in_rounds, load_shards
-from rush.certification.table import read_certificates
 from rush.data.batches import Resident
 from rush.data.images import stratified_subset
 from rush.errors import RunError, RushError
@@ -35,6 +34,7 @@ from rush.models.storage import load_weights
 from rush.pipeline.context import noise_of
 from rush.pipeline.train import new_classifier, spec_of
 from rush.recipe.load import load_recipe
+from rush.records.certificates import read_certificates
 from rush.runtime.execution import decide_execution
 from rush.runtime.randomness import stream
 from rush.training.finetune import finetune

@@ -222,7 +222,7 @@ def test_a_step_that_decides_by_the_epoch_is_refused(use: Callable[[float], obje
         use(epoch)
         return torch.zeros(())
 
-    told = 'depends on the epoch, .*; set execution.compile_training = "none", or give the number by .*schedules'
+    told = 'depend on the epoch, .*; set execution.compile_training = "none", or obtain the number from .*schedules'
     with pytest.raises(ConfigError, match=told):
         captured_step(step)(0)
 
@@ -249,7 +249,7 @@ def test_batches_of_another_size_and_new_numbers_are_refused() -> None:
     )
     for number in range(WARM_UP):
         take(number)
-    with pytest.raises(ConfigError, match="asks for other numbers than before"):
+    with pytest.raises(ConfigError, match="requests different numbers than before"):
         take(WARM_UP)
 
 

@@ -1,7 +1,6 @@
 """Hostile and broken data files: each is refused by an error that names it, within bounds of time and memory."""
 
 import io
-import json
 import os
 import pickle
 import re
@@ -21,6 +20,7 @@ import pytest
 from PIL import Image
 
 from bounded import refused
+from encoded_images import STRUCT, class_names, image_column, png, write_shard
 from rush.commands.verdict import judge_file
 from rush.data.readers.archives import read_words
 from rush.data.readers.decoding import MAX_PIXELS, decode
@@ -98,7 +98,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "dates": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS.astype("M8[s]"))), "plain numbers and text"),
     "version 9": (lambda p: zipped(p, images=b"\x93NUMPY\x09\x00" + bytes(200)), "version"),
     "no array": (lambda p: zipped(p, images=b"plain text"), "cannot be read"),
-    "expanding": (bomb, r"would grow from \d+ to 2147483648 bytes"),
+    "expanding": (bomb, r"would expand from \d+ to 2147483648 bytes"),
     "encrypted": (encrypted, "cannot be read"),
     "label 10^9": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS * 10**9)), "at most 100000 are allowed"),
     "label 2^64 - 1": (
@@ -122,11 +122,11 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "one label that is not 0": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS * 0 + 3)), "at least two"),
     "two classes of one name": (
         lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array(["a", "b", "a"]))),
-        "'a' is empty or there twice",
+        "'a' is empty or a duplicate",
     ),
     "an empty class name": (
         lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array(["a", "b", ""]))),
-        "'' is empty or there twice",
+        "'' is empty or a duplicate",
     ),
     "class names 1.5": (
         lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array([0.5, 1.5, 2.5]))),
@@ -149,9 +149,9 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_a_hostile_npz_is_refused(name: str, tmp_path: Path, processes: ForkServerContext) -> None:
     make, text = ARCHIVES[name]
-    told = refused(processes, load_images, make(tmp_path / "mine.npz"))
-    assert str(tmp_path / "mine.npz") in told
-    assert re.search(text, told), told
+    message = refused(processes, load_images, make(tmp_path / "mine.npz"))
+    assert str(tmp_path / "mine.npz") in message
+    assert re.search(text, message), message
 
 
 @pytest.mark.parametrize("name", ["10^15 bytes claimed", "objects", "expanding"])
@@ -179,25 +179,14 @@ def test_fortran_order_and_other_byte_orders_are_read_as_they_are(tmp_path: Path
     assert images.labels.tolist() == LABELS.tolist()
 
 
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+IMAGES = image_column([png(image) for image in GREY])
 
 
-STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-STRUCTS = pa.array([{"bytes": png(image), "path": None} for image in GREY], STRUCT)
-
-
-def shard(folder: Path, labels: Any, image: Any = STRUCTS, metadata: bytes | None = None) -> None:
-    table = pa.table({"image": image} | ({} if labels is None else {"label": labels}))
-    if metadata is not None:
-        table = table.replace_schema_metadata({b"huggingface": metadata})
-    pq.write_table(table, folder / "test-00000-of-00001.parquet")
-
-
-def named(names: Any) -> bytes:
-    return json.dumps({"info": {"features": {"label": {"names": names}}}}).encode()
+def shard(
+    folder: Path, labels: Any, images: pa.Array = IMAGES, metadata: bytes | None = None, names: Any = None
+) -> None:
+    metadata = metadata if names is None else class_names(names)
+    write_shard(folder / "test-00000-of-00001.parquet", {"image": images, "label": labels}, metadata)
 
 
 NESTED = b'{"info": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -226,10 +215,10 @@ SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda d: shard(d, [0, 1] * 3, metadata=b"\xff"),
         "'huggingface' has no info.features",
     ),
-    "class names of numbers": (lambda d: shard(d, [0, 1] * 3, metadata=named([1, 2])), "must be a list of texts"),
-    "class names of an object": (lambda d: shard(d, [0, 1] * 3, metadata=named({"a": 1})), "must be a list of texts"),
-    "class names of a text": (lambda d: shard(d, [0, 1] * 3, metadata=named("ab")), "must be a list of texts"),
-    "one name twice": (lambda d: shard(d, [0, 1] * 3, metadata=named(["a", "a"])), "'a' is empty or there twice"),
+    "class names of numbers": (lambda d: shard(d, [0, 1] * 3, names=[1, 2]), "must be a list of strings"),
+    "class names of an object": (lambda d: shard(d, [0, 1] * 3, names={"a": 1}), "must be a list of strings"),
+    "class names of a text": (lambda d: shard(d, [0, 1] * 3, names="ab"), "must be a list of strings"),
+    "one name twice": (lambda d: shard(d, [0, 1] * 3, names=["a", "a"]), "'a' is empty or a duplicate"),
     "bytes that are integers": (
         lambda d: shard(d, [0, 1] * 3, pa.array([{"bytes": 7, "path": None}] * 6)),
         "it needs 'img' or 'image'",
@@ -279,9 +268,9 @@ SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_hostile_shard_is_refused(name: str, tmp_path: Path, processes: ForkServerContext) -> None:
     make, text = SHARDS[name]
     make(tmp_path)
-    told = refused(processes, load_images, tmp_path)
-    assert str(tmp_path) in told
-    assert text in told
+    message = refused(processes, load_images, tmp_path)
+    assert str(tmp_path) in message
+    assert text in message
 
 
 def load_damaged(folder: Path, seed: int, attempts: int) -> None:
@@ -306,7 +295,7 @@ def load_damaged(folder: Path, seed: int, attempts: int) -> None:
 @pytest.mark.timeout(120)
 def test_a_damaged_footer_is_refused_and_ends_no_process(tmp_path: Path, processes: ForkServerContext) -> None:
     """pyarrow ended the process for about one such footer in some thousand."""
-    shard(tmp_path, [0, 1] * 3, pa.array([{"bytes": png(GREY[0]), "path": str(k)} for k in range(6)], STRUCT))
+    shard(tmp_path, [0, 1] * 3, image_column([png(GREY[0])] * 6, list("012345")))
     assert refused(processes, load_damaged, tmp_path, 0, 600) == "all were refused or read"
 
 
@@ -320,17 +309,17 @@ def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         shard(tmp_path, [0, 1] * 3)
         os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"test-{number}.parquet")
     stream = open_stream(tmp_path, "test")
-    assert [file.name for file in stream.records.files()] == [f"test-{number}.parquet" for number in range(11)]
+    assert [file.name for file in stream.encoded.files()] == [f"test-{number}.parquet" for number in range(11)]
 
 
 def test_all_splits_of_shards_name_the_same_classes(tmp_path: Path) -> None:
     for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
-        shard(tmp_path, [0, 1] * 3, metadata=named(names))
+        shard(tmp_path, [0, 1] * 3, names=names)
         os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"{split}-0.parquet")
     for split in ("train", "test"):
         with pytest.raises(DataError, match=r"0\.parquet names the classes .*give all splits the same names"):
             load_images(tmp_path, split)
-    shard(tmp_path, [0, 1] * 3, metadata=named(["a", "b"]))
+    shard(tmp_path, [0, 1] * 3, names=["a", "b"])
     os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / "test-0.parquet")
     assert load_images(tmp_path, "test").classes == ("a", "b")
 
@@ -421,13 +410,13 @@ PICTURES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a huge file": (lambda p: sparse(p / "x.webp"), "at most 268435456 are read"),
     "a short bomb": (lambda p: written(p / "x.png", huge_png(8192, 8192)), "cannot be decoded"),
-    "an animated GIF": (lambda p: saved(p / "x.gif", COLOUR, save_all=True, append_images=FRAMES), "several pictures"),
-    "an animated PNG": (lambda p: saved(p / "x.png", COLOUR, save_all=True, append_images=FRAMES), "several pictures"),
+    "an animated GIF": (lambda p: saved(p / "x.gif", COLOUR, save_all=True, append_images=FRAMES), "several images"),
+    "an animated PNG": (lambda p: saved(p / "x.png", COLOUR, save_all=True, append_images=FRAMES), "several images"),
     "an animated WebP": (
         lambda p: saved(p / "x.webp", COLOUR, save_all=True, append_images=FRAMES),
-        "several pictures",
+        "several images",
     ),
-    "a TIFF of pages": (lambda p: saved(p / "x.tif", COLOUR, save_all=True, append_images=FRAMES), "several pictures"),
+    "a TIFF of pages": (lambda p: saved(p / "x.tif", COLOUR, save_all=True, append_images=FRAMES), "several images"),
     "CMYK in JPEG": (lambda p: saved(p / "x.jpg", COLOUR.convert("CMYK")), "has mode CMYK"),
     "CMYK in TIFF": (lambda p: saved(p / "x.tif", COLOUR.convert("CMYK")), "has mode CMYK"),
     "LAB": (lambda p: saved(p / "x.tif", Image.new("LAB", (4, 4))), "has mode LAB"),
@@ -472,8 +461,8 @@ PICTURES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a socket": (lambda p: listening(p / "x.png"), "is a pipe, socket or device"),
     "a device": (lambda p: linked(p / "x.png", "/dev/zero"), "is a pipe, socket or device"),
     "a directory": (lambda p: ((p / "x.png").mkdir(), p / "x.png")[1], "is a directory"),
-    "a link to nothing": (lambda p: linked(p / "x.png", "nowhere"), "is a link to nothing"),
-    "a link to itself": (lambda p: linked(p / "x.png", "x.png"), "is a link to nothing"),
+    "a link to nothing": (lambda p: linked(p / "x.png", "nowhere"), "is a broken link"),
+    "a link to itself": (lambda p: linked(p / "x.png", "x.png"), "is a broken link"),
     "no file": (lambda p: p / "x.png", "is missing"),
 }
 
@@ -487,15 +476,14 @@ def decode_file(file: Path) -> np.ndarray:
 def test_a_hostile_picture_is_refused(name: str, tmp_path: Path, processes: ForkServerContext) -> None:
     make, text = PICTURES[name]
     file = make(tmp_path)
-    told = refused(processes, decode_file, file)
-    assert str(file) in told
-    assert text in told
-    assert "\n" not in told
+    message = refused(processes, decode_file, file)
+    assert str(file) in message
+    assert text in message
+    assert "\n" not in message
 
 
 def test_a_picture_in_a_shard_meets_the_same_bounds(tmp_path: Path, processes: ForkServerContext) -> None:
-    images = pa.array([{"bytes": huge_png(60_000, 60_000), "path": None}] * 6, STRUCT)
-    shard(tmp_path, [0, 1] * 3, images)
+    shard(tmp_path, [0, 1] * 3, image_column([huge_png(60_000, 60_000)] * 6))
     assert f"row 0 is 60000x60000, at most {MAX_PIXELS}" in refused(processes, load_images, tmp_path)
     assert f"row 0 is 60000x60000, at most {MAX_PIXELS}" in refused(processes, open_stream, tmp_path, "test")
 
@@ -533,10 +521,10 @@ def test_a_hostile_pickle_is_refused(name: str, processes: ForkServerContext) ->
     if not text:
         assert read_pickle(content) == {"a": list}
         return
-    told = refused(processes, read_pickle, content)
-    assert told.startswith("batch ")
-    assert any(part in told for part in text.split("|"))
-    assert "get it again" in told
+    message = refused(processes, read_pickle, content)
+    assert message.startswith("batch ")
+    assert any(part in message for part in text.split("|"))
+    assert "get it again" in message
 
 
 def test_class_names_in_text_have_a_bound_and_no_byte_order_mark() -> None:

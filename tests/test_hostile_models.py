@@ -175,8 +175,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "does not fit or is damaged",
     ),
-    "a tensor less": (tensors(lambda w: w.pop("head.bias")), "'head.bias' is not there"),
-    "a tensor more": (tensors(lambda w: w.update(more=torch.zeros(2))), "'more' is ((2,), 'F32'), expected is none"),
+    "a tensor less": (tensors(lambda w: w.pop("head.bias")), "'head.bias' is missing"),
+    "a tensor more": (tensors(lambda w: w.update(more=torch.zeros(2))), "'more' is ((2,), 'F32'), expected none"),
     "another shape": (tensors(lambda w: w.update({"head.bias": torch.zeros(9)})), "'head.bias' is ((9,), 'F32')"),
     "another type": (
         tensors(lambda w: w.update({"head.bias": torch.zeros(10).half()})),

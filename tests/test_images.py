@@ -12,12 +12,10 @@ from rush.runtime.randomness import stream
 
 
 def numbered(n: int = 6, labels: list[int] | None = None, classes: int = 3) -> ImageSet:
-    """Image i is filled with the value 10 i, so that a row can be told by its pixels."""
+    """Image i is filled with the value 10 i, so that its pixels identify a row."""
     images = (torch.arange(n) * 10 % 256).to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2).clone()
-    given = torch.tensor(labels if labels is not None else [i % classes for i in range(n)])
-    return ImageSet(
-        images, given, tuple("abcdefghij"[:classes]), np.array([f"id-{i}" for i in range(n)]), "set", "test"
-    )
+    y = torch.tensor(labels if labels is not None else [i % classes for i in range(n)])
+    return ImageSet(images, y, tuple("abcdefghij"[:classes]), np.array([f"id-{i}" for i in range(n)]), "set", "test")
 
 
 @pytest.mark.parametrize(
@@ -116,8 +114,8 @@ def test_without_labels_drops_the_labels_alone() -> None:
         ({"ids": np.array(["a", "b", "a", "c", "d", "e"])}, "'a' occurs 2 times"),
         ({"ids": np.arange(6)}, r"array of str of shape \(6,\), got int64"),
         ({"ids": np.array(["a"])}, r"\(1,\)"),
-        ({"classes": ["a", "b", "c"]}, "tuple of different names"),
-        ({"classes": ("a", "b", "a")}, "tuple of different names"),
+        ({"classes": ["a", "b", "c"]}, "tuple of distinct names"),
+        ({"classes": ("a", "b", "a")}, "tuple of distinct names"),
     ],
 )
 def test_what_is_not_an_image_set_is_refused_with_its_name_and_what_was_given(change: dict, text: str) -> None:
@@ -190,7 +188,7 @@ def test_without_labels_all_images_are_held_out_alike() -> None:
 
 @pytest.mark.parametrize("count", [0, 6, -1, 2.0, True])
 def test_an_impossible_number_of_held_out_images_is_refused(count: object) -> None:
-    with pytest.raises(InputError, match=r"of 6 images 1\.\.5 can be held out"):
+    with pytest.raises(InputError, match=r"to hold out must be in 1\.\.5 of 6, got"):
         hold_out(numbered(), count, stream(0, "held"))
 
 
@@ -218,6 +216,6 @@ def test_splits_are_joined_with_ids_that_stay_unique() -> None:
     ],
 )
 def test_what_does_not_belong_together_is_not_joined(change: dict, text: str) -> None:
-    given = {"labels": None, "ids": np.array([f"x{row}" for row in range(6)]), **change}
+    fields = {"labels": None, "ids": np.array([f"x{row}" for row in range(6)]), **change}
     with pytest.raises(DataError, match=text):
-        concatenate([numbered(), replace(numbered(), **given)])
+        concatenate([numbered(), replace(numbered(), **fields)])

@@ -211,7 +211,7 @@ def test_the_librarys_normalization_takes_its_own_number_of_channels_alone() -> 
     ("classes", "text"),
     [
         (("cat", "horse"), r"cat, horse against cat, dog, horse \(2 and 3 classes\)"),
-        (("cat", "horse", "dog"), r"cat, horse, dog against cat, dog, horse \(in another order\)"),
+        (("cat", "horse", "dog"), r"cat, horse, dog against cat, dog, horse \(in a different order\)"),
         (("cat", "dog", "horse", "cow"), r"cat, dog, horse, cow against cat, dog, horse \(4 and 3 classes\)"),
     ],
 )
@@ -287,7 +287,7 @@ def test_a_plain_runs_classifier_and_what_is_made_of_it_know_their_images(tiny_r
     for model in (plain, rush.SmoothedClassifier(plain, 0.25, 10)):
         with pytest.raises(InputError, match=r"1x9x9 .* those of the model 1x8x8"):
             rush.attack(model, (_images(1, 9, 9), _labels()), THREAT, "none")
-        with pytest.raises(InputError, match=r"own .test. have other classes than the model: a, b against 0, 1,"):
+        with pytest.raises(InputError, match=r"own .test. have different classes from the model: a, b against 0, 1,"):
             rush.attack(model, _set((1, 8, 8), ("a", "b")), THREAT, "none")
 
 
@@ -310,7 +310,7 @@ def test_commands_refuse_a_run_and_other_data(command: str, call: Call, tiny_run
     text = refusal(call(*given, _npz(tmp_path / "colour.npz", (3, 8, 8), DIGITS)))
     assert "are 3x8x8 (channels x height x width), those of the model 1x8x8" in text
     text = refusal(call(*given, _npz(tmp_path / "names.npz", (1, 8, 8), DIGITS[::-1])))
-    assert "9, 8, 7, 6, 5, 4, 3, 2, 1, 0 against 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (in another order)" in text
+    assert "9, 8, 7, 6, 5, 4, 3, 2, 1, 0 against 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (in a different order)" in text
     text = refusal(call(*given, _npz(tmp_path / "others.npz", (1, 8, 8), ("a", "b"))))
     assert "a, b against 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (2 and 10 classes)" in text
 
@@ -399,7 +399,7 @@ def test_splits_of_other_classes_are_refused_before_any_training(
     monkeypatch.setattr(conditions, "load_images", renamed)
     run = _run_on(_npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b", "c")), tmp_path)
     with pytest.raises(
-        DataError, match=r"data \(test\) have other classes than data \(train\): c, b, a against a, b, c"
+        DataError, match=r"data \(test\) have different classes from data \(train\): c, b, a against a, b, c"
     ):
         run_stage(run, "pretrain")
 

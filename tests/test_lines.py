@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rush.errors import RunError
-from rush.runtime.lines import escape, printable, read_events, read_lines, read_object, unescape
+from rush.records.log import read_events
+from rush.runtime.lines import escape, printable, read_lines, read_object, unescape
 
 # What ends a line, moves the cursor, hides or is not UTF-8; and what looks like an escape.
 NASTY = (
@@ -65,6 +66,10 @@ def test_an_object_is_read_behind_a_byte_order_mark_and_nothing_else_is_one(tmp_
     file = tmp_path / "file"
     file.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')
     assert read_object(file) == {"a": 1}
+    size = len(file.read_bytes())
+    assert read_object(file, max_bytes=size) == {"a": 1}
+    with pytest.raises(ValueError, match=f"more than {size - 1} bytes"):
+        read_object(file, max_bytes=size - 1)
     for content in (b"[1]", b"", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"found list|Expecting|decode|too deeply|digits"):

@@ -333,7 +333,7 @@ def test_a_damaged_model_is_refused_by_the_name_of_its_file(
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is no folder; give a run folder"):
+    with pytest.raises(RunError, match="is not a directory; give a run folder"):
         rush.load(tmp_path / "nothing")
 
 

@@ -195,7 +195,7 @@ def test_shuffled_groups_are_normalized_each_by_itself_and_come_back_in_order() 
     assert torch.equal(*(n.network.get_buffer("1.running_var") for n in (keys, slow)))
     assert not torch.allclose(found, key_network(query)(x))
     torch.testing.assert_close(keys.eval().shuffled(x, 4, stream(1, "shuffle")), keys(x), atol=1e-12, rtol=0)
-    with pytest.raises(ConfigError, match="8 rows do not part into 3 groups of one size"):
+    with pytest.raises(ConfigError, match="8 rows cannot be split into 3 equal groups"):
         keys.shuffled(x, 3, stream(0, "shuffle"))
 
 
@@ -210,7 +210,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     for momentum in (-0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match=r"momentum must lie in \[0, 1\]"):
             keys.follow(network(), momentum)
-    with pytest.raises(InputError, match="have other shapes"):
+    with pytest.raises(InputError, match="differ in shape"):
         keys.follow(nn.Linear(4, 3), 0.9)
 
 

@@ -12,12 +12,12 @@ from torch import nn
 import rush
 from rush.auditing.audit import audit
 from rush.certification.rule import make_rule
-from rush.data.checks import labelled_pixels, positive_integer, probability
+from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet, hold_out, stratified_subset
 from rush.errors import InputError
 from rush.evaluation.attack import verdict
 from rush.evaluation.verdict import VerdictSettings
-from rush.runtime.numbers import as_real, as_whole, least_whole
+from rush.runtime.numbers import as_real, as_whole, least_whole, positive_integer, probability
 from rush.runtime.randomness import stream
 from rush.smoothing.noise import Gaussian
 

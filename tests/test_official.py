@@ -131,7 +131,7 @@ def test_of_several_folders_the_first_that_holds_an_archive_is_read(
     (roots[0] / "test-00000-of-00001.parquet").write_bytes(b"never read")
     assert sources.load_images("cifar10", root=roots, download=False).fingerprint == alone.fingerprint
     assert sources.decoded_bytes("cifar10", "test", roots) == 10_000 * 3072
-    assert sources.open_records("cifar10", "test", roots) is None
+    assert sources.open_encoded("cifar10", "test", roots) is None
 
 
 def test_a_download_goes_to_the_first_of_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_a_download_goes_to_the_first_of_several_folders(tmp_path: Path, monkeyp
 
 
 def test_the_official_sizes_are_expected(tmp_path: Path) -> None:
-    """The real table (10,000 images a file) is used when nothing is patched: one full-size binary test file is read."""
+    """Unpatched, the real table (10,000 images per file) is used: one full-size binary test file is read."""
     version = cifar100_versions()[1]
     folder = tmp_path / version.archive.folder
     folder.mkdir()
@@ -169,9 +169,9 @@ def test_a_wrong_hash_names_the_file_both_hashes_and_the_remedy(tmp_path: Path) 
     """Whatever is wrong with an archive, truncated or altered, its bytes are not the official ones."""
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(b"truncated")
-    found = hashlib.md5(b"truncated").hexdigest()
+    md5 = hashlib.md5(b"truncated").hexdigest()
     expected = (
-        f"cifar-10-python.tar.gz has MD5 {found}, the official file has c58f30108f718f92721af3b95e74349a.*delete it"
+        f"cifar-10-python.tar.gz has MD5 {md5}, the official file has c58f30108f718f92721af3b95e74349a.*delete it"
     )
     with pytest.raises(DataError, match=expected):
         sources.load_images("cifar10", root=tmp_path)
@@ -315,7 +315,7 @@ def test_a_python_2_pickle_is_read() -> None:
 
 
 def write_stl10(monkeypatch: pytest.MonkeyPatch, root: Path) -> np.ndarray:
-    """Six images a split in STL-10's layout: channel, then column, then row."""
+    """Six images per split in STL-10's layout: channel, then column, then row."""
     monkeypatch.setattr(stl10, "ROWS", dict.fromkeys(stl10.ROWS, 6))
     monkeypatch.setattr(stl10, "_CHUNK", 4)
     pixels = np.random.default_rng(1).integers(0, 256, (6, 3, 96, 96), np.uint8)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import rush
 from rush.certification.certificates import join_certificates
-from rush.certification.table import COLUMNS, OLDER_COLUMNS, append_certificates, read_certificates
 from rush.errors import InputError, ModelError, RunError
 from rush.pipeline import certify as certifying
 from rush.pipeline.stages import run_stage
+from rush.records.certificates import COLUMNS, OLDER_COLUMNS, append_certificates, read_certificates
 from rush.records.folder import RunFolder
 from rush.smoothing.classifier import SmoothedClassifier
 from tiny import results
@@ -105,8 +105,10 @@ def test_an_older_table_that_names_no_model_is_attacked_as_it_is(run: RunFolder)
 def test_lines_of_two_models_are_refused(run: RunFolder, tmp_path: Path) -> None:
     table = run.path / "certificates.tsv"
     lines = table.read_text().split("\n")
-    assert lines[3].endswith(lines[2][-64:])
-    lines[3] = lines[3][:-64] + "0" * 64
+    cells = lines[3].split("\t")
+    assert cells[-2] == lines[2].split("\t")[-2]
+    cells[-2] = "0" * 64
+    lines[3] = "\t".join(cells)
     table.write_text("\n".join(lines))
     with pytest.raises(RunError, match="line 4: it is of another model than line 2"):
         read_certificates(table)

@@ -335,7 +335,7 @@ def test_ids_may_be_bytes_or_integers_and_must_differ(outside: str, tmp_path: Pa
 def test_a_file_that_is_no_archive_of_arrays_is_refused(outside: str, tmp_path: Path) -> None:
     model, threat = load_model(f"{outside}:sums", None, 10), rush.ThreatModel("linf", 0.1)
     np.save(tmp_path / "single.npy", np.zeros((3, 1, 8, 8), np.float32))
-    with pytest.raises(DataError, match=r"truncated or no \.npz file"):
+    with pytest.raises(DataError, match=r"truncated or not an \.npz file"):
         judge_file(tmp_path / "single.npy", None, model, threat)
     np.savez(tmp_path / "objects.npz", adversarial=np.array([{}, {}], object))
     with pytest.raises(DataError, match="it holds object, allowed are plain numbers and text"):

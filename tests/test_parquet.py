@@ -1,26 +1,17 @@
 """Images from Hugging Face style parquet shards."""
 
-import json
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
+from encoded_images import class_names, image_column, png, write_shard
 from rush.data.sources import decoded_bytes, load_images
 from rush.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
-
-
-def encoded(pixels: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write(
@@ -33,19 +24,11 @@ def write(
     paths: list[str | None] | None = None,
     contents: list[bytes | None] | None = None,
 ) -> Path:
-    contents = contents or [encoded(PIXELS[row]) for row in rows]
-    paths = paths or [f"image-{row}.png" for row in rows]
-    structs = [{"bytes": content, "path": name} for content, name in zip(contents, paths, strict=True)]
-    columns: dict[str, Any] = {image: pa.array(structs, pa.struct({"bytes": pa.binary(), "path": pa.string()}))}
+    contents = contents or [png(PIXELS[row]) for row in rows]
+    columns: dict[str, Any] = {image: image_column(contents, paths or [f"image-{row}.png" for row in rows])}
     if labels is not None:
         columns[label] = labels
-    table = pa.table(columns)
-    if names is not None:
-        info = {"info": {"features": {label: {"_type": "ClassLabel", "names": names}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-    return path
+    return write_shard(path, columns, None if names is None else class_names(names, label))
 
 
 @pytest.mark.parametrize("folder", [".", "data"])
@@ -119,26 +102,26 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "text"),
+    ("options", "text"),
     [
         ({"labels": [0, 1, 3], "names": ["a", "b", "c"]}, r"row 2 has label 3, allowed are 0\.\.2"),
         ({"labels": [0, -1, 1], "names": ["a", "b", "c"]}, "row 1 has label -1"),
         ({"labels": [0, None, 1]}, "1 rows without a label"),
         ({"labels": [0, 1, 1], "label": "labels"}, "name its label column"),
         ({"labels": [0, 1, 1], "image": "picture"}, "picture: struct.*needs 'img' or 'image'"),
-        ({"labels": [0, 1, 1], "contents": [encoded(PIXELS[0]), None, b""]}, "row 1 has no image bytes"),
+        ({"labels": [0, 1, 1], "contents": [png(PIXELS[0]), None, b""]}, "row 1 has no image bytes"),
         (
-            {"labels": [0, 1, 1], "contents": [encoded(PIXELS[0])] * 2 + [encoded(PIXELS[2])[:-500]]},
+            {"labels": [0, 1, 1], "contents": [png(PIXELS[0])] * 2 + [png(PIXELS[2])[:-500]]},
             "row 2 cannot be decoded",
         ),
         (
-            {"labels": [0, 1, 1], "contents": [encoded(PIXELS[0])] * 2 + [encoded(PIXELS[2, :9])]},
+            {"labels": [0, 1, 1], "contents": [png(PIXELS[0])] * 2 + [png(PIXELS[2, :9])]},
             "row 2 is 32x9, but .*row 0 is 32x32",
         ),
     ],
 )
-def test_each_fault_is_named_with_its_shard(tmp_path: Path, given: dict, text: str) -> None:
-    write(tmp_path / "test-00000-of-00001.parquet", range(3), **given)
+def test_each_fault_is_named_with_its_shard(tmp_path: Path, options: dict, text: str) -> None:
+    write(tmp_path / "test-00000-of-00001.parquet", range(3), **options)
     with pytest.raises(DataError, match=rf"test-00000-of-00001\.parquet.*{text}"):
         load_images(tmp_path)
 
@@ -149,7 +132,9 @@ def test_empty_and_unlike_shards_are_named(tmp_path: Path) -> None:
         load_images(tmp_path)
     write(tmp_path / "train-00000-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
     write(tmp_path / "train-00001-of-00002.parquet", range(2), [0, 1], names=["b", "a"])
-    with pytest.raises(DataError, match=r"train-00001-of-00002\.parquet has another label column or other classes"):
+    with pytest.raises(
+        DataError, match=r"train-00001-of-00002\.parquet has a different label column or different classes"
+    ):
         load_images(tmp_path, "train")
 
 
@@ -168,9 +153,9 @@ def spread(base: Path, names: list[str] | None, paths: bool) -> tuple[Path, Path
     whole, first, second = base / "whole", base / "a", base / "b"
     for number in range(4):
         rows, labels = range(number, number + 2), [number % 3, (number + 1) % 3]
-        own = [f"{number}-{row}.png" for row in rows] if paths else ["same.png"] * 2
+        names_of_files = [f"{number}-{row}.png" for row in rows] if paths else ["same.png"] * 2
         for folder in (whole, (first, second)[number % 2]):
-            write(folder / f"train-{9 + number}.parquet", rows, labels, names=names, paths=own)
+            write(folder / f"train-{9 + number}.parquet", rows, labels, names=names, paths=names_of_files)
     for folder in (whole, second):
         write(folder / "test.parquet", range(2), [0, 3], names=names)
     return whole, first, second
@@ -229,7 +214,7 @@ def test_a_shard_missing_from_all_folders_is_named_with_them(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "text"),
+    ("name", "other", "text"),
     [
         ("train-00000-of-00001", "train-00000-of-00001", r"parquet lies in {a} and in {b}; remove one"),
         ("train", "train", r"train\.parquet lies in {a} and in {b}; remove one"),
@@ -239,10 +224,10 @@ def test_a_shard_missing_from_all_folders_is_named_with_them(tmp_path: Path) -> 
     ],
 )
 def test_shards_of_two_folders_that_do_not_make_one_set_are_refused(
-    tmp_path: Path, one: str, other: str | None, text: str
+    tmp_path: Path, name: str, other: str | None, text: str
 ) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
-    write(first / f"{one}.parquet", range(2), [0, 1])
+    write(first / f"{name}.parquet", range(2), [0, 1])
     second.mkdir()
     if other:
         write(second / f"{other}.parquet", range(2), [0, 1])
@@ -255,7 +240,9 @@ def test_other_class_names_in_another_folder_are_refused(tmp_path: Path) -> None
     first, second = tmp_path / "a", tmp_path / "b"
     write(first / "train-00000-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
     write(second / "train-00001-of-00002.parquet", range(2), [0, 1], names=["b", "a"])
-    with pytest.raises(DataError, match=rf"{second}/train-.* has another label column or other classes than {first}/"):
+    with pytest.raises(
+        DataError, match=rf"{second}/train-.* has a different label column or different classes from {first}/"
+    ):
         load_images(".", "train", root=[first, second])
     write(second / "train-00001-of-00002.parquet", range(2), [0, 1], names=["a", "b"])
     write(second / "test.parquet", range(2), [0, 1], names=["b", "a"])

@@ -28,9 +28,9 @@ from rush.pipeline.attack import _plain_rungs
 from rush.pipeline.stages import run_stage
 from rush.recipe.schema import WITHOUT_NOISE, AttackConfig
 from rush.records.folder import RunFolder
+from rush.records.read_run import read_run
 from rush.reporting.compare import compare_command
 from rush.reporting.page import write_report
-from rush.reporting.reading import read_run
 from rush.reporting.tables import summary_rows
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.training.finetune import Examples
@@ -304,11 +304,11 @@ def test_a_model_folder_says_whether_it_is_smoothed(plain_run: Path, tmp_path: P
     description = json.loads((plain_run / "model/model.json").read_text())
     assert description["noise"] == {"name": "none"}
     assert description["execution"]["precision"] == "float32"
-    with pytest.raises(RunError, match=r"not smoothed .* rush\.load gives it as it is"):
+    with pytest.raises(RunError, match=r"not smoothed .* rush\.load returns it as it is"):
         load_smoothed(plain_run / "model", rush.runtime.execution.Execution())
     with pytest.raises(RunError, match="holds a smoothed classifier"):
         load_plain(SMOOTHED / "model", "cpu")
     folder = shutil.copytree(plain_run / "model", tmp_path / "model")
     (folder / "model.json").write_text(json.dumps(description | {"noise": {"name": "laplace"}}))
-    with pytest.raises(RunError, match="has noise 'laplace', this version knows gaussian and none; update"):
+    with pytest.raises(RunError, match="has noise 'laplace', this version supports gaussian and none; update"):
         rush.load(folder, device="cpu")

@@ -16,9 +16,9 @@ from rush.certification.certify import certify_each
 from rush.certification.recertify import recompute
 from rush.certification.rule import make_rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, UNDECIDED
-from rush.certification.table import read_certificates, write_certificates
 from rush.data.checks import labelled_pixels
 from rush.errors import InputError
+from rush.records.certificates import read_certificates, write_certificates
 from rush.smoothing.classifier import ABSTAIN
 
 X, Y = pixel_images(40)

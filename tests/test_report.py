@@ -20,20 +20,18 @@ from PIL import Image
 from scipy import optimize, special, stats
 
 import rush
-from rush.auditing.findings import GAIN, LARGE_EPSILON_HELD
-from rush.auditing.report import AuditReport, decide
+from rush.auditing.findings import LARGE_EPSILON_HELD
+from rush.auditing.report import AuditReport
 from rush.auditing.report import Finding as AuditFinding
-from rush.certification.recertify import recompute
-from rush.certification.table import read_certificates
-from rush.certification.table import write_certificates as write_table
+from rush.certification.certificates import Certificates
 from rush.choices import STAGES
 from rush.errors import RunError
-from rush.reporting import results
+from rush.records.certificates import write_certificates as write_table
+from rush.records.ladder import Ladder
+from rush.records.read_run import Watched, read_run
 from rush.reporting.costs import TrainingCost, training_cost, training_sentence
 from rush.reporting.page import render, write_report
 from rush.reporting.plots import certified_curve, epsilon_curve
-from rush.reporting.reading import read_run
-from rush.reporting.results import Audit, Certificates, Ladder, Watched
 from rush.reporting.tables import (
     CostRow,
     audit_sentence,
@@ -384,7 +382,7 @@ def ladder_of(folder: Path) -> Ladder:
     return ladder
 
 
-def audit_of(folder: Path) -> Audit:
+def audit_of(folder: Path) -> AuditReport:
     audit = read_run(folder).audit
     assert audit is not None
     return audit
@@ -589,9 +587,9 @@ def test_certificates_match_a_slow_count(run: Path) -> None:
     held = float(lines[0]["radius"])
     for radius in (0.0, 0.1, held, held + 1e-9, 0.2, 0.25, 0.9, 0.95):
         slow = sum(line["label"] == line["predict"] and float(line["radius"]) >= radius for line in lines)
-        assert certificates.accuracy(radius).estimate == slow / 60
+        assert certificates.accuracy_interval(radius).estimate == slow / 60
     # Closed form: p_lower = 0.001^(1/1000) = 0.993116, whose normal quantile is 2.46326.
-    assert certificates.ceiling == pytest.approx(0.5 * 2.46326, abs=1e-5)
+    assert certificates.largest_radius == pytest.approx(0.5 * 2.46326, abs=1e-5)
 
 
 def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Path) -> None:
@@ -656,9 +654,9 @@ def test_images_divide_as_a_slow_count_says(run: Path, radius: float) -> None:
         else:
             given_up = line["outcome"] == "not certifiable" and radius >= following
             found["not certifiable" if given_up else "undecided"] += 1
-    decided = certificates.decided(radius)
+    decided = certificates.other_shares(radius)
     assert decided is not None
-    assert {"right": certificates.accuracy(radius), **decided} == {
+    assert {"right": certificates.accuracy_interval(radius), **decided} == {
         name: share_interval(count, 60) for name, count in found.items()
     }
 
@@ -689,14 +687,15 @@ def test_family_lowers_the_ceiling(run: Path) -> None:
     """At level alpha / 60 an image's N agreeing votes certify less: sigma * Phi^-1((alpha / 60)^(1/N))."""
     write_certificates(run, {"seconds": 65.0}, level="family")
     expected = 0.5 * special.ndtri((0.001 / 60) ** (1 / 1000))
-    assert certificates_of(run).ceiling == pytest.approx(expected, abs=1e-6)
+    assert certificates_of(run).largest_radius == pytest.approx(expected, abs=1e-6)
     assert dict(summary_rows(read_run(run)))["level"].startswith("all 60 certificates hold together")
 
 
 def test_the_rule_of_the_table_speaks_where_the_record_of_an_older_run_is_silent(run: Path) -> None:
     certificates = certificates_of(run)
-    assert (certificates.method, certificates.level) == ("clopper-pearson", "image")
-    assert (certificates.radii, certificates.decided(0.25), certificates.mean_samples) == (None, None, 1100)
+    assert (certificates.rule.method, certificates.rule.level) == ("clopper-pearson", "image")
+    assert (certificates.rule.radii, certificates.other_shares(0.25)) == (None, None)
+    assert certificates.num_samples.tolist() == [1100] * CERTIFIED
 
 
 def test_a_table_without_its_votes_is_refused(run: Path) -> None:
@@ -710,34 +709,6 @@ def test_an_image_twice_is_refused(run: Path) -> None:
     edit(run / "certificates.tsv", "img-59", "img-58")
     with pytest.raises(RunError, match="line 61: the image is there twice, by its id"):
         read_run(run)
-
-
-@pytest.mark.parametrize(
-    ("bound", "radii"),
-    [("clopper-pearson", None), ("clopper-pearson", (0.0, 0.2, 0.5)), ("geometric", (0.0, 0.2, 0.5))],
-)
-def test_report_and_certification_say_the_same(tmp_path: Path, bound: str, radii: tuple[float, ...] | None) -> None:
-    """The kept run's votes under each rule: bound, ACR, ceiling and decisions are those of ``certification``."""
-    read = read_certificates(KEPT / "certificates.tsv")
-    assert read is not None
-    votes = read[1].select(range(40))
-    expected = recompute(votes, bound=bound, radii=radii, level="image" if radii is None else "family")
-    write_json(tmp_path / "recipe.json", recipe("kept"))
-    write_table(tmp_path / "certificates.tsv", expected, read[0][:40])
-    said = {"stage": "certify", "seconds": 1.0, "finished": "2026-01-01", "images": 40}
-    write_json(tmp_path / "stages" / "certify.json", said | asdict(expected.rule))
-    shown = certificates_of(tmp_path)
-    assert (shown.acr_name, shown.acr) == (expected.acr_name, expected.acr)
-    assert shown.ceiling == pytest.approx(expected.largest_radius, abs=1e-6)
-    for radius in (0.0, 0.2, 0.5):
-        assert shown.accuracy(radius).estimate == expected.accuracy(radius)
-        assert shown.accuracy_lower(radius) == pytest.approx(expected.accuracy_lower(radius), abs=1e-8)
-        decided = shown.decided(radius)
-        assert (decided is None) == (bound == "clopper-pearson")
-        if decided is not None:
-            told = expected.decision(radius).tolist()
-            for name in ("not certifiable", "undecided"):
-                assert decided[name].estimate == told.count(name) / 40
 
 
 def test_run_that_is_kept_in_the_repository_is_readable() -> None:
@@ -904,6 +875,7 @@ def test_hostile_names_stay_text(tmp_path: Path, hostile: str) -> None:
     rungs = [{**rung, "label": f"{hostile} {rung['name']}"} for rung in attack_rungs(run)]
     rungs[-1] |= {"suite": hostile, "attackers": {hostile: 30}}
     told = dict.fromkeys(("name", "evidence", "remedy"), hostile) | {"status": "failed"}
+    told |= {"figure": None, "threshold": None}
     edit_json(run / "audit.json", evaluation=hostile, here=hostile, findings=[told])
     tick = [{**point, "epsilon_text": hostile} for point in CURVE["points"]]
     edit_json(run / "stages" / "attack.json", rungs=rungs, curve={**CURVE, "label": hostile, "points": tick})
@@ -1156,7 +1128,7 @@ def test_audit_that_overestimates_is_told_on_top_of_the_page(full: Path) -> None
     """Verdict, both accuracies, d with bounds from another library, failed findings in the box, all in the table."""
     low, high = (stats.binomtest(12, 40).proportion_ci(0.9, "exact")[end] for end in (0, 1))
     audit = audit_of(full)
-    assert (audit.d.estimate, audit.d.low, audit.d.high) == pytest.approx((0.3, low, high), abs=1e-9)
+    assert (audit.d, audit.d_low, audit.d_high) == pytest.approx((0.3, low, high), abs=1e-9)
     page = page_of(full)
     assert page.ids.index("doubt") < page.ids.index("certificates") < page.ids.index("audit")
     for told in (
@@ -1198,8 +1170,8 @@ def test_audit_that_holds_gives_no_warning(run: Path) -> None:
 @pytest.mark.parametrize(("needed", "told"), [(250, "250 images would decide"), (None, "more images would not decide")])
 def test_undecided_audit_says_what_would_decide(run: Path, needed: int | None, told: str) -> None:
     make_full(run, 1, "undecided")
-    edit_json(run / "audit.json", images_needed=needed)
-    page = page_of(run)
+    with mock.patch("rush.auditing.report.images_needed", return_value=needed):
+        page = page_of(run)
     assert "doubt" in page.ids
     assert "The audit cannot say whether the evaluation “PGD-20, EOT 1” holds:" in page.text
     assert told in page.text
@@ -1214,25 +1186,7 @@ def test_invalid_evaluation_is_told_without_a_broken_image(run: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("newly", "total", "tolerance"),
-    [(0, 40, 0.08), (1, 40, 0.2), (3, 100, 0.05), (2, 100, 0.07), (2, 32, 0.08), (2, 35, 0.05)],
-)
-def test_report_and_audit_say_the_same(run: Path, newly: int, total: int, tolerance: float) -> None:
-    """Bounds and verdicts of the page are those of ``evaluation``, also between its level of d and 95 %: at 2 of 32."""
-    verdict = decide(newly, total, tolerance, [])
-    write_audit(run, newly, verdict)
-    left = {"evaluation_accuracy": 0.5, "accuracy_here": 0.5 - newly / total}
-    edit_json(run / "audit.json", images=total, tolerance=tolerance, **left)
-    made = AuditReport.from_json(json.loads((run / "audit.json").read_text()))
-    shown = audit_of(run)
-    assert (shown.d.estimate, shown.d.low, shown.d.high) == (made.d, made.d_low, made.d_high)
-    assert tuple(finding.name for finding in shown.failed) == made.failed
-    assert results.GAIN == GAIN
-
-
 AUDIT_DAMAGES = {
-    "format": (2, "format 2, this version reads 1"),
     "verdict": ("fine", "verdict and norm must be holds or overestimated or undecided, and linf or l2 or l1"),
     "norm": ("l7", "got 'overestimated' and 'l7'"),
     "images": (0, "12 of 0 images cannot be newly broken"),
@@ -1240,7 +1194,6 @@ AUDIT_DAMAGES = {
     "evaluation_accuracy": ("high", "'evaluation_accuracy' must be a finite number"),
     "accuracy_here": (1.5, "accuracies must lie in [0, 1]"),
     "tolerance": (0, "the tolerance in (0, 1)"),
-    "images_needed": ("many", "'images_needed' must be a number of images"),
     "findings": ({}, "'findings' must be a list of objects"),
 }
 
@@ -1257,7 +1210,7 @@ def test_damaged_audit_is_told(full: Path, field: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"status": "broken"}, "finding 'ball': status must be one of failed, undecided, passed, skipped"),
+        ({"status": "broken"}, "finding 'ball': status must be one of passed, failed, undecided, skipped"),
         ({"figure": "1.0"}, "finding 'ball': figure and threshold must be numbers or null, got '1.0'"),
     ],
 )
@@ -1273,7 +1226,7 @@ def test_audit_that_contradicts_itself_is_damage(full: Path, newly: int) -> None
     """Neither a failed finding nor a share above the tolerance goes with "holds"."""
     write_audit(full, newly, "holds")
     if newly == 0:
-        edit_json(full / "audit.json", findings=[{"name": "ball", "status": "failed"}])
+        edit_json(full / "audit.json", findings=[asdict(FINDINGS[1])])
     with pytest.raises(RunError, match="'holds' does not agree"):
         read_run(full)
 
@@ -1281,6 +1234,48 @@ def test_audit_that_contradicts_itself_is_damage(full: Path, newly: int) -> None
 def test_missing_audit_of_a_finished_stage_is_damage(full: Path) -> None:
     (full / "audit.json").unlink()
     with pytest.raises(RunError, match=r"audit\.json is missing"):
+        read_run(full)
+
+
+def set_format(file: Path, number: int | None) -> None:
+    """Give a file of a run another format number, or none as before there were any."""
+    if file.suffix == ".json":
+        value = json.loads(file.read_text())
+        write_json(file, {key: entry for key, entry in value.items() if key != "format"})
+        if number is not None:
+            edit_json(file, format=number)
+    elif file.suffix == ".jsonl":
+        events = file.read_text().split("\n")
+        first = {"event": "start"} if number is None else {"event": "start", "format": number}
+        file.write_text("\n".join([json.dumps(first), *events[1:]]))
+    elif file.suffix == ".tsv":
+        header, *lines = file.read_text().splitlines()
+        bare = [line.rsplit("\t", 1)[0] if header.endswith("\tformat") else line for line in (header, *lines)]
+        numbered = [f"{bare[0]}\tformat", *(f"{line}\t{number}" for line in bare[1:])]
+        file.write_text("".join(f"{line}\n" for line in (bare if number is None else numbered)))
+
+
+TABLES = ("certificates.tsv", "attacks.tsv")
+FORMATTED = ("recipe.json", "provenance.json", "log.jsonl", *TABLES, *(f"stages/{stage}.json" for stage in STAGES))
+
+
+@pytest.mark.parametrize("name", [*FORMATTED, "audit.json"])
+def test_a_file_of_a_newer_format_is_refused_in_one_line(full: Path, name: str) -> None:
+    set_format(full / name, 2)
+    with pytest.raises(RunError) as caught:
+        read_run(full)
+    assert str(caught.value).startswith(f"{full / name} has format 2, this version reads 1; read it with the version")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMATTED)
+def test_a_file_without_a_format_reads_as_one_of_the_first(full: Path, name: str) -> None:
+    set_format(full / name, None)
+    before = render(read_run(full))
+    set_format(full / name, 1)
+    assert render(read_run(full)) == before
+    set_format(full / name, 0)
+    with pytest.raises(RunError, match="its format must be a whole number >= 1"):
         read_run(full)
 
 
@@ -1316,12 +1311,12 @@ def test_damaged_file_is_named_with_its_remedy(full: Path, name: str) -> None:
     ("table", "old", "new", "told"),
     [
         ("certificates.tsv", "idx\tlabel", "label\tidx", "line 1"),
-        ("certificates.tsv", "\n1\t1\t1\t", "\n1\t1\t1\tx", "line 3: 'x0.84"),
-        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\tnan", "line 3: 'nan"),
-        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\t-0.8", "line 3: '-0.8"),
+        ("certificates.tsv", "\n1\t1\t1\t", "\n1\t1\t1\tx", "line 3: radius 'x0.84"),
+        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\tnan", "line 3: radius 'nan"),
+        ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\t-0.8", "line 3: radius '-0.8"),
         ("certificates.tsv", "\n1\t1\t1\t0.8", "\n1\t1\t1\t9.8", "line 3: radius is 9.8"),
         ("certificates.tsv", "\n1\t1\t1\t", "\n0\t1\t1\t", "twice"),
-        ("certificates.tsv", f"\t{0:032x}\t", "\t", "line 2: 15 fields instead of 16"),
+        ("certificates.tsv", f"\t{0:032x}\t", "\t", "line 2: 16 fields instead of 17"),
         ("attacks.tsv", "frozen\t7\t", "frozen\t8\t", "'frozen' is not on the same images"),
         ("attacks.tsv", "frozen\t7\t", "thawed\t7\t", "unknown rung 'thawed'"),
     ],
@@ -1378,8 +1373,8 @@ def test_copies_count_once_and_the_page_says_so(run: Path) -> None:
     write_table(run / "certificates.tsv", votes, range(CERTIFIED))
     certificates = certificates_of(run)
     assert certificates.num_pictures == 51
-    assert certificates.accuracy(0.25) == share_interval(1, 51)
-    assert certificates.accuracy(0.6) == share_interval(0, 51)
+    assert certificates.accuracy_interval(0.25) == share_interval(1, 51)
+    assert certificates.accuracy_interval(0.6) == share_interval(0, 51)
     assert certificates.accuracy_lower(0.0) == votes.accuracy_lower(0.0)
     told = "9 images are copies of others: each picture is counted once, as certified only if all of its copies are"
     rows = dict(summary_rows(read_run(run)))
@@ -1392,7 +1387,7 @@ def test_a_table_that_does_not_tell_pictures_apart_says_so(run: Path) -> None:
     assert "copies of a picture" not in dict(summary_rows(read_run(run)))
     assert "Copies of a picture" not in page_of(run).text
     lines = (run / "certificates.tsv").read_text().splitlines()
-    (run / "certificates.tsv").write_text("".join(line.rsplit("\t", 2)[0] + "\n" for line in lines))
+    (run / "certificates.tsv").write_text("".join(line.rsplit("\t", 3)[0] + "\n" for line in lines))
     assert "not known: the table is older" in dict(summary_rows(read_run(run)))["copies of a picture"]
     assert "Not known: the table is older" in page_of(run).text
 

@@ -77,6 +77,22 @@ def test_a_stage_writes_through_no_link(stage: Stage, link: str, kind: str, tiny
     assert path.is_symlink()
 
 
+@pytest.mark.parametrize("name", ["recipe.json", "provenance.json", "stages/certify.json", "audit.json"])
+def test_every_file_of_a_run_has_a_format_and_a_newer_one_is_refused(
+    name: str, tiny_run: Path, tmp_path: Path, call: Call
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert json.loads((run / "log.jsonl").read_text().split("\n")[0])["format"] == 1
+    for table in ("certificates.tsv", "attacks.tsv"):
+        header, *lines = (run / table).read_text().split("\n")[:-1]
+        assert header.endswith("\tformat")
+        assert all(line.endswith("\t1") for line in lines)
+    values = json.loads((run / name).read_text())
+    assert values["format"] == 1
+    (run / name).write_text(json.dumps({**values, "format": 2}))
+    assert f"{name} has format 2, this version reads 1; read it with" in refusal(call("info", run))
+
+
 def test_a_report_writes_through_no_link(tiny_run: Path, tmp_path: Path) -> None:
     run, target = tmp_path / "run", tmp_path / "target"
     shutil.copytree(tiny_run, run)

@@ -22,11 +22,11 @@ from ranks import on_ranks
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
 from rush.certification.recertify import recompute
-from rush.certification.table import append_certificates, read_certificates, write_certificates
 from rush.choices import STAGES, Stage
 from rush.errors import RunError
 from rush.pipeline.certify import CERTIFICATE_PARTS, CERTIFICATES
 from rush.pipeline.stages import run_stage
+from rush.records.certificates import append_certificates, read_certificates, write_certificates
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import rank
 from tiny import run_tiny

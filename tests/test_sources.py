@@ -75,7 +75,7 @@ def test_the_root_comes_from_the_argument_then_the_environment(tmp_path: Path, m
 
 
 def test_nothing_is_downloaded_to_a_mistyped_root(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="mistyped is no folder; pass one that exists"):
+    with pytest.raises(DataError, match="mistyped is not a directory; pass one that exists"):
         load_images("cifar10", root=tmp_path / "mistyped")
     assert not (tmp_path / "mistyped").exists()
 
@@ -119,7 +119,7 @@ def test_a_root_that_is_no_folder_and_no_list_of_them_is_refused(root: object) -
 def test_every_one_of_several_roots_must_exist_and_all_are_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=r"mistyped is no folder"):
+    with pytest.raises(DataError, match=r"mistyped is not a directory"):
         load_images("cifar10", root=[tmp_path / "a", tmp_path / "mistyped"])
     with pytest.raises(DataError, match=rf"{tmp_path}/a and {tmp_path}/b hold no cifar10.* {tmp_path}/b/cifar10 for"):
         load_images("cifar10", root=[tmp_path / "a", tmp_path / "b"], download=False)

@@ -1,17 +1,15 @@
 """A run whose training images stream from the disk: the same as one that holds them, where both are possible."""
 
-import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from commands import Call
+from encoded_images import image_column, png, write_shard
 from rush.data.sources import load_images
 from rush.pipeline.context import StageContext
 from rush.pipeline.stages import run_stage
@@ -27,16 +25,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for split, rows in (("train", slice(None)), ("test", slice(None)), ("unlabeled", slice(300))):
         images = load_images("digits", "test" if split == "test" else "train")
-        columns: dict[str, list[object]] = {"image": [], "label": []}
-        assert images.labels is not None
-        for number, (image, label) in enumerate(zip(images.images[rows], images.labels[rows], strict=True)):
-            buffer = io.BytesIO()
-            Image.fromarray(image[0].numpy()).save(buffer, "PNG")
-            columns["image"].append({"bytes": buffer.getvalue(), "path": f"{split}{number}.png"})
-            columns["label"].append(int(label))
-        if split == "unlabeled":
-            del columns["label"]
-        pq.write_table(pa.table(columns), folder / f"{split}-00000.parquet", row_group_size=64)
+        contents = [png(image[0].numpy()) for image in images.images[rows]]
+        columns = {"image": image_column(contents, [f"{split}{number}.png" for number in range(len(contents))])}
+        if split != "unlabeled":
+            columns["label"] = images.labels.numpy()
+        write_shard(folder / f"{split}-00000.parquet", columns, row_group_size=64)
     return folder
 
 
@@ -49,13 +42,13 @@ def test_streams_are_taken_where_the_images_would_take_more_memory_than_allowed(
 
 
 def test_a_whole_run_streams_resumes_and_holds_out(shards: Path, tmp_path: Path) -> None:
-    given = (f"data.name={shards}", MEMORY, "data.held_out=200", "pretrain.monitor_epochs=1")
-    run = run_tiny(tmp_path / "first", *given, stages=("pretrain", "finetune", "certify"))
+    arguments = (f"data.name={shards}", MEMORY, "data.held_out=200", "pretrain.monitor_epochs=1")
+    run = run_tiny(tmp_path / "first", *arguments, stages=("pretrain", "finetune", "certify"))
     figures = run.require("finetune")
     assert (figures["images"], figures["labelled_images"]) == (1197, 1197)
     assert len(run.events("monitor", "pretrain")) == 2
     assert run.require("certify")["images"] == 20
-    again = run_tiny(tmp_path / "second", *given, stages=("pretrain", "finetune"))
+    again = run_tiny(tmp_path / "second", *arguments, stages=("pretrain", "finetune"))
     assert results_of_training(again.path) == results_of_training(run.path)
     provenance = json.loads((run.path / "provenance.json").read_text())
     assert provenance["data"]["train"]["images"] == 1397
@@ -69,15 +62,15 @@ def test_a_run_takes_several_data_folders_and_goes_on_with_one(shards: Path, cal
         for split in splits:
             shutil.copy(shards / f"{split}-00000.parquet", folder / "set")
     several = [word for folder in folders for word in ("--data", folder)]
-    given = (write_tiny(tmp_path), "--set", "data.name=set", "--set", MEMORY)
+    arguments = (write_tiny(tmp_path), "--set", "data.name=set", "--set", MEMORY)
     for out, data in (("two", several), ("one", ["--data", whole])):
-        assert call("pretrain", *given, "--out", tmp_path / out, *data).returncode == 0
+        assert call("pretrain", *arguments, "--out", tmp_path / out, *data).returncode == 0
     assert json.loads((tmp_path / "two/recipe.json").read_text())["data"]["root"] == list(map(str, folders))
     assert json.loads((tmp_path / "one/recipe.json").read_text())["data"]["root"] == str(whole)
     assert call("finetune", tmp_path / "two", "--data", whole).returncode == 0
     assert call("finetune", tmp_path / "one", *several).returncode == 0
     assert results_of_training(tmp_path / "two") == results_of_training(tmp_path / "one")
-    done = call("cost", *given, "--steps", 1, *several)
+    done = call("cost", *arguments, "--steps", 1, *several)
     assert done.returncode == 0, done.stderr
     assert "1,397" in done.stdout
 

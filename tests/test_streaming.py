@@ -1,27 +1,26 @@
-"""Streams give the images of the files, each once an epoch, in an order of their own, within the memory given."""
+"""Streams yield every image of the files once per epoch, in a random order, within the given memory."""
 
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from io import BytesIO
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
+from encoded_images import image_column, png, write_shard
 from rush.data import streaming
 from rush.data.batches import Batch, Resident
 from rush.data.images import hold_out
 from rush.data.readers.decoding import Encoded
-from rush.data.readers.parquet import ParquetRecords
+from rush.data.readers.parquet import ParquetImages
 from rush.data.sources import decoded_bytes, load_images
 from rush.data.streaming import Stream, open_stream
 from rush.errors import ConfigError, DataError, InputError
@@ -31,15 +30,8 @@ SIDE = 6
 _ROW_BYTES = 256  # counted for each image that is held, beside its encoded bytes
 
 
-def png(pixels: np.ndarray, mode: str | None = None, **options: Any) -> bytes:
-    buffer = BytesIO()
-    image = Image.fromarray(pixels)
-    (image.convert(mode) if mode else image).save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
 def numbered(row: int, side: int = SIDE) -> np.ndarray:
-    """An RGB image that can be told by its first pixel: (row // 256, row % 256, 0), and noise elsewhere."""
+    """An RGB image identified by its first pixel: (row // 256, row % 256, 0), and noise elsewhere."""
     pixels = np.random.default_rng(row).integers(0, 256, (side, side, 3), np.uint8)
     pixels[0, 0] = row // 256, row % 256, 0
     return pixels
@@ -53,15 +45,13 @@ def write_shards(
     folder: Path, contents: list[bytes], shards: int = 2, group: int = 10, labelled: bool = True, split: str = "train"
 ) -> Path:
     """The images in order over ``shards`` files with row groups of ``group``; the label of row i is i % 3."""
-    folder.mkdir(exist_ok=True)
     bounds = np.linspace(0, len(contents), shards + 1).astype(int)
     for number, (start, stop) in enumerate(pairwise(bounds)):
-        structs = [{"bytes": content, "path": None} for content in contents[start:stop]]
-        columns: dict[str, Any] = {"image": pa.array(structs, pa.struct({"bytes": pa.binary(), "path": pa.string()}))}
+        columns: dict[str, Any] = {"image": image_column(contents[start:stop])}
         if labelled:
             columns["label"] = [row % 3 for row in range(start, stop)]
         path = folder / f"{split}-{number:05d}-of-{shards:05d}.parquet"
-        pq.write_table(pa.table(columns), path, row_group_size=group, use_dictionary=False, compression="none")
+        write_shard(path, columns, row_group_size=group, use_dictionary=False, compression="none")
     return folder
 
 
@@ -86,14 +76,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(folder: Path, **options: Any) -> Stream:
     """A stream whose pools hold about three row groups of ten images."""
-    return open_stream(folder, "train", **{"memory": 2 * 3 * 10 * (150 + _ROW_BYTES), **options})
+    return replace(open_stream(folder, "train", memory=2 * 3 * 10 * (150 + _ROW_BYTES)), **options)
 
 
-def same(one: Iterator[Batch], other: Iterator[Batch]) -> bool:
+def same(batches: Iterator[Batch], other: Iterator[Batch]) -> bool:
     def labels(batch: Batch) -> list[int] | None:
         return None if batch.labels is None else batch.labels.tolist()
 
-    return all(a.images.equal(b.images) and labels(a) == labels(b) for a, b in zip(one, other, strict=True))
+    return all(a.images.equal(b.images) and labels(a) == labels(b) for a, b in zip(batches, other, strict=True))
 
 
 @pytest.mark.parametrize("source", ["files", "shards"])
@@ -189,13 +179,13 @@ def test_a_resumed_epoch_reads_no_pool_that_is_over(shards: Path, monkeypatch: p
     streamed = small(shards)
     later = [numbers(batch) for batch in streamed.batches(stream(0, "o"), 9)][8:]
     read: list[int] = []
-    plain = ParquetRecords.read
+    plain = ParquetImages.read
 
-    def watched(self: ParquetRecords, rows: np.ndarray) -> Iterator[Encoded]:
+    def watched(self: ParquetImages, rows: np.ndarray) -> Iterator[Encoded]:
         read.extend(rows.tolist())
         return plain(self, rows)
 
-    monkeypatch.setattr(ParquetRecords, "read", watched)
+    monkeypatch.setattr(ParquetImages, "read", watched)
     assert [numbers(batch) for batch in streamed.batches(stream(0, "o"), 9, first=8)] == later
     assert sorted(read) == sorted(row for batch in later for row in batch)
 
@@ -209,6 +199,8 @@ def test_a_large_row_group_is_read_in_parts(tmp_path: Path) -> None:
     assert sorted(row for batch in rows for row in batch) == list(range(60))
     with pytest.raises(DataError, match=r"00000-of-00001\.parquet has images of about \d{3} bytes.*give at least \d+"):
         open_stream(folder, "train", memory=500)
+    with pytest.raises(DataError, match="more than the 1 bytes held at a time; give at least"):
+        open_stream(folder, "train", memory=1)
 
 
 def test_a_damaged_image_is_named_when_its_turn_comes(tmp_path: Path) -> None:
@@ -275,7 +267,7 @@ def test_held_out_images_are_those_of_the_loaded_set_and_never_streamed(
     further, more = streamed.holding_out(5, stream(0, "more"))
     assert len(further) == len(rest) - 5
     assert not set(more.ids) & set(held.ids)
-    with pytest.raises(InputError, match=r"1\.\.\d+ can be held out, got 0"):
+    with pytest.raises(InputError, match=r"hold out must be in 1\.\.\d+ of \d+, got 0"):
         streamed.holding_out(0, stream(0, "held"))
 
 
@@ -301,7 +293,7 @@ def test_the_fingerprint_tells_files_rows_and_labels_apart_and_needs_no_pixels(s
         open_stream(files, "train"),
         open_stream(shards, "train").holding_out(5, stream(0, "held"))[0],
     ]
-    assert len({one.fingerprint for one in streams}) == 5
+    assert len({streamed.fingerprint for streamed in streams}) == 5
     assert streams[0].fingerprint == small(shards, processes=2, rank=1).fingerprint
 
 
@@ -310,16 +302,21 @@ def test_what_cannot_be_streamed_says_what_to_do(tmp_path: Path, shards: Path) -
     for name in ("digits", tmp_path / "some.npz"):
         with pytest.raises(DataError, match=r"only be loaded as a whole.*data\.memory_gb"):
             open_stream(name, "train")
-    with pytest.raises(DataError, match="no known data set"):
+    with pytest.raises(DataError, match="not a known data set"):
         open_stream(tmp_path / "nothing", "train")
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"memory": 0}, "memory must be an integer >= 1"),
-        ({"rank": 2, "processes": 2}, r"rank must be an integer in 0\.\.1, got 2"),
         ({"threads": 0}, "threads must be"),
     )
     for options, text in wrong:
         with pytest.raises(ConfigError, match=text):
             open_stream(shards, "train", **options)
+    for placement, text in (
+        ({"rank": 2, "processes": 2}, r"rank must be an integer in 0\.\.1, got 2"),
+        ({"processes": 0}, "processes must be an integer >= 1"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            replace(open_stream(shards, "train"), **placement)
     with pytest.raises(InputError, match="size must be"):
         open_stream(shards, "train", size=0)
     with pytest.raises(ConfigError, match="exceeds the 95"):
@@ -344,9 +341,9 @@ def test_shards_of_two_folders_are_streamed_as_those_of_one(tmp_path: Path, shar
     for root, file in zip(roots, sorted(shards.iterdir(), reverse=True), strict=True):
         root.mkdir()
         (root / file.name).symlink_to(file)
-    one, two = (open_stream(".", "train", root=root, memory=20_000) for root in (shards, roots))
-    assert two.fingerprint == one.fingerprint
-    batches = [list(source.batches(stream(0, "order"), 19)) for source in (one, two)]
+    single, joined = (open_stream(".", "train", root=root, memory=20_000) for root in (shards, roots))
+    assert joined.fingerprint == single.fingerprint
+    batches = [list(source.batches(stream(0, "order"), 19)) for source in (single, joined)]
     for expected, batch in zip(*batches, strict=True):
         assert batch.images.equal(expected.images)
         assert batch.labels.equal(expected.labels)
@@ -375,7 +372,7 @@ print(json.dumps([len(streamed), sizes]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
 def test_memory_stays_within_what_was_given_however_large_the_set(tmp_path: Path) -> None:
-    """84 MiB of encoded noise (12 KiB an image), in row groups of 0.8 MiB, through 8 MiB.
+    """84 MiB of encoded noise (12 KiB per image), in row groups of 0.8 MiB, through 8 MiB.
 
     The slack of 24 MiB: four batches of 0.4 MiB at once, what two threads decode and what the reader of the files
     buffers, each with the allocator's own share, which is larger on a busy machine. Holding the set would take 84 MiB.

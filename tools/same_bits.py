@@ -128,7 +128,7 @@ def digests(run: Path) -> dict[str, str]:
 
 def without_times(table: str) -> list[list[str]]:
     lines = [line.split("\t") for line in table.splitlines()]
-    keep = [column for column, name in enumerate(lines[0]) if name not in TIMES]
+    keep = [column for column, name in enumerate(lines[0]) if name not in {*TIMES, "format"}]
     return [[line[column] for column in keep] for line in lines]
 
 

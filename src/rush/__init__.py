@@ -7,19 +7,20 @@ if TYPE_CHECKING:
     from rush.attacks.threat import ThreatModel
     from rush.auditing.audit import audit
     from rush.certification.certify import certify
+    from rush.choices import ABSTAIN
     from rush.data.images import ImageSet
     from rush.data.sources import load_images
     from rush.evaluation.attack import attack
     from rush.models.storage import load
     from rush.runtime.randomness import stream
-    from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
+    from rush.smoothing.classifier import SmoothedClassifier
     from rush.smoothing.noise import Gaussian
 
 __version__ = "0.1.0"
 
-# Where each public name lives. They are imported on first use, so that `rush --help` does not wait for torch.
+# Modules of the public names. They are imported on first use, so that `rush --help` does not wait for torch.
 _HOMES = {
-    "ABSTAIN": "rush.smoothing.classifier",
+    "ABSTAIN": "rush.choices",
     "Gaussian": "rush.smoothing.noise",
     "ImageSet": "rush.data.images",
     "SmoothedClassifier": "rush.smoothing.classifier",

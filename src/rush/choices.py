@@ -1,4 +1,4 @@
-"""Closed sets of string options, and constants; free of heavy imports, so that the command line shows them at once."""
+"""Closed sets of string options, and constants, without heavy imports so that the command line starts quickly."""
 
 import math
 from fractions import Fraction
@@ -29,7 +29,7 @@ TrainingCompile = Literal["none", "default", "reduce-overhead", "graph"]
 Verdict = Literal["broken", "held", "undecided"]
 
 ABSTAIN = -1  # the prediction where the votes do not decide
-BLOCK = 100  # noise samples that are drawn together, and the unit in which votes are stored
+BLOCK = 100  # noise samples drawn together; votes are stored per block
 
 VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack", "audit")
@@ -37,7 +37,7 @@ TRAININGS: tuple[Stage, ...] = ("pretrain", "finetune")
 
 
 def parse_fraction(text: str | float) -> float:
-    """The number that ``text`` says, e.g. ``"8/255"`` or ``0.5``; ValueError when it says none."""
+    """Return the number in ``text``, e.g. ``"8/255"`` or ``0.5``, or raise ValueError if it is not one."""
     try:
         return float(Fraction(text)) if isinstance(text, str) else float(text)
     except (ValueError, ZeroDivisionError):
@@ -47,7 +47,7 @@ def parse_fraction(text: str | float) -> float:
 def fewest_samples(alpha: float) -> int:
     """Return the least number of votes that can show a probability above 1/2 at level ``alpha``.
 
-    All of n votes agree; their lower bound alpha^(1/n), less the 1e-10 for rounding of ``statistics.lower_bound``, must
-    exceed 1/2. It is the least for every sigma; a tiny sigma may need more (``certification.rule``).
+    If all n votes agree, their lower bound alpha^(1/n), less the 1e-10 for rounding of ``statistics.lower_bound``, must
+    exceed 1/2. No sigma needs fewer, but a tiny sigma may need more (``certification.rule``).
     """
     return math.floor(-math.log2(alpha) / (1 + math.log2(1 - 1e-10))) + 1

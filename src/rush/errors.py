@@ -1,4 +1,4 @@
-"""The errors and warnings a user can meet: every one says what was given, what is allowed and what to do."""
+"""Errors and warnings for users. Every text says what was given, what is allowed and what to do."""
 
 
 class RushError(Exception):
@@ -10,7 +10,7 @@ class ConfigError(RushError, ValueError):
 
 
 class DataError(RushError, ValueError):
-    """A data set is missing, damaged, empty or not what it should be; the text names the file and the remedy."""
+    """A data set is missing, damaged, empty or invalid. The text names the file and the remedy."""
 
 
 class InputError(RushError, ValueError):
@@ -26,12 +26,12 @@ class RunError(RushError):
 
 
 class WriteError(RunError, OSError):
-    """A file cannot be written: the disk is full or read-only, or writing is not allowed; ``reason`` says which."""
+    """A file cannot be written. ``reason`` says why, e.g. a full disk or a missing permission."""
 
     def __init__(self, path: object, reason: str) -> None:
         self.reason = reason
         super().__init__(
-            f"{path} cannot be written: {reason}. What is finished is kept: free space or allow writing there, and the "
+            f"{path} cannot be written: {reason}. Finished work is kept: free space or allow writing there, and the "
             "same command resumes"
         )
 
@@ -41,7 +41,7 @@ class CheckpointError(RushError):
 
 
 class Interrupted(RushError):
-    """The process was asked to stop and has kept its work; ``status`` is what it exits with."""
+    """The process was asked to stop and has saved its work. ``status`` is its exit status."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -49,7 +49,7 @@ class Interrupted(RushError):
 
 
 class DeviceMemoryError(RushError, MemoryError):
-    """The device has not enough memory; the text names the field of the recipe to lower."""
+    """The device ran out of memory. The text names the field of the recipe to lower."""
 
 
 class SandwichError(RushError):
@@ -61,11 +61,11 @@ class RushWarning(UserWarning):
 
 
 class DataWarning(RushWarning):
-    """Something in a folder of images is not read; the text says what, how many and where the first is."""
+    """Some files in a folder of images are not read. The text says which kind, how many, and names the first."""
 
 
 class CopiesWarning(RushWarning):
-    """Some images are copies of others, pixel by pixel, and are counted once; the text says how many."""
+    """Some images are exact duplicates and are counted once. The text gives their number."""
 
 
 class NumericsWarning(RushWarning):
@@ -73,4 +73,4 @@ class NumericsWarning(RushWarning):
 
 
 class RoundingWarning(RushWarning):
-    """Pixels left [0, 1], or points their ball, by no more than rounding, and were moved back before anything else."""
+    """Pixels were outside [0, 1], or points outside their ball, by no more than rounding, and were moved back."""

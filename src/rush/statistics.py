@@ -1,4 +1,4 @@
-"""Exact binomial bounds, tests and confidence intervals; bounds and p-values are rounded to the safe side."""
+"""Exact binomial bounds, tests and confidence intervals, with bounds and p-values rounded to the safe side."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,26 @@ from scipy import special
 from rush.errors import InputError
 from rush.runtime.numbers import least_whole
 
-# scipy.special's incomplete beta functions are good to about 1e-13 relative error for counts up to 1e8; every bound
-# and p-value is moved to the safe side by far more than that.
+# The relative error of scipy.special's incomplete beta functions is about 1e-13 for counts up to 1e8. Every bound and
+# p-value is moved to the safe side by far more than that.
 SAFETY = 1e-10
+CHANCE = 1e-6  # probability of more errors than ``most_by_chance``
 
 
 def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArray[np.float64]:
-    """One-sided Clopper-Pearson bound: P(bound > p) <= alpha for successes ~ Binomial(trials, p) (Clopper and Pearson
-    1934).
+    """Return the one-sided Clopper-Pearson lower bound on a probability (Clopper and Pearson 1934).
 
-    It is the p at which P(X >= successes) = alpha, i.e. the alpha quantile of Beta(successes, trials - successes + 1),
-    multiplied by (1 - 1e-10) so that rounding cannot lift it; 0 where there was no success.
-    Raises: InputError unless 0 <= successes <= trials, trials >= 1 and 0 < alpha < 1.
+    P(bound > p) <= alpha for successes ~ Binomial(trials, p). The bound is the p at which P(X >= successes) = alpha,
+    i.e. the alpha quantile of Beta(successes, trials - successes + 1). It is multiplied by (1 - 1e-10) so that rounding
+    cannot raise it, and is 0 where there was no success.
+
+    Args:
+        successes: numbers of successes, broadcast against ``trials``.
+        trials: numbers of trials.
+        alpha: failure probability.
+
+    Raises:
+        InputError: unless 0 <= successes <= trials, trials >= 1 and 0 < alpha < 1.
     """
     k, n = _counts(successes, trials)
     if not 0 < alpha < 1:
@@ -30,11 +38,10 @@ def lower_bound(successes: ArrayLike, trials: ArrayLike, alpha: float) -> NDArra
 
 
 def sign_test(wins: ArrayLike, losses: ArrayLike) -> NDArray[np.float64]:
-    """One-sided p-value of "wins are not likelier than losses": P(Binomial(wins + losses, 1/2) >= wins), rounded up; 1
-    without votes.
+    """Return the one-sided p-value of "wins are at most as likely as losses", rounded up, or 1 without votes.
 
-    Valid for votes among several classes too: given the number of votes for either of two classes, the split between
-    them is binomial.
+    It is P(Binomial(wins + losses, 1/2) >= wins). It holds for votes among several classes too: given the number of
+    votes for either of two classes, the split between them is binomial.
     """
     k = np.asarray(wins, np.float64)
     _, n = _counts(k, k + np.asarray(losses, np.float64), empty_ok=True)
@@ -53,11 +60,19 @@ def fewest_votes(level: float) -> int:
 
 
 def upper_quantile(trials: int, probability: float, tail: float) -> int:
-    """Smallest k with P(Binomial(trials, probability) > k) <= tail."""
+    """Return the smallest k with P(Binomial(trials, probability) > k) <= tail."""
     k = np.arange(trials + 1)
     exceed = special.betainc(k + 1.0, np.maximum(trials - k, 0.5), probability)
     exceed[-1] = 0.0
     return int(np.argmax(exceed <= tail))
+
+
+def most_by_chance(trials: int, probability: float) -> int:
+    """Return the largest number of errors among ``trials``, each of this ``probability`` at most, that chance explains.
+
+    More of them have probability at most 1e-6. 0 without trials.
+    """
+    return upper_quantile(trials, min(1.0, probability), CHANCE) if trials else 0
 
 
 @dataclass(frozen=True)
@@ -68,16 +83,15 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def share_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
-    """Share ``successes / total`` with the exact two-sided Clopper-Pearson interval (Clopper and Pearson 1934).
+    """Return the share ``successes / total`` with its exact two-sided Clopper-Pearson interval (1934).
 
-    Covers the true share with probability >= ``confidence`` when the ``total`` images are drawn independently.
-    Raises: InputError unless 0 <= successes <= total and total >= 1.
+    The interval covers the true share with probability >= ``confidence`` if the ``total`` images are drawn
+    independently.
+
+    Raises:
+        InputError: unless 0 <= successes <= total and total >= 1.
     """
     if total < 1 or not 0 <= successes <= total:
         raise InputError(f"need 0 <= successes <= total and total >= 1, got {successes} of {total}")
@@ -88,16 +102,23 @@ def share_interval(successes: int, total: int, confidence: float = 0.95) -> Inte
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> Interval:
-    """Share of ``first`` minus share of ``second``, both boolean (N,) on the same images, with a paired interval.
+    """Return the share of ``first`` minus that of ``second`` with a paired interval.
 
-    The interval is Agresti and Min's (2005): a Wald interval after adding 1/2 to each of the four cells, which keeps
-    close to its level also where few images differ. The estimate is the plain difference.
-    Raises: InputError when the arrays are empty or of unequal length.
+    The interval is that of Agresti and Min (2005): a Wald interval after adding 1/2 to each of the four cells, which
+    stays close to its level also where few images differ. The estimate is the plain difference.
+
+    Args:
+        first: boolean (N,).
+        second: boolean (N,), on the same images.
+        confidence: nominal coverage.
+
+    Raises:
+        InputError: The arrays are empty or of unequal length.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 1 or first.size == 0:
         raise InputError(
-            f"need two boolean arrays of one equal, positive length, got shapes {first.shape} and {second.shape}"
+            f"need two boolean arrays of the same positive length, got shapes {first.shape} and {second.shape}"
         )
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     b, c, n = only_first + 0.5, only_second + 0.5, first.size + 2

@@ -1,7 +1,7 @@
-"""What an attack sees of a model: a function from images to log-probabilities, one for each kind of attacker.
+"""Attacked functions: images to log-probabilities of a model, one form for each kind of attacker.
 
-Random ones draw anew at every call and offer ``pinned``: the same function with one draw kept, so that two points are
-compared on common random numbers.
+Stochastic ones draw new noise at every call and offer ``pinned``: the same function with one draw kept, so that two
+points can be compared on common random numbers.
 """
 
 import random
@@ -26,38 +26,44 @@ _SEEDS = 2**31  # NumPy's global generator takes 32 bits
 
 @runtime_checkable
 class RandomLogProbs(Protocol):
-    """Log-probabilities that draw at every call."""
+    """Log-probabilities that draw new noise at every call."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def pinned(self) -> LogProbs:
-        """The same function with one new draw, kept for all calls with as many images."""
+        """Return the same function with one new draw, kept for all calls with the same number of images."""
         ...
 
 
 def is_random(log_probs: LogProbs) -> bool:
-    """Whether ``log_probs`` draws at every call."""
+    """Return whether ``log_probs`` draws new noise at every call."""
     return isinstance(log_probs, RandomLogProbs)
 
 
 def pinned(log_probs: LogProbs) -> LogProbs:
-    """``log_probs`` with one new draw kept (common random numbers); itself where nothing is random."""
+    """Return ``log_probs`` with one new draw kept (common random numbers), or itself if it is deterministic."""
     return log_probs.pinned() if isinstance(log_probs, RandomLogProbs) else log_probs
 
 
 def plain(model: nn.Module, execution: Execution) -> LogProbs:
-    """The network itself, without noise."""
+    """Return the log-probabilities of the network itself, without noise."""
     return lambda x: F.log_softmax(execution.logits(model, x), dim=1)
 
 
 def fresh_noise(
     smoothed: SmoothedClassifier, eot_samples: int, generators: Sequence[torch.Generator], antithetic: bool = True
 ) -> LogProbs:
-    """Log of the mean softmax over ``eot_samples`` new noise draws an image at every call, one generator an image
-    (EOT).
+    """Return the log of the mean softmax over new noise draws at every call (EOT).
 
-    antithetic: draws come in pairs z and -z. The mean stays that of the noise, since its law is symmetric, and what is
-    linear in the noise cancels: fewer draws give the same gradient (``benchmarks/attacks.py gradient``).
+    Args:
+        smoothed: the smoothed classifier.
+        eot_samples: number of draws per image and call.
+        generators: one per image.
+        antithetic: draw pairs z and -z where ``eot_samples`` is even. The noise is symmetric, so the expectation is the
+            same, and terms linear in the noise cancel: fewer draws give an equally good gradient
+            (``benchmarks/attacks.py gradient``).
+
+    Cost: B x eot_samples passes per call.
     """
     return _FreshNoise(smoothed, eot_samples, generators, antithetic)
 
@@ -65,34 +71,39 @@ def fresh_noise(
 def frozen_noise(
     smoothed: SmoothedClassifier, x: Tensor, eot_samples: int, generators: Sequence[torch.Generator]
 ) -> LogProbs:
-    """The smoothed classifier with noise drawn once for the images ``x`` and kept for all calls.
+    """Return the smoothed classifier with noise drawn once for the images ``x`` and kept for all calls.
 
-    An attack on it fits those draws: it flatters the defence. It is the first form of the first author's published
-    attack.
+    An attack on it overfits those draws, so the reported robustness is too high. It is the form of the first author's
+    attack as first published.
     """
     noise, logits = smoothed.sample_noise(x, eot_samples, generators), smoothed.differentiable()
     return lambda points: smoothed.log_probs_at(points, noise, logits)
 
 
 def fresh_draws(model: nn.Module, execution: Execution, eot_samples: int, generator: torch.Generator) -> LogProbs:
-    """Log of the mean softmax over ``eot_samples`` calls of a network that draws by itself, new ones at every call.
+    """Return the log of the mean softmax over ``eot_samples`` calls of a stochastic network, new ones at every call.
 
-    Every draw is a call of its own: a network may draw once for all rows of a call. It draws from the process's own
-    generators, which are seeded from ``generator`` (on the CPU) for every mean and put back behind it.
+    Every draw is a separate call, since a network may draw once for all rows of a call.
+
+    Random: the network draws from the process's generators, which are seeded from ``generator`` (on the CPU) before
+    each average and restored afterwards.
     """
     return _FreshDraws(model, execution, eot_samples, generator)
 
 
 def with_surrogate(log_probs: LogProbs, surrogate: LogProbs) -> LogProbs:
-    """The value of ``log_probs`` with the derivative of ``surrogate``: backward pass differentiable approximation
-    (BPDA, Athalye et al. 2018), for models that have no useful gradient of their own."""
+    """Return a function with the value of ``log_probs`` and the derivative of ``surrogate``.
+
+    This is the backward pass differentiable approximation (BPDA, Athalye et al. 2018), for models without a useful
+    gradient.
+    """
     return _WithSurrogate(log_probs, surrogate) if is_random(log_probs) else _Through(log_probs, surrogate)
 
 
 def loss_and_gradient(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """Loss (B,) at ``x`` and its gradient (B, C, H, W); one forward and one backward pass through ``log_probs``.
+    """Return the loss (B,) at ``x`` and its gradient (B, C, H, W), which is 0 where it does not depend on ``x``.
 
-    The gradient is 0 where the loss does not depend on ``x`` at all.
+    Cost: one forward and one backward pass through ``log_probs``.
     """
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
@@ -106,17 +117,21 @@ def loss_and_gradient(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss) -> 
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    """Of the gradient g of one noise draw, for each image: ``signal`` (B,) = ||E g||^2 and ``noise`` (B,) = E||g - E
-    g||^2, both float64."""
+    """Moments of the gradient g of one noise draw.
+
+    Attributes:
+        signal: ||E g||^2 per image, (B,), float64.
+        noise: E||g - E g||^2 per image, (B,), float64.
+    """
 
     signal: Tensor
     noise: Tensor
 
     def draws_for(self, cosine: float) -> Tensor:
-        """Independent draws (B,) after which the mean gradient has this cosine with the expected one, on average.
+        """Return the number of independent draws (B,) whose mean gradient has this cosine with E g, on average.
 
-        With m draws cos^2 is about signal / (signal + noise / m). Infinite where no signal was seen: that all draws are
-        flat says nothing of those that were not drawn.
+        With m draws cos^2 is about signal / (signal + noise / m). The number is infinite where the estimated signal is
+        0: draws that are all flat do not bound the signal.
         """
         ratio = torch.where(self.signal > 0, self.noise / self.signal, torch.inf)
         return ratio * cosine**2 / (1 - cosine**2)
@@ -130,23 +145,34 @@ def gradient_statistics(
     generators: Sequence[torch.Generator],
     draws: int = 64,
 ) -> GradientStatistics:
-    """Signal and noise of the gradient of ``loss`` of the mean softmax at ``x`` (B, C, H, W), from ``draws`` draws.
+    """Estimate signal and noise of the gradient of ``loss`` of the mean softmax at ``x``.
 
-    Every draw's share of the gradient is got from one backward pass, as the derivative by its own noisy copy. Both
-    figures are unbiased but for the loss's curvature in the mean; a negative estimate of the signal becomes 0. Cost:
-    B x draws forward+backward passes.
+    One backward pass gives the part of every draw: the derivative with respect to its noisy copy. Both estimates are
+    unbiased except for the curvature of the loss in the mean. A negative estimate of the signal becomes 0.
+
+    Args:
+        smoothed: the smoothed classifier.
+        x: images (B, C, H, W).
+        y: labels (B,).
+        loss: the objective.
+        generators: one per image.
+        draws: noise draws per image.
+
+    Cost: B x draws forward and backward passes.
     """
     logits, shares = smoothed.differentiable(), []
     for row in range(len(x)):
         noise = smoothed.sample_noise(x[row : row + 1], draws, generators[row : row + 1]).to(x.device)
-        noisy = (x[row : row + 1, None] + noise).flatten(0, 1).requires_grad_(True)
+        noisy = (x[row : row + 1, None] + noise).flatten(0, 1).requires_grad_(True)  # (draws, C, H, W)
         with torch.enable_grad():
             value = loss(mean_log_softmax(logits(noisy), 1), y[row : row + 1]).sum()
             with foreign_call(noisy):
                 (gradient,) = torch.autograd.grad(value, noisy)
+        # The mean weights each copy by 1 / draws, so that this undoes it: one gradient g per row.
         shares.append((draws * gradient).flatten(1).double())
     squared = torch.stack([share.square().sum(1).mean() for share in shares])
     mean_squared = torch.stack([share.mean(0).square().sum() for share in shares])
+    # E||mean||^2 = signal + noise / draws and E||g||^2 = signal + noise, solved for the signal.
     signal = ((draws * mean_squared - squared) / (draws - 1)).clamp(min=0)
     return GradientStatistics(signal, squared - signal)
 
@@ -163,12 +189,12 @@ class _FreshNoise:
         return self._at(x, self._draw(x))
 
     def pinned(self) -> LogProbs:
-        kept: list[Tensor] = []
+        draws: list[Tensor] = []  # filled at the first call, which gives the shape
 
         def at(x: Tensor) -> Tensor:
-            if not kept:
-                kept.append(self._draw(x))
-            return self._at(x, kept[0])
+            if not draws:
+                draws.append(self._draw(x))
+            return self._at(x, draws[0])
 
         return at
 
@@ -176,7 +202,7 @@ class _FreshNoise:
         return mean_log_softmax(self._logits((x[:, None] + noise).flatten(0, 1)), len(x))
 
     def _draw(self, x: Tensor) -> Tensor:
-        """Noise (B, m, C, H, W) on the device of ``x``, drawn into one tensor."""
+        """Return noise (B, eot_samples, C, H, W) on the device of ``x``."""
         half = self._samples // 2 if self._antithetic else self._samples
         noise = torch.empty((len(x), self._samples, *x.shape[1:]), device=self._generators[0].device)
         for rows, generator in zip(noise, self._generators, strict=True):
@@ -225,7 +251,7 @@ class _WithSurrogate(_Through):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within the context the process's generators (torch, NumPy, Python) start from ``seed``; put back behind it."""
+    """Seed the generators of the process (torch, NumPy, Python) within the context and restore them afterwards."""
     before, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a foreign network may draw from it
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -239,5 +265,5 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def draw_seed(generator: torch.Generator) -> int:
-    """A seed for ``seeded``, drawn from ``generator`` on the CPU."""
+    """Draw a seed for ``seeded`` from ``generator`` (on the CPU)."""
     return int(torch.randint(_SEEDS, (), generator=generator))

@@ -1,6 +1,6 @@
-"""Losses that attacks climb: per image, on log-probabilities.
+"""Losses that attacks maximise, per image and on log-probabilities.
 
-All of them but the cross-entropies are differences of log-probabilities, which equal those of the logits.
+All except the cross-entropies are differences of log-probabilities, which equal those of the logits.
 """
 
 from collections.abc import Callable
@@ -15,56 +15,65 @@ from rush.errors import InputError
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["cross-entropy", "margin", "dlr"]
 
-_FEWEST_CLASSES = {False: 3, True: 4}  # that DLR takes, by whether it has a target
+_FEWEST_CLASSES = {False: 3, True: 4}  # that DLR needs, without and with a target
 
 
 def cross_entropy(log_probs: Tensor, y: Tensor) -> Tensor:
-    """-log p_y, (B,), from log-probabilities (B, K)."""
+    """Return -log p_y, (B,), from log-probabilities (B, K)."""
     return -log_probs.gather(1, y[:, None])[:, 0]
 
 
 def margin(log_probs: Tensor, y: Tensor) -> Tensor:
-    """Largest other log-probability minus the label's, (B,): positive exactly where the label is not the most probable
-    class."""
-    own = log_probs.gather(1, y[:, None])[:, 0]
+    """Return the largest other log-probability minus the label's, (B,), from (B, K).
+
+    It is positive exactly where the label is not the most probable class.
+    """
+    of_label = log_probs.gather(1, y[:, None])[:, 0]
     others = log_probs.scatter(1, y[:, None], -torch.inf)
-    return others.amax(1) - own
+    return others.amax(1) - of_label
 
 
 def dlr(log_probs: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio (B,), (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), z_(j) the j-th largest (Croce & Hein
-    2020, equation 6).
+    """Return the difference of logits ratio (B,), (max_{i != y} z_i - z_y) / (z_(1) - z_(3)), z_(j) the j-th largest.
 
-    The margin made indifferent to shift and scale of the logits; same sign. Needs three classes.
+    It is the margin made invariant to shift and scale of the logits (Croce & Hein 2020, equation 6), with the same
+    sign, and needs three classes.
     """
     highest = log_probs.topk(3, dim=1).values
     return margin(log_probs, y) / (highest[:, 0] - highest[:, 2]).clamp(min=1e-12)
 
 
 def targeted_cross_entropy(targets: Tensor, log_probs: Tensor, _y: Tensor) -> Tensor:
-    """log p_t, (B,), for targets t (B,)."""
+    """Return log p_t, (B,), for targets t (B,)."""
     return log_probs.gather(1, targets[:, None])[:, 0]
 
 
 def targeted_margin(targets: Tensor, log_probs: Tensor, y: Tensor) -> Tensor:
-    """z_t - z_y, (B,), for targets t (B,): where it is positive the label is not the most probable class."""
+    """Return z_t - z_y, (B,), for targets t (B,): positive only where the label is not the most probable class."""
     return targeted_cross_entropy(targets, log_probs, y) - targeted_cross_entropy(y, log_probs, y)
 
 
 def targeted_dlr(targets: Tensor, log_probs: Tensor, y: Tensor) -> Tensor:
-    """Targeted difference of logits ratio (B,), (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2) (Croce & Hein 2020,
-    equation 7). Needs four classes."""
+    """Return the targeted difference of logits ratio (B,), (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2).
+
+    It is equation 7 of Croce & Hein 2020 and needs four classes.
+    """
     highest = log_probs.topk(4, dim=1).values
     spread = highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2
     return targeted_margin(targets, log_probs, y) / spread.clamp(min=1e-12)
 
 
 def named_loss(name: LossName, num_classes: int, targets: Tensor | None = None) -> Loss:
-    """The loss (log_probs (B, K), y (B,)) -> (B,) of this name, for ``targets`` (B,) int64 in place of any other class
-    where they are given; it then holds for that batch of images alone.
+    """Return the loss (log_probs (B, K), y (B,)) -> (B,) of this name.
 
-    Raises: InputError for an unknown name, targets that are no classes, or DLR with fewer than three classes (four
-    with targets).
+    Args:
+        name: the loss.
+        num_classes: K.
+        targets: int64 (B,), target classes. The loss is then targeted and serves that batch of images only.
+
+    Raises:
+        InputError: The name is unknown, a target is not a class, or DLR has fewer than three classes (four with
+            targets).
     """
     if name not in get_args(LossName):
         raise InputError(f"unknown loss {name!r}; allowed: {', '.join(get_args(LossName))}")
@@ -72,7 +81,7 @@ def named_loss(name: LossName, num_classes: int, targets: Tensor | None = None) 
         kind = "dlr" if targets is None else "targeted dlr"
         raise InputError(
             f"{kind} compares the {_FEWEST_CLASSES[targets is not None]} most probable classes and the model has "
-            f"{num_classes}; take margin"
+            f"{num_classes}; use margin"
         )
     if targets is None:
         return {"cross-entropy": cross_entropy, "margin": margin, "dlr": dlr}[name]

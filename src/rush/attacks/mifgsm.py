@@ -20,11 +20,20 @@ def mifgsm(
     start: Tensor | None = None,
     loss: Loss = cross_entropy,
 ) -> tuple[Tensor, Tensor]:
-    """Two candidates for each image, (best, last), both (B, C, H, W) in the ball and in [0, 1], like ``pgd``.
+    """Maximise ``loss`` in the ball by steps along the steepest ascent for a decayed sum of gradients.
 
-    g_{t+1} = decay g_t + gradient / ||gradient||_1, and a step of ``step_size`` x epsilon along the steepest ascent by
-    g (Dong et al. 2018, algorithm 1, equation 9 for l2). The sum averages the noise of a random ``log_probs``.
-    step_size: 1 / steps by default, so that the last step can just reach the edge of the ball.
+    g_{t+1} = decay g_t + gradient / ||gradient||_1, followed by a step of ``step_size`` x epsilon along the steepest
+    ascent for g (Dong et al. 2018, algorithm 1, equation 9 for l2). The sum averages the noise of a stochastic
+    ``log_probs``.
+
+    Args:
+        log_probs, x, y, threat, steps, start, loss: as for ``pgd``.
+        step_size: share of epsilon, by default 1 / steps, so that the last step can just reach the edge of the ball.
+        decay: factor on the sum per step.
+
+    Returns:
+        Two candidates per image, (best, last), both (B, C, H, W) in the ball and in [0, 1], as from ``pgd``.
+
     Cost: steps + 1 forward and ``steps`` backward passes through ``log_probs``.
     """
     share = 1 / steps if step_size is None else step_size

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rush.attacks.gradient import LogProbs, loss_and_gradient
 from rush.attacks.losses import Loss, cross_entropy
-from rush.attacks.threat import ThreatModel
+from rush.attacks.threat import ThreatModel, choose
 
 
 def pgd(
@@ -20,16 +20,30 @@ def pgd(
     loss: Loss = cross_entropy,
     decay: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two candidates for each image, (best, last), both (B, C, H, W) in the ball and in [0, 1].
+    """Maximise ``loss`` in the ball by steps along the steepest ascent, each followed by a projection.
 
-    ``steps`` steps of ``step_size`` x epsilon along the steepest ascent of ``loss``, projected after each. ``best`` is
-    the iterate, start included, with the largest loss that was measured; ``last`` is the final one. On a random
-    ``log_probs`` a measured maximum may be luck, so the caller compares the two on other noise.
+    On a stochastic ``log_probs`` the largest measured loss is partly luck, so the caller compares the two candidates on
+    fresh noise.
 
-    x: (B, C, H, W) in [0, 1]; y: (B,); start: where to begin, ``x`` by default. step_size: share of epsilon. decay:
-    steps follow the sum of all gradients so far, each scaled to l1 norm 1 and decayed by this once a step.
-    Cost: steps + 1 forward and ``steps`` backward passes through ``log_probs``. Nothing here is random but
-    ``log_probs``.
+    Args:
+        log_probs: the attacked function, (B, C, H, W) -> (B, K).
+        x: images (B, C, H, W) in [0, 1].
+        y: labels (B,).
+        threat: the ball.
+        steps: number of steps.
+        step_size: length of a step as a share of epsilon.
+        start: first point (default ``x``), projected into the ball.
+        loss: the objective.
+        decay: if given, steps follow the sum of all gradients so far, each scaled to l1 norm 1 and multiplied by this
+            factor at every later step.
+
+    Returns:
+        Two candidates per image, (best, last), both (B, C, H, W) in the ball and in [0, 1]. ``best`` is the iterate
+        with the largest measured loss, the start included, and ``last`` is the final iterate.
+
+    Random: nothing but ``log_probs``.
+
+    Cost: steps + 1 forward and ``steps`` backward passes through ``log_probs``.
     """
     adversarial = x if start is None else threat.project(start, x)
     best, best_loss = adversarial, torch.full((len(x),), -torch.inf, device=x.device)
@@ -47,7 +61,7 @@ def pgd(
 
 def _better(best: Tensor, best_loss: Tensor, point: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     better = values > best_loss
-    return torch.where(better.view(-1, 1, 1, 1), point, best), torch.where(better, values, best_loss)
+    return choose(better, point, best), choose(better, values, best_loss)
 
 
 def _scaled(gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attacks without gradients: the loop they share, and random search, the control that every other attack must beat."""
+"""The loop of attacks without gradients, and random search, the baseline that every other attack must beat."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from rush.attacks.gradient import LogProbs, is_random, pinned
 from rush.attacks.losses import Loss, margin
-from rush.attacks.threat import ThreatModel
+from rush.attacks.threat import ThreatModel, choose
 
 Proposal: TypeAlias = Callable[[int, Tensor], Tensor]
 
 REFRESH = 10
 _DRAWN_AT_ONCE = 16
-_LOOK_EVERY = 64  # queries between two looks whether all images are done
+_CHECK_EVERY = 64  # queries between two checks whether all images are done; each waits for the device
 
 
 def random_search(
@@ -29,11 +29,24 @@ def random_search(
     loss: Loss = margin,
     refresh: int = REFRESH,
 ) -> Tensor:
-    """The point (B, C, H, W) of largest ``loss`` among ``x`` and ``draws`` random points of the ball.
+    """Return the point (B, C, H, W) with the largest ``loss`` among ``x`` and random points of the ball.
 
-    By turns a point at the surface (l-inf: a corner) and one uniform in the ball, see ``ThreatModel.random_points``.
-    No gradient is computed. generators: one an image, the only ones drawn from. Random ``log_probs``: see
-    ``best_of_proposals``. Cost: draws + 1 forward passes; (draws - 1) // refresh more where ``log_probs`` is random.
+    Points at the surface (for l-inf: corners) alternate with points uniform in the ball, see
+    ``ThreatModel.random_points``. No gradient is computed.
+
+    Args:
+        log_probs: the attacked function, (B, C, H, W) -> (B, K). If stochastic, see ``best_of_proposals``.
+        x: images (B, C, H, W) in [0, 1].
+        y: labels (B,).
+        threat: the ball.
+        generators: one per image.
+        draws: number of random points per image.
+        loss: the objective.
+        refresh: number of proposals per draw of a stochastic ``log_probs``.
+
+    Random: draws from ``generators``, and ``log_probs``.
+
+    Cost: draws + 1 forward passes, and (draws - 1) // refresh more where ``log_probs`` is stochastic.
     """
     points = _random_points(x, threat, generators)
     passes = draws + 1 + ((draws - 1) // refresh if is_random(log_probs) else 0)
@@ -53,34 +66,45 @@ def best_of_proposals(
     refresh: int = REFRESH,
     enough: float | None = None,
 ) -> Tensor:
-    """The point (B, C, H, W) that is left when ``first`` has met the proposals one by one and the larger ``loss``
-    stayed, image by image.
+    """Keep for each image the point with the larger ``loss`` while proposals come one by one.
 
-    propose: (number of passes so far, points so far) -> points. Where ``log_probs`` is random the two are compared on
-    common random numbers; the noise is drawn anew, and the point so far measured again, after every ``refresh``
-    proposals, so that no draw is fitted. enough: on a function that is not random, images whose margin exceeds this
-    stay as they are from then on, and the loop ends when all do.
-    Cost: ``passes`` forward passes or, with ``enough``, fewer; in the random case every (refresh + 1)-th of them
-    measures the point so far. No gradient is computed.
+    On a stochastic ``log_probs`` two points are compared on common random numbers. After every ``refresh`` proposals
+    the noise is redrawn and the current point measured again, so that no draw is overfitted. No gradient is computed.
+
+    Args:
+        log_probs: the attacked function, (B, C, H, W) -> (B, K).
+        y: labels (B,).
+        first: points (B, C, H, W) to start from.
+        propose: (number of passes so far, current points) -> proposed points.
+        passes: number of forward passes.
+        loss: the objective.
+        refresh: number of proposals per draw of a stochastic ``log_probs``.
+        enough: on a deterministic function, images whose margin exceeds it no longer change, and the loop ends when
+            all do.
+
+    Returns:
+        The best points (B, C, H, W).
+
+    Cost: ``passes`` forward passes, or fewer with ``enough``. On a stochastic function every (refresh + 1)-th of them
+    measures the current point.
     """
     random, best, same = is_random(log_probs), first, pinned(log_probs)
     with torch.no_grad():
-        found = same(best)
-        value, done = loss(found, y), _exceeds(found, y, None if random else enough)
+        out = same(best)
+        value, done = loss(out, y), _exceeds(out, y, None if random else enough)
         for query in range(1, passes):
             if random and query % (refresh + 1) == 0:
                 same = pinned(log_probs)
                 value = loss(same(best), y)
                 continue
-            if enough is not None and query % _LOOK_EVERY == 0 and bool(done.all()):
+            if enough is not None and query % _CHECK_EVERY == 0 and bool(done.all()):
                 break
             candidate = propose(query, best)
-            found = same(candidate)
-            new = loss(found, y)
-            better = (new > value) & ~done
-            best = torch.where(better.view(-1, 1, 1, 1), candidate, best)
-            value = torch.where(better, new, value)
-            done = done | (better & _exceeds(found, y, None if random else enough))
+            out = same(candidate)
+            candidate_value = loss(out, y)
+            better = (candidate_value > value) & ~done
+            best, value = choose(better, candidate, best), choose(better, candidate_value, value)
+            done = done | (better & _exceeds(out, y, None if random else enough))
     return best
 
 

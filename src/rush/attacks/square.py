@@ -1,4 +1,4 @@
-"""The Square attack: random search by changes within squares (Andriushchenko et al. 2020; for l1 Croce & Hein 2021)."""
+"""The Square attack: random search over square patches (Andriushchenko et al. 2020; for l1 Croce & Hein 2021)."""
 
 import math
 from bisect import bisect_left
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from rush.attacks.gradient import LogProbs
 from rush.attacks.losses import Loss, margin
 from rush.attacks.random_search import REFRESH, Proposal, best_of_proposals
-from rush.attacks.threat import ThreatModel
+from rush.attacks.threat import ORDERS, ThreatModel, stacked_draws
 from rush.choices import Norm
 
-# The squares' share of the image is halved after so many of 10,000 queries.
+# Queries of 10,000 after which the squares' share of the image is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-# A margin from which on an image is left alone: also a forward that rounds otherwise then finds it broken.
+# The margin above which an image no longer changes. A forward that rounds differently still finds it broken.
 ENOUGH = 1e-3
 _TILES = 5  # bumps along each side of the first l2 or l1 change
 
@@ -34,17 +34,31 @@ def square(
     schedule: int | None = None,
     refresh: int = REFRESH,
 ) -> Tensor:
-    """The point (B, C, H, W) in the ball and [0, 1] of largest ``loss`` that a random search by squares ends at.
+    """Maximise ``loss`` in the ball by a random search that changes one square per query.
 
-    l-inf: starts at vertical stripes of +-epsilon; a proposal sets one square to +-epsilon, channel by channel, so that
-    all proposals are corners of the ball. l2, l1: starts at a grid of bumps; a proposal moves the size of the change
-    from one square, and what is left up to epsilon, into a bump in another. The squares' area falls from ``p_init`` of
-    the image on a schedule made for ``schedule`` queries, for ``queries`` by default. No gradient is computed.
+    For l-inf the search starts at vertical stripes of +-epsilon. A proposal sets one square to +-epsilon, channel by
+    channel, so that all proposals are corners of the ball. For l2 and l1 it starts at a grid of bumps. A proposal moves
+    the size of the change from one square, and what remains up to epsilon, into a bump in another. Images broken by a
+    margin of ``ENOUGH`` no longer change. No gradient is computed.
 
-    generators: one an image, the only ones drawn from, and those twice. Images broken by a margin of ``ENOUGH`` are
-    left as they are. Random ``log_probs``: two points are compared on common random numbers, newly drawn after every
-    ``refresh`` proposals, see ``best_of_proposals``. Cost: exactly ``queries`` forward passes, fewer when all images
-    are done before.
+    Args:
+        log_probs: the attacked function, (B, C, H, W) -> (B, K). If stochastic, see ``best_of_proposals``.
+        x: images (B, C, H, W) in [0, 1].
+        y: labels (B,).
+        threat: the ball.
+        generators: one per image.
+        queries: number of forward passes.
+        loss: the objective.
+        p_init: area of the first squares as a share of the image.
+        schedule: number of queries for which the squares' area falls, by default ``queries``.
+        refresh: number of proposals per draw of a stochastic ``log_probs``.
+
+    Returns:
+        The best points (B, C, H, W), in the ball and in [0, 1].
+
+    Random: two draws from each of ``generators``, and ``log_probs``.
+
+    Cost: ``queries`` forward passes, or fewer when all images are done earlier.
     """
 
     def share(query: int) -> float:
@@ -58,12 +72,12 @@ def square(
 
 
 def share_of_image(query: int, queries: int, p_init: float) -> float:
-    """The part of the image's area that a square covers at this query of so many."""
+    """Return the share of the image's area that a square covers at query number ``query`` of ``queries``."""
     return p_init / 2 ** bisect_left(HALVINGS, query * 10_000 // queries)
 
 
 def _stripes(x: Tensor, threat: ThreatModel, generators: list[torch.Generator]) -> Tensor:
-    signs = _signs(_uniform(generators, (x.shape[1], 1, x.shape[3]), x))
+    signs = _signs(_uniform(generators, (x.shape[1], 1, x.shape[3]), x))  # (B, C, 1, W)
     return threat.project(x + signs * threat.radius(x), x)
 
 
@@ -71,6 +85,7 @@ def _squares(
     x: Tensor, threat: ThreatModel, generators: list[torch.Generator], queries: int, share: Callable[[int], float]
 ) -> Proposal:
     channels, height, width = x.shape[1:]
+    # All draws at once: two for the place of a square and one sign per channel, for each query.
     draws = _uniform(generators, (queries, 2 + channels), x)
     epsilon = threat.radius(x)
 
@@ -87,10 +102,9 @@ def _grid(x: Tensor, threat: ThreatModel, generators: list[torch.Generator]) -> 
     channels, height, width = x.shape[1:]
     tiles = min(_TILES, height, width)
     side = min(height, width) // tiles
-    signs = _signs(_uniform(generators, (channels, tiles, tiles), x))
-    grid = signs.repeat_interleave(side, 2).repeat_interleave(side, 3) * bump(side, side, threat.norm, x).repeat(
-        tiles, tiles
-    )
+    signs = _signs(_uniform(generators, (channels, tiles, tiles), x))  # (B, C, tiles, tiles)
+    bumps = bump(side, side, threat.norm, x).repeat(tiles, tiles)
+    grid = signs.repeat_interleave(side, 2).repeat_interleave(side, 3) * bumps
     top, left = (height - tiles * side) // 2, (width - tiles * side) // 2
     change = F.pad(grid, (left, width - tiles * side - left, top, height - tiles * side - top))
     return threat.project(x + _of_size(change, threat.norm, (1, 2, 3)) * threat.radius(x), x)
@@ -100,16 +114,18 @@ def _bumps(
     x: Tensor, threat: ThreatModel, generators: list[torch.Generator], queries: int, share: Callable[[int], float]
 ) -> Proposal:
     channels, height, width = x.shape[1:]
+    # For each query: two places of squares, the orientation of the bump and one sign per channel.
     draws = _uniform(generators, (queries, 5 + channels), x)
     epsilon, norm = threat.radius(x), threat.norm
-    order = 2 if norm == "l2" else 1
+    order = ORDERS[norm]  # sizes to this power add up over disjoint sets of pixels
 
     def propose(query: int, best: Tensor) -> Tensor:
-        row, change = draws[:, query], best - x
+        row, change = draws[:, query], best - x  # (B, 5 + C), (B, C, H, W)
         side = _side(share(query), height, width, smallest=3)
-        side = min(side + 1 - side % 2, height, width)
+        side = min(side + 1 - side % 2, height, width)  # odd, so that a bump has a centre
         into, emptied = _inside(row[:, :2], side, height, width), _inside(row[:, 2:4], side, height, width)
         signs = _signs(row[:, 5:]).view(-1, channels, 1, 1)
+        # The new content is a bump plus the change that the square already holds, both at unit norm.
         new = signs * _placed(row[:, :2], row[:, 4], side, norm, x) + _of_size(change * into, norm, (2, 3))
         unused = (epsilon**order - _size(change, norm, (1, 2, 3)) ** order).clamp(min=0) / channels
         freed = _size(change * (into | emptied), norm, (2, 3)) ** order
@@ -120,8 +136,11 @@ def _bumps(
 
 
 def bump(height: int, width: int, norm: Norm, like: Tensor) -> Tensor:
-    """A pyramid (height, width): at depth M from its rim the sum over k = 0..M of 1 / (n + 1 - k)^p, n = height // 2,
-    with p = 2 for l2 (Andriushchenko et al. 2020, equation 2) and 4 for l1 (Croce & Hein 2021); height >= width."""
+    """Return a pyramid (height, width) of the dtype and on the device of ``like``, for height >= width.
+
+    At depth M from its rim it is the sum over k = 0..M of 1 / (n + 1 - k)^p with n = height // 2. The exponent p is 2
+    for l2 (Andriushchenko et al. 2020, equation 2) and 4 for l1 (Croce & Hein 2021).
+    """
     n = height // 2
     rows = (torch.arange(height, device=like.device) - n).abs()
     columns = (torch.arange(width, device=like.device) - width // 2).abs()
@@ -131,8 +150,10 @@ def bump(height: int, width: int, norm: Norm, like: Tensor) -> Tensor:
 
 
 def _placed(corner: Tensor, turn: Tensor, side: int, norm: Norm, x: Tensor) -> Tensor:
-    """Two bumps of opposite sign side by side, of unit size together, in the square of each image, transposed for half
-    of them; (B, 1, H, W)."""
+    """Return two bumps of opposite sign side by side in each image's square, (B, 1, H, W), of unit norm together.
+
+    They are transposed where ``turn`` (B,) is at least 1/2.
+    """
     pair = torch.cat([bump(side, side // 2, norm, x), -bump(side, side - side // 2, norm, x)], 1)
     pair = _of_size(pair, norm, (0, 1))
     pairs = torch.where(turn.view(-1, 1, 1) < 0.5, pair, pair.T)
@@ -151,7 +172,7 @@ def _corner(draws: Tensor, side: int, height: int, width: int) -> tuple[Tensor, 
 
 
 def _inside(draws: Tensor, side: int, height: int, width: int) -> Tensor:
-    """Which pixels (B, 1, H, W) lie in the square whose place ``draws`` (B, 2) in [0, 1) say."""
+    """Return which pixels (B, 1, H, W) lie in the square whose place is given by ``draws`` (B, 2) in [0, 1)."""
     top, left = (value.view(-1, 1, 1, 1) for value in _corner(draws, side, height, width))
     rows = torch.arange(height, device=draws.device).view(1, 1, -1, 1)
     columns = torch.arange(width, device=draws.device).view(1, 1, 1, -1)
@@ -163,7 +184,7 @@ def _side(share: float, height: int, width: int, smallest: int) -> int:
 
 
 def _size(change: Tensor, norm: Norm, dims: tuple[int, ...]) -> Tensor:
-    return torch.linalg.vector_norm(change, 2 if norm == "l2" else 1, dim=dims, keepdim=True)
+    return torch.linalg.vector_norm(change, ORDERS[norm], dim=dims, keepdim=True)
 
 
 def _of_size(change: Tensor, norm: Norm, dims: tuple[int, ...]) -> Tensor:
@@ -171,7 +192,7 @@ def _of_size(change: Tensor, norm: Norm, dims: tuple[int, ...]) -> Tensor:
 
 
 def _uniform(generators: list[torch.Generator], shape: tuple[int, ...], x: Tensor) -> Tensor:
-    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators]).to(x.device)
+    return stacked_draws(torch.rand, shape, generators).to(x.device)
 
 
 def _signs(uniform: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
-"""A network with the same values and a derivative that passes straight through what cuts it.
+"""Straight-through derivatives of a network, whose values do not change.
 
 Rounding, casts to integers, comparisons and ``detach`` have a derivative of zero or none at all, so that a gradient
-attack on a network that quantises its input stands still. The straight-through estimator (Bengio et al. 2013; as an
-attack: BPDA, Athalye et al. 2018) takes the identity in place of that derivative. The steps to replace are found while
-the network runs: no layer has to be named.
+attack on a network that quantises its input makes no progress. The straight-through estimator (Bengio et al. 2013; as
+an attack: BPDA, Athalye et al. 2018) uses the identity as that derivative. The operations to replace are detected while
+the network runs, so that no layer has to be named.
 
-Every operation of torch is watched and done as it is, so that the values are those of the network. Beside a tensor
-that has lost its derivative stands a *shadow*: a floating-point tensor of the same values that has one. The shadow of a
-rounded tensor takes its derivative from the tensor before it, that of any other result from the same operation on the
-shadows of its operands.
+Every operation of torch is intercepted and executed unchanged, so that the values are those of the network. A tensor
+that has lost its derivative gets a *shadow*: a floating-point tensor of the same values that has one. The shadow of a
+rounded tensor has the derivative of the tensor before rounding. The shadow of any other result has that of the same
+operation on the shadows of its operands.
 
-Work outside of torch (NumPy, Pillow) and inside TorchScript is not seen.
+Operations outside torch (NumPy, Pillow) and inside TorchScript are not intercepted.
 """
 
 import warnings
@@ -28,7 +28,7 @@ _QUANTISING = frozenset(("fake_quantize_per_tensor_affine", "quantize_per_tensor
 _ROUNDING = frozenset(("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "bernoulli")) | _BITS | _QUANTISING
 _DETACHING = frozenset(("detach", "data", "dequantize"))
 _CLAMPING = frozenset(("clamp", "clip"))
-# What rounding leaves over: its derivative is dropped, so that x - frac(x) has the derivative of x.
+# The remainder of rounding: its derivative is dropped, so that x - frac(x) has the derivative of x.
 _REST = frozenset(("remainder", "fmod", "frac", "__mod__"))
 _ABOVE = frozenset(("gt", "ge", "greater", "greater_equal", "__gt__", "__ge__"))
 _BELOW = frozenset(("lt", "le", "less", "less_equal", "__lt__", "__le__"))
@@ -37,14 +37,14 @@ _HALVING = frozenset(("bitwise_right_shift", "__rshift__"))
 _DOUBLING = frozenset(("bitwise_left_shift", "__lshift__"))
 _BINNING = frozenset(("bucketize", "searchsorted"))
 _SELECTING = frozenset(("__getitem__", "take", "index_select", "gather"))
-# Other operations without a derivative have no slope to pass on.
+# Any other operation without a derivative passes none on.
 _CASTS = frozenset(("to", "int", "long", "short", "byte", "char", "bool", "type", "type_as"))
 
 
 class StraightThrough(nn.Module):
-    """``inner`` with the same values and a derivative through rounding, casts, comparisons, ``detach`` and clamping.
+    """Module with the values of ``inner`` and a derivative through rounding, casts, comparisons, detach and clamping.
 
-    Without a gradient this is ``inner`` itself.
+    Where gradients are disabled, ``inner`` itself is called.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -57,27 +57,30 @@ class StraightThrough(nn.Module):
 
 
 def straight_through(network: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Return the outputs of ``network`` at ``x`` with the derivative of ``StraightThrough``.
+    """Evaluate ``network`` at ``x`` with the derivative of ``StraightThrough``.
 
-    Returns: the outputs, and how many steps had their derivative replaced. Clamping alone does not count.
+    Returns:
+        The outputs, and the number of operations whose derivative was replaced. Clamping alone does not count.
     """
-    watch = _Watch()
-    inside = x.clone()  # no leaf, and nobody else's where the network writes to it
-    with watch:
-        outputs = network(inside)
-    return watch.joined(outputs), watch.replaced
+    shadowing = _Shadowing()
+    inputs = x.clone()  # not a leaf, and a copy that the network may overwrite
+    with shadowing:
+        outputs = network(inputs)
+    return shadowing.joined(outputs), shadowing.replaced
 
 
-class _Watch(TorchFunctionMode):
-    """One forward pass and its shadows; torch hands it every operation in place of doing it."""
+class _Shadowing(TorchFunctionMode):
+    """One forward pass and its shadows. Torch passes it every operation to execute."""
 
     def __init__(self) -> None:
         super().__init__()
         self.replaced = 0
-        self._shadows: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself, so that its id stays its own
+        self._shadows: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # (tensor, shadow) by id; holding the tensor keeps the id from being reused
 
     def joined(self, outputs: Any) -> Any:
-        """``outputs`` with the derivative of their shadow, where they have one."""
+        """Return ``outputs`` with the derivative of their shadow, if they have one."""
         shadow = self._shadows.get(id(outputs))
         return outputs if shadow is None else _AsIdentity.apply(outputs.detach(), shadow[1])
 
@@ -92,14 +95,14 @@ class _Watch(TorchFunctionMode):
         cuts = _cuts(name, args, kwargs)
         shadowed = any(id(leaf) in self._shadows for leaf in leaves)
         before = _random_state(leaves)
-        # an operation in place leaves nothing of the tensor that its derivative is taken from
-        kept = self._kept(args) if in_place and (cuts or shadowed or not torch.is_grad_enabled()) else args
+        # An operation in place overwrites the operand that its derivative is computed from.
+        operands = self._copied(args) if in_place and (cuts or shadowed or not torch.is_grad_enabled()) else args
         result = function(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not tensors or not (cuts or shadowed or any(not tensor.requires_grad for tensor in tensors)):
             return result
         with torch.enable_grad(), _replayed(before):
-            source = self._source(name, function, in_place, kept, kwargs)
+            source = self._source(name, function, in_place, operands, kwargs)
         if source is _NONE:
             self.replaced += 1
             return result if in_place else tree_map(_cut, result)
@@ -107,23 +110,23 @@ class _Watch(TorchFunctionMode):
         return self._joined_all(result, source, in_place)
 
     def _carries(self, leaf: object) -> bool:
-        """Whether a derivative by the pixels may come through: not through a weight, which is a leaf."""
+        """Return whether ``leaf`` may depend on the pixels, unlike a weight, which is a leaf of the graph."""
         if not isinstance(leaf, Tensor):
             return False
         return (leaf.requires_grad and not leaf.is_leaf) or id(leaf) in self._shadows
 
     def _shadow(self, leaf: Any) -> Any:
-        """The tensor that stands for ``leaf`` in the derivative."""
+        """Return the tensor that represents ``leaf`` in the derivative."""
         return self._shadows[id(leaf)][1] if id(leaf) in self._shadows else leaf
 
-    def _kept(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _copied(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         with torch.enable_grad():
             return (self._shadow(args[0]).clone(), *args[1:])
 
     def _source(self, name: str, function: Callable[..., Any], in_place: bool, args: Any, kwargs: Any) -> Any:
-        """What the derivative of an operation's result is taken from, of the same structure.
+        """Return the tensors whose derivative an operation's result gets, in the result's structure.
 
-        None where nothing is known, ``_NONE`` where the derivative is dropped.
+        None where there are none, ``_NONE`` where the derivative is dropped.
         """
         if name in _REST:
             return _NONE
@@ -134,13 +137,13 @@ class _Watch(TorchFunctionMode):
         try:
             source = self._slope(name, plain, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-            source = None  # there is no such operation on floating-point tensors: a cast, or one without a slope
+            source = None  # not defined on floating-point tensors: a cast, or an operation without a slope
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(source)):
             return source
         return first if name in _CASTS else None
 
     def _slope(self, name: str, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The operation on the shadows of its operands; for those on integers the one on numbers beside it."""
+        """Apply the operation to the shadows of its operands, where integer operations get their real counterpart."""
         shadows = [self._shadow(arg) for arg in args]
         if name in _ABOVE or name in _BELOW:
             return shadows[0] - shadows[1] if name in _ABOVE else shadows[1] - shadows[0]
@@ -159,7 +162,7 @@ class _Watch(TorchFunctionMode):
         return plain(*tree_map(self._shadow, args), **tree_map(self._shadow, kwargs))
 
     def _selected(self, function: Callable[..., Any], table: Any, args: Any, kwargs: Any) -> Any:
-        """Entries of ``table``; of a table of numbers without a derivative, the mean slope by the index has it."""
+        """Return entries of ``table``, where a table without a derivative gets its mean slope in the index."""
         index = args[1]
         if not self._carries(args[0]) and isinstance(index, Tensor) and id(index) in self._shadows and table.ndim == 1:
             return self._shadow(index) * ((table[-1] - table[0]) / max(1, len(table) - 1))
@@ -192,7 +195,7 @@ class _Watch(TorchFunctionMode):
 
 
 class _AsIdentity(torch.autograd.Function):
-    """The first argument with the derivative of the second, of the same shape."""
+    """Function with the value of the first argument and the derivative of the second, of the same shape."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:
@@ -208,7 +211,7 @@ _NONE = object()
 
 
 def _name(function: Callable[..., Any]) -> tuple[str, bool]:
-    """Name of an operation without the mark of one in place, and whether it is one."""
+    """Return the name of an operation without its in-place mark, and whether it is in place."""
     name = getattr(function, "__name__", "")
     if name == "__get__":
         name = getattr(getattr(function, "__self__", None), "__name__", name)
@@ -236,10 +239,10 @@ def _with_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def _cuts(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation is one whose derivative is replaced or dropped."""
+    """Return whether the derivative of an operation is replaced or dropped."""
     if name in _CLAMPING:
         bounds = [*args[1:], *kwargs.values()]
-        return len(bounds) == 2 and all(bound is not None for bound in bounds)  # with one it is a rectifier
+        return len(bounds) == 2 and all(bound is not None for bound in bounds)  # with one bound it is a rectifier
     if name in ("div", "divide"):
         return kwargs.get("rounding_mode") is not None
     return name in _ROUNDING or name in _DETACHING or name in _REST or name in _DIVIDING or name in _BINNING
@@ -260,7 +263,7 @@ def _cut(leaf: Any) -> Any:
 
 
 def _bins(x: Tensor, boundaries: Tensor) -> Tensor:
-    """``x`` over the mean width of a bin."""
+    """Return ``x`` divided by the mean width of a bin."""
     return x * ((len(boundaries) - 1) / (boundaries[-1] - boundaries[0]))
 
 
@@ -271,12 +274,12 @@ def _random_state(leaves: list[Any]) -> tuple[Tensor, list[tuple[torch.device, T
 
 @contextmanager
 def _replayed(state: tuple[Tensor, list[tuple[torch.device, Tensor]]]) -> Iterator[None]:
-    """Within the context torch draws what it drew from ``state`` on; afterwards its generator is as it was before."""
+    """Replay torch's random draws from ``state`` within the context, and restore its generators afterwards."""
     after = torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device, _ in state[1]]
     _set_random_state(state)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the network's own operation had to say, it has said
+            warnings.simplefilter("ignore")  # the network's own operation has given them already
             yield
     finally:
         _set_random_state(after)
@@ -284,5 +287,5 @@ def _replayed(state: tuple[Tensor, list[tuple[torch.device, Tensor]]]) -> Iterat
 
 def _set_random_state(state: tuple[Tensor, list[tuple[torch.device, Tensor]]]) -> None:
     torch.set_rng_state(state[0])
-    for device, kept in state[1]:
-        torch.cuda.set_rng_state(kept, device)
+    for device, device_state in state[1]:
+        torch.cuda.set_rng_state(device_state, device)

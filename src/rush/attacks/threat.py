@@ -1,6 +1,7 @@
-"""The threat model: what an attacker may change."""
+"""Threat models: norm balls around images, with their projections, steps and random points."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -20,12 +21,16 @@ L1_DENSITY = 0.01  # share of the pixels that one l1 step changes (Tramer & Bone
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """All x' in [0, 1] with ||x' - x|| <= epsilon, in [0, 1] pixel units, up to float32 rounding (6e-8 a pixel).
+    """The ball of all x' in [0, 1] with ||x' - x|| <= epsilon, up to float32 rounding (6e-8 per pixel).
 
-    norm: "linf", "l2" or "l1". epsilon: one number for all images, or a float tensor or array (N,) with one
-    per image; an l-inf epsilon is n/255, so 8/255 and not 8, an l1 epsilon is the sum over all pixels and channels, so
-    often above 1.
-    Raises: InputError for an unknown norm, epsilon <= 0, not finite, or > 1 for l-inf.
+    Args:
+        norm: "linf", "l2" or "l1".
+        epsilon: radius in [0, 1] pixel units, one number for all images or a float tensor or array (N,) with one per
+            image. An l-inf epsilon is n/255, so 8/255 and not 8. An l1 epsilon is a sum over all pixels and channels,
+            so often above 1.
+
+    Raises:
+        InputError: The norm is unknown, or epsilon is not finite, not above 0, or above 1 for l-inf.
     """
 
     norm: Norm
@@ -46,30 +51,35 @@ class ThreatModel:
             )
 
     def select(self, indices: list[int]) -> "ThreatModel":
-        """The threat model of the images at these positions."""
+        """Return the threat model of the images at these positions."""
         return ThreatModel(self.norm, self.epsilon[indices]) if isinstance(self.epsilon, Tensor) else self
 
     def project(self, adversarial: Tensor, x: Tensor) -> Tensor:
-        """The points (B, C, H, W) moved into the ball around ``x`` and [0, 1], see ``project``."""
+        """Return the points (B, C, H, W) moved into the ball around ``x`` and into [0, 1], see ``project``."""
         return project(self.norm, adversarial, x, self.radius(x))
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """Direction of ascent of unit norm, 0 where the gradient is: for l-inf its sign, for l2 the normalised
-        gradient, for l1 the sign of the ``L1_DENSITY`` largest entries.
+        """Return the direction of ascent of unit norm (B, C, H, W), 0 where the gradient is 0.
 
-        The steepest l1 direction is one pixel alone, and steps of one pixel get nowhere in few steps.
+        For l-inf it is the gradient's sign, for l2 the normalised gradient, for l1 the sign of the ``L1_DENSITY``
+        largest entries. The steepest l1 direction is a single pixel, which makes little progress in few steps.
         """
         if self.norm == "linf":
             return gradient.sign()
         if self.norm == "l2":
-            return gradient / _l2(gradient).clamp(min=1e-12)
+            return l2_unit(gradient)
         return sparse_step(gradient, torch.full_like(gradient, math.inf), gradient.new_ones(1), _pixels(gradient))
 
     def step(self, gradient: Tensor, share: float | Tensor, at: Tensor, density: float | Tensor = L1_DENSITY) -> Tensor:
-        """A step of length ``share`` times epsilon from the points ``at`` along the steepest ascent.
+        """Return the step (B, C, H, W) from the points ``at`` along the steepest ascent.
 
-        In l1, pixels that have reached the end of [0, 1] hand their part on to the next ones, and ``density`` is the
-        share of the pixels that the step changes. share, density: one number, or (B, 1, 1, 1).
+        In l1, pixels that have reached the end of [0, 1] pass their part to the next largest ones.
+
+        Args:
+            gradient: (B, C, H, W).
+            share: length of the step as a share of epsilon, one number or (B, 1, 1, 1).
+            at: points (B, C, H, W) in [0, 1].
+            density: for l1, share of the pixels that the step changes, one number or (B, 1, 1, 1).
         """
         length = share * self.radius(gradient)
         if self.norm != "l1":
@@ -77,84 +87,98 @@ class ThreatModel:
         return sparse_step(gradient, room_towards(gradient, at), length, _pixels(gradient, density))
 
     def random_start(self, x: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Points uniform in the ball around each image, moved into [0, 1]; one generator an image."""
+        """Return points (B, C, H, W) uniform in the ball and moved into [0, 1], with one generator per image."""
         return self.random_points(x, generators, 1)[:, 0]
 
     def random_points(
         self, x: Tensor, generators: list[torch.Generator], count: int, *, surface: bool = False
     ) -> Tensor:
-        """Points (B, count, C, H, W) uniform in the ball around each image, moved into [0, 1].
+        """Return points (B, count, C, H, W) uniform in the ball around each image, moved into [0, 1].
 
-        With ``surface`` they lie at epsilon: corners for l-inf, uniform on the sphere for l2 and the faces for l1.
-        One generator an image, drawn from once or twice whatever the count.
+        With ``surface`` they lie at distance epsilon: corners for l-inf, uniform on the sphere for l2 and on the faces
+        for l1.
+
+        Random: one or two draws from each image's generator, whatever the count.
         """
         changes = _unit_ball(self.norm, (count, *x.shape[1:]), generators, surface).to(x.device)
         return (x[:, None] + changes * self.radius(x)[:, None]).clamp(0.0, 1.0)
 
     def radius(self, x: Tensor) -> Tensor:
-        """Epsilon (1 or B, 1, 1, 1), of the type and on the device of ``x``."""
+        """Return epsilon (1 or B, 1, 1, 1), of the dtype and on the device of ``x``."""
         return _beside(x, self.epsilon)
 
 
 def project(norm: Norm, adversarial: Tensor, x: Tensor, epsilon: Tensor) -> Tensor:
-    """The points (B, C, H, W) moved into the ball of radius ``epsilon`` (B, 1, 1, 1) around ``x`` and into [0, 1].
+    """Return the points (B, C, H, W) moved into the ball of radius ``epsilon`` (B, 1, 1, 1) and into [0, 1].
 
-    For l-inf and l1 the nearest such point (l1: Croce & Hein 2021). For l2 first into the ball and then into [0, 1],
-    which keeps it in the ball.
+    For l-inf and l1 this is the nearest such point (l1: Croce & Hein 2021). For l2 the point is moved into the ball and
+    then into [0, 1], which keeps it in the ball but is not always nearest.
     """
     change = adversarial - x
     if norm == "linf":
         change = torch.minimum(torch.maximum(change, -epsilon), epsilon)
     elif norm == "l2":
-        change = change * (epsilon / _l2(change).clamp(min=1e-12)).clamp(max=1.0)
+        change = change * (epsilon / _l2_norm(change).clamp(min=1e-12)).clamp(max=1.0)
     else:
         change = project_l1(change, x, epsilon.expand(len(x), 1, 1, 1))
     return (x + change).clamp(0.0, 1.0)
 
 
-def distances(adversarial: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """l-inf and l2 norms (N,) in float64 of the changes (N, C, H, W)."""
-    delta = (adversarial.double() - x.double()).flatten(1)
-    return delta.abs().amax(1), delta.norm(dim=1)
-
-
 def norms(adversarial: Tensor, x: Tensor, norm: Norm) -> Tensor:
-    """Sizes (N,) in float64 of the changes (N, C, H, W) in this norm."""
-    return torch.linalg.vector_norm((adversarial.double() - x.double()).flatten(1), ORDERS[norm], dim=1)
+    """Return the distances (N,) in float64 between the points and ``x``, both (N, C, H, W)."""
+    return change_norm(adversarial.double() - x.double(), norm)
+
+
+def change_norm(change: Tensor, norm: Norm) -> Tensor:
+    """Return the norm (N,) of each change (N, C, H, W), in the dtype of ``change``."""
+    return torch.linalg.vector_norm(change.flatten(1), ORDERS[norm], dim=1)
+
+
+def l2_unit(change: Tensor) -> Tensor:
+    """Return the changes (N, C, H, W) scaled to l2 norm 1, 0 where they are 0."""
+    return change / _l2_norm(change).clamp(min=1e-12)
+
+
+def choose(which: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """Return ``chosen`` (N, ...) for the images where ``which`` (N,) is true, and ``other`` for the rest."""
+    return torch.where(which.view(-1, *[1] * (chosen.ndim - 1)), chosen, other)
+
+
+def stacked_draws(draw: Callable[..., Tensor], shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """Return draws (B, *shape) by ``torch.rand`` or ``torch.randn``, one from each generator, on their device."""
+    return torch.stack([draw(shape, generator=generator, device=generator.device) for generator in generators])
 
 
 def _unit_ball(norm: Norm, shape: tuple[int, ...], generators: list[torch.Generator], surface: bool) -> Tensor:
-    """Changes (B, *shape) uniform in the unit ball or on its surface, the first of ``shape`` being their number.
-
-    l1: exponentials over their sum, which one more exponential takes from the surface into the ball.
-    """
+    """Return changes (B, count, C, H, W) uniform in the unit ball or on its surface, for ``shape`` (count, C, H, W)."""
+    width = math.prod(shape[1:])
     if norm == "linf":
-        changes = torch.stack([torch.rand(shape, generator=g, device=g.device) * 2 - 1 for g in generators])
+        changes = stacked_draws(torch.rand, shape, generators) * 2 - 1
         return changes.sign() if surface else changes
     if norm == "l2":
-        changes = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
-        changes = (changes.flatten(0, 1) / _l2(changes.flatten(0, 1))).view_as(changes)
+        changes = stacked_draws(torch.randn, shape, generators)
+        changes = (changes.flatten(0, 1) / _l2_norm(changes.flatten(0, 1))).view_as(changes)
         if surface:
             return changes
-        shares = torch.stack([torch.rand(shape[0], generator=g, device=g.device) for g in generators])
-        return changes * shares.view(*shares.shape, 1, 1, 1) ** (1 / math.prod(shape[1:]))
-    width = math.prod(shape[1:])
-    draws = [torch.rand((shape[0], width + 1), generator=g, device=g.device) * 2 - 1 for g in generators]
-    signed = torch.stack(draws)
+        # The radius of a uniform point in the ball of dimension d is U^(1/d).
+        shares = stacked_draws(torch.rand, shape[:1], generators)
+        return changes * shares.view(*shares.shape, 1, 1, 1) ** (1 / width)
+    # For l1, exponentials over their sum are uniform on the faces. One more exponential in the sum moves them inside.
+    signed = stacked_draws(torch.rand, (shape[0], width + 1), generators) * 2 - 1
     sizes = -signed.abs().clamp(min=1e-30).log()
     total = (sizes[..., :width] if surface else sizes).sum(2, keepdim=True)
     return (sizes / total * signed.sign())[..., :width].reshape(len(generators), *shape)
 
 
 def _pixels(gradient: Tensor, density: float | Tensor = L1_DENSITY) -> Tensor:
-    """How many entries of an image are this share of all, at least one; (1 or B, 1, 1, 1)."""
+    """Return the number of entries of an image that are this share of all, at least one, (1 or B, 1, 1, 1)."""
     return (_beside(gradient, density) * gradient[0].numel()).floor().clamp(min=1)
 
 
 def _beside(x: Tensor, value: float | Tensor) -> Tensor:
-    """Return ``value``, one number or one per image, as (1 or B, 1, 1, 1) of the type and on the device of ``x``.
+    """Return ``value``, one number or one per image, as (1 or B, 1, 1, 1) of the dtype and on the device of ``x``.
 
-    Nothing waits for the device, as it would where a number is copied there.
+    The number is filled in on the device: a copy from pageable memory would wait for it.
     """
     if not isinstance(value, Tensor):
         return x.new_full((1, 1, 1, 1), value)
@@ -162,7 +186,7 @@ def _beside(x: Tensor, value: float | Tensor) -> Tensor:
 
 
 def _number_or_tensor(epsilon: object) -> object:
-    """One number as a float, numbers of images as a float tensor; anything else as it is."""
+    """Return one number as a float and an array of numbers as a float tensor, and anything else unchanged."""
     if isinstance(epsilon, np.ndarray) and epsilon.ndim and epsilon.dtype.kind in "fiu":
         epsilon = torch.from_numpy(epsilon.astype(np.float64 if epsilon.dtype.kind != "f" else epsilon.dtype))
     if isinstance(epsilon, Tensor) and epsilon.ndim:
@@ -171,5 +195,6 @@ def _number_or_tensor(epsilon: object) -> object:
     return epsilon if number is None else number
 
 
-def _l2(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+def _l2_norm(change: Tensor) -> Tensor:
+    """Return the l2 norms as (N, 1, 1, 1), to scale changes (N, C, H, W) by."""
+    return change_norm(change, "l2").view(-1, 1, 1, 1)

@@ -1,7 +1,8 @@
-"""Is an evaluation of a model believable? The strongest attack here, many cheap probes, and one verdict."""
+"""Audit an evaluation of a model: the worst-case suite, many cheap probes, and one verdict."""
 
 import copy
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rush.attacks.threat import ThreatModel
+from rush.auditing import gradients, stronger, validity
 from rush.auditing.case import VERDICTS, Case
-from rush.auditing.findings import ORDER, Finding
-from rush.auditing.probes import PROBES
-from rush.auditing.report import AuditReport, AuditVerdict, decide, write_audit
+from rush.auditing.findings import Finding
+from rush.auditing.probes import Probe
+from rush.auditing.report import AuditReport, AuditVerdict, decide
 from rush.certification.certificates import Certificates
 from rush.choices import Decision
 from rush.data.checks import Images, LabelledPixels, pixel_ids
@@ -27,17 +29,24 @@ from rush.runtime.numbers import as_real
 from rush.runtime.progress import progress
 from rush.smoothing.classifier import SmoothedClassifier
 
-PATIENCE = 4  # times max_votes, for the evaluation's own points: what votes alone leave open is no fault of an attack
+PATIENCE = 4  # times max_votes, for the evaluation's own points: what too few votes leave open is no fault of an attack
+# In the order of their definition, which runs from causes to symptoms: the first failed finding is the best explanation
+# of an overestimate. The certificates use the results of all other probes and come last.
+PROBES = {
+    probe.name: probe
+    for module in (validity, gradients, stronger)
+    for probe in vars(module).values()
+    if isinstance(probe, Probe)
+}
 
-__all__ = ["AuditReport", "AuditVerdict", "Finding", "audit", "default_plan", "write_audit"]
+__all__ = ["AuditReport", "AuditVerdict", "Finding", "audit", "default_plan"]
 
 
 def default_plan(kind: Kind) -> Plan:
-    """The evaluation that is audited where none is given: PGD-20 on the cross-entropy, EOT over 20 draws of a random
-    model."""
-    if kind == "plain":
-        return Plan("default", "PGD-20, cross-entropy (the default)", "pgd", "fresh", 0, 20, 0.25)
-    return Plan("default", "PGD-20, cross-entropy, EOT 20 (the default)", "pgd", "fresh", 20, 20, 0.25)
+    """Return the evaluation that is audited by default: PGD-20 on the cross-entropy, of a stochastic model with EOT
+    over 20 draws."""
+    draws, label = (0, "") if kind == "plain" else (20, ", EOT 20")
+    return Plan("default", f"PGD-20, cross-entropy{label} (the default)", "pgd", "fresh", draws, 20, 0.25)
 
 
 def audit(
@@ -54,25 +63,37 @@ def audit(
     max_votes: int = 4000,
     seed: int = 0,
 ) -> AuditReport:
-    """Whether ``evaluation`` tells what ``model`` is worth on ``images`` within ``threat`` (the report says the rest).
+    """Audit whether ``evaluation`` overestimates the robustness of ``model`` on ``images`` within ``threat``.
 
-    evaluation: an AttackResult, whose points and verdicts are taken as they are and whose points are judged once more;
-    a plan or suite, run here; or None for ``default_plan``. Against it stand the worst-case suite, on the images that
-    the evaluation did not break, and the attacks of all probes (``audit_probes``): an image is broken here when any of
-    them breaks it. d is the share of images that the evaluation held, or left undecided, and that are broken here; the
-    verdict follows from its bounds and from the findings (``audit_report.decide``). tolerance: the d that is put up
-    with.
-    model, images, threat, decision, surrogate: as ``rush.attack``; surrogate: also a source of transferred points.
-    certificates: of the same images, held against all attacks. alpha: bound on the probability that any verdict on an
-    image here is false, split evenly over ``VERDICTS`` of them; max_votes: most votes of each, ``PATIENCE`` times as
-    many for the evaluation's own points; both matter for random models alone.
-    Copies of one picture are audited once, with a CopiesWarning.
-    A model in training mode is a failed finding; the rest of the audit then looks at a copy in evaluation mode.
-    Cost: the evaluation, the suite on what it held, and on at most 64 of these about six times the evaluation and at
-    most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800 passes more on all
-    that the evaluation held, 100 of a deterministic model.
-    Raises: InputError for bad images or numbers and for an evaluation of other images or another threat model;
-    ModelError for an unusable model.
+    The evaluation is compared with the worst-case suite, on the images that it did not break, and with the attacks of
+    all probes (``validity``, ``gradients``, ``stronger``). An image counts as broken when any of them breaks it. d is
+    the share of images that the evaluation held, or left undecided, and that are broken. The verdict follows from the
+    bounds of d and from the findings (``report.decide``). Duplicates of a picture are audited once, with a
+    CopiesWarning. A model in training mode is a failed finding, and the rest of the audit uses a copy in evaluation
+    mode.
+
+    Args:
+        model: as ``rush.attack`` takes it, and so are ``images``, ``threat`` and ``decision``.
+        evaluation: an AttackResult, whose points and verdicts are taken as they are and whose points are judged once
+            more; a plan or suite, which is run; or None for ``default_plan``.
+        tolerance: the largest acceptable d.
+        surrogate: as ``rush.attack`` takes it; also a source of transferred points.
+        certificates: of the same images, compared with all attacks.
+        alpha: bound on the probability that any verdict on an image is false, split evenly over ``VERDICTS`` of them.
+            Only stochastic models depend on it.
+        max_votes: most votes per verdict, ``PATIENCE`` times as many for the evaluation's own points. Only stochastic
+            models depend on it.
+
+    Returns:
+        The report, with its findings in the order of ``PROBES``.
+
+    Raises:
+        InputError: for bad images or numbers, and for an evaluation of other images or another threat model.
+        ModelError: for an unusable model.
+
+    Cost: the evaluation, the suite on the images that it held, and on at most 64 of these about six times the
+    evaluation and at most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800
+    passes more on all images that the evaluation held, 100 of a deterministic model.
     """
     whole = VerdictSettings.checked(alpha, max_votes, seed)
     alpha, max_votes, tolerance = whole.level, whole.max_votes, _checked_tolerance(tolerance)
@@ -86,22 +107,22 @@ def audit(
     checked.check_reachable(suite)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
     result = _evaluated(evaluation, defender, pixels, threat, patient)
-    again = None
+    case = Case(model, defender, pixels, threat, result, None, training, surrogate, certificates, judging)
     if isinstance(evaluation, AttackResult):
-        points = threat.project(evaluation.adversarial.clamp(0, 1), pixels.x)
-        judged = LabelledPixels(points, pixels.y, pixels.ids)
-        again = defender.judge(judged, "audit-again", patient)
-    case = Case(model, defender, pixels, threat, result, again, training, surrogate, certificates, judging)
-    newly = _broken_by_suite(case, suite)
-    found = _findings(case)
+        points = LabelledPixels(case.points, pixels.y, pixels.ids)
+        case.rejudged = defender.judge(points, "audit-again", patient)
+    unbroken = np.flatnonzero(~(case.evaluation.broken | _broken(case))).tolist()
+    if unbroken:
+        case.attack(suite, unbroken)
+    findings = tuple(_findings(case))
     defender.recheck()
-    return _report(case, suite, newly | _broken_by_probes(case), found, tolerance, alpha)
+    return _report(case, suite, findings, tolerance, alpha)
 
 
 def _without_copies(
     pixels: LabelledPixels, threat: ThreatModel, evaluation: AttackResult | Plan | Suite | None
 ) -> tuple[LabelledPixels, ThreatModel, AttackResult | Plan | Suite | None]:
-    """Keep the first image of each picture: the bounds of the audit are over independent ones."""
+    """Keep the first image of each picture, since the bounds of the audit are for independent images."""
     if isinstance(evaluation, AttackResult):
         _check_same(evaluation, pixels, threat)
     rows = sorted(np.unique(np.array(pixel_ids(pixels.x)), return_index=True)[1].tolist())
@@ -128,7 +149,7 @@ def _checked_tolerance(tolerance: float) -> float:
 def _training_layers(model: Model) -> tuple[str, ...]:
     module = model.classifier if isinstance(model, SmoothedClassifier) else model
     if not isinstance(module, nn.Module):
-        return ()  # the door says what is wrong
+        return ()  # ``prepare`` raises the error
     return tuple(name or "(the module itself)" for name, layer in module.named_modules() if layer.training)
 
 
@@ -162,7 +183,7 @@ def _evaluated(
 
 
 def _check_same(evaluation: AttackResult, pixels: LabelledPixels, threat: ThreatModel) -> None:
-    """Raises InputError unless the evaluation is of these images, labels and balls, in this order."""
+    """Raise InputError unless the evaluation is of these images, labels and balls, in this order."""
     if evaluation.ids != pixels.ids or evaluation.labels.tolist() != pixels.y.tolist():
         raise InputError(
             f"the evaluation is of {len(evaluation)} images, which are not, in this order, the {len(pixels)} images "
@@ -173,43 +194,33 @@ def _check_same(evaluation: AttackResult, pixels: LabelledPixels, threat: Threat
             f"the evaluation's points have shape {tuple(evaluation.adversarial.shape)}, "
             f"the images {tuple(pixels.x.shape)}"
         )
-    own, given = (np.broadcast_to(np.asarray(each.epsilon), len(pixels)) for each in (evaluation.threat, threat))
-    if evaluation.threat.norm != threat.norm or not np.allclose(own, given, rtol=1e-6, atol=0):
+    evaluated, audited = (
+        np.broadcast_to(np.asarray(each.epsilon), len(pixels)) for each in (evaluation.threat, threat)
+    )
+    if evaluation.threat.norm != threat.norm or not np.allclose(evaluated, audited, rtol=1e-6, atol=0):
         raise InputError(
-            f"the evaluation is of {evaluation.threat.norm} at epsilon up to {own.max():g}, the audit of "
-            f"{threat.norm} at {given.max():g}; audit under the threat model that was evaluated"
+            f"the evaluation is of {evaluation.threat.norm} at epsilon up to {evaluated.max():g}, the audit of "
+            f"{threat.norm} at {audited.max():g}; audit under the threat model that was evaluated"
         )
 
 
-def _broken_by_suite(case: Case, suite: Suite) -> NDArray[np.bool_]:
-    """Images (N,) that the evaluation did not break and that its points judged again or the suite break."""
-    broken = np.zeros(len(case.pixels), bool)
-    if case.again is not None:
-        broken |= case.again.verdict == BROKEN
-    rows = np.flatnonzero(~(case.evaluation.broken | broken)).tolist()
-    if rows:
-        broken[rows] |= case.attack(suite, rows).broken
-    return broken & ~case.evaluation.broken
-
-
-def _findings(case: Case) -> tuple[Finding, ...]:
-    found = []
-    with progress("audit", len(ORDER)) as advance:
-        for name in ORDER:
-            found.append(PROBES[name](case))
+def _findings(case: Case) -> Iterator[Finding]:
+    with progress("audit", len(PROBES)) as advance:
+        for probe in PROBES.values():
+            yield probe(case)
             advance(1)
-    return tuple(found)
 
 
-def _broken_by_probes(case: Case) -> NDArray[np.bool_]:
-    broken = {own for result in case.found for own in np.array(result.ids)[result.broken].tolist()}
-    return np.array([own in broken for own in case.pixels.ids]) & ~case.evaluation.broken
+def _broken(case: Case) -> NDArray[np.bool_]:
+    """Return which images (N,) the suite, a probe or the second judgement of the evaluation's points has broken."""
+    broken = np.zeros(len(case.pixels), bool) if case.rejudged is None else case.rejudged.verdict == BROKEN
+    ids = {image_id for result in case.results for image_id in np.array(result.ids)[result.broken].tolist()}
+    return broken | np.array([image_id in ids for image_id in case.pixels.ids])
 
 
-def _report(
-    case: Case, suite: Suite, newly: NDArray[np.bool_], found: tuple[Finding, ...], tolerance: float, alpha: float
-) -> AuditReport:
-    failed = [finding.name for finding in found if finding.status == "failed"]
+def _report(case: Case, suite: Suite, findings: tuple[Finding, ...], tolerance: float, alpha: float) -> AuditReport:
+    newly = _broken(case) & ~case.evaluation.broken
+    failed = [finding.name for finding in findings if finding.status == "failed"]
     total = len(case.pixels)
     return AuditReport(
         verdict=decide(int(newly.sum()), total, tolerance, failed),
@@ -220,7 +231,7 @@ def _report(
         images=total,
         newly_broken=tuple(np.array(case.pixels.ids)[newly].tolist()),
         tolerance=tolerance,
-        findings=found,
+        findings=findings,
         norm=case.threat.norm,
         epsilon=float(torch.as_tensor(case.threat.epsilon).max()),
         alpha=alpha,

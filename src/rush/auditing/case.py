@@ -1,15 +1,18 @@
-"""An evaluation under audit: what the probes look at, and the attacks that they run."""
+"""An evaluation under audit: the values that probes measure, and the attacks that they run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rush.attacks.gradient import LogProbs
 from rush.attacks.losses import Loss, named_loss
-from rush.attacks.threat import ThreatModel
+from rush.attacks.threat import ThreatModel, norms
+from rush.auditing.surrogates import attacked_through
 from rush.certification.certificates import Certificates
 from rush.data.checks import LabelledPixels
 from rush.evaluation.evaluation import Evaluation
@@ -19,19 +22,26 @@ from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import Verdicts, VerdictSettings
 from rush.runtime.randomness import stream
 
-PROBED = 64  # images, drawn by the seed, that probes look at
-CLOSE = 32  # of those the held ones that gradients are measured on
-VERDICTS = 14  # given on an image at most, each with 1/14 of the level: on the evaluation's point, by suite and probes
+PROBED = 64  # images, drawn by the seed, that probes measure
+CLOSE = 32  # held images that gradients are measured on
+FEW_IMAGES = 8  # that a property of the model is tested on
+VERDICTS = 14  # per image at most, each at 1/14 of the level: on the evaluation's point, by the suite and by probes
+STEPPING = ("fgsm", "mifgsm", "pgd")  # methods with steps of a fixed length
+
+_CLIMBING = (*STEPPING, "apgd", "fmn")
 _STRONGEST = ("pgd", "apgd", "mifgsm")
 
 
 @dataclass
 class Case:
-    """An evaluation under audit, and the attacks that were run on what it held.
+    """An evaluation under audit, and the attacks that were run on the images that it held.
 
-    evaluation: its points and verdicts; given: whether somebody else made them, then ``again`` are the verdicts of
-    judging its points once more. training: layers that were in training mode. judging: with the level of each
-    verdict, see ``VERDICTS``. found: results of probes on some of the held images, in the threat model.
+    Attributes:
+        evaluation: points and verdicts under audit.
+        rejudged: verdicts of judging these points once more, None where the audit ran the evaluation itself.
+        training_layers: names of the layers that were in training mode.
+        judging: how points are judged, with the level of each verdict (``VERDICTS``).
+        results: results of probes on some of the held images, within the threat model.
     """
 
     model: Model
@@ -39,12 +49,12 @@ class Case:
     pixels: LabelledPixels
     threat: ThreatModel
     evaluation: AttackResult
-    again: Verdicts | None
-    training: tuple[str, ...]
+    rejudged: Verdicts | None
+    training_layers: tuple[str, ...]
     surrogate: nn.Module | None
     certificates: Certificates | None
     judging: VerdictSettings
-    found: list[AttackResult] = field(default_factory=list)
+    results: list[AttackResult] = field(default_factory=list)
 
     @property
     def seed(self) -> int:
@@ -54,24 +64,48 @@ class Case:
     def plan(self) -> Plan | None:
         """The evaluation's attack, of a suite its costliest untargeted one; None where points were made elsewhere.
 
-        An attack without draws on a random model that has a base network has seen that network.
+        An attack without draws on a stochastic model that has a base network has attacked that network.
         """
-        own = self.evaluation.plan
-        plan = _typical(own) if isinstance(own, Suite) else own
+        plan = self.evaluation.plan
+        if isinstance(plan, Suite):
+            plan = _typical(plan)
         if plan.method == "none":
             return None
         blind = self.defender.transferable and plan.eot_samples == 0
         return replace(plan, gradient="transfer") if blind else plan
 
+    @property
+    def climbing(self) -> Plan | None:
+        """The evaluation's attack where it climbs a gradient."""
+        return self.plan if self.plan is not None and self.plan.method in _CLIMBING else None
+
+    @property
+    def unattacked(self) -> bool:
+        """Whether the evaluation's points are the images themselves, without a known attack."""
+        return self.plan is None and bool((self.evaluation.adversarial == self.pixels.x).all())
+
+    @property
+    def reach(self) -> float | None:
+        """Length of all steps of the evaluation's attack in epsilon, None where it has none of fixed length."""
+        if self.plan is None or self.plan.method not in STEPPING:
+            return None
+        return 1.0 if self.plan.method == "fgsm" else self.plan.steps * self.plan.step_size
+
+    @property
+    def sizes(self) -> NDArray[np.float64]:
+        """Size of each change over its epsilon, (N,)."""
+        changes = norms(self.evaluation.adversarial, self.pixels.x, self.threat.norm).numpy()
+        return changes / np.asarray(self.threat.epsilon, dtype=np.float64)
+
     @cached_property
     def probed(self) -> list[int]:
-        """Positions of the images that probes look at: chosen by the seed, not by the result."""
+        """Positions of the images that probes measure: chosen by the seed, not by the result."""
         order = torch.randperm(len(self.pixels), generator=stream(self.seed, "audit/probed"))
         return sorted(order[:PROBED].tolist())
 
     @cached_property
     def held(self) -> list[int]:
-        """Those among the probed that the evaluation did not break."""
+        """Positions of the probed images that the evaluation did not break."""
         return [row for row in self.probed if not self.evaluation.broken[row]]
 
     @cached_property
@@ -80,31 +114,35 @@ class Case:
         return self.threat.project(self.evaluation.adversarial.clamp(0, 1), self.pixels.x)
 
     def batches(self, rows: list[int], draws: int) -> Iterator[list[int]]:
-        """``rows`` in parts that fill a tile with ``draws`` noisy copies an image, as the attacks take them."""
+        """Split ``rows`` into parts that fill a tile with ``draws`` noisy copies per image, as attacks do."""
         size = max(1, self.defender.execution.tile // max(1, draws))
         return (rows[first : first + size] for first in range(0, len(rows), size))
 
-    def attack(self, plan: Plan | Suite, rows: list[int], defender: Defender | None = None) -> AttackResult:
-        """The result of ``plan`` on the images at ``rows``, kept in ``found``; its draws are the audit's own.
+    def attack(self, plan: Plan | Suite, rows: list[int], climbed: Defender | None = None) -> AttackResult:
+        """Return the result of ``plan`` on the images at ``rows`` and keep it in ``results``.
 
-        defender: another one than the case's that attackers see, judged as the case's is (``SeenThrough``).
+        Args:
+            climbed: defender whose gradient is attacked instead of the model's; the model still chooses and judges.
+
+        Random: streams of the audit's own, named after the plan.
         """
         named: Plan | Suite = replace(plan, name=f"audit-{plan.name}")
         if isinstance(plan, Suite):
-            named = replace(plan, plans=tuple(replace(own, name=f"audit-suite-{own.name}") for own in plan.plans))
-        attacked = Evaluation(defender or self.defender, self.pixels, self.threat, self.judging)
-        result = attacked.select(rows).run(named)
-        self.found.append(result)
+            named = replace(plan, plans=tuple(replace(each, name=f"audit-suite-{each.name}") for each in plan.plans))
+        defender = self.defender if climbed is None else attacked_through(self.defender, climbed)
+        result = Evaluation(defender, self.pixels, self.threat, self.judging).select(rows).run(named)
+        self.results.append(result)
         return result
 
-    def seen(self, plan: Plan, rows: list[int], name: str) -> tuple[LogProbs, Tensor, Tensor]:
-        """What the attacker of ``plan`` sees of the images at ``rows``, the images and their labels, on the device."""
+    def view(self, plan: Plan, rows: list[int], name: str) -> tuple[LogProbs, Tensor, Tensor]:
+        """Return the log-probabilities that ``plan`` attacks on the images at ``rows``, the images and their labels,
+        on the device."""
         images, device = self.pixels.select(rows), self.defender.execution.device
         x = images.x.to(device)
         return self.defender.log_probs(plan, x, images.ids, self.seed, f"audit/{name}"), x, images.y.to(device)
 
     def loss(self, plan: Plan, rows: list[int]) -> Loss:
-        """The loss of ``plan`` on the images at ``rows``, of a targeted one for its first target."""
+        """Return the loss of ``plan`` on the images at ``rows``, of a targeted one for its first target."""
         if not plan.targets:
             return named_loss(plan.loss, self.defender.num_classes)
         ranks = self.defender.ranking(self.pixels.select(rows), self.seed)
@@ -113,6 +151,7 @@ class Case:
 
 
 def _typical(suite: Suite) -> Plan:
+    """Return the costliest untargeted ascent from a random start, or the costliest attack of a suite without one."""
     climbing = [
         plan for plan in suite.plans if plan.method in _STRONGEST and not plan.targets and plan.start == "random"
     ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rush.attacks.gradient import LogProbs, draw_seed, loss_and_gradient, seeded
 from rush.attacks.losses import Loss, margin
 from rush.attacks.threat import ThreatModel
+from rush.auditing.surrogates import with_network
 from rush.evaluation.model import RandomDefender, SmoothedDefender
 from rush.evaluation.plans import Plan
 from rush.runtime.execution import Execution
@@ -22,36 +23,39 @@ DISTANCES = (0.01, 0.1, 1.0)  # of finite differences, in epsilon
 
 _DIRECTIONS = 16
 _UNDERFLOW = 1e-30  # a float32 gradient below this has lost entries
-_VALUES = 16_384  # of the noise, for its standard deviation: 1 % with antithetic draws
-_IMAGES = 8  # of grey, that the noise is measured on
-_DRAWS, _EXCHANGES = 32, 999  # of a foreign model's outputs, and of which side is which
+_VALUES = 16_384  # noise values for a standard deviation: 1 % with antithetic draws
+_IMAGES = 8  # grey images that the noise is measured on
+_DRAWS, _EXCHANGES = 32, 999  # outputs of a foreign model, and exchanges of the two sides
 _GREY = 0.5
-_NO_SIGNAL = 1e6
+_NO_SIGNAL = 1e6  # draws needed where no signal is measured
 
 
 def alive(slopes: Tensor) -> Tensor:
-    """Which gradients (B, C, H, W) carry something: finite and not lost to underflow, (B,)."""
+    """Return which gradients (B, C, H, W) are finite and not lost to underflow, (B,)."""
     flat = slopes.flatten(1)
     return flat.isfinite().all(1) & (flat.abs().amax(1) > _UNDERFLOW)
 
 
 def without_gradient(log_probs: LogProbs, x: Tensor) -> Tensor:
-    """Log-probabilities (B, K) at ``x``."""
+    """Return log-probabilities (B, K) at ``x``."""
     with torch.no_grad():
         return log_probs(x)
 
 
 def relative_difference(first: Tensor, second: Tensor) -> float:
-    """Largest difference of two tensors over the largest value of the first, which counts as 1 at least."""
+    """Return the largest difference of two tensors over the largest value of the first, which counts as 1 at least."""
     return float((first - second).abs().max() / first.abs().max().clamp(min=1))
 
 
 @dataclass(frozen=True)
 class Slopes:
-    """Slopes of the margin at some images, by autograd and measured by central differences, over ``DISTANCES``.
+    """Slopes of the margin, by autograd and by central differences over ``DISTANCES``, at images with a gradient.
 
-    expected, measured: (distances, directions, B) along random directions of signs, each over the gradient's size;
-    ratio: (distances, B), measured over autograd's along the gradient. Images without a gradient are left out.
+    Attributes:
+        expected: slopes by autograd along random directions of signs, over the gradient's size, (distances,
+            directions, B).
+        measured: the same by central differences.
+        ratio: slope by central differences over that by autograd along the gradient, (distances, B).
     """
 
     expected: Tensor
@@ -60,19 +64,19 @@ class Slopes:
 
 
 def slopes_at(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Slopes:
-    """Slopes at the images ``x``; ``log_probs``: not random, or pinned.
+    """Return the slopes at the images ``x`` of ``log_probs``, which must be deterministic or pinned.
 
     Cost: 1 backward and 2 (16 + 1) 3 forward passes.
     """
     _, slope = loss_and_gradient(log_probs, x, y, margin)
-    usable, size = alive(slope), _size(slope)
+    usable, size = alive(slope), slope.flatten(1).norm(dim=1).clamp(min=_UNDERFLOW).view(-1, 1, 1, 1)
     weight = 1 / size.flatten()[usable]
-    directions = [_signs(x, generator) for _ in range(_DIRECTIONS)]
+    signs = [torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1 for _ in range(_DIRECTIONS)]
     along = slope.nan_to_num() / size * x[0].numel() ** 0.5
     expected, measured, ratio = [], [], []
     for distance in DISTANCES:
         reach = distance * pixel_step(threat, x)
-        pairs = [_slopes(log_probs, x, y, slope, reach * way) for way in directions]
+        pairs = [_slopes(log_probs, x, y, slope, reach * direction) for direction in signs]
         by_autograd, risen = (torch.stack(side)[:, usable] * weight for side in zip(*pairs, strict=True))
         expected.append(by_autograd)
         measured.append(risen)
@@ -82,13 +86,16 @@ def slopes_at(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, ge
 
 
 def agreement(parts: Sequence[Slopes]) -> tuple[float, float, int]:
-    """How autograd's slopes compare with the measured ones: (cosine, ratio, images).
+    """Compare autograd's slopes with the measured ones.
 
-    cosine: between the two along random directions, all images together; ratio: the median, along the gradient. Of the
-    distances the one of the best cosine counts, so that steps and rounding smaller than it are forgiven.
+    The distance of the best cosine counts, so that steps and rounding smaller than this distance do no harm.
+
+    Returns:
+        The cosine between the two along random directions, over all images together; the median ratio along the
+        gradient; the number of images.
     """
-    expected, measured = (torch.cat([getattr(own, name) for own in parts], 2) for name in ("expected", "measured"))
-    ratio = torch.cat([own.ratio for own in parts], 1)
+    expected, measured = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("expected", "measured"))
+    ratio = torch.cat([part.ratio for part in parts], 1)
     if ratio.shape[1] == 0:
         return 0.0, 0.0, 0
     size = expected.norm(dim=(1, 2)) * measured.norm(dim=(1, 2))
@@ -98,11 +105,14 @@ def agreement(parts: Sequence[Slopes]) -> tuple[float, float, int]:
 
 
 def draws_needed(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss, eot_samples: int, repeats: int) -> list[float]:
-    """For each image the draws after which the gradient of ``loss`` has cosine 0.5 with its expectation, on average.
+    """Return for each image the draws after which the gradient of ``loss`` has cosine 0.5 with its expectation.
 
-    log_probs: random, ``eot_samples`` draws a call. ``repeats`` gradients g of independent noise give signal = mean of
-    <g_i, g_j>, i != j, and noise = mean of <g_i, g_i> less that, both unbiased; m calls have a cosine^2 of about
-    signal / (signal + noise / m). Where no signal is seen the answer is a million.
+    ``repeats`` gradients g of independent noise give signal = mean of <g_i, g_j>, i != j, and noise = mean of
+    <g_i, g_i> less the signal, both unbiased. The mean over m calls has a cosine^2 of about signal / (signal +
+    noise / m). Without a measured signal the answer is a million.
+
+    Args:
+        log_probs: stochastic, with ``eot_samples`` draws per call.
     """
     gradients = torch.stack([loss_and_gradient(log_probs, x, y, loss)[1].flatten(1) for _ in range(repeats)]).double()
     power = gradients.square().sum(2).mean(0)
@@ -112,26 +122,18 @@ def draws_needed(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss, eot_samp
 
 
 def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: int) -> tuple[float, float]:
-    """Return standard deviations of the noise on the base classifier's inputs, (under ``plan``'s attack, in the
-    verdict).
+    """Return the standard deviation of the noise under ``plan``'s attack, and in the verdict.
 
     Both are measured at the entrance of the base classifier, on grey images of ``shape`` (C, H, W), from at least
     16,384 normal values each, those of the attack possibly in pairs z, -z. Where both sides draw with one sigma the
-    ratio of the squares is F-distributed with at least 8,192 and 16,384 degrees of freedom: it leaves the band of
-    ``findings.SIGMA_BAND`` with probability < 1e-20.
+    ratio of the squares is F-distributed with at least 8,192 and 16,384 degrees of freedom: it leaves
+    ``validity.SIGMA_BAND`` with probability < 1e-20.
     """
     entrance = _Entrance(smoothed.classifier)
-    execution = replace(smoothed.execution, folded=False, compile_mode="none")  # folding works on a copy
-    watched = SmoothedClassifier(
-        entrance,
-        noise=smoothed.noise,
-        num_classes=smoothed.num_classes,
-        execution=execution,
-        image_shape=tuple(shape),
-    )
+    watched = with_network(smoothed, entrance, tuple(shape))
     grey, ids = torch.full((_IMAGES, *shape), _GREY), tuple(f"grey-{row}" for row in range(_IMAGES))
-    watched.counts(grey, 1, watched.streams(seed, "audit/noise/first", ids))  # what the engine asks once is not noise
-    defender, x = SmoothedDefender(watched, None), grey.to(execution.device)
+    watched.counts(grey, 1, watched.streams(seed, "audit/noise/first", ids))  # calls that only inspect have no noise
+    defender, x = SmoothedDefender(watched, None), grey.to(smoothed.execution.device)
     entrance.forget()
     calls = -(-_VALUES // (grey.numel() * max(1, plan.eot_samples)))
     for call in range(calls):
@@ -144,20 +146,20 @@ def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: in
 
 
 def spreads(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int) -> tuple[float, float]:
-    """Return how much a foreign stochastic model's outputs vary, (under ``plan``'s attack, in the verdict).
+    """Return the spread of a foreign stochastic model's outputs under ``plan``'s attack, and in the verdict.
 
-    The mean standard deviation of a probability over 32 draws on the images ``x``. The attack calls the model with a
-    gradient and one draw a call, the verdict without. Both draw from the same seeds (common random numbers): a model
-    that draws from the process's generators gives both the same outputs, whatever its law. One that draws elsewhere
-    gives independent ones; ``spreads_p_value`` tells chance from a difference. A plan without draws sees one draw, over
-    and over.
+    The spread is the mean standard deviation of a probability over 32 draws on the images ``x``. The attack calls the
+    model with a gradient and one draw per call, the verdict without a gradient. Both draw from the same seeds (common
+    random numbers): a model that draws from the process's generators gives both the same outputs, whatever its law. A
+    model that draws elsewhere gives independent ones, for which ``spreads_p_value`` tests the difference. A plan
+    without draws attacks one draw, over and over.
     """
     attack, verdict = _outputs_of_both(defender, plan, x, ids, seed)
     return (0.0 if attack is None else _spread(attack)), _spread(verdict)
 
 
 def spreads_p_value(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int) -> float:
-    """Return the p-value of the permutation test that both sides of ``spreads`` draw alike.
+    """Return the p-value of a permutation test of the hypothesis that both sides of ``spreads`` draw alike.
 
     Under the hypothesis the pairs of outputs (attack, verdict) are independent, and each has the law of the same pair
     turned round, whether its two are independent or the same draw. Among the observed distance of the ratio of spreads
@@ -165,7 +167,7 @@ def spreads_p_value(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequen
     """
     attack, verdict = _outputs_of_both(defender, plan, x, ids, seed)
     if attack is None:
-        return 0.0  # it sees one draw: nothing is left to chance
+        return 0.0  # the attack has one draw: nothing is left to chance
     generator = stream(seed, "audit/noise/exchange")
     observed = _log_ratio(attack, verdict) * (1 - 1e-9)
     as_far = 1
@@ -178,7 +180,7 @@ def spreads_p_value(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequen
 def _outputs_of_both(
     defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Probabilities of single draws, (under the attack, None where it does not draw; in the verdict)."""
+    """Return probabilities of single draws under the attack (None where it does not draw), and in the verdict."""
     verdict = _outputs(defender, Plan("verdict", "one draw", "pgd", "fresh", 1), x, ids, seed, gradient=False)
     if plan.eot_samples == 0 or plan.gradient == "transfer":
         return None, verdict
@@ -187,11 +189,11 @@ def _outputs_of_both(
 
 
 def _outputs(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, gradient: bool) -> Tensor:
-    """Probabilities (32, B, K) of single draws, the same draws with and without ``gradient``."""
-    seen, draws = defender.log_probs(plan, x, ids, seed, "audit/noise"), []
+    """Return probabilities (32, B, K) of single draws, the same draws with and without ``gradient``."""
+    log_probs, draws = defender.log_probs(plan, x, ids, seed, "audit/noise"), []
     for _ in range(_DRAWS):
         with torch.set_grad_enabled(gradient):
-            draws.append(seen(x.detach().requires_grad_(gradient)).detach().exp().double().cpu())
+            draws.append(log_probs(x.detach().requires_grad_(gradient)).detach().exp().double().cpu())
     return torch.stack(draws)
 
 
@@ -201,9 +203,10 @@ def _log_ratio(first: Tensor, second: Tensor) -> float:
 
 
 def passes_differ(module: nn.Module, execution: Execution, x: Tensor, seed: int, passes: int) -> tuple[float, bool]:
-    """Return how several calls of a foreign module on the same images differ.
+    """Call a foreign module several times on the same images.
 
-    Returns: the largest relative difference between outputs, and whether a call drew from the process's generators.
+    Returns:
+        The largest relative difference between outputs, and whether a call drew from the process's generators.
     """
     outputs, drew = [], False
     for number in range(passes):
@@ -215,7 +218,7 @@ def passes_differ(module: nn.Module, execution: Execution, x: Tensor, seed: int,
 
 
 def _generator_states(execution: Execution) -> tuple[object, ...]:
-    """States of torch's, NumPy's and Python's global generators, comparable."""
+    """Return the states of torch's, NumPy's and Python's global generators, comparable by ``==``."""
     device = torch.device(execution.device)
     legacy = np.random.get_state(legacy=True)  # noqa: NPY002 - a foreign network may draw from it
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
@@ -224,7 +227,7 @@ def _generator_states(execution: Execution) -> tuple[object, ...]:
 
 
 class _Entrance(nn.Module):
-    """``inner``, which keeps the sums that the standard deviation of its inputs around grey takes."""
+    """``inner``, keeping the sums for the standard deviation of its inputs around grey."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -238,11 +241,11 @@ class _Entrance(nn.Module):
         return self.inner(x)
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Discard the inputs up to now."""
         self.values, self._squares = 0, 0.0
 
     def deviation(self) -> float:
-        """Of all inputs since."""
+        """Return the standard deviation of all inputs since ``forget``."""
         return (self._squares / max(1, self.values)) ** 0.5
 
 
@@ -250,22 +253,14 @@ def _spread(probabilities: Tensor) -> float:
     return float(probabilities.std(0).mean())
 
 
-def _signs(x: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1).to(x.device)
-
-
-def _size(slope: Tensor) -> Tensor:
-    return slope.flatten(1).norm(dim=1).clamp(min=_UNDERFLOW).view(-1, 1, 1, 1)
-
-
 def pixel_step(threat: ThreatModel, x: Tensor) -> Tensor:
-    """The change of each pixel, (1 or B, 1, 1, 1), where all change alike and the point is at the edge of the ball."""
+    """Return the change of each pixel, (1 or B, 1, 1, 1), at a point of the ball's edge where all change alike."""
     pixels = x[0].numel()
     return threat.radius(x) / {"linf": 1.0, "l2": pixels**0.5, "l1": float(pixels)}[threat.norm]
 
 
 def _slopes(log_probs: LogProbs, x: Tensor, y: Tensor, slope: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the difference of the margin (B,) between x + change and x - change: by ``slope``, and measured."""
+    """Return half the difference of the margin (B,) between x + change and x - change, by ``slope`` and measured."""
     with torch.no_grad():
         measured = (margin(log_probs(x + change), y) - margin(log_probs(x - change), y)) / 2
     return (slope * change).flatten(1).sum(1), measured

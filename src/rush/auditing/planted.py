@@ -1,4 +1,4 @@
-"""A model with an adversarial example planted inside every image's ball: does an attack find what is known to be there?
+"""A model with an adversarial example planted in every image's ball: does an attack find what is known to exist?
 
 The active test of Zimmermann et al. (2022), in a form that leaves the model's own loss in place. For an image x of
 label y, c is the most probable other class and p a random point at the edge of the ball. The planted model gives
@@ -6,21 +6,22 @@ label y, c is the most probable other class and p a random point at the edge of 
     log_softmax( log p(x') + a <w, x' - x> e_c ),    w = (p - x) / ||p - x||^2, so that <w, p - x> = 1,
 
 where a is large enough for c to win at p. At x nothing changes. The slope towards p is the same everywhere and at
-least as steep as any that the model could set against it on average, so an attack that climbs its loss with enough
-steps of enough length gets there; random points do not, since <w, x' - x> of a random x' is about 1 / sqrt(pixels).
+least as steep as any slope that the model has against it on average, so an attack that climbs its loss with enough
+steps of enough length gets there. Random points do not, since <w, x' - x> of a random x' is about 1 / sqrt(pixels).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rush.attacks.gradient import LogProbs, RandomLogProbs, is_random, pinned
+from rush.attacks.gradient import LogProbs, is_random, pinned
 from rush.attacks.losses import margin
 from rush.attacks.threat import ThreatModel
+from rush.auditing.surrogates import overridden
 from rush.data.checks import LabelledPixels
 from rush.evaluation.model import Defender
 from rush.evaluation.plans import Plan
@@ -31,122 +32,96 @@ SLACK = 1.25  # times the gap at p: an attack may stop short of p by a fifth, an
 AHEAD = 0.5  # nats by which c wins at p beyond that
 _JUDGE = Plan("planted", "mean of 100 draws", "pgd", "fresh", 100)
 
-
-@dataclass(frozen=True)
-class _Plant:
-    """One image's: where it is, (C, H, W); the slope a w, (C, H, W); the class."""
-
-    x: Tensor
-    slope: Tensor
-    target: int
+Tilt: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-class PlantedDefender:
-    """``defender`` with an adversarial example planted for each of ``images``, see the module.
+class Planted:
+    """An adversarial example planted for each of ``images``, as the module says.
 
-    Its class at a point is that of the mean probabilities over 100 fresh draws. Cost of planting: 200 forward passes
-    an image for a random model, 2 for another.
+    Cost: 100 forward passes per image of a stochastic model, 1 of a deterministic one, besides the ranking of classes.
     """
 
     def __init__(self, defender: Defender, images: LabelledPixels, threat: ThreatModel, seed: int) -> None:
-        self.kind, self.execution, self.num_classes = defender.kind, defender.execution, defender.num_classes
-        self.transferable, self.single = defender.transferable, False
         self._inner = defender
-        self._plants = _plant(defender, images, threat, seed)
+        self._images, self._rows = images.x, {image_id: row for row, image_id in enumerate(images.ids)}
+        points = torch.stack(
+            [edge_point(image_id, row, threat, images, seed) for row, image_id in enumerate(images.ids)]
+        )
+        self._targets = defender.ranking(images, seed)[:, 0]
+        log_probs = _mean_log_probs(defender, LabelledPixels(points, images.y, images.ids), seed, "planted/gap")
+        gap = log_probs.amax(1) - log_probs.gather(1, self._targets[:, None])[:, 0]
+        change = points - images.x
+        strength = (SLACK * gap + AHEAD) / change.square().flatten(1).sum(1)
+        self.slopes = strength.view(-1, 1, 1, 1) * change  # a w of each image, (N, C, H, W)
 
-    def inspect(self, x: Tensor, declared: bool) -> None:
-        self._inner.inspect(x, declared)
-
-    def recheck(self) -> None:
-        self._inner.recheck()
-
-    def fingerprint(self) -> str:
-        return f"planted/{self._inner.fingerprint()}"
-
-    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        inner = self._inner.log_probs(plan, x, ids, seed, name)
-        tilt = self._tilt(ids, x.device)
-        return _RandomTilted(inner, tilt) if is_random(inner) else _Tilted(inner, tilt)
-
-    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
-        return judge_deterministic(self._means(points, f"verdict/{purpose}", settings.seed), points.y)
-
-    def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        return margin(self._means(points, purpose, seed), points.y)
-
-    def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
-        return self._inner.ranking(images, seed)
-
-    def _means(self, points: LabelledPixels, name: str, seed: int) -> Tensor:
-        return _means(self, points, seed, f"planted/{name}")
-
-    def _tilt(self, ids: Sequence[str], device: torch.device) -> "_Tilt":
-        plants = [self._plants[own] for own in ids]
-        return _Tilt(
-            torch.stack([plant.x for plant in plants]).to(device),
-            torch.stack([plant.slope for plant in plants]).to(device),
-            F.one_hot(torch.tensor([plant.target for plant in plants]), self.num_classes).to(device),
+    @property
+    def defender(self) -> Defender:
+        """The planted model. Its class at a point is that of the mean probabilities over 100 fresh draws."""
+        return overridden(
+            self._inner, single=False, log_probs=self.log_probs, judge=self._judge, choice_margin=self._choice_margin
         )
 
+    def tilt(self, ids: Sequence[str], device: torch.device) -> Tilt:
+        """Return the function from log-probabilities (B, K) and points (B, C, H, W) of the images ``ids`` to the
+        log-probabilities of the planted model."""
+        rows = [self._rows[image_id] for image_id in ids]
+        x, slopes = self._images[rows].to(device), self.slopes[rows].to(device)
+        targets = F.one_hot(self._targets[rows], self._inner.num_classes).to(device)
 
-@dataclass(frozen=True)
-class _Tilt:
-    x: Tensor
-    slope: Tensor
-    targets: Tensor
+        def tilted(log_probs: Tensor, points: Tensor) -> Tensor:
+            along = ((points - x) * slopes).flatten(1).sum(1, keepdim=True)
+            return F.log_softmax(log_probs + along * targets, dim=1)
 
-    def added_to(self, log_probs: Tensor, points: Tensor) -> Tensor:
-        along = ((points - self.x) * self.slope).flatten(1).sum(1, keepdim=True)
-        return F.log_softmax(log_probs + along * self.targets, dim=1)
+        return tilted
+
+    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
+        """Return the log-probabilities of the planted model, as ``Defender.log_probs``."""
+        inner = self._inner.log_probs(plan, x, ids, seed, name)
+        return (_RandomTilted if is_random(inner) else _Tilted)(inner, self.tilt(ids, x.device))
+
+    def _judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
+        means = _mean_log_probs(self.defender, points, settings.seed, f"planted/verdict/{purpose}")
+        return judge_deterministic(means, points.y)
+
+    def _choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
+        return margin(_mean_log_probs(self.defender, points, seed, f"planted/{purpose}"), points.y)
 
 
 class _Tilted:
-    def __init__(self, inner: LogProbs, tilt: _Tilt) -> None:
-        self._inner, self._by = inner, tilt
+    def __init__(self, inner: LogProbs, tilt: Tilt) -> None:
+        self._inner, self._tilt = inner, tilt
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._by.added_to(self._inner(x), x)
+        return self._tilt(self._inner(x), x)
 
 
 class _RandomTilted(_Tilted):
     def pinned(self) -> LogProbs:
-        assert isinstance(self._inner, RandomLogProbs)
-        return _Tilted(pinned(self._inner), self._by)
+        return _Tilted(pinned(self._inner), self._tilt)
 
 
-def _plant(defender: Defender, images: LabelledPixels, threat: ThreatModel, seed: int) -> dict[str, _Plant]:
-    points = torch.stack([_edge(own, row, threat, images, seed) for row, own in enumerate(images.ids)])
-    targets = defender.ranking(images, seed)[:, 0]
-    log_probs = _means(defender, LabelledPixels(points, images.y, images.ids), seed, "planted/gap")
-    own = log_probs.gather(1, targets[:, None])[:, 0]
-    gap = log_probs.amax(1) - own
-    change = points - images.x
-    strength = (SLACK * gap + AHEAD) / change.square().flatten(1).sum(1)
-    slope = strength.view(-1, 1, 1, 1) * change
-    return {name: _Plant(images.x[row], slope[row], int(targets[row])) for row, name in enumerate(images.ids)}
-
-
-def _means(defender: Defender, points: LabelledPixels, seed: int, name: str) -> Tensor:
-    """Log of the mean probabilities (N, K) over 100 fresh draws, on the CPU."""
-    found = []
+def _mean_log_probs(defender: Defender, points: LabelledPixels, seed: int, name: str) -> Tensor:
+    """Return the log of the mean probabilities (N, K) over 100 fresh draws, on the CPU."""
+    log_probs = []
     size = max(1, defender.execution.tile // _JUDGE.eot_samples)
     for first in range(0, len(points), size):
         part = points.select(list(range(first, min(first + size, len(points)))))
         x = part.x.to(defender.execution.device)
         with torch.no_grad():
-            found.append(defender.log_probs(_JUDGE, x, part.ids, seed, name)(x).cpu())
-    return torch.cat(found)
+            log_probs.append(defender.log_probs(_JUDGE, x, part.ids, seed, name)(x).cpu())
+    return torch.cat(log_probs)
 
 
-def _edge(name: str, row: int, threat: ThreatModel, images: LabelledPixels, seed: int) -> Tensor:
-    """A random point (C, H, W) at the edge of the ball whose change points into [0, 1] at every pixel."""
+def edge_point(image_id: str, row: int, threat: ThreatModel, images: LabelledPixels, seed: int) -> Tensor:
+    """Return a random point (C, H, W) at the edge of the ball whose change points into [0, 1] at every pixel."""
     x, epsilon = images.x[row], float(torch.as_tensor(threat.select([row]).epsilon).max())
-    generator = stream(seed, "audit/planted", name)
+    generator = stream(seed, "audit/planted", image_id)
     pixels = x.numel()
+    chosen = torch.ones(pixels, dtype=torch.bool)
     if threat.norm == "linf":
-        size, chosen = epsilon, torch.ones(pixels, dtype=torch.bool)
+        size = epsilon
     elif threat.norm == "l2":
-        size, chosen = epsilon / math.sqrt(pixels), torch.ones(pixels, dtype=torch.bool)
+        size = epsilon / math.sqrt(pixels)
     else:
         number = min(pixels, math.ceil(2 * epsilon))  # so that no pixel changes by more than 1/2
         size, chosen = epsilon / number, torch.zeros(pixels, dtype=torch.bool)

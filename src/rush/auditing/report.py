@@ -1,25 +1,25 @@
-"""What an audit says: the verdict rule on the paired share d, and the report with its machine-readable form."""
+"""The verdict rule of an audit on the paired share d, and the report with its machine-readable form."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from scipy import special
 
-from rush.auditing.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, lower_bound, upper_bound
+from rush.auditing.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, Status, lower_bound, upper_bound
+from rush.choices import Norm
 from rush.errors import InputError
-from rush.runtime.files import write_json
+from rush.runtime.numbers import as_real, least_whole
+from rush.statistics import Interval, share_interval
 
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
 
 FORMAT = 1  # of audit.json
-_MOST_IMAGES = 10_000_000  # where the search for a deciding number of images ends
+_MOST_IMAGES = 10_000_000  # beyond it no number of images is named
 
 
 def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> AuditVerdict:
-    """The verdict about an evaluation that held ``newly`` of ``total`` images which were broken here.
+    """Return the verdict on an evaluation that held ``newly`` of ``total`` images which the audit broke.
 
     ``overestimated``: the one-sided lower bound of d = newly / total, at the level ``findings.LEVELS["d"]``, exceeds
     one point, or a failed finding says that the evaluation is invalid. ``holds``: the 95 % upper bound of d is below
@@ -27,7 +27,7 @@ def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> A
     and the audit's own draws, for the share that these attacks break: the levels of d and of all findings that decide
     alone sum to ``findings.OVERESTIMATED_LEVEL``.
     """
-    if lower_bound(newly, total, 1 - LEVELS["d"]) > GAIN or INVALIDATING.intersection(failed):
+    if _exceeds_a_point(newly, total) or INVALIDATING.intersection(failed):
         return "overestimated"
     if upper_bound(newly, total) < tolerance and not failed:
         return "holds"
@@ -35,10 +35,10 @@ def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> A
 
 
 def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> int | None:
-    """The fewest images at which an undecided audit would be decided if d stayed what it is, None where none would do.
+    """Return the fewest images at which an undecided audit would be decided if d stayed the same, None for no number.
 
-    Clopper-Pearson bounds of the share d of n images, n d taken as it is where it is no integer. At d between one point
-    and the tolerance the answer would be ``overestimated``; with a failed finding ``holds`` is out of reach.
+    The Clopper-Pearson bounds of the share d of n images take n d as it is where it is not an integer. At d between one
+    point and the tolerance the answer would be ``overestimated``. With a failed finding ``holds`` is out of reach.
     """
     share = newly / total
 
@@ -49,39 +49,45 @@ def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str
         return newly < total and float(special.betaincinv(share * n + 1, n - share * n, CONFIDENCE)) < tolerance
 
     rules = [overestimated] if failed else [overestimated, holds]
-    found = [fewest for rule in rules if (fewest := _fewest(rule)) is not None]
-    return min(found, default=None)
+    return min((images for rule in rules if (images := _fewest(rule)) is not None), default=None)
 
 
 def images_to_hold(tolerance: float) -> int | None:
-    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken here; None where no number
-    can."""
+    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken by the audit; None where no
+    number can."""
     return _fewest(lambda n: float(upper_bound(0, n)) < tolerance)
 
 
 def reach_statement(images: int, tolerance: float) -> str | None:
-    """Say that an audit of so few ``images`` cannot end with ``holds``, and how many can; None where it can."""
+    """Return a sentence that an audit of this number of ``images`` cannot end with ``holds``, and how many can; None
+    where it can."""
     fewest = images_to_hold(tolerance)
     if fewest is not None and images >= fewest:
         return None
     needed = "no number of them can" if fewest is None else f"that takes at least {fewest}"
     return (
         f"{images} images can show `overestimated`, but not `holds` at tolerance {tolerance:g}, even when nothing more "
-        f"is broken here: {needed}"
+        f"is broken by the audit: {needed}"
     )
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Is an evaluation believable?
+    """Report of an audit: can the evaluation be trusted?
 
-    verdict: see ``decide``. evaluation: what was audited, with ``evaluation_accuracy``, the robust accuracy that it
-    claims; here: the name and version of the suite that stood against it, with ``accuracy_here`` = 1 - share of images
-    that are broken by the evaluation, the suite or a probe. images: N. newly_broken: ids of the images that the
-    evaluation held (or left undecided) and that are broken here; d = their share, with its one-sided 95 % bounds
-    ``d_low`` and ``d_high``. images_needed: how many would decide, where the verdict is undecided and any number would.
-    findings: in the order of cause before symptom. norm, epsilon: the threat model (the largest epsilon, where images
-    have their own). alpha: bound on the probability of any false verdict on an image.
+    Attributes:
+        verdict: see ``decide``.
+        evaluation: what was audited, with ``evaluation_accuracy``, the robust accuracy that it reports.
+        here: name and version of the reference suite.
+        accuracy_here: re-measured robust accuracy, 1 - the share of images that are broken by the evaluation, the
+            reference suite or a probe.
+        images: number of images.
+        newly_broken: ids of the images that the evaluation held, or left undecided, and that are broken by the audit.
+        tolerance: the largest acceptable share of these.
+        findings: from causes to symptoms.
+        norm: norm of the threat model.
+        epsilon: epsilon of the threat model, the largest one where images have their own.
+        alpha: bound on the probability of any false verdict on an image.
     """
 
     verdict: AuditVerdict
@@ -101,6 +107,7 @@ class AuditReport:
 
     @property
     def d(self) -> float:
+        """Share of images that are newly broken; ``d_low`` and ``d_high`` are its one-sided 95 % bounds."""
         return len(self.newly_broken) / self.images
 
     @property
@@ -112,9 +119,29 @@ class AuditReport:
         return upper_bound(len(self.newly_broken), self.images)
 
     @property
+    def claimed(self) -> Interval:
+        """Robust accuracy that the evaluation claims, with the 95 % interval of the same number of correct images."""
+        return share_interval(round(self.evaluation_accuracy * self.images), self.images)
+
+    @property
+    def measured(self) -> Interval:
+        """Robust accuracy that the audit's attacks leave, with its 95 % interval likewise."""
+        return share_interval(round(self.accuracy_here * self.images), self.images)
+
+    @property
+    def beyond_a_point(self) -> bool:
+        """Whether d is shown to exceed one point, at the level that decides for ``overestimated``."""
+        return _exceeds_a_point(len(self.newly_broken), self.images)
+
+    @property
+    def failed_findings(self) -> tuple[Finding, ...]:
+        """The failed findings; the first is the best explanation."""
+        return tuple(finding for finding in self.findings if finding.status == "failed")
+
+    @property
     def failed(self) -> tuple[str, ...]:
-        """Names of the failed findings; the first is the best explanation."""
-        return tuple(finding.name for finding in self.findings if finding.status == "failed")
+        """Names of ``failed_findings``."""
+        return tuple(finding.name for finding in self.failed_findings)
 
     @property
     def images_needed(self) -> int | None:
@@ -131,22 +158,59 @@ class AuditReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "AuditReport":
-        """The report that ``to_json`` gave. Raises: InputError for another format or missing fields."""
+        """Return the report that ``to_json`` gave. What follows from the fields is derived again, not read.
+
+        Raises: InputError for another format, or for fields that are missing, not allowed or contradict each other.
+        """
         if value.get("format") != FORMAT:
             raise InputError(f"audit of format {value.get('format')!r}, this version reads {FORMAT}; audit again")
+        entries, newly = value.get("findings"), value.get("newly_broken")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InputError("'findings' must be a list of objects")
+        if not isinstance(newly, list) or len(newly) != len({str(name) for name in newly}):
+            raise InputError("'newly_broken' must be a list of images, each once")
         try:
             fields = {name: value[name] for name in cls.__dataclass_fields__}
-            fields["findings"] = tuple(Finding(**finding) for finding in fields["findings"])
+            fields["findings"] = tuple(Finding(**entry) for entry in entries)
         except (KeyError, TypeError) as error:
             raise InputError(f"the audit is not complete ({type(error).__name__}: {error}); audit again") from error
-        return cls(**{**fields, "newly_broken": tuple(fields["newly_broken"])})
+        report = cls(**{**fields, "newly_broken": tuple(map(str, newly))})
+        report._check()
+        return report
+
+    def _check(self) -> None:
+        """Raise InputError where a field is not allowed, or the fields contradict each other."""
+        if self.verdict not in get_args(AuditVerdict) or self.norm not in get_args(Norm):
+            allowed = f"{' or '.join(get_args(AuditVerdict))}, and {' or '.join(get_args(Norm))}"
+            raise InputError(f"verdict and norm must be {allowed}, got {self.verdict!r} and {self.norm!r}")
+        for name in ("evaluation_accuracy", "accuracy_here", "tolerance", "epsilon", "alpha"):
+            if as_real(getattr(self, name)) is None:
+                raise InputError(f"{name!r} must be a finite number, got {getattr(self, name)!r}")
+        for finding in self.findings:
+            _check_finding(finding)
+        if type(self.images) is not int or not max(1, len(self.newly_broken)) <= self.images:
+            raise InputError(f"{len(self.newly_broken)} of {self.images!r} images cannot be newly broken")
+        if not (0 <= self.accuracy_here <= 1 and 0 <= self.evaluation_accuracy <= 1 and 0 < self.tolerance < 1):
+            raise InputError("accuracies must lie in [0, 1] and the tolerance in (0, 1)")
+        if abs(self.evaluation_accuracy - self.accuracy_here - self.d) > 1e-9:
+            accuracies = f"accuracies of {self.evaluation_accuracy} and {self.accuracy_here}"
+            raise InputError(f"{accuracies} do not differ by the {self.d} that are newly broken")
+        open_question = self.failed or self.d_high >= self.tolerance
+        agrees = {
+            "holds": not open_question,
+            "overestimated": self.failed or self.beyond_a_point,
+            "undecided": open_question and not self.beyond_a_point,
+        }
+        if not agrees[self.verdict]:
+            raise InputError(f"{self.verdict!r} does not agree with its own findings and newly broken images")
 
     def summary(self) -> list[str]:
-        """Lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
+        """Return lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
         lines = [
             f"{self.verdict}: {self.evaluation} ({self.norm} {self.epsilon:.4g}, {self.images} images)",
-            f"robust accuracy {self.evaluation_accuracy:.1%} there, {self.accuracy_here:.1%} here ({self.here})",
-            f"held there and broken here: {self.d:.1%}, one-sided 95 % bounds {self.d_low:.1%} and {self.d_high:.1%}",
+            f"robust accuracy: reported {self.evaluation_accuracy:.1%}, re-measured {self.accuracy_here:.1%} "
+            f"({self.here})",
+            f"reported robust but broken: {self.d:.1%}, one-sided 95 % bounds {self.d_low:.1%} and {self.d_high:.1%}",
         ]
         if self.verdict == "undecided":
             needed = self.images_needed
@@ -163,20 +227,21 @@ class AuditReport:
         return "\n".join(self.summary())
 
 
-def write_audit(path: Path, report: AuditReport) -> None:
-    """Write ``report`` as ``audit.json`` to ``path``, atomically."""
-    write_json(path, report.to_json())
+def _exceeds_a_point(newly: int, total: int) -> bool:
+    return lower_bound(newly, total, 1 - LEVELS["d"]) > GAIN
+
+
+def _check_finding(finding: Finding) -> None:
+    if finding.status not in get_args(Status):
+        allowed = ", ".join(get_args(Status))
+        raise InputError(f"finding {finding.name!r}: status must be one of {allowed}, got {finding.status!r}")
+    for number in (finding.figure, finding.threshold):
+        if number is not None and type(number) not in (int, float):  # infinity is one
+            figures = f"{finding.figure!r} and {finding.threshold!r}"
+            raise InputError(f"finding {finding.name!r}: figure and threshold must be numbers or null, got {figures}")
 
 
 def _fewest(rule: Callable[[int], bool]) -> int | None:
-    """The least n >= 1 from which on ``rule`` is true, by doubling and bisection; None beyond ten million."""
-    high = 1
-    while not rule(high):
-        high *= 2
-        if high > _MOST_IMAGES:
-            return None
-    low = math.ceil(high / 2)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rule(middle) else (middle + 1, high)
-    return high
+    """Return the least number of images from which on ``rule`` is true, None beyond ten million."""
+    images = least_whole(rule)
+    return images if images is not None and images <= _MOST_IMAGES else None

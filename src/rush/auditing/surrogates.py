@@ -1,104 +1,112 @@
-"""Where the audit's attacks may take their derivative from when the model's own leads nowhere: twins and surrogates."""
+"""Defenders that are attacked through another derivative where the model's own leads nowhere."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from rush.attacks.gradient import LogProbs, seeded
+from rush.attacks.gradient import seeded
 from rush.attacks.straight_through import StraightThrough, straight_through
-from rush.data.checks import LabelledPixels
 from rush.evaluation.model import Defender, PlainDefender, RandomDefender, SmoothedDefender
-from rush.evaluation.plans import Kind, Plan
-from rush.evaluation.verdict import Verdicts, VerdictSettings
+from rush.runtime.execution import Execution
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.noise import Gaussian
 
 
-class SeenThrough:
-    """``defender``, whose attackers climb ``surrogate``; points are chosen and judged on ``defender``."""
+class Changed(nn.Module):
+    """``inner`` on images that ``change`` alters at every call."""
 
-    def __init__(self, defender: Defender, surrogate: Defender) -> None:
-        self.kind: Kind = defender.kind
-        self.execution, self.num_classes = defender.execution, defender.num_classes
-        self.transferable, self.single = defender.transferable, defender.single
-        self._defender, self._surrogate = defender, surrogate
+    def __init__(self, inner: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self._change = inner, change
+        self.eval()
 
-    def inspect(self, x: Tensor, declared: bool) -> None:
-        self._defender.inspect(x, declared)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self._change(x))
 
-    def recheck(self) -> None:
-        self._defender.recheck()
 
-    def fingerprint(self) -> str:
-        return f"{self._defender.fingerprint()}/{self._surrogate.fingerprint()}"
+def overridden(defender: Defender, **members: object) -> Defender:
+    """Return a copy of ``defender``, of the same model, in which ``members`` replace attributes and methods."""
+    other = copy.copy(defender)
+    vars(other).update(members)
+    return other
 
-    def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        return self._surrogate.log_probs(plan, x, ids, seed, name)
 
-    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
-        return self._defender.judge(points, purpose, settings)
+def attacked_through(defender: Defender, surrogate: Defender) -> Defender:
+    """Return ``defender`` whose attackers climb ``surrogate``; its points are chosen and judged as before."""
+    return overridden(
+        defender,
+        log_probs=surrogate.log_probs,
+        fingerprint=lambda: f"{defender.fingerprint()}/{surrogate.fingerprint()}",
+    )
 
-    def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
-        return self._defender.choice_margin(points, purpose, seed)
 
-    def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
-        return self._defender.ranking(images, seed)
+def with_network(
+    smoothed: SmoothedClassifier, network: nn.Module, image_shape: Sequence[int] | None = None
+) -> SmoothedClassifier:
+    """Return ``smoothed`` of another ``network``, whose layers are neither folded nor compiled, for images of
+    ``image_shape`` (C, H, W)."""
+    return SmoothedClassifier(
+        network,
+        noise=smoothed.noise,
+        num_classes=smoothed.num_classes,
+        execution=unfolded(smoothed.execution),
+        image_shape=image_shape,
+    )
+
+
+def unfolded(execution: Execution) -> Execution:
+    """Return ``execution`` that runs the network's own layers."""
+    return replace(execution, folded=False, compile_mode="none")
 
 
 def steps_without_derivative(defender: Defender, x: Tensor) -> int:
-    """Return how many steps of the network at the images ``x`` lose the derivative that a straight-through twin has.
+    """Return the number of steps of the network at the images ``x`` whose derivative only a straight-through twin has.
 
-    Raises whatever the network raises, run that way.
+    Raises whatever the network raises when it is run step by step.
     """
     with torch.enable_grad(), seeded(0):
-        at = defender.execution.copied(x.detach()).requires_grad_(True)
-        outputs, steps = straight_through(network_of(defender), at)
-        if steps:
-            torch.autograd.grad(outputs.float().sum(), at, allow_unused=True)  # or the twin is of no use
+        images = defender.execution.copied(x.detach()).requires_grad_(True)
+        outputs, steps = straight_through(network_of(defender), images)
+        if steps:  # a twin is of use only where this derivative can be taken
+            torch.autograd.grad(outputs.float().sum(), images, allow_unused=True)
         return steps
 
 
 def twin(defender: Defender) -> Defender:
-    """``defender`` of the same values, with a derivative straight through rounding (``attacks.straight_through``)."""
+    """Return ``defender`` with the same values and a derivative straight through rounding
+    (``attacks.straight_through``)."""
     return _like(defender, StraightThrough(network_of(defender)), 0.0)
 
 
 def smoothed_surrogate(defender: Defender, sigma: float, straight: bool) -> Defender:
-    """The mean of ``defender`` over Gaussian noise of ``sigma`` on its images, besides what it draws itself."""
+    """Return the mean of ``defender`` over Gaussian noise of ``sigma`` on its images, besides its own draws."""
     network = network_of(defender)
     return _like(defender, StraightThrough(network) if straight else network, sigma)
 
 
 def network_of(defender: Defender) -> nn.Module:
-    """The network that a defender is made of."""
+    """Return the network of a defender."""
     assert isinstance(defender, PlainDefender | SmoothedDefender | RandomDefender)
     return defender.smoothed.classifier if isinstance(defender, SmoothedDefender) else defender.model
 
 
 def _like(defender: Defender, network: nn.Module, sigma: float) -> Defender:
-    execution = replace(defender.execution, folded=False, compile_mode="none")  # both look into the network
+    """Return the defender of ``network``, under noise of ``sigma`` besides the noise of ``defender``."""
+    execution = unfolded(defender.execution)
     made: Defender
     if isinstance(defender, RandomDefender):
-        made = RandomDefender(_Noisy(network, sigma) if sigma else network, defender.num_classes, "mean", None)
-        made.execution = execution
+        if sigma:
+            network = Changed(network, lambda x: x + sigma * torch.randn_like(x))
+        made = RandomDefender(network, defender.num_classes, "mean", None)
     elif isinstance(defender, SmoothedDefender) or sigma:
-        own = defender.smoothed.noise.sigma if isinstance(defender, SmoothedDefender) else 0.0
-        noise = Gaussian((own**2 + sigma**2) ** 0.5)
+        defended = defender.smoothed.noise.sigma if isinstance(defender, SmoothedDefender) else 0.0
+        noise = Gaussian((defended**2 + sigma**2) ** 0.5)
         smoothed = SmoothedClassifier(network, noise=noise, num_classes=defender.num_classes, execution=execution)
-        made = SmoothedDefender(smoothed, None)
+        return SmoothedDefender(smoothed, None)
     else:
         made = PlainDefender(network, defender.num_classes, None)
-        made.execution = execution
+    made.execution = execution
     return made
-
-
-class _Noisy(nn.Module):
-    def __init__(self, inner: nn.Module, sigma: float) -> None:
-        super().__init__()
-        self.inner, self.sigma = inner, sigma
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x + self.sigma * torch.randn_like(x))

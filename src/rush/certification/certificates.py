@@ -11,7 +11,7 @@ from rush.certification.rule import Rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
 from rush.errors import InputError
 from rush.runtime.numbers import as_real
-from rush.statistics import lower_bound
+from rush.statistics import Interval, lower_bound, share_interval
 
 UNKNOWN = -1
 
@@ -86,16 +86,40 @@ class Certificates:
         return self.prediction == self.labels
 
     @property
+    def abstained(self) -> NDArray[np.bool_]:
+        """Nothing is certified, (N,)."""
+        return self.prediction < 0
+
+    @property
     def largest_radius(self) -> float:
         """The largest radius that an image can be certified at under the rule."""
         return self.rule.largest_radius
+
+    def certified(self, radius: float = 0.0) -> NDArray[np.bool_]:
+        """Return whether each image is certified with the correct class and a radius >= ``radius``, (N,)."""
+        number = as_real(radius)
+        if number is None or number < 0:
+            raise InputError(f"radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
+        return self.correct & (self.radius >= number)
 
     def accuracy(self, radius: float = 0.0) -> float:
         """Return the certified accuracy: the share of images certified correctly with a radius >= ``radius``.
 
         Between two radii of a grid it is the accuracy at the larger one.
         """
-        return float(self._certified_correctly(radius).mean())
+        return float(self.certified(radius).mean())
+
+    def accuracy_interval(self, radius: float = 0.0) -> Interval:
+        """Return the certified accuracy over pictures with its exact 95 % interval.
+
+        Each picture counts once, as certified only if all of its copies are.
+        """
+        return self.share(self.certified(radius))
+
+    def share(self, flags: NDArray[np.bool_]) -> Interval:
+        """Return the share of pictures whose copies all have ``flags`` (N,), with its exact 95 % interval."""
+        pictures = of_pictures(flags, self.pixels)
+        return share_interval(int(pictures.sum()), len(pictures))
 
     def accuracy_lower(self, radius: float = 0.0, confidence: float = 0.95) -> float:
         """Return a lower bound on the true certified accuracy, over the draw of the images *and* the noise.
@@ -129,13 +153,18 @@ class Certificates:
 
         Without ``pixels`` every image is a picture.
         """
-        pictures = of_pictures(self._certified_correctly(radius), self.pixels)
+        pictures = of_pictures(self.certified(radius), self.pixels)
         return int(pictures.sum()), len(pictures)
 
     @property
     def num_copies(self) -> int | None:
         """Number of images beyond the first of each picture, None without ``pixels``."""
         return None if self.pixels is None else len(self) - len(set(self.pixels))
+
+    @property
+    def num_pictures(self) -> int:
+        """Number of different pictures; of images where ``pixels`` is None."""
+        return len(self) - (self.num_copies or 0)
 
     def decision(self, radius: float) -> NDArray[np.str_]:
         """Return the outcome for each image at ``radius``: "certified", "not certifiable" or "undecided", (N,).
@@ -148,6 +177,28 @@ class Certificates:
         passed = np.where(self.prediction >= 0, np.searchsorted(grid[:-1], self.radius, side="right"), 0)
         given_up = (self.outcome == NOT_CERTIFIABLE) & (radius >= grid[passed])
         return np.array(OUTCOMES)[np.where(certified, CERTIFIED, np.where(given_up, NOT_CERTIFIABLE, UNDECIDED))]
+
+    def other_shares(self, radius: float) -> dict[str, Interval] | None:
+        """Return how the images divide at ``radius``, those certified with the right class aside.
+
+        Shares of images certified with another class than the label, not certifiable, and undecided, each with its
+        exact 95 % interval. None with a fixed number of samples, which gives nothing up.
+        """
+        if self.rule.method != "sequential":
+            return None
+        decision = self.decision(radius)
+        rows = {
+            "wrong class": (decision == OUTCOMES[CERTIFIED]) & ~self.correct,
+            OUTCOMES[NOT_CERTIFIABLE]: decision == OUTCOMES[NOT_CERTIFIABLE],
+            OUTCOMES[UNDECIDED]: decision == OUTCOMES[UNDECIDED],
+        }
+        return {name: share_interval(int(chosen.sum()), len(self)) for name, chosen in rows.items()}
+
+    @property
+    def table_radii(self) -> tuple[float, ...]:
+        """Radii at which certified accuracy is tabulated: the grid, or the multiples of sigma / 2 within reach."""
+        halves = range(int(2 * self.largest_radius / self.sigma) + 1)
+        return self.rule.radii or tuple(half * self.sigma / 2 for half in halves)
 
     @property
     def acr(self) -> float:
@@ -169,12 +220,6 @@ class Certificates:
         blocks, ids = (tuple(getattr(self, name)[row] for row in rows) for name in ("blocks", "ids"))
         pixels = None if self.pixels is None else tuple(self.pixels[row] for row in rows)
         return replace(self, **arrays, blocks=blocks, ids=ids, pixels=pixels)
-
-    def _certified_correctly(self, radius: float) -> NDArray[np.bool_]:
-        number = as_real(radius)
-        if number is None or number < 0:
-            raise InputError(f"radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
-        return self.correct & (self.radius >= number)
 
 
 def join_certificates(parts: Sequence[Certificates]) -> Certificates:

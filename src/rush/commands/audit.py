@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from rush.commands.external import NO_MODEL, ExternalModel
 from rush.commands.run_folders import Overrides, open_run, unfinished
 from rush.commands.terminal import print_lines
-from rush.errors import ConfigError, RunError
-from rush.runtime.lines import read_object
+from rush.errors import ConfigError
 
 if TYPE_CHECKING:
     from rush.records.folder import RunFolder
@@ -39,8 +38,9 @@ def audit(
         return
     if rung is not None:
         raise ConfigError("--rung belongs to a run folder; give RUN --rung NAME")
-    from rush.auditing.audit import audit, write_audit
+    from rush.auditing.audit import audit
     from rush.auditing.report import reach_statement
+    from rush.records.audit import write_audit
 
     threat, images, surrogate = external.threat, external.pixels, external.surrogate_module
     statement = reach_statement(len(images), tolerance) if 0 < tolerance < 1 else None
@@ -56,9 +56,9 @@ def audit(
 
 
 def _audit_run(run: RunFolder, rung: str | None) -> None:
-    from rush.auditing.audit import AuditReport, write_audit
     from rush.pipeline.attack import audit_run
     from rush.pipeline.stages import run_stage
+    from rush.records.audit import read_audit, write_audit
 
     file = run.path / ("audit.json" if rung is None else f"audit-{rung}.json")
     if rung is None:
@@ -66,8 +66,5 @@ def _audit_run(run: RunFolder, rung: str | None) -> None:
             run_stage(run, stage)
     elif not file.exists():
         write_audit(file, audit_run(run, rung))
-    try:
-        report = AuditReport.from_json(read_object(file))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} is damaged: {error}; delete it and audit again") from error
+    report = read_audit(file, "delete it and audit again")
     print_lines([*report.summary(), f"in {file}"])

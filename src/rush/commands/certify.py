@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +63,9 @@ def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
         InputError: The new rule would not be valid.
     """
     from rush.certification.recertify import recompute
-    from rush.certification.table import read_certificates, write_certificates
+    from rush.records.certificates import TABLE, read_certificates, write_certificates
 
-    table = path / "certificates.tsv" if path.is_dir() else path
+    table = path / TABLE if path.is_dir() else path
     read = read_certificates(table)
     if read is None:
         raise RunError(
@@ -88,22 +87,19 @@ def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
     from rush.reporting.tables import copies_text
 
     rule = certificates.rule
-    halves = [half * rule.sigma / 2 for half in range(int(2 * rule.largest_radius / rule.sigma) + 1)]
     samples = f"{certificates.num_samples.mean():,.0f} of at most {rule.num_samples:,}"
     copies = copies_text(certificates)
     return [
         ("method, bound", f"{rule.method}, {rule.bound}", ""),
         ("samples per image", samples, ""),
         *([("copies", copies, "")] if copies else []),
-        *((f"l2 radius {radius:g}", *_accuracy(certificates, radius)) for radius in rule.radii or halves),
+        *((f"l2 radius {radius:g}", *_accuracy(certificates, radius)) for radius in certificates.table_radii),
         (certificates.acr_name, f"{certificates.acr:.4f}", ""),
     ]
 
 
 def _accuracy(certificates: Certificates, radius: float) -> tuple[str, str]:
     """Return certified accuracy with its interval, and its lower bound over images and noise, rounded down."""
-    from rush.reporting.tables import share
-    from rush.statistics import share_interval
+    from rush.reporting.tables import lower_text, share
 
-    lower = math.floor(1000 * certificates.accuracy_lower(radius)) / 10
-    return share(share_interval(*certificates.certified_pictures(radius))), f"{lower:.1f} %"
+    return share(certificates.accuracy_interval(radius)), lower_text(certificates, radius)

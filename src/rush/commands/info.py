@@ -19,7 +19,7 @@ def info(folder: Path) -> None:
     Args:
         folder: Run folder.
     """
-    from rush.reporting.reading import read_run
+    from rush.records.read_run import read_run
     from rush.reporting.tables import summary_rows
 
     run = open_run(folder)

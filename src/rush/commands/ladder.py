@@ -40,7 +40,7 @@ def ladder(folder: Path | None = None, *, external: ExternalModel = NO_MODEL, ov
 
 def _run_ladder(run: RunFolder) -> None:
     from rush.pipeline.stages import run_stage
-    from rush.reporting.reading import read_run
+    from rush.records.read_run import read_run
     from rush.reporting.tables import ladder_rows
 
     for stage in unfinished(run, "attack"):

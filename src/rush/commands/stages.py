@@ -100,8 +100,8 @@ def report(folder: Path) -> None:
 
 
 def _print_report(folder: Path) -> None:
+    from rush.records.read_run import read_run
     from rush.reporting.page import write_report
-    from rush.reporting.reading import read_run
     from rush.reporting.tables import summary_rows
 
     page = write_report(folder)

@@ -1,4 +1,4 @@
-"""What a training draws from: batches of 8-bit images on the training device, in an order given by a generator."""
+"""Batches of 8-bit training images on the training device, in an order drawn from a generator."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from rush.runtime.transfer import sent
 
 @dataclass(frozen=True)
 class Batch:
-    """Images uint8 (B, C, H, W) and labels int64 (B,), or None where there are none, on one device."""
+    """Images uint8 (B, C, H, W) and labels int64 (B,) or None, on one device."""
 
     images: Tensor
     labels: Tensor | None
@@ -29,16 +29,23 @@ class TrainingImages(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """This process's rows of the global batches of one epoch, from number ``first`` on.
+        """Yield this process's rows of the global batches of one epoch.
 
-        ``order`` alone decides which images a batch holds; the incomplete last one is dropped. Of ``batch_size`` images
-        process r of W gets the rows from r B / W to (r + 1) B / W.
+        An incomplete last batch is dropped. Process r of W gets rows r B / W to (r + 1) B / W of a batch of B.
+
+        Args:
+            order: draws the order, which alone decides the images of a batch.
+            batch_size: number of images per global batch, B.
+            first: number of the first batch to yield, as in an epoch that resumes.
+
+        Raises:
+            ConfigError: ``batch_size`` exceeds the number of images or is not a multiple of the number of processes.
         """
         ...
 
 
 class Resident:
-    """All images of a data set on the training device; a batch is a selection there and waits for nothing."""
+    """All images of a data set on the training device, where a batch is selected without waiting for the host."""
 
     def __init__(self, images: ImageSet, device: torch.device | str = "cpu", rank: int = 0, processes: int = 1) -> None:
         self._images = images.images.to(device)
@@ -49,16 +56,16 @@ class Resident:
         return len(self._images)
 
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """As ``TrainingImages.batches``: batch k holds places k B to (k + 1) B of one random permutation."""
-        per_epoch, own = batches_per_epoch(len(self), batch_size), own_rows(batch_size, self._rank, self._processes)
+        """Yield positions k B to (k + 1) B of one random permutation as batch k; see ``TrainingImages.batches``."""
+        per_epoch, share = batches_per_epoch(len(self), batch_size), share_of(batch_size, self._rank, self._processes)
         permutation = sent(torch.randperm(len(self), generator=order), self._images.device)
         for number in range(first, per_epoch):
-            chosen = permutation[number * batch_size : (number + 1) * batch_size][own]
-            yield Batch(self._images[chosen], None if self._labels is None else self._labels[chosen])
+            rows = permutation[number * batch_size : (number + 1) * batch_size][share]
+            yield Batch(self._images[rows], None if self._labels is None else self._labels[rows])
 
 
 def batches_per_epoch(num_images: int, batch_size: int) -> int:
-    """Number of full batches; ConfigError when there is none."""
+    """Return the number of full batches; raise ConfigError if there is none."""
     if num_images < batch_size:
         raise ConfigError(
             f"batch_size = {batch_size} exceeds the {num_images} training images; lower it to at most {num_images}"
@@ -66,12 +73,12 @@ def batches_per_epoch(num_images: int, batch_size: int) -> int:
     return num_images // batch_size
 
 
-def own_rows(batch_size: int, rank: int, processes: int) -> slice:
-    """The rows of a global batch that process ``rank`` works on; ConfigError where they cannot be equally many."""
+def share_of(batch_size: int, rank: int, processes: int) -> slice:
+    """Return the rows of a global batch that belong to process ``rank``; raise ConfigError if shares are not equal."""
     if batch_size % processes:
         raise ConfigError(
             f"batch_size = {batch_size} cannot be shared equally by {processes} processes; "
             f"make it a multiple of {processes}"
         )
-    share = batch_size // processes
-    return slice(rank * share, (rank + 1) * share)
+    size = batch_size // processes
+    return slice(rank * size, (rank + 1) * size)

@@ -1,4 +1,4 @@
-"""The one form that images take in this library: 8-bit pixels with labels, class names and ids, kept by subsetting."""
+"""Images in memory, as the whole library takes them: 8-bit pixels with labels, class names and ids; their subsets."""
 
 import hashlib
 import json
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from rush.data.indexing import Index, positions
-from rush.data.labels import check_labels
+from rush.data.kind import shape_text
+from rush.data.labels import check_labels, label_bytes
 from rush.errors import DataError, InputError
 from rush.runtime.numbers import as_real, as_whole
 from rush.runtime.randomness import stream
@@ -20,10 +21,19 @@ from rush.runtime.randomness import stream
 class ImageSet:
     """One split of a data set, on the CPU.
 
-    images: uint8 (N, C, H, W). labels: int64 (N,) in 0..K-1, or None. classes: the K class names. ids: text (N,),
-    unique. ``images[index]`` takes a slice, integers or a boolean mask and keeps ids and labels with their pixels.
-    Raises: DataError when a field has another type or shape, lengths differ, a label is out of range, an id repeats or
-    N is 0.
+    ``images[index]`` takes a slice, integers or a boolean mask, and keeps ids and labels with their pixels.
+
+    Args:
+        images: uint8 (N, C, H, W), N >= 1.
+        labels: int64 (N,) in 0..K-1, or None.
+        classes: the K class names.
+        ids: text (N,), unique.
+        name: name of the data set.
+        split: name of the split.
+
+    Raises:
+        DataError: a field has the wrong type or shape, lengths differ, a label is out of range, an id is duplicate or
+            N is 0.
     """
 
     images: torch.Tensor
@@ -39,22 +49,25 @@ class ImageSet:
         _check_classes(self.classes, where)
         _check_ids(self.ids, len(self.images), where)
         if self.labels is not None:
-            _check_label_tensor(self.labels, where)
+            _check_label_type(self.labels, where)
             check_labels(self.labels.numpy(), len(self.images), len(self.classes), where)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __repr__(self) -> str:
-        shape = "x".join(str(size) for size in self.images.shape[1:])
-        labelled = f"{self.num_classes} classes" if self.labels is not None else "no labels"
-        return f"ImageSet({self.name}/{self.split}: {len(self)} images of {shape}, {labelled})"
+        labelled = "no labels" if self.labels is None else f"{self.num_classes} classes"
+        return f"ImageSet({self.name}/{self.split}: {len(self)} images of {shape_text(self.shape)}, {labelled})"
 
     def __getitem__(self, index: Index) -> "ImageSet":
-        """The chosen images with ids and labels. Raises: InputError for an index that is wrong or selects nothing."""
-        chosen = positions(index, len(self))
-        labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, images=self.images[chosen], labels=labels, ids=self.ids[chosen])
+        """Return the selected images with their ids and labels.
+
+        Raises:
+            InputError: ``index`` is of a wrong type, out of range, or selects nothing.
+        """
+        rows = positions(index, len(self))
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, images=self.images[rows], labels=labels, ids=self.ids[rows])
 
     @property
     def num_classes(self) -> int:
@@ -67,20 +80,19 @@ class ImageSet:
         return channels, height, width
 
     def pixels(self, indices: Index | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        """float32 (n, C, H, W) in [0, 1]: ``images.float() / 255`` of all or of the chosen images, on ``device``."""
-        chosen = self.images if indices is None else self.images[positions(indices, len(self))]
-        return as_pixels(chosen, device)
+        """Return float32 (n, C, H, W) in [0, 1], ``images.float() / 255``, of all or the selected images."""
+        return as_pixels(self.images if indices is None else self.images[positions(indices, len(self))], device)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over ids, shape, pixels and labels, in this order (not class names, nor the set's name)."""
+        """SHA-256 (hex) over ids, shape, pixels and labels, in this order; not over class names or the set's name."""
         digest = hashlib.sha256(json.dumps([self.ids.tolist(), list(self.images.shape)]).encode())
         digest.update(self.images.contiguous().numpy().data)
-        digest.update(b"unlabelled" if self.labels is None else self.labels.numpy().astype("<i8").tobytes())
+        digest.update(label_bytes(self.labels))
         return digest.hexdigest()
 
     def without_labels(self) -> "ImageSet":
-        """The same images with ``labels`` None: what pre-training is given, so that it cannot read them."""
+        """Return the same images with ``labels`` None, so that pre-training cannot read them."""
         return replace(self, labels=None)
 
 
@@ -91,17 +103,26 @@ def as_pixels(images: torch.Tensor, device: torch.device | str = "cpu") -> torch
 
 
 def evaluation_order(total: int, count: int | None, seed: int) -> list[int]:
-    """The first ``count`` positions (all for None) of the one seeded order in which images are evaluated."""
+    """Return the first ``count`` positions (None: all) of the one seeded order in which images are evaluated.
+
+    Random: a permutation of ``total`` positions, from ``stream(seed, "evaluation", "order")``.
+    """
     return torch.randperm(total, generator=stream(seed, "evaluation", "order"))[:count].tolist()
 
 
 def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: torch.Generator) -> ImageSet:
-    """A random subset in which every class present keeps its share, in the original order.
+    """Draw a random subset in which every class present keeps its share, in the original order.
 
-    ``n_or_fraction``: a number of images (int, 1..N) or a share of them (float, in (0, 1], rounded to whole images).
-    Shares are rounded by largest remainder, so that balanced classes differ by at most one; every class present gets at
-    least one image. Random: which images of a class are drawn, from ``generator``.
-    Raises: InputError without labels, for a size out of range or smaller than the number of classes present.
+    Shares are rounded by largest remainder, so that balanced classes differ by at most one image. Every class present
+    gets at least one image.
+
+    Args:
+        images: the labelled set, of N images.
+        n_or_fraction: number of images (int, 1..N), or share of them (float in (0, 1], rounded to whole images).
+        generator: draws the images of each class.
+
+    Raises:
+        InputError: ``images`` has no labels, or the size is out of range or below the number of classes present.
     """
     if images.labels is None:
         raise InputError(f"{images!r} has no labels to stratify by; use images[index]")
@@ -111,33 +132,48 @@ def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: t
 
 
 def hold_out(images: ImageSet, count: int, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
-    """The images without ``count`` random ones, and these; both in the original order.
+    """Split off ``count`` random images; return (the others, these), both in the original order.
 
-    ``count``: 1..N-1. With labels every class gives its share, rounded by largest remainder (a rare class may give
-    none); without, all images are alike. Random: which images are drawn, from ``generator``.
-    Raises: InputError for another count.
+    With labels, every class gives its share, rounded by largest remainder; a rare class may give none. Without labels,
+    all images are equally likely.
+
+    Args:
+        images: the set, of N images.
+        count: number of images to hold out, 1..N-1.
+        generator: draws them.
+
+    Raises:
+        InputError: ``count`` is out of range.
     """
-    held = held_out_rows(images.labels, len(images), count, generator)
-    return images[np.setdiff1d(np.arange(len(images)), held)], images[held]
+    held_out = held_out_rows(images.labels, len(images), count, generator)
+    return images[np.setdiff1d(np.arange(len(images)), held_out)], images[held_out]
 
 
 def held_out_rows(labels: torch.Tensor | None, total: int, count: int, generator: torch.Generator) -> np.ndarray:
-    """The ``count`` of ``total`` rows that ``hold_out`` draws, ascending. Raises: InputError as it does."""
+    """Return the ``count`` of ``total`` rows that ``hold_out`` draws, ascending; raise InputError as it does."""
     _check_generator(generator)
     whole = as_whole(count)
     if whole is None or not 1 <= whole < total:
-        raise InputError(f"of {total} images 1..{total - 1} can be held out, got {count!r}")
+        raise InputError(f"the number of images to hold out must be in 1..{total - 1} of {total}, got {count!r}")
     if labels is None:
         order = torch.randperm(total, generator=generator, device=generator.device)
         return np.sort(order[:whole].cpu().numpy())
     return _stratified_rows(labels.numpy(), whole, generator, least=0)
 
 
-def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
-    """Splits of one data set as one, in order; labels are None if any part has none. A single part is itself.
+def numbered_ids(split: str, count: int) -> np.ndarray:
+    """Return the ids "<split>-<row>" of images that have none of their own."""
+    return np.array([f"{split}-{row:05d}" for row in range(count)])
 
-    Greyscale among RGB is repeated over the channels. ids: the parts' own where they differ, else "<split>/<id>".
-    Raises: DataError when sizes or classes differ or two parts are the same images.
+
+def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
+    """Join splits of one data set, in order; a single part is returned as it is.
+
+    Labels are None if any part has none. Greyscale images among RGB are repeated over the channels. Ids are prefixed by
+    their split, "<split>/<id>", where they would not be unique.
+
+    Raises:
+        DataError: sizes or classes differ, or two parts hold the same images.
     """
     if len(parts) == 1:
         return parts[0]
@@ -147,7 +183,7 @@ def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
     sides = {tuple(part.images.shape[2:]) for part in parts}
     if len(sides) > 1:
         raise DataError(
-            f"{where}: the parts have images of {sorted(sides)} (height, width); give size to make them one"
+            f"{where}: the parts have images of {sorted(sides)} (height, width); give size to bring them to one size"
         )
     for number, part in enumerate(parts):
         if any(part.images.equal(other.images) for other in parts[:number]):
@@ -165,7 +201,7 @@ def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
 
 
 def common_classes(parts: Sequence[tuple[str, ...]], where: str) -> tuple[str, ...]:
-    """The longest of the class lists, where the others are its beginning (or empty). Raises: DataError otherwise."""
+    """Return the longest of the class lists; raise DataError unless all others are its beginning, or empty."""
     longest = max(parts, key=len)
     for classes in parts:
         if classes != longest[: len(classes)]:
@@ -174,7 +210,7 @@ def common_classes(parts: Sequence[tuple[str, ...]], where: str) -> tuple[str, .
 
 
 def unique_ids(parts: Sequence[np.ndarray], splits: Sequence[str]) -> np.ndarray:
-    """The ids of all parts, each with its split before it ("<split>/<id>") where they would not all differ."""
+    """Return the ids of all parts, (N,), each prefixed by its split, "<split>/<id>", unless they are unique."""
     ids = np.concatenate(parts)
     if len(np.unique(ids)) == len(ids):
         return ids
@@ -182,10 +218,10 @@ def unique_ids(parts: Sequence[np.ndarray], splits: Sequence[str]) -> np.ndarray
 
 
 def stratified_counts(counts: np.ndarray, size: int, least: int = 1) -> np.ndarray:
-    """How many of ``size`` each class gets: in proportion to its positive ``counts`` (largest remainder), at least
-    ``least`` (0 or 1).
+    """Return the number of images that each class gets of ``size``, in proportion to its positive ``counts``.
 
-    Exact in integers; ties go to the earlier class. Needs least * len(counts) <= size <= counts.sum().
+    Quotas (K,) are rounded by largest remainder, exactly in integers, and are at least ``least`` (0 or 1). Ties go to
+    the earlier class. Requires least * len(counts) <= size <= counts.sum().
     """
     total = counts.sum()
     due = size * counts  # in units of 1 / total images
@@ -198,7 +234,7 @@ def stratified_counts(counts: np.ndarray, size: int, least: int = 1) -> np.ndarr
 
 
 def _stratified_rows(labels: np.ndarray, size: int, generator: torch.Generator, least: int) -> np.ndarray:
-    """``size`` rows, ascending, of which each class present has its share; drawn class by class."""
+    """Return ``size`` rows, ascending, in which each class present has its share; drawn class by class."""
     present, counts = np.unique(labels, return_counts=True)
     drawn = []
     for label, quota in zip(present, stratified_counts(counts, size, least), strict=True):
@@ -227,19 +263,11 @@ def _check_generator(generator: torch.Generator) -> None:
 
 
 def _check_images(images: torch.Tensor, where: str) -> None:
-    if (
-        not isinstance(images, torch.Tensor)
-        or images.dtype != torch.uint8
-        or images.ndim != 4
-        or images.device.type != "cpu"
-    ):
-        kind = (
-            f"{images.dtype} {tuple(images.shape)} on {images.device}"
-            if isinstance(images, torch.Tensor)
-            else type(images).__name__
-        )
+    is_tensor = isinstance(images, torch.Tensor)
+    if not (is_tensor and images.dtype == torch.uint8 and images.ndim == 4 and images.device.type == "cpu"):
+        actual = f"{images.dtype} {tuple(images.shape)} on {images.device}" if is_tensor else type(images).__name__
         raise DataError(
-            f"{where}: images must be a torch.uint8 tensor (N, C, H, W) with values 0..255 on the cpu, got {kind}; "
+            f"{where}: images must be a torch.uint8 tensor (N, C, H, W) with values 0..255 on the cpu, got {actual}; "
             "convert it first"
         )
     if images.numel() == 0:
@@ -249,19 +277,15 @@ def _check_images(images: torch.Tensor, where: str) -> None:
 
 
 def _check_classes(classes: tuple[str, ...], where: str) -> None:
-    if (
-        not isinstance(classes, tuple)
-        or not all(isinstance(name, str) for name in classes)
-        or len(set(classes)) != len(classes)
-    ):
-        raise DataError(f"{where}: classes must be a tuple of different names, got {classes!r}")
+    if not isinstance(classes, tuple) or len({name for name in classes if isinstance(name, str)}) != len(classes):
+        raise DataError(f"{where}: classes must be a tuple of distinct names, got {classes!r}")
 
 
 def _check_ids(ids: np.ndarray, num_images: int, where: str) -> None:
     if not isinstance(ids, np.ndarray) or ids.dtype.kind != "U" or ids.shape != (num_images,):
-        kind = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        actual = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
         raise DataError(
-            f"{where}: ids must be a numpy array of str of shape ({num_images},), got {kind}; "
+            f"{where}: ids must be a numpy array of str of shape ({num_images},), got {actual}; "
             "use np.array([...], dtype=str)"
         )
     if len(set(ids.tolist())) != num_images:
@@ -272,9 +296,10 @@ def _check_ids(ids: np.ndarray, num_images: int, where: str) -> None:
         )
 
 
-def _check_label_tensor(labels: torch.Tensor, where: str) -> None:
+def _check_label_type(labels: torch.Tensor, where: str) -> None:
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.device.type != "cpu":
-        kind = f"{labels.dtype} on {labels.device}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        actual = f"{labels.dtype} on {labels.device}" if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise DataError(
-            f"{where}: labels must be None or a torch.int64 tensor (N,) on the cpu, got {kind}; use labels.long().cpu()"
+            f"{where}: labels must be None or a torch.int64 tensor (N,) on the cpu, got {actual}; use "
+            "labels.long().cpu()"
         )

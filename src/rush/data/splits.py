@@ -110,14 +110,7 @@ class Splits:
             return self._in_memory(split)
         if split not in self._streams:
             self._streams[split] = open_stream(
-                data.name,
-                split,
-                root=data.root,
-                size=data.size,
-                memory=data.memory_bytes,
-                device=self.device,
-                rank=rank(),
-                processes=world_size(),
+                data.name, split, root=data.root, size=data.size, memory=data.memory_bytes
             )
         return self._streams[split]
 
@@ -158,4 +151,4 @@ def _without(images: ImageSet | Stream, ids: np.ndarray) -> ImageSet | Stream:
     """Return the images that have none of these ids."""
     if isinstance(images, ImageSet):
         return images[np.flatnonzero(~np.isin(images.ids, ids))]
-    return replace(images, rows=images.rows[~np.isin(images.records.ids()[images.rows], ids)])
+    return replace(images, rows=images.rows[~np.isin(images.ids, ids)])

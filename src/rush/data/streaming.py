@@ -16,79 +16,96 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rush.data.batches import Batch, Resident, TrainingImages, batches_per_epoch, own_rows
+from rush.data.batches import Batch, Resident, TrainingImages, batches_per_epoch, share_of
 from rush.data.images import ImageSet, held_out_rows
-from rush.data.labels import check_several_classes
+from rush.data.indexing import rows_within
+from rush.data.kind import shape_text
+from rush.data.labels import check_several_classes, label_bytes
 from rush.data.readers.decoding import Encoded, Form, decode
-from rush.data.readers.records import Block, Records
+from rush.data.readers.encoded import Block, EncodedImages
 from rush.data.readers.resizing import check_size, num_threads
 from rush.data.readers.roots import Root
-from rush.data.sources import open_records
+from rush.data.sources import open_encoded
 from rush.errors import ConfigError, DataError
 from rush.runtime.numbers import as_whole
 from rush.runtime.transfer import sent
 
-_TASK = 16  # images that a thread decodes at a time, at most
+_TASK = 16  # most images per task of a thread
 _FILES = 4096  # names of image files that are handed to the threads at a time
-_PROBED = 32  # images looked at to tell whether the set is greyscale
+_PROBED = 32  # images decoded to tell whether the set is greyscale
 _HELD_OUT = 256  # held-out images that are decoded at a time
-_SLAB = 1 << 20  # bytes
-Located = tuple[int, Encoded]
+_SLAB = 1 << 20  # least bytes per slab
+EncodedRow = tuple[int, Encoded]
 """A row and its encoded image."""
-Decoded = tuple[torch.Tensor, np.ndarray]
+DecodedRows = tuple[torch.Tensor, np.ndarray]
 """Images uint8 (n, C, H, W) and their rows (n,)."""
+Pending = tuple[DecodedRows, list[Future[None]]]
+"""Images that are complete when the futures are done."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stream:
-    """The images of a split that are read and decoded anew in every epoch; a ``TrainingImages``.
-
-    records: where they lie. form: the shape they are decoded to. labels: int64, of all rows of ``records``, or None.
-    rows: which of them belong to the stream, ascending. size: as in ``load_images``. memory: bytes of encoded images
-    that are held at once. device: where batches go. rank, processes: this process and their number. threads: that
-    decode; no result depends on it.
+    """The images of a split, read and decoded again in every epoch; a ``TrainingImages``.
 
     **Order.** If the encoded images fit in ``memory``, or are files of their own, an epoch is one uniform permutation
-    of the images, the one of ``Resident``. Else the blocks (row groups of the shards) are put in random order, as many
-    as fit in half of ``memory`` are pooled and shuffled, and while one pool is used up the next is read. So images
-    far apart in the files meet in a batch only if their blocks do: where shards are sorted by class, ``memory`` should
-    hold many blocks.
+    of the images, the same as that of ``Resident``. Otherwise the blocks (row groups of the shards) are put in random
+    order, as many as fit in half of ``memory`` are pooled and shuffled, and the next pool is read while one is used up.
+    Images far apart in the files then share a batch only if their blocks share a pool. For shards that are sorted by
+    class, ``memory`` should hold many blocks.
 
     **Memory.** At most ``memory`` bytes of encoded images, the batch returned and the one decoded ahead of it, a few
-    megabytes of the files' readers, 8 bytes a row for labels and the order; nothing grows with the length of the
-    training.
+    megabytes of the files' readers, and 8 bytes per row for labels and order. Nothing grows with the number of epochs.
+
+    Args:
+        encoded: the images on disk.
+        form: the shape they are decoded to.
+        labels: int64, of all rows of ``encoded``, or None.
+        rows: the rows that belong to the stream, ascending.
+        size: as in ``load_images``.
+        memory: bytes of encoded images held at once.
+        threads: number of decoding threads. No result depends on it.
+        device: device of the batches.
+        rank: number of this process.
+        processes: number of processes.
+
+    Raises:
+        ConfigError: ``memory``, ``threads``, ``rank`` or ``processes`` is out of range.
     """
 
-    records: Records
+    encoded: EncodedImages
     form: Form
     labels: torch.Tensor | None
     rows: np.ndarray
     size: int | None
     memory: int
+    threads: int = 1
     device: torch.device | str = "cpu"
     rank: int = 0
     processes: int = 1
-    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "threads", "processes"):
+            _check_whole(name, getattr(self, name), 1)
+        _check_whole("rank", self.rank, 0, self.processes - 1)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        shape = "x".join(str(side) for side in self.shape)
-        labelled = f"{self.num_classes} classes" if self.labels is not None else "no labels"
-        return f"Stream({self.name}/{self.split}: {len(self)} images of {shape}, {labelled})"
+        labelled = "no labels" if self.labels is None else f"{self.num_classes} classes"
+        return f"Stream({self.name}/{self.split}: {len(self)} images of {shape_text(self.shape)}, {labelled})"
 
     @property
     def name(self) -> str:
-        return self.records.name
+        return self.encoded.name
 
     @property
     def split(self) -> str:
-        return self.records.split
+        return self.encoded.split
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.records.classes
+        return self.encoded.classes
 
     @property
     def num_classes(self) -> int:
@@ -99,139 +116,134 @@ class Stream:
         """(C, H, W) of every image."""
         return self.form.shape
 
+    @property
+    def ids(self) -> np.ndarray:
+        """Text (N,), read from the files."""
+        return self.encoded.ids()[self.rows]
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the names and sizes of the files, the shape, the rows and the labels; not over pixels."""
-        files = [[file.name, os.stat(file).st_size] for file in self.records.files()]
+        files = [[file.name, os.stat(file).st_size] for file in self.encoded.files()]
         digest = hashlib.sha256(json.dumps(["stream", files, self.shape]).encode())
         digest.update(self.rows.astype("<i8").tobytes())
-        digest.update(b"unlabelled" if self.labels is None else self.labels.numpy().astype("<i8").tobytes())
+        digest.update(label_bytes(self.labels))
         return digest.hexdigest()
 
     def without_labels(self) -> "Stream":
-        """The same images with ``labels`` None: what pre-training is given, so that it cannot read them."""
+        """Return the same images with ``labels`` None, so that pre-training cannot read them."""
         return replace(self, labels=None)
 
     def holding_out(self, count: int, generator: torch.Generator) -> tuple["Stream", ImageSet]:
-        """The stream without the images that ``hold_out`` would draw, and these, decoded into memory.
+        """Return the stream without the images that ``hold_out`` would draw, and these, decoded into memory.
 
-        Raises: InputError for a count that is not in 1..N-1; DataError naming an image that cannot be decoded.
+        Raises:
+            InputError: ``count`` is not in 1..N-1.
+            DataError: an image, which is named, cannot be decoded.
         """
         labels = None if self.labels is None else self.labels[self.rows]
         drawn = held_out_rows(labels, len(self), count, generator)
         rows = self.rows[drawn]
-        parts = [len(part) for part in np.array_split(rows, -(-count // _HELD_OUT))]
-        located = zip(rows.tolist(), self.records.read(rows), strict=True)
-        with closing(self._decoded(located, parts)) as decoded:
+        sizes = [len(part) for part in np.array_split(rows, -(-count // _HELD_OUT))]
+        encoded = zip(rows.tolist(), self.encoded.read(rows), strict=True)
+        with closing(self._decoded(encoded, sizes)) as decoded:
             pixels = torch.cat([images for images, _ in decoded])
-        held = ImageSet(
-            pixels,
-            None if labels is None else labels[drawn],
-            self.classes,
-            self.records.ids()[rows],
-            self.name,
-            self.split,
-        )
-        return replace(self, rows=np.delete(self.rows, drawn)), held
+        held_out = None if labels is None else labels[drawn]
+        images = ImageSet(pixels, held_out, self.classes, self.ids[drawn], self.name, self.split)
+        return replace(self, rows=np.delete(self.rows, drawn)), images
 
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """As ``TrainingImages.batches``: a function of ``order``, ``batch_size``, ``memory`` and the files alone.
+        """Yield batches as ``TrainingImages.batches``.
 
-        Batches before ``first`` are neither read nor decoded. Raises: ConfigError for an impossible ``batch_size``;
-        DataError, in its turn, naming an image that cannot be decoded or is of another size.
+        They depend on ``order``, ``batch_size``, ``memory`` and the files alone. Batches before ``first`` are neither
+        read nor decoded.
+
+        Raises:
+            ConfigError: ``batch_size`` is not possible.
+            DataError: an image, which is named, cannot be decoded or has a different size. It is raised at its batch.
         """
-        per_epoch, own = batches_per_epoch(len(self), batch_size), own_rows(batch_size, self.rank, self.processes)
-        places = range(first * batch_size, per_epoch * batch_size)
-        pools = self._own(list(self._pools(order)), places, batch_size, own)
-        shares = repeat(own.stop - own.start, per_epoch - first)
-        with (
-            closing(self._read_ahead(pools)) as located,
-            closing(self._decoded(located, shares)) as decoded,
-        ):
+        per_epoch, share = batches_per_epoch(len(self), batch_size), share_of(batch_size, self.rank, self.processes)
+        # Positions in the epoch's order. All pools are drawn at once, so that a resumed epoch draws the same order.
+        positions = range(first * batch_size, per_epoch * batch_size)
+        pools = _shares(list(self._pools(order)), positions, batch_size, share)
+        sizes = repeat(share.stop - share.start, per_epoch - first)
+        with closing(self._read_ahead(pools)) as encoded, closing(self._decoded(encoded, sizes)) as decoded:
             for images, rows in decoded:
                 labels = None if self.labels is None else sent(self.labels[rows], self.device)
                 yield Batch(sent(images, self.device), labels)
 
     def _pools(self, order: torch.Generator) -> Iterator[np.ndarray]:
-        """All rows once, in the order of the epoch, in pools that are read at once."""
-        total = sum(block.held for block in self._blocks)
+        """Yield all rows once, in the order of the epoch, in pools that are read at once."""
+        total = sum(block.num_bytes for block in self._blocks)
         if total <= self.memory:
             rows = _shuffled(self.rows, order)
             step = _FILES if total == 0 else len(rows)
             yield from (rows[start : start + step] for start in range(0, len(rows), step))
             return
         pool: list[np.ndarray] = []
-        held = 0
+        num_bytes = 0
         for number in torch.randperm(len(self._blocks), generator=order).tolist():
             block = self._blocks[number]
-            if pool and held + block.held > self.memory // 2:
+            if pool and num_bytes + block.num_bytes > self.memory // 2:
                 yield _shuffled(np.concatenate(pool), order)
-                pool, held = [], 0
-            pool.append(self.rows[slice(*np.searchsorted(self.rows, [block.start, block.stop]))])
-            held += block.held
+                pool, num_bytes = [], 0
+            pool.append(rows_within(self.rows, block.start, block.stop))
+            num_bytes += block.num_bytes
         yield _shuffled(np.concatenate(pool), order)
 
     @cached_property
     def _blocks(self) -> list[Block]:
-        return self.records.blocks(self.memory // 2)
+        return self.encoded.blocks(max(1, self.memory // 2))  # half: one pool is used while the next is read
 
-    @staticmethod
-    def _own(pools: Sequence[np.ndarray], places: range, batch_size: int, own: slice) -> Iterator[np.ndarray]:
-        """Of each pool the rows at ``places`` of the epoch that are this process's part of their batch."""
-        start = 0
-        for pool in pools:
-            place = np.arange(start, start + len(pool))
-            row = place % batch_size
-            yield pool[(place >= places.start) & (place < places.stop) & (row >= own.start) & (row < own.stop)]
-            start += len(pool)
-
-    def _read_ahead(self, pools: Iterator[np.ndarray]) -> Generator[Located, None, None]:
-        """The encoded images of the pools in their order; the next pool is read while one is handed out."""
+    def _read_ahead(self, pools: Iterator[np.ndarray]) -> Generator[EncodedRow, None, None]:
+        """Yield the encoded images of the pools in order; the next pool is read while one is used."""
         with ThreadPoolExecutor(1) as reader:
-            current: Future[list[Located | None]] | None = None
+            current: Future[list[EncodedRow | None]] | None = None
             for pool in pools:
                 following = reader.submit(self._read, pool)
                 if current is not None:
-                    yield from _handed_out(current.result())
+                    yield from _released(current.result())
                 current = following
             if current is not None:
-                yield from _handed_out(current.result())
+                yield from _released(current.result())
 
-    def _read(self, rows: np.ndarray) -> list[Located | None]:
-        located: list[Located | None] = [None] * len(rows)
-        places, shelf = np.argsort(rows), _Shelf(max(_SLAB, self.memory >> 8))
-        for place, (where, source) in zip(places.tolist(), self.records.read(rows[places]), strict=True):
-            kept = source if isinstance(source, Path) else shelf.put(source)
-            located[place] = int(rows[place]), (where, kept)
-        return located
+    def _read(self, rows: np.ndarray) -> list[EncodedRow | None]:
+        """Return the encoded images of ``rows``, in this order; they are read in the order of the files."""
+        encoded: list[EncodedRow | None] = [None] * len(rows)
+        ascending, slabs = np.argsort(rows), _Slabs(max(_SLAB, self.memory >> 8))
+        for position, (where, source) in zip(ascending.tolist(), self.encoded.read(rows[ascending]), strict=True):
+            content = source if isinstance(source, Path) else slabs.copy(source)
+            encoded[position] = int(rows[position]), (where, content)
+        return encoded
 
-    def _decoded(self, located: Iterator[Located], counts: Iterable[int]) -> Generator[Decoded, None, None]:
-        """The next ``counts`` images each time, one such part decoded ahead of use (more if it is few images)."""
-        waiting: deque[tuple[Decoded, list[Future[None]]]] = deque()
+    def _decoded(self, encoded: Iterator[EncodedRow], sizes: Iterable[int]) -> Generator[DecodedRows, None, None]:
+        """Yield the images in parts of ``sizes``; one part is decoded ahead of use, or more if parts are small."""
+        pending: deque[Pending] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                for count in counts:
-                    waiting.append(self._begun(pool, list(islice(located, count))))
-                    if len(waiting) > 1 + 2 * self.threads // count:
-                        yield _finished(waiting)
-                while waiting:
-                    yield _finished(waiting)
+                for size in sizes:
+                    pending.append(self._start_decoding(pool, list(islice(encoded, size))))
+                    if len(pending) > 1 + 2 * self.threads // size:
+                        yield _finished(pending.popleft())
+                while pending:
+                    yield _finished(pending.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _begun(self, pool: ThreadPoolExecutor, located: list[Located]) -> tuple[Decoded, list[Future[None]]]:
-        """The images of ``located``, which the threads of ``pool`` will have filled in when the futures are done."""
-        images = torch.empty((len(located), *self.shape), dtype=torch.uint8, pin_memory=self._on_gpu)
-        rows = np.array([row for row, _ in located])
-        encoded = [encoded for _, encoded in located]
-        step = min(_TASK, -(-len(located) // self.threads))
-        starts = range(0, len(located), step)
-        futures = [pool.submit(self._fill, images[at : at + step].numpy(), encoded[at : at + step]) for at in starts]
-        return (images, rows), futures
+    def _start_decoding(self, pool: ThreadPoolExecutor, encoded: list[EncodedRow]) -> Pending:
+        images = torch.empty((len(encoded), *self.shape), dtype=torch.uint8, pin_memory=self._on_gpu)
+        sources = [source for _, source in encoded]
+        step = min(_TASK, -(-len(encoded) // self.threads))
+        # Each task writes a slice of its own, so that neither threads nor timing change the images.
+        futures = [
+            pool.submit(self._decode_into, images[start : start + step].numpy(), sources[start : start + step])
+            for start in range(0, len(encoded), step)
+        ]
+        return (images, np.array([row for row, _ in encoded])), futures
 
-    def _fill(self, pixels: np.ndarray, encoded: Sequence[Encoded]) -> None:
-        for place, image in enumerate(encoded):
-            pixels[place] = self.form.fit(decode(image, self.size), image[0])
+    def _decode_into(self, pixels: np.ndarray, encoded: Sequence[Encoded]) -> None:
+        for position, image in enumerate(encoded):
+            pixels[position] = self.form.fit(decode(image, self.size), image[0])
 
     @property
     def _on_gpu(self) -> bool:
@@ -239,27 +251,29 @@ class Stream:
 
 
 def training_source(images: ImageSet | Stream, device: torch.device | str, rank: int, processes: int) -> TrainingImages:
-    """What a training draws from: a stream as it is, images in memory on ``device``."""
-    return images if isinstance(images, Stream) else Resident(images, device, rank, processes)
+    """Return the source of batches for a training stage: a stream to ``device``, or images in memory there."""
+    if isinstance(images, Stream):
+        return replace(images, device=device, rank=rank, processes=processes)
+    return Resident(images, device, rank, processes)
 
 
-class _Shelf:
-    """Bytes copied into slabs of ``size`` that go back to the system when no view of them is left.
+class _Slabs:
+    """Copies of bytes in slabs of ``size``, which return to the system when no view of them is left.
 
-    Thousands of single objects would leave the heap in pieces, so that a process would hold far more than they take.
+    Thousands of single objects would fragment the heap, so that a process would hold far more than they take.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._left = memoryview(b"")
+        self._free = memoryview(b"")
 
-    def put(self, content: bytes | memoryview) -> memoryview:
-        """A view of the copy."""
-        if len(content) > len(self._left):
-            self._left = memoryview(mmap(-1, max(self._size, len(content))))
-        kept, self._left = self._left[: len(content)], self._left[len(content) :]
-        kept[:] = content
-        return kept
+    def copy(self, content: bytes | memoryview) -> memoryview:
+        """Copy ``content`` into the current slab, or a new one; return a view of the copy."""
+        if len(content) > len(self._free):
+            self._free = memoryview(mmap(-1, max(self._size, len(content))))
+        view, self._free = self._free[: len(content)], self._free[len(content) :]
+        view[:] = content
+        return view
 
 
 def open_stream(
@@ -269,55 +283,43 @@ def open_stream(
     root: Root = None,
     size: int | None = None,
     memory: int = 1 << 30,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    processes: int = 1,
     threads: int | None = None,
 ) -> Stream:
-    """The images of ``split`` (or several, joined by "+") in a folder of parquet shards or of image files, streamed.
+    """Open a split in a folder of parquet shards or of image files as a stream.
 
-    Names and paths, ``root`` and ``size`` as in ``load_images``; a data set known by name must lie in ``root`` as
-    parquet shards. ``memory``: bytes of encoded images to hold, per process. ``threads``: that decode; None: one per
-    processor, at most eight. The rest as in ``Stream``. Reads file names, metadata and labels, and decodes up to 64
-    images: the set is taken for greyscale if all of them are.
+    File names, metadata and labels are read, and up to 64 images are decoded: the set is taken to be greyscale if all
+    of these are.
 
-    Raises: DataError as ``load_images``, or where there is nothing to stream from; ConfigError for a wrong ``memory``,
-    ``rank``, ``processes`` or ``threads``.
+    Args:
+        name_or_path, split, root, size: as in ``load_images``. A data set known by name must lie in ``root`` as shards.
+        memory: bytes of encoded images to hold, per process.
+        threads: number of decoding threads. None: one per processor, at most eight.
+
+    Raises:
+        DataError: as ``load_images``, or the data are not stored image by image.
+        InputError: a wrong ``size`` or ``root``.
+        ConfigError: a wrong ``memory`` or ``threads``.
     """
     check_size(size)
-    _check_whole("memory", memory, 1)
-    _check_whole("processes", processes, 1)
-    _check_whole("rank", rank, 0, processes - 1)
-    threads = num_threads() if threads is None else threads
-    _check_whole("threads", threads, 1)
-    records = open_records(name_or_path, split, root)
-    if records is None:
+    encoded = open_encoded(name_or_path, split, root)
+    if encoded is None:
         raise DataError(
             f"{name_or_path} can only be loaded as a whole: streams are made of parquet shards or image files; "
             "let it fit in memory (data.memory_gb, data.size) or store it as one of these"
         )
-    check_several_classes(records.labels, records.classes, split, f"{os.fspath(name_or_path)} ({split})")
-    stream = Stream(
-        records,
-        Form((1, 1, 1), ""),
-        records.labels,
-        np.arange(len(records)),
-        size,
-        memory,
-        device,
-        rank,
-        processes,
-        threads,
-    )
-    return replace(stream, form=_form(records, stream._blocks, size))
+    check_several_classes(encoded.labels, encoded.classes, split, f"{os.fspath(name_or_path)} ({split})")
+    threads = num_threads() if threads is None else threads
+    unknown = Form((1, 1, 1), "")
+    stream = Stream(encoded, unknown, encoded.labels, np.arange(len(encoded)), size, memory, threads)
+    return replace(stream, form=_form(encoded, stream._blocks, size))
 
 
-def _form(records: Records, blocks: Sequence[Block], size: int | None) -> Form:
-    """The shape of the first image, in colour if any of the first ones or of those that begin a block is."""
+def _form(images: EncodedImages, blocks: Sequence[Block], size: int | None) -> Form:
+    """Return the shape of the first image, in colour if one of the first images or of those that begin a block is."""
     begins = [blocks[int(number)].start for number in np.linspace(0, len(blocks) - 1, min(_PROBED, len(blocks)))]
-    probed = np.union1d(np.arange(min(_PROBED, len(records))), begins)
+    probed = np.union1d(np.arange(min(_PROBED, len(images))), begins)
     form: Form | None = None
-    for encoded in records.read(probed):
+    for encoded in images.read(probed):
         image = decode(encoded, size)
         form = form or Form((1, *image.shape[1:]), encoded[0])
         if len(image) == 3:
@@ -326,22 +328,33 @@ def _form(records: Records, blocks: Sequence[Block], size: int | None) -> Form:
     return form
 
 
+def _shares(pools: Sequence[np.ndarray], positions: range, batch_size: int, share: slice) -> Iterator[np.ndarray]:
+    """Yield the rows of each pool at these positions of the epoch that are in this process's share of their batch."""
+    start = 0
+    for pool in pools:
+        position = np.arange(start, start + len(pool))
+        in_batch = position % batch_size
+        in_epoch = (position >= positions.start) & (position < positions.stop)
+        yield pool[in_epoch & (in_batch >= share.start) & (in_batch < share.stop)]
+        start += len(pool)
+
+
 def _shuffled(rows: np.ndarray, generator: torch.Generator) -> np.ndarray:
     return rows[torch.randperm(len(rows), generator=generator).numpy()]
 
 
-def _finished(waiting: deque[tuple[Decoded, list[Future[None]]]]) -> Decoded:
-    """The first part, decoded. Raises: DataError of the first of its images that could not be."""
-    decoded, futures = waiting.popleft()
+def _finished(pending: Pending) -> DecodedRows:
+    """Wait for the images and return them; raise the DataError of the first that could not be decoded."""
+    images, futures = pending
     for future in futures:
         future.result()
-    return decoded
+    return images
 
 
-def _handed_out(located: list[Located | None]) -> Iterator[Located]:
-    """The entries in order; each is let go of, so that a pool shrinks as it is used."""
-    for place, entry in enumerate(located):
-        located[place] = None
+def _released(encoded: list[EncodedRow | None]) -> Iterator[EncodedRow]:
+    """Yield the entries in order and drop each from the list, so that a pool shrinks as it is used."""
+    for position, entry in enumerate(encoded):
+        encoded[position] = None
         assert entry is not None
         yield entry
 

@@ -15,7 +15,7 @@ from rush.attacks.gradient import gradient_statistics
 from rush.attacks.losses import LossName, cross_entropy, named_loss
 from rush.attacks.threat import ORDERS, ThreatModel, norms
 from rush.choices import AttackMethod, Decision, Gradient
-from rush.data.checks import Images, LabelledPixels, check_pixels, positive_integer
+from rush.data.checks import Images, LabelledPixels, check_pixels
 from rush.errors import InputError, RoundingWarning
 from rush.evaluation.candidates import Candidates
 from rush.evaluation.evaluation import Attacker, Evaluation
@@ -23,7 +23,7 @@ from rush.evaluation.model import Defender, Model, SmoothedDefender
 from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, worst_case
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import VerdictSettings
-from rush.runtime.numbers import as_real, as_whole
+from rush.runtime.numbers import as_real, as_whole, positive_integer
 
 Method: TypeAlias = AttackMethod | Literal["worst-case", "paper"]
 

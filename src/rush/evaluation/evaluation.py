@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rush.attacks.gradient import seeded
 from rush.attacks.losses import Loss, named_loss
-from rush.attacks.threat import ThreatModel, distances, norms
+from rush.attacks.threat import ThreatModel, norms
 from rush.choices import Decision
-from rush.data.checks import Images, LabelledPixels, check_labels, kind_of, labelled_pixels
+from rush.data.checks import Images, LabelledPixels, check_class_indices, kind_of, labelled_pixels
 from rush.errors import InputError, ModelError
 from rush.evaluation.candidates import Candidates, attack_of, start_of
 from rush.evaluation.groups import made_by, read_group, write_group
@@ -200,7 +200,6 @@ class Evaluation:
             verdicts = self.defender.judge(replace(images, x=adversarial), plan.name, self.settings)
         else:
             verdicts = Verdicts.undecided(len(images), self.defender.num_classes)
-        linf, l2 = distances(adversarial, images.x)
         return AttackResult(
             plan=plan,
             threat=self.threat,
@@ -208,8 +207,8 @@ class Evaluation:
             labels=images.y.numpy(),
             ids=images.ids,
             **vars(verdicts),
-            linf=linf.numpy(),
-            l2=l2.numpy(),
+            linf=norms(adversarial, images.x, "linf").numpy(),
+            l2=norms(adversarial, images.x, "l2").numpy(),
             l1=norms(adversarial, images.x, "l1").numpy(),
             passes=np.full(len(images), candidates.passes),
             forward_passes=np.full(len(images), candidates.forward_passes),
@@ -267,7 +266,7 @@ def _check_outputs(defender: Defender, pixels: LabelledPixels, declared: bool) -
     with torch.no_grad():
         logits = check_logits(defender.execution.logits(defender.model, pixels.x[:1]), 1, defender.num_classes or None)
     defender.num_classes = logits.shape[1]
-    check_labels(pixels.y, len(pixels), defender.num_classes)
+    check_class_indices(pixels.y, len(pixels), defender.num_classes)
     try:
         defender.inspect(pixels.x, declared)
     except ModelError:

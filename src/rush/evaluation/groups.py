@@ -13,7 +13,7 @@ from rush.errors import RunError
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import ARRAYS, AttackResult
 from rush.evaluation.verdict import VerdictSettings
-from rush.runtime.files import write_atomically
+from rush.runtime.files import write_arrays
 
 
 def made_by(settings: VerdictSettings, fingerprint: str) -> str:
@@ -33,7 +33,7 @@ def write_group(path: Path, result: AttackResult, images: LabelledPixels, origin
         origin: whatever decides the result beside images, plan, threat and level, e.g. ``made_by``.
     """
     arrays = {name: getattr(result, name) for name in ARRAYS}
-    save_arrays(
+    write_arrays(
         path,
         adversarial=result.adversarial.numpy(),
         ids=np.array(result.ids),
@@ -74,16 +74,6 @@ def read_group(
             f"move {path.parent} away and attack again"
         )
     return AttackResult(plan=plan, threat=threat, adversarial=adversarial, ids=ids, level=level, single=single, **kept)
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz file, atomically."""
-
-    def write(target: Path) -> None:
-        with open(target, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-
-    write_atomically(path, write)
 
 
 def _conditions(plan: Plan | Suite, threat: ThreatModel, level: float, origin: str) -> str:

@@ -18,10 +18,9 @@ from rush.certification.certificates import Certificates
 from rush.errors import SandwichError
 from rush.evaluation.plans import Plan
 from rush.evaluation.result import AttackResult
-from rush.statistics import upper_quantile
+from rush.statistics import most_by_chance
 
 SHARE_OF_RADIUS = 0.99
-TAIL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], 
         for image_id, l2 in zip(np.array(result.ids)[result.broken], result.l2[result.broken], strict=True)
         if image_id in radii and l2 <= radii[image_id]
     }
-    chance = min(1.0, certificates.rule.image_alpha + verdict_level)
-    allowed = upper_quantile(len(attacked), chance, TAIL) if attacked else 0
+    allowed = most_by_chance(len(attacked), certificates.rule.image_alpha + verdict_level)
     return Sandwich(len(attacked), tuple(sorted(map(str, broken))), allowed)
 
 

@@ -11,34 +11,39 @@ from rush.errors import ModelError
 
 
 class NormBranch(nn.Module):
-    """Parameters and buffers of all BatchNorm layers of a module a second time (dual BatchNorm).
+    """A second copy of the parameters and buffers of all BatchNorm layers of a module (dual BatchNorm).
 
-    Clean and adversarial images follow different statistics; Jiang et al. 2020, "Robust Pre-Training by Adversarial
+    Clean and adversarial images follow different statistics. Jiang et al. 2020, "Robust Pre-Training by Adversarial
     Contrastive Learning" (algorithm 1), give each stream its own normalization and share everything else. The branch
-    starts with the module's values. It does not hold the module: the two are trained, moved and saved side by side.
+    starts with the module's values. It does not hold the module: the two are trained, moved and saved separately.
 
-    Subclasses of BatchNorm are taken along as they are, provided that they update their buffers in place, as torch's
-    own do; a buffer that a layer replaces by another tensor in its forward is lost.
+    Subclasses of BatchNorm are supported if they update their buffers in place, as torch's own do. A buffer that a
+    layer replaces by another tensor in its forward is lost.
 
-    Raises: ModelError when the module has no BatchNorm layer.
+    Args:
+        module: the module to branch.
+
+    Raises:
+        ModelError: The module has no BatchNorm layer.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        found = _norms(module)
-        if not found:
+        norms = _norms(module)
+        if not norms:
             raise ModelError(
                 f"{type(module).__name__} has no BatchNorm layer to branch; train it without a second normalization"
             )
-        self.names = tuple(found)
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in found.values())
+        self.names = tuple(norms)
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in norms.values())
 
     def call(self, module: nn.Module, x: Tensor) -> Tensor:
-        """``module(x)`` with the normalization of this branch.
+        """Return ``module(x)`` with the normalization of this branch.
 
-        Whether by batch or running statistics is decided by ``module.training`` (of each of its layers), not by the
-        mode of the branch; so are momentum and eps. In training mode the branch's running statistics are updated and
-        those of the module stay. Gradients flow into the branch's parameters and the module's others.
+        The layers of ``module`` decide by their ``training`` flag whether batch or running statistics are used, and
+        they provide momentum and eps. The mode of the branch has no effect. In training mode the branch's running
+        statistics are updated and those of the module stay. Gradients flow into the branch's parameters and the
+        module's other parameters.
         """
         return functional_call(module, self._values(), (x,))
 
@@ -46,16 +51,17 @@ class NormBranch(nn.Module):
     def copy_into(self, module: nn.Module) -> None:
         """Overwrite the normalization of ``module`` by that of this branch.
 
-        Raises: ModelError when its BatchNorm layers have other names than those that were branched.
+        Raises:
+            ModelError: The names of its BatchNorm layers differ from those of the branched module.
         """
-        found = _norms(module)
-        if tuple(found) != self.names:
+        norms = _norms(module)
+        if tuple(norms) != self.names:
             raise ModelError(
                 f"the branch holds the BatchNorm layers {', '.join(self.names)}, "
-                f"the module has {', '.join(found) or 'none'}; give the module that was branched, or a copy of it"
+                f"the module has {', '.join(norms) or 'none'}; give the module that was branched, or a copy of it"
             )
-        for layer, own in zip(found.values(), self.layers, strict=True):
-            layer.load_state_dict(own.state_dict())
+        for layer, branched in zip(norms.values(), self.layers, strict=True):
+            layer.load_state_dict(branched.state_dict())
 
     def _values(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}

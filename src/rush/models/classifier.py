@@ -10,7 +10,7 @@ from rush.errors import ModelError
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel, so that pixels stay in [0, 1] up to the first layer of every model."""
+    """The layer (x - mean) / std per channel, so that pixels stay in [0, 1] up to the first layer of every model."""
 
     mean: Tensor
     std: Tensor
@@ -21,12 +21,12 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Tensor):  # a symbolic trace has no shape to look at
+        if isinstance(x, Tensor):  # a symbolic trace has no shape
             self._check_channels(x)
         return (x - self.mean) / self.std
 
     def _check_channels(self, x: Tensor) -> None:
-        """Raise ModelError where the statistics would be broadcast: one plane would become several equal ones."""
+        """Raise ModelError where broadcasting would silently turn one channel into several equal ones."""
         channels = self.mean.shape[1]
         if x.ndim != 4 or x.shape[1] != channels:
             raise ModelError(
@@ -36,9 +36,13 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pixels (B, C, H, W) in [0, 1], noise allowed to leave that range -> logits (B, K).
+    """Classifier from pixels (B, C, H, W) in [0, 1], or outside after noise, to logits (B, K).
 
-    kind: shape and class names of the images that it was trained on, as far as they are known.
+    Args:
+        normalize: the first layer.
+        encoder: normalized images -> representations (B, features).
+        head: representations -> logits.
+        kind: shape and class names of the images that it was trained on, as far as they are known.
     """
 
     def __init__(self, normalize: Normalize, encoder: nn.Module, head: nn.Module, kind: ImageKind = ANY_KIND) -> None:
@@ -49,7 +53,7 @@ class Classifier(nn.Module):
         self.head = head
 
     def represent(self, x: Tensor) -> Tensor:
-        """Representations (B, features)."""
+        """Return the representations (B, features) of images (B, C, H, W)."""
         return self.encoder(self.normalize(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ class Classifier(nn.Module):
 
 
 class Represent(nn.Module):
-    """Pixels (B, C, H, W) -> representations (B, features) of a classifier, as a module."""
+    """Module from pixels (B, C, H, W) to the representations (B, features) of a classifier."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()

@@ -1,6 +1,5 @@
-"""What ``model.json`` says of a saved classifier, checked field by field before anything is built of it."""
+"""The content of ``model.json``, validated field by field before a classifier is built from it."""
 
-import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from rush.choices import CompileMode, Precision
 from rush.data.labels import MAX_CLASSES, check_class_names
 from rush.data.readers.entries import describe_kind
 from rush.errors import RunError
+from rush.runtime.lines import read_object
 
 FORMAT = 1
 GAUSSIAN, NO_NOISE = "gaussian", "none"
@@ -44,7 +44,8 @@ class _Classifier(_Part):
     def _fit_each_other(self) -> "_Classifier":
         if not len(self.mean) == len(self.std) == self.in_channels:
             raise ValueError(
-                f"{len(self.mean)} means and {len(self.std)} deviations for {self.in_channels} channels, needs one each"
+                f"{len(self.mean)} means and {len(self.std)} deviations for {self.in_channels} channels, expected one "
+                "per channel"
             )
         check_class_names(self.classes, "classes")
         return self
@@ -91,10 +92,10 @@ class _Description(_Part):
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the checked content of ``model.json`` in ``folder``, with what older versions did not write filled in.
+    """Return the validated content of ``model.json`` in ``folder``, with defaults for fields of newer versions.
 
     Raises:
-        RunError: The file is missing, damaged, of an unknown format, or says what cannot be.
+        RunError: The file is missing, damaged, of an unknown format, or inconsistent.
     """
     file = folder / "model.json"
     if not file.exists():
@@ -111,44 +112,40 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def damaged(file: Path, reason: object) -> RunError:
-    """Return the error for a file of a model that is damaged, and why."""
+    """Return the error for a damaged file of a model, with the reason."""
     text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
     return RunError(f"{file} is damaged ({text}); restore it or fine-tune again")
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise damaged(file, f"it is {describe_kind(file)}")
     try:
-        with file.open("rb") as opened:
-            stored = opened.read(_MOST_BYTES + 1)
-        if len(stored) > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES} bytes")
-        return json.loads(stored.decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        return read_object(file, _MOST_BYTES)
+    except (OSError, ValueError, MemoryError) as error:
         raise damaged(file, error) from error
 
 
-def _check_version(content: Any, file: Path) -> None:
-    """Raise RunError for a description of another version, or one that does not say its format and noise."""
-    noise = content.get("noise") if isinstance(content, Mapping) else None
+def _check_version(content: dict[str, Any], file: Path) -> None:
+    """Raise RunError for a description of another version, or one without format or noise."""
+    noise = content.get("noise")
     if not isinstance(noise, Mapping) or "format" not in content:
-        raise damaged(file, "it is no object with format and noise")
+        raise damaged(file, "it has no format and noise")
     if content["format"] != FORMAT:
         raise RunError(
             f"{file} has format {reprlib.repr(content['format'])}, this version reads {FORMAT}; update rush-smoothing"
         )
     if noise.get("name") not in (GAUSSIAN, NO_NOISE):
         raise RunError(
-            f"{file} has noise {reprlib.repr(noise.get('name'))}, this version knows {GAUSSIAN} and {NO_NOISE}; update "
-            "rush-smoothing"
+            f"{file} has noise {reprlib.repr(noise.get('name'))}, this version supports {GAUSSIAN} and {NO_NOISE}; "
+            "update rush-smoothing"
         )
 
 
 def _explain(entry: Any) -> str:
-    place = ".".join(str(part) for part in entry["loc"]) or "the whole"
+    field = ".".join(str(part) for part in entry["loc"]) or "the whole"
     message = entry["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}, given {_shortened(entry['input'])}"
+    return f"{field}: {message}, given {_shortened(entry['input'])}"
 
 
 def _shortened(value: object) -> str:

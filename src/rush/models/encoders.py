@@ -1,4 +1,4 @@
-"""Every encoder by name: one place that builds what a recipe or a saved model describes."""
+"""Construction of every encoder that a recipe or a saved model names."""
 
 from typing import get_args
 
@@ -21,10 +21,10 @@ _WIDE_DEPTHS = {"wideresnet28": 28, "wideresnet34": 34}
 
 
 class SmallEncoder(nn.Module):
-    """Three 3x3 convolutions for images of about 8x8: (B, C, H, W) -> (B, features) with ``features`` = 16 * width.
+    """Encoder for images of about 8x8: (B, C, H, W) -> (B, features) with ``features`` = 16 * width.
 
-    The second and third halve the side; the last map is pooled to 2x2 and flattened, so that the representation knows
-    where.
+    It has three 3x3 convolutions, of which the second and third halve the side. The last map is pooled to 2x2 and
+    flattened, so that the representation keeps position.
     """
 
     def __init__(self, width: int = 16, in_channels: int = 1) -> None:
@@ -39,13 +39,20 @@ class SmallEncoder(nn.Module):
 
 
 def build_encoder(name: EncoderName, width: int, in_channels: int, stem: Stem = "small") -> nn.Module:
-    """The encoder called ``name`` with attribute ``features``, uninitialised beyond torch's defaults (see
-    ``seeded_init``).
+    """Build the encoder ``name``, with torch's default initialization (see ``seeded_init``).
 
-    ``width`` is the first stage's number of channels; the published networks have 64, the wide ones 160 ("-10").
-    ``stem``: "standard" (7x7 stride 2 with pooling, for images of 96 pixels and more) is there for resnet18, resnet34
-    and resnet50; the others look at small images only.
-    Raises: ConfigError for an unknown name or stem, and for a stem that this encoder does not have.
+    Args:
+        name: the encoder.
+        width: number of channels of the first stage, in the published networks 64, in the wide ones 160 ("-10").
+        in_channels: number of channels of the images.
+        stem: "small", or "standard" (7x7 stride 2 with pooling, for images of 96 pixels and more), which resnet18,
+            resnet34 and resnet50 support.
+
+    Returns:
+        A module (B, in_channels, H, W) -> (B, features), with the attribute ``features``.
+
+    Raises:
+        ConfigError: The name or the stem is unknown, or the encoder does not have this stem.
     """
     if stem not in get_args(Stem):
         raise ConfigError(f"unknown stem {stem!r}; allowed: {', '.join(get_args(Stem))}")

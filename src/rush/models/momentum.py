@@ -1,4 +1,4 @@
-"""The key network of momentum contrast and the queue of its keys."""
+"""Key network and queue of keys for momentum contrast (He et al. 2020)."""
 
 import copy
 
@@ -13,18 +13,24 @@ from rush.runtime.distributed import gather
 class KeyNetwork(nn.Module):
     """A slowly moving copy of a query network, with a queue of its latest keys (MoCo: He et al. 2020, section 3.2).
 
-    ``network`` starts as a deep copy of ``query`` whose parameters take no gradients; ``follow`` moves them. Its
-    BatchNorm layers keep running statistics of their own, gathered from the keys that it computes in training mode;
-    ``follow`` leaves them alone. ``queue`` (queue_size, features) holds unit vectors, at first normal draws scaled to
-    norm 1, and ``position`` the slot that is written next. Both are buffers, so that ``state_dict`` holds all that a
-    resumed training needs.
+    ``network`` starts as a deep copy of ``query`` whose parameters take no gradients but are moved by ``follow``. Its
+    BatchNorm layers keep separate running statistics, of the keys that it computes in training mode. ``follow`` does
+    not change them. ``queue`` (queue_size, features) holds unit vectors, at first normal draws scaled to norm 1, and
+    ``position`` is the slot that is written next. Both are buffers, so that ``state_dict`` is all that a resumed run
+    needs.
 
-    BatchNorm can give a key away: only a query's own key was normalized together with its batch, the queue was not. He
-    et al. 2020 (section 3.3) therefore shuffle the keys over the processes' batches; see ``shuffled``.
+    BatchNorm can reveal the positive key: unlike the queue, it was normalized together with the batch of its query. He
+    et al. 2020 (section 3.3) therefore shuffle the keys over the processes' batches (see ``shuffled``).
 
-    query: module (B, ...) -> (B, features). queue_size: a multiple of ``global_batch``, so that every batch of keys
-    replaces a whole one. global_batch: keys of one step, over all processes. generator: on the CPU, draws the queue.
-    Raises: ConfigError when the sizes do not fit.
+    Args:
+        query: module (B, ...) -> (B, features).
+        features: length of a key.
+        queue_size: a multiple of ``global_batch``, so that every batch of keys replaces a whole one.
+        global_batch: number of keys per step, over all processes.
+        generator: on the CPU, draws the queue.
+
+    Raises:
+        ConfigError: ``queue_size`` is not a multiple of ``global_batch``, or one of them is below 1.
     """
 
     queue: Tensor
@@ -46,20 +52,27 @@ class KeyNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Keys (B, features) of these inputs, without gradient."""
+        """Return the keys (B, features) of inputs ``x`` (B, ...), without gradient."""
         return self.network(x)
 
     @torch.no_grad()
     def shuffled(self, x: Tensor, groups: int, generator: torch.Generator) -> Tensor:
-        """Keys (B, features) of these inputs, computed in ``groups`` random groups of B / groups rows.
+        """Return the keys (B, features) of inputs ``x`` (B, ...), computed in random groups of B / groups rows.
 
-        In training mode every group is normalized by its own batch statistics, so that the queries' statistics do not
-        tell which key is whose (the shuffling of He et al. 2020, section 3.3, within one process); running statistics
-        are updated once a group. generator: on the device of ``x``; draws one permutation.
-        Raises: ConfigError when ``groups`` does not divide B.
+        In training mode every group is normalized by its own batch statistics, so that the statistics do not reveal
+        which key belongs to a query (the shuffling of He et al. 2020, section 3.3, within one process). Running
+        statistics are updated once per group.
+
+        Args:
+            x: inputs (B, ...).
+            groups: number of groups, a divisor of B.
+            generator: on the device of ``x``, draws one permutation.
+
+        Raises:
+            ConfigError: ``groups`` does not divide B.
         """
         if groups < 1 or len(x) % groups:
-            raise ConfigError(f"{len(x)} rows do not part into {groups} groups of one size; use a divisor of {len(x)}")
+            raise ConfigError(f"{len(x)} rows cannot be split into {groups} equal groups; use a divisor of {len(x)}")
         order = torch.randperm(len(x), generator=generator, device=x.device)
         keys = torch.cat([self.network(part) for part in x[order].chunk(groups)])
         return keys[order.argsort()]
@@ -68,24 +81,34 @@ class KeyNetwork(nn.Module):
     def follow(self, query: nn.Module, momentum: float) -> None:
         """Move every parameter: key = momentum x key + (1 - momentum) x query (He et al. 2020, equation 2).
 
-        momentum: in [0, 1]; 0.999 in the paper. Buffers stay as they are.
-        Raises: InputError for another momentum, or a query network with other parameters.
+        Buffers do not change.
+
+        Args:
+            query: the query network.
+            momentum: in [0, 1] (0.999 in the paper).
+
+        Raises:
+            InputError: ``momentum`` is out of range, or the parameters of ``query`` have different shapes.
         """
         if not 0 <= momentum <= 1:
             raise InputError(f"the key network's momentum must lie in [0, 1], got {momentum!r}")
-        own: list[Tensor] = list(self.network.parameters())
-        theirs: list[Tensor] = list(query.parameters())
-        if [p.shape for p in own] != [p.shape for p in theirs]:
-            raise InputError("the query network's parameters have other shapes than those that the key network copied")
-        torch._foreach_lerp_(own, theirs, 1 - momentum)
+        key_parameters: list[Tensor] = list(self.network.parameters())
+        query_parameters: list[Tensor] = list(query.parameters())
+        if [p.shape for p in key_parameters] != [p.shape for p in query_parameters]:
+            raise InputError("the query network's parameters differ in shape from those that the key network copied")
+        torch._foreach_lerp_(key_parameters, query_parameters, 1 - momentum)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Put the keys of all processes, scaled to unit norm and in rank order, in place of the oldest ones.
+        """Replace the oldest keys by those of all processes, scaled to unit norm and in rank order.
 
-        Without gradient and without waiting for the device. Every process ends with the same queue.
-        keys: this process's (global_batch / world, features), equally many on every process.
-        Raises: InputError when they are not as many.
+        No gradient is kept and nothing waits for the device. Every process ends with the same queue.
+
+        Args:
+            keys: keys of this process, (global_batch / world_size, features).
+
+        Raises:
+            InputError: The keys of all processes are not (global_batch, features).
         """
         rows = gather(F.normalize(keys.detach().to(self.queue.dtype), dim=1))
         if rows.shape != (self.global_batch, self.queue.shape[1]):

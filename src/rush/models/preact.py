@@ -4,12 +4,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rush.models.resnet import residual_stages
+
 
 class PreActBlock(nn.Module):
-    """BatchNorm and ReLU before each of two 3x3 convolutions: (B, in, H, W) -> (B, out, H / stride, W / stride).
+    """Residual block with pre-activation: (B, in, H, W) -> (B, out, H / stride, W / stride).
 
-    conv2(relu(norm2(conv1(a)))) + shortcut with a = relu(norm1(x)). The shortcut is x itself, or where sizes differ a
-    1x1 convolution of a: only the identity bypasses the activation (He et al. 2016b, section 4.1 and appendix).
+    It computes conv2(relu(norm2(conv1(a)))) + shortcut with a = relu(norm1(x)) and 3x3 convolutions. The shortcut is x
+    itself or, where sizes differ, a 1x1 convolution of a: only the identity bypasses the activation (He et al. 2016b,
+    section 4.1 and appendix).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -30,9 +33,13 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """Encoder: normalized images (B, C, H, W) -> representations (B, features).
 
-    ``blocks`` per stage: (2, 2, 2, 2) is PreActResNet-18. ``width`` is the first stage's number of channels (64 is the
-    published network), each further stage has twice as many at half the side; ``features`` are the last one's. The stem
-    is one 3x3 convolution to ``stem_channels``, by default ``width``; BatchNorm and ReLU follow the last block.
+    Each stage after the first has twice as many channels at half the side. BatchNorm and ReLU follow the last block.
+
+    Args:
+        blocks: number of blocks per stage, (2, 2, 2, 2) for PreActResNet-18.
+        width: number of channels of the first stage, 64 in the published network. ``features`` is that of the last.
+        in_channels: number of channels of the images.
+        stem_channels: number of channels of the stem, one 3x3 convolution, by default ``width``.
     """
 
     def __init__(
@@ -42,14 +49,8 @@ class PreActResNet(nn.Module):
         channels = width if stem_channels is None else stem_channels
         self.features = width * 2 ** (len(blocks) - 1)
         self.stem = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)
-        stages: list[nn.Module] = []
-        for stage, repeats in enumerate(blocks):
-            for repeat in range(repeats):
-                out_channels = width * 2**stage
-                stages.append(PreActBlock(channels, out_channels, stride=2 if stage > 0 and repeat == 0 else 1))
-                channels = out_channels
-        self.stages = nn.Sequential(*stages)
-        self.norm = nn.BatchNorm2d(channels)
+        self.stages = residual_stages(PreActBlock, blocks, channels, width)
+        self.norm = nn.BatchNorm2d(self.features)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm(self.stages(self.stem(x))))

@@ -1,5 +1,7 @@
 """Residual networks (He et al. 2016) for small and standard images, with a width factor."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,7 +10,7 @@ from rush.choices import Stem
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut: (B, in, H, W) -> (B, channels, H / stride, W / stride)."""
+    """Residual block of two 3x3 convolutions: (B, in, H, W) -> (B, channels, H / stride, W / stride)."""
 
     expansion = 1
 
@@ -26,10 +28,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions with a shortcut: (B, in, H, W) -> (B, 4 * channels, H / stride, W / stride).
+    """Residual block of 1x1, 3x3 and 1x1 convolutions: (B, in, H, W) -> (B, 4 * channels, H / stride, W / stride).
 
-    The 3x3 convolution takes the stride, as in Goyal et al. (2017) and in every weight file of the field since; He et
-    al. (2016) gave it to the first 1x1, which then drops three of four pixels unseen.
+    The 3x3 convolution has the stride, as in Goyal et al. (2017) and in most published weights since. In He et al.
+    (2016) the first 1x1 convolution has it, which skips three of four pixels.
     """
 
     expansion = 4
@@ -54,10 +56,16 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Encoder: normalized images (B, C, H, W) -> representations (B, features).
 
-    ``blocks`` per stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34, and ResNet-50 with ``block`` =
-    ``Bottleneck``. ``width`` is the number of channels of the first stage's 3x3 convolutions; 64 is the published
-    network. ``features`` = 8 * width, of bottlenecks 32 * width. The ``small`` stem is one 3x3 convolution without
-    pooling (the custom at 32x32), the ``standard`` one 7x7 stride 2 with pooling.
+    ``features`` is 8 * width, or 32 * width with bottlenecks.
+
+    Args:
+        blocks: number of blocks per stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 and, with ``Bottleneck``,
+            ResNet-50.
+        width: number of channels of the first stage's 3x3 convolutions, 64 in the published network.
+        in_channels: number of channels of the images.
+        stem: "small" is one 3x3 convolution without pooling, as is usual at 32x32, and "standard" is 7x7 stride 2 with
+            pooling.
+        block: the type of block.
     """
 
     def __init__(
@@ -71,21 +79,35 @@ class ResNet(nn.Module):
         super().__init__()
         self.features = 8 * width * block.expansion
         self.stem = _stem(stem, in_channels, width)
-        stages: list[nn.Module] = []
-        in_stage = width
-        for stage, repeats in enumerate(blocks):
-            channels = width * 2**stage
-            for repeat in range(repeats):
-                stages.append(block(in_stage, channels, stride=2 if stage > 0 and repeat == 0 else 1))
-                in_stage = channels * block.expansion
-        self.stages = nn.Sequential(*stages)
+        self.stages = residual_stages(block, blocks, width, width, block.expansion)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.flatten(F.adaptive_avg_pool2d(self.stages(self.stem(x)), 1), 1)
 
 
+def residual_stages(
+    block: Callable[[int, int, int], nn.Module], blocks: Sequence[int], in_channels: int, width: int, expansion: int = 1
+) -> nn.Sequential:
+    """Build the stages of a residual network; each after the first has twice as many channels at half the side.
+
+    Args:
+        block: (input channels, channels, stride) -> a block with channels * expansion output channels.
+        blocks: number of blocks per stage.
+        in_channels: number of channels of the stem's output.
+        width: number of channels of the first stage.
+        expansion: output channels of a block over its channels.
+    """
+    stages: list[nn.Module] = []
+    for stage, repeats in enumerate(blocks):
+        channels = width * 2**stage
+        for repeat in range(repeats):
+            stages.append(block(in_channels, channels, 2 if stage > 0 and repeat == 0 else 1))
+            in_channels = channels * expansion
+    return nn.Sequential(*stages)
+
+
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The identity, or where sizes differ a normalized 1x1 convolution (option B of He et al. 2016)."""
+    """Build the identity or, where sizes differ, a normalized 1x1 convolution (option B of He et al. 2016)."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))

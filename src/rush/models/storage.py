@@ -1,4 +1,4 @@
-"""Models on disk: weights as safetensors, everything else as JSON beside them; nothing is ever unpickled."""
+"""Models on disk: weights as safetensors, all else as JSON beside them. Nothing is ever unpickled."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,9 +37,16 @@ _RECORDED = ("precision", "tile", "folded", "compile_mode")
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """What builds an untrained ``Classifier``: encoder by name, its width, input and stem, normalization, classes.
+    """Arguments that build an untrained ``Classifier``: encoder, normalization and classes.
 
-    Descriptions written before there was a choice of stem name none and mean the small one.
+    Attributes:
+        encoder: name of the encoder, see ``build_encoder``.
+        width: number of channels of its first stage.
+        in_channels: number of channels of the images.
+        mean: of the pixels, per channel.
+        std: standard deviation of the pixels, per channel.
+        classes: names of the classes.
+        stem: stem of the encoder. Descriptions of older versions omit it and mean "small".
     """
 
     encoder: EncoderName
@@ -51,7 +58,7 @@ class ClassifierSpec:
     stem: Stem = "small"
 
     def build(self) -> Classifier:
-        """Raises: ConfigError for an encoder or a stem that does not exist."""
+        """Build the classifier, or raise ConfigError if the encoder or the stem does not exist."""
         encoder = build_encoder(self.encoder, self.width, self.in_channels, self.stem)
         features = encoder.features
         assert isinstance(features, int)
@@ -59,20 +66,20 @@ class ClassifierSpec:
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Weights and buffers of ``module`` to ``path`` as safetensors, atomically."""
+    """Write weights and buffers of ``module`` to ``path`` as safetensors, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
     def write(target: Path) -> None:
         try:
             save_file(tensors, target)
-        except SafetensorError as error:  # what the system says comes as one of its own errors
+        except SafetensorError as error:  # safetensors wraps the errors of the system
             raise OSError(str(error)) from error
 
     write_atomically(path, write)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill ``module`` in place from ``path``; RunError when the file is missing, damaged or of another architecture."""
+    """Load ``module`` in place from ``path``, or raise RunError if the file is missing, damaged or does not fit."""
     _check_weights(module, path)
     try:
         module.load_state_dict(load_file(path))
@@ -81,23 +88,25 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def _check_weights(module: nn.Module, path: Path) -> None:
-    """Raise RunError unless the header of ``path`` names the tensors of ``module`` (which may be on the meta device),
-    with their shapes and types; no tensor is read."""
+    """Raise RunError unless the header of ``path`` lists the tensors of ``module`` with their shapes and types.
+
+    No tensor is read, and ``module`` may be on the meta device.
+    """
     if not path.exists():
         raise RunError(f"{path} is missing; the stage that writes it has not finished, or the folder is incomplete")
     if not path.is_file():
         raise RunError(f"{path} is {describe_kind(path)}, not a file of weights; restore it")
     try:
         with safe_open(path, "pt") as stored:
-            found = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
-            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
-    except Exception as error:  # the reader of the header may raise anything on a damaged one
+            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except Exception as error:  # the reader may raise anything on a damaged header
         raise _unfit(path, error) from error
     expected = {name: (tuple(tensor.shape), _TYPES.get(tensor.dtype)) for name, tensor in module.state_dict().items()}
     wrong = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
     if wrong:
-        given, wanted = shapes.get(wrong[0], "not there"), expected.get(wrong[0], "none")
-        raise _unfit(path, f"{wrong[0]!r} is {given}, expected is {wanted} ({len(wrong)} such tensors)")
+        stored_shape, expected_shape = shapes.get(wrong[0], "missing"), expected.get(wrong[0], "none")
+        raise _unfit(path, f"{wrong[0]!r} is {stored_shape}, expected {expected_shape} ({len(wrong)} such tensors)")
 
 
 def _unfit(path: Path, reason: object) -> RunError:
@@ -113,13 +122,31 @@ def save_smoothed(
     image_shape: Sequence[int],
     resized: bool = False,
 ) -> None:
-    """Write ``model.safetensors`` and ``model.json`` into ``folder``; the JSON last, so that it says the model is
-    whole.
+    """Write ``model.safetensors`` and then ``model.json``, whose presence marks the model as complete, into ``folder``.
 
-    image_shape: (C, H, W) of the images it was trained on. resized: whether these were made from images of any size
-    (``data.size``), so that others are made the same way for it.
+    Args:
+        folder: where the model is written.
+        classifier: the base classifier.
+        spec: the arguments that built it.
+        sigma: standard deviation of the noise, 0 for a classifier that is not smoothed.
+        execution: the forward of its judged samples.
+        image_shape: (C, H, W) of the images that it was trained on.
+        resized: whether these were resized from images of any size (``data.size``), as its inputs then are too.
+
+    Raises:
+        WriteError: A file cannot be written.
     """
-    _save(folder, classifier, spec, {"name": GAUSSIAN, "sigma": sigma}, execution, image_shape, resized)
+    save_weights(classifier, folder / "model.safetensors")
+    description = {
+        "format": FORMAT,
+        "classifier": asdict(spec),
+        "noise": {"name": GAUSSIAN, "sigma": sigma} if sigma else {"name": NO_NOISE},
+        "execution": {name: getattr(execution, name) for name in _RECORDED},
+        "image_shape": list(image_shape),
+        "resized": resized,
+        "classes": list(spec.classes),
+    }
+    write_json(folder / "model.json", description)
 
 
 def save_plain(
@@ -130,97 +157,65 @@ def save_plain(
     image_shape: Sequence[int],
     resized: bool = False,
 ) -> None:
-    """Write a classifier that is not smoothed, like ``save_smoothed``; its noise is "none" and its forward
-    ``plain_execution``."""
-    _save(folder, classifier, spec, {"name": NO_NOISE}, plain_execution(device), image_shape, resized)
+    """Write a classifier that is not smoothed, like ``save_smoothed``, with ``plain_execution`` as its forward."""
+    save_smoothed(folder, classifier, spec, 0.0, plain_execution(device), image_shape, resized)
 
 
 def plain_execution(device: str) -> Execution:
-    """The forward of a classifier that is not smoothed: float32 and uncompiled, as deterministic networks are attacked
-    and judged (``evaluation.model.PlainDefender``)."""
+    """Return the forward of a classifier that is not smoothed: float32 and uncompiled.
+
+    Deterministic networks are attacked and judged in this form (``evaluation.model.PlainDefender``).
+    """
     return Execution(device=device)
 
 
-def is_plain(description: Mapping[str, Any]) -> bool:
-    """Whether the model of a ``model.json`` is not smoothed."""
-    return bool(description["noise"]["name"] == NO_NOISE)
-
-
 def load_plain(folder: Path, device: str) -> Classifier:
-    """The classifier in ``folder`` that is not smoothed, on ``device`` and in evaluation mode.
+    """Return the classifier in ``folder`` that is not smoothed, on ``device`` and in evaluation mode.
 
-    Raises: RunError like ``load_smoothed``, and where it is smoothed.
+    Raises:
+        RunError: as for ``load_smoothed``, or the classifier is smoothed.
     """
     description = read_description(folder)
-    if not is_plain(description):
-        raise RunError(f"{folder} holds a smoothed classifier; take rush.load")
-    spec = _read_spec(description)
-    classifier = _load_classifier(folder, spec)
-    classifier.kind = ImageKind(checked_shape(description["image_shape"]), tuple(spec.classes))
+    if not _is_plain(description):
+        raise RunError(f"{folder} holds a smoothed classifier; use rush.load")
+    classifier = _load_classifier(folder, description)
+    classifier.kind = ImageKind(checked_shape(description["image_shape"]), tuple(description["classes"]))
     plain_execution(device).place(classifier)
     return classifier.eval()
 
 
 def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
-    """The smoothed classifier in ``folder`` (``model.json`` and ``model.safetensors``), placed and in evaluation mode.
+    """Return the smoothed classifier in ``folder``, placed by ``execution`` and in evaluation mode.
 
-    Its forward has the form that is recorded with it: folded or not, compiled or not.
-    Raises: RunError when a file is missing, damaged or written by a newer version, or the classifier is not smoothed.
+    Its forward is folded and compiled as recorded with it.
+
+    Raises:
+        RunError: A file is missing, damaged or written by a newer version, or the classifier is not smoothed.
     """
     description = read_description(folder)
-    if is_plain(description):
+    if _is_plain(description):
         raise RunError(
-            f"{folder} holds a classifier that is not smoothed (smoothing.sigma = 0); rush.load gives it as it is, and "
-            "rush.SmoothedClassifier puts noise on it"
+            f"{folder} holds a classifier that is not smoothed (smoothing.sigma = 0); rush.load returns it as it is, "
+            "and rush.SmoothedClassifier adds noise to it"
         )
-    spec = _read_spec(description)
-    classifier = _load_classifier(folder, spec)
-    execution = replace(execution, **recorded_form(description))
-    placed = execution.place(classifier).eval()
+    execution = replace(execution, **{name: description["execution"][name] for name in ("folded", "compile_mode")})
     return SmoothedClassifier(
-        placed,
+        execution.place(_load_classifier(folder, description)).eval(),
         noise=Gaussian(description["noise"]["sigma"]),
-        num_classes=len(spec.classes),
+        num_classes=len(description["classes"]),
         execution=execution,
-        classes=spec.classes,
+        classes=description["classes"],
         image_shape=description["image_shape"],
     )
 
 
-def recorded_form(description: dict[str, Any]) -> dict[str, Any]:
-    """Whether the model's forward is folded and compiled; models written before it was recorded are neither."""
-    return {name: description["execution"][name] for name in ("folded", "compile_mode")}
+def _is_plain(description: Mapping[str, Any]) -> bool:
+    return bool(description["noise"]["name"] == NO_NOISE)
 
 
-def _save(
-    folder: Path,
-    classifier: Classifier,
-    spec: ClassifierSpec,
-    noise: dict[str, Any],
-    execution: Execution,
-    image_shape: Sequence[int],
-    resized: bool,
-) -> None:
-    save_weights(classifier, folder / "model.safetensors")
-    description = {
-        "format": FORMAT,
-        "classifier": asdict(spec),
-        "noise": noise,
-        "execution": {name: getattr(execution, name) for name in _RECORDED},
-        "image_shape": list(image_shape),
-        "resized": resized,
-        "classes": list(spec.classes),
-    }
-    write_json(folder / "model.json", description)
-
-
-def _read_spec(description: Mapping[str, Any]) -> ClassifierSpec:
-    return ClassifierSpec(**description["classifier"])
-
-
-def _load_classifier(folder: Path, spec: ClassifierSpec) -> Classifier:
-    """Return the classifier with its weights, which takes memory only after the weights are known to fit."""
-    weights = folder / "model.safetensors"
+def _load_classifier(folder: Path, description: Mapping[str, Any]) -> Classifier:
+    """Return the classifier with its weights, allocated only after the header of the weights is known to fit."""
+    spec, weights = ClassifierSpec(**description["classifier"]), folder / "model.safetensors"
     try:
         with torch.device("meta"):
             outline = spec.build()
@@ -236,25 +231,35 @@ def _load_classifier(folder: Path, spec: ClassifierSpec) -> Classifier:
 
 @dataclass(frozen=True)
 class ImageForm:
-    """How the images of a model were made: their ``shape`` (C, H, W), and whether they were ``resized`` to it."""
+    """Form of a model's images: their ``shape`` (C, H, W), and whether they were ``resized`` to it."""
 
     shape: tuple[int, int, int]
     resized: bool
 
 
 def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = True) -> SmoothedClassifier | Classifier:
-    """The SmoothedClassifier of a run folder, or of a folder with ``model.json`` and ``model.safetensors``.
+    """Load the classifier of a run folder, or of a folder with ``model.json`` and ``model.safetensors``.
 
-    Of a run without noise (``smoothing.sigma = 0``, e.g. of adversarial training) the classifier itself: an nn.Module
-    in evaluation mode from [0, 1] pixels (B, C, H, W) to logits (B, K), in float32, on ``device``.
-    A smoothed one runs in the precision, tile and form that it was certified with, on ``device``. Nothing is unpickled.
-    compiled: False runs it without torch.compile where it was certified with it, e.g. on a machine without a compiler;
-    in a few of many thousand votes the last bits of the logits then decide otherwise.
-    Raises: RunError when there is no model, or its files are damaged; ConfigError when the device is not there.
+    Nothing is unpickled.
+
+    Args:
+        folder: a run folder, or a folder with a saved model.
+        device: a device of torch, or "auto" for cuda, else mps, else cpu.
+        compiled: whether a model that was certified with torch.compile runs compiled. False serves machines without a
+            compiler. Compilation changes the last bits of the logits, so a few votes in many thousands may differ.
+
+    Returns:
+        The SmoothedClassifier, in the precision, tile and form that it was certified with. For a run without noise
+        (``smoothing.sigma = 0``, e.g. adversarial training) the classifier itself: an nn.Module in evaluation mode from
+        pixels (B, C, H, W) in [0, 1] to logits (B, K), in float32.
+
+    Raises:
+        RunError: The folder holds no model, or its files are damaged.
+        ConfigError: The device is not available.
     """
     model = _model_folder(folder)
     description = read_description(model)
-    if is_plain(description):
+    if _is_plain(description):
         return load_plain(model, decide_execution(device).device)
     recorded = description["execution"]
     smoothed = load_smoothed(model, decide_execution(device, recorded["precision"], recorded["tile"]))
@@ -264,19 +269,19 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
 
 
 def image_form(folder: str | PathLike[str]) -> ImageForm:
-    """How the images that the model in ``folder`` was trained on were made; not resized where it is not recorded."""
+    """Return the form of the images that the model in ``folder`` was trained on, not resized unless recorded."""
     description = read_description(_model_folder(folder))
     channels, height, width = description["image_shape"]
     return ImageForm((channels, height, width), description["resized"])
 
 
 def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:
-    """Names of the classes that the model in ``folder`` tells apart."""
-    return tuple(read_description(_model_folder(folder))["classifier"]["classes"])
+    """Return the names of the classes of the model in ``folder``."""
+    return tuple(read_description(_model_folder(folder))["classes"])
 
 
 def _model_folder(folder: str | PathLike[str]) -> Path:
     path = Path(folder)
     if not path.is_dir():
-        raise RunError(f"{path} is no folder; give a run folder such as runs/digits")
+        raise RunError(f"{path} is not a directory; give a run folder such as runs/digits")
     return path / "model" if (path / "model").is_dir() else path

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rush.attacks.threat import ThreatModel
-from rush.auditing.audit import AuditReport, audit, write_audit
+from rush.auditing.audit import AuditReport, audit
 from rush.auditing.case import VERDICTS
 from rush.certification.certificates import Certificates
 from rush.choices import parse_fraction
@@ -22,12 +22,13 @@ from rush.evaluation.model import Model, defend
 from rush.evaluation.plans import Plan, Suite, worst_case
 from rush.evaluation.result import AttackResult
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
-from rush.evaluation.table import write_attacks
 from rush.evaluation.verdict import VerdictSettings
 from rush.models.storage import load_plain, load_smoothed, read_description
 from rush.pipeline.certify import NOT_SMOOTHED, read_run_certificates
 from rush.pipeline.context import StageContext
 from rush.recipe.schema import AttackConfig, Recipe
+from rush.records.attacks import write_attacks
+from rush.records.audit import write_audit
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
 from rush.smoothing.classifier import SmoothedClassifier

@@ -9,18 +9,24 @@ from rush.certification.certificates import Certificates, first_difference, join
 from rush.certification.certify import certify_each
 from rush.certification.rule import Rule, make_rule
 from rush.certification.sequential import UNDECIDED
-from rush.certification.table import append_certificates, drop_unfinished_line, read_certificates, write_certificates
 from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import ModelError, RunError
 from rush.models.storage import load_smoothed
 from rush.pipeline.context import StageContext
 from rush.recipe.schema import CertifyConfig
+from rush.records.certificates import (
+    TABLE,
+    append_certificates,
+    drop_unfinished_line,
+    read_certificates,
+    write_certificates,
+)
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, in_turn, rank, world_size
 from rush.runtime.files import make_folder
 from rush.smoothing.classifier import SmoothedClassifier
 
-CERTIFICATES = Path("certificates.tsv")
+CERTIFICATES = Path(TABLE)
 CERTIFICATE_PARTS = Path("certificates.parts")
 NOT_SMOOTHED = "the classifier is not smoothed (smoothing.sigma = 0): nothing is certified"
 

@@ -16,8 +16,10 @@ from rush.choices import STAGES, TRAININGS, Stage
 from rush.errors import RunError, WriteError
 from rush.recipe.load import build_recipe, with_epochs
 from rush.recipe.schema import STAGE_SECTIONS, Recipe
-from rush.runtime.files import append_text, cut_file, one_process, refuse_links, write_bytes, write_json, write_text
-from rush.runtime.lines import is_cut_off, read_events, read_object
+from rush.records.log import append_event, read_events
+from rush.records.record import with_format, without_format
+from rush.runtime.files import one_process, write_bytes, write_json
+from rush.runtime.lines import read_object
 
 _FREE_FIELDS = (
     ("data", "root"),
@@ -61,7 +63,7 @@ class RunFolder:
         if (path / "recipe.json").exists():
             run._check_unchanged(cls.open(path).recipe)
         try:
-            write_text(path / "recipe.json", recipe.to_json())
+            run._write("recipe.json", recipe.model_dump(mode="json"))
         except WriteError as error:
             raise RunError(
                 f"run folder {path} cannot be written: {error.reason}; give another --out, or free space or allow "
@@ -77,7 +79,7 @@ class RunFolder:
             raise RunError(
                 f"{path} holds no recipe.json, so it is no run folder; start one with `rush run RECIPE --out {path}`"
             )
-        return cls(path, _settled(build_recipe(_read_object(file), source=str(file)), path))
+        return cls(path, _settled(build_recipe(_read_object(file, file.name), source=str(file)), path))
 
     def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
         """A run of ``recipe`` in ``path``, new or gone on with, that begins with the pre-trained encoder of this one.
@@ -95,9 +97,9 @@ class RunFolder:
             )
         run = RunFolder.create(path, recipe)
         if run.finished("pretrain") is None:
-            provenance, budget = _read_object(self.path / "provenance.json"), self.budget("pretrain")
+            provenance, budget = self._provenance(), self.budget("pretrain")
             provenance.pop("budgets", None)  # that of the fine-tuning is not the branch's
-            write_json(path / "provenance.json", provenance | ({"budgets": {"pretrain": budget}} if budget else {}))
+            run._write("provenance.json", provenance | ({"budgets": {"pretrain": budget}} if budget else {}))
             for name in _PRETRAINED:  # in this order: the last says that all are there
                 write_bytes(path / name, (self.path / name).read_bytes())
         return run
@@ -120,27 +122,25 @@ class RunFolder:
     def settle(self, stage: Stage, budget: Mapping[str, Any]) -> None:
         """Record the number of epochs of a training by minutes: ``budget``, in the provenance, holds both and what they
         follow from; the recipe has the epochs alone from now on."""
-        file = self.path / "provenance.json"
-        write_json(file, {**_read_object(file), "budgets": {**_budgets(self.path), stage: dict(budget)}})
+        self._write("provenance.json", {**self._provenance(), "budgets": {**_budgets(self.path), stage: dict(budget)}})
         self.recipe = with_epochs(self.recipe, stage, budget["epochs"])
-        write_text(self.path / "recipe.json", self.recipe.to_json())
+        self._write("recipe.json", self.recipe.model_dump(mode="json"))
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one event to ``log.jsonl`` and flush it; what a kill has left of a line is cut off before.
+        """Append one event to ``log.jsonl`` and flush it; a partial last line left by a crash is truncated first.
 
         Raises: RunError where the last line is not the beginning of an event; WriteError where nothing can be written.
         """
-        _mend_last_line(self.path / "log.jsonl")
-        append_text(self.path / "log.jsonl", json.dumps({"event": event, "time": now(), **values}) + "\n")
+        append_event(self.path / "log.jsonl", {"event": event, "time": now(), **values})
 
     def finished(self, stage: Stage) -> dict[str, Any] | None:
         """The figures of ``stage`` if it is finished, else None."""
         file = self.path / "stages" / f"{stage}.json"
-        return _read_object(file) if file.exists() else None
+        return _read_object(file, "stages") if file.exists() else None
 
     def begin(self, stage: Stage) -> None:
         """Log that an attempt at ``stage`` begins."""
-        self.log("started", stage=stage, commit=commit())
+        self.log("started", stage=stage, commit=commit(), **with_format("log.jsonl", {}))
 
     def events(self, event: str, stage: Stage) -> list[dict[str, Any]]:
         """Logged events of one kind and stage in their order; a last line cut off by a kill is omitted.
@@ -162,7 +162,7 @@ class RunFolder:
             "commit": commit(),
             **figures,
         }
-        write_json(self.path / "stages" / f"{stage}.json", values)
+        write_json(self.path / "stages" / f"{stage}.json", with_format("stages", values))
         self.log("finished", stage=stage, seconds=seconds)
 
     def require(self, stage: Stage) -> dict[str, Any]:
@@ -178,10 +178,9 @@ class RunFolder:
         Raises: RunError naming what differs: a finished part and a part still to come must be computed by one forward
         on one data set.
         """
-        file = self.path / "provenance.json"
         current = {"seed": self.recipe.seed, **execution, "data": dict(data)}
-        if file.exists():
-            before = _read_object(file)
+        before = self._provenance()
+        if before:
             current |= {"budgets": before["budgets"]} if "budgets" in before else {}
             seen = before["data"]
             before["data"] = {split: seen.get(split, found) for split, found in data.items()}
@@ -192,7 +191,7 @@ class RunFolder:
                     f"{self.path} was begun under other conditions ({told}); restore them or use another --out"
                 )
             current["data"] = {**seen, **data}
-        write_json(file, {"commit": commit(), "versions": versions(), "machine": machine(), **current})
+        self._write("provenance.json", {"commit": commit(), "versions": versions(), "machine": machine(), **current})
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -208,8 +207,16 @@ class RunFolder:
 
     def recorded(self, name: str) -> Any:
         """A value of ``provenance.json``; None before the first stage has written it."""
+        return self._provenance().get(name)
+
+    def _provenance(self) -> dict[str, Any]:
+        """Return the content of ``provenance.json``, empty before the first stage has written it."""
         file = self.path / "provenance.json"
-        return _read_object(file).get(name) if file.exists() else None
+        return _read_object(file, file.name) if file.exists() else {}
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write ``values`` with their format number to the file ``name``."""
+        write_json(self.path / name, with_format(name, values))
 
     def _check_unchanged(self, before: Recipe) -> None:
         for stage in STAGES:
@@ -238,43 +245,14 @@ def _not_ours(entry: Path) -> bool:
     return entry.name != ".recipe.json.partial"
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``; RunError when it is damaged."""
+def _read_object(file: Path, kind: str) -> dict[str, Any]:
+    """Return the JSON object in ``file``; RunError when it is damaged or has a newer format."""
     try:
-        return read_object(file)
+        return without_format(file, kind, read_object(file))
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}; allow it, or restore the file") from error
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
-
-
-def _mend_last_line(file: Path) -> None:
-    """End ``file`` with a line feed: completed where the last line is whole, cut back where it is the beginning of one.
-
-    Raises: RunError where it is something else, which is not deleted.
-    """
-    refuse_links(file)
-    content = file.read_bytes() if file.is_file() else b""
-    last = content[content.rfind(b"\n") + 1 :]
-    if not last:
-        return
-    if _is_json(last):
-        append_text(file, "\n")
-    elif is_cut_off(last):
-        cut_file(file, len(content) - len(last))
-    else:
-        raise RunError(
-            f"{file}: its last line is not the beginning of an event: {last[:60]!r}; delete the line, or restore the "
-            "file from a copy"
-        )
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def now() -> str:
@@ -327,7 +305,7 @@ def _processor() -> str:
 def _budgets(path: Path) -> dict[Stage, dict[str, Any]]:
     """The budgets that the provenance of the run folder ``path`` records, by training stage."""
     file = path / "provenance.json"
-    found = (_read_object(file) if file.exists() else {}).get("budgets", {})
+    found = (_read_object(file, file.name) if file.exists() else {}).get("budgets", {})
     try:
         for budget in found.values():
             float(budget["minutes"]), int(budget["epochs"])

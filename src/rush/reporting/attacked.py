@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rush.reporting.results import Ladder, RunResults
+from rush.records.ladder import Ladder
+from rush.records.read_run import RunResults, test_fingerprint
 from rush.reporting.tables import NOT_CERTIFIED, points, share, threat_text
 from rush.statistics import paired_difference
 
@@ -64,19 +65,13 @@ def _difference_text(first: RunResults, first_ladder: Ladder, run: RunResults, l
         return _NONE
     if (ladder.norm, ladder.epsilon) != (first_ladder.norm, first_ladder.epsilon):
         return "another threat"
-    if _dataset(first) is None or _dataset(first) != _dataset(run):
+    dataset = test_fingerprint(first.provenance)
+    if dataset is None or dataset != test_fingerprint(run.provenance):
         return "not known to be the same data"
     if not np.array_equal(first_ladder.clean.ids, ladder.clean.ids):
         return "other images"
     of_pictures = ladder.clean.of_pictures
     return points(paired_difference(of_pictures(ladder.standing), of_pictures(first_ladder.standing)))
-
-
-def _dataset(run: RunResults) -> str | None:
-    """Fingerprint of the test images, None where it is not recorded."""
-    found = run.provenance.get("data")
-    test = found.get("test") if isinstance(found, dict) else None
-    return test.get("fingerprint") if isinstance(test, dict) else None
 
 
 def run_names(runs: Sequence[RunResults]) -> list[str]:

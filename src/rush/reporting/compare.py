@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 from scipy import special
 
-from rush.certification.certificates import of_pictures
+from rush.certification.certificates import Certificates, of_pictures
+from rush.certification.rule import Rule
+from rush.certification.sequential import UNDECIDED
 from rush.errors import ConfigError
+from rush.records.public_logs import CertificateTable, read_log, states_sigma
+from rush.records.read_run import read_run
 from rush.reporting.attacked import Table, attacked_tables
 from rush.reporting.costs import training_tables
-from rush.reporting.logs import CertificationLog, flags, read_log, states_sigma
-from rush.reporting.reading import read_run
+from rush.reporting.doubts import doubts
 from rush.reporting.tables import percent, points, share
 from rush.runtime.lines import printable
-from rush.statistics import Interval, paired_difference, share_interval
+from rush.statistics import Interval, paired_difference
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _STEP = 0.25
@@ -61,7 +64,7 @@ class Paired:
 class Comparison:
     """Logs with different names, the radii at which they are compared, one for the classes, and the pairs."""
 
-    logs: tuple[CertificationLog, ...]
+    logs: tuple[CertificateTable, ...]
     radii: tuple[float, ...]
     radius: float
     pairs: tuple[Paired, ...]
@@ -76,7 +79,7 @@ class Ecdf:
 
 
 def compare(
-    logs: Sequence[CertificationLog],
+    logs: Sequence[CertificateTable],
     radii: Sequence[float] | None = None,
     radius: float | None = None,
     assume_same_images: bool = False,
@@ -154,32 +157,30 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * float(special.betainc(largest, total - largest + 1, 0.5)))
 
 
-def class_accuracies(log: CertificationLog, radius: float) -> dict[int, Interval]:
-    """Certified accuracy at ``radius`` by class, with exact 95 % intervals; only classes that the log has images of."""
-    right = log.certified(radius)
-    pixels = None if log.pixels is None else np.array(log.pixels)
-    accuracies = {}
-    for label in np.unique(log.label).tolist():
-        rows = log.label == label
-        pictures = of_pictures(right[rows], None if pixels is None else pixels[rows].tolist())
-        accuracies[label] = share_interval(int(pictures.sum()), len(pictures))
-    return accuracies
+def class_accuracies(certificates: Certificates, radius: float) -> dict[int, Interval]:
+    """Return the certified accuracy at ``radius`` of each class that there are images of, with exact 95 % intervals."""
+    labels = certificates.labels
+    return {
+        label: certificates.select(np.flatnonzero(labels == label)).accuracy_interval(radius)
+        for label in np.unique(labels).tolist()
+    }
 
 
-def probability_ecdf(log: CertificationLog) -> Ecdf:
-    """Distribution of the lower bound on the predicted class's probability over the images that do not abstain."""
-    values, counts = np.unique(log.probability[~log.abstained], return_counts=True)
+def probability_ecdf(certificates: Certificates) -> Ecdf:
+    """Return the distribution of the lower bound on the predicted class's probability over the images that do not
+    abstain."""
+    values, counts = np.unique(certificates.p_lower[~certificates.abstained], return_counts=True)
     return Ecdf(values, counts.cumsum() / max(1, counts.sum()))
 
 
-def grid_acr(log: CertificationLog, radii: Sequence[float]) -> float:
-    """ACR with every radius lowered to the next one of ``radii``, to 0 below all of them."""
+def grid_acr(certificates: Certificates, radii: Sequence[float]) -> float:
+    """Return the ACR with every radius lowered to the next one of ``radii``, to 0 below all of them."""
     steps = np.array([0.0, *sorted(radii)])
-    lowered = steps[np.searchsorted(steps, log.radius, side="right") - 1]
-    return float(np.where(log.correct, lowered, 0.0).mean())
+    lowered = steps[np.searchsorted(steps, certificates.radius, side="right") - 1]
+    return float(np.where(certificates.correct, lowered, 0.0).mean())
 
 
-def _with_different_names(logs: Sequence[CertificationLog]) -> tuple[CertificationLog, ...]:
+def _with_different_names(logs: Sequence[CertificateTable]) -> tuple[CertificateTable, ...]:
     """Logs of equal names get their paths, equal paths their number."""
     names = Counter(log.name for log in logs)
     longer = [log.name if names[log.name] == 1 else str(log.path) for log in logs]
@@ -187,16 +188,19 @@ def _with_different_names(logs: Sequence[CertificationLog]) -> tuple[Certificati
     return tuple(replace(log, name=name) for log, name in zip(logs, numbered, strict=True))
 
 
-def _default_radii(logs: Sequence[CertificationLog]) -> tuple[float, ...]:
-    largest, step = max(float(log.radius[log.correct].max(initial=0.0)) for log in logs), _STEP
+def _default_radii(logs: Sequence[CertificateTable]) -> tuple[float, ...]:
+    largest, step = (
+        max(float(log.certificates.radius[log.certificates.correct].max(initial=0.0)) for log in logs),
+        _STEP,
+    )
     while largest / step >= _MOST_RADII:
         step *= 2
     return tuple(step * number for number in range(int(largest / step) + 1))
 
 
-def _default_radius(logs: Sequence[CertificationLog]) -> float:
-    half = min(log.sigma for log in logs) / 2
-    held = [radius for log in logs for radius in log.radii or () if radius >= half]
+def _default_radius(logs: Sequence[CertificateTable]) -> float:
+    half = min(log.rule.sigma for log in logs) / 2
+    held = [radius for log in logs for radius in log.rule.radii or () if radius >= half]
     return min((radius for radius in held if all(_on_grid(log, radius) for log in logs)), default=half)
 
 
@@ -205,7 +209,7 @@ def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
         if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 <= radius < math.inf:
             raise ConfigError(f"a radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
     if not radii:
-        raise ConfigError("no radius was given; give at least one, or leave the option away")
+        raise ConfigError("no radius was given; give at least one, or omit the option")
     return tuple(sorted({float(radius) for radius in radii}))
 
 
@@ -220,7 +224,7 @@ def _sigma_of_each(paths: Sequence[Path], sigma: Sequence[float] | None) -> list
 
 
 def _paired(
-    first: CertificationLog, second: CertificationLog, radii: tuple[float, ...], assume_same_images: bool
+    first: CertificateTable, second: CertificateTable, radii: tuple[float, ...], assume_same_images: bool
 ) -> Paired:
     matched = _same_images(first, second, assume_same_images)
     if isinstance(matched, str):
@@ -230,7 +234,7 @@ def _paired(
     pixels = _pixels(first, here) or _pixels(second, there)
 
     def row(radius: float) -> PairedRadius:
-        certified = (first.certified(radius)[here], second.certified(radius)[there])
+        certified = (first.certificates.certified(radius)[here], second.certificates.certified(radius)[there])
         return _paired_radius(radius, *(of_pictures(flags, pixels) for flags in certified))
 
     pictures = len(here) if pixels is None else len(set(pixels))
@@ -243,13 +247,14 @@ def _paired(
     return Paired(first.name, second.name, None, pictures, assumed, notes, tuple(map(row, shown)))
 
 
-def _pixels(log: CertificationLog, rows: np.ndarray) -> list[str] | None:
+def _pixels(log: CertificateTable, rows: np.ndarray) -> list[str] | None:
     """The pictures of the images in ``rows``, None where the log does not tell them apart."""
-    return None if log.pixels is None else [log.pixels[row] for row in rows.tolist()]
+    pixels = log.certificates.pixels
+    return None if pixels is None else [pixels[row] for row in rows.tolist()]
 
 
 def _same_images(
-    first: CertificationLog, second: CertificationLog, assume: bool
+    first: CertificateTable, second: CertificateTable, assume: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
     """Rows of both logs that show the same images, with notes; or the reason why there are none."""
     if first.dataset is not None and second.dataset is not None:
@@ -263,11 +268,9 @@ def _same_images(
 
 
 def _matched_by_id(
-    first: CertificationLog, second: CertificationLog
+    first: CertificateTable, second: CertificateTable
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
-    if first.ids is None or second.ids is None:
-        return "a log without ids cannot be matched"
-    common, here, there = np.intersect1d(first.ids, second.ids, return_indices=True)
+    common, here, there = np.intersect1d(first.certificates.ids, second.certificates.ids, return_indices=True)
     if not len(common) == len(first) == len(second):
         return (
             f"they hold different images of the same data: {len(first):,} and {len(second):,}, {len(common):,} in "
@@ -277,7 +280,7 @@ def _matched_by_id(
 
 
 def _matched_by_idx(
-    first: CertificationLog, second: CertificationLog
+    first: CertificateTable, second: CertificateTable
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
     common, here, there = np.intersect1d(first.idx, second.idx, return_indices=True)
     if not len(common):
@@ -287,9 +290,9 @@ def _matched_by_idx(
 
 
 def _with_equal_labels(
-    first: CertificationLog, second: CertificationLog, here: np.ndarray, there: np.ndarray, notes: tuple[str, ...]
+    first: CertificateTable, second: CertificateTable, here: np.ndarray, there: np.ndarray, notes: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
-    unequal = np.flatnonzero(first.label[here] != second.label[there])
+    unequal = np.flatnonzero(first.certificates.labels[here] != second.certificates.labels[there])
     if unequal.size:
         place = first.idx[here][unequal].min()
         return f"they are not the same images: {unequal.size:,} labels differ, the first at idx {place}"
@@ -302,33 +305,34 @@ def _paired_radius(radius: float, first: np.ndarray, second: np.ndarray) -> Pair
     return PairedRadius(radius, paired_difference(first, second), only_first, only_second, p_value)
 
 
-def _differing_conditions(first: CertificationLog, second: CertificationLog) -> tuple[str, ...]:
+def _differing_conditions(first: CertificateTable, second: CertificateTable) -> tuple[str, ...]:
     """What else than the model may make the difference."""
-    shown: dict[str, Callable[[CertificationLog], str]] = {
-        "sigma": lambda log: f"{log.sigma:g}",
-        "N": lambda log: f"{log.num_estimation:,}",
-        "level": lambda log: log.level_text,
-        "method": lambda log: log.method,
+    shown: dict[str, Callable[[CertificateTable], str]] = {
+        "sigma": lambda log: f"{log.rule.sigma:g}",
+        "N": lambda log: f"{log.rule.num_estimation:,}",
+        "level": lambda log: _level_text(log.rule),
+        "method": lambda log: log.rule.method,
     }
     texts = {name: (text(first), text(second)) for name, text in shown.items()}
     return tuple(f"{name} differs: {ours} against {theirs}" for name, (ours, theirs) in texts.items() if ours != theirs)
 
 
-def _on_grid(log: CertificationLog, radius: float) -> bool:
-    return log.radii is None or any(math.isclose(radius, step, abs_tol=1e-9) for step in log.radii)
+def _on_grid(log: CertificateTable, radius: float) -> bool:
+    radii = log.rule.radii
+    return radii is None or any(math.isclose(radius, step, abs_tol=1e-9) for step in radii)
 
 
-def _star(log: CertificationLog, radius: float) -> str:
+def _star(log: CertificateTable, radius: float) -> str:
     return "" if _on_grid(log, radius) else " *"
 
 
-def _star_note(logs: Sequence[CertificationLog], radii: Sequence[float]) -> str:
+def _star_note(logs: Sequence[CertificateTable], radii: Sequence[float]) -> str:
     starred = any(_star(log, radius) for log in logs for radius in radii)
     return " (* not on the log's grid: what is certified at its next larger radius)" if starred else ""
 
 
 def _table(
-    comparison: Comparison, title: str, corner: str, rows: Sequence[tuple[str, Callable[[CertificationLog], str]]]
+    comparison: Comparison, title: str, corner: str, rows: Sequence[tuple[str, Callable[[CertificateTable], str]]]
 ) -> Table:
     """One column a log, one row an entry of ``rows``: its name and what it says of a log."""
     body = [(name, *(text(log) for log in comparison.logs)) for name, text in rows]
@@ -341,10 +345,10 @@ def _conditions_table(comparison: Comparison) -> Table:
         "Conditions",
         "",
         [
-            ("sigma", lambda log: f"{log.sigma:g}"),
-            ("method", lambda log: log.method if log.bound == log.method else f"{log.method}, {log.bound}"),
-            ("level", lambda log: log.level_text),
-            ("N", lambda log: f"{log.num_estimation:,}" + (" at most" if log.method == "sequential" else "")),
+            ("sigma", lambda log: f"{log.rule.sigma:g}"),
+            ("method", lambda log: _method_text(log.rule)),
+            ("level", lambda log: _level_text(log.rule)),
+            ("N", lambda log: f"{log.rule.num_estimation:,}" + (" at most" if log.rule.method == "sequential" else "")),
             ("images", lambda log: f"{len(log):,}"),
             ("copies of another image, not counted", lambda log: _copies_text(log)),
             ("data set", lambda log: "not said" if log.dataset is None else log.dataset[:12]),
@@ -352,14 +356,15 @@ def _conditions_table(comparison: Comparison) -> Table:
     )
 
 
-def _copies_text(log: CertificationLog) -> str:
+def _copies_text(log: CertificateTable) -> str:
     """How many images each figure leaves out, since their picture is counted already."""
-    return "not known" if log.num_copies is None else f"{log.num_copies:,}"
+    copies = log.certificates.num_copies
+    return "not known" if copies is None else f"{copies:,}"
 
 
 def _accuracy_table(comparison: Comparison) -> Table:
-    def cell(log: CertificationLog, radius: float) -> str:
-        return share(log.accuracy(radius)) + _star(log, radius)
+    def cell(log: CertificateTable, radius: float) -> str:
+        return share(log.certificates.accuracy_interval(radius)) + _star(log, radius)
 
     rows = [(f"{radius:g}", lambda log, radius=radius: cell(log, radius)) for radius in comparison.radii]
     title = "Certified accuracy by ℓ2 radius, exact 95 % intervals" + _star_note(comparison.logs, comparison.radii)
@@ -372,23 +377,38 @@ def _summary_table(comparison: Comparison) -> Table:
         "Summary",
         "",
         [
-            ("ACR", lambda log: _NONE if log.radii else f"{log.acr:.3f} (N = {log.num_estimation:,})"),
+            ("ACR", lambda log: _NONE if log.rule.radii else _acr_text(log, log.certificates.acr)),
             *_grid_rows(comparison.logs),
-            ("abstained", lambda log: share(log.share(log.abstained))),
+            ("abstained", lambda log: share(log.certificates.share(log.certificates.abstained))),
             ("right, at the largest radius", _ceiling_text),
             *([("undecided at the largest N", _undecided_text)] if any(map(_stops_early, comparison.logs)) else []),
             ("samples an image, mean", _samples_text),
-            ("seconds an image, mean", lambda log: f"{log.seconds.mean():.3g}"),
+            ("seconds an image, mean", lambda log: f"{log.certificates.seconds.mean():.3g}"),
         ],
     )
 
 
-def _grid_rows(logs: Sequence[CertificationLog]) -> list[tuple[str, Callable[[CertificationLog], str]]]:
-    """A row of ACR for each grid that a log has: its own, and what the logs without a grid have on it."""
-    grids = list(dict.fromkeys(log.radii for log in logs if log.radii))
+def _acr_text(log: CertificateTable, acr: float) -> str:
+    return f"{acr:.3f} (N = {log.rule.num_estimation:,})"
 
-    def cell(log: CertificationLog, grid: tuple[float, ...]) -> str:
-        return f"{grid_acr(log, grid):.3f} (N = {log.num_estimation:,})" if log.radii in (None, grid) else _NONE
+
+def _method_text(rule: Rule) -> str:
+    return rule.method if rule.bound == rule.method else f"{rule.method}, {rule.bound}"
+
+
+def _level_text(rule: Rule) -> str:
+    """Return what alpha covers: each certificate, or all of them jointly."""
+    if rule.level == "image":
+        return f"each image by itself, alpha = {rule.alpha:g}"
+    return f"all {rule.num_images:,} images together, alpha = {rule.alpha:g}"
+
+
+def _grid_rows(logs: Sequence[CertificateTable]) -> list[tuple[str, Callable[[CertificateTable], str]]]:
+    """A row of ACR for each grid that a log has: its own, and what the logs without a grid have on it."""
+    grids = list(dict.fromkeys(log.rule.radii for log in logs if log.rule.radii))
+
+    def cell(log: CertificateTable, grid: tuple[float, ...]) -> str:
+        return _acr_text(log, grid_acr(log.certificates, grid)) if log.rule.radii in (None, grid) else _NONE
 
     return [
         (f"grid ACR, {_grid_text(grid)}", lambda log, grid=grid: cell(log, grid))  # type: ignore[misc]
@@ -401,39 +421,38 @@ def _grid_text(grid: tuple[float, ...]) -> str:
     return f"radii {head}" + (f", … {grid[-1]:g}" if len(grid) > 3 else "")
 
 
-def _ceiling_text(log: CertificationLog) -> str:
-    top = log.ceiling if log.radii is None else log.radii[-1]
-    return f"{percent(float((log.correct & log.at_ceiling).mean()))} at {top:.4g}"
+def _ceiling_text(log: CertificateTable) -> str:
+    right = float((log.certificates.correct & log.at_ceiling).mean())
+    return f"{percent(right)} at {log.rule.largest_radius:.4g}"
 
 
-def _stops_early(log: CertificationLog) -> bool:
-    return log.method == "sequential" and log.undecided is not None
+def _stops_early(log: CertificateTable) -> bool:
+    return log.rule.method == "sequential"
 
 
-def _undecided_text(log: CertificationLog) -> str:
-    if log.undecided is None or not _stops_early(log):
-        return _NONE
-    return share(log.share(log.undecided))
+def _undecided_text(log: CertificateTable) -> str:
+    certificates = log.certificates
+    return share(certificates.share(certificates.outcome == UNDECIDED)) if _stops_early(log) else _NONE
 
 
-def _samples_text(log: CertificationLog) -> str:
-    if log.num_samples is not None:
-        return f"{log.num_samples.mean():,.0f}"
-    return f"{log.num_estimation:,} + selection" if log.method == "clopper-pearson" else _NONE
+def _samples_text(log: CertificateTable) -> str:
+    return (
+        f"{log.rule.num_estimation:,} + selection" if log.published else f"{log.certificates.num_samples.mean():,.0f}"
+    )
 
 
 def _class_table(comparison: Comparison) -> Table:
-    found = {log.name: class_accuracies(log, comparison.radius) for log in comparison.logs}
+    found = {log.name: class_accuracies(log.certificates, comparison.radius) for log in comparison.logs}
     labels = sorted({label for accuracies in found.values() for label in accuracies})
 
-    def cell(log: CertificationLog, label: int) -> str:
+    def cell(log: CertificateTable, label: int) -> str:
         return share(found[log.name][label]) if label in found[log.name] else _NONE
 
-    def worst(log: CertificationLog) -> str:
+    def worst(log: CertificateTable) -> str:
         label, accuracy = min(found[log.name].items(), key=lambda item: item[1].estimate)
         return f"{percent(accuracy.estimate)} (class {label})" + _star(log, comparison.radius)
 
-    rows: list[tuple[str, Callable[[CertificationLog], str]]] = [("worst", worst)]
+    rows: list[tuple[str, Callable[[CertificateTable], str]]] = [("worst", worst)]
     rows += [(f"{label}", lambda log, label=label: cell(log, label)) for label in labels]  # type: ignore[misc]
     note = _star_note(comparison.logs, [comparison.radius])
     title = f"Certified accuracy by class at ℓ2 radius {comparison.radius:g}{note}"
@@ -441,17 +460,17 @@ def _class_table(comparison: Comparison) -> Table:
 
 
 def _probability_table(comparison: Comparison) -> Table:
-    def quantile(log: CertificationLog, level: float) -> str:
-        ecdf = probability_ecdf(log)
+    def quantile(log: CertificateTable, level: float) -> str:
+        ecdf = probability_ecdf(log.certificates)
         if not len(ecdf.values):
             return _NONE
         return f"{ecdf.values[np.argmax(ecdf.shares >= level - 1e-12)]:.5f}"
 
-    def at_ceiling(log: CertificationLog) -> str:
-        predicted = int((~log.abstained).sum())
+    def at_ceiling(log: CertificateTable) -> str:
+        predicted = int((~log.certificates.abstained).sum())
         return percent(int(log.at_ceiling.sum()) / predicted) if predicted else _NONE
 
-    rows: list[tuple[str, Callable[[CertificationLog], str]]] = [
+    rows: list[tuple[str, Callable[[CertificateTable], str]]] = [
         (f"{100 * level:g} % quantile", lambda log, level=level: quantile(log, level))  # type: ignore[misc]
         for level in QUANTILES
     ]
@@ -487,7 +506,7 @@ def _p_text(p_value: float) -> str:
 
 
 def _findings_table(comparison: Comparison) -> Table:
-    rows = [(log.name, found.name, f"{found.count:,}", found.text) for log in comparison.logs for found in flags(log)]
+    rows = [(log.name, doubt.name, f"{doubt.count:,}", doubt.text) for log in comparison.logs for doubt in doubts(log)]
     return "Findings", ("log", "finding", "images", "what"), [tuple(row) for row in rows]
 
 

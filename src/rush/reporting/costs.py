@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rush.choices import TRAININGS
+from rush.records.read_run import RunResults, StageRecord
 from rush.reporting.attacked import Table, run_names
-from rush.reporting.results import RunResults, StageRecord
 from rush.reporting.tables import duration, energy_text, memory_text, model_text, passes_text
 
 _NONE = "–"

@@ -12,10 +12,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from rush.records.ladder import Sample
+from rush.records.read_run import RunResults, read_run, read_run_samples
 from rush.reporting import plots, tables
 from rush.reporting.costs import training_sentence
-from rush.reporting.reading import read_run, read_samples
-from rush.reporting.results import RunResults, Sample
 from rush.runtime.files import write_text
 from rush.runtime.lines import printable
 from rush.statistics import Interval, share_interval
@@ -113,11 +113,13 @@ def magnification(samples: tuple[Sample, ...]) -> int:
 
 
 def _context(results: RunResults) -> Mapping[str, Any]:
-    samples = read_samples(results, SAMPLE_COUNT)
+    samples = read_run_samples(results, SAMPLE_COUNT)
     factor = magnification(samples)
     return {
         "run": results,
         "certificates": results.certificates,
+        "rule": results.certificates.rule if results.certificates else None,
+        "headline": tables.headline_radius(results.certificates) if results.certificates else 0.0,
         "ladder": results.ladder,
         "floor": _floor(results),
         "floor_lower": _floor_lower(results),
@@ -139,7 +141,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "certified_rows": tables.certified_rows(results),
         "decided_names": _decided_names(results),
         "acr": tables.acr_text(results),
-        "copies": tables.copies_text(results.certificates.stored) if results.certificates else "",
+        "copies": tables.copies_text(results.certificates) if results.certificates else "",
         "ladder_plot": _ladder_plot(results),
         "ladder_rows": tables.ladder_rows(results.ladder) if results.ladder else [],
         "comparison": tables.comparison_rows(results),
@@ -159,7 +161,9 @@ def _context(results: RunResults) -> Mapping[str, Any]:
 def _floor(results: RunResults) -> Interval | None:
     """Certified accuracy at the smallest l2 ball around the threat: no attack within the threat leaves less."""
     proved = results.threat_certificates
-    return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.covering_radius)
+    return (
+        None if proved is None or results.ladder is None else proved.accuracy_interval(results.ladder.covering_radius)
+    )
 
 
 def _floor_lower(results: RunResults) -> str:
@@ -171,12 +175,12 @@ def _floor_lower(results: RunResults) -> str:
 def _inner(results: RunResults) -> Interval | None:
     """Certified accuracy at the largest l2 ball inside the threat: proves less than the threat asks."""
     proved = results.threat_certificates
-    return None if proved is None or results.ladder is None else proved.accuracy(results.ladder.inner_radius)
+    return None if proved is None or results.ladder is None else proved.accuracy_interval(results.ladder.inner_radius)
 
 
 def _decided_names(results: RunResults) -> tuple[str, ...]:
     """Names of the further shares in each row of certified accuracy."""
-    return tuple(results.certificates.decided(0.0) or ()) if results.certificates is not None else ()
+    return tuple(results.certificates.other_shares(0.0) or ()) if results.certificates is not None else ()
 
 
 def _bar(results: RunResults) -> Bar | None:
@@ -210,7 +214,7 @@ def _grown_plot(results: RunResults) -> Plot | None:
     if ladder is None or ladder.curve is None:
         return None
     balls = [ladder.around(point.epsilon) for point in ladder.curve.points]
-    floors = tuple(proved.accuracy(radius) for radius in balls) if proved is not None else ()
+    floors = tuple(proved.accuracy_interval(radius) for radius in balls) if proved is not None else ()
     wide = plots.epsilon_curve(ladder, floors, "epsilon-wide", "wide")
     return Plot(wide, plots.epsilon_curve(ladder, floors, "epsilon-narrow", "narrow"))
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from markupsafe import Markup, escape
 
-from rush.reporting.results import Certificates, CurvePoint, Epoch, Ladder, Watched
-from rush.reporting.tables import percent, radius_text, threat_text
+from rush.certification.certificates import Certificates
+from rush.records.ladder import CurvePoint, Ladder
+from rush.records.read_run import Epoch, Watched
+from rush.reporting.tables import headline_radius, percent, radius_text, threat_text
 from rush.statistics import Interval
 
 if TYPE_CHECKING:
@@ -39,18 +41,21 @@ def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str
     With a grid, its radii are dots and the steps between them are the accuracy at the larger; the curve ends with it.
     """
     figure, axes = _figure(form, height=3.3)
-    end = (certificates.ceiling or certificates.sigma) * 1.04
+    end = (certificates.largest_radius or certificates.sigma) * 1.04
     radii = _curve_radii(certificates, end)
-    shares = [certificates.accuracy(radius) for radius in radii]
+    shares = [certificates.accuracy_interval(radius) for radius in radii]
     axes.fill_between(
         radii, [s.low for s in shares], [s.high for s in shares], step="pre", color=_PROOF, alpha=0.18, linewidth=0
     )
     axes.plot(radii, [s.estimate for s in shares], drawstyle="steps-pre", color=_PROOF, linewidth=1.8)
-    if certificates.radii is not None:
-        tested = [certificates.accuracy(radius).estimate for radius in certificates.radii]
-        axes.plot(certificates.radii, tested, "o", color=_PROOF, markersize=4, clip_on=False)
-    at = certificates.headline_radius
-    shown, where = certificates.accuracy(at), "σ/2" if at == certificates.sigma / 2 else f"ℓ2 {radius_text(at)}"
+    if certificates.rule.radii is not None:
+        tested = [certificates.accuracy_interval(radius).estimate for radius in certificates.rule.radii]
+        axes.plot(certificates.rule.radii, tested, "o", color=_PROOF, markersize=4, clip_on=False)
+    at = headline_radius(certificates)
+    shown, where = (
+        certificates.accuracy_interval(at),
+        "σ/2" if at == certificates.sigma / 2 else f"ℓ2 {radius_text(at)}",
+    )
     axes.plot([at], [shown.estimate], "o", color=_INK, markersize=5)
     axes.annotate(
         f"{percent(shown.estimate)} at {where}",
@@ -59,8 +64,8 @@ def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str
         textcoords="offset points",
         color=_INK,
     )
-    last = "end of the grid" if certificates.radii else f"ceiling, N = {certificates.num_estimation:,}"
-    _radius_mark(axes, certificates.ceiling, last, end)
+    last = "end of the grid" if certificates.rule.radii else f"ceiling, N = {certificates.num_estimation:,}"
+    _radius_mark(axes, certificates.largest_radius, last, end)
     if ladder is not None and ladder.covering_radius < end:
         _radius_mark(axes, ladder.covering_radius, f"covers {threat_text(ladder)}", end, line=1)
     axes.set(xlim=(0, end), ylim=(0, 1), xlabel="ℓ2 radius, pixels in [0, 1]", ylabel="certified accuracy")
@@ -179,8 +184,8 @@ def watched_curve(watched: tuple[Watched, ...], title: str, name: str, form: For
 def _curve_radii(certificates: Certificates, end: float) -> np.ndarray:
     """Ascending radii at which a curve drawn ``steps-pre`` is exact, or too low where they are too many; of a grid its
     own, and 0: beyond its last nothing was tested."""
-    if certificates.radii is not None:
-        return np.unique([0.0, *certificates.radii])
+    if certificates.rule.radii is not None:
+        return np.unique([0.0, *certificates.rule.radii])
     radii = np.unique(np.concatenate([[0.0, end], certificates.radius[certificates.correct]]))
     return radii if radii.size <= _POINTS else np.linspace(0, radii[-1], _POINTS)
 

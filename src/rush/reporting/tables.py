@@ -5,19 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rush.certification.certificates import Certificates as StoredCertificates
+from rush.auditing.report import AuditReport, Finding
+from rush.certification.certificates import Certificates
 from rush.choices import CertifyMethod, Stage
-from rush.reporting.results import (
-    STATUSES,
-    Audit,
-    Certificates,
-    CurvePoint,
-    Finding,
-    Ladder,
-    Rung,
-    RunResults,
-    StageRecord,
-)
+from rush.records.ladder import CurvePoint, Ladder, Rung
+from rush.records.read_run import RunResults, StageRecord
 from rush.statistics import Interval
 
 NORM_SIGNS: Mapping[str, str] = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
@@ -26,6 +18,7 @@ NOT_CERTIFIED = (
     "bound, and nothing is proved"
 )
 _METHOD_SIGNS: Mapping[CertifyMethod, str] = {"clopper-pearson": "Clopper–Pearson", "sequential": "Sequential"}
+_STATUSES = ("failed", "undecided", "passed", "skipped")  # what asks for a reader first
 _LISTED = 8  # a longer grid is told by its ends
 _NOT_DONE: Mapping[Stage, str] = {
     "pretrain": "not pre-trained yet",
@@ -169,7 +162,7 @@ def threat_text(ladder: Ladder) -> str:
     return f"{NORM_SIGNS[ladder.norm]} {ladder.epsilon_text}"
 
 
-def audited_threat_text(audit: Audit) -> str:
+def audited_threat_text(audit: AuditReport) -> str:
     """Norm and epsilon of the audit, of l-inf in grey levels."""
     levels = f"{255 * audit.epsilon:.4g}/255"
     return f"{NORM_SIGNS[audit.norm]} {levels if audit.norm == 'linf' else f'{audit.epsilon:.4g}'}"
@@ -193,15 +186,15 @@ def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     if certificates is None:
         return
     yield "certified by", method_text(certificates)
-    yield "level", f"{certificates.statement}, over the noise"
+    yield "level", f"{certificates.rule.statement}, over the noise"
     yield "samples an image", samples_text(certificates)
-    for radius in dict.fromkeys((certificates.table_radii[0], certificates.headline_radius)):
+    for radius in dict.fromkeys((certificates.table_radii[0], headline_radius(certificates))):
         yield (
             f"certified at ℓ2 {radius_text(radius)}",
             _certified_text(certificates, radius) + _rest(certificates, radius),
         )
-    if copies_text(certificates.stored):
-        yield "copies of a picture", copies_text(certificates.stored)
+    if copies_text(certificates):
+        yield "copies of a picture", copies_text(certificates)
     yield certificates.acr_name, acr_text(results)
     proved = results.threat_certificates
     if ladder is not None and proved is not None:
@@ -211,12 +204,12 @@ def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
 
 def _certified_text(certificates: Certificates, radius: float) -> str:
     size = f"(n = {certificates.num_pictures:,})"
-    return f"{share(certificates.accuracy(radius))} {size}, true ≥ {lower_text(certificates, radius)}"
+    return f"{share(certificates.accuracy_interval(radius))} {size}, true ≥ {lower_text(certificates, radius)}"
 
 
 def _rest(certificates: Certificates, radius: float) -> str:
     """The images that are not certified with the right class."""
-    decided = certificates.decided(radius) or {}
+    decided = certificates.other_shares(radius) or {}
     return "".join(f", {name} {percent(part.estimate)}" for name, part in decided.items())
 
 
@@ -225,7 +218,7 @@ def lower_text(certificates: Certificates, radius: float) -> str:
     return percent(math.floor(1000 * certificates.accuracy_lower(radius)) / 1000)
 
 
-def copies_text(certificates: StoredCertificates) -> str:
+def copies_text(certificates: Certificates) -> str:
     """Say how many images are not counted because they are copies, or that this is not known; empty without any."""
     copies = certificates.num_copies
     if copies is None:
@@ -236,14 +229,20 @@ def copies_text(certificates: StoredCertificates) -> str:
 
 def method_text(certificates: Certificates) -> str:
     """Method, name of the test martingale where there is one, and the grid where there is one."""
-    name = _METHOD_SIGNS[certificates.method]
-    test = f" ({certificates.bound})" if certificates.method == "sequential" else ""
-    return f"{name}{test}{', ' if certificates.radii else ''}{grid_text(certificates)}"
+    name = _METHOD_SIGNS[certificates.rule.method]
+    test = f" ({certificates.rule.bound})" if certificates.rule.method == "sequential" else ""
+    return f"{name}{test}{', ' if certificates.rule.radii else ''}{grid_text(certificates)}"
+
+
+def headline_radius(certificates: Certificates) -> float:
+    """Return sigma / 2, or the grid's first radius from there on, its last where there is none."""
+    half, radii = certificates.sigma / 2, certificates.rule.radii
+    return half if radii is None else next((radius for radius in radii if radius >= half), radii[-1])
 
 
 def grid_text(certificates: Certificates) -> str:
     """The grid in words, empty without one."""
-    radii = certificates.radii
+    radii = certificates.rule.radii
     if radii is None:
         return ""
     if len(radii) > _LISTED:
@@ -253,9 +252,9 @@ def grid_text(certificates: Certificates) -> str:
 
 def samples_text(certificates: Certificates) -> str:
     """Mean and cap of a sequential run, else the fixed number; selection and estimation together."""
-    most = f"{certificates.most_samples:,}"
-    if certificates.method == "sequential":
-        most = f"{certificates.mean_samples:,.0f} on average, at most {most}"
+    most = f"{certificates.rule.num_samples:,}"
+    if certificates.rule.method == "sequential":
+        most = f"{certificates.num_samples.mean():,.0f} on average, at most {most}"
     return f"{most}, {certificates.num_selection:,} of them to select the class"
 
 
@@ -288,7 +287,7 @@ def _audit_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     yield "audited evaluation", f"{audit.evaluation}, {audited_threat_text(audit)} (n = {audit.images:,})"
     yield "audit", f"{audit.verdict}: {audit_sentence(audit)}"
     yield "accuracy there and here", f"{share(audit.claimed)} and {share(audit.measured)}"
-    for finding in audit.failed:
+    for finding in audit.failed_findings:
         yield f"audit: {finding.name} failed", finding.evidence
 
 
@@ -298,8 +297,9 @@ def acr_text(results: RunResults) -> str:
     if certificates is None:
         return ""
     samples = f"N = {certificates.num_estimation:,}"
-    if certificates.method == "sequential":
-        samples = f"{certificates.mean_samples:,.0f} samples an image, at most {certificates.most_samples:,}"
+    if certificates.rule.method == "sequential":
+        mean = certificates.num_samples.mean()
+        samples = f"{mean:,.0f} samples an image, at most {certificates.rule.num_samples:,}"
     return f"{certificates.acr:.3f} ({'; '.join(filter(None, (samples, grid_text(certificates))))})"
 
 
@@ -371,7 +371,7 @@ def _curve_row(results: RunResults, ladder: Ladder, point: CurvePoint) -> CurveR
         accuracy=share(point.accuracy),
         held=share(point.accuracy_lower),
         undecided=f"{point.undecided:,}" if point.undecided else "–",
-        floor="" if proved is None else share(proved.accuracy(ladder.around(point.epsilon))),
+        floor="" if proved is None else share(proved.accuracy_interval(ladder.around(point.epsilon))),
         own=math.isclose(point.epsilon, ladder.epsilon, rel_tol=1e-6),
     )
 
@@ -408,9 +408,9 @@ def rises_text(ladder: Ladder) -> str:
     return f"Images standing rise {', '.join(told)}, which no best attack can do." if told else ""
 
 
-def audit_sentence(audit: Audit) -> str:
+def audit_sentence(audit: AuditReport) -> str:
     """Why the verdict is what it is, with one-sided bounds, each of 95 % confidence."""
-    low, high = (percent(bound) for bound in _outward(audit.d))
+    low, high = (percent(bound) for bound in _outward(audit))
     what = "of the images are left standing by the evaluation and broken here"
     if audit.verdict == "holds":
         return f"at most {high} {what}, less than the tolerance of {percent(audit.tolerance)}; no finding failed"
@@ -421,27 +421,27 @@ def audit_sentence(audit: Audit) -> str:
     return "a failed finding says that it was not an evaluation of this model under this threat model"
 
 
-def d_text(audit: Audit) -> str:
+def d_text(audit: AuditReport) -> str:
     """The share that the evaluation held and the audit broke, with its bounds and counts."""
-    low, high = (f"{100 * bound:.1f}" for bound in _outward(audit.d))
-    return f"{percent(audit.d.estimate)} [{low}, {high}] ({audit.newly_broken:,} of {audit.images:,} images)"
+    low, high = (f"{100 * bound:.1f}" for bound in _outward(audit))
+    return f"{percent(audit.d)} [{low}, {high}] ({len(audit.newly_broken):,} of {audit.images:,} images)"
 
 
-def _outward(interval: Interval) -> tuple[float, float]:
-    """Both ends in full tenths of a percent, rounded so that they stay bounds."""
-    return math.floor(1000 * interval.low) / 1000, math.ceil(1000 * interval.high) / 1000
+def _outward(audit: AuditReport) -> tuple[float, float]:
+    """Return both bounds of d in full tenths of a percent, rounded so that they stay bounds."""
+    return math.floor(1000 * audit.d_low) / 1000, math.ceil(1000 * audit.d_high) / 1000
 
 
-def _deciding(audit: Audit) -> str:
+def _deciding(audit: AuditReport) -> str:
     against = " and a failed finding stands against “holds”" if audit.failed else ""
     if audit.images_needed is None:
         return f"more images would not decide{against}"
     return f"{audit.images_needed:,} images would decide if the share stayed the same{against}"
 
 
-def finding_rows(audit: Audit) -> list[FindingRow]:
+def finding_rows(audit: AuditReport) -> list[FindingRow]:
     """The findings, failed ones first, then undecided, passed and skipped, each group from cause to symptom."""
-    order = sorted(audit.findings, key=lambda finding: STATUSES.index(finding.status))
+    order = sorted(audit.findings, key=lambda finding: _STATUSES.index(finding.status))
     return [
         FindingRow(
             name=finding.name,
@@ -473,9 +473,9 @@ def certified_rows(results: RunResults) -> list[CertifiedRow]:
     return [
         CertifiedRow(
             radius=radius_text(radius),
-            accuracy=share(certificates.accuracy(radius)),
+            accuracy=share(certificates.accuracy_interval(radius)),
             lower=lower_text(certificates, radius),
-            decided=tuple(percent(part.estimate) for part in (certificates.decided(radius) or {}).values()),
+            decided=tuple(percent(part.estimate) for part in (certificates.other_shares(radius) or {}).values()),
         )
         for radius in certificates.table_radii
     ]
@@ -503,7 +503,7 @@ def _own_rows(results: RunResults) -> Iterator[ComparisonRow]:
     for rung in shown:
         yield ComparisonRow("This run", data, model, f"{rung.label}, {threat}", clean, share(rung.accuracy), True)
     if proved is not None:
-        floor = share(proved.accuracy(ladder.covering_radius))
+        floor = share(proved.accuracy_interval(ladder.covering_radius))
         yield ComparisonRow("This run, certificate", data, model, f"any attack, {threat}", clean, f"≥ {floor}", True)
 
 

@@ -1,4 +1,4 @@
-"""Processes: rank and world size, taking turns, an all-gather through which gradients flow, one mean of gradients."""
+"""Collectives over processes: rank, world size, turns, a differentiable all-gather and averaged gradients."""
 
 import os
 from collections import defaultdict
@@ -19,24 +19,24 @@ _MESSAGE_BYTES = 64 * 2**20
 
 
 def world_size() -> int:
-    """Number of processes, 1 where no process group is initialised."""
+    """Return the number of processes, 1 where no process group is initialised."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, 0 where no process group is initialised."""
+    """Return the rank of this process, 0 where no process group is initialised."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Within the context the processes that torchrun started know of each other; without torchrun nothing happens."""
+    """Join the processes started by torchrun in one process group within the context, if torchrun started any."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # Certification and training leave the processes alone for hours between two meetings.
+    # Certification and training may run for hours between two collectives.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
         yield
@@ -44,17 +44,20 @@ def joined_processes() -> Iterator[None]:
         if not end.code:
             distributed.destroy_process_group()
         raise
-    distributed.destroy_process_group()  # not after an error: the others would be waited for
+    distributed.destroy_process_group()  # not after an error: it would wait for the other processes
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has reached this call."""
     if world_size() > 1:
         distributed.barrier()
 
 
 def in_turn(work: Callable[[], T]) -> T:
-    """``work()`` in one process after the other, in rank order: for files that several of them read and write."""
+    """Call ``work`` in one process at a time, in rank order, and return this process's result.
+
+    For files that several processes read and write.
+    """
     for turn in range(world_size()):
         if turn == rank():
             result = work()
@@ -63,12 +66,12 @@ def in_turn(work: Callable[[], T]) -> T:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenation over ranks; the backward sums every rank's gradient of this rank's rows."""
+    """Concatenation over ranks, whose backward pass sums every rank's gradient of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = x.shape[0]
-        parts = [torch.empty_like(x) for _ in range(world_size())]
+        parts = [torch.empty_like(x) for _ in range(world_size())]  # W tensors (B, ...)
         distributed.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
@@ -81,45 +84,60 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, (world * B, ...), differentiable; ``x`` itself with one process.
+    """Return the rows of all ranks in rank order, differentiably, or ``x`` itself with one process.
 
     The gradient of ``x`` is that of the *sum* of the ranks' losses. ``average_gradients`` then takes the mean over
-    ranks, so a loss that is a mean over local rows ends as the mean over the global batch. Every rank must hold equally
-    many rows.
+    ranks, so a loss that is a mean over local rows becomes the mean over the global batch.
+
+    Args:
+        x: this rank's rows (B, ...), with the same B on every rank.
+
+    Returns:
+        (world_size * B, ...).
+
+    Cost: one all-gather forward, one all-reduce backward.
     """
     return _Gather.apply(x) if world_size() > 1 else x
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], extras: Tensor) -> Tensor:
-    """Mean over ranks of ``extras``; every ``.grad`` of ``parameters`` becomes its mean over ranks, in place.
+    """Replace every gradient by its mean over ranks, in place, and return the mean of ``extras``.
 
-    extras: (E,), what else the ranks must agree on: a loss, a stop flag. It travels in the gradients' message where it
-    has their dtype and device. Each dtype is averaged as it is (float64 stays float64), in messages of about 64 MB, and
-    every rank ends with the same bits. Parameters without gradient are skipped and keep none; they must be the same
-    ones on all ranks. With one process nothing is done and ``extras`` itself comes back. Every rank must call it.
+    Each dtype is averaged as it is (float64 stays float64), in messages of about 64 MB, and every rank ends with the
+    same bits. Every rank must call it. With one process nothing changes and ``extras`` itself is returned.
 
-    DistributedDataParallel would hook this into one forward and one backward pass a step. Here a step may have several
-    of each (two views, adversarial inner passes, gradient caching, which calls backward once per micro-batch), and all
-    of them would set off reductions or need to be excluded by hand; and the extras would need a message of their own.
-    The cost: communication does not overlap with the backward pass.
+    DistributedDataParallel would hook this into one forward and one backward pass per step. A step of this library may
+    have several of each (two views, adversarial inner passes, gradient caching, which calls backward once per
+    micro-batch). All of them would trigger reductions or need to be excluded by hand, and the extras would need a
+    message of their own. The price is that communication does not overlap with the backward pass.
 
-    Raises: InputError when ``extras`` is not one-dimensional.
+    Args:
+        parameters: tensors whose ``.grad`` is averaged. Those without a gradient are skipped, and must be the same
+            ones on all ranks.
+        extras: (E,), other values that the ranks must agree on, e.g. a loss or a stop flag. They share the gradients'
+            message where dtype and device match.
+
+    Returns:
+        The mean of ``extras`` over ranks, (E,).
+
+    Raises:
+        InputError: ``extras`` is not one-dimensional.
     """
     if extras.ndim != 1:
         raise InputError(f"extras must be one-dimensional, got shape {tuple(extras.shape)}; stack numbers to (E,)")
     if world_size() == 1:
         return extras
     mean = extras.detach().clone()
-    _exchange([*(own.grad for own in parameters if own.grad is not None), mean], _average)
+    _exchange([*(parameter.grad for parameter in parameters if parameter.grad is not None), mean], _average)
     return mean
 
 
 @torch.no_grad()
 def broadcast_module(module: nn.Module) -> nn.Module:
-    """``module`` itself, its parameters and buffers overwritten in place by those of rank 0.
+    """Overwrite the parameters and buffers of ``module`` by those of rank 0, in place, and return it.
 
-    Every rank must call it, with the same architecture. With one process nothing is done.
+    Every rank must call it, with the same architecture. With one process nothing changes.
     """
     if world_size() > 1:
         _exchange([*module.parameters(), *module.buffers()], lambda message: distributed.broadcast(message, src=0))
@@ -132,7 +150,7 @@ def _average(message: Tensor) -> None:
 
 
 def _exchange(tensors: list[Tensor], communicate: Callable[[Tensor], object]) -> None:
-    """Lay ``tensors`` end to end in few flat messages, ``communicate`` each in place, and write the outcome back."""
+    """Concatenate ``tensors`` into few flat messages, ``communicate`` each in place, and copy the results back."""
     for bucket in _buckets(tensors):
         # Elements travel in logical order: memory formats may differ between ranks.
         message = torch.cat([tensor.reshape(-1) for tensor in bucket])
@@ -142,7 +160,7 @@ def _exchange(tensors: list[Tensor], communicate: Callable[[Tensor], object]) ->
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """``tensors`` in groups of one dtype and device, none above the size of a message unless it is a single tensor."""
+    """Group ``tensors`` by dtype and device into buckets of at most one message, or of one larger tensor."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         kinds[tensor.dtype, tensor.device].append(tensor)
@@ -159,9 +177,9 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def gather_objects(value: T) -> list[T]:
-    """``value`` of every process in rank order; ``[value]`` with one process."""
+    """Return the ``value`` of every process in rank order."""
     if world_size() == 1:
         return [value]
-    found: list[T | None] = [None] * world_size()
-    distributed.all_gather_object(found, value)
-    return found  # type: ignore[return-value]
+    values: list[T | None] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]

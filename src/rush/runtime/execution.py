@@ -1,4 +1,4 @@
-"""Where and in what precision a classifier runs: decided once per run, recorded, enforced afterwards."""
+"""Device, precision and form of a classifier's forward pass: decided once per run, recorded and enforced."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,13 +16,18 @@ from rush.runtime.memory import is_out_of_memory
 
 @dataclass(frozen=True)
 class Execution:
-    """The one forward of a run.
+    """The one forward pass of a run.
 
-    device: where tensors live. precision: what autocast computes in; float32 is no autocast. channels_last: memory
-    layout of 4-d tensors. tile: fixed number of rows of every judged batch, the last one padded. threads: CPU threads
-    when it was decided. folded: BatchNorm is folded into the convolutions, for judged samples. compile_mode: their
-    torch.compile, "none" or its mode. deterministic: cuDNN takes algorithms that give the same bits every time; False
-    allows the fastest, which may give others (``configure``).
+    Attributes:
+        device: where tensors live.
+        precision: dtype that autocast computes in, where "float32" means no autocast.
+        channels_last: memory layout of 4-d tensors.
+        tile: fixed number of rows of every judged batch, the last one padded.
+        threads: number of CPU threads when it was decided.
+        folded: whether BatchNorm is folded into the convolutions for judged samples.
+        compile_mode: mode of torch.compile for judged samples, or "none".
+        deterministic: whether cuDNN must use algorithms that give the same bits every time. Otherwise it uses the
+            fastest (see ``configure``).
     """
 
     device: str = "cpu"
@@ -35,17 +40,17 @@ class Execution:
     deterministic: bool = True
 
     def __repr__(self) -> str:
-        """The fields, ``deterministic`` only where it is False: models made before it keep their fingerprints."""
-        told = [own.name for own in fields(self) if own.name != "deterministic" or not self.deterministic]
-        return f"Execution({', '.join(f'{name}={getattr(self, name)!r}' for name in told)})"
+        """Return the fields, ``deterministic`` only where it is False, so that older fingerprints stay valid."""
+        names = [field.name for field in fields(self) if field.name != "deterministic" or not self.deterministic]
+        return f"Execution({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def configure(self) -> "Execution":
-        """Return this execution after setting the flags by which torch chooses CUDA kernels in this process.
+        """Set the flags by which torch chooses CUDA kernels in this process, and return this execution.
 
-        cuDNN takes deterministic algorithms and tries out none, or, with ``deterministic`` False, times all and takes
-        the fastest. Products of float32 matrices and float32 convolutions are computed in TF32 where the precision is
-        bfloat16, and in float32 where it is float32. The stages of a run do so; who calls the library on CUDA does so
-        once, before anything is computed. On other devices nothing is set.
+        cuDNN uses deterministic algorithms or, with ``deterministic`` False, benchmarks all and uses the fastest.
+        Products of float32 matrices and float32 convolutions are computed in TF32 where the precision is bfloat16, and
+        in float32 otherwise. The stages of a run call it. On CUDA, a program that uses the library calls it once,
+        before anything is computed. On other devices nothing is set.
         """
         if torch.device(self.device).type == "cuda":
             torch.backends.cudnn.deterministic = self.deterministic
@@ -54,12 +59,12 @@ class Execution:
         return self
 
     def place(self, module: nn.Module) -> nn.Module:
-        """``module`` moved to the device and layout."""
+        """Move ``module`` to the device and layout, and return it."""
         module = module.to(self.device)
         return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
 
     def layout(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) on the device in the run's layout; values unchanged."""
+        """Return images (B, C, H, W) on the device in the run's layout, values unchanged."""
         x = x.to(self.device)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x.contiguous()
 
@@ -69,36 +74,38 @@ class Execution:
         return x.to(self.device, copy=True, memory_format=layout)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Context in which networks are evaluated or trained."""
+        """Return the autocast context in which networks are evaluated or trained."""
         enabled = self.precision == "bfloat16"
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled)
 
     def logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
         """Return logits (B, K) in float32, differentiable in ``x`` (B, C, H, W) float32.
 
-        The classifier gets a copy of ``x`` and its answer is copied: it may overwrite its input and reuse its output.
+        The classifier gets a copy of ``x`` and its output is copied: it may overwrite its input and reuse its output.
 
         Raises:
-            ModelError: if the classifier raises, or returns something else than a real tensor.
+            ModelError: The classifier raises, or returns something other than a real tensor.
         """
         with foreign_call(x):
             return self.unguarded_logits(classifier, x)
 
     def unguarded_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
-        """Return ``logits`` without translating exceptions: the part that torch.compile can take."""
+        """Return ``logits`` without translating exceptions, in a form that torch.compile can trace."""
         with self.autocast():
             logits = classifier(self.copied(x))
         if not isinstance(logits, Tensor) or logits.is_complex():
-            given = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
+            kind = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(
-                f"the classifier returned {given}, expected a real tensor of logits (B, K); wrap it in a "
+                f"the classifier returned {kind}, expected a real tensor of logits (B, K); wrap it in a "
                 "module that returns the logits alone"
             )
         return logits.to(torch.float32, copy=True)
 
     def tiled_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
-        """Logits (B, K) without gradients, computed ``tile`` rows at a time, the last tile padded with its first
-        row."""
+        """Return logits (B, K) without gradients, computed in tiles of ``tile`` rows.
+
+        The last tile is padded with copies of its first row, so that every call has the same shape.
+        """
         rows = []
         with torch.no_grad():
             for part in x.split(self.tile):
@@ -107,17 +114,25 @@ class Execution:
             return torch.cat(rows)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for ``provenance.json``; torch's version is among them, another one may compute other bits."""
+        """Return plain values for ``provenance.json``, with torch's version: another version may compute other bits."""
         return {**asdict(self), "torch": torch.__version__}
 
 
 def decide_execution(
     device: str = "auto", precision: PrecisionChoice = "auto", tile: int = 256, deterministic: bool = True
 ) -> Execution:
-    """The execution for this machine: cuda, else mps, else cpu; bfloat16 where the processor computes in it natively;
-    BatchNorm folded. Whether compiling pays is tried later (``forward.try_forwards``).
+    """Choose the execution for this machine, with BatchNorm folded.
 
-    Raises: ConfigError when the device asked for is not there.
+    Whether compilation pays is measured later (``smoothing.forward.try_forwards``).
+
+    Args:
+        device: a device of torch, or "auto" for cuda, else mps, else cpu.
+        precision: "auto" for bfloat16 where the processor computes in it natively, else float32.
+        tile: rows of every judged batch.
+        deterministic: see ``Execution``.
+
+    Raises:
+        ConfigError: The requested device is not available.
     """
     chosen = _best_device() if device == "auto" else _checked_device(device)
     kind = torch.device(chosen).type
@@ -128,26 +143,26 @@ def decide_execution(
 
 @contextmanager
 def foreign_call(x: Tensor) -> Iterator[None]:
-    """Within the context, code of the classifier runs on images like ``x``: what it raises becomes a ModelError.
+    """Turn exceptions of a classifier that runs on images like ``x`` within the context into a ModelError.
 
-    Errors of this library and a device out of memory pass as they are.
+    Errors of this library and out-of-memory errors pass unchanged.
     """
     try:
         yield
     except RushError:
         raise
-    except Exception as error:  # any code may run in there, and fail in any way
+    except Exception as error:  # foreign code may raise anything
         if isinstance(error, MemoryError) or is_out_of_memory(error):
             raise
-        given = f"{str(x.dtype).removeprefix('torch.')} images of shape {tuple(x.shape)} on {x.device}"
+        images = f"{str(x.dtype).removeprefix('torch.')} images of shape {tuple(x.shape)} on {x.device}"
         raise ModelError(
-            f"the classifier was given {given} and raised {one_line(error)}; it must accept such images"
+            f"the classifier was given {images} and raised {one_line(error)}; it must accept such images"
         ) from error
 
 
 @contextmanager
 def without_tf32(device: str) -> Iterator[None]:
-    """Within the context float32 is computed in float32, also on a CUDA device that may take TF32 for it."""
+    """Compute float32 in float32 within the context, also on a CUDA device where TF32 is allowed."""
     if torch.device(device).type != "cuda":
         yield
         return
@@ -160,15 +175,17 @@ def without_tf32(device: str) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> str:
-    """Return where the first parameter of ``module`` is; the CPU without one."""
+    """Return the device of the first parameter of ``module``, or the CPU without parameters."""
     parameter = next(module.parameters(), None)
     return "cpu" if parameter is None else str(parameter.device)
 
 
 @contextmanager
 def compiled(module: nn.Module, mode: TrainingCompile) -> Iterator[None]:
-    """Within the context the forward of ``module`` is compiled by torch, its hooks outside; "none" and "graph", which
-    captures the whole step, change nothing."""
+    """Compile the forward of ``module`` within the context, where its hooks stay outside the compiled part.
+
+    The modes "none" and "graph" (which captures the whole step) change nothing.
+    """
     if mode in ("none", "graph"):
         yield
         return
@@ -180,27 +197,30 @@ def compiled(module: nn.Module, mode: TrainingCompile) -> Iterator[None]:
 
 
 def check_eval_mode(module: nn.Module) -> None:
-    """Raises ModelError when some layer of ``module`` is in training mode, where outputs depend on neighbours or
-    chance."""
+    """Raise ModelError if a layer of ``module`` is in training mode.
+
+    In training mode its outputs may be stochastic or depend on the rest of the batch.
+    """
     training = [name or "(the module itself)" for name, layer in module.named_modules() if layer.training]
     if training:
         raise ModelError(
             f"the classifier is in training mode (first such layer: {training[0]}, {len(training)} in all); "
-            "batch statistics and dropout make its logits depend on neighbours and chance: call classifier.eval() first"
+            "batch statistics and dropout make its logits stochastic or dependent on the rest of the batch: call "
+            "classifier.eval() first"
         )
 
 
 def _allow_tf32(products: bool, convolutions: bool) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some versions of torch announce another interface, which older ones lack
+        warnings.simplefilter("ignore")  # newer versions deprecate this interface, older ones lack its successor
         torch.backends.cuda.matmul.allow_tf32 = products
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _tf32_is_allowed() -> tuple[bool, bool]:
-    """Whether products and convolutions may take TF32."""
+    """Return whether products and convolutions may use TF32."""
     products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # torch 2.9 and later, whose older interface cannot be read once the newer one was set
+    if hasattr(cudnn, "conv"):  # torch 2.9 and later: the older interface cannot be read once the newer one was set
         return products.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
     return products.allow_tf32, cudnn.allow_tf32
 

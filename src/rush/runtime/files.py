@@ -1,8 +1,8 @@
-"""Files that are whole or not there, and folders that one process at a time works in.
+"""Atomic file writes and exclusive directory locks.
 
-Everything that the library writes goes through this module. No link inside a run folder is followed, since the folder
-may come from somebody else: a temporary is created exclusively, a file is appended to only where it is a regular file,
-and a link is refused. The path of the run folder itself may hold links.
+The library writes every file through this module. Links inside a run folder are never followed, since the folder may
+come from an untrusted source: a temporary file is created exclusively, only regular files are appended to, and a link
+is refused. The path of the run folder itself may contain links.
 """
 
 import errno
@@ -17,20 +17,27 @@ from typing import Any
 
 from rush.errors import RunError, WriteError
 
-RECIPE = "recipe.json"  # what makes a folder a run folder
-# Folders that a run folder holds.
+RECIPE = "recipe.json"  # its presence makes a folder a run folder
+# Folders inside a run folder.
 _PARTS = ("stages", "checkpoints", "model", "attacks", "certificates.parts")
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe does not block
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opening a pipe must not block
 _PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary neighbour of ``path``, flush it to the disk and rename it: a kill leaves the old
-    file or the new one.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write ``path`` so that a crash leaves either the old file or the new one.
 
-    The neighbour's name is always the same. What a kill has left of it is removed, and it is created exclusively. One
-    process at a time may write ``path``. Outside a run folder ``path`` may be a link, whose target is then replaced.
-    Raises: RunError where ``path`` leads through a link inside a run folder; WriteError where it cannot be written.
+    ``write`` fills a temporary file beside ``path``, which is flushed to the disk and renamed. The temporary file's
+    name is fixed: a remainder of a crash is removed, and the file is created exclusively. Only one process at a time
+    may write ``path``. Outside a run folder ``path`` may be a link, whose target is then replaced.
+
+    Args:
+        path: the file, whose missing parent folders are created.
+        write: called with the path of the temporary file, which is empty.
+
+    Raises:
+        RunError: ``path`` leads through a link inside a run folder.
+        WriteError: The file cannot be written.
     """
     refuse_links(path)
     with _writing(path):
@@ -44,7 +51,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that their owner alone may read
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors creates files that only their owner can read
             os.replace(temporary, path)
         finally:
             with suppress(OSError):
@@ -58,11 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` atomically."""
-
-    def write(target: Path) -> None:
-        target.write_bytes(content)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda target: target.write_bytes(content))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,12 +73,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def append_text(path: Path, text: str, header: str = "") -> None:
-    """Append ``text`` to the file ``path`` and flush it to the disk; a new file begins with ``header``.
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write NumPy ``arrays`` as an .npz file to ``path`` atomically."""
+    import numpy as np
 
-    Where the disk is full, nothing of ``text`` stays.
-    Raises: RunError where ``path`` is a link or leads through one inside a run folder, or is not a regular file;
-    WriteError where it cannot be written.
+    def write(target: Path) -> None:
+        with open(target, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(path, write)
+
+
+def append_text(path: Path, text: str, header: str = "") -> None:
+    """Append ``text`` to the file ``path`` and flush it to the disk. A new file begins with ``header``.
+
+    If writing fails, e.g. on a full disk, the file is cut back to its former size.
+
+    Raises:
+        RunError: ``path`` is a link or leads through one inside a run folder, or is not a regular file.
+        WriteError: The file cannot be written.
     """
     refuse_links(path)
     with _writing(path):
@@ -92,7 +108,7 @@ def append_text(path: Path, text: str, header: str = "") -> None:
 
 
 def cut_file(path: Path, size: int) -> None:
-    """Cut the file ``path`` back to its first ``size`` bytes. Raises: as ``append_text``."""
+    """Truncate the file ``path`` to its first ``size`` bytes. Raises like ``append_text``."""
     refuse_links(path)
     with _writing(path), _opened(path, os.O_WRONLY) as descriptor:
         os.ftruncate(descriptor, size)
@@ -100,14 +116,14 @@ def cut_file(path: Path, size: int) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder ``path`` where there is none. Raises: as ``write_atomically``."""
+    """Create the folder ``path`` if it does not exist. Raises like ``write_atomically``."""
     refuse_links(path)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def refuse_links(path: Path) -> None:
-    """Raise RunError where ``path`` is a link inside a run folder, or a folder between the two is one."""
+    """Raise RunError if ``path``, or a folder between it and its run folder, is a link."""
     below = [Path(os.path.abspath(path))]
     for folder in below[0].parents:
         first = below[-1]
@@ -116,17 +132,23 @@ def refuse_links(path: Path) -> None:
             if link is not None:
                 raise RunError(
                     f"{link} is a link to {os.readlink(link)!r}; nothing is written through a link inside a run "
-                    "folder: replace it by the file or folder itself"
+                    "folder: replace it with the file or folder itself"
                 )
         below.append(folder)
 
 
 @contextmanager
 def one_process(path: Path, wait: bool) -> Iterator[None]:
-    """Within the context no other process is in one for the same file or folder ``path``, which must exist.
+    """Hold an exclusive lock on the existing file or folder ``path`` within the context.
 
-    Where another one is: waits for it, or raises BlockingIOError if not ``wait``. The system frees the lock of a killed
-    process. On Windows, which has no such locks, nothing is held.
+    The system releases the lock of a killed process. Windows has no such locks, so nothing is held there.
+
+    Args:
+        path: the file or folder to lock.
+        wait: whether to wait for a process that holds the lock.
+
+    Raises:
+        BlockingIOError: Another process holds the lock and ``wait`` is False.
     """
     if sys.platform == "win32":
         yield
@@ -143,7 +165,7 @@ def one_process(path: Path, wait: bool) -> Iterator[None]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn what the system says within the context into one line about ``path``."""
+    """Turn an OSError within the context into a WriteError about ``path``."""
     try:
         yield
     except WriteError:
@@ -155,11 +177,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    """Within the context the regular file ``path``, open as a descriptor."""
+    """Open the regular file ``path`` as a descriptor within the context."""
     descriptor = os.open(path, flags | _NO_LINK | _PLAIN, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise RunError(f"{path} is not a regular file; replace it by one")
+            raise RunError(f"{path} is not a regular file; replace it with one")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -172,6 +194,6 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 
 def _umask() -> int:
-    current = os.umask(0o077)  # the system tells it by setting it
+    current = os.umask(0o077)  # it can only be read by setting it
     os.umask(current)
     return current

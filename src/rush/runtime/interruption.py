@@ -1,4 +1,4 @@
-"""A request to stop, answered between two steps instead of in the middle of one."""
+"""Stop requests by signal, handled between two steps rather than in the middle of one."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether, and by which signal, this process was asked to stop."""
+    """Whether this process was asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -19,9 +19,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within the context SIGTERM and the first Ctrl-C are noted and do not end the process; a second Ctrl-C does.
+    """Record SIGTERM and the first Ctrl-C within the context without ending the process.
 
-    Outside the main thread, which alone may ask for signals, nothing is noted.
+    A second Ctrl-C ends it. Only the main thread can handle signals, so that in other threads nothing is recorded.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

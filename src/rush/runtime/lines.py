@@ -1,7 +1,7 @@
-"""Text within lines: names from outside that cannot break a line, a table or a terminal, and files read line by line.
+"""Escaping of untrusted names for lines, tables and terminals, and readers of text, JSON and event files.
 
-A line ends at a line feed and nowhere else. ``str.splitlines`` also ends it at U+2028, U+0085, U+001C and others, which
-a name may hold.
+A line ends at a line feed and nowhere else. ``str.splitlines`` would also end it at U+2028, U+0085, U+001C and others,
+which a name may contain.
 """
 
 import errno
@@ -10,64 +10,66 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rush.errors import RunError
-
-# Control characters (C0, DEL, C1), line and paragraph separator, what changes the direction of writing, the byte order
-# mark, and halves of surrogate pairs, which stand for bytes of a file name that are not UTF-8.
+# Control characters (C0, DEL, C1), line and paragraph separators, marks that change the writing direction, the byte
+# order mark, and surrogates, which stand for bytes of a file name that are not UTF-8.
 _UNSAFE = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
 _CODE = r"x[0-9a-f]{2}|u[0-9a-f]{4}"
 _TO_ESCAPE = re.compile(rf"[{_UNSAFE}]|\\(?={_CODE})")
 _NOT_PRINTABLE = re.compile(f"[{_UNSAFE}]")
-_QUOTED = 300  # characters of somebody else's error that are quoted
+_QUOTED = 300  # characters of a foreign error that are quoted
 _ESCAPED = re.compile(rf"\\({_CODE})")
 
 
 def escape(text: str) -> str:
-    r"""Return ``text`` in one line of printable characters; ``unescape`` gives it back.
+    r"""Return ``text`` as one line of printable characters, of which ``unescape`` is the inverse.
 
-    Control characters, line separators, marks that change the direction of writing and bytes that are not UTF-8 become
-    ``\x09`` or ``\u2028``, as Python writes them. A backslash is escaped only where it would be read as the beginning
-    of such a code. Every other text stays as it is, to the byte.
+    Control characters, line separators, marks that change the writing direction and bytes that are not UTF-8 become
+    ``\x09`` or ``\u2028``, as Python writes them. A backslash is escaped only where it would start such a code. All
+    other text stays the same, byte for byte.
     """
     return _TO_ESCAPE.sub(lambda match: _code(ord(match.group())), text)
 
 
 def unescape(text: str) -> str:
-    """Return the text of which ``text`` is the escaped form."""
+    """Return the text that ``escape`` turned into ``text``."""
     return _ESCAPED.sub(lambda match: chr(int(match.group(1)[1:], 16)), text)
 
 
 def printable(text: str) -> str:
-    """Return ``text`` for a reader: as ``escape``, but not to be read back, so that backslashes stay as they are."""
+    """Return ``text`` escaped for display: like ``escape``, but backslashes stay, so that it cannot be reversed."""
     return _NOT_PRINTABLE.sub(lambda match: _code(ord(match.group())), text)
 
 
 def one_line(error: BaseException) -> str:
-    """Return the type and the text of somebody else's error in one line, the text shortened to 300 characters."""
+    """Return the type and message of a foreign error in one line, the message shortened to 300 characters."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 text file, without their ends; a byte order mark and CRLF ends are accepted.
+    """Return the lines of a UTF-8 text file, without their ends, also with a byte order mark or CRLF ends.
 
-    Raises: OSError where the file cannot be read; UnicodeDecodeError where it is not UTF-8.
+    Raises:
+        OSError: The file cannot be read.
+        UnicodeDecodeError: It is not UTF-8.
     """
-    lines = _content(path).decode("utf-8-sig").split("\n")
+    lines = content_of(path).decode("utf-8-sig").split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``.
+def read_object(path: Path, max_bytes: int = -1) -> dict[str, Any]:
+    """Return the JSON object in ``path``, of at most ``max_bytes`` bytes where that is not negative.
 
-    Raises: OSError where the file cannot be read; ValueError where it is not UTF-8 or not a JSON object.
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is longer, not UTF-8, or not a JSON object.
     """
-    return parse_object(_content(path).decode("utf-8-sig"))
+    return parse_object(content_of(path, max_bytes).decode("utf-8-sig"))
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Return the JSON object in ``text``; ValueError where it is none."""
+    """Return the JSON object in ``text``, or raise ValueError if it is not one."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -77,52 +79,20 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-def read_events(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the events of a ``log.jsonl`` by the numbers of their lines, none where there is no file.
+def content_of(path: Path, max_bytes: int = -1) -> bytes:
+    """Return the bytes of a regular file, of at most ``max_bytes`` bytes where that is not negative.
 
-    The last line may be cut off, as a kill leaves it; it is then omitted.
-    Raises: RunError naming the line where another one is not an event, or where the file cannot be read.
+    Raises:
+        OSError: The file cannot be read or is not a regular file.
+        ValueError: It is longer.
     """
-    try:
-        content = _content(path) if path.exists() else b""
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be read ({error.strerror}); allow it, or restore the file from a copy"
-        ) from error
-    events = {}
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            event = parse_object(line.decode("utf-8"))
-            if not isinstance(event.get("event"), str):
-                raise ValueError("it does not say its event")
-        except ValueError as error:
-            if is_cut_off(line) and content.endswith(line):
-                break
-            raise damaged_event(path, number, f"{error}: {line[:60]!r}") from error
-        events[number] = event
-    return events
-
-
-def damaged_event(path: Path, number: int, why: str) -> RunError:
-    """Return what to say where line ``number`` of a log is not what it should be."""
-    return RunError(
-        f"{path} is damaged: line {number} cannot be read ({why}). Remedy: restore the file from a copy, or delete the "
-        "line; only the training curves lose a point."
-    )
-
-
-def is_cut_off(line: bytes) -> bool:
-    """Return whether ``line`` is the beginning of a log's event."""
-    opening, written = b'{"event": "', line.rstrip(b"\0")  # a power cut may leave zeros
-    return written.startswith(opening) or opening.startswith(written)
-
-
-def _content(path: Path) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # reading a pipe would block
         raise OSError(errno.EINVAL, "not a regular file")
-    return path.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1 if max_bytes >= 0 else -1)
+    if 0 <= max_bytes < len(content):
+        raise ValueError(f"more than {max_bytes} bytes")
+    return content
 
 
 def _code(point: int) -> str:

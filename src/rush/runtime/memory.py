@@ -1,4 +1,4 @@
-"""A device that is out of memory, as one line that names what to lower."""
+"""Out-of-memory errors, reported in one line that names the recipe field to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,36 +9,36 @@ from rush.errors import DeviceMemoryError
 from rush.runtime.lines import one_line
 
 JUDGED = "execution.tile (the images of a forward pass)"
-"""What to lower where samples are judged or attacked."""
-_SAID = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # by the allocators that raise a RuntimeError
+"""The field to lower where samples are judged or attacked."""
+_MESSAGES = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # of allocators that raise a RuntimeError
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch or one of its libraries says by ``error`` that it could not allocate memory."""
+    """Return whether ``error`` reports a failed memory allocation in torch or one of its libraries."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 def memory_error(what: str, remedy: str, error: BaseException) -> DeviceMemoryError:
-    """Return the error that says that ``what`` found too little memory, and to lower ``remedy``."""
-    said = ". ".join(one_line(error).split(". ")[:2]).rstrip(".")
+    """Return the error for ``what`` having run out of memory, with the fields ``remedy`` to lower."""
+    cause = ". ".join(one_line(error).split(". ")[:2]).rstrip(".")
     return DeviceMemoryError(
-        f"{what}: there is not enough memory ({said}). Lower {remedy} in a run of its own (another --out), or free "
-        "memory on the device: the same command then resumes. What is finished is kept"
+        f"{what}: there is not enough memory ({cause}). Lower {remedy} in a run of its own (another --out), or free "
+        "memory on the device: the same command then resumes. Finished work is kept"
     )
 
 
 @contextmanager
 def memory_for(what: str, remedy: str) -> Iterator[None]:
-    """Within the context, an error of memory that does not say what to lower says so.
+    """Turn torch's out-of-memory errors within the context into a DeviceMemoryError that names ``remedy``.
 
     Args:
-        what: what is done, e.g. a stage.
-        remedy: the field or fields of a recipe that decide how much memory it takes.
+        what: the work that is done, e.g. a stage.
+        remedy: the field or fields of a recipe that decide how much memory the work takes.
 
     Raises:
-        DeviceMemoryError: if memory cannot be allocated.
+        DeviceMemoryError: Memory cannot be allocated.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Numbers that users give: converted once to plain Python numbers, and searches for the least one that suffices."""
+"""Conversion of users' numbers to plain Python numbers, and a search for the least integer that suffices."""
 
 import math
 from collections.abc import Callable
@@ -6,22 +6,22 @@ from numbers import Integral, Real
 
 from rush.errors import InputError
 
-MOST = 2**40  # where a search for the least number ends; more samples than any run draws
+MOST = 2**40  # upper end of a search; more samples than any run draws
 
 
 def as_whole(value: object) -> int | None:
-    """``value`` as an int: an integer of Python or NumPy, or a 0-d array or tensor of one; None for anything else.
+    """Return ``value`` as an int: an integer of Python or NumPy, or a 0-d array or tensor of one. Else return None.
 
-    Booleans and floats are no integers, whole ones such as 2.0 included.
+    Booleans and floats do not count as integers, nor do whole floats such as 2.0.
     """
     number = _scalar(value)
     return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else None
 
 
 def as_real(value: object) -> float | None:
-    """``value`` as a finite float: a number of Python or NumPy, a Fraction, or a 0-d array or tensor of one.
+    """Return ``value`` as a finite float: a number of Python or NumPy, a Fraction, or a 0-d array or tensor of one.
 
-    None for anything else, among it booleans, text, complex numbers, NaN and the infinities.
+    Anything else gives None: booleans, text, complex numbers, NaN and infinities.
     """
     number = _scalar(value)
     if not isinstance(number, Real) or isinstance(number, bool):
@@ -34,7 +34,7 @@ def as_real(value: object) -> float | None:
 
 
 def positive_integer(name: str, value: object) -> int:
-    """``value`` as a plain integer >= 1. Raises: InputError for anything else."""
+    """Return ``value`` as an int >= 1, or raise InputError for anything else."""
     whole = as_whole(value)
     if whole is None or whole < 1:
         raise InputError(f"{name} must be an integer >= 1, got {value!r}")
@@ -42,7 +42,7 @@ def positive_integer(name: str, value: object) -> int:
 
 
 def probability(name: str, value: object, most: float = 1.0) -> float:
-    """``value`` as a plain float in (0, ``most``). Raises: InputError for anything else."""
+    """Return ``value`` as a float in (0, ``most``), or raise InputError for anything else."""
     number = as_real(value)
     if number is None or not 0 < number < most:
         raise InputError(f"{name} must lie in (0, {most:g}), got {value!r}")
@@ -50,7 +50,7 @@ def probability(name: str, value: object, most: float = 1.0) -> float:
 
 
 def sigma_of(value: object) -> float:
-    """``value`` as the standard deviation of noise, a plain finite float > 0. Raises: InputError for anything else."""
+    """Return ``value`` as a standard deviation of noise, a finite float > 0, or raise InputError for anything else."""
     sigma = as_real(value)
     if sigma is None or sigma <= 0:
         raise InputError(f"sigma must be a finite number > 0 in [0, 1] pixel units, got {value!r}")
@@ -58,8 +58,14 @@ def sigma_of(value: object) -> float:
 
 
 def least_whole(suffices: Callable[[int], bool], start: int = 1) -> int | None:
-    """The least integer >= ``start`` for which ``suffices``, which must stay true from there on; None beyond
-    ``MOST``."""
+    """Return the least integer n >= ``start`` for which ``suffices(n)``, or None where it exceeds ``MOST``.
+
+    Args:
+        suffices: must be monotone: once true, it stays true.
+        start: where the search begins.
+
+    Cost: O(log n) calls of ``suffices``.
+    """
     step, high = 1, start
     while not suffices(high):
         if high > MOST:
@@ -73,6 +79,6 @@ def least_whole(suffices: Callable[[int], bool], start: int = 1) -> int | None:
 
 
 def _scalar(value: object) -> object:
-    """What a NumPy scalar, a 0-d array or a 0-d tensor holds; anything else as it is."""
+    """Return the number in a NumPy scalar, 0-d array or 0-d tensor, and anything else unchanged."""
     item = getattr(value, "item", None)
     return item() if callable(item) and getattr(value, "ndim", None) == 0 else value

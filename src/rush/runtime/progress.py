@@ -1,4 +1,4 @@
-"""Progress bars with rates and remaining time; silent when standard error is not a terminal."""
+"""Progress bars with rates and remaining time, silent when standard error is not a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,9 +6,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(description: str, total: int, unit: str = "images", start: int = 0) -> Iterator[Callable[[int], None]]:
-    """Within the context, call the yielded function with the number of units that were done.
+    """Show a progress bar within the context, advanced by calls of the yielded function with a number of units.
 
-    ``start`` units count as done before (a resumed stage).
+    Args:
+        description: text before the bar.
+        total: number of units.
+        unit: plural name of a unit.
+        start: number of units done earlier, in a resumed stage.
     """
     from rich.console import Console
     from rich.progress import (

@@ -15,27 +15,33 @@ _CPU_STATE_OFFSET = 24  # the words follow the 64-bit seed, two 32-bit counters 
 
 
 def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator that depends on nothing but ``seed``, ``names`` and the type of ``device``.
+    """Return a new generator that depends only on ``seed``, ``names`` and the type of ``device``.
 
     Streams are named by what they serve, e.g. ``stream(seed, "certify", image_id)``, so that no result depends on
-    order, batch or process. The key is SHA-256 of seed and names. On the CPU all 624 words of the Mersenne Twister are
-    filled from 256 bits of that key (``Generator.manual_seed`` would keep 32 bits, and a few ten thousand streams would
-    already collide); elsewhere the generator's 64-bit seed is set. NumPy's SeedSequence does the filling.
+    order, batch or process. The key is the SHA-256 digest of seed and names. On the CPU, NumPy's SeedSequence fills
+    all 624 words of the Mersenne Twister from the 256 bits of the key. ``Generator.manual_seed`` would use 32 bits
+    only, and a few ten thousand streams would already collide. On other devices the generator's 64-bit seed is set.
 
-    Raises: InputError when ``seed`` is not a non-negative integer or a name is neither text nor integer.
+    Args:
+        seed: an integer >= 0.
+        names: the name of the stream, strings and integers.
+        device: where the generator draws.
+
+    Raises:
+        InputError: ``seed`` is not an integer >= 0, or a name is neither a string nor an integer.
     """
     return restarted(torch.Generator(device=device), seed, *names)
 
 
 def restarted(generator: torch.Generator, seed: int, *names: str | int) -> torch.Generator:
-    """Return ``generator``, set to the beginning of the stream of this name on its device; see ``stream``."""
+    """Reset ``generator`` to the start of the stream of this name on its device, and return it (see ``stream``)."""
     number = as_whole(seed)
     if number is None or number < 0:
         raise InputError(f"seed must be an integer >= 0, got {seed!r}")
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise InputError(f"stream names must be str or int, got {name!r} of type {type(name).__name__}")
-    # NumPy's text and enumerations print themselves in ways of their own; they name the stream of their plain value.
+    # NumPy strings and enumerations have a repr of their own; they name the same stream as their plain value.
     plain = (number, *(str(name) if isinstance(name, str) else int(name) for name in names))
     key = hashlib.sha256(repr(plain).encode()).digest()
     generator.manual_seed(int.from_bytes(key[:8], "little"))
@@ -45,11 +51,12 @@ def restarted(generator: torch.Generator, seed: int, *names: str | int) -> torch
 
 
 def seeded_init(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """``module`` with every convolution and linear layer drawn anew from ``generator`` (on the CPU), in the order of
-    their names.
+    """Initialize ``module`` in place and return it.
 
-    Kaiming normal, fan out, for convolutions (He et al. 2015); uniform in +-1/sqrt(fan in) for linear layers, which is
-    torch's own default; normalization layers start as the identity.
+    Convolutions are Kaiming normal with fan out (He et al. 2015). Linear layers are uniform in +-1/sqrt(fan in), which
+    is torch's default. Normalization layers start as the identity.
+
+    Random: draws from ``generator`` (on the CPU), layer by layer in the order of their names.
     """
     for _, layer in sorted(module.named_modules()):
         if isinstance(layer, nn.Conv2d):
@@ -70,7 +77,8 @@ def seeded_init(module: nn.Module, generator: torch.Generator) -> nn.Module:
 def _filled_state(state: torch.Tensor, key: bytes) -> torch.Tensor:
     if state.numel() != _CPU_STATE_BYTES:
         raise RuntimeError(
-            f"torch {torch.__version__} keeps its CPU generator in {state.numel()} bytes, expected {_CPU_STATE_BYTES}"
+            f"the CPU generator of torch {torch.__version__} has a state of {state.numel()} bytes, expected "
+            f"{_CPU_STATE_BYTES}; install a version that rush-smoothing supports"
         )
     words = np.random.SeedSequence(int.from_bytes(key, "little")).generate_state(_MT19937_WORDS).astype(np.int64)
     state[_CPU_STATE_OFFSET : _CPU_STATE_OFFSET + 8 * _MT19937_WORDS] = torch.from_numpy(words).view(torch.uint8)

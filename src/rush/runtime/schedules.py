@@ -1,4 +1,4 @@
-"""Numbers that follow the epoch, also in a step that is captured once and replayed."""
+"""Numbers that depend on the epoch, also in a training step that is captured once and replayed."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -12,16 +12,16 @@ _TURN_OFF = 'set execution.compile_training = "none"'
 
 
 def scheduled(function: Callable[[float], float], epoch: float) -> float | Tensor:
-    """Return ``function(epoch)``, for a number that follows the epoch.
+    """Return ``function(epoch)``, for a number that depends on the epoch.
 
-    In a captured step (``rush.training.graphs``) it is a float64 tensor without axes, which is filled anew before every
-    replay: arithmetic on it rounds like that of numbers. It must not decide which operations are made, nor be read.
+    In a captured step (``rush.training.graphs``) it is a 0-d float64 tensor that is refilled before every replay.
+    Arithmetic on it rounds like arithmetic on floats. It must not be read, nor decide which operations run.
     """
     return epoch.follow(function) if isinstance(epoch, FollowedEpoch) else function(epoch)
 
 
 class FollowedEpoch(float):
-    """The epoch of a captured step: numbers follow it by ``follow``; as a number itself it cannot be used."""
+    """The epoch of a captured step: ``follow`` gives tensors that depend on it, and using it as a number raises."""
 
     closed: bool
     _device: str
@@ -36,16 +36,16 @@ class FollowedEpoch(float):
         return epoch
 
     def fill(self, epoch: float) -> None:
-        """Write what the numbers are at ``epoch`` into their tensors; the next step asks for the first of them."""
+        """Write the values at ``epoch`` into all tensors, and let the next step start at the first of them."""
         self._next, self._now = 0, epoch
         for function, value in self._values:
             value.fill_(function(epoch))
 
     def follow(self, function: Callable[[float], float]) -> Tensor:
-        """The tensor of the next number in the order in which the step asks for them."""
+        """Return the tensor of the next number, in the order in which the step requests them."""
         if self._next == len(self._values):
             if self.closed:
-                raise ConfigError(f"the training step asks for other numbers than before; {_TURN_OFF}")
+                raise ConfigError(f"the training step requests different numbers than before; {_TURN_OFF}")
             value = torch.full((), function(self._now), dtype=torch.float64, device=self._device)
             self._values.append((function, value))
         self._next += 1
@@ -53,8 +53,8 @@ class FollowedEpoch(float):
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ConfigError(
-            "what the training step does depends on the epoch, so that one capture does not hold for all of them; "
-            f"{_TURN_OFF}, or give the number by rush.runtime.schedules.scheduled"
+            "the operations of the training step depend on the epoch, so that one capture cannot serve all epochs; "
+            f"{_TURN_OFF}, or obtain the number from rush.runtime.schedules.scheduled"
         )
 
     __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _refuse

@@ -1,10 +1,10 @@
-"""BatchNorm over the global batch of several processes, on any device: torch's own SyncBatchNorm refuses the CPU.
+"""BatchNorm over the global batch of several processes, on any device (torch's SyncBatchNorm refuses the CPU).
 
 With n_r values per channel on rank r, local mean m_r and biased variance v_r, the moments of the global batch are
     m = sum_r n_r m_r / n,    v = sum_r n_r (v_r + (m_r - m)^2) / n,    n = sum_r n_r
-(Chan, Golub and LeVeque 1983, the pairwise update of moments). They are gathered by ``distributed.gather``, one
-collective a layer and direction, whose gradient is that of the *sum* of the ranks' losses: once gradients are averaged
-over ranks, training on W shards is training on the whole batch.
+(Chan, Golub and LeVeque 1983, the pairwise update of moments). ``distributed.gather`` gathers them, with one
+collective per layer and direction. Its gradient is that of the *sum* of the ranks' losses: once gradients are averaged
+over ranks, training on W shards equals training on the whole batch.
 """
 
 from typing import Any
@@ -19,30 +19,32 @@ from rush.runtime.distributed import gather, world_size
 
 
 def synchronised(module: nn.Module) -> nn.Module:
-    """``module`` itself; with several processes its BatchNorm layers normalize by the global batch from now on.
+    """Make the BatchNorm layers of ``module`` normalize by the global batch, in place, and return it.
 
-    Only training mode changes: evaluation mode is the plain one, without communication. The layers keep their
-    parameters, buffers, hooks and names; their type becomes a subclass of what it was. Output, gradients and running
-    statistics (the same bits on all ranks) are those of one process on the whole batch, up to rounding; moments are
-    taken in float32, or float64 for float64 inputs. Rows need not be equally many on all ranks for the moments to be
-    right, but a mean over ranks of local mean losses is the global mean only if they are. Every rank must run the same
-    training-mode forward and backward passes in the same order, or all wait for ever.
+    Only training mode changes, and evaluation mode needs no communication. The layers keep their parameters, buffers,
+    hooks and names, and their type becomes a subclass of the former one. Output, gradients and running statistics (the
+    same bits on all ranks) are those of one process on the whole batch, up to rounding. Moments are computed in
+    float32, or in float64 for float64 inputs. The moments are correct also when ranks hold different numbers of rows,
+    but a mean over ranks of local mean losses is then not the global mean.
 
-    With one process nothing is changed. Idempotent.
-    Raises: ModelError when a layer is a BatchNorm of a type with a forward of its own, naming it.
+    Every rank must run the same training-mode forward and backward passes in the same order, or all ranks deadlock.
+    With one process nothing changes. Calling it again changes nothing.
+
+    Raises:
+        ModelError: A layer is a BatchNorm of a type with its own forward. The text names it.
     """
     if world_size() == 1:
         return module
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, _Synchronised | nn.SyncBatchNorm):
             layer.__class__ = _counterpart(name, layer)
-            layer.__module__ = nn.__name__  # by it torch.fx knows a layer that is one node, and can be folded
+            layer.__module__ = nn.__name__  # torch.fx traces layers of torch.nn as one node, which can be folded
     return module
 
 
 def desynchronised(module: nn.Module) -> nn.Module:
-    """``module`` itself, its BatchNorm layers of the plain types again, with the same tensors. Idempotent."""
-    plain_types: dict[type[nn.Module], type[nn.Module]] = {own: plain for plain, own in _COUNTERPARTS.items()}
+    """Undo ``synchronised`` in place: give the BatchNorm layers their plain types, with the same tensors."""
+    plain_types: dict[type[nn.Module], type[nn.Module]] = {synced: plain for plain, synced in _COUNTERPARTS.items()}
     for layer in module.modules():
         if type(layer) in plain_types:
             layer.__class__ = plain_types[type(layer)]
@@ -61,7 +63,7 @@ def _counterpart(name: str, layer: _BatchNorm) -> "type[_Synchronised]":
 
 
 class _Synchronised(_BatchNorm):
-    """What the synchronised layers add to the plain ones, in training mode with several processes."""
+    """A BatchNorm whose training mode uses the moments of the global batch."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
@@ -69,15 +71,15 @@ class _Synchronised(_BatchNorm):
         self._check_input_dim(input)
         if input.numel() == 0:
             raise InputError(f"a batch of shape {tuple(input.shape)} has no mean; give every process at least one row")
-        mean, var, count = _combined(gather(_Moments.apply(input)))
+        mean, var, count = _combined(gather(_Moments.apply(input)))  # (W, 3, C) gathered, then each (C,)
         if self.track_running_stats:
             self._update(mean.detach(), var.detach() * count / (count - 1))
-        weight, bias = (None if own is None else own.to(mean.dtype) for own in (self.weight, self.bias))
+        weight, bias = (None if value is None else value.to(mean.dtype) for value in (self.weight, self.bias))
         return _Normalize.apply(input, mean, var, weight, bias, self.eps)
 
     @torch.no_grad()
     def _update(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        """Running statistics as torch's BatchNorm keeps them, in place."""
+        """Update the running statistics in place, as torch's BatchNorm does."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -106,9 +108,9 @@ _COUNTERPARTS: dict[type[_BatchNorm], type[_Synchronised]] = {
 
 
 def _combined(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count of the union (each (C,)) of parts (W, 3, C) with these means, variances, counts.
+    """Return mean, biased variance and count, each (C,), of the union of ``parts`` (W, 3, C) of the same three.
 
-    The counts are data of the same message: no host synchronisation, and unequal shards are weighted as they should be.
+    The counts travel in the same message, so that unequal shards are weighted correctly without a host synchronisation.
     """
     means, variances, counts = parts.unbind(1)
     counts = counts.detach()
@@ -119,16 +121,16 @@ def _combined(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Moments(torch.autograd.Function):
-    """Mean, biased variance and count per channel, (1, 3, C), of x (B, C, ...): float32, float64 if x is.
+    """Mean, biased variance and count per channel, (1, 3, C), of x (B, C, ...), in float32 or in float64 like x.
 
-    A function of its own so that a bfloat16 ``x`` is what is kept for the backward pass, not its float32 copy.
+    A separate autograd function, so that the backward pass keeps a bfloat16 ``x`` and not its float32 copy.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         unused = torch.ones(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        # BatchNorm's own reduction: on the CPU many times as fast as var_mean, and without a float32 copy of x. The
-        # running statistics that it wants to update say by their dtype in which one it works.
+        # BatchNorm's own reduction is on the CPU many times as fast as var_mean, and makes no float32 copy of x. It
+        # computes in the dtype of the running statistics that it is given.
         mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
         ctx.count = x.numel() // x.shape[1]
         ctx.save_for_backward(x, mean)
@@ -141,9 +143,9 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         of_mean, of_var, _ = gradients[0][0] / ctx.count
         slope, start = 2 * of_var, of_mean - 2 * of_var * mean
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        # The operator itself: torch 2.11's nn.functional.batch_norm refuses eps = 0 also outside training.
-        return torch.batch_norm(x, slope, start, zero, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+        zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+        # Call the operator: nn.functional.batch_norm of torch 2.11 refuses eps = 0 also outside training.
+        return torch.batch_norm(x, slope, start, zeros, ones, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
 
 class _Normalize(torch.autograd.Function):
@@ -160,14 +162,16 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """With scale s = 1 / sqrt(var + eps), dy/dmean = -w s and dy/dvar = -w s^2 xhat / 2; the sums over rows of dy
-        and of dy xhat are the gradients of bias and weight."""
+        """Return the gradients: with s = 1 / sqrt(var + eps), dy/dmean = -w s and dy/dvar = -w s^2 xhat / 2.
+
+        The sums over rows of dy and of dy xhat are the gradients of bias and weight.
+        """
         x, mean, var, weight = ctx.saved_tensors
         scale = (var + ctx.eps).rsqrt()
-        known = torch.ones_like(mean) if weight is None else weight
+        factor = torch.ones_like(mean) if weight is None else weight
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradients[0], x, known, mean, var, None, None, False, ctx.eps, [True, True, True]
+            gradients[0], x, factor, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
-        of_mean, of_var = -known * scale * of_bias, -0.5 * known * scale.square() * of_weight
+        of_mean, of_var = -factor * scale * of_bias, -0.5 * factor * scale.square() * of_weight
         needs_weight, needs_bias = ctx.needs_input_grad[3:5]
         return of_x, of_mean, of_var, of_weight if needs_weight else None, of_bias if needs_bias else None, None

@@ -1,4 +1,4 @@
-"""Copies between host and device that wait for nothing that is still being computed."""
+"""Copies between host and device that do not wait for running work."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def sent(values: Tensor, device: torch.device | str) -> Tensor:
     """Return ``values`` on ``device``.
 
-    A copy to a CUDA device goes through pinned memory and is queued: from pageable memory it would wait for everything
+    A copy to a CUDA device goes through pinned memory and is queued. From pageable memory it would wait for all work
     that was queued before it.
     """
     if values.device.type == "cpu" and torch.device(device).type == "cuda":
@@ -16,10 +16,10 @@ def sent(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 class HostCopy:
-    """Copies of tensors, on their way to the host.
+    """Copies of tensors that are being transferred to the host.
 
-    The copies hold what the tensors hold when the work that was queued before is done. From a CUDA device they are made
-    in pinned memory behind that work, and nothing waits; from any other device they are made at once.
+    They hold the values of the tensors after the work that is queued now. From a CUDA device the copies are enqueued
+    into pinned memory, and nothing waits. From any other device they are made at once.
 
     Args:
         values: tensors, on the host or on one other device.
@@ -33,7 +33,7 @@ class HostCopy:
             self._made.record(torch.cuda.current_stream(queued[0]))
 
     def read(self) -> list[Tensor]:
-        """Return the copies; waits for the work that was queued before them, not for any behind them."""
+        """Return the copies, after waiting for the work that was queued before them but not for later work."""
         if self._made is not None:
             self._made.synchronize()
         return self._copies

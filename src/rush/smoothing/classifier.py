@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.choices import ABSTAIN, BLOCK
-from rush.data.checks import check_pixels, pixel_ids, positive_integer, probability
+from rush.data.checks import check_pixels, pixel_ids
 from rush.data.kind import ANY_KIND, ImageKind, checked_shape
 from rush.errors import InputError, ModelError
 from rush.models.classifier import Classifier
 from rush.runtime.execution import Execution, check_eval_mode, decide_execution, device_of
-from rush.runtime.numbers import as_whole
+from rush.runtime.numbers import as_whole, positive_integer, probability
 from rush.runtime.randomness import stream
 from rush.smoothing.channels import copied_planes
 from rush.smoothing.fingerprint import fingerprint_of

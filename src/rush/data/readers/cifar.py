@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the official files, Python or binary version; fine labels."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) with fine labels, from the official files in Python or binary version."""
 
 import reprlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from rush.data.images import ImageSet
+from rush.data.images import ImageSet, numbered_ids
 from rush.data.labels import check_class_names, check_labels
 from rush.data.readers.archives import Archive, Parse, read_members, read_words
 from rush.data.readers.pickles import read_plain_pickle
@@ -22,11 +22,11 @@ _PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class CifarVersion:
-    """How one official archive stores a data set.
+    """Layout of one official archive.
 
-    ``files``: member names by split, in official order; ``rows``: images in each of them. ``names_file``: the member
-    with the class names. ``labels_key``, ``names_key``: keys of the pickled dictionaries; None in the binary version,
-    whose records are ``label_bytes`` bytes, the last being the label, and 3,072 pixels.
+    files: member names by split, in official order. rows: number of images in each member, by split. names_file: the
+    member with the class names. labels_key, names_key: keys of the pickled dictionaries, empty in the binary version.
+    label_bytes: bytes before the 3,072 pixels in a record of the binary version; the last of them is the label.
     """
 
     archive: Archive
@@ -44,61 +44,46 @@ def _archive(stem: str, folder: str, md5: str) -> Archive:
 
 
 def cifar10_versions() -> tuple[CifarVersion, ...]:
-    """The Python and the binary version of CIFAR-10, five training files and one test file of 10,000 each."""
+    """Return the Python and the binary version of CIFAR-10: five training files and a test file of 10,000 each."""
     batches = tuple(f"data_batch_{number}" for number in range(1, 6))
+    files = {"train": batches, "test": ("test_batch",)}
+    binary_files = {split: tuple(f"{name}.bin" for name in names) for split, names in files.items()}
     rows = {"train": 10_000, "test": 10_000}
     python = _archive("cifar-10-python", "cifar-10-batches-py", "c58f30108f718f92721af3b95e74349a")
     binary = _archive("cifar-10-binary", "cifar-10-batches-bin", "c32a1d4ab5d03f1284b67883e8d87530")
-    binary_files = {"train": tuple(f"{batch}.bin" for batch in batches), "test": ("test_batch.bin",)}
     return (
-        CifarVersion(
-            python,
-            {"train": batches, "test": ("test_batch",)},
-            rows,
-            "batches.meta",
-            10,
-            labels_key="labels",
-            names_key="label_names",
-        ),
+        CifarVersion(python, files, rows, "batches.meta", 10, labels_key="labels", names_key="label_names"),
         CifarVersion(binary, binary_files, rows, "batches.meta.txt", 10),
     )
 
 
 def cifar100_versions() -> tuple[CifarVersion, ...]:
-    """The Python and the binary version of CIFAR-100, one file of 50,000 and one of 10,000."""
+    """Return the Python and the binary version of CIFAR-100: a training file of 50,000 and a test file of 10,000."""
+    files = {"train": ("train",), "test": ("test",)}
+    binary_files = {"train": ("train.bin",), "test": ("test.bin",)}
     rows = {"train": 50_000, "test": 10_000}
     python = _archive("cifar-100-python", "cifar-100-python", "eb9058c3a382ffc7106e4002c42a8d85")
     binary = _archive("cifar-100-binary", "cifar-100-binary", "03b5dce01913d631647c71ecec9e9cb8")
     return (
-        CifarVersion(
-            python,
-            {"train": ("train",), "test": ("test",)},
-            rows,
-            "meta",
-            100,
-            labels_key="fine_labels",
-            names_key="fine_label_names",
-        ),
-        CifarVersion(
-            binary, {"train": ("train.bin",), "test": ("test.bin",)}, rows, "fine_label_names.txt", 100, label_bytes=2
-        ),
+        CifarVersion(python, files, rows, "meta", 100, labels_key="fine_labels", names_key="fine_label_names"),
+        CifarVersion(binary, binary_files, rows, "fine_label_names.txt", 100, label_bytes=2),
     )
 
 
 def read_cifar(name: str, version: CifarVersion, path: Path, split: str) -> ImageSet:
-    """The ``split`` stored at ``path``, an archive or extracted folder of ``version``; ids are the official positions.
+    """Read ``split`` from ``path``, an archive or extracted folder of ``version``; ids are the official positions.
 
-    Raises: DataError naming the file that is missing, damaged, of another size or mislabelled.
+    Raises:
+        DataError: a file, which is named, is missing, damaged, of a wrong size or mislabelled.
     """
     files = version.files[split]
-    names = _read_pickled_names if version.names_key else _read_listed_names
-    records = _read_pickled if version.labels_key else _read_binary
-    parsers: dict[str, Parse[tuple]] = {file: partial(records, version, version.rows[split]) for file in files}
-    found = read_members(version.archive, path, parsers | {version.names_file: partial(names, version)})
-    images = torch.from_numpy(np.concatenate([found[file][0] for file in files]).reshape(-1, *SHAPE))
-    labels = torch.cat([found[file][1] for file in files])
-    ids = np.array([f"{split}-{row:05d}" for row in range(len(images))])
-    return ImageSet(images, labels, found[version.names_file], ids, name, split)
+    read_names = _read_pickled_names if version.names_key else _read_listed_names
+    read_images = _read_pickled if version.labels_key else _read_binary
+    parsers: dict[str, Parse[tuple]] = {file: partial(read_images, version, version.rows[split]) for file in files}
+    contents = read_members(version.archive, path, parsers | {version.names_file: partial(read_names, version)})
+    images = torch.from_numpy(np.concatenate([contents[file][0] for file in files]).reshape(-1, *SHAPE))
+    labels = torch.cat([contents[file][1] for file in files])
+    return ImageSet(images, labels, contents[version.names_file], numbered_ids(split, len(images)), name, split)
 
 
 def _read_pickled(version: CifarVersion, rows: int, file: IO[bytes], where: str) -> tuple[np.ndarray, torch.Tensor]:
@@ -128,10 +113,10 @@ def _read_binary(version: CifarVersion, rows: int, file: IO[bytes], where: str) 
 
 
 def _read_pickled_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
-    listed = read_plain_pickle(file, where).get(version.names_key)
-    if listed is not None and _is_list_of(listed, bytes):
-        listed = [name.decode("latin1") for name in listed]
-    return _checked_names(version, listed, where)
+    names = read_plain_pickle(file, where).get(version.names_key)
+    if names is not None and _is_list_of(names, bytes):
+        names = [name.decode("latin1") for name in names]
+    return _checked_names(version, names, where)
 
 
 def _read_listed_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
@@ -140,8 +125,10 @@ def _read_listed_names(version: CifarVersion, file: IO[bytes], where: str) -> tu
 
 def _checked_names(version: CifarVersion, names: Any, where: str) -> tuple[str, ...]:
     if not _is_list_of(names, str) or len(names) != version.num_classes:
-        given = reprlib.repr(names)
-        raise DataError(f"{where} names the classes {given}, expected {version.num_classes} of them; {_again(version)}")
+        raise DataError(
+            f"{where} names the classes {reprlib.repr(names)}, expected {version.num_classes} of them; "
+            f"{_again(version)}"
+        )
     return check_class_names(names, where)
 
 

@@ -1,4 +1,4 @@
-"""Encoded image files to one uint8 tensor, decoded by several threads: the one reader of images."""
+"""Decoding of image files to uint8 arrays: the one reader for training, evaluation and prediction."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 import torch
 
+from rush.data.readers.damage import name_damage
 from rush.data.readers.entries import describe_kind
 from rush.data.readers.resizing import fit_image, num_threads
 from rush.errors import DataError
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats of image files that are read, by Pillow's names; a file is known by its content."""
+"""Formats that are read, by Pillow's names. A file is recognized by its content."""
 MAX_PIXELS = 1 << 26
-"""Most pixels of an image that is decoded: 8192 x 8192."""
+"""Largest number of pixels of an image: 8192 x 8192."""
 MAX_BYTES = 1 << 28
-"""Most bytes of an encoded image."""
-_CHUNK = 1024
+"""Largest number of bytes of an encoded image."""
+_CHUNK = 1024  # images handed to the threads at a time
 _BITS_PER_SAMPLE, _ORIENTATION = 258, 274  # tags of TIFF and EXIF
 Encoded = tuple[str, bytes | memoryview | Path]
 """A name for error texts, and the encoded bytes or the file that holds them."""
@@ -33,15 +34,16 @@ Encoded = tuple[str, bytes | memoryview | Path]
 
 @dataclass(frozen=True)
 class Form:
-    """The shape (C, H, W) that all images of a set share, and the name of an image that has it."""
+    """The shape (C, H, W) that all images of a set share, and the name of one that has it."""
 
     shape: tuple[int, int, int]
     example: str
 
     def fit(self, image: np.ndarray, where: str) -> np.ndarray:
-        """``image`` (1 or 3, H, W) in this shape, greyscale repeated over three channels.
+        """Return ``image`` (1 or 3, H, W) in this shape, greyscale repeated over three channels.
 
-        Raises: DataError naming the image when it is of another size, or in colour where the form is greyscale.
+        Raises:
+            DataError: the image, named by ``where``, has a different size, or is in colour and this shape is greyscale.
         """
         if image.shape[1:] != self.shape[1:]:
             raise DataError(
@@ -50,69 +52,72 @@ class Form:
             )
         if len(image) > self.shape[0]:
             raise DataError(
-                f"{where} is in colour, but the set was taken to be greyscale after {self.example}; "
-                "convert its images to one of the two"
+                f"{where} is in colour, but {self.example} is greyscale, and so the set was taken to be; "
+                "convert all its images to one of the two"
             )
         return image if len(image) == self.shape[0] else np.repeat(image, self.shape[0], axis=0)
 
 
 def decode_images(encoded: Iterable[Encoded], total: int, size: int | None = None) -> torch.Tensor:
-    """uint8 (N, C, H, W) of the N = ``total`` images in ``encoded``, in order; C is 1 if all are greyscale, else 3.
+    """Decode all images, by several threads, into one tensor.
 
-    As ``decode`` makes them; greyscale among RGB is repeated over the channels. ``size``: H = W = size.
-    Raises: DataError as ``decode``, or naming the first image of another size.
+    Args:
+        encoded: the images; each is decoded by ``decode``.
+        total: number of images, N.
+        size: H = W, in pixels. None: as stored.
+
+    Returns:
+        uint8 (N, C, H, W), in order. C is 1 if all images are greyscale, else 3, greyscale ones being repeated.
+
+    Raises:
+        DataError: as ``decode``; or an image has a different size from the first; or there are fewer than N.
     """
     images: np.ndarray | None = None
     first = ""
     for row, (where, image) in enumerate(_decoded(iter(encoded), size)):
         if images is None:
             images, first = _allocated((total, *image.shape), where), where
-        if len(image) > images.shape[1]:
+        if len(image) > images.shape[1]:  # the first image in colour
             images = np.repeat(images, len(image), axis=1)
         images[row] = Form((images.shape[1], *images.shape[2:]), first).fit(image, where)
     if images is None:
-        raise DataError("no image to decode; the set is empty")
+        raise DataError("the set is empty; give at least one image")
     if row + 1 < total:
-        raise DataError(f"{row + 1} images were read of {total}, the last is {where}; the files after it are damaged")
+        raise DataError(
+            f"{row + 1} of {total} images were read, the last is {where}; the files after it are damaged: replace them"
+        )
     return torch.from_numpy(images)
 
 
 def decode(encoded: Encoded, size: int | tuple[int, int] | None = None) -> np.ndarray:
-    """Return one image as uint8 (C, H, W), C being 1 or 3.
+    """Decode one image to uint8 (C, H, W), C being 1 or 3.
 
-    The EXIF orientation is applied. Palettes become RGB, bilevel images 0 and 255; an alpha channel that is fully
-    opaque is dropped. EXIF data that cannot be read are ignored.
+    The EXIF orientation is applied; unreadable EXIF data are ignored. Palettes become RGB, and bilevel images 0 and
+    255. A fully opaque alpha channel is dropped.
 
     Args:
-        encoded: The image, read by its content: PNG, JPEG, WebP, BMP, GIF, TIFF or PPM.
-        size: None for the image as it is; else its central square, resampled to size x size pixels, or for a pair
-            (height, width) its largest central part of these proportions.
+        encoded: the image. Its content decides the format: PNG, JPEG, WebP, BMP, GIF, TIFF or PPM.
+        size: None for the image as it is. An integer for its central square, resampled to size x size pixels. A pair
+            (height, width) for the largest central part of these proportions, resampled to this size.
 
     Raises:
-        DataError: The image is no regular file, damaged, of another format, larger than ``MAX_PIXELS`` or
-            ``MAX_BYTES`` (before it is decoded), animated or of several pages, has a transparent pixel, more than 8
-            bits per channel, or other colours than greyscale, RGB and palette. It is named.
+        DataError: the image, which is named, is not a regular file, damaged, of a different format, larger than
+            ``MAX_PIXELS`` or ``MAX_BYTES`` (checked before decoding), animated or of several pages, or has a
+            transparent pixel, more than 8 bits per channel, or a mode other than greyscale, RGB and palette.
     """
     where, source = encoded
-    try:
-        with _opened(where, source) as file:
-            image = _identified(file, where)
-            _check_plain(image, where)
-            plain = _opaque(_upright(image), where)
-            height, width = (size, size) if isinstance(size, int) else size or plain.size[::-1]
-            pixels = np.asarray(fit_image(plain, width, height))
-    except DataError:
-        raise
-    except Exception as error:  # a decoder may raise anything on a damaged file
-        raise DataError(
-            f"{where} cannot be decoded: {error or type(error).__name__}; it is truncated, damaged or no image: "
-            "replace or remove it"
-        ) from error
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    remedy = "it is truncated, damaged or not an image: replace or remove it"
+    with name_damage(f"{where} cannot be decoded", remedy), _opened(where, source) as file:
+        image = _identified(file, where)
+        _check_plain(image, where)
+        plain = _opaque(_upright(image), where)
+        height, width = (size, size) if isinstance(size, int) else size or plain.size[::-1]
+        pixels = np.asarray(fit_image(plain, width, height))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # from (H, W) or (H, W, 3)
 
 
 def _allocated(shape: tuple[int, ...], where: str) -> np.ndarray:
-    """Return an empty uint8 array. Raise DataError where memory does not hold it."""
+    """Return an uninitialized uint8 array; raise DataError if memory does not hold it."""
     try:
         return np.empty(shape, np.uint8)
     except (MemoryError, ValueError) as error:
@@ -129,7 +134,7 @@ def _decoded(encoded: Iterator[Encoded], size: int | None) -> Iterator[tuple[str
 
 
 def _opened(where: str, source: bytes | memoryview | Path) -> IO[bytes]:
-    """Return ``source`` as an open file. Raise DataError unless it is bytes or a regular file of allowed length."""
+    """Return ``source`` as an open file; raise DataError unless it is bytes or a regular file of allowed length."""
     if isinstance(source, Path) and not source.is_file():
         raise DataError(f"{where} is {describe_kind(source)}, not an image file; give an image file")
     length = source.stat().st_size if isinstance(source, Path) else len(source)
@@ -139,10 +144,9 @@ def _opened(where: str, source: bytes | memoryview | Path) -> IO[bytes]:
 
 
 def _identified(file: IO[bytes], where: str) -> "Image.Image":
-    """Return the image in ``file``, opened and not yet decoded.
+    """Return the image in ``file``, opened but not decoded.
 
-    This is ``PIL.Image.open`` for the formats that are read, without Pillow's own limit on the number of pixels, which
-    warns instead of refusing.
+    This is ``PIL.Image.open`` for ``FORMATS``, without Pillow's own limit on pixels, which warns instead of refusing.
     """
     from PIL import Image
 
@@ -159,21 +163,21 @@ def _identified(file: IO[bytes], where: str) -> "Image.Image":
                 )
             return image
     raise DataError(
-        f"{where} cannot be read as an image: it is none of {', '.join(FORMATS)}; convert, replace or remove it"
+        f"{where} cannot be read as an image: allowed are {', '.join(FORMATS)}; convert, replace or remove it"
     )
 
 
 def _check_plain(image: "Image.Image", where: str) -> None:
-    """Raise DataError for several pictures in one file, more than 8 bits per channel, and colours that are not read."""
+    """Raise DataError for several images in one file, more than 8 bits per channel, and modes that are not read."""
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise DataError(f"{where} holds several pictures (an animation or pages); store the one that is meant alone")
+        raise DataError(f"{where} holds several images (an animation or pages); store the intended one by itself")
     mode = f"{image.mode} with more than 8 bits per channel" if _is_deep(image) else image.mode
     if mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise DataError(f"{where} has mode {mode}, allowed are 8-bit greyscale, RGB and palette; convert it first")
 
 
 def _is_deep(image: "Image.Image") -> bool:
-    """Return whether the file has more than 8 bits per channel, which Pillow cuts off for some of its modes."""
+    """Return whether the file has more than 8 bits per channel, which Pillow truncates in some modes."""
     depths = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, 0)
     if image.mode in ("L", "LA", "RGB", "RGBA") and max(depths if isinstance(depths, tuple) else (depths,)) > 8:
         return True
@@ -187,24 +191,24 @@ def _is_deep(image: "Image.Image") -> bool:
 
 
 def _upright(image: "Image.Image") -> "Image.Image":
-    """Return ``image``, decoded, turned as its EXIF orientation says."""
+    """Return ``image`` decoded and rotated by its EXIF orientation."""
     from PIL import ImageOps
 
     image.load()
     try:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # whatever the metadata are, the pixels could be read
+    except Exception:  # the metadata are damaged, but the pixels could be read
         return image
     return ImageOps.exif_transpose(image) if turned else image
 
 
 def _opaque(image: "Image.Image", where: str) -> "Image.Image":
-    """Return ``image`` in mode L or RGB, without loss. Raise DataError where a pixel is transparent."""
+    """Return ``image`` in mode L or RGB, without loss; raise DataError if a pixel is transparent."""
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         grey = image.mode in ("1", "L", "LA")
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
-            raise DataError(f"{where} has transparent pixels; put it on a background of your choice first")
+            raise DataError(f"{where} has transparent pixels; compose it with a background first")
         return image.getchannel("R") if grey else image.convert("RGB")
     if image.mode in ("L", "RGB"):
         return image

@@ -12,10 +12,10 @@ _LARGEST = 16  # scikit-learn's pixels are whole numbers 0..16
 
 
 def load_digits(split: str) -> ImageSet:
-    """The "train" (1,397) or "test" (400) images, uint8 (N, 1, 8, 8), labels 0..9; ids are scikit-learn's positions.
+    """Return the "train" (1,397) or "test" (400) images, uint8 (N, 1, 8, 8), labels 0..9.
 
-    The split is stratified and fixed for good: of each class the images whose salted SHA-256 of the id is smallest are
-    the test images, so that it depends on no library's random numbers.
+    Ids are scikit-learn's positions. The split is stratified and never changes: the test images of a class are those
+    with the smallest salted SHA-256 of the id, so that it depends on no library's random numbers.
     """
     from sklearn import datasets
 
@@ -23,11 +23,10 @@ def load_digits(split: str) -> ImageSet:
     pixels = np.round(source.images * 255 / _LARGEST).astype(np.uint8)[:, None]
     labels = source.target.astype(np.int64)
     ids = np.array([f"digits-{row:04d}" for row in range(len(labels))])
-    everything = ImageSet(
-        torch.from_numpy(pixels), torch.from_numpy(labels), tuple(map(str, source.target_names)), ids, "digits", split
-    )
-    held_out = _test_rows(ids, labels)
-    return everything[held_out if split == "test" else np.setdiff1d(np.arange(len(labels)), held_out)]
+    classes = tuple(map(str, source.target_names))
+    images = ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), classes, ids, "digits", split)
+    test = _test_rows(ids, labels)
+    return images[test if split == "test" else np.setdiff1d(np.arange(len(labels)), test)]
 
 
 def _test_rows(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Downloads that are checked against a known hash and go on where they were cut off."""
+"""Downloads that are checked against a known hash and resume after an interruption."""
 
 import time
 from collections.abc import Callable
@@ -11,18 +11,26 @@ from urllib.request import Request, urlopen
 from rush.errors import DataError
 from rush.runtime.files import one_process
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 18  # bytes
 Advance = Callable[[int, int | None], None]
-"""Told (bytes on disk, bytes in all or None) after every block."""
+"""Callback after every block, with the bytes on disk and the bytes in total, where known."""
 
 
 def fetch(url: str, known_hash: str, target: Path, attempts: int = 5, pause: float = 1.0) -> Path:
-    """``target``, downloaded from ``url`` and checked against ``known_hash`` (pooch's form, e.g. "md5:...").
+    """Download ``url`` to ``target``, check it against ``known_hash`` and return ``target``.
 
-    Bytes go to ``target`` + ".part" first. A lost connection is taken up again there (HTTP Range), and so is the part
-    that an earlier, killed process left. ``attempts``: tries in a row that bring no byte before giving up, ``pause``
-    seconds apart.
-    Raises: DataError when the server cannot be reached, refuses, or sends other bytes than the hash says.
+    Bytes go to ``target`` + ".part" first. After a lost connection or an interrupted process, the download resumes from
+    there (HTTP Range).
+
+    Args:
+        url: address of the file.
+        known_hash: expected hash in pooch's form, e.g. "md5:...".
+        target: path of the finished file.
+        attempts: number of consecutive tries without a new byte before giving up.
+        pause: seconds between tries.
+
+    Raises:
+        DataError: the server cannot be reached or refuses, or the file does not have the expected hash.
     """
     import pooch
 
@@ -34,62 +42,53 @@ def fetch(url: str, known_hash: str, target: Path, attempts: int = 5, pause: flo
             pooch.retrieve(url, known_hash, fname=target.name, path=target.parent, downloader=downloader)
     except (OSError, HTTPException) as error:
         raise DataError(
-            f"could not download {url}: {error}; run again to go on from {part}, or put the file at {target} yourself"
+            f"could not download {url}: {error}; run again to resume from {part}, or put the file at {target} yourself"
         ) from error
     except ValueError as error:
-        raise DataError(
-            f"{url} for {target}: {error} Run again to download it anew, or get the file elsewhere"
-        ) from error
+        raise DataError(f"{url} for {target}: {error} Run again to download it, or get the file elsewhere") from error
     return target
 
 
 @dataclass(frozen=True)
 class _Resuming:
-    """A pooch downloader that keeps what it has in ``part`` and moves it to pooch's temporary file once complete."""
+    """A pooch downloader that collects bytes in ``part`` and moves it to pooch's temporary file when complete."""
 
     part: Path
     attempts: int
     pause: float
 
     def __call__(self, url: str, output_file: str, _pooch: object) -> None:
+        from rich import progress as bars
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
 
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.DownloadColumn(),
+            bars.TransferSpeedColumn(),
+            bars.TimeRemainingColumn(),
         )
         console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with bars.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(self.part.stem)
-            self._persist(url, lambda done, total: progress.update(task, completed=done, total=total))
+            self._retry(url, lambda done, total: progress.update(task, completed=done, total=total))
         self.part.replace(output_file)
 
-    def _persist(self, url: str, advance: Advance) -> None:
-        fruitless, best = 0, _size(self.part)
+    def _retry(self, url: str, advance: Advance) -> None:
+        failures, most_bytes = 0, _size(self.part)
         while True:
             try:
                 return _receive(url, self.part, advance)
             except (OSError, HTTPException) as error:
-                fruitless = 0 if _size(self.part) > best else fruitless + 1
-                best = max(best, _size(self.part))
-                if fruitless == self.attempts or _is_refusal(error):
+                failures = 0 if _size(self.part) > most_bytes else failures + 1
+                most_bytes = max(most_bytes, _size(self.part))
+                if failures == self.attempts or _is_refusal(error):
                     raise
             time.sleep(self.pause)
 
 
 def _receive(url: str, part: Path, advance: Advance) -> None:
-    """Fill ``part`` by one request. Raises: OSError or HTTPException when the connection ends before the last byte."""
+    """Fill ``part`` by one request; raise OSError or HTTPException if the connection ends before the last byte."""
     have = _size(part)
     request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -105,7 +104,7 @@ def _receive(url: str, part: Path, advance: Advance) -> None:
         resumed = response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             part.unlink()
-            raise ConnectionError(f"asked for bytes from {have}, was sent {response.headers.get('Content-Range')}")
+            raise ConnectionError(f"requested bytes from {have}, received {response.headers.get('Content-Range')}")
         _append(response, part, have if resumed else 0, advance)
 
 
@@ -121,7 +120,7 @@ def _append(response: HTTPResponse, part: Path, have: int, advance: Advance) -> 
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether asking again is pointless: 4xx other than a timeout, too many requests, or a part that did not fit."""
+    """Return whether a retry is pointless: 4xx other than a timeout, too many requests or an unsatisfiable range."""
     return isinstance(error, HTTPError) and 400 <= error.code < 500 and error.code not in (408, 416, 429)
 
 

@@ -1,4 +1,4 @@
-"""What lies in a folder: its entries without those of the system, and word of what is left out."""
+"""Entries of a folder, without hidden ones and those of the system, and the warning about omitted ones."""
 
 import os
 import warnings
@@ -12,12 +12,12 @@ _SYSTEM = frozenset(
     {"@eadir", "__macosx", "__pycache__", "#recycle", "@recycle", "$recycle.bin", "system volume information"}
     | {"lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 )
-"""Names that operating systems and file servers give to entries of their own, in lower case."""
+"""Names, in lower case, of the entries that operating systems and file servers create."""
 
 _NOTES = frozenset(
     {".txt", ".md", ".rst", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".tsv", ".xml", ".html", ".pdf", ".log", ".py"}
 )
-"""Files that describe a data set; with them those named README or LICENSE."""
+"""Suffixes of files that describe a data set, as those named README or LICENSE do."""
 
 
 def list_entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -36,17 +36,17 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def list_folders(folder: Path) -> list[Path]:
-    """Return the folders in ``folder``, also those that are links, as ``list_entries`` does."""
+    """Return the folders, and links to folders, among the entries of ``folder``; raise as ``list_entries``."""
     return [Path(entry.path) for entry in list_entries(folder) if entry.is_dir()]
 
 
 def warn_of_omitted(folder: Path, omitted: Sequence[Path], what: str) -> None:
-    """Give one DataWarning for all entries of ``omitted`` but notes (.txt, .json, README, ...), counted by suffix.
+    """Give one DataWarning that counts the entries of ``omitted`` by suffix, without notes (.txt, .json, README, ...).
 
     Args:
-        folder: What was read.
-        omitted: The entries in it that were not.
-        what: What such an entry is not, e.g. "images".
+        folder: the folder that was read.
+        omitted: entries in it that were not read.
+        what: the entries that are read, e.g. "images".
     """
     omitted = [path for path in omitted if not _is_note(path)]
     if not omitted:
@@ -54,18 +54,19 @@ def warn_of_omitted(folder: Path, omitted: Sequence[Path], what: str) -> None:
     counts = Counter(path.suffix.lower() or "no suffix" for path in omitted)
     listed = ", ".join(f"{count} with {suffix}" for suffix, count in counts.most_common(8))
     text = (
-        f"{folder}: {len(omitted)} entries are omitted, not being {what} ({listed}), the first is {omitted[0]}; "
+        f"{folder}: {len(omitted)} entries are omitted because they are not {what} ({listed}), the first is "
+        f"{omitted[0]}; "
         "remove them, or convert what should be read"
     )
     warnings.warn(text, DataWarning, stacklevel=2)
 
 
 def describe_kind(path: Path) -> str:
-    """Return what ``path`` is where it is not a file that can be read."""
+    """Return in words what ``path`` is, given that it is not a regular file."""
     if path.is_dir():
         return "a directory"
     if path.is_symlink() and not path.exists():
-        return "a link to nothing"
+        return "a broken link"
     return "a pipe, socket or device" if path.exists() else "missing"
 
 

@@ -1,4 +1,4 @@
-"""A folder of image files: one sub-folder per class, with or without folders for the splits above them."""
+"""A folder of image files: one sub-folder per class, optionally within one folder per split."""
 
 import os
 import re
@@ -12,36 +12,20 @@ import torch
 
 from rush.data.labels import check_labels
 from rush.data.readers.decoding import Encoded
+from rush.data.readers.encoded import Block
 from rush.data.readers.entries import describe_kind, list_entries, list_folders, warn_of_omitted
-from rush.data.readers.records import Block
 from rush.errors import DataError
 
 SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".gif"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"}
 )
-"""Image files that are read."""
+"""Suffixes of the image files that are read."""
 _UNREAD = frozenset(
-    {
-        ".dib",
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-        ".jp2",
-        ".j2k",
-        ".svg",
-        ".ico",
-        ".psd",
-        ".tga",
-        ".pcx",
-        ".eps",
-        ".exr",
-        ".hdr",
-    }
-    | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm", ".pfm"}
+    {".dib", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".ico", ".psd", ".tga", ".pcx", ".eps"}
+    | {".exr", ".hdr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm", ".pfm"}
 )
-"""Image files that are not: omitting them would lose images."""
+"""Suffixes of image files that are refused, since omitting them would lose images."""
 _SPELLINGS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -57,8 +41,8 @@ _LIKE_SPLIT = re.compile(
 
 
 @dataclass(frozen=True, eq=False)
-class FolderRecords:
-    """Image files by their paths relative to ``folder``, which are the ids; see ``data.readers.records``."""
+class FolderImages:
+    """Image files by their paths relative to ``folder``, which are the ids; an ``EncodedImages``."""
 
     folder: Path
     names: tuple[str, ...]
@@ -79,7 +63,7 @@ class FolderRecords:
     def files(self) -> list[Path]:
         return [self.folder / name for name in self.names]
 
-    def blocks(self, limit: int) -> list[Block]:  # noqa: ARG002 - files are opened one by one, none is held
+    def blocks(self, limit: int) -> list[Block]:  # noqa: ARG002 - no file is held in memory
         return [Block(0, len(self), 0)]
 
     def read(self, rows: np.ndarray) -> Iterator[Encoded]:
@@ -88,20 +72,20 @@ class FolderRecords:
             yield str(file), file
 
 
-def folder_records(folder: Path, split: str) -> FolderRecords:
-    """Return the images below the folder of ``split`` if ``folder`` is divided into splits, else all below it.
+def open_folder(folder: Path, split: str) -> FolderImages:
+    """Find the images below the folder of ``split`` if ``folder`` is divided into splits, else all images below it.
 
-    A folder is divided where a sub-folder is named like a split in any case (train, training, val, valid, validation,
-    test, testing, unlabeled, unlabelled) and holds folders itself, or where all sub-folders are so named. Classes are
-    the names of the class folders over all splits, sorted as numbers if all are whole numbers, else as text. A folder
-    that holds images and no folders, and everything below "unlabeled", has no labels. Links are followed. Hidden
-    entries and those of the system are no part of the set. ids: the path relative to ``folder``, with "/"; order: by
-    class, then id. No image is opened. Other files are omitted with a DataWarning that counts them.
+    ``folder`` is divided if a sub-folder is named like a split in any case (train, training, val, valid, validation,
+    test, testing, unlabeled, unlabelled) and holds folders itself, or if all sub-folders are so named. Classes are the
+    names of the class folders of all splits, sorted as numbers if all are integers, else as text. A folder that holds
+    images and no folders has no labels, and neither has "unlabeled". Links are followed. Hidden entries and those of
+    the system are ignored. Ids are paths relative to ``folder``, with "/"; the order is by class, then id. No image is
+    opened. Other files are omitted with a DataWarning that counts them.
 
     Raises:
-        DataError: The split is missing or there twice; a class or everything is empty; two classes differ in case
-            alone; an image lies beside the class folders, is not a file, is of a format that is not read, or is there
-            twice by a link; a folder links to one above it, or looks like a split and is not named like one.
+        DataError: the split is missing or a duplicate; a class or the whole split is empty; two classes differ in case
+            alone; an image lies beside the class folders, is not a file, has a format that is not read, or is reached
+            twice by a link; a folder links to one above it, or looks like a split without being named like one.
     """
     splits = _split_folders(folder)
     top = _folder_of(split, splits, folder) if splits else folder
@@ -113,7 +97,7 @@ def folder_records(folder: Path, split: str) -> FolderRecords:
     if not class_folders:
         names = walk.images_below(top)
         walk.finish()
-        return FolderRecords(folder, tuple(names), split, (), None)
+        return FolderImages(folder, tuple(names), split, (), None)
     walk.omit_beside(top, {path.name for path in class_folders})
     classes = _classes([top] if not splits else [path for key, path in splits.items() if key != "unlabeled"])
     present = {path.name: path for path in class_folders}
@@ -124,11 +108,11 @@ def folder_records(folder: Path, split: str) -> FolderRecords:
         labels += [label] * len(members)
     walk.finish()
     checked = check_labels(np.array(labels), len(names), len(classes), str(top))
-    return FolderRecords(folder, tuple(names), split, classes, checked)
+    return FolderImages(folder, tuple(names), split, classes, checked)
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of the splits that ``folder`` is divided into, by the split's name; none if it is not."""
+    """Return the folders of the splits that ``folder`` is divided into, by split; empty if it is not divided."""
     folders = list_folders(folder)
     named = [path for path in folders if path.name.lower() in _SPLITS]
     divided = [path for path in named if _SPLITS[path.name.lower()] == "unlabeled" or list_folders(path)]
@@ -144,7 +128,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
 
 def _check_unlike_splits(folders: Iterable[Path]) -> None:
-    """Raise DataError for a class folder that is named nearly like a split and holds folders alone."""
+    """Raise DataError for a folder that is named almost like a split and holds folders but no images."""
     for path in folders:
         if _LIKE_SPLIT.fullmatch(path.name) and list_folders(path) and not any(map(_is_image, list_entries(path))):
             raise DataError(
@@ -154,29 +138,29 @@ def _check_unlike_splits(folders: Iterable[Path]) -> None:
 
 
 def _folder_of(split: str, splits: dict[str, Path], folder: Path) -> Path:
-    wanted = _SPLITS.get(split.lower(), split)
-    if wanted not in splits:
+    name = _SPLITS.get(split.lower(), split)
+    if name not in splits:
         raise DataError(
             f"{folder} has no split {split!r}, only {', '.join(path.name for path in splits.values())}; "
-            "ask for one of them or add the folder"
+            "give one of them or add the folder"
         )
-    return splits[wanted]
+    return splits[name]
 
 
 def _classes(tops: Iterable[Path]) -> tuple[str, ...]:
-    """Return the names of all class folders in order. Raise DataError where two differ in case or encoding alone."""
-    places = {path.name: path for top in tops for path in list_folders(top)}
-    alike: dict[str, Path] = {}
-    for name, path in places.items():
-        other = alike.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), path)
+    """Return the names of all class folders in order; raise DataError if two differ in case or encoding alone."""
+    paths = {path.name: path for top in tops for path in list_folders(top)}
+    normalized: dict[str, Path] = {}
+    for name, path in paths.items():
+        other = normalized.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), path)
         if other != path:
             raise DataError(
                 f"the class folders {other} and {path} differ in upper and lower case or in encoding alone; "
                 "give one class one name"
             )
-    if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in places):
-        return tuple(sorted(places, key=lambda name: (int(name), name)))
-    return tuple(sorted(places))
+    if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in paths):
+        return tuple(sorted(paths, key=lambda name: (int(name), name)))
+    return tuple(sorted(paths))
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
@@ -185,19 +169,22 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 @dataclass
 class _Walk:
-    """The walk through a data set's folders: finds the images, and gathers what it omits."""
+    """The walk through a data set's folders.
+
+    omitted: entries that are not read. names: all images found, as paths relative to ``base``. linked: names of the
+    images that are reached by a link, by their real paths.
+    """
 
     base: Path
     omitted: list[Path] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     linked: dict[str, str] = field(default_factory=dict)
-    """Names of the images that are reached by a link, by their real paths."""
 
     def __post_init__(self) -> None:
         self.real_base = os.path.realpath(self.base)
 
     def images_below(self, folder: Path) -> list[str]:
-        """Return every image file at any depth, as a path relative to the base, sorted. Raise DataError without any."""
+        """Return every image file at any depth as a path relative to the base, sorted; raise DataError without any."""
         names: list[str] = []
         pending = [(folder, os.path.realpath(folder), frozenset[str]())]
         while pending:
@@ -219,7 +206,7 @@ class _Walk:
         return sorted(names)
 
     def omit_beside(self, folder: Path, folders: set[str]) -> None:
-        """Omit what lies in ``folder`` beside these folders. Raise DataError for an image there."""
+        """Omit what lies in ``folder`` beside these folders; raise DataError for an image among it."""
         for entry in list_entries(folder):
             if entry.name in folders:
                 continue
@@ -232,7 +219,7 @@ class _Walk:
                 self.omitted.append(Path(entry.path))
 
     def finish(self) -> None:
-        """Warn of what was omitted. Raise DataError for an image that is there twice."""
+        """Warn of what was omitted; raise DataError for an image that is reached twice."""
         if self.linked:
             linked = set(self.linked.values())
             for name in self.names:
@@ -241,7 +228,7 @@ class _Walk:
         warn_of_omitted(self.base, self.omitted, "images, class folders or splits")
 
     def _takes(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether ``entry`` is an image file; note it as omitted if not."""
+        """Return whether ``entry`` is an image file; if not, add it to ``omitted`` or raise DataError."""
         suffix = Path(entry.name).suffix.lower()
         if suffix in _UNREAD:
             raise DataError(f"{entry.path} is an image of a format that is not read; convert it to PNG or remove it")
@@ -253,7 +240,7 @@ class _Walk:
         return True
 
     def _noted(self, path: Path, real: str) -> str:
-        """Return the path relative to the base, remembered where a link leads to it."""
+        """Return the path relative to the base, and remember it if a link leads to it."""
         name = path.relative_to(self.base).as_posix()
         if real != os.path.join(self.real_base, name):
             self._check_once(path, real)

@@ -1,38 +1,39 @@
-"""NumPy .npz files of 8-bit images, with or without labels, class names, ids and splits."""
+"""NumPy .npz files: 8-bit images with optional labels, class names, ids and splits, and arrays in general."""
 
 import math
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 import numpy as np
 import torch
 
-from rush.data.images import ImageSet
+from rush.data.images import ImageSet, numbered_ids
 from rush.data.labels import MAX_CLASSES, check_class_names, check_labels, decode_texts, number_classes
+from rush.data.readers.damage import name_damage
 from rush.data.readers.entries import describe_kind
 from rush.errors import DataError
 
-_FREE_BYTES, _MOST_EXPANSION = 1 << 28, 200  # an array of more bytes must not be packed more densely than this
+_FREE_BYTES, _MOST_EXPANSION = 1 << 28, 200  # a larger array may be compressed by this factor at most
 Arrays = dict[str, np.ndarray]
-Content = TypeVar("Content")
 
 
 def load_npz(path: Path, split: str) -> ImageSet:
-    """The arrays ``x_<split>`` and ``y_<split>`` of ``path``, else ``images`` and ``labels``, which serve any split.
+    """Load the arrays ``x_<split>`` and ``y_<split>``, or else ``images`` and ``labels``, which serve any split.
 
-    Images: uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C in 1, 3. Labels: integers (N,) or (N, 1). ``classes``
-    and, for an unnamed split, ``ids`` are used where present, bytes being UTF-8; else the classes are "0".."K-1" with
-    K - 1 the largest label in the file, and the ids "<split>-<row>".
-    Raises: DataError naming the file when it is damaged, lacks the split, or holds another type, shape or label. Never
-    unpickles.
+    Images are uint8 (N, H, W), (N, H, W, C) or (N, C, H, W) with C in 1, 3. Labels are integers (N,) or (N, 1). The
+    array ``classes`` and, for ``images``, the array ``ids`` are used where present, bytes being decoded as UTF-8.
+    Otherwise the classes are "0".."K-1", where K - 1 is the largest label in the file, and the ids "<split>-<row>".
+
+    Raises:
+        DataError: the file, which is named, is damaged, lacks the split, needs unpickling, or holds a wrong type, shape
+            or label.
     """
-    pixels, labels = f"x_{split}", f"y_{split}"
     names = array_names(path)
-    if pixels not in names:
-        pixels, labels = "images", "labels"
+    pixels, labels = (f"x_{split}", f"y_{split}") if f"x_{split}" in names else ("images", "labels")
     if pixels not in names:
         raise DataError(
             f"{path} has the arrays {names}, none for split {split!r}; "
@@ -42,60 +43,57 @@ def load_npz(path: Path, split: str) -> ImageSet:
     arrays = read_arrays(path, lambda key: key in (pixels, "labels", "classes", "ids") or key.startswith("y_"))
     images = _channels_first(arrays[pixels], f"{path}: {pixels}")
     classes = _classes(arrays, path)
-    checked = (
-        check_labels(_flat(arrays[labels]), len(images), len(classes), f"{path}: {labels}")
-        if labels in arrays
-        else None
-    )
-    ids = np.array([f"{split}-{row:05d}" for row in range(len(images))])
-    if pixels == "images" and "ids" in arrays:
-        ids = _named(arrays["ids"], len(images), path)
+    checked = None
+    if labels in arrays:
+        checked = check_labels(_flat(arrays[labels]), len(images), len(classes), f"{path}: {labels}")
+    has_ids = pixels == "images" and "ids" in arrays
+    ids = _checked_ids(arrays["ids"], len(images), path) if has_ids else numbered_ids(split, len(images))
     return ImageSet(torch.from_numpy(images), checked, classes, ids, path.stem, split)
 
 
 def npz_bytes(path: Path, split: str) -> int:
-    """Bytes that the images of ``split`` take in memory, from the file's table of contents. Raises: DataError."""
-    sizes = _reading(path, lambda file: {entry.filename: entry.file_size for entry in file.infolist()})
+    """Return the bytes that the images of ``split`` take in memory, from the file's table of contents.
+
+    Raises:
+        DataError: ``path`` is not a readable .npz file.
+    """
+    with _opened(path) as file:
+        sizes = {entry.filename: entry.file_size for entry in file.infolist()}
     return sizes.get(f"x_{split}.npy", sizes.get("images.npy", 0))
 
 
 def array_names(path: Path) -> list[str]:
-    """Return the sorted names of the arrays in the .npz file at ``path``. Raises: DataError when it is none."""
-    return _reading(path, lambda file: sorted(name.removesuffix(".npy") for name in file.namelist()))
+    """Return the sorted names of the arrays in the .npz file at ``path``; raise as ``npz_bytes``."""
+    with _opened(path) as file:
+        return sorted(name.removesuffix(".npy") for name in file.namelist())
 
 
-def read_arrays(path: Path, wanted: Callable[[str], bool]) -> Arrays:
-    """Return the arrays of the .npz file at ``path`` whose names are ``wanted``, by name.
+def read_arrays(path: Path, selected: Callable[[str], bool]) -> Arrays:
+    """Read the arrays of the .npz file at ``path`` whose names are ``selected``; return them by name.
 
-    What a header claims is held against the bytes that the file has for it before anything is allocated.
-    Raises: DataError naming the file and the array that is damaged, holds Python objects or fields, or is packed more
-    densely than images are.
+    The size that a header claims is compared with the bytes stored for it before anything is allocated.
+
+    Raises:
+        DataError: the file or array, which is named, is damaged, holds Python objects or fields, or is compressed more
+            than images can be.
     """
-
-    def read(file: zipfile.ZipFile) -> Arrays:
+    with _opened(path) as file:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in file.infolist()}
-        return {key: _read_array(file, entry, f"{path}: {key}") for key, entry in entries.items() if wanted(key)}
-
-    return _reading(path, read)
+        return {key: _read_array(file, entry, f"{path}: {key}") for key, entry in entries.items() if selected(key)}
 
 
-def _reading(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
-    """Return what ``read`` makes of the opened file; whatever a damaged one raises becomes a DataError naming it."""
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open the file; whatever a damaged one raises becomes a DataError that names it."""
     if not path.is_file():
         raise DataError(f"{path} is {describe_kind(path)}, not an .npz file; give the path of one")
     if not zipfile.is_zipfile(path):
         raise DataError(
-            f"{path} is truncated or no .npz file and cannot be read as arrays; write it again with numpy.savez"
+            f"{path} is truncated or not an .npz file and cannot be read as arrays; write it again with numpy.savez"
         )
-    try:
-        with zipfile.ZipFile(path) as file:
-            return read(file)
-    except DataError:
-        raise
-    except Exception as error:  # zipfile, zlib and numpy raise many kinds on damaged files
-        raise DataError(
-            f"{path} cannot be read: {error or type(error).__name__}; write plain arrays again with numpy.savez"
-        ) from error
+    remedy = "write plain arrays again with numpy.savez"
+    with name_damage(f"{path} cannot be read", remedy), zipfile.ZipFile(path) as file:
+        yield file
 
 
 def _read_array(file: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> np.ndarray:
@@ -106,11 +104,14 @@ def _read_array(file: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> np
 
 
 def _check_header(stream: IO[bytes], entry: zipfile.ZipInfo, where: str) -> None:
-    """Raise DataError unless the array is plain and as large as the bytes that are stored for it."""
+    """Raise DataError unless the array is plain and as large as the bytes stored for it."""
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise DataError(f"{where} has version {version} of the .npy format, allowed are {', '.join(map(str, readers))}")
+        raise DataError(
+            f"{where} has version {version} of the .npy format, allowed are {', '.join(map(str, readers))}; write it "
+            "again with numpy.savez"
+        )
     shape, _, dtype = readers[version](stream)
     if dtype.hasobject or dtype.fields is not None or dtype.kind not in "biufUS":
         raise DataError(
@@ -124,7 +125,7 @@ def _check_header(stream: IO[bytes], entry: zipfile.ZipInfo, where: str) -> None
         )
     if claimed > max(_FREE_BYTES, _MOST_EXPANSION * entry.compress_size):
         raise DataError(
-            f"{where} would grow from {entry.compress_size} to {claimed} bytes, more than {_MOST_EXPANSION}-fold; "
+            f"{where} would expand from {entry.compress_size} to {claimed} bytes, by more than {_MOST_EXPANSION}; "
             "write it again with numpy.savez, which does not compress"
         )
 
@@ -148,25 +149,25 @@ def _channels_first(images: np.ndarray, where: str) -> np.ndarray:
 def _classes(arrays: Arrays, path: Path) -> tuple[str, ...]:
     if "classes" not in arrays:
         return number_classes(
-            [part for key, part in arrays.items() if key == "labels" or key.startswith("y_")], f"{path}"
+            [part for key, part in arrays.items() if key == "labels" or key.startswith("y_")], str(path)
         )
     classes = arrays["classes"]
     if classes.ndim != 1 or len(classes) > MAX_CLASSES:
         raise DataError(
             f"{path}: classes has shape {classes.shape}, expected (K,), K <= {MAX_CLASSES}; store one name per class"
         )
-    return check_class_names(decode_texts(classes, "classes", f"{path}"), f"{path}")
+    return check_class_names(decode_texts(classes, "classes", str(path)), str(path))
 
 
 def _flat(labels: np.ndarray) -> np.ndarray:
     return labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
-def _named(ids: np.ndarray, total: int, path: Path) -> np.ndarray:
+def _checked_ids(ids: np.ndarray, total: int, path: Path) -> np.ndarray:
     if ids.shape != (total,):
         raise DataError(f"{path}: ids has shape {ids.shape}, expected ({total},); store one id per image")
-    texts = decode_texts(ids, "ids", f"{path}")
-    if len(set(texts)) < total:
-        repeated = next(text for text, count in Counter(texts).items() if count > 1)
-        raise DataError(f"{path}: duplicate id {repeated[:100]!r}; give every image an id of its own, or drop the ids")
+    texts = decode_texts(ids, "ids", str(path))
+    text, count = Counter(texts).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: duplicate id {text[:100]!r}; give every image a different id, or drop the ids")
     return np.array(texts, dtype=str)

@@ -1,4 +1,8 @@
-"""Hugging Face style parquet shards: a column of encoded images, a label column, class names in the schema metadata."""
+"""Hugging Face style parquet shards: a column of encoded images, a label column, class names in the schema metadata.
+
+Everything that a shard's metadata claim is checked before it is used, since a damaged file can make pyarrow allocate
+what it claims, or end the process.
+"""
 
 import json
 import re
@@ -13,31 +17,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from rush.data.images import numbered_ids
+from rush.data.indexing import rows_within, split_rows
 from rush.data.labels import check_class_names, check_labels, number_classes
+from rush.data.readers.damage import name_damage
 from rush.data.readers.decoding import MAX_BYTES, Encoded
+from rush.data.readers.encoded import Block
 from rush.data.readers.entries import describe_kind, list_entries, warn_of_omitted
-from rush.data.readers.records import Block
 from rush.data.readers.roots import joined_names
 from rush.errors import DataError
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 _SERIES = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
-_BATCH = 1024
-_BATCH_BYTES = 1 << 20  # what is taken out of a row group at a time; at most so much is read ahead of it
-_FREE_ROWS = 1 << 20  # allowed in any shard; a larger one may have as many rows as bytes
-_ROW_BYTES = 256  # what Python adds to each image that is held: its name for error texts, and objects
+_BATCH = 1024  # most rows taken out of a row group at a time
+_BATCH_BYTES = 1 << 20  # most bytes taken out of a row group at a time, and read ahead of it
+_FREE_ROWS = 1 << 20  # number of rows allowed in any shard; beyond it, one row per byte of the file
+_ROW_BYTES = 256  # what Python adds per image held in memory: its name for error texts, and objects
 
 
 def parquet_folder(folder: Path) -> Path | None:
-    """Where shards lie: ``folder``, or the sub-folder data, plain_text or of its own name; None without any."""
+    """Return the folder with shards: ``folder`` or its sub-folder data, plain_text or of the same name, or None."""
     candidates = (folder, folder / "data", folder / "plain_text", folder / folder.name)
     return next((path for path in candidates if any(path.glob("*.parquet"))), None)
 
 
 @dataclass(frozen=True, eq=False)
-class ParquetRecords:
-    """The rows of all shards of a split, in order; see ``rush.data.readers.records.Records``."""
+class ParquetImages:
+    """The rows of all shards of a split, in order; an ``EncodedImages``."""
 
     shards: tuple["_Shard", ...]
     name: str
@@ -49,14 +56,18 @@ class ParquetRecords:
         return sum(shard.rows for shard in self.shards)
 
     def ids(self) -> np.ndarray:
-        """The ``path`` beside the image bytes where every row has one and all differ, else "<split>-<row>"."""
-        return _ids(self.shards, self.split)
+        """Return the ``path`` beside the image bytes if every row has one and all differ, else "<split>-<row>"."""
+        paths: list[str | None] = []
+        for shard in self.shards:
+            paths += _paths(shard) if shard.has_paths else [None] * shard.rows
+        unique = None not in paths and len(set(paths)) == len(paths)
+        return np.array(paths, dtype=str) if unique else numbered_ids(self.split, len(paths))
 
     def files(self) -> list[Path]:
         return [shard.path for shard in self.shards]
 
     def blocks(self, limit: int) -> list[Block]:
-        """The row groups; one that would take more than ``limit`` bytes in equal parts."""
+        """Return the row groups; one of more than ``limit`` bytes in equal parts."""
         blocks: list[Block] = []
         for shard in self.shards:
             for group in shard.groups:
@@ -64,25 +75,24 @@ class ParquetRecords:
         return blocks
 
     def read(self, rows: np.ndarray) -> Iterator[Encoded]:
-        """The encoded images of the ascending ``rows``; a row group is read as far as the last of them, piece by
-        piece."""
-        offset = 0
-        for shard in self.shards:
-            own = rows[slice(*np.searchsorted(rows, [offset, offset + shard.rows]))]
-            if own.size:
-                yield from _encoded(shard, own - offset)
-            offset += shard.rows
+        """Yield the encoded images of the ascending ``rows``; a row group is read as far as the last of them."""
+        for number, rows_of_shard in split_rows(rows, [shard.rows for shard in self.shards]):
+            shard = self.shards[number]
+            with _parquet(shard.path) as file:
+                for group, rows_of_group in split_rows(rows_of_shard, [group.rows for group in shard.groups]):
+                    yield from _read_group(file, shard, group, rows_of_group + shard.groups[group].start)
 
 
-def parquet_records(folders: Sequence[Path], split: str, name: str) -> ParquetRecords:
-    """The rows of all shards ``split``-*.parquet (or of ``split``.parquet) in ``folders``, in order; no pixels are
-    read.
+def open_shards(folders: Sequence[Path], split: str, name: str) -> ParquetImages:
+    """Open all shards ``split``-*.parquet (or ``split``.parquet) of ``folders``, in order; no pixels are read.
 
-    Shards in several folders are taken as if they lay in one. Without class names in the metadata the classes are
-    "0".."K-1" with K - 1 the largest label of all splits in ``folders``; without a label column labels are None. Labels
-    are integers. What lies beside the shards and is no note is omitted with a DataWarning.
-    Raises: DataError naming the shard that is missing, in two folders, damaged, empty, mislabelled, of another layout,
-    or whose split names other classes.
+    Shards in several folders are joined as if they lay in one. Labels are integers, or None without a label column.
+    Without class names in the metadata, the classes are "0".."K-1", where K - 1 is the largest label of all splits in
+    ``folders``. Other entries of the folders, except notes, are omitted with a DataWarning.
+
+    Raises:
+        DataError: a shard, which is named, is missing, in two folders, damaged, empty, mislabelled or of a different
+            layout, or another split names different classes.
     """
     for folder in folders:
         _warn_of_strays(folder)
@@ -90,7 +100,7 @@ def parquet_records(folders: Sequence[Path], split: str, name: str) -> ParquetRe
     for shard in shards:
         if (shard.label, shard.classes) != (shards[0].label, shards[0].classes):
             raise DataError(
-                f"{shard.path} has another label column or other classes than {shards[0].path}; use one source"
+                f"{shard.path} has a different label column or different classes from {shards[0].path}; use one source"
             )
     labels = [_labels(shard) for shard in shards] if shards[0].label else []
     others = list(_other_shards(folders, shards)) if labels else []
@@ -100,20 +110,20 @@ def parquet_records(folders: Sequence[Path], split: str, name: str) -> ParquetRe
         check_labels(values, shard.rows, len(classes), str(shard.path))
         for shard, values in zip(shards, labels, strict=bool(labels))
     ]
-    return ParquetRecords(shards, name, split, classes, torch.cat(checked) if checked else None)
+    return ParquetImages(shards, name, split, classes, torch.cat(checked) if checked else None)
 
 
 def _other_shards(folders: Sequence[Path], shards: Sequence["_Shard"]) -> Iterator["_Shard"]:
-    """Yield the labelled shards of the other splits: the first of each where classes are named, else all.
+    """Yield the labelled shards of the other splits: the first of each split if classes are named, else all.
 
-    One that cannot be read is passed over here; it is named when its own split is loaded.
+    An unreadable one is skipped; loading its own split names it.
     """
-    seen = {shards[0].path.name.partition("-")[0].removesuffix(".parquet")}
+    visited = {shards[0].path.name.partition("-")[0].removesuffix(".parquet")}
     for path in sorted(set(_glob(folders)) - {shard.path for shard in shards}, key=lambda path: (path.name, path)):
         split = path.name.partition("-")[0].removesuffix(".parquet")
-        if shards[0].classes and split in seen:
+        if shards[0].classes and split in visited:
             continue
-        seen.add(split)
+        visited.add(split)
         with suppress(DataError):
             other = _open_shard(path)
             if other.label == shards[0].label:
@@ -121,19 +131,22 @@ def _other_shards(folders: Sequence[Path], shards: Sequence["_Shard"]) -> Iterat
 
 
 def _check_same_names(shard: "_Shard", others: Sequence["_Shard"]) -> None:
-    """Raise DataError where another split names other classes, so that one label would stand for two of them."""
+    """Raise DataError if another split names different classes, so that one label would mean two of them."""
     for other in others:
         if other.classes != shard.classes:
-            named, known = (reprlib.repr(list(one.classes or "none")) for one in (other, shard))
+            other_names, names = (reprlib.repr(list(each.classes or "none")) for each in (other, shard))
             raise DataError(
-                f"{other.path} names the classes {named}, {shard.path} names {known}; give all splits the same names "
-                "in the same order"
+                f"{other.path} names the classes {other_names}, {shard.path} names {names}; give all splits the same "
+                "names in the same order"
             )
 
 
 def find_shards(folders: Sequence[Path], split: str) -> list[Path]:
-    """The shards of ``split`` in ``folders``, in order. Raises: DataError without any, or naming one that is missing or
-    lies in two folders."""
+    """Return the shards of ``split`` in ``folders``, in order.
+
+    Raises:
+        DataError: there are none, or one, which is named, is missing or lies in two folders.
+    """
     single = [path for path in _glob(folders) if path.name == f"{split}.parquet"]
     numbered = sorted(_glob(folders, f"{split}-"), key=_by_numbers)
     if single and numbered:
@@ -143,14 +156,14 @@ def find_shards(folders: Sequence[Path], split: str) -> list[Path]:
         splits = sorted({re.split(r"[-.]", path.name)[0] for path in _glob(folders)})
         raise DataError(
             f"{joined_names(folders)}: no shard {split}-*.parquet, only of {', '.join(splits)}; "
-            "ask for one of these splits or add the shard"
+            "give one of these splits or add the shard"
         )
     _check_series(folders, split, shards)
     return shards
 
 
 def _check_series(folders: Sequence[Path], split: str, shards: Sequence[Path]) -> None:
-    """Raise DataError where a shard lies in two folders or is missing, or where several series are mixed."""
+    """Raise DataError if a shard is missing or lies in two folders, or if several series are mixed."""
     for first, second in pairwise(shards):
         if first.name == second.name:
             raise DataError(f"{first.name} lies in {first.parent} and in {second.parent}; remove one of the two")
@@ -173,13 +186,13 @@ def _mixed(folders: Sequence[Path], shards: Sequence[Path]) -> DataError:
     return DataError(f"{joined_names(folders)}: the shards are of several series: {names}; keep one of them")
 
 
-def _glob(folders: Sequence[Path], beginning: str = "") -> list[Path]:
-    """Return the shards whose names begin so, which is taken as it is and not as a pattern."""
-    return [path for folder in folders for path in folder.glob("*.parquet") if path.name.startswith(beginning)]
+def _glob(folders: Sequence[Path], prefix: str = "") -> list[Path]:
+    """Return the shards whose names start with ``prefix``, which is not a pattern."""
+    return [path for folder in folders for path in folder.glob("*.parquet") if path.name.startswith(prefix)]
 
 
 def _by_numbers(path: Path) -> tuple[list[str | int], str]:
-    """Return a key that sorts the numbers in a name by value, whatever the folder."""
+    """Return a sort key that orders numbers in a file name by value and ignores the folder."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)], path.name
 
 
@@ -190,7 +203,7 @@ def _warn_of_strays(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Group:
-    """A row group: its first row in the shard, its rows, and the bytes of its columns, mostly encoded images."""
+    """A row group: its first row in the shard, number of rows, and bytes of all columns, mostly encoded images."""
 
     start: int
     rows: int
@@ -203,6 +216,8 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Shard:
+    """One file: its row groups, the names of its image and label columns, and its class names, if any."""
+
     path: Path
     groups: tuple[_Group, ...]
     image: str
@@ -216,11 +231,11 @@ class _Shard:
 
 
 def _open_shard(path: Path) -> _Shard:
-    with _parquet(path) as file:  # around all of it, since names in a damaged schema may not even be text
-        return _described(file.schema_arrow, file.metadata, path)
+    with _parquet(path) as file:  # around everything, since names in a damaged schema may not even be text
+        return _checked_shard(file.schema_arrow, file.metadata, path)
 
 
-def _described(schema: Any, metadata: Any, path: Path) -> _Shard:
+def _checked_shard(schema: Any, metadata: Any, path: Path) -> _Shard:
     image = _image_column(schema, path)
     label = next((column for column in LABEL_COLUMNS if column in schema.names), None)
     if label is None and any("label" in column for column in schema.names):
@@ -239,8 +254,11 @@ def _described(schema: Any, metadata: Any, path: Path) -> _Shard:
 
 
 def _groups(metadata: Any) -> Iterator[_Group]:
-    """Yield the row groups. The size is that of all columns: pyarrow ends the process where the metadata of a single
-    one are damaged, and beside the images the others are small."""
+    """Yield the row groups.
+
+    Their size is that of all columns, of which the images are nearly everything: asking for that of one column makes
+    pyarrow end the process if the metadata are damaged.
+    """
     start = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         yield _Group(start, group.num_rows, group.total_byte_size)
@@ -248,17 +266,17 @@ def _groups(metadata: Any) -> Iterator[_Group]:
 
 
 def _blocks(path: Path, group: _Group, limit: int, offset: int) -> list[Block]:
-    """The group's rows, from number ``offset`` on, in the fewest equal parts that stay within ``limit`` bytes."""
-    held = group.size + _ROW_BYTES * group.rows
-    parts = -(-held // limit)
+    """Return the group's rows, numbered from ``offset``, in the fewest equal parts of at most ``limit`` bytes."""
+    size = group.size + _ROW_BYTES * group.rows
+    parts = -(-size // limit)
     if parts > group.rows:
         raise DataError(
-            f"{path} has images of about {group.size // group.rows} bytes, too large to be held {limit} bytes at a "
-            f"time; give at least {8 * held // group.rows} bytes of memory"
+            f"{path} has images of about {group.size // group.rows} bytes, more than the {limit} bytes held at a "
+            f"time; give at least {8 * size // group.rows} bytes of memory"
         )
     bounds = [group.rows * part // parts for part in range(parts + 1)]
     return [
-        Block(offset + start, offset + stop, held * (stop - start) // group.rows) for start, stop in pairwise(bounds)
+        Block(offset + start, offset + stop, size * (stop - start) // group.rows) for start, stop in pairwise(bounds)
     ]
 
 
@@ -270,12 +288,14 @@ def _image_column(schema: Any, path: Path) -> str:
             kind = schema.field(column).type
             if pa.types.is_struct(kind) and _holds_bytes(kind):
                 return column
-    found = ", ".join(f"{name}: {kind}" for name, kind in zip(schema.names, schema.types, strict=True))
-    raise DataError(f"{path} has the columns {found}; it needs 'img' or 'image', a struct of bytes and path")
+    columns = ", ".join(f"{name}: {kind}" for name, kind in zip(schema.names, schema.types, strict=True))
+    raise DataError(
+        f"{path} has the columns {columns}; it needs 'img' or 'image', a struct of bytes and path; rename or convert it"
+    )
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Return whether the struct's field ``bytes`` is binary and its field ``path``, if there is one, text."""
+    """Return whether the struct's field ``bytes`` is binary and its field ``path``, if any, is text."""
     import pyarrow as pa
 
     content, path = (
@@ -287,21 +307,14 @@ def _holds_bytes(kind: Any) -> bool:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
-    """The opened shard; whatever pyarrow raises becomes a DataError that names it."""
+    """Open the shard; whatever pyarrow raises on a damaged one becomes a DataError that names it."""
     import pyarrow.parquet as pq
 
     if not path.is_file():
         raise DataError(f"{path} is {describe_kind(path)}, not a parquet file; remove it, or put the shard there")
-    try:
-        with pq.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
-            yield file
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow raises many kinds on damaged files
-        raise DataError(
-            f"{path} cannot be read: {error or type(error).__name__}; it is truncated or no parquet file: delete it "
-            "and get it again"
-        ) from error
+    damage = name_damage(f"{path} cannot be read", "it is truncated or not a parquet file: delete it and get it again")
+    with damage, pq.ParquetFile(path, buffer_size=_BATCH_BYTES, pre_buffer=False) as file:
+        yield file
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str | None, path: Path) -> tuple[str, ...] | None:
@@ -318,7 +331,7 @@ def _class_names(metadata: dict[bytes, bytes], label: str | None, path: Path) ->
 
 
 def _labels(shard: _Shard) -> np.ndarray:
-    """Return the labels of the shard as integers. Raise DataError for any other type, and for missing ones."""
+    """Return the labels of the shard as integers; raise DataError for any other type, and for missing ones."""
     import pyarrow as pa
 
     with _parquet(shard.path) as file:
@@ -334,44 +347,29 @@ def _labels(shard: _Shard) -> np.ndarray:
         return column.cast(kind.value_type).to_numpy() if pa.types.is_dictionary(kind) else column.to_numpy()
 
 
-def _encoded(shard: _Shard, rows: np.ndarray) -> Iterator[Encoded]:
-    """The images of the shard's ascending ``rows``."""
-    with _parquet(shard.path) as file:
-        for number, group in enumerate(shard.groups):
-            wanted = rows[slice(*np.searchsorted(rows, [group.start, group.stop]))]
-            if wanted.size:
-                yield from _of_group(file, shard, number, wanted)
-
-
-def _of_group(file: Any, shard: _Shard, number: int, wanted: np.ndarray) -> Iterator[Encoded]:
-    """Reads the group a few pages at a time and ends behind the last row that is wanted."""
+def _read_group(file: Any, shard: _Shard, number: int, rows: np.ndarray) -> Iterator[Encoded]:
+    """Yield the images of the shard's ascending ``rows``, all in one group, reading a few pages at a time."""
     group = shard.groups[number]
     start, step = group.start, min(_BATCH, 1 + _BATCH_BYTES * group.rows // (group.size + 1))
     for batch in file.iter_batches(step, [number], [f"{shard.image}.bytes"], use_threads=False):
         column = batch.column(0).field("bytes")
-        for row in wanted[slice(*np.searchsorted(wanted, [start, start + len(column)]))].tolist():
+        for row in rows_within(rows, start, start + len(column)).tolist():
             content = column[row - start].as_py()
             if content is None:
                 raise DataError(f"{shard.path} row {row} has no image bytes; embed the image or remove the row")
             if len(content) > MAX_BYTES:
-                raise DataError(f"{shard.path} row {row} has {len(content)} bytes, at most {MAX_BYTES} are read")
+                raise DataError(
+                    f"{shard.path} row {row} has {len(content)} bytes, at most {MAX_BYTES} are read; store it smaller"
+                )
             yield f"{shard.path} row {row}", content
         start += len(column)
-        if start > wanted[-1]:
+        if start > rows[-1]:
             return
-    raise DataError(f"{shard.path} is damaged: it ends before row {wanted[-1]} of {shard.rows}; get it again")
-
-
-def _ids(shards: Sequence[_Shard], split: str) -> np.ndarray:
-    paths: list[str | None] = []
-    for shard in shards:
-        paths += _paths(shard) if shard.has_paths else [None] * shard.rows
-    unique = None not in paths and len(set(paths)) == len(paths)
-    return np.array(paths if unique else [f"{split}-{row:05d}" for row in range(len(paths))], dtype=str)
+    raise DataError(f"{shard.path} is damaged: it ends before row {rows[-1]} of {shard.rows}; get it again")
 
 
 def _paths(shard: _Shard) -> list[str | None]:
-    """Return the path beside each image of the shard. Raise DataError where there is another number of them."""
+    """Return the path beside each image of the shard; raise DataError if their number is not that of the images."""
     with _parquet(shard.path) as file:
         column = file.read(columns=[f"{shard.image}.path"], use_threads=False).column(0).combine_chunks()
         paths: list[str | None] = column.field("path").to_pylist()

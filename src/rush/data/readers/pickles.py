@@ -1,4 +1,4 @@
-"""The pickled dictionaries of CIFAR's Python version, read without running anything that the file asks for."""
+"""Reader of the pickled dictionaries in CIFAR's Python version, which runs nothing that the file asks for."""
 
 import io
 import pickle
@@ -7,11 +7,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from rush.data.readers.damage import name_damage
 from rush.errors import DataError
 
 _MOST_BYTES = 1 << 28
 _MOST_OPCODES = 1 << 22  # CIFAR's largest file has a tenth of them
-_MOST_TUPLES = 1000  # how deeply tuples can lie in each other, which hashing follows in C without a limit of its own
+_MOST_TUPLES = 1000  # bounds the nesting of tuples, which hashing follows in C without a limit of its own
 _OPCODES = """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
     STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
@@ -22,34 +23,28 @@ _ALLOWED = frozenset(_OPCODES.split())
 
 
 def read_plain_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
-    """The dictionary in ``file``, its keys as text; byte arrays come back as NumPy uint8 arrays.
+    """Read the dictionary in ``file``; keys come back as text and byte arrays as uint8 NumPy arrays.
 
-    Nothing named in the file is imported: the few names by which a pickle rebuilds a NumPy array stand for inert
-    classes of this module, and every other name is refused before it is looked up. The file is looked through before
+    Nothing named in the file is imported. The few names by which a pickle rebuilds a NumPy array stand for inert
+    classes of this module, and every other name is refused before it is looked up. The whole file is checked before
     anything is built, so that what it can allocate is bounded by its length and some hundred megabytes.
-    Raises: DataError naming ``where`` for a refused name, a truncated file or anything but a dictionary.
+
+    Raises:
+        DataError: the file, named by ``where``, names something else, is truncated, or does not hold a dictionary.
     """
     stored = file.read(_MOST_BYTES + 1)
-    try:
+    with name_damage(f"{where} is damaged or truncated", "delete it and get it again"):
         _check_opcodes(stored)
-        content = _PlainUnpickler(io.BytesIO(stored), encoding="bytes").load()
+        content = _PlainUnpickler(stored, where).load()
         if isinstance(content, dict):
             return {_key(key): value.array if isinstance(value, _Array) else value for key, value in content.items()}
-    except _Refused as error:
-        raise DataError(
-            f"{where} asks for {error}, which may run code; it is not an official file: delete it and get it again"
-        ) from error
-    except Exception as error:  # what is wrong in a pickle can be anything
-        raise DataError(
-            f"{where} is damaged or truncated ({error or type(error).__name__}); delete it and get it again"
-        ) from error
     raise DataError(
         f"{where} holds a {type(content).__name__}, expected a dictionary; it is not an official file: get it again"
     )
 
 
 def _check_opcodes(stored: bytes) -> None:
-    """Raise ValueError for a pickle that is too long, or asks for what plain content has no need of."""
+    """Raise ValueError for a pickle that is too long, or has opcodes that plain content does not need."""
     if len(stored) > _MOST_BYTES:
         raise ValueError(f"more than {_MOST_BYTES} bytes")
     tuples = 0
@@ -69,16 +64,12 @@ def _key(key: object) -> str:
     return _text(key)
 
 
-class _Refused(Exception):
-    """A name that a plain pickle has no need of."""
-
-
 class _Prototype:
-    """Stands for numpy.ndarray, which is named but never made."""
+    """Stands for numpy.ndarray, which is named but never created."""
 
 
 class _Dtype:
-    """Stands for numpy.dtype: remembers the name it is built with, ignores its state."""
+    """Stands for numpy.dtype: keeps the name it is built with and ignores its state."""
 
     def __init__(self, name: str | bytes, *_flags: object) -> None:
         self.name = _text(name)
@@ -88,7 +79,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for the array that numpy's _reconstruct begins: filled from the pickled state if that is a uint8 array."""
+    """Stands for the array that numpy's _reconstruct creates, filled from the pickled state of a uint8 array."""
 
     array: np.ndarray
 
@@ -103,13 +94,19 @@ class _Array:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for _codecs.encode, by which Python 3 writes bytes in protocol 2."""
+    """Stands for _codecs.encode, with which Python 3 writes bytes in protocol 2."""
     if encoding not in ("latin1", b"latin1"):
         raise ValueError(f"text encoded as {encoding!r}, expected latin1")
     return text.encode("latin1")
 
 
 class _PlainUnpickler(pickle.Unpickler):
+    """Unpickler that resolves the names of a pickled NumPy array to the classes above and refuses every other name."""
+
+    def __init__(self, stored: bytes, where: str) -> None:
+        super().__init__(io.BytesIO(stored), encoding="bytes")
+        self._where = where
+
     def find_class(self, module: str, name: str) -> Any:
         match module, name:
             case ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct"):
@@ -120,7 +117,10 @@ class _PlainUnpickler(pickle.Unpickler):
                 return _Dtype
             case ("_codecs", "encode"):
                 return _latin1
-        raise _Refused(f"{module}.{name}")
+        raise DataError(
+            f"{self._where} asks for {module}.{name}, which may run code; it is not an official file: delete it and "
+            "get it again"
+        )
 
 
 def _text(value: str | bytes) -> str:

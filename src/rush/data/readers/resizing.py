@@ -1,4 +1,4 @@
-"""Images of any size as squares of one size; the one resampling, for encoded files and for pixels in memory alike."""
+"""Resampling of images to squares of one size, the same for encoded files and for pixels in memory."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,31 +15,36 @@ if TYPE_CHECKING:
 
 
 def fit_square(image: "Image.Image", size: int) -> "Image.Image":
-    """The central square of ``image`` (mode L or RGB), as wide as its shorter side, resampled to ``size`` x ``size``.
+    """Resample the central square of ``image`` (mode L or RGB), as wide as its shorter side, to ``size`` x ``size``.
 
-    In other words: the shorter side is brought to ``size`` and the longer one cropped at both ends. Pillow's bilinear
-    filter, widened by the reduction (antialiased) and rounded to 8 bits; an image of that size stays as it is, a
-    smaller one is enlarged.
+    The filter is Pillow's bilinear one, antialiased and rounded to 8 bits. An image of this size is returned unchanged,
+    and a smaller one is enlarged.
     """
     return fit_image(image, size, size)
 
 
 def fit_image(image: "Image.Image", width: int, height: int) -> "Image.Image":
-    """The largest central part of ``image`` with the proportions of ``width`` x ``height``, resampled as by
-    ``fit_square``."""
+    """Resample the largest central part of ``image`` with the proportions of ``width`` x ``height`` to this size."""
     from PIL.Image import Resampling
 
     if image.size == (width, height):
         return image
-    across, down = image.size
-    part_across, part_down = min(across, down * width / height), min(down, across * height / width)
-    left, top = (across - part_across) / 2, (down - part_down) / 2
-    box = (left, top, left + part_across, top + part_down)
+    full_width, full_height = image.size
+    box_width = min(full_width, full_height * width / height)
+    box_height = min(full_height, full_width * height / width)
+    left, top = (full_width - box_width) / 2, (full_height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
     return image.resize((width, height), Resampling.BILINEAR, box=box)
 
 
 def resize_images(images: torch.Tensor, size: int | None) -> torch.Tensor:
-    """uint8 (N, C, size, size): each image of uint8 (N, C, H, W), C in 1, 3, through ``fit_square``; None: as given."""
+    """Resample each image of uint8 (N, C, H, W), C in 1, 3, by ``fit_square`` to (N, C, size, size).
+
+    With ``size`` None, or images of this size, the tensor is returned as it is.
+
+    Raises:
+        InputError: a wrong ``size``.
+    """
     check_size(size)
     if size is None or images.shape[2:] == (size, size):
         return images
@@ -48,23 +53,22 @@ def resize_images(images: torch.Tensor, size: int | None) -> torch.Tensor:
     pixels = images.numpy()
     resized = np.empty((*images.shape[:2], size, size), np.uint8)
 
-    def work(row: int) -> None:
+    def resize(row: int) -> None:
         source = pixels[row, 0] if len(pixels[row]) == 1 else np.ascontiguousarray(pixels[row].transpose(1, 2, 0))
         fitted = np.asarray(fit_square(Image.fromarray(source), size))
         resized[row] = fitted if fitted.ndim == 2 else fitted.transpose(2, 0, 1)
 
     with ThreadPoolExecutor(num_threads()) as pool:
-        for _ in pool.map(work, range(len(pixels))):
-            pass
+        list(pool.map(resize, range(len(pixels))))  # raises what a thread raised
     return torch.from_numpy(resized)
 
 
 def check_size(size: int | None) -> None:
-    """Raises: InputError unless ``size`` is None or a positive integer."""
+    """Raise InputError unless ``size`` is None or a positive integer."""
     if size is not None and (as_whole(size) or 0) < 1:
         raise InputError(f"size must be a number of pixels >= 1, or None for images as they are stored, got {size!r}")
 
 
 def num_threads() -> int:
-    """Threads that decode or resize at once: one per processor, at most eight."""
+    """Return the number of threads that decode or resize: one per processor, at most eight."""
     return min(8, os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""STL-10 (Coates, Ng and Lee 2011) from the official binary archive or its extracted folder."""
+"""STL-10 (Coates, Ng and Lee 2011), from the official binary archive or its extracted folder."""
 
 from functools import partial
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from rush.data.images import ImageSet
+from rush.data.images import ImageSet, numbered_ids
 from rush.data.labels import check_class_names, check_labels
 from rush.data.readers.archives import Archive, Parse, read_members, read_words
 from rush.data.readers.resizing import resize_images
@@ -26,19 +26,25 @@ _CHUNK = 500  # images read at a time: 14 MB
 
 
 def read_stl10(path: Path, split: str, size: int | None = None) -> ImageSet:
-    """The ``split`` stored at ``path``; labels 0..9 (None for "unlabeled"), ids are the official positions.
+    """Read ``split`` from ``path``; labels are 0..9 (None for "unlabeled"), ids are the official positions.
 
-    ``size``: side of the images, each resampled from 96 x 96; None: as stored.
-    Memory: the split itself (2.8 GB for "unlabeled" at 96) and one chunk.
-    Raises: DataError naming the file that is wrong.
+    Args:
+        path: the archive or the extracted folder.
+        split: "train", "test" or "unlabeled".
+        size: side of the images in pixels, resampled from 96 x 96. None: as stored.
+
+    Raises:
+        DataError: a file, which is named, is missing, damaged, of a wrong size or mislabelled.
+
+    Cost: memory for the split (2.8 GB for "unlabeled" at 96 x 96) and one chunk.
     """
     rows = ROWS[split]
     parsers: dict[str, Parse] = {f"{split}_X.bin": partial(_read_pixels, rows, size), "class_names.txt": _read_names}
     if split != "unlabeled":
         parsers[f"{split}_y.bin"] = partial(_read_labels, rows)
-    found = read_members(STL10, path, parsers)
-    ids = np.array([f"{split}-{row:05d}" for row in range(rows)])
-    return ImageSet(found[f"{split}_X.bin"], found.get(f"{split}_y.bin"), found["class_names.txt"], ids, "stl10", split)
+    contents = read_members(STL10, path, parsers)
+    images, labels, classes = contents[f"{split}_X.bin"], contents.get(f"{split}_y.bin"), contents["class_names.txt"]
+    return ImageSet(images, labels, classes, numbered_ids(split, rows), "stl10", split)
 
 
 def _read_pixels(rows: int, side: int | None, file: IO[bytes], where: str) -> torch.Tensor:
@@ -74,8 +80,8 @@ def _read_names(file: IO[bytes], where: str) -> tuple[str, ...]:
     return names
 
 
-def _wrong_size(where: str, found: int | str, expected: int) -> DataError:
-    return DataError(f"{where} has {found} bytes, expected {expected}; {_again()}")
+def _wrong_size(where: str, num_bytes: int | str, expected: int) -> DataError:
+    return DataError(f"{where} has {num_bytes} bytes, expected {expected}; {_again()}")
 
 
 def _again() -> str:

@@ -1,0 +1,270 @@
+"""The values of a whole run, read from its folder for report and comparison."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rush.auditing.report import AuditReport
+from rush.certification.certificates import Certificates
+from rush.certification.sequential import UNDECIDED
+from rush.choices import STAGES, Stage
+from rush.errors import RunError
+from rush.records.attacks import read_attacks, read_samples
+from rush.records.audit import read_audit
+from rush.records.certificates import TABLE, read_certificates
+from rush.records.ladder import Ladder, Sample
+from rush.records.log import damaged_event, read_events
+from rush.records.record import Record, damaged
+from rush.runtime.lines import printable
+
+# Numbers that a stage may give or omit.
+_COST_FIELDS = (
+    "passes_per_image",
+    "forward_passes_per_image",
+    "images_per_second",
+    "votes_per_image",
+    "peak_memory",
+    "joules",
+)
+_NO_FIGURES = ("event", "time", "stage", "epoch")  # of a log's event of live figures
+Logged = TypeVar("Logged", "Epoch", "Watched")
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """The record of a finished stage, ``stages/<stage>.json``, with the fields that every stage has checked."""
+
+    stage: Stage
+    seconds: float
+    finished: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of training as logged: number, mean loss, wall-clock seconds."""
+
+    stage: str
+    number: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Live figures after an epoch of training, shares of the held-out images.
+
+    They are "knn", "linear" and "accuracy", each with the suffix "_noisy" where noise lies on the images.
+    """
+
+    stage: str
+    number: int
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """Everything that a run folder says; ``certificates``, ``ladder`` and ``audit`` are None until their stage is
+    finished.
+
+    certificates: None also where there is nothing to certify (``plain``).
+    """
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    classes: tuple[str, ...]
+    stages: Mapping[Stage, StageRecord]
+    epochs: tuple[Epoch, ...]
+    certificates: Certificates | None
+    ladder: Ladder | None
+    audit: AuditReport | None
+    watched: tuple[Watched, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name") or self.folder.name)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the classifier itself is used, without noise, so that nothing is certified."""
+        return self.setting("smoothing", "sigma") == 0
+
+    @property
+    def missing(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in STAGES if stage not in self.stages)
+
+    @property
+    def threat_certificates(self) -> Certificates | None:
+        """The certificates of the attacked images, or of all certified images where some attacked one has none."""
+        if self.certificates is None or self.ladder is None:
+            return self.certificates
+        attacked = set(self.ladder.clean.ids.tolist())
+        rows = [row for row, image_id in enumerate(self.certificates.ids) if image_id in attacked]
+        return self.certificates.select(rows) if len(rows) == len(attacked) else self.certificates
+
+    def setting(self, *keys: str) -> Any:
+        """Return the recipe's entry at ``keys``, None where it has none."""
+        entry: Any = self.recipe
+        for key in keys:
+            entry = entry.get(key) if isinstance(entry, Mapping) else None
+        return entry
+
+    def class_name(self, index: int) -> str:
+        return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
+
+    def command(self, stage: str) -> str:
+        return stage_command(self.folder, stage)
+
+
+def read_run(folder: Path | str) -> RunResults:
+    """Return the results in the run folder ``folder``; stages that are not finished are omitted.
+
+    Raises: RunError when ``folder`` is no run folder or one of its files is damaged, naming the file and the remedy.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.json").is_file():
+        raise RunError(
+            f"{folder} is no run folder: it has no recipe.json. Give the folder that `rush run` wrote (its --out)."
+        )
+    remedy = "restore it from a copy, or start a new run with `rush run`"
+    recipe = Record.read(folder / "recipe.json", remedy, "recipe.json").fields
+    stages = {stage: _read_stage(folder, stage) for stage in STAGES if (folder / "stages" / f"{stage}.json").exists()}
+    certified = "certify" in stages and stages["certify"].fields.get("certified") is not False
+    indices, certificates = _read_certificates(folder, stages["certify"]) if certified else ([], None)
+    attack = None
+    if "attack" in stages:
+        record = Record(folder / "stages" / "attack.json", stages["attack"].fields, _redo(folder, "attack"))
+        attack = read_attacks(folder, record, indices, certificates)
+    return RunResults(
+        folder=folder,
+        recipe=recipe,
+        provenance=read_provenance(folder),
+        classes=_read_classes(folder, recipe),
+        stages=stages,
+        epochs=_read_epochs(folder / "log.jsonl"),
+        certificates=certificates,
+        ladder=attack,
+        audit=read_audit(folder / "audit.json", _redo(folder, "audit")) if "audit" in stages else None,
+        watched=_read_watched(folder / "log.jsonl"),
+    )
+
+
+def read_run_samples(results: RunResults, number: int) -> tuple[Sample, ...]:
+    """Return at most ``number`` attacked images of the run, as ``records.attacks.read_samples``."""
+    return read_samples(results.folder, results.ladder, number, _redo(results.folder, "attack"))
+
+
+def read_provenance(folder: Path) -> Mapping[str, Any]:
+    """Return the provenance of the run ``folder``, empty where there is none. Raises: RunError where it is damaged."""
+    file = folder / "provenance.json"
+    return Record.read(file, "delete it; the report then goes without it", file.name).fields if file.exists() else {}
+
+
+def test_fingerprint(provenance: Mapping[str, Any]) -> str | None:
+    """Return the fingerprint of the test images that ``provenance`` says, None where it says none."""
+    entry: Any = provenance
+    for key in ("data", "test", "fingerprint"):
+        entry = entry.get(key) if isinstance(entry, dict) else None
+    return entry if isinstance(entry, str) else None
+
+
+def stage_command(folder: Path, stage: str) -> str:
+    return f"rush {stage} {shlex.quote(str(folder))}"
+
+
+def _redo(folder: Path, stage: str) -> str:
+    return f"delete it and stages/{stage}.json, then run `{stage_command(folder, stage)}` again"
+
+
+def _read_classes(folder: Path, recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    file = folder / "model" / "model.json"
+    remedy = f"delete the folder model/ and stages/finetune.json, then run `{stage_command(folder, 'finetune')}` again"
+    model = Record.read(file, remedy).fields if file.exists() else {}
+    data = recipe.get("data")
+    holders = (model, recipe, data if isinstance(data, dict) else {})
+    classes = next((holder["classes"] for holder in holders if isinstance(holder.get("classes"), list)), ())
+    return tuple(str(name) for name in classes)
+
+
+def _read_stage(folder: Path, stage: Stage) -> StageRecord:
+    remedy = f"delete it, then run `{stage_command(folder, stage)}` again"
+    record = Record.read(folder / "stages" / f"{stage}.json", remedy, "stages")
+    record.check_numbers(_COST_FIELDS)
+    _check_share(record)
+    return StageRecord(stage, record.number("seconds"), str(record.fields.get("finished", "")), record.fields)
+
+
+def _check_share(record: Record) -> None:
+    share = record.fields.get("knn_accuracy")
+    right, total = (share.get("correct"), share.get("total")) if isinstance(share, dict) else (None, None)
+    if share is not None and not (isinstance(right, int) and isinstance(total, int) and 0 <= right <= total > 0):
+        raise record.damaged(f"knn_accuracy must be null or counts 'correct' <= 'total', got {share!r}")
+
+
+def _read_epochs(file: Path) -> tuple[Epoch, ...]:
+    """Return the epochs by stage and number, the last record of each."""
+    return _last_records(
+        file,
+        "epoch",
+        lambda record: Epoch(
+            str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"])
+        ),
+    )
+
+
+def _read_watched(file: Path) -> tuple[Watched, ...]:
+    """Return the live figures by stage and epoch, the last record of each."""
+
+    def watched(record: Mapping[str, Any]) -> Watched:
+        figures = {name: value for name, value in record.items() if name not in _NO_FIGURES}
+        return Watched(
+            str(record["stage"]),
+            int(record["epoch"]),
+            {printable(name): float(value) for name, value in figures.items()},
+        )
+
+    return _last_records(file, "monitor", watched)
+
+
+def _last_records(file: Path, event: str, parse: Callable[[Mapping[str, Any]], Logged]) -> tuple[Logged, ...]:
+    """Return the log's events of this name by stage and epoch, the last of each."""
+    records: dict[tuple[str, int], Logged] = {}
+    for number, record in read_events(file).items():
+        if record["event"] == event:
+            try:
+                parsed = parse(record)
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                raise damaged_event(file, number, repr(error)) from error
+            records[parsed.stage, parsed.number] = parsed
+    return tuple(records[key] for key in sorted(records))
+
+
+def _read_certificates(folder: Path, stage: StageRecord) -> tuple[list[int], Certificates]:
+    """Return the images' indices and certificates, compared with what the stage's record says of them."""
+    file, remedy = folder / TABLE, _redo(folder, "certify")
+    if not file.exists():
+        raise RunError(f"{file} is missing. Remedy: {remedy}.")
+    try:
+        read = read_certificates(file)
+    except RunError as error:
+        raise RunError(f"{error}. Remedy: {remedy}.") from error
+    if read is None:
+        raise damaged(file, "it holds no image", remedy)
+    certificates = read[1]
+    derived = {
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(certificates.rule).items()
+        },
+        "images": len(certificates),
+        "undecided": int((certificates.outcome == UNDECIDED).sum()),
+        "forward_passes_per_image": float(certificates.num_samples.mean()),
+    }
+    for name, value in derived.items():
+        if stage.fields.get(name, value) != value:
+            message = f"{name} is {stage.fields[name]!r}, by {file.name} it is {value!r}"
+            raise damaged(folder / "stages" / "certify.json", message, remedy)
+    return read

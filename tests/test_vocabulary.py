@@ -1,0 +1,260 @@
+"""Plain technical English: phrases that the library's text avoids, and the files that still use them."""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from math import ceil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COUNTED = "votes|samples|passes|draws|copies|queries|gradients|generators|noise draws|pixels"
+COMPARATIVES = (
+    "cheaper|longer|more|less|better|worse|larger|smaller|fewer|nearer|higher|lower|later|earlier|different|doubt"
+)
+
+# Each phrase with the wording to use instead.
+PHRASES = {
+    r"\bleav(?:e|es|ing)\b[^.;:]{1,50}\baway\b": "omit",
+    r"\bso many\b": "the number of",
+    r"\bgo(?:es|ne|ing)? on\b": "resumes, continues",
+    rf"(?<!there )\b(?:is|are|was|were) no (?!(?:{COMPARATIVES})\b)[a-z]": "is not a ..., has no ...",
+    rf"\b(?:{COUNTED}) an image\b|\bone an? (?:image|stage|step|file|run|row|line)\b": "per image",
+    r"\bbehind a kill\b": "after an interruption",
+    r"\bput(?:s|ting)? up with\b": "accepted, tolerated",
+    r"\bfor want of\b": "because it lacks",
+    r"\bwhoever\b": "a person or program that",
+    r"\banew\b": "again",
+    r"\bby itself random\b|\brandom by itself\b": "stochastic",
+    r"\bis there twice\b": "duplicate",
+    r"\bstood against\b": "was compared with",
+}
+OPENINGS = ("How", "Of", "So", "What", "Where", "Which", "Within")
+# Semicolons per 1,000 words of all docstrings of the library. The aim is 3.
+MOST_SEMICOLONS = 13
+
+# Files that are not yet free of them. A file on the list that is free of them must be taken off it.
+ALLOWED = frozenset(
+    (
+        "src/rush/auditing/audit.py",
+        "src/rush/auditing/case.py",
+        "src/rush/auditing/findings.py",
+        "src/rush/auditing/measures.py",
+        "src/rush/auditing/planted.py",
+        "src/rush/auditing/probes.py",
+        "src/rush/auditing/report.py",
+        "src/rush/auditing/surrogates.py",
+        "src/rush/certification/rule.py",
+        "src/rush/certification/table.py",
+        "src/rush/data/batches.py",
+        "src/rush/data/checks.py",
+        "src/rush/data/images.py",
+        "src/rush/data/indexing.py",
+        "src/rush/data/noisy_views.py",
+        "src/rush/data/readers/archives.py",
+        "src/rush/data/readers/cifar.py",
+        "src/rush/data/readers/decoding.py",
+        "src/rush/data/readers/download.py",
+        "src/rush/data/readers/entries.py",
+        "src/rush/data/readers/folders.py",
+        "src/rush/data/readers/parquet.py",
+        "src/rush/data/sources.py",
+        "src/rush/data/streaming.py",
+        "src/rush/data/views.py",
+        "src/rush/evaluation/attack.py",
+        "src/rush/evaluation/candidates.py",
+        "src/rush/evaluation/model.py",
+        "src/rush/evaluation/plans.py",
+        "src/rush/evaluation/result.py",
+        "src/rush/pipeline/attack.py",
+        "src/rush/pipeline/certify.py",
+        "src/rush/pipeline/context.py",
+        "src/rush/pipeline/train.py",
+        "src/rush/recipe/schema.py",
+        "src/rush/records/folder.py",
+        "src/rush/reporting/attacked.py",
+        "src/rush/reporting/compare.py",
+        "src/rush/reporting/costs.py",
+        "src/rush/reporting/logs.py",
+        "src/rush/reporting/page.html.j2",
+        "src/rush/reporting/page.py",
+        "src/rush/reporting/plots.py",
+        "src/rush/reporting/reading.py",
+        "src/rush/reporting/results.py",
+        "src/rush/reporting/tables.py",
+        "src/rush/training/budget.py",
+        "src/rush/training/checkpoint.py",
+        "src/rush/training/contrastive.py",
+        "src/rush/training/ema.py",
+        "src/rush/training/finetune.py",
+        "src/rush/training/gradient_cache.py",
+        "src/rush/training/loop.py",
+        "src/rush/training/meter.py",
+        "src/rush/training/modes.py",
+        "src/rush/training/pretrain.py",
+        "src/rush/training/probes.py",
+    )
+)
+
+
+def docstrings(code: str) -> Iterator[str]:
+    holders = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, holders) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def strings(code: str) -> Iterator[str]:
+    """Yield all string literals, docstrings among them; the values within an f-string become ``{}``."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+
+
+def comments(code: str) -> Iterator[str]:
+    """Yield all comments, those on consecutive lines as one."""
+    block, last = "", -1
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.COMMENT:
+            text, line = token.string.lstrip("#"), token.start[0]
+            if line != last + 1:
+                yield block
+                block = ""
+            block, last = block + text, line
+    yield block
+
+
+def texts(path: Path) -> list[str]:
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return [*strings(content), *comments(content)]
+    return re.split(r"\n\s*\n", re.sub(r"^\s*#+", "", content, flags=re.MULTILINE))
+
+
+def faults(text: str) -> list[str]:
+    """Return the phrases in ``text`` that are to be avoided, each with what to write instead."""
+    line = " ".join(text.split())
+    return [
+        f"{match.group()!r}: write {instead}"
+        for phrase, instead in PHRASES.items()
+        for match in re.finditer(phrase, line, re.IGNORECASE)
+    ]
+
+
+def semicolons(path: Path) -> tuple[int, int]:
+    """Return the number of semicolons and of words in the docstrings of a module."""
+    texts = list(docstrings(path.read_text(encoding="utf-8")))
+    return sum(text.count(";") for text in texts), sum(len(text.split()) for text in texts)
+
+
+def opening_faults(code: str) -> list[str]:
+    """Return the beginnings of docstrings that open neither with a verb nor with a noun."""
+    return [
+        f"docstring opens with {text[:40]!r}: write a verb phrase or a noun phrase"
+        for text in docstrings(code)
+        if text.split()[0] in OPENINGS
+    ]
+
+
+@cache
+def faults_of(name: str) -> list[str]:
+    """Return all faults of a file, each once."""
+    path = ROOT / name
+    result = [fault for text in texts(path) for fault in faults(text)]
+    if path.suffix == ".py":
+        result += opening_faults(path.read_text(encoding="utf-8"))
+    return list(dict.fromkeys(result))
+
+
+FILES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("src/rush/**/*.py", "src/rush/**/*.j2", "src/rush/recipes/*.toml", "*.md", "docs/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+def current_list() -> str:
+    """Return ALLOWED as it should be, to be pasted."""
+    return "\n".join(f'    "{name}",' for name in FILES if faults_of(name))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_avoids_them_unless_it_is_on_the_list(name: str) -> None:
+    result = faults_of(name)
+    if name in ALLOWED:
+        assert result, f"{name} is free of them: take it off ALLOWED, which is now\n{current_list()}"
+    else:
+        assert not result, f"{name}: " + "; ".join(result)
+
+
+def test_every_file_on_the_list_exists() -> None:
+    assert not ALLOWED - set(FILES), f"not there, take them off ALLOWED, which is now\n{current_list()}"
+
+
+def test_docstrings_have_few_semicolons() -> None:
+    counts = [semicolons(ROOT / name) for name in FILES if name.endswith(".py")]
+    ratio = 1000 * sum(marks for marks, _ in counts) / sum(words for _, words in counts)
+    assert ratio <= MOST_SEMICOLONS, f"{ratio:.1f} semicolons per 1,000 words of docstrings; write sentences"
+    assert ratio > MOST_SEMICOLONS - 3 or MOST_SEMICOLONS <= 3, f"lower MOST_SEMICOLONS to {max(3, ceil(ratio))}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "leave --out away",
+        "It leaves the option\n    away.",
+        "So many images are judged.",
+        "the run goes on",
+        "it has gone on with the next",
+        "runs/digits is no folder",
+        "names that are no classes",
+        "100 votes an image",
+        "two forward passes an image",
+        "one generator per class, one an image",
+        "what a file holds behind a kill",
+        "for want of memory",
+        "more than can be put up with",
+        "Whoever trains",
+        "drawn anew",
+        "a network that is by itself random",
+        "the id is there twice",
+    ],
+)
+def test_each_phrase_is_refused(text: str) -> None:
+    assert len(faults(text)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "there is no folder",
+        "it is no longer used",
+        "draws of an image",
+        "leaves the ball. It goes away",
+        "a cathedral of notes",
+        "the number of images",
+        "one image",
+        "it is not a folder",
+    ],
+)
+def test_good_english_is_not(text: str) -> None:
+    assert not faults(text)
+
+
+def test_docstrings_comments_and_strings_are_read() -> None:
+    code = '''
+def one(path):
+    """What is drawn anew."""
+    # a comment that goes
+    # on
+    raise ValueError(f"{path} is no folder; "
+                     f"leave {path} away")
+'''
+    assert len(opening_faults(code)) == 1
+    assert [len([fault for text in read(code) for fault in faults(text)]) for read in (strings, comments)] == [4, 1]
