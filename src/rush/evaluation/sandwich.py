@@ -1,10 +1,10 @@
 """The sandwich: no point inside a certified ball may be broken.
 
 Every image that is certified with its label's class is attacked in l2 at 0.99 of its own radius, so that the check has
-power, and every other broken point of the run whose l2 change is within the radius counts as well. A violation is an
-error of the certificate (probability <= the level of a single one) or of a verdict (probability <= the verdicts'
-level), so for n images their number is at most Binomial(n, the sum of the two) in law; more than its 1 - 1e-6 quantile
-is an error of the software or of the model's use.
+power. Every other broken point of the run whose l2 change is within the radius counts as well. A violation is an error
+of the certificate (probability <= the level of a single one) or of a verdict (probability <= the verdicts' level). For
+n images their number is therefore stochastically at most Binomial(n, the sum of the two). More than its 1 - 1e-6
+quantile is an error of the software or of the model's use.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,20 @@ SHARE_OF_RADIUS = 0.99
 
 @dataclass(frozen=True)
 class Sandwich:
-    """checked: number of images; violations: their ids; allowed: the largest number that chance explains."""
+    """The result of comparing broken points with certificates.
+
+    Attributes:
+        checked: number of certified images with a judged point.
+        violations: ids of those that are broken inside their radius.
+        allowed: largest number of violations that chance explains.
+    """
 
     checked: int
     violations: tuple[str, ...]
     allowed: int
 
     def require(self) -> None:
-        """Raises SandwichError when there are more violations than chance explains."""
+        """Raise SandwichError when there are more violations than chance explains."""
         if len(self.violations) > self.allowed:
             raise SandwichError(
                 f"{len(self.violations)} of {self.checked} certified images are broken inside their radius, "
@@ -42,42 +48,43 @@ class Sandwich:
 
 
 def sandwich_plan(steps: int, eot_samples: int = 16) -> Plan:
-    """PGD in l2 with ``steps`` steps of 2.5 / steps of the ball, ``eot_samples`` fresh draws each."""
+    """Return PGD with ``steps`` steps of 2.5 / ``steps`` of the ball's radius, ``eot_samples`` fresh draws each."""
     return Plan("sandwich", "l2 at 0.99 of the certified radius", "pgd", "fresh", eot_samples, steps, 2.5 / steps)
 
 
 def sandwich_positions(certificates: Certificates, ids: Sequence[str]) -> list[int]:
-    """Positions within ``ids`` of the images that are certified with the correct class and a positive radius."""
-    certified = {
-        own
-        for own, correct, r in zip(certificates.ids, certificates.correct, certificates.radius, strict=True)
-        if correct and r > 0
-    }
-    return [position for position, own in enumerate(ids) if own in certified]
+    """Return the positions in ``ids`` of the images that are certified with the correct class and a positive radius."""
+    radii = _correct_radii(certificates)
+    return [position for position, image_id in enumerate(ids) if image_id in radii]
 
 
 def sandwich_threat(certificates: Certificates, ids: Sequence[str]) -> ThreatModel:
-    """The l2 balls of 0.99 of the certified radius around the images ``ids``."""
-    radius = dict(zip(certificates.ids, certificates.radius, strict=True))
-    return ThreatModel("l2", torch.tensor([SHARE_OF_RADIUS * radius[own] for own in ids]))
+    """Return the l2 balls of 0.99 of the certified radius around the images ``ids``."""
+    radii = dict(zip(certificates.ids, certificates.radius, strict=True))
+    return ThreatModel("l2", torch.tensor([SHARE_OF_RADIUS * radii[image_id] for image_id in ids]))
 
 
 def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], verdict_level: float) -> Sandwich:
     """Compare every broken point of ``results`` with the certificate of its image.
 
-    verdict_level: probability that any verdict on one image is false, over all of ``results``.
+    Args:
+        certificates: of the images, among others.
+        results: of one model, each by another attacker.
+        verdict_level: probability that any verdict on one image is false, over all of ``results``.
     """
-    radius = {
-        own: r
-        for own, r, correct in zip(certificates.ids, certificates.radius, certificates.correct, strict=True)
-        if correct and r > 0
-    }
-    attacked = {own for result in results for own in result.ids if own in radius}
+    radii = _correct_radii(certificates)
+    attacked = {image_id for result in results for image_id in result.ids if image_id in radii}
     broken = {
-        own
+        image_id
         for result in results
-        for own, l2 in zip(np.array(result.ids)[result.broken], result.l2[result.broken], strict=True)
-        if own in radius and l2 <= radius[own]
+        for image_id, l2 in zip(np.array(result.ids)[result.broken], result.l2[result.broken], strict=True)
+        if image_id in radii and l2 <= radii[image_id]
     }
     allowed = most_by_chance(len(attacked), certificates.rule.image_alpha + verdict_level)
-    return Sandwich(len(attacked), tuple(sorted(str(own) for own in broken)), allowed)
+    return Sandwich(len(attacked), tuple(sorted(map(str, broken))), allowed)
+
+
+def _correct_radii(certificates: Certificates) -> dict[str, float]:
+    """Return the radius, by image id, of the images that are certified with the correct class and a positive radius."""
+    columns = zip(certificates.ids, certificates.radius, certificates.correct, strict=True)
+    return {image_id: radius for image_id, radius, correct in columns if correct and radius > 0}
