@@ -13,10 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rush.data.views import (
     ViewParameters,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
     apply_view,
     blur_kernel_size,
     crop_resize,
@@ -24,7 +20,6 @@ from rush.data.views import (
     flip_horizontal,
     gaussian_blur,
     gaussian_noise,
-    greyscale,
     random_view,
     unit_float,
 )
@@ -54,20 +49,25 @@ def factors(batch: int, low: float, high: float) -> Tensor:
     return values
 
 
+def changed(x: Tensor, **parameters: Tensor) -> Tensor:
+    """Return the images after the operations named by ``parameters`` alone."""
+    return apply_view(x, ViewParameters(**parameters))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    ("ours", "oracle"),
+    ("name", "oracle"),
     [
-        (adjust_brightness, kornia.enhance.adjust_brightness_accumulative),
-        (adjust_contrast, kornia.enhance.adjust_contrast_with_mean_subtraction),
-        (adjust_saturation, kornia.enhance.adjust_saturation_with_gray_subtraction),
+        ("brightness", kornia.enhance.adjust_brightness_accumulative),
+        ("contrast", kornia.enhance.adjust_contrast_with_mean_subtraction),
+        ("saturation", kornia.enhance.adjust_saturation_with_gray_subtraction),
     ],
 )
-def test_colour_factors_equal_kornia(ours, oracle, channels):
+def test_colour_factors_equal_kornia(name, oracle, channels):
     """Brightness, contrast and saturation are kornia's of the same meaning, for factors from 0 over 1 to 2."""
     x, factor = random_images(16, channels), factors(16, 0.0, 2.0)
     factor[2] = 1.0
-    torch.testing.assert_close(ours(x, factor), oracle(x, factor), rtol=0, atol=1e-6)
+    torch.testing.assert_close(changed(x, **{name: factor}), oracle(x, factor), rtol=0, atol=1e-6)
 
 
 def test_hue_equals_kornia():
@@ -75,7 +75,7 @@ def test_hue_equals_kornia():
     x, turns = random_images(32), factors(32, -0.5, 0.5)
     turns[2] = 0.0
     expected = kornia.enhance.adjust_hue(x, turns * 2 * math.pi)
-    torch.testing.assert_close(adjust_hue(x, turns), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(changed(x, hue=turns), expected, rtol=0, atol=5e-6)
 
 
 def test_hue_equals_the_standard_librarys_hsv():
@@ -87,21 +87,21 @@ def test_hue_equals_the_standard_librarys_hsv():
             for column in range(16):
                 hue, saturation, value = colorsys.rgb_to_hsv(*x[i, :, row, column].tolist())
                 expected[i, :, row, column] = torch.tensor(colorsys.hsv_to_rgb((hue + turn) % 1.0, saturation, value))
-    torch.testing.assert_close(adjust_hue(x, turns), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(changed(x, hue=turns), expected, rtol=0, atol=2e-6)
 
 
 def test_zero_turns_keep_every_uint8_pixel():
     """A hue of 0 gives back every colour of a grid over the uint8 cube, to 2e-6."""
     levels = torch.arange(0, 256, 5)
     cube = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 52, -1).to(torch.uint8)
-    torch.testing.assert_close(adjust_hue(cube, torch.zeros(1)), cube / 255, rtol=0, atol=2e-6)
+    torch.testing.assert_close(changed(cube, hue=torch.zeros(1)), cube / 255, rtol=0, atol=2e-6)
 
 
 def test_greyscale_equals_kornia_and_leaves_the_others():
     """Selected images have kornia's luma in all channels; the others keep their bits."""
     x = random_images(16)
     selected = torch.arange(16) % 3 == 0
-    grey = greyscale(x, selected)
+    grey = changed(x, greyscale=selected)
     expected = kornia.color.rgb_to_grayscale(x[selected]).expand(-1, 3, -1, -1)
     torch.testing.assert_close(grey[selected], expected, rtol=0, atol=1e-6)
     assert torch.equal(grey[~selected], x[~selected])
@@ -457,9 +457,9 @@ def test_nothing_waits_for_the_device(views, channels, monkeypatch):
 
 def test_greyscale_gives_the_same_bits_either_way(monkeypatch):
     x, selected = random_images(50, 3).float() / 255, torch.arange(50) % 3 == 0
-    found = greyscale(x, selected)
+    found = changed(x, greyscale=selected)
     monkeypatch.setattr("rush.data.views._on_cpu", lambda _: False)
-    assert torch.equal(greyscale(x, selected), found)
+    assert torch.equal(changed(x, greyscale=selected), found)
 
 
 def test_applying_a_view_keeps_to_the_images_device():
@@ -506,8 +506,8 @@ def test_other_images_are_refused(images, message):
 def test_parameters_of_another_length_are_refused():
     """A factor for each image, a box for each image, an odd kernel that fits: nothing is broadcast in silence."""
     x = random_images(4)
-    with pytest.raises(InputError, match=r"factor .*\(4,\), got \(1,\)"):
-        adjust_brightness(x, torch.ones(1))
+    with pytest.raises(InputError, match=r"brightness .*\(4,\), got \(1,\)"):
+        changed(x, brightness=torch.ones(1))
     with pytest.raises(InputError, match=r"boxes .*\(4, 4\), got \(4,\)"):
         crop_resize(x, torch.ones(4))
     for kernel_size in (4, 65, -1):

@@ -11,7 +11,7 @@ from rush.runtime.schedules import scheduled
 def add_noise(
     view_a: Tensor, view_b: Tensor, noise: NoiseSchedule, epoch: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return the two views with their noise, which is not clipped; the arguments are not modified.
+    """Return the two views with their noise, which is not clipped. The arguments are not modified.
 
     Args:
         view_a, view_b: (B, C, H, W), float32. With ``noise.views = "one"`` the noise is on view_b.
@@ -21,8 +21,9 @@ def add_noise(
     Raises:
         InputError: the views are not images, or the generator is missing or on another device.
 
-    Random: for each noisy view, view_a first, one uniform value per image and then one normal value per pixel. With
-    ``noise.views = "none"`` nothing is drawn, and the views themselves are returned.
+    Random:
+        For each noisy view, view_a first, one uniform value per image and then one normal value per pixel. With
+        ``noise.views = "none"`` nothing is drawn, and the views themselves are returned.
     """
     if noise.views == "none":
         return view_a, view_b

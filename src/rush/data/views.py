@@ -1,29 +1,28 @@
 """Random augmentations (views) of a whole batch at once, on its device, with separate parameters for every image.
 
-There are two layers. The *operations* (``crop_resize``, ``adjust_*``, ``greyscale``, ``gaussian_blur``,
-``gaussian_noise``) are pure functions of images and explicit parameters. ``random_view`` draws the parameters from the
-*distribution* ``rush.recipe.schema.Views`` and applies the operations in one fixed order: crop and flip, brightness,
-contrast, saturation, hue, greyscale, blur, noise. Nothing loops over images, nothing waits for the device, no gradients
-flow, and the view of an image depends on its own parameters only. Every view is clipped to [0, 1], except for the
-noise.
+There are two layers. ``apply_view`` is a pure function of images and explicit parameters (``ViewParameters``).
+``random_view`` draws the parameters from the *distribution* ``rush.recipe.schema.Views`` and applies the operations in
+one fixed order: crop and flip, brightness, contrast, saturation, hue, greyscale, blur, noise. Nothing loops over
+images, nothing waits for the device, no gradients flow, and the view of an image depends on its own parameters only.
+Every view is clipped to [0, 1], except for the noise.
 
 Semantics are those of torchvision (``RandomResizedCrop``, ``RandomHorizontalFlip``, ``ColorJitter``,
 ``RandomGrayscale``, ``GaussianBlur``) and of the operations of the same meaning in kornia, except for:
 
-- the order of the four colour changes is fixed (above); torchvision and SimCLR shuffle it for each image, kornia for
-  each batch;
-- luma is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as kornia; torchvision rounds 0.2989), so that grey stays grey;
-- pixels are float32 throughout, as in kornia; Pillow and torchvision on uint8 round after every operation;
-- resizing is bilinear at half-pixel centres (align_corners=False), where kornia's RandomResizedCrop aligns corners by
-  default; the output has the size of the input, so that a crop is only ever enlarged and antialiasing never applies;
-- crop boxes are drawn by ten simultaneous attempts, of which the first that fits is used: the same distribution,
-  different draws;
-- an image that is not jittered still passes through HSV if ``Views`` jitters at all, which moves its pixels by less
+- The order of the four colour changes is fixed. torchvision and SimCLR shuffle it for each image, kornia for each
+  batch.
+- Luma is 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as in kornia), so that grey stays grey. torchvision rounds 0.2989.
+- Pixels are float32 throughout, as in kornia. Pillow and torchvision on uint8 round after every operation.
+- Resizing is bilinear at half-pixel centres (align_corners=False), where kornia's RandomResizedCrop aligns corners by
+  default. The output has the size of the input, so that a crop is only ever enlarged and antialiasing never applies.
+- Crop boxes are drawn by ten simultaneous attempts, of which the first that fits is used. The distribution is the same,
+  the draws differ.
+- An image that is not jittered still passes through HSV if ``Views`` jitters at all, which changes its pixels by less
   than 2e-6.
 
-Sources: Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", appendix A (the
-operations) and B.9 (CIFAR-10: colour strength 0.5, no blur); crops: Szegedy et al. 2015, "Going Deeper with
-Convolutions", section 6.
+Sources: the operations are those of Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual
+Representations", appendix A, with the values of B.9 for CIFAR-10 (colour strength 0.5, no blur). The crops are those of
+Szegedy et al. 2015, "Going Deeper with Convolutions", section 6.
 """
 
 import math
@@ -55,9 +54,13 @@ _DRAWS = 33
 class ViewParameters:
     """Parameters of the operations for each image of a batch; None omits an operation for all of them.
 
-    boxes: (B, 4) float32, top, left, height and width in pixels (see ``crop_resize``); flip: (B,) bool;
-    brightness, contrast, saturation: (B,) factors >= 0, 1 changes nothing; hue: (B,) turns in [-0.5, 0.5], 0 changes
-    nothing; greyscale: (B,) bool; blur_sigma: (B,) in pixels, 0 changes nothing.
+    Attributes:
+        boxes: (B, 4) float32, top, left, height and width in pixels (see ``crop_resize``).
+        flip: (B,) bool.
+        brightness, contrast, saturation: (B,) factors >= 0, where 1 changes nothing.
+        hue: (B,) turns in [-0.5, 0.5], where 0 changes nothing.
+        greyscale: (B,) bool.
+        blur_sigma: (B,) in pixels, where 0 changes nothing.
     """
 
     boxes: Tensor | None = None
@@ -91,8 +94,9 @@ def random_view(x: Tensor, views: Views, generator: torch.Generator) -> Tensor:
     Raises:
         InputError: ``x`` has another shape or type, or ``generator`` is missing or on another type of device.
 
-    Random: one uniform matrix with a row per image (``draw_parameters``), then, where noise_sigma > 0, one standard
-    normal value per pixel. The same generator state gives the same bits.
+    Random:
+        One uniform matrix with a row per image (``draw_parameters``), then, where noise_sigma > 0, one standard normal
+        value per pixel. The same generator state gives the same bits.
     """
     _check_images(x)
     _check_generator(generator, x.device)
@@ -104,10 +108,11 @@ def random_view(x: Tensor, views: Views, generator: torch.Generator) -> Tensor:
 def draw_parameters(views: Views, batch: int, size: tuple[int, int], generator: torch.Generator) -> ViewParameters:
     """Draw the parameters of one view of each of ``batch`` images of ``size`` (height, width).
 
-    Random: ``torch.rand(batch, 33)`` whatever the options are, so that no option moves the draws of another. A row is
-    an image. Its columns are the areas of ten crop attempts (0-9) and their ratios (10-19), the crop's top and left,
-    flip, whether jittered, brightness, contrast, saturation, hue, greyscale, whether blurred, blur sigma (20-30), shift
-    down and right (31-32).
+    Random:
+        ``torch.rand(batch, 33)`` for all options, so that no option changes the draws of another. There is a row per
+        image. Its columns are the areas of ten crop attempts (0-9) and their ratios (10-19), the crop's top and left,
+        flip, whether jittered, brightness, contrast, saturation, hue, greyscale, whether blurred, blur sigma (20-30),
+        shift down and right (31-32).
     """
     _check_generator(generator)
     uniform = torch.rand(batch, _DRAWS, generator=generator, device=generator.device)
@@ -151,8 +156,9 @@ def apply_view(x: Tensor, parameters: ViewParameters) -> Tensor:
 def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
     """Enlarge each image's box to the whole image, then mirror it left to right where ``flip`` is true.
 
-    Bilinear with pixel centres at half-integers (align_corners=False). Pixels inside the image but outside the box have
-    no influence; outside the image is black. A box of the image's own size at an integer offset is a shift.
+    Interpolation is bilinear with pixel centres at half-integers (align_corners=False). Pixels inside the image but
+    outside the box have no influence. The outside of the image is black. A box of the image's own size at an integer
+    offset is a shift.
 
     Args:
         x: (B, C, H, W) float32.
@@ -181,61 +187,36 @@ def flip_horizontal(x: Tensor, flip: Tensor) -> Tensor:
     return torch.where(_per_sample("flip", flip, len(x)), x.flip(3), x)
 
 
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Return ``factor`` times x, clipped to [0, 1]. factor: (B,) >= 0."""
-    _check_images(x)
-    return _brightness(_copied(x), _per_sample("factor", factor, len(x)))
-
-
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Return factor x + (1 - factor) m, clipped to [0, 1], with m the image's mean luma. factor: (B,) >= 0."""
-    _check_images(x)
-    return _contrast(_copied(x), _per_sample("factor", factor, len(x)))
-
-
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Return factor x + (1 - factor) luma, clipped to [0, 1]; unchanged if C = 1. factor: (B,) >= 0."""
-    _check_images(x)
-    return _saturation(_copied(x), _per_sample("factor", factor, len(x)))
-
-
-def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of every pixel in HSV, to 2e-6 (0 turns included); unchanged when C = 1.
-
-    HSV is the hexcone model (Smith 1978, "Color Gamut Transform Pairs"), here without branches. With v the greatest and
-    w the least channel of a pixel and c = v - w, its hue in sextants is sign(G - B) (1 + (G + B - R - w) / c) modulo 6,
-    and back: R, G, B are v - c clip(2 - |k - 2|, 0, 1) with k = (n + hue) mod 6 and n = 5, 3, 1.
-
-    turns: (B,) in [-0.5, 0.5], 1 being the full circle (kornia's factor / 2 pi, torchvision's factor).
-    """
-    _check_images(x)
-    return _hue(unit_float(x), _per_sample("turns", turns, len(x)))
-
-
-def greyscale(x: Tensor, selected: Tensor) -> Tensor:
-    """Set all channels to their luma where ``selected`` (B,) is true; unchanged when C = 1."""
-    _check_images(x)
-    return _greyscale(_copied(x), _per_sample("selected", selected, len(x)))
-
-
-# The colour changes in their order: ``x`` is float32 and may be overwritten, parameters are (B, 1, 1, 1). Writing in
+# The colour changes in their order. ``x`` is float32 and may be overwritten; parameters are (B, 1, 1, 1). Writing in
 # place saves a fifth of the time of a view on a CPU.
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by ``factor`` and clip to [0, 1]."""
     return x.mul_(factor).clamp_(0, 1)
 
 
 def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Return factor x + (1 - factor) m, clipped to [0, 1], with m the mean luma of the image."""
     mean = _luma(x.mean((2, 3), keepdim=True))
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Return factor x + (1 - factor) luma, clipped to [0, 1]. Unchanged if C = 1."""
     return x if x.shape[1] == 1 else torch.lerp(_luma(x), x, factor, out=x).clamp_(0, 1)
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of every pixel in HSV, to 2e-6 (0 turns included). Unchanged if C = 1.
+
+    HSV is the hexcone model (Smith 1978, "Color Gamut Transform Pairs"), computed without branches. With v the greatest
+    and w the least channel of a pixel and c = v - w, its hue in sextants is sign(G - B) (1 + (G + B - R - w) / c)
+    modulo 6. Conversely R, G, B are v - c clip(2 - |k - 2|, 0, 1) with k = (n + hue) mod 6 and n = 5, 3, 1.
+
+    Args:
+        turns: (B, 1, 1, 1) in [-0.5, 0.5], where 1 is the full circle (kornia's factor / 2 pi, torchvision's factor).
+    """
     if x.shape[1] == 1:
         return x
     red, green, blue = x.split(1, dim=1)
@@ -254,6 +235,7 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def _greyscale(x: Tensor, selected: Tensor) -> Tensor:
+    """Set all channels of the ``selected`` images to their luma. Unchanged if C = 1."""
     if x.shape[1] == 1:
         return x
     if not _on_cpu(x):  # weights of exactly 0 and 1 select, and nothing waits for the device
@@ -264,17 +246,18 @@ def _greyscale(x: Tensor, selected: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Convolve each image with a normalised Gaussian of its own sigma; borders are reflected.
+    """Convolve each image with a normalised Gaussian of its own sigma, with reflected borders.
 
     Args:
         x: (B, C, H, W).
-        sigma: (B,) >= 0 in pixels; 0 does not change the image.
+        sigma: (B,) >= 0 in pixels, where 0 does not change the image.
         kernel_size: width of the Gaussian, odd, at most 2 min(H, W) - 1.
 
     Raises:
         InputError: ``kernel_size`` is not allowed.
 
-    Cost: 2 kernel_size passes over the images.
+    Cost:
+        2 kernel_size passes over the images.
     """
     _check_images(x)
     most = 2 * min(x.shape[2:]) - 1
@@ -297,7 +280,11 @@ def blur_kernel_size(side: int) -> int:
 
 
 def gaussian_noise(x: Tensor, sigma: float | Tensor, generator: torch.Generator) -> Tensor:
-    """Add sigma times standard normal noise, *not* clipped. sigma: a number or (B,), in [0, 1] pixel units."""
+    """Add Gaussian noise, which is *not* clipped.
+
+    Args:
+        sigma: standard deviation in [0, 1] pixel units, one number or (B,).
+    """
     _check_images(x)
     _check_generator(generator, x.device)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
@@ -315,13 +302,8 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _copied(x: Tensor) -> Tensor:
-    """Return ``unit_float(x)`` as a copy."""
-    return x.clone() if x.dtype == torch.float32 else unit_float(x)
-
-
 def _apply_to_chunk(x: Tensor, parameters: ViewParameters) -> Tensor:
-    """Apply the operations in their order; the result never shares memory with ``x``."""
+    """Apply the operations in their order. The result never shares memory with ``x``."""
     view = unit_float(x)
     if parameters.boxes is not None:
         view = crop_resize(view, parameters.boxes, parameters.flip).clamp_(0, 1)
@@ -346,7 +328,7 @@ def _apply_to_chunk(x: Tensor, parameters: ViewParameters) -> Tensor:
 
 
 def _colour_changes(views: Views, uniform: Tensor) -> dict[str, Tensor | None]:
-    """Return the factors of the four colour changes; those of an image that is not jittered change nothing."""
+    """Return the factors of the four colour changes. Those of an image that is not jittered change nothing."""
     jittered = uniform[:, _JITTER] < views.jitter
 
     def drawn(strength: float, column: int, low: float, high: float, neutral: float) -> Tensor | None:
@@ -373,7 +355,7 @@ def _blur_sigmas(views: Views, uniform: Tensor) -> Tensor:
 def _crop_boxes(
     uniform: Tensor, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
-    """Return boxes (B, 4): the first of ten attempts that fits, at a uniform offset, else the central fallback."""
+    """Return boxes (B, 4), each the first of ten attempts that fits, at a uniform offset, or the central fallback."""
     height, width = size
     area = (scale[0] + (scale[1] - scale[0]) * uniform[:, _AREA]) * (height * width)
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -400,7 +382,7 @@ def _fallback_crop(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[i
 
 
 def _integer_offset(uniform: Tensor, most: Tensor) -> Tensor:
-    """Return integers uniform in 0..most; the minimum guards the rounding of uniform * (most + 1)."""
+    """Return integers uniform in 0..most. The minimum guards the rounding of uniform * (most + 1)."""
     return torch.minimum((uniform * (most + 1)).floor_(), most)
 
 
@@ -419,7 +401,7 @@ def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """Return the luma (B, 1, H, W); an image of one channel is its own luma."""
+    """Return the luma (B, 1, H, W). An image of one channel is its own luma."""
     if x.shape[1] == 1:
         return x
     red, green, blue = x.split(1, dim=1)
