@@ -16,6 +16,7 @@ from rush.errors import InputError
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.noise import Gaussian
 from rush.training.supervised import (
+    Examples,
     cat_rs,
     consistency,
     gaussian,
@@ -38,13 +39,13 @@ Objective = Callable[..., Tensor]
 
 # Every objective as (logits, evaluated, x, y, generator) -> loss.
 ALL: dict[str, Objective] = {
-    "standard": lambda f, _, x, y, __: standard(f, x, y),
-    "gaussian": lambda f, _, x, y, g: gaussian(f, x, y, NOISE, g),
-    "consistency": lambda f, _, x, y, g: consistency(f, x, y, NOISE, g, **CONSISTENCY),
-    "smoothadv": lambda f, e, x, y, g: smoothadv(f, e, x, y, NOISE, g, **SMOOTHADV),
-    "cat_rs": lambda f, e, x, y, g: cat_rs(f, e, x, y, NOISE, g, **CAT_RS),
-    "pgd_at": lambda f, e, x, y, g: pgd_at(f, e, x, y, g, **LINF),
-    "trades": lambda f, e, x, y, g: trades(f, e, x, y, g, **TRADES),
+    "standard": lambda f, e, x, y, g: standard(Examples(f, e, x, y, None, g)),
+    "gaussian": lambda f, e, x, y, g: gaussian(Examples(f, e, x, y, NOISE, g)),
+    "consistency": lambda f, e, x, y, g: consistency(Examples(f, e, x, y, NOISE, g), **CONSISTENCY),
+    "smoothadv": lambda f, e, x, y, g: smoothadv(Examples(f, e, x, y, NOISE, g), **SMOOTHADV),
+    "cat_rs": lambda f, e, x, y, g: cat_rs(Examples(f, e, x, y, NOISE, g), **CAT_RS),
+    "pgd_at": lambda f, e, x, y, g: pgd_at(Examples(f, e, x, y, None, g), **LINF),
+    "trades": lambda f, e, x, y, g: trades(Examples(f, e, x, y, None, g), **TRADES),
 }
 every = pytest.mark.parametrize("name", ALL)
 
@@ -242,11 +243,11 @@ def test_cat_rs_where_all_draws_are_right_and_where_all_are_wrong(label: int, ke
     f, e = certain(30.0), network(1)
     x, _ = batch()
     y = torch.full((len(x),), label)
-    own = cat_rs(f, e, x, y, NOISE, stream(0, "draws"), **CAT_RS)
+    own = cat_rs(Examples(f, e, x, y, NOISE, stream(0, "draws")), **CAT_RS)
     slow, found = slow_cat_rs(f, e, x, y, stream(0, "draws"))
     assert set(found) == kept
     torch.testing.assert_close(own, slow, atol=1e-10, rtol=0)
-    low_alone = cat_rs(f, e, x, y, NOISE, stream(0, "draws"), **{**CAT_RS, "weight": 0.0})
+    low_alone = cat_rs(Examples(f, e, x, y, NOISE, stream(0, "draws")), **{**CAT_RS, "weight": 0.0})
     if label == 0:
         assert own > low_alone
     else:  # one of four cross-entropies at least, and none of the adversarial term
@@ -262,7 +263,7 @@ def test_cat_rs_where_some_draws_are_right() -> None:
     f, e, noisy = network(3), network(1), Gaussian(0.3)
     x, _ = batch(40, seed=2)
     y = f(x).argmax(1)
-    own = cat_rs(f, e, x, y, noisy, stream(4, "draws"), **CAT_RS)
+    own = cat_rs(Examples(f, e, x, y, noisy, stream(4, "draws")), **CAT_RS)
     slow, kept = slow_cat_rs(f, e, x, y, stream(4, "draws"))
     torch.testing.assert_close(own, slow, atol=1e-10, rtol=0)
     drawn = draws_of(x, 4, stream(4, "draws"))
@@ -285,7 +286,9 @@ def test_the_number_of_kept_draws_is_binomial() -> None:
 
     x, y = torch.full((rows, 1, 2, 2), 0.5, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
     varied = lambda images: torch.stack([images.flatten(1).sum(1), 0 * images.flatten(1).sum(1)], 1)  # noqa: E731
-    loss = cat_rs(f, varied, x, y, NOISE, stream(0, "binomial"), draws=draws, epsilon=0.1, steps=1, weight=0.0)
+    loss = cat_rs(
+        Examples(f, varied, x, y, NOISE, stream(0, "binomial")), draws=draws, epsilon=0.1, steps=1, weight=0.0
+    )
     mean, spread = 0.75 + 0.25**4 / 4, math.sqrt(0.75 * 0.25 / draws)  # K = 0 counts as 1
     assert loss.item() / math.log(2) == pytest.approx(mean, abs=5 * spread / math.sqrt(rows))
 
@@ -318,7 +321,9 @@ def test_pgd_at_is_at_the_exact_inner_maximum_of_a_linear_network(steps: int) ->
     f = Linear()
     x, y = batch(8)[0], torch.arange(8) % 2
     epsilon = 0.1
-    loss = pgd_at(f, f, x, y, stream(0, "draws"), epsilon=epsilon, step_size=2 * epsilon / steps, steps=steps)
+    loss = pgd_at(
+        Examples(f, f, x, y, None, stream(0, "draws")), epsilon=epsilon, step_size=2 * epsilon / steps, steps=steps
+    )
     corner = (x + epsilon * away(y) * f.weight.sign()).clamp(0, 1)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(f(corner), y), atol=1e-12, rtol=0)
     assert loss > nn.functional.cross_entropy(f(x), y) + 0.1
@@ -328,7 +333,7 @@ def test_trades_is_at_a_corner_of_the_ball_of_a_linear_network() -> None:
     """KL(p(x) || p(x')) depends on the margin alone and grows away from x: the ascent ends at one of two corners."""
     f = Recorder(Linear())
     x, y = 0.3 + 0.4 * batch(8)[0], torch.arange(8) % 2
-    trades(f, f.inner, x, y, stream(0, "draws"), epsilon=0.1, step_size=0.04, steps=6, beta=6.0)
+    trades(Examples(f, f.inner, x, y, None, stream(0, "draws")), epsilon=0.1, step_size=0.04, steps=6, beta=6.0)
     clean, adversarial = f.seen
     assert torch.equal(clean, x)
     change = (adversarial - x) * f.inner.weight.sign()  # type: ignore[attr-defined]
@@ -346,7 +351,7 @@ def test_smoothadv_is_at_the_exact_inner_maximum_of_a_linear_network(steps: int)
     the pixel range no pixel is clipped."""
     f = Linear()
     x, y = 0.45 + 0.1 * batch(8)[0], torch.arange(8) % 2
-    loss = smoothadv(f, f, x, y, NOISE, stream(0, "draws"), draws=3, epsilon=0.3, steps=steps)
+    loss = smoothadv(Examples(f, f, x, y, NOISE, stream(0, "draws")), draws=3, epsilon=0.3, steps=steps)
     worst = x + 0.3 * away(y) * f.weight / f.weight.norm()
     drawn = draws_of(x, 3, stream(0, "draws"))
     expected = torch.stack([nn.functional.cross_entropy(f(worst + d), y) for d in drawn]).mean()
@@ -358,7 +363,7 @@ def test_cat_rs_noise_is_near_the_inner_maximum_of_a_linear_network() -> None:
     epsilon times its norm; putting the standard deviation back costs a little of that."""
     f, x, y = Recorder(Linear()), batch(8)[0], torch.zeros(8, dtype=torch.int64)
     epsilon = 0.2
-    cat_rs(f, f.inner, x, y, NOISE, stream(0, "draws"), draws=4, epsilon=epsilon, steps=8, weight=1.0)
+    cat_rs(Examples(f, f.inner, x, y, NOISE, stream(0, "draws")), draws=4, epsilon=epsilon, steps=8, weight=1.0)
     weight = f.inner.weight  # type: ignore[attr-defined]
     moved = ((f.seen[1] - f.seen[0]) * weight).flatten(1).sum(1).abs()
     most = epsilon * float((weight - weight.mean()).norm())
@@ -372,7 +377,7 @@ def test_cat_rs_noise_is_near_the_inner_maximum_of_a_linear_network() -> None:
 def test_smoothadv_images_stay_in_the_ball_and_in_range_and_keep_their_noise() -> None:
     x, y = batch(20)
     f, e = Recorder(network()), Recorder(network(1))
-    smoothadv(f, e, x, y, NOISE, stream(0, "draws"), **{**SMOOTHADV, "epsilon": 1.0})
+    smoothadv(Examples(f, e, x, y, NOISE, stream(0, "draws")), **{**SMOOTHADV, "epsilon": 1.0})
     drawn = draws_of(x, 3, stream(0, "draws"))
     for seen in [*e.seen, *f.seen]:
         images = seen.unflatten(0, (3, 20)) - drawn
@@ -389,7 +394,7 @@ def test_cat_rs_noise_stays_in_the_ball_and_noise_like() -> None:
     """Mean kept; the standard deviation loses at most epsilon^2 / (2 norm^2), where the ball has the last word."""
     x, y = batch(20)
     f, epsilon = Recorder(network()), 0.3
-    cat_rs(f, network(1), x, y, NOISE, stream(0, "draws"), **{**CAT_RS, "epsilon": epsilon})
+    cat_rs(Examples(f, network(1), x, y, NOISE, stream(0, "draws")), **{**CAT_RS, "epsilon": epsilon})
     images = x.repeat(4, 1, 1, 1)
     origin, found = ((seen - images).flatten(1) for seen in f.seen)
     torch.testing.assert_close(origin, draws_of(x, 4, stream(0, "draws")).flatten(0, 1).flatten(1), atol=1e-12, rtol=0)
@@ -429,12 +434,12 @@ def test_the_attacks_raise_their_inner_losses() -> None:
 
     plain = partial(nn.functional.cross_entropy, target=y, reduction="none")
     seen = Recorder(f)
-    smoothadv(seen, f, x, y, NOISE, stream(0, "draws"), **SMOOTHADV)
+    smoothadv(Examples(seen, f, x, y, NOISE, stream(0, "draws")), **SMOOTHADV)
     found = seen.seen[-1].unflatten(0, (3, 20))[0] - drawn[0]
     assert (smoothed(found) > smoothed(x) + 0.01).all()
-    pgd_at(seen, f, x, y, stream(0, "draws"), **LINF)
+    pgd_at(Examples(seen, f, x, y, None, stream(0, "draws")), **LINF)
     assert (plain(f(seen.seen[-1])) > plain(f(x)) + 0.01).all()
-    trades(seen, f, x, y, stream(0, "draws"), **TRADES)
+    trades(Examples(seen, f, x, y, None, stream(0, "draws")), **TRADES)
     assert (divergence(seen.seen[-1]) > 1e-3).all()
 
 
@@ -442,11 +447,11 @@ def test_without_any_radius_smoothadv_is_the_mean_over_noise_and_pgd_at_is_stand
     f, (x, y) = network(), batch()
     drawn = draws_of(x, 3, stream(0, "draws"))
     plain = torch.stack([nn.functional.cross_entropy(f(x + d), y) for d in drawn]).mean()
-    own = smoothadv(f, f, x, y, NOISE, stream(0, "draws"), draws=3, epsilon=0.0, steps=2)
+    own = smoothadv(Examples(f, f, x, y, NOISE, stream(0, "draws")), draws=3, epsilon=0.0, steps=2)
     torch.testing.assert_close(own, plain, atol=1e-12, rtol=0)
     for radius, step in ((0.0, 0.1), (0.0, 0.0)):
-        own = pgd_at(f, f, x, y, stream(0, "draws"), epsilon=radius, step_size=step, steps=2)
-        torch.testing.assert_close(own, standard(f, x, y), atol=1e-12, rtol=0)
+        own = pgd_at(Examples(f, f, x, y, None, stream(0, "draws")), epsilon=radius, step_size=step, steps=2)
+        torch.testing.assert_close(own, standard(Examples(f, f, x, y, None, stream(0))), atol=1e-12, rtol=0)
 
 
 def test_where_the_gradient_is_zero_nothing_moves_and_nothing_breaks() -> None:
@@ -477,13 +482,15 @@ def test_classes_may_be_renamed_and_logits_shifted(name: str) -> None:
 
 def test_consistency_without_weights_is_the_mean_over_noise_and_alike_draws_differ_by_nothing() -> None:
     f, (x, y) = network(), batch()
-    plain = consistency(f, x, y, NOISE, stream(0, "draws"), draws=3, weight=0.0, entropy_weight=0.0)
+    plain = consistency(Examples(f, f, x, y, NOISE, stream(0, "draws")), draws=3, weight=0.0, entropy_weight=0.0)
     drawn = draws_of(x, 3, stream(0, "draws"))
     expected = torch.stack([nn.functional.cross_entropy(f(x + d), y) for d in drawn]).mean()
     torch.testing.assert_close(plain, expected, atol=1e-12, rtol=0)
     constant = lambda images: f(torch.zeros_like(images))  # noqa: E731
     without, with_ = (
-        consistency(constant, x, y, NOISE, stream(0, "draws"), draws=3, weight=weight, entropy_weight=0.0)
+        consistency(
+            Examples(constant, constant, x, y, NOISE, stream(0, "draws")), draws=3, weight=weight, entropy_weight=0.0
+        )
         for weight in (0.0, 100.0)
     )
     torch.testing.assert_close(with_, without, atol=1e-10, rtol=0)
@@ -666,11 +673,11 @@ def test_nothing_waits_for_the_device(name: str) -> None:
 def test_numbers_that_make_no_attack_are_refused(name: str, options: Options, text: str) -> None:
     f, (x, y), generator = network(), batch(), stream(0, "draws")
     calls: dict[str, Callable[[], Tensor]] = {
-        "consistency": lambda: consistency(f, x, y, NOISE, generator, **{**CONSISTENCY, **options}),
-        "smoothadv": lambda: smoothadv(f, f, x, y, NOISE, generator, **{**SMOOTHADV, **options}),
-        "cat_rs": lambda: cat_rs(f, f, x, y, NOISE, generator, **{**CAT_RS, **options}),
-        "pgd_at": lambda: pgd_at(f, f, x, y, generator, **{**LINF, **options}),
-        "trades": lambda: trades(f, f, x, y, generator, **{**TRADES, **options}),
+        "consistency": lambda: consistency(Examples(f, f, x, y, NOISE, generator), **{**CONSISTENCY, **options}),
+        "smoothadv": lambda: smoothadv(Examples(f, f, x, y, NOISE, generator), **{**SMOOTHADV, **options}),
+        "cat_rs": lambda: cat_rs(Examples(f, f, x, y, NOISE, generator), **{**CAT_RS, **options}),
+        "pgd_at": lambda: pgd_at(Examples(f, f, x, y, None, generator), **{**LINF, **options}),
+        "trades": lambda: trades(Examples(f, f, x, y, None, generator), **{**TRADES, **options}),
     }
     with pytest.raises(InputError, match=text):
         calls[name]()

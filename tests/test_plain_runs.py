@@ -33,7 +33,7 @@ from rush.reporting.compare import compare_command
 from rush.reporting.page import write_report
 from rush.reporting.tables import summary_rows
 from rush.smoothing.classifier import SmoothedClassifier
-from rush.training.finetune import Examples
+from rush.training.supervised import Examples
 from tiny import results, run_tiny, tiny
 
 PLAIN = (

@@ -1,7 +1,7 @@
 """Fine-tuning of a classifier on the encoder, under the noise it will be smoothed with, if any."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from rush.data.batches import Batch
 from rush.data.images import ImageSet
 from rush.data.streaming import Stream, training_source
 from rush.data.views import random_view, unit_float
-from rush.errors import ConfigError, DataError, InputError
+from rush.errors import ConfigError, DataError
 from rush.models.classifier import Classifier
 from rush.recipe.schema import FinetuneConfig
 from rush.runtime.distributed import rank, world_size
@@ -23,90 +23,27 @@ from rush.smoothing.noise import Gaussian
 from rush.training.loop import CheckpointPolicy, TrainingRun
 from rush.training.meter import Meter
 from rush.training.modes import evaluation_mode
-from rush.training.supervised import cat_rs, consistency, gaussian, pgd_at, smoothadv, standard, trades
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The input of an objective: the network, a batch and the noise of the smoothed classifier.
-
-    Attributes:
-        logits: pixels -> logits float32, in training mode.
-        evaluated: the same weights in evaluation mode, for attacks.
-        x: (B, C, H, W) float32 in [0, 1], weakly augmented.
-        y: (B,) int64.
-        smoothing: None where the classifier will not be smoothed.
-        epoch: epochs done so far.
-    """
-
-    logits: Callable[[Tensor], Tensor]
-    evaluated: Callable[[Tensor], Tensor]
-    x: Tensor
-    y: Tensor
-    smoothing: Gaussian | None
-    generator: torch.Generator
-    epoch: float
-
-    @property
-    def noise(self) -> Gaussian:
-        """The noise to train under.
-
-        Raises:
-            InputError: there is none.
-        """
-        if self.smoothing is None:
-            raise InputError(
-                "this objective trains under the noise of the smoothed classifier, and there is none: give noise, or "
-                "an objective that draws none (standard, pgd-at, trades)"
-            )
-        return self.smoothing
-
+from rush.training.supervised import Examples, cat_rs, consistency, gaussian, pgd_at, smoothadv, standard, trades
 
 Objective = Callable[[Examples], Tensor]
 
 
 def objective_of(config: FinetuneConfig) -> Objective:
     """Return the objective that ``config`` names, with its options."""
-    budget, draws = config.adversary.budget, config.consistency
-    adv, cat = config.smoothadv, config.cat_rs
+    budget, adv = config.adversary.budget, config.smoothadv
+
+    def warmed_up_smoothadv(examples: Examples) -> Tensor:
+        epsilon = scheduled(adv.epsilon_at, examples.epoch)
+        return smoothadv(examples, draws=adv.draws, epsilon=epsilon, steps=adv.steps)
+
     objectives: dict[FinetuneObjective, Objective] = {
-        "standard": lambda e: standard(e.logits, e.x, e.y),
-        "gaussian": lambda e: gaussian(e.logits, e.x, e.y, e.noise, e.generator),
-        "consistency": lambda e: consistency(
-            e.logits,
-            e.x,
-            e.y,
-            e.noise,
-            e.generator,
-            draws=draws.draws,
-            weight=draws.weight,
-            entropy_weight=draws.entropy_weight,
-        ),
-        "smoothadv": lambda e: smoothadv(
-            e.logits,
-            e.evaluated,
-            e.x,
-            e.y,
-            e.noise,
-            e.generator,
-            draws=adv.draws,
-            epsilon=scheduled(adv.epsilon_at, e.epoch),
-            steps=adv.steps,
-        ),
-        "cat-rs": lambda e: cat_rs(
-            e.logits,
-            e.evaluated,
-            e.x,
-            e.y,
-            e.noise,
-            e.generator,
-            draws=cat.draws,
-            epsilon=cat.epsilon,
-            steps=cat.steps,
-            weight=cat.weight,
-        ),
-        "pgd-at": lambda e: pgd_at(e.logits, e.evaluated, e.x, e.y, e.generator, **budget),
-        "trades": lambda e: trades(e.logits, e.evaluated, e.x, e.y, e.generator, **budget, beta=config.trades.beta),
+        "standard": standard,
+        "gaussian": gaussian,
+        "consistency": partial(consistency, **dict(config.consistency)),
+        "smoothadv": warmed_up_smoothadv,
+        "cat-rs": partial(cat_rs, **dict(config.cat_rs)),
+        "pgd-at": partial(pgd_at, **budget),
+        "trades": partial(trades, **budget, beta=config.trades.beta),
     }
     return objectives[config.objective]
 

@@ -1,14 +1,13 @@
-"""Classification objectives: the loss of a batch with its gradient graph, mean over the images.
+"""Classification objectives: the loss of a batch with its gradient graph, as the mean over the images.
 
-``logits`` is the network in training mode, ``evaluated`` the same network with BatchNorm in evaluation mode. Both take
-images (B, C, H, W) and return float logits (B, K). Attacks inside training use ``evaluated`` and never fill ``.grad``;
-the sources leave this mode open. ``x`` is in [0, 1], ``y`` int64 (B,). Noisy copies are (draws, B, ...) in one forward,
-so BatchNorm sees all draws of an image in one batch. Nothing waits for the device: masks select what depends on the
-data. A pass is one forward and one backward of one image.
+Attacks inside training use ``Examples.evaluated`` and never fill ``.grad``. The sources leave this mode open. Noisy
+copies are (draws, B, ...) in one forward, so BatchNorm sees all draws of an image in one batch. Nothing waits for the
+device: masks select what depends on the data. A pass is one forward and one backward of one image.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -17,195 +16,231 @@ from torch.nn import functional as F
 
 from rush.errors import InputError
 from rush.smoothing.noise import Gaussian
-from rush.training.ascent import gradient, signed_ascent
+from rush.training.ascent import l2_ascent, l2_norms, signed_ascent
 
 Logits: TypeAlias = Callable[[Tensor], Tensor]
 
 _TRADES_START = 0.001  # standard deviation of the start, Zhang et al. 2019, algorithm 1
-_SMALLEST_NORM = 1e-12  # of a gradient or change that is divided by its norm; below it, nothing moves
 
 
-def standard(logits: Logits, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy on the images as they are, a scalar. Cost: 1 pass per image."""
-    return F.cross_entropy(logits(x), y)
+@dataclass(frozen=True)
+class Examples:
+    """The input of an objective: the network, a batch and the noise of the smoothed classifier.
 
-
-def gaussian(logits: Logits, x: Tensor, y: Tensor, noise: Gaussian, generator: torch.Generator) -> Tensor:
-    """Cross-entropy under one draw of noise per image, a scalar (Cohen et al. 2019, section 3.3).
-
-    Random: one noise tensor of the shape of ``x``. Cost: 1 pass per image.
+    Attributes:
+        logits: the network in training mode, from images (B, C, H, W) to float logits (B, K).
+        evaluated: the same weights with BatchNorm in evaluation mode, for attacks.
+        x: (B, C, H, W) float in [0, 1], weakly augmented.
+        y: (B,) int64.
+        smoothing: None where the classifier will not be smoothed.
+        generator: of all draws, on the device of ``x``.
+        epoch: epochs done so far.
     """
-    return F.cross_entropy(logits(x + noise.sample(x.shape, generator)), y)
+
+    logits: Logits
+    evaluated: Logits
+    x: Tensor
+    y: Tensor
+    smoothing: Gaussian | None
+    generator: torch.Generator
+    epoch: float = 0.0
+
+    @property
+    def noise(self) -> Gaussian:
+        """The noise to train under.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.smoothing is None:
+            raise InputError(
+                "this objective trains under the noise of the smoothed classifier, and there is none: give noise, or "
+                "an objective that draws none (standard, pgd-at, trades)"
+            )
+        return self.smoothing
+
+    def draw(self, draws: int) -> Tensor:
+        """Return noise (draws, B, C, H, W) of the type of ``x``, so that results computed from it are as exact."""
+        return self.noise.sample((draws, *self.x.shape), self.generator).to(self.x.dtype)
 
 
-def consistency(
-    logits: Logits,
-    x: Tensor,
-    y: Tensor,
-    noise: Gaussian,
-    generator: torch.Generator,
-    *,
-    draws: int,
-    weight: float,
-    entropy_weight: float,
-) -> Tensor:
-    """Cross-entropy plus a penalty on how predictions differ under noise, a scalar (Jeong & Shin 2020, section 3).
+def standard(examples: Examples) -> Tensor:
+    """Return the cross-entropy on the images as they are, a scalar.
 
-    With p_i the softmax under draw i of m and p their mean:
+    Cost:
+        1 pass per image.
+    """
+    return F.cross_entropy(examples.logits(examples.x), examples.y)
+
+
+def gaussian(examples: Examples) -> Tensor:
+    """Return the cross-entropy under one draw of noise per image, a scalar (Cohen et al. 2019, section 3.3).
+
+    Random:
+        One noise tensor of the shape of ``x``.
+
+    Cost:
+        1 pass per image.
+    """
+    x = examples.x
+    return F.cross_entropy(examples.logits(x + examples.noise.sample(x.shape, examples.generator)), examples.y)
+
+
+def consistency(examples: Examples, *, draws: int, weight: float, entropy_weight: float) -> Tensor:
+    """Return the cross-entropy plus a penalty on how predictions differ under noise (Jeong & Shin 2020, section 3).
+
+    With p_i the softmax under draw i of m and p their mean, this is the mean over the images of
     (1/m) sum of -log p_i[y] + weight (1/m) sum of KL(p || p_i) + entropy_weight H(p). Gradients flow through p too.
 
-    draws: the paper takes 2. weight: on CIFAR-10, 20 at sigma 0.25 and 10 at 0.5 and 1.0. entropy_weight: 0.5.
-    Random: one noise tensor (draws, B, C, H, W). Cost: ``draws`` passes per image.
-    Raises: InputError when ``draws`` is below 1.
+    Args:
+        draws: 2 in the paper.
+        weight: in the paper, on CIFAR-10, 20 at sigma 0.25 and 10 at 0.5 and 1.0.
+        entropy_weight: 0.5 in the paper.
+
+    Raises:
+        InputError: ``draws`` is below 1.
+
+    Random:
+        One noise tensor (draws, B, C, H, W).
+
+    Cost:
+        ``draws`` passes per image.
     """
     _check(draws=draws)
-    log_probs = _log_probs(logits, x, _draw(noise, x, draws, generator))
+    log_probs = _log_probs(examples.logits, examples.x, examples.draw(draws))
     log_mean = _log_mean(log_probs)
     entropy = -(log_mean.exp() * log_mean).sum(1)
     regularizer = weight * _divergence(log_mean, log_probs).mean(0) + entropy_weight * entropy
-    return (_cross_entropies(log_probs, y).mean(0) + regularizer).mean()
+    return (_cross_entropies(log_probs, examples.y).mean(0) + regularizer).mean()
 
 
-def smoothadv(
-    logits: Logits,
-    evaluated: Logits,
-    x: Tensor,
-    y: Tensor,
-    noise: Gaussian,
-    generator: torch.Generator,
-    *,
-    draws: int,
-    epsilon: float | Tensor,
-    steps: int,
-) -> Tensor:
-    """Cross-entropy on noisy copies of images that attack the smoothed classifier, a scalar (Salman et al. 2019,
-    SmoothAdv-PGD, objective S, every draw trained on).
+def smoothadv(examples: Examples, *, draws: int, epsilon: float | Tensor, steps: int) -> Tensor:
+    """Return the cross-entropy on noisy copies of images that attack the smoothed classifier, a scalar.
 
-    The attack climbs -log of the mean softmax over the draws in l2, ``steps`` normalized gradients of length
-    2 epsilon / steps from x, each followed by [0, 1] and then the ball. The same draws serve the whole attack and the
-    loss; the image is clipped, the noise is not. Where the gradient is zero the image stays (the authors' code moves at
-    random there).
+    This is SmoothAdv-PGD (Salman et al. 2019, objective S), trained on every draw. The attack climbs -log of the mean
+    softmax over the draws in l2, by ``steps`` normalized gradients of length 2 epsilon / steps from x. Each is followed
+    by clipping to [0, 1] and then by the ball. The same draws serve the whole attack and the loss. The image is
+    clipped, the noise is not. Where the gradient is zero the image stays (the authors' code moves at random there).
 
-    epsilon: l2, in pixel units, warmed up by the caller (over 10 epochs by the authors; ``rush.runtime.schedules``). On
-    CIFAR-10 with 10 steps, later comparisons take draws and epsilon of 4 and 1.0 at sigma 0.25, 2 and 2.0 at 0.5 and
-    1.0.
-    Random: one noise tensor (draws, B, C, H, W). Cost: (steps + 1) draws passes per image, of which steps x draws go
-    back to the image and not to the weights.
-    Raises: InputError when ``draws`` or ``steps`` is below 1 or ``epsilon`` negative.
+    Args:
+        draws, epsilon: later comparisons on CIFAR-10, with 10 steps, take 4 and 1.0 at sigma 0.25, and 2 and 2.0 at 0.5
+            and 1.0. ``epsilon`` is l2, in pixel units, warmed up by the caller (over 10 epochs by the authors;
+            ``rush.runtime.schedules``).
+        steps: >= 1.
+
+    Raises:
+        InputError: ``draws`` or ``steps`` is below 1, or ``epsilon`` is negative.
+
+    Random:
+        One noise tensor (draws, B, C, H, W).
+
+    Cost:
+        (steps + 1) draws passes per image, of which steps x draws go back to the image and not to the weights.
     """
     _check(draws=draws, steps=steps, epsilon=epsilon)
-    drawn = _draw(noise, x, draws, generator)
+    drawn, y = examples.draw(draws), examples.y
 
     def smoothed_loss(images: Tensor) -> Tensor:
-        return F.nll_loss(_log_mean(_log_probs(evaluated, images, drawn)), y, reduction="sum")
+        return F.nll_loss(_log_mean(_log_probs(examples.evaluated, images, drawn)), y, reduction="sum")
 
-    adversarial = x
-    for _ in range(steps):
-        ascent = _unit(gradient(smoothed_loss, adversarial))
-        inside = (adversarial + 2 * epsilon / steps * ascent).clamp(0.0, 1.0)
-        adversarial = _into_ball(inside, x, epsilon)
-    return _cross_entropies(_log_probs(logits, adversarial, drawn), y).mean()
+    adversarial = l2_ascent(smoothed_loss, examples.x, epsilon, steps, lambda images: images.clamp(0.0, 1.0))
+    return _cross_entropies(_log_probs(examples.logits, adversarial, drawn), y).mean()
 
 
-def cat_rs(
-    logits: Logits,
-    evaluated: Logits,
-    x: Tensor,
-    y: Tensor,
-    noise: Gaussian,
-    generator: torch.Generator,
-    *,
-    draws: int,
-    epsilon: float,
-    steps: int,
-    weight: float,
-) -> Tensor:
-    """Confidence-aware loss, a scalar (Jeong, Kim & Shin 2023, CAT-RS): easy draws of images that are hard under
-    noise, adversarial noise for images that are sure under it.
+def cat_rs(examples: Examples, *, draws: int, epsilon: float, steps: int, weight: float) -> Tensor:
+    """Return the confidence-aware loss CAT-RS, a scalar (Jeong, Kim & Shin 2023).
 
+    It takes easy draws of images that are hard under noise, and adversarial noise for images that are sure under it.
     With M = ``draws``, q the share of the draws that are classified as y and K = max(1, a draw of Binomial(M, q)):
     (1/M) sum of the K smallest cross-entropies + weight [K = M] max over i of KL(p || softmax f(x + d_i')).
-    K = M is certain when all draws are right, has probability q^M otherwise, and 1/M at least is kept when none is.
-    Each d_i' climbs its KL from the noise d_i inside the l2 ball of radius ``epsilon`` around it by ``steps``
-    normalized gradients of length 2 epsilon / steps; after each, mean and standard deviation of the noise are put back
-    to those of d_i, so that it stays noise-like, and the ball has the last word (the authors' code has these two the
-    other way round and leaves the ball by some 0.1 %).
+    K = M is certain when all draws are right and has probability q^M otherwise. 1/M at least is kept when none is.
+
+    Each d_i' climbs its KL from the noise d_i inside the l2 ball of radius ``epsilon`` around it, by ``steps``
+    normalized gradients of length 2 epsilon / steps. After each step, mean and standard deviation of the noise are
+    restored to those of d_i, so that it stays noise-like, and the ball has the last word. (The authors' code has these
+    two the other way round and leaves the ball by some 0.1 %.)
 
     p is the mean softmax over the draws of this pass, without gradients. The authors take the smoothed prediction of a
     Gaussian model trained beforehand instead, which costs that training and many votes on every image.
 
-    On CIFAR-10 the authors take draws 4, epsilon 1.0, steps 4 and a weight of 0.5, 1 and 2 at sigma 0.25, 0.5 and 1.0.
-    Random: one noise tensor (draws, B, C, H, W), then uniform numbers (draws, B) for K. Cost: (steps + 2) draws passes
-    per image, of which steps x draws go back to the noise and not to the weights.
-    Raises: InputError when ``draws`` or ``steps`` is below 1 or ``epsilon`` negative.
+    Args:
+        draws, epsilon, steps, weight: the authors take draws 4, epsilon 1.0, steps 4 and a weight of 0.5, 1 and 2 at
+            sigma 0.25, 0.5 and 1.0 on CIFAR-10.
+
+    Raises:
+        InputError: ``draws`` or ``steps`` is below 1, or ``epsilon`` is negative.
+
+    Random:
+        One noise tensor (draws, B, C, H, W), then uniform numbers (draws, B) for K.
+
+    Cost:
+        (steps + 2) draws passes per image, of which steps x draws go back to the noise and not to the weights.
     """
     _check(draws=draws, steps=steps, epsilon=epsilon)
-    drawn = _draw(noise, x, draws, generator)
-    log_probs = _log_probs(logits, x, drawn)
-    count = _confidence((log_probs.argmax(2) == y).sum(0), draws, generator).clamp(min=1)
+    x, y, drawn = examples.x, examples.y, examples.draw(draws)
+    log_probs = _log_probs(examples.logits, x, drawn)
+    count = _confidence((log_probs.argmax(2) == y).sum(0), draws, examples.generator).clamp(min=1)
     ordered = _cross_entropies(log_probs, y).sort(0).values
     among = torch.arange(draws, device=x.device)[:, None] < count
     low = torch.where(among, ordered, 0.0).sum(0) / draws
 
     target = _log_mean(log_probs).detach()
-    worst = _adversarial_noise(evaluated, x, drawn, target, epsilon, steps)
-    high = _divergence(target, _log_probs(logits, x, worst)).amax(0)
+    origin = drawn.flatten(0, 1)
+
+    def divergence(flat: Tensor) -> Tensor:
+        return _divergence(target, _log_probs(examples.evaluated, x, flat.view_as(drawn))).sum()
+
+    worst = l2_ascent(divergence, origin, epsilon, steps, lambda noise: _with_moments_of(origin, noise)).view_as(drawn)
+    high = _divergence(target, _log_probs(examples.logits, x, worst)).amax(0)
     return (low + weight * torch.where(count == draws, high, 0.0)).mean()
 
 
-def pgd_at(
-    logits: Logits,
-    evaluated: Logits,
-    x: Tensor,
-    y: Tensor,
-    generator: torch.Generator,
-    *,
-    epsilon: float,
-    step_size: float,
-    steps: int,
-) -> Tensor:
-    """Cross-entropy at the last iterate of an l-inf PGD attack, a scalar (Madry et al. 2018, equation 2.1).
+def pgd_at(examples: Examples, *, epsilon: float, step_size: float, steps: int) -> Tensor:
+    """Return the cross-entropy at the last iterate of l-inf PGD, a scalar (Madry et al. 2018, equation 2.1).
 
     The attack starts uniformly in the ball and climbs the cross-entropy by signs of gradients, clipped to the ball and
-    to [0, 1]. On CIFAR-10: epsilon 8/255, step_size 2/255, steps 7 in the paper and 10 in most work since.
-    Random: one uniform tensor of the shape of ``x``. Cost: steps + 1 passes per image, of which ``steps`` go back to
-    the image and not to the weights.
-    Raises: InputError when ``steps`` is below 1, ``epsilon`` or ``step_size`` negative.
+    to [0, 1]. Usual on CIFAR-10 are epsilon 8/255, step_size 2/255, and 7 steps in the paper, 10 in most work since.
+
+    Raises:
+        InputError: ``steps`` is below 1, or ``epsilon`` or ``step_size`` is negative.
+
+    Random:
+        One uniform tensor of the shape of ``x``.
+
+    Cost:
+        steps + 1 passes per image, of which ``steps`` go back to the image and not to the weights.
     """
     _check(steps=steps, epsilon=epsilon, step_size=step_size)
+    x, y, generator = examples.x, examples.y, examples.generator
     uniform = torch.rand(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
     start = (x + epsilon * (2 * uniform - 1)).clamp(0.0, 1.0)
 
     def loss(images: Tensor) -> Tensor:
-        return F.cross_entropy(evaluated(images), y, reduction="sum")
+        return F.cross_entropy(examples.evaluated(images), y, reduction="sum")
 
-    return F.cross_entropy(logits(signed_ascent(loss, start, x, epsilon, step_size, steps)), y)
+    return F.cross_entropy(examples.logits(signed_ascent(loss, start, x, epsilon, step_size, steps)), y)
 
 
-def trades(
-    logits: Logits,
-    evaluated: Logits,
-    x: Tensor,
-    y: Tensor,
-    generator: torch.Generator,
-    *,
-    epsilon: float,
-    step_size: float,
-    steps: int,
-    beta: float,
-) -> Tensor:
-    """Cross-entropy on the images plus beta KL(p(x) || p(x')) at an l-inf adversarial x', a scalar (Zhang et al. 2019,
-    algorithm 1).
+def trades(examples: Examples, *, epsilon: float, step_size: float, steps: int, beta: float) -> Tensor:
+    """Return the cross-entropy plus beta KL(p(x) || p(x')) at an l-inf adversarial x', a scalar.
 
-    x' climbs this KL by signs of gradients from x + 0.001 N(0, 1), clipped to the ball and to [0, 1] after each step;
-    p(x) of the attack is that of ``evaluated``. Gradients of the loss flow through p(x) and p(x').
+    x' climbs this KL by signs of gradients from x + 0.001 N(0, 1), clipped to the ball and to [0, 1] after each step
+    (Zhang et al. 2019, algorithm 1). In the attack, p(x) is that of ``evaluated``. Gradients of the loss flow through
+    p(x) and p(x'). On CIFAR-10 the paper takes epsilon 0.031 (8/255), step_size 0.007 (near 2/255), steps 10 and beta 6
+    (1/lambda).
 
-    On CIFAR-10 the paper takes epsilon 0.031 (8/255), step_size 0.007 (2/255 is near), steps 10 and beta 6 (1/lambda).
-    Random: one normal tensor of the shape of ``x``. Cost: steps + 2 passes per image, of which ``steps`` go back to the
-    image and not to the weights, and one forward without backward.
-    Raises: InputError when ``steps`` is below 1, ``epsilon`` or ``step_size`` negative.
+    Raises:
+        InputError: ``steps`` is below 1, or ``epsilon`` or ``step_size`` is negative.
+
+    Random:
+        One normal tensor of the shape of ``x``.
+
+    Cost:
+        steps + 2 passes per image, of which ``steps`` go back to the image and not to the weights, and one forward
+        without backward.
     """
     _check(steps=steps, epsilon=epsilon, step_size=step_size)
+    logits, evaluated, x, generator = examples.logits, examples.evaluated, examples.x, examples.generator
     normal = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
     with torch.no_grad():
         target = evaluated(x).log_softmax(1)
@@ -216,52 +251,14 @@ def trades(
     adversarial = signed_ascent(divergence, x + _TRADES_START * normal, x, epsilon, step_size, steps)
     clean = logits(x)
     robust = _divergence(clean.log_softmax(1), logits(adversarial).log_softmax(1)).mean()
-    return F.cross_entropy(clean, y) + beta * robust
-
-
-def _adversarial_noise(
-    evaluated: Logits, x: Tensor, drawn: Tensor, target: Tensor, epsilon: float, steps: int
-) -> Tensor:
-    """Return noise (draws, B, C, H, W) within l2 ``epsilon`` of ``drawn`` that moves the predictions away from the
-    log-probabilities ``target`` (B, K), see ``cat_rs``."""
-    origin = drawn.flatten(0, 1)
-
-    def divergence(flat: Tensor) -> Tensor:
-        return _divergence(target, _log_probs(evaluated, x, flat.view_as(drawn))).sum()
-
-    current = origin
-    for _ in range(steps):
-        moved = current + 2 * epsilon / steps * _unit(gradient(divergence, current))
-        current = _into_ball(_with_moments_of(origin, moved), origin, epsilon)
-    return current.view_as(drawn)
-
-
-def _into_ball(points: Tensor, centres: Tensor, epsilon: float | Tensor) -> Tensor:
-    """Move the points straight towards their centres into the l2 ball."""
-    change = points - centres
-    # The reciprocal is how torch divides a number by a tensor; a tensor in place of the number must round alike.
-    return centres + change * (_norms(change).reciprocal() * epsilon).clamp(max=1.0)
+    return F.cross_entropy(clean, examples.y) + beta * robust
 
 
 def _with_moments_of(origin: Tensor, noise: Tensor) -> Tensor:
     """Return ``noise`` shifted and scaled to the mean and standard deviation of ``origin``, each over one image."""
     mean = origin.mean((1, 2, 3), keepdim=True)
     centred = noise - noise.mean((1, 2, 3), keepdim=True)
-    return mean + centred * (_norms(origin - mean) / _norms(centred))
-
-
-def _unit(direction: Tensor) -> Tensor:
-    return direction / _norms(direction)
-
-
-def _norms(images: Tensor) -> Tensor:
-    """Return the l2 norm of every image (N, 1, 1, 1), as a divisor: never below ``_SMALLEST_NORM``."""
-    return images.flatten(1).norm(dim=1).clamp(min=_SMALLEST_NORM).view(-1, 1, 1, 1)
-
-
-def _draw(noise: Gaussian, x: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Return noise (draws, B, C, H, W) of the type of ``x``, so that results computed from it alone are as exact."""
-    return noise.sample((draws, *x.shape), generator).to(x.dtype)
+    return mean + centred * (l2_norms(origin - mean) / l2_norms(centred))
 
 
 def _log_probs(logits: Logits, x: Tensor, drawn: Tensor) -> Tensor:
@@ -280,21 +277,21 @@ def _cross_entropies(log_probs: Tensor, y: Tensor) -> Tensor:
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p || q) over the last dimension, from logarithms: a probability of zero gives no NaN in gradients."""
+    """Return KL(p || q) over the last dimension, from logarithms, so that no probability of 0 gives NaN gradients."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _confidence(correct: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Draw from Binomial(draws, correct / draws) for each entry of ``correct`` (B,): exactly ``draws`` where all are.
+    """Draw from Binomial(draws, correct / draws) for each entry of ``correct`` (B,), exactly ``draws`` where all are.
 
-    A uniform number below 1 times ``draws`` stays below ``draws`` in float32; a share of 7/7 need not be 1 there.
+    A uniform number below 1 times ``draws`` stays below ``draws`` in float32, where a share of 7/7 need not be 1.
     """
     uniform = torch.rand((draws, *correct.shape), generator=generator, device=generator.device)
     return (uniform * draws < correct).sum(0)
 
 
 def _check(**numbers: float | Tensor) -> None:
-    """Raise InputError for a number below its least value; a tensor on a device is not read."""
+    """Raise InputError for a number below its least value. A tensor on a device is not read."""
     for name, value in numbers.items():
         if isinstance(value, Tensor):
             continue
