@@ -151,7 +151,7 @@ def test_where_the_newest_is_damaged_the_one_before_is_named(tmp_path: Path) -> 
     checkpoint.save({"number": 1})
     checkpoint.save({"number": 2})
     checkpoint.path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"or move state\.previous\.pt to its place to go on from there"):
+    with pytest.raises(CheckpointError, match=r"or move state\.previous\.pt to its place to resume from it"):
         checkpoint.load()
     os.replace(checkpoint.previous, checkpoint.path)
     assert checkpoint.load() == {"number": 1}

@@ -59,9 +59,6 @@ ALLOWED = frozenset(
         "src/rush/reporting/page.py",
         "src/rush/reporting/plots.py",
         "src/rush/reporting/tables.py",
-        "src/rush/training/checkpoint.py",
-        "src/rush/training/contrastive.py",
-        "src/rush/training/loop.py",
     )
 )
 

@@ -21,7 +21,7 @@ def adversarial_views(
     steps: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Move both views within epsilon so that the NT-Xent loss of their projections grows.
+    """Return both views moved within epsilon so that the NT-Xent loss of their projections grows.
 
     Projected gradient ascent in l-inf on both views at once from a uniform random start in the ball, as in ACL (Jiang
     et al. 2020, "Robust Pre-Training by Adversarial Contrastive Learning", algorithm 1): step_size times the sign of
@@ -33,8 +33,8 @@ def adversarial_views(
 
     Args:
         project: [0, 1] pixels (2 B, C, H, W), the rows of view_a before those of view_b -> z (2 B, D), float.
-        view_a, view_b: (B, C, H, W) in [0, 1], row by row; not checked, which would wait for the device, so no noisy
-            views.
+        view_a, view_b: (B, C, H, W) in [0, 1], row by row, without noise. The range is not checked, which would wait
+            for the device.
         epsilon: in (0, 1], in pixel units.
         step_size: > 0, in pixel units.
         steps: >= 1.
@@ -46,7 +46,11 @@ def adversarial_views(
     Raises:
         InputError: the budget is out of its range or the shapes differ.
 
-    Random: one uniform value per pixel. Cost: ``steps`` forward and backward passes through ``project``.
+    Random:
+        One uniform value per pixel.
+
+    Cost:
+        ``steps`` forward and backward passes through ``project``.
     """
     _check_budget(epsilon, step_size, steps)
     if view_a.shape != view_b.shape:

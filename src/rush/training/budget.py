@@ -28,8 +28,12 @@ _SHARE = 0.02  # of the minutes for the timed steps of a kind where the fewest t
 class Times:
     """Seconds of the parts of a training stage.
 
-    step: one step. head_step: one step of the first ``head_epochs``. opening: until an epoch's first batch is there.
-    saving: one checkpoint. monitoring: one measurement of the live figures.
+    Attributes:
+        step: one step.
+        head_step: one step of the first ``head_epochs``.
+        opening: until the first batch of an epoch is available.
+        saving: one checkpoint.
+        monitoring: one measurement of the live figures.
     """
 
     step: float
@@ -43,9 +47,12 @@ class Times:
 class Plan:
     """A training stage of ``minutes``: the facts that decide its number of epochs.
 
-    name: of the recipe's section, for errors. per_epoch: steps per epoch. head_epochs: the first epochs whose steps do
-    other work than the later ones. warmup_epochs: of the learning rate. monitor_epochs: the number of epochs
-    between live figures, which also come after the last one.
+    Attributes:
+        name: section of the recipe, for errors.
+        per_epoch: steps per epoch.
+        head_epochs: number of first epochs whose steps do different work from the later ones.
+        warmup_epochs: of the learning rate.
+        monitor_epochs: number of epochs between live figures, which also come after the last one.
     """
 
     name: str
@@ -74,8 +81,8 @@ class Plan:
             spent: seconds already used.
 
         Raises:
-            ConfigError: if there is no time for one epoch, or for more epochs than ``head_epochs`` and
-                ``warmup_epochs``; the text says how many minutes one epoch takes.
+            ConfigError: there is no time for one epoch, or for more epochs than ``head_epochs`` and ``warmup_epochs``.
+                The text says how many minutes one epoch takes.
         """
         left = 60 * self.minutes * (1 - RESERVE) - spent
         shortest = self.per_epoch * min(times.step, times.head_step or times.step)
@@ -95,9 +102,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget:
-    """The number of epochs that end within the minutes of a plan, with the measurements behind it.
+    """The number of epochs that end within the minutes of a plan, and the measurements that it follows from.
 
-    spent: seconds of the trial and of everything before it in the same call.
+    Attributes:
+        spent: seconds of the trial and of everything before it in the same call.
     """
 
     plan: Plan
@@ -111,7 +119,7 @@ class Budget:
         return self.plan.seconds(1, self.times) / 60
 
     def require(self, field: str, value: float, least: int) -> None:
-        """Raise ConfigError where fewer than ``least`` epochs fit, the fewest that ``field`` = ``value`` allows."""
+        """Raise ConfigError if fewer than ``least`` epochs fit, the fewest that ``field`` = ``value`` allows."""
         if self.epochs >= least:
             return
         name = self.plan.name
@@ -122,7 +130,7 @@ class Budget:
         )
 
     def require_ramps(self, ramps: Mapping[str, float]) -> None:
-        """Raise ConfigError where a ramp needs more epochs than fit; ``ramps`` holds their epochs by field."""
+        """Raise ConfigError if a ramp of ``ramps``, the number of epochs by field, needs more epochs than fit."""
         for field, epochs in ramps.items():
             self.require(field, epochs, math.ceil(epochs))
 
@@ -144,7 +152,7 @@ class Budget:
 
 
 def clock(device: str) -> float:
-    """Return the seconds of a steady clock when everything that was given to ``device`` is done."""
+    """Return the seconds of a steady clock after all work queued on ``device`` is done."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)
@@ -154,7 +162,7 @@ def clock(device: str) -> float:
 
 
 def slowest(seconds: float) -> float:
-    """Return the largest ``seconds`` of all processes, the same number in each."""
+    """Return the largest ``seconds`` of all processes, which is the same number in each."""
     return max(gather_objects(seconds))
 
 
@@ -167,25 +175,25 @@ def measure(
     monitor: Callable[[], object],
     device: str,
 ) -> Times:
-    """Time the parts of a training stage, in the slowest process; all processes must call it.
+    """Time the parts of a training stage, in the slowest process. All processes must call it.
 
-    Each kind of step is timed by itself, after ``WARMUP_STEPS`` that are not: the first of the training and, behind
-    ``plan.head_epochs``, the first of the others. Checkpoint and live figures are timed once, and again where the first
-    time was short: much of it may have gone into imports.
+    Each kind of step is timed separately, after ``WARMUP_STEPS`` that are not timed: the first steps of the stage and,
+    after ``plan.head_epochs``, the first of the others. Checkpoint and live figures are timed once, and a second time
+    if the first was short, since imports may have taken most of it.
 
     Args:
-        plan: the training.
-        step: the training's step of this number on this batch.
-        batches: the batches of an epoch.
-        save: saves a checkpoint, where this process does that.
-        monitor: measures the live figures, where this process does that.
+        plan: the training stage.
+        step: takes the step of this number on this batch.
+        batches: returns the batches of an epoch.
+        save: saves a checkpoint, in the process that does so.
+        monitor: measures the live figures, in the process that does so.
         device: where the steps are computed.
     """
     source = _Source(batches, device)
     with closing(source.batches()) as taken:
 
         def seconds_of(start: int, count: int) -> float:
-            """Return the seconds of steps from number ``start`` on, without the openings of epochs."""
+            """Return the seconds of ``count`` steps beginning with number ``start``, without the openings of epochs."""
             began, opened = clock(device), source.opened
             for number, batch in enumerate(islice(taken, count)):
                 step(start + number % plan.per_epoch, batch)
@@ -194,15 +202,15 @@ def measure(
         head_step = _seconds_per_step(partial(seconds_of, 0), plan) if plan.head_epochs else 0.0
         full_step = _seconds_per_step(partial(seconds_of, plan.head_epochs * plan.per_epoch), plan)
     saved, monitored = (_seconds(part, plan, device) for part in (save, monitor))
-    own = Times(full_step, head_step, source.opened / source.epochs, saved, monitored)
-    return Times(*map(max, zip(*gather_objects(astuple(own)), strict=True)))
+    times = Times(full_step, head_step, source.opened / source.epochs, saved, monitored)
+    return Times(*map(max, zip(*gather_objects(astuple(times)), strict=True)))
 
 
 @contextmanager
 def put_back(module: nn.Module) -> Iterator[None]:
     """Restore the values of ``module``, and which of them require gradients, after the context, in place."""
     values = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
-    asked = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     try:
         yield
     finally:
@@ -210,7 +218,7 @@ def put_back(module: nn.Module) -> Iterator[None]:
             for name, tensor in _tensors(module).items():
                 tensor.copy_(values[name])
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(asked[name])
+            parameter.requires_grad_(trained[name])
         module.zero_grad(set_to_none=True)
 
 
@@ -219,7 +227,7 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class _Source:
-    """The batches of successive epochs. opened: seconds spent waiting for the first batches."""
+    """The batches of successive epochs, with ``opened``, the seconds spent waiting for the first batch of each."""
 
     def __init__(self, batches: Callable[[], Iterator[Batch]], device: str) -> None:
         self._batches, self._device = batches, device
@@ -237,7 +245,7 @@ class _Source:
 
 
 def _seconds_per_step(seconds_of: Callable[[int], float], plan: Plan) -> float:
-    """Return the seconds of a step after the warm-up, or of its last step where not even one epoch would fit."""
+    """Return the seconds of a step after the warm-up, or of its last step if not even one epoch would fit."""
     seconds_of(WARMUP_STEPS - 1)
     rough = max(1e-9, slowest(seconds_of(1)))  # every process must take the same number of steps
     if rough * plan.per_epoch > 60 * plan.minutes:
@@ -247,7 +255,7 @@ def _seconds_per_step(seconds_of: Callable[[int], float], plan: Plan) -> float:
 
 
 def _seconds(part: Callable[[], object], plan: Plan, device: str) -> float:
-    """Return the seconds of ``part``; a short one is timed a second time."""
+    """Return the seconds of ``part``. A short one is timed a second time."""
     for _ in range(2):
         began = clock(device)
         part()

@@ -1,4 +1,4 @@
-"""Atomic checkpoints of a training stage, with a checksum; the previous one is retained."""
+"""Atomic checkpoints of a training stage, with a checksum. The previous one is retained."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ import torch
 from rush.errors import CheckpointError, WriteError
 from rush.runtime.files import write_atomically
 
-LONG_SAVING = 0.2  # seconds; what is written sooner is written at the end of every epoch
+LONG_SAVING = 0.2  # seconds; a checkpoint that takes less is written at the end of every epoch
 SAVING_SHARE = 0.05  # of the time, at most, for checkpoints at the ends of epochs that take longer to write
 _OPENING = b"rush checkpoint 2\n"
 _DIGEST_CHARACTERS = 64
@@ -20,8 +20,8 @@ _DIGEST_CHARACTERS = 64
 class TrainingCheckpoint:
     """The resumable state of a training stage in ``path``: an identifying line, a SHA-256, and tensors.
 
-    Random streams are named by epoch and step and need no saving. The state is read with ``weights_only=True``: nothing
-    in it runs. ``previous`` is the checkpoint before the newest, kept in case the disk loses the newest.
+    Random streams are named by epoch and step and need no saving. The state is read with ``weights_only=True``, so that
+    nothing in it runs. ``previous`` is the checkpoint before the newest, retained in case the disk loses the newest.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -33,9 +33,10 @@ class TrainingCheckpoint:
         return self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the newest checkpoint by ``state``; it becomes ``previous``.
+        """Write ``state`` as the newest checkpoint. The one before it becomes ``previous``.
 
-        Raises: CheckpointError when the file cannot be written; the newest one is then as it was.
+        Raises:
+            CheckpointError: the file cannot be written. The newest one is then as it was.
         """
         buffer = io.BytesIO()
         torch.save({"fingerprint": self.fingerprint, **state}, buffer)
@@ -60,16 +61,18 @@ class TrainingCheckpoint:
     def rehearse(self, state: dict[str, Any]) -> None:
         """Write ``state`` to a separate file and delete it, to measure the cost of ``save``.
 
-        Raises: CheckpointError when the file cannot be written.
+        Raises:
+            CheckpointError: the file cannot be written.
         """
         rehearsal = TrainingCheckpoint(self.path.with_name(f"{self.path.stem}.rehearsal.pt"), self.fingerprint)
         rehearsal.save(state)
         rehearsal.path.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """Return the saved state, on the CPU; None when nothing was saved yet.
+        """Return the saved state, on the CPU, or None when nothing was saved yet.
 
-        Raises: CheckpointError when the file is damaged or belongs to another recipe.
+        Raises:
+            CheckpointError: the file is damaged or belongs to another recipe.
         """
         if not self.path.exists():
             return None
@@ -86,15 +89,15 @@ class TrainingCheckpoint:
 
     def unreadable(self, error: Exception) -> CheckpointError:
         """Return the error for content that does not fit."""
-        # torch's own text is left out: it advises to switch off weights_only, which would run what is in the file.
-        earlier = f" or move {self.previous.name} to its place to go on from there" if self.previous.exists() else ""
+        # torch's own text is omitted: it advises to switch off weights_only, which would run code from the file.
+        earlier = f" or move {self.previous.name} to its place to resume from it" if self.previous.exists() else ""
         return CheckpointError(
             f"checkpoint {self.path} cannot be read ({type(error).__name__}); "
             f"delete it to start this stage again{earlier}"
         )
 
     def _keep_newest(self) -> None:
-        """Link the newest file as ``previous``; ``path`` never disappears."""
+        """Link the newest file as ``previous``. ``path`` never disappears."""
         if not self.path.exists():
             return
         self.previous.unlink(missing_ok=True)
@@ -105,7 +108,11 @@ class TrainingCheckpoint:
 
 
 def _checked(content: bytes) -> bytes:
-    """Return the content after the opening of a checkpoint; raise ValueError unless its checksum is right."""
+    """Return the content after the opening of a checkpoint.
+
+    Raises:
+        ValueError: its checksum is wrong.
+    """
     start = len(_OPENING) + _DIGEST_CHARACTERS + 1
     digest = content[len(_OPENING) : start - 1]
     if not content.startswith(_OPENING) or hashlib.sha256(content[start:]).hexdigest().encode() != digest:

@@ -9,14 +9,21 @@ from rush.runtime.distributed import gather, rank
 
 
 def nt_xent(view_a: Tensor, view_b: Tensor, temperature: float) -> Tensor:
-    """Normalized temperature-scaled cross-entropy over the global batch (Chen et al. 2020, equation 1 and algorithm 1).
+    """Return the normalized temperature-scaled cross-entropy over the global batch.
 
-    For every view i with partner j: -log(exp(s_ij / t) / sum over k != i of exp(s_ik / t)), s the cosine similarity;
-    the mean over the 2 B local views, each against all 2 B x world views of all processes.
+    For every view i with partner j this is -log(exp(s_ij / t) / sum over k != i of exp(s_ik / t)), with s the cosine
+    similarity (Chen et al. 2020, equation 1 and algorithm 1). The result is the mean over the 2 B local views, each
+    compared with all 2 B x world views of all processes.
 
-    view_a, view_b: projections (B, D) of two views of the same B images, row by row; float. temperature: > 0.
-    Returns: scalar. Gradients flow through both views, across processes too (see ``gather``).
-    Raises: InputError when the shapes differ or the temperature is not positive.
+    Args:
+        view_a, view_b: float projections (B, D) of two views of the same B images, row by row.
+        temperature: t > 0.
+
+    Returns:
+        A scalar. Gradients flow through both views, across processes too (see ``gather``).
+
+    Raises:
+        InputError: the shapes differ or the temperature is not positive.
     """
     if view_a.shape != view_b.shape or view_a.ndim != 2:
         raise InputError(f"need two (B, D) tensors of one shape, got {tuple(view_a.shape)} and {tuple(view_b.shape)}")
@@ -24,24 +31,30 @@ def nt_xent(view_a: Tensor, view_b: Tensor, temperature: float) -> Tensor:
     z = F.normalize(torch.cat([view_a, view_b]), dim=1)
     rows, pairs = len(z), len(view_a)
     similarity = z @ gather(z).T / temperature
-    own = torch.arange(rows, device=z.device)
-    itself, partner = own + rank() * rows, (own + pairs) % rows + rank() * rows
+    local = torch.arange(rows, device=z.device)  # view i of this process is column i + rank * rows of all
+    itself, partner = local + rank() * rows, (local + pairs) % rows + rank() * rows
     similarity = similarity.scatter(1, itself[:, None], -torch.inf)
     return F.cross_entropy(similarity, partner)
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each query's own key among the queue (MoCo: He et al. 2020, equation 1 and algorithm 1).
+    """Return the cross-entropy of each query's key among the queue (MoCo: He et al. 2020, equation 1 and algorithm 1).
 
-    For every query q with key k: -log(exp(s(q, k) / t) / (exp(s(q, k) / t) + sum over n of exp(s(q, n) / t))), n the
-    rows of the queue and s the cosine similarity; the mean over this process's B queries. The other keys of the batch
-    are no negatives. Temperature 0.07 in He et al. 2020, 0.2 in version 2 (Chen et al. 2020, "Improved Baselines with
-    Momentum Contrastive Learning").
+    For every query q with key k this is -log(exp(s(q, k) / t) / (exp(s(q, k) / t) + sum over n of exp(s(q, n) / t))),
+    with n the rows of the queue and s the cosine similarity. The result is the mean over the B queries of this process.
+    The other keys of the batch do not count as negatives.
 
-    queries, keys: projections (B, D) of two views of the same B images, row by row. queue: (Q, D), Q >= 1. All of one
-    floating type, scaled to unit norm here. temperature: > 0.
-    Returns: scalar. Gradients flow into the queries alone; the queue may be overwritten before the backward pass.
-    Raises: InputError when the shapes do not fit or the temperature is not positive.
+    Args:
+        queries, keys: projections (B, D) of two views of the same B images, row by row, of any norm.
+        queue: (Q, D), Q >= 1, of the same floating type.
+        temperature: t > 0. It is 0.07 in He et al. 2020 and 0.2 in version 2 (Chen et al. 2020, "Improved Baselines
+            with Momentum Contrastive Learning").
+
+    Returns:
+        A scalar. Gradients flow into the queries alone. The queue may be overwritten before the backward pass.
+
+    Raises:
+        InputError: the shapes do not fit or the temperature is not positive.
     """
     if queries.ndim != 2 or queries.shape != keys.shape:
         raise InputError(
@@ -51,8 +64,8 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
         raise InputError(f"need a queue (Q, {queries.shape[1]}) with Q >= 1, got {tuple(queue.shape)}")
     _check_temperature(temperature)
     q = F.normalize(queries, dim=1)
-    own = (q * F.normalize(keys.detach(), dim=1)).sum(1, keepdim=True)
-    similarity = torch.cat([own, q @ F.normalize(queue.detach(), dim=1).T], dim=1) / temperature
+    positive = (q * F.normalize(keys.detach(), dim=1)).sum(1, keepdim=True)
+    similarity = torch.cat([positive, q @ F.normalize(queue.detach(), dim=1).T], dim=1) / temperature
     return F.cross_entropy(similarity, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 

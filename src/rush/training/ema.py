@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights: the average is evaluated, the network itself is trained."""
+"""Exponential moving average of a network's weights, which is evaluated while the network itself is trained."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,18 @@ from rush.errors import CheckpointError, ConfigError, ModelError
 class WeightAverage:
     """Average of the parameters and floating-point buffers of a module over its training.
 
-    After each step average <- d average + (1 - d) now with d = min(decay, (1 + n) / (10 + n)), where n counts the
-    updates made before: the average forgets the initial weights at once and lengthens with the training (the
-    ``num_updates`` rule of TensorFlow's ``ExponentialMovingAverage``, Abadi et al. 2016). Running statistics of
-    BatchNorm are averaged like weights; integer buffers are copied. Only what ``module.state_dict()`` holds counts.
+    After each step average <- d average + (1 - d) current with d = min(decay, (1 + n) / (10 + n)), where n is the
+    number of updates made before. The average thus forgets the initial weights quickly and lengthens during training
+    (the ``num_updates`` rule of TensorFlow's ``ExponentialMovingAverage``, Abadi et al. 2016). Running statistics of
+    BatchNorm are averaged like weights. Integer buffers are copied. Tensors outside ``module.state_dict()`` are
+    ignored. Nothing is drawn and nothing waits for the device.
 
-    decay: in [0, 1); 0 keeps the newest weights. The average starts as a copy of ``module``, on its device and in its
-    types, without gradients. Nothing is drawn and nothing waits for the device.
-    Raises: ConfigError when ``decay`` is outside its range.
+    Args:
+        module: the average starts as a copy of it, on its device and in its types, without gradients.
+        decay: in [0, 1). 0 keeps the newest weights.
+
+    Raises:
+        ConfigError: ``decay`` is outside its range.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -31,7 +35,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Add the current weights of ``module`` to the average; raise ModelError when they are another network's."""
+        """Add the current weights of ``module`` to the average.
+
+        Raises:
+            ModelError: they are those of another network.
+        """
         now = module.state_dict()
         if now.keys() != self._average.keys():
             raise ModelError(f"the weight average is of another network: {_difference(self._average, now)}")
@@ -45,7 +53,11 @@ class WeightAverage:
         self.updates += 1
 
     def copy_into(self, module: nn.Module) -> None:
-        """Copy the averaged weights into ``module``; raise ModelError when it is another network."""
+        """Copy the averaged weights into ``module``.
+
+        Raises:
+            ModelError: it is another network.
+        """
         try:
             module.load_state_dict(self._average)
         except RuntimeError as error:
@@ -59,7 +71,8 @@ class WeightAverage:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load ``state`` in place, on the device of the average.
 
-        Raises: CheckpointError, with the average as it was, when ``state`` is another network's or none at all.
+        Raises:
+            CheckpointError: ``state`` is that of another network, or damaged. The average is then as it was.
         """
         try:
             updates, average = int(state["updates"]), dict(state["average"])
@@ -76,10 +89,10 @@ class WeightAverage:
         self.updates = updates
 
 
-def _difference(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+def _difference(average: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     """Return the first names that only one of the two has, or the first tensor of a different shape."""
-    missing, extra = sorted(own.keys() - other.keys()), sorted(other.keys() - own.keys())
+    missing, extra = sorted(average.keys() - other.keys()), sorted(other.keys() - average.keys())
     if missing or extra:
         return f"missing {missing[:3]}, not expected {extra[:3]}"
-    name = next((name for name in own if own[name].shape != other[name].shape), "")
-    return f"{name} has shape {tuple(other[name].shape)}, expected {tuple(own[name].shape)}" if name else "none"
+    name = next((name for name in average if average[name].shape != other[name].shape), "")
+    return f"{name} has shape {tuple(other[name].shape)}, expected {tuple(average[name].shape)}" if name else "none"

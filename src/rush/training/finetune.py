@@ -61,22 +61,23 @@ def finetune(
     monitor: Callable[[int], dict[str, Any]] | None = None,
     log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
-    """Train ``classifier`` in place by the objective of ``config``; it is returned in evaluation mode.
+    """Train ``classifier`` in place by the objective of ``config``, and leave it in evaluation mode.
 
     Every mode follows one learning-rate schedule. A head trained alone sees the encoder in evaluation mode.
 
     Args:
         noise: None for a classifier that will not be smoothed.
-        compile_mode: as in ``pretrain``; "graph" excludes the mode ``linear-then-full``, whose step changes in between.
+        compile_mode: as in ``pretrain``. "graph" excludes the mode ``linear-then-full``, whose step changes in between.
         checkpoints, monitor, log: as in ``TrainingRun``.
 
     Raises:
         DataError: the images have no labels.
-        InputError: the objective needs noise and there is none.
+        InputError: the objective needs noise and ``noise`` is None.
         ConfigError: the step cannot be captured.
         RushError: as ``TrainingRun.run``.
 
-    Cost: see the objectives. With the mode ``linear`` all passes of the encoder are forward ones.
+    Cost:
+        That of the objective. With the mode ``linear`` all passes of the encoder are forward passes.
     """
     mode, views, objective = config.mode, config.views, objective_of(config)
     head_epochs = config.head_epochs if mode == "linear-then-full" else 0

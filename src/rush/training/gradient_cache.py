@@ -16,25 +16,33 @@ def cached_backward(
     loss: Callable[..., Tensor],
     module: nn.Module,
 ) -> Tensor:
-    """Return the detached ``loss(z_1, z_2, ...)`` of the whole batch; add its gradients to the parameters' ``.grad``.
+    """Return the detached ``loss(z_1, z_2, ...)`` of the whole batch, and add its gradients to ``.grad``.
 
-    Gradient cache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"):
-    the projections z without graph, micro-batch by micro-batch; the loss on all of them and its gradient dz; then
-    every micro-batch once more with graph, and dz sent back through it. Memory is that of one micro-batch and of the
-    loss; cost is one forward pass more than the plain step.
+    This is the gradient cache of Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+    Setup". First the projections z are computed without graph, micro-batch by micro-batch. Then come the loss on all of
+    them and its gradient dz. Finally every micro-batch is computed once more with graph, and dz is sent back through
+    it.
 
     Without BatchNorm this equals the plain batch. With it, it equals one graph in which every micro-batch is normalized
-    by its own batch statistics; running statistics move once a micro-batch, in the second pass: the first leaves every
-    buffer of ``module`` as it was. With several processes a loss that gathers (``nt_xent``) sees all of them, provided
-    that each holds equally many rows.
+    by its own batch statistics. Running statistics change once per micro-batch, in the second pass. The first pass
+    restores every buffer of ``module``. With several processes a loss that gathers (``nt_xent``) sees all of them,
+    provided that each holds the same number of rows.
 
-    encode: rows (R, ...) -> z (R, D), the same for both passes: it draws nothing at random (noise and augmentation
-    belong to the inputs) and opens autocast itself. inputs: tensors of equally many rows B, e.g. two views; the rows of
-    all of them with the same numbers go through ``encode`` together, one input after the other, as in the plain step.
-    micro_batch: most rows of each input at a time; B that does not divide is cut into pieces whose sizes differ by one
-    at most, so that no BatchNorm sees a small rest. loss: one z (B, D) per input -> scalar; parameters of its own get
-    their gradients too. module: holds every buffer that ``encode`` writes.
-    Raises: InputError when there are no inputs, their rows differ in number or micro_batch < 1.
+    Args:
+        encode: rows (R, ...) -> z (R, D), the same for both passes. It draws nothing at random (noise and augmentation
+            belong to the inputs) and opens autocast itself.
+        inputs: tensors of the same number of rows B, e.g. two views. Rows of the same numbers go through ``encode``
+            together, one input after the other, as in the plain step.
+        micro_batch: most rows of each input at a time. If it does not divide B, the sizes of the pieces differ by at
+            most one, so that no BatchNorm sees a small rest.
+        loss: one z (B, D) per input -> scalar. Its own parameters get gradients too.
+        module: holds every buffer that ``encode`` writes.
+
+    Raises:
+        InputError: there are no inputs, their rows differ in number, or micro_batch < 1.
+
+    Cost:
+        One forward pass more than the plain step. Memory is that of one micro-batch and of the loss.
     """
     pieces = _micro_batches(inputs, micro_batch)
     with torch.no_grad(), _kept_buffers(module):
@@ -54,7 +62,7 @@ def cached_backward(
 
 
 def _micro_batches(tensors: Sequence[Tensor], micro_batch: int) -> list[tuple[Tensor, ...]]:
-    """Yield the rows of all tensors in pieces of at most ``micro_batch``: for every piece one part of each tensor."""
+    """Return pieces of at most ``micro_batch`` rows, each as one part per tensor."""
     rows = {len(tensor) for tensor in tensors}
     if len(rows) != 1 or rows == {0}:
         raise InputError(f"need inputs of equally many rows (at least one), got {[len(tensor) for tensor in tensors]}")

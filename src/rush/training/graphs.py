@@ -1,4 +1,4 @@
-"""A training step captured once as a CUDA graph and replayed: thousands of kernels are queued by one call.
+"""A training step captured once as a CUDA graph and replayed, which queues thousands of kernels by one call.
 
 A replay repeats the kernels of the capture on the same memory, and no Python of the step runs. What changes from step
 to step is therefore written into static memory before: the batch, the seed of the generator, the learning rate, and
@@ -28,7 +28,7 @@ class CapturedStep:
     Args:
         step: the whole step, from a batch, the epochs done so far and the generator to its loss.
         device: where it runs.
-        prepare: called around the capture with True and False, to make what ``step`` uses fit for a capture.
+        prepare: called with True before the capture and with False after it, to make what ``step`` uses fit for it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CapturedStep:
             reseed: sets the generator that it is given to the stream of this step.
 
         Raises:
-            ConfigError: if the step cannot be captured.
+            ConfigError: the step cannot be captured.
         """
         self._fill(batch)
         self._epoch.fill(epoch)
@@ -84,8 +84,8 @@ class CapturedStep:
             labels = None if batch.labels is None else torch.empty_like(batch.labels)
             self._batch = Batch(torch.empty_like(batch.images), labels)
         if batch.images.shape != self._batch.images.shape:
-            given, expected = tuple(batch.images.shape), tuple(self._batch.images.shape)
-            raise ConfigError(f"a captured step takes batches of shape {expected}, got {given}; {_TURN_OFF}")
+            shape, expected = tuple(batch.images.shape), tuple(self._batch.images.shape)
+            raise ConfigError(f"a captured step takes batches of shape {expected}, got {shape}; {_TURN_OFF}")
         self._batch.images.copy_(batch.images)
         if batch.labels is not None and self._batch.labels is not None:
             self._batch.labels.copy_(batch.labels)

@@ -13,18 +13,24 @@ from rush.errors import ConfigError
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, algorithm 1), in the form of SimCLR (Chen et al. 2020).
 
-    For every tensor w with gradient g:
-    u = g + weight_decay w;  r = trust_coefficient |w| / |u|, or 1 where |w| or |u| is 0;
-    v <- momentum v + lr r u;  w <- w - v.
-    The norm of the sum u stands where the paper writes the sum of the norms of its two parts, as in all code of
-    self-supervised learning. The learning rate is inside the velocity v, as in both sources: a schedule acts on new
-    gradients only.
+    For every tensor w with gradient g::
 
-    A parameter group with ``adapt=False`` takes r = 1 and u = g: plain momentum without decay, for biases and
-    normalization layers. Parameters without a gradient are left as they are. The state holds one velocity per
-    parameter. A step waits for no device: norms stay tensors.
-    Raises: ConfigError when a number is outside its range, also one of a single group, or when a group has a weight
-    decay together with ``adapt=False``.
+        u = g + weight_decay w
+        r = trust_coefficient |w| / |u|, or 1 where |w| or |u| is 0
+        v <- momentum v + lr r u
+        w <- w - v
+
+    The norm is that of the sum u, as in all code of self-supervised learning, where the paper writes the sum of the
+    norms of its two parts. The learning rate is inside the velocity v, as in both sources, so that a schedule acts on
+    new gradients only.
+
+    A parameter group with ``adapt=False`` takes r = 1 and u = g, which is plain momentum without decay, for biases and
+    normalization layers. Parameters without a gradient are not changed. The state holds one velocity per parameter.
+    Norms stay tensors, so that a step does not wait for the device.
+
+    Raises:
+        ConfigError: a number, of the optimizer or of a single group, is outside its range, or a group with
+            ``adapt=False`` has a weight decay.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; options that it does not name are those of the optimizer."""
+        """Add a group of parameters. Options that it does not name are those of the optimizer."""
         if not param_group.get("adapt", True):
             param_group.setdefault("weight_decay", 0.0)
         _check({**self.defaults, **param_group})
@@ -60,7 +66,7 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step along the current gradients; return the result of ``closure``, which is called first."""
+        """Call ``closure``, if any, take one step along the current gradients, and return the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -71,23 +77,23 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any]) -> None:
-        parameters = [own for own in group["params"] if own.grad is not None]
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not parameters:
             return
-        updates: list[Tensor] = [own.grad for own in parameters]
+        updates: list[Tensor] = [parameter.grad for parameter in parameters]
         if group["adapt"]:
             if group["weight_decay"]:
                 updates = list(torch._foreach_add(updates, parameters, alpha=group["weight_decay"]))
             updates = list(torch._foreach_mul(updates, _ratios(parameters, updates, group["trust_coefficient"])))
-        velocities = [self._velocity(own) for own in parameters]
+        velocities = [self._velocity(parameter) for parameter in parameters]
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, updates, alpha=group["lr"])
         torch._foreach_sub_(parameters, velocities)
 
-    def _velocity(self, own: Tensor) -> Tensor:
-        state = self.state[own]
+    def _velocity(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
         if not state:
-            state["velocity"] = torch.zeros_like(own, memory_format=torch.preserve_format)
+            state["velocity"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         velocity: Tensor = state["velocity"]
         return velocity
 

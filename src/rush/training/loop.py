@@ -28,12 +28,12 @@ from rush.training.meter import Cost, Meter, peak_memory
 from rush.training.modes import evaluation_mode
 from rush.training.optim import build_optimizer, cosine_factor, rate_tensor, representable, set_capturable
 
-_INSPECTED_STEPS = 32  # losses are inspected at this interval, and as many steps late: nothing waits for them
-_MOST_SKIPPED = 10
+_INSPECTED_STEPS = 32  # losses are inspected at this interval, and as many steps late, so that nothing waits for them
+_MOST_SKIPPED = 10  # batches of a run; more of them mean that the training itself diverges
 
 
 class Step(Protocol):
-    """One training step on the rows of this process; all randomness comes from ``generator``."""
+    """One training step on the rows of this process. All randomness comes from ``generator``."""
 
     def __call__(self, batch: Batch, epoch: float, generator: torch.Generator, /) -> Tensor:
         """Add the gradients of the mean loss of these rows to the parameters' ``grad``.
@@ -49,13 +49,13 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """Where and when a training stage is saved, and what a non-finite loss does.
+    """The place and interval of a training stage's checkpoints, and the reaction to a non-finite loss.
 
     Attributes:
-        checkpoint: the file; None saves nothing.
-        minutes: interval between checkpoints within an epoch; one is also written at the end of an epoch.
-        on_nonfinite: "stop" raises an error; "skip" returns to the last checkpoint and omits the batch.
-        settled: called with the budget of a run by minutes before its first step; what it raises ends the run.
+        checkpoint: the file. None saves nothing.
+        minutes: interval between checkpoints within an epoch. One is also written at the end of an epoch.
+        on_nonfinite: "stop" raises an error. "skip" returns to the last checkpoint and omits the batch.
+        settled: called with the budget of a run by minutes before its first step. What it raises ends the run.
 
     Raises:
         ConfigError: on_nonfinite = "skip" without a checkpoint.
@@ -72,7 +72,7 @@ class CheckpointPolicy:
 
 
 class _NotFiniteError(Exception):
-    """Loss or gradients of step ``number`` are not finite."""
+    """A loss or gradient of step ``number`` that is not finite."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -80,7 +80,7 @@ class _NotFiniteError(Exception):
 
 @dataclass
 class TrainingRun:
-    """One run of a training stage: ``run`` trains ``module`` in place along ``schedule``.
+    """One run of a training stage. ``run`` trains ``module`` in place along ``schedule``.
 
     The order of an epoch comes from ``stream(seed, name, "order", epoch)``. The randomness of a step comes from
     ``stream(seed, name, "step", number)``, with the number of the process appended where there are several. A resumed
@@ -92,9 +92,9 @@ class TrainingRun:
         schedule: a run by minutes begins with a trial, which also calls ``monitor(0)``. The number of epochs that fit
             is passed to ``log("budget", ...)`` and stored in the checkpoint, so that a resumed run has the same. The
             trial leaves no trace: the result has the bits of a run for that number of epochs.
-        meter: counts the passes of the run, and names its device.
+        meter: counts the passes of the run and names its device.
         monitor: maps an epoch to live figures, computed with averaged weights where the schedule asks for them.
-        head_epochs: number of first epochs whose steps do different work from the later ones; a trial measures both.
+        head_epochs: number of first epochs whose steps do different work from the later ones. A trial measures both.
         log: called with ``("epoch", ...)`` after every epoch: mean loss, cost and images per second. Called with
             ``("monitor", ...)`` and the figures of ``monitor``, unless empty, after every ``schedule.monitor_epochs``
             epochs and after the last.
@@ -102,7 +102,7 @@ class TrainingRun:
             needs one process and the optimizer sgd or adamw.
     """
 
-    # What an interruption must not lose is in ``_state``: weights, optimizer, average, position, cost.
+    # ``_state`` holds everything that an interruption must not lose: weights, optimizer, average, position, cost.
     module: nn.Module
     step: Step
     name: str
@@ -120,7 +120,7 @@ class TrainingRun:
         self.began = budget.clock(self.device)
         broadcast_module(self.module)  # processes whose weights differ in a bit would drift apart unseen
         self.per_epoch = batches_per_epoch(len(self.images), self.schedule.batch_size)
-        self.epochs = self.schedule.epochs  # None until those of a training by minutes are settled
+        self.epochs = self.schedule.epochs  # None until a trial has settled those of a run by minutes
         self._prepare()
 
     def _prepare(self) -> None:
@@ -132,22 +132,23 @@ class TrainingRun:
         self.average = WeightAverage(self.module, schedule.ema_decay) if schedule.ema_decay > 0 else None
         self.rate = schedule.learning_rate
         self.graph = self._capturing() if self.captured else None
-        self.number = 0  # steps done
-        self.losses = Losses(self.per_epoch)  # of the epoch under way
+        self.number = 0  # steps done, those that were skipped included
+        self.stopping: Tensor | None = None  # (), share of the processes asked to stop, as of the last step
+        self.losses = Losses(self.per_epoch)  # of the current epoch, on the device
         self.epoch_began = Cost(**self.meter.cost.as_dict())
-        self.skipped: set[int] = set()
+        self.skipped: set[int] = set()  # numbers of the steps whose batches are omitted
         self.saved_at = time.monotonic()
         self.kept_at = self.saving_seconds = 0.0  # by the clock that waits for the device
-        self.made = (0, 0)  # passes of a step
+        self.step_passes = (0, 0)  # passes and forward passes of the previous step
 
     def run(self) -> None:
-        """Train, from the checkpoint on where there is one, in the middle of an epoch if need be.
+        """Train from the last checkpoint, if any, which may lie in the middle of an epoch.
 
         Raises:
             ConfigError: the minutes do not suffice for one epoch, the ``head_epochs`` and one more, or the warm-up; or
                 the step cannot be captured.
-            RushError: a loss or gradient is not finite; the text names epoch and batch.
-            Interrupted: the process was asked to stop; a checkpoint was written before.
+            RushError: a loss or gradient is not finite. The text names epoch and batch.
+            Interrupted: the process was asked to stop. A checkpoint was written before.
             DeviceMemoryError: memory is short.
         """
         with stop_requests() as stop, self.meter.running():
@@ -156,7 +157,8 @@ class TrainingRun:
             with self._shown() as advance:
                 while self.number < self.total:
                     try:
-                        self._rest_of_epoch(stop, advance)
+                        for batch in self._rest_of_epoch(stop, advance):
+                            self._one_step(batch, stop)
                     except _NotFiniteError as error:
                         self._recover(error.number)
         if self.average is not None:
@@ -179,29 +181,34 @@ class TrainingRun:
             return nullcontext(lambda _: None)
         return progress(self.name, self.total * size, start=self.number * size)
 
-    def _rest_of_epoch(self, stop: StopRequest, advance: Callable[[int], None]) -> None:
-        """Take the remaining steps of the epoch, then write its log and its checkpoint."""
+    def _rest_of_epoch(self, stop: StopRequest, advance: Callable[[int], None]) -> Iterator[Batch]:
+        """Yield the remaining batches of the epoch, and do after each step, and at the end, what is due."""
         epoch, first = divmod(self.number, self.per_epoch)
         order = stream(self.seed, self.name, "order", epoch)
-        stopping = None
+        self.stopping = None
         for batch in self.images.batches(order, self.schedule.batch_size, first):
-            with memory_for(f"{self.name}, step {self.number + 1:,}", _memory_fields(self.name)):
-                stopping = None if self.number in self.skipped else self._one_step(batch, stop)
+            if self.number in self.skipped:
+                self.stopping = None
+            else:
+                yield batch
             self.number += 1
             advance(self.schedule.batch_size)
             if self.number % self.per_epoch == 0:
                 break  # the checkpoint at the end of an epoch comes after its log
             if world_size() == 1 and stop:
-                self._answer(stop, stopping)
+                self._answer(stop, None)
             elif self.number % _INSPECTED_STEPS == 0:
-                self._look_back(stop, stopping)
+                self._look_back(stop)
             if self._save_is_due():
                 self._save()
         self._finish_epoch(epoch + 1)
-        self._answer(stop, stopping)
+        self._answer(stop, self.stopping)
 
     def _restore(self) -> None:
-        """Load the last checkpoint, if any; with "skip" there is one from now on."""
+        """Load the last checkpoint, if any.
+
+        With on_nonfinite = "skip" and no checkpoint yet, write one, so that there is always a state to return to.
+        """
         checkpoint = self.checkpoints.checkpoint
         if checkpoint is None:
             return
@@ -211,12 +218,12 @@ class TrainingRun:
                 self._load(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise checkpoint.unreadable(error) from error
-        barrier()  # nobody writes before everybody has read
+        barrier()  # no process writes before all have read
         if state is None and self.epochs is not None and self.checkpoints.on_nonfinite == "skip":
             self._save()
 
     def _settle(self) -> None:
-        """Fix the number of epochs of a run by minutes, unless it came from a checkpoint."""
+        """Fix the number of epochs of a run by minutes, unless a checkpoint has set it."""
         minutes = self.schedule.minutes
         if minutes is None or self.epochs is not None:
             return
@@ -224,7 +231,7 @@ class TrainingRun:
         plan = budget.Plan(
             self.name, minutes, self.per_epoch, self.head_epochs, schedule.warmup_epochs, schedule.monitor_epochs
         )
-        cost = self.meter.read()
+        cost = self.meter.read()  # of everything before the trial, whose own cost is discarded
         with budget.put_back(self.module):
             times = budget.measure(
                 plan,
@@ -235,7 +242,7 @@ class TrainingRun:
                 device=self.device,
             )
         self.meter.restart(cost)
-        self._prepare()
+        self._prepare()  # the optimizer, the average and the captured graph of the trial are discarded
         spent = budget.slowest(budget.clock(self.device) - self.began)
         settled = plan.fit(times, spent + times.saving)
         if self.checkpoints.settled is not None:
@@ -258,28 +265,28 @@ class TrainingRun:
         if len(self.skipped) >= _MOST_SKIPPED:
             raise RushError(f"{message}, after {_MOST_SKIPPED} batches that were skipped for it. {remedy}")
         self._restore()
-        self.skipped.add(number)
+        self.skipped.add(number)  # after the restored state, which does not hold it
         self.log("skipped", stage=self.name, epoch=epoch + 1, batch=batch)
         self._save()
 
-    def _one_step(self, batch: Batch, stop: StopRequest) -> Tensor | None:
-        """Train on one batch and return the share of the processes that were asked to stop."""
+    def _one_step(self, batch: Batch, stop: StopRequest) -> None:
+        """Train on one batch, and share with the other processes whether this one was asked to stop."""
         epoch = self.number / self.per_epoch
         names: tuple[str | int, ...] = ("step", self.number, *_process_name())
-        stopping = None
+        self.stopping = None
         self._set_learning_rate()
-        if self.graph is not None:
-            counted = self.meter.cost.passes, self.meter.cost.forward_passes
-            loss = self.graph(batch, epoch, lambda generator: restarted(generator, self.seed, self.name, *names))
-            self._count(*counted)
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = self.step(batch, epoch, stream(self.seed, self.name, *names, device=self.device))
-            loss, stopping = self._update(loss, bool(stop))
-        self.losses.add(loss)
-        if self.average is not None:
-            self.average.update(self.module)
-        return stopping
+        with memory_for(f"{self.name}, step {self.number + 1:,}", _memory_fields(self.name)):
+            if self.graph is not None:
+                before = self.meter.cost.passes, self.meter.cost.forward_passes
+                loss = self.graph(batch, epoch, lambda generator: restarted(generator, self.seed, self.name, *names))
+                self._count(*before)
+            else:
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = self.step(batch, epoch, stream(self.seed, self.name, *names, device=self.device))
+                loss, self.stopping = self._update(loss, bool(stop))
+            self.losses.add(loss)
+            if self.average is not None:
+                self.average.update(self.module)
 
     def _try_step(self, number: int, batch: Batch) -> None:
         self.number = number
@@ -297,10 +304,11 @@ class TrainingRun:
             The mean loss, NaN where a gradient is not finite, and the share of the processes that were asked to stop.
         """
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # One reduction carries the gradients, the loss and the stop requests of all processes.
         loss, stopping = average_gradients(trained, torch.stack([loss, torch.full_like(loss, stop)]))
         norm = nn.utils.get_total_norm([weight.grad for weight in trained if weight.grad is not None])
         self.optimizer.step()
-        return loss + 0 * norm.to(loss.dtype), stopping
+        return loss + 0 * norm.to(loss.dtype), stopping  # 0 * inf and 0 * NaN are NaN
 
     def _capturing(self) -> CapturedStep:
         """Return the step as a captured one, with the learning rate in a tensor."""
@@ -320,29 +328,29 @@ class TrainingRun:
     def _count(self, passes: int, forward_passes: int) -> None:
         """Count the passes of a replayed step, in which no network is called, as those of the previous step."""
         cost = self.meter.cost
-        made = cost.passes - passes, cost.forward_passes - forward_passes
-        if made == (0, 0):
-            cost.passes, cost.forward_passes = passes + self.made[0], forward_passes + self.made[1]
+        counted = cost.passes - passes, cost.forward_passes - forward_passes
+        if counted == (0, 0):
+            cost.passes, cost.forward_passes = passes + self.step_passes[0], forward_passes + self.step_passes[1]
         else:
-            self.made = made
+            self.step_passes = counted
 
     def _set_learning_rate(self) -> None:
         warmup = round(self.schedule.warmup_epochs * self.per_epoch)
         factor = cosine_factor(self.number, self.total, warmup)
         self.rate = representable(self.schedule.learning_rate * factor, self.device)
         if self.graph is not None:
-            self.rate_tensor.fill_(self.rate)
+            self.rate_tensor.fill_(self.rate)  # the captured kernels read it from this memory
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate
 
-    def _look_back(self, stop: StopRequest, stopping: Tensor | None) -> None:
+    def _look_back(self, stop: StopRequest) -> None:
         """Check the losses, and answer the stop requests, that were sent to the host by the previous call.
 
         Every process does so at the same steps with the same values, so that all decide alike. Nothing waits for the
         steps since then.
         """
-        previous = self.losses.seen(torch.zeros(()) if stopping is None else stopping)
+        previous = self.losses.exchange(torch.zeros(()) if self.stopping is None else self.stopping)
         if previous is not None:
             first, losses, requests = previous
             self._check(first, losses)
@@ -354,7 +362,8 @@ class TrainingRun:
         Raises:
             _NotFiniteError: a loss is not finite.
 
-        Cost: waits for the device.
+        Cost:
+            Waits for the device.
         """
         losses = self.losses.values().double()
         self._check(0, losses)
@@ -366,8 +375,9 @@ class TrainingRun:
         Args:
             first: position in the epoch of the first of ``losses``.
         """
-        wrong = (~losses.isfinite()).nonzero()
+        wrong = (~losses.isfinite()).nonzero()  # (number of them, 1)
         if len(wrong):
+            # A skipped step has no loss: the place of a loss among those of the epoch is not its step's.
             start = (self.number - 1) // self.per_epoch * self.per_epoch
             taken = [number for number in range(start, self.number) if number not in self.skipped]
             raise _NotFiniteError(taken[first + int(wrong[0])])
@@ -388,7 +398,7 @@ class TrainingRun:
         figures = self._monitored(epoch) if epoch % self.schedule.monitor_epochs == 0 or epoch == self.epochs else {}
         if figures:
             self.log("monitor", stage=self.name, epoch=epoch, **figures)
-        # After the logs: an interruption in between repeats the epoch and its events, and none is missing.
+        # The checkpoint comes after the logs: an interruption in between repeats the epoch's events and omits none.
         self.losses.replace(torch.empty(0))
         self.epoch_began = self.meter.read()
         if self._save_is_worth_it():
@@ -397,8 +407,8 @@ class TrainingRun:
     def _save_is_worth_it(self) -> bool:
         """Return whether to write a checkpoint at the end of this epoch.
 
-        A checkpoint that takes long to write is omitted where the last one is so recent that writing would take more
-        than ``SAVING_SHARE`` of the time.
+        A checkpoint that takes long to write is omitted if the last one is so recent that writing would take more than
+        ``SAVING_SHARE`` of the time.
         """
         recent = budget.clock(self.device) - self.kept_at < self.saving_seconds / SAVING_SHARE
         return self.number == self.total or self.saving_seconds <= LONG_SAVING or not recent
@@ -429,7 +439,7 @@ class TrainingRun:
         self.saving_seconds = self.kept_at - began
 
     def _answer(self, stop: StopRequest, stopping: Tensor | None) -> None:
-        """End the run if that was requested; of several processes all or none do, by what they exchanged."""
+        """End the run if that was requested. Several processes decide by the value they exchanged, and so alike."""
         requested = bool(stop) if world_size() == 1 else stopping is not None and bool(stopping > 0)
         if not requested:
             return

@@ -9,8 +9,8 @@ from rush.runtime.transfer import HostCopy
 class Losses:
     """The losses of the current epoch, in one tensor on the device.
 
-    ``seen`` reads what the call before it sent to the host: by then the device has long computed it, so that no step
-    waits for the device.
+    ``exchange`` reads what the call before it sent to the host. By then the device has long computed it, so that no
+    step waits for the device.
 
     Args:
         capacity: most losses of an epoch.
@@ -21,7 +21,7 @@ class Losses:
         self._losses = torch.empty(0)
         self._count = self._sent = 0
         self._coming: HostCopy | None = None
-        self._first = 0  # place in the epoch of the first loss that is coming
+        self._first = 0  # position in the epoch of the first loss that is on its way
 
     def __len__(self) -> int:
         return self._count
@@ -37,23 +37,23 @@ class Losses:
         """Return the losses so far, (len(self),), on their device."""
         return self._losses[: self._count]
 
-    def seen(self, flag: Tensor) -> tuple[int, Tensor, Tensor] | None:
-        """Send the losses since the last call to the host, with ``flag``, and return those that it had sent.
+    def exchange(self, flag: Tensor) -> tuple[int, Tensor, Tensor] | None:
+        """Send the losses since the last call to the host, with ``flag``, and return those that the last call sent.
 
         Returns:
-            The place in the epoch of the first of these losses, the losses (n,) and the flag, both on the host; None at
-            the first call.
+            The position in the epoch of the first of these losses, the losses (n,) and the flag, both on the host. None
+            at the first call.
         """
         before, first = self._coming, self._first
         self._first, self._coming = self._sent, HostCopy(self._losses[self._sent : self._count], flag)
         self._sent = self._count
         if before is None:
             return None
-        losses, told = before.read()
-        return first, losses, told
+        losses, sent_flag = before.read()
+        return first, losses, sent_flag
 
     def replace(self, values: Tensor) -> None:
-        """Begin again with ``values`` (n,), those of a checkpoint in the middle of an epoch, or none of a new epoch."""
+        """Begin again with ``values`` (n,), the losses of a checkpoint within an epoch, or none for a new epoch."""
         self._count, self._sent, self._first, self._coming = len(values), 0, 0, None
         if len(values):
             self._losses = values.new_empty(self._capacity)

@@ -25,7 +25,7 @@ class Cost:
         passes: images forward and backward, in all processes.
         forward_passes: images forward alone.
         seconds: wall clock.
-        joules: of this process's processor or accelerator; None where the device has no counter.
+        joules: of this process's processor or accelerator. None where the device has no counter.
     """
 
     passes: int = 0
@@ -37,7 +37,7 @@ class Cost:
         return asdict(self)
 
     def minus(self, earlier: "Cost") -> "Cost":
-        """Return the cost since ``earlier``; joules are None unless both have them."""
+        """Return the cost since ``earlier``. Joules are None unless both have them."""
         joules = None if self.joules is None or earlier.joules is None else self.joules - earlier.joules
         return Cost(
             self.passes - earlier.passes,
@@ -51,8 +51,8 @@ class Meter:
     """Counter of the rows that go forward through ``networks`` within ``running``, by whether they can go backward.
 
     A row counts as forward and backward when gradients are on and either the input or a weight requires one. A backward
-    pass to the input alone costs less than one to the weights too and counts the same. The equally many rows of each
-    other process are included. Nothing waits for the device. ``cost`` may be set to the count of an earlier attempt.
+    pass to the input alone costs less than one to the weights too and counts the same. The rows of the other processes,
+    which have as many, are included. Nothing waits for the device. ``cost`` may be set to that of an earlier attempt.
     """
 
     def __init__(self, *networks: nn.Module, device: str = "cpu") -> None:
@@ -72,7 +72,7 @@ class Meter:
                 handle.remove()
 
     def restart(self, cost: Cost) -> None:
-        """Continue from ``cost``; passes, time, energy and peak memory counted so far are discarded."""
+        """Continue from ``cost``. Passes, time, energy and peak memory counted so far are discarded."""
         if torch.device(self.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._since, self._energy = time.perf_counter(), self._read_energy() if self._read_energy else 0.0
@@ -85,7 +85,7 @@ class Meter:
         self._since = now
         if self._read_energy and self.cost.joules is not None:
             energy = self._read_energy()
-            self.cost.joules += max(0.0, energy - self._energy)  # the processor's counter starts again at times
+            self.cost.joules += max(0.0, energy - self._energy)  # the processor's counter wraps around
             self._energy = energy
         return Cost(**self.cost.as_dict())
 
@@ -98,7 +98,7 @@ class Meter:
 
 
 def peak_memory(device: str) -> int | None:
-    """Return the peak of bytes on the accelerator, or resident in this process; None where it is not known."""
+    """Return the peak of bytes on the accelerator, or resident in this process, or None if it is not known."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -110,7 +110,7 @@ def peak_memory(device: str) -> int | None:
 
 
 def _energy_reader(device: str) -> Callable[[], float] | None:
-    """Return a function that reads the joules used by the device, from an arbitrary start; None where it has none."""
+    """Return a reader of the joules used by the device since an arbitrary start, or None if it has no counter."""
     return _accelerator_energy(device) if torch.device(device).type == "cuda" else _processor_energy()
 
 
@@ -127,7 +127,7 @@ def _accelerator_energy(device: str) -> Callable[[], float] | None:
 
 
 def _processor_energy() -> Callable[[], float] | None:
-    """Return the sum of the package counters (Intel and AMD RAPL), where they may be read."""
+    """Return a reader of the sum of the package counters (Intel and AMD RAPL), if they may be read."""
     counters = [zone / "energy_uj" for zone in sorted(_RAPL.glob("intel-rapl:?"))]
 
     def read() -> float:

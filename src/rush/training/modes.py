@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put ``module`` into evaluation mode within the context; every layer is restored to its mode afterwards."""
+    """Put ``module`` into evaluation mode within the context, and restore the mode of every layer afterwards."""
     modes = {layer: layer.training for layer in module.modules()}
     module.eval()
     try:

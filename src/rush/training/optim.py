@@ -19,7 +19,8 @@ def build_optimizer(
     Biases and normalization layers are neither decayed nor adapted by LARS. On CUDA the optimizer is the fused one,
     where torch has it.
 
-    Raises: ConfigError for an unknown name.
+    Raises:
+        ConfigError: the name is unknown.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -38,7 +39,7 @@ def build_optimizer(
 
 
 def representable(rate: float, device: str) -> float:
-    """Return the learning rate as it is used: on CUDA in float32, as which a captured step reads it from a tensor."""
+    """Return the learning rate as it is used: rounded to float32 on CUDA, where a captured step reads it so."""
     return float(torch.tensor(rate, dtype=torch.float32)) if torch.device(device).type == "cuda" else rate
 
 
@@ -46,7 +47,7 @@ def rate_tensor(optimizer: torch.optim.Optimizer, device: str) -> Tensor:
     """Return a tensor on ``device`` that is the learning rate of all groups of ``optimizer`` from now on.
 
     Raises:
-        ConfigError: if the optimizer reads its learning rate on the host.
+        ConfigError: the optimizer reads its learning rate on the host.
     """
     if isinstance(optimizer, LARS):
         raise ConfigError(
@@ -61,7 +62,7 @@ def rate_tensor(optimizer: torch.optim.Optimizer, device: str) -> Tensor:
 
 
 def set_capturable(optimizer: torch.optim.Optimizer, capturing: bool) -> None:
-    """Set the capturable flag of ``optimizer``; an optimizer without one does not need it."""
+    """Set the capturable flag of ``optimizer``, if it has one. An optimizer without it does not need it."""
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = capturing

@@ -1,4 +1,4 @@
-"""Contrastive pre-training of an encoder from images alone; labels are never read."""
+"""Contrastive pre-training of an encoder from images alone. Labels are never read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ Pair = Callable[[Batch, float, torch.Generator], tuple[Tensor, Tensor]]
 
 
 class ContrastiveNetwork(nn.Module):
-    """Pixels (B, C, H, W) -> projections (B, D) float32, in the run's precision and layout."""
+    """Network from pixels (B, C, H, W) to projections (B, D) float32, in the run's precision and layout."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module, normalize: Normalize, execution: Execution) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class ContrastiveNetwork(nn.Module):
 
 
 def channel_statistics(images: ImageSet) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation per channel, in [0, 1] units; the latter is 1 for a constant channel."""
+    """Return mean and standard deviation per channel, in [0, 1] units. The latter is 1 for a constant channel."""
     mean, square = 0.0, 0.0
     for part in images.images.split(1000):
         pixels = part.double() / 255
@@ -83,8 +83,9 @@ def pretrain(
     Raises:
         RushError: as ``TrainingRun.run``.
 
-    Cost: passes per image and epoch. SimCLR: 2 forward and backward, with ``micro_batch`` 2 forward more. MoCo: 1
-    forward and backward, 1 forward. ACL: 4 + 2 ``adversary.steps`` forward and backward.
+    Cost:
+        Passes per image and epoch. SimCLR: 2 forward and backward, with ``micro_batch`` 2 forward more. MoCo: 1 forward
+        and backward, 1 forward. ACL: 4 + 2 ``adversary.steps`` forward and backward.
     """
     features = encoder.features
     assert isinstance(features, int)

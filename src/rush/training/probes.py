@@ -19,7 +19,8 @@ def representations(
 ) -> Tensor:
     """Return the float32 representations (N, D) of all images by ``represent``, a module in evaluation mode.
 
-    noise: one draw of it from ``generator``, on the device, is added to every image.
+    Args:
+        noise: one draw of it from ``generator``, which is on the device, is added to every image.
     """
     parts = []
     for start in range(0, len(images), execution.tile):
@@ -49,12 +50,12 @@ def knn_correct(
 
 
 def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return weight (K, D) and bias (K,) of a logistic regression on the standardised ``bank`` (N, D), folded so that
-    they take representations as they are.
+    """Return weight (K, D) and bias (K,) of a logistic regression on the standardised ``bank`` (N, D).
 
-    Minimizes the summed cross-entropy plus half the squared norm of the weights on standardised representations, the
-    default of scikit-learn's ``LogisticRegression``, by L-BFGS (Liu and Nocedal 1989) in float32 on the bank's device.
-    A thermometer, not the best probe there is.
+    They are folded so that they apply to representations that are not standardised. The regression minimizes the summed
+    cross-entropy plus half the squared norm of the weights on standardised representations, the default of
+    scikit-learn's ``LogisticRegression``, by L-BFGS (Liu and Nocedal 1989) in float32 on the bank's device. It is a
+    quick progress indicator, not a tuned linear probe.
 
     Args:
         bank: representations (N, D) float32.
@@ -62,7 +63,7 @@ def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[T
         num_classes: K.
 
     Cost:
-        At most 200 steps of a few passes over the bank each.
+        At most 200 steps, each of a few passes over the bank.
     """
     mean, std = bank.mean(0), bank.std(0).clamp(min=1e-6)
     x = (bank - mean) / std
@@ -100,8 +101,11 @@ def encoder_figures(
     neighbours: int,
     seed: int,
 ) -> dict[str, float]:
-    """Accuracy on ``held_out`` by nearest neighbours in ``bank`` and by a linear probe on it: "knn" and "linear", and
-    "knn_noisy" and "linear_noisy" where one draw of ``noise`` lies on every image of both sets."""
+    """Return the accuracy on ``held_out`` by nearest neighbours in ``bank`` and by a linear probe on it.
+
+    The figures are "knn" and "linear". With ``noise`` there are also "knn_noisy" and "linear_noisy", with one draw of
+    it on every image of both sets.
+    """
     assert bank.labels is not None
     assert held_out.labels is not None
     figures = {}
@@ -109,21 +113,20 @@ def encoder_figures(
         if suffix and noise is None:
             break
         generators = [stream(seed, "probe", part, device=execution.device) for part in ("bank", "held out")]
-        known, asked = (
+        bank_features, queries = (
             representations(images, represent, execution, added, generator)
             for images, generator in zip((bank, held_out), generators, strict=True)
         )
-        labels, truth = bank.labels.to(known.device), held_out.labels.to(known.device)
-        figures[f"knn{suffix}"] = knn_correct(known, labels, asked, truth, neighbours) / len(held_out)
-        figures[f"linear{suffix}"] = linear_correct(known, labels, asked, truth) / len(held_out)
+        labels, truth = bank.labels.to(queries.device), held_out.labels.to(queries.device)
+        figures[f"knn{suffix}"] = knn_correct(bank_features, labels, queries, truth, neighbours) / len(held_out)
+        figures[f"linear{suffix}"] = linear_correct(bank_features, labels, queries, truth) / len(held_out)
     return figures
 
 
 def classifier_figures(
     classifier: nn.Module, held_out: ImageSet, noise: Gaussian | None, execution: Execution, seed: int
 ) -> dict[str, float]:
-    """Accuracy of the classifier on ``held_out``, "accuracy", and with one draw of ``noise`` on each image,
-    "accuracy_noisy"."""
+    """Return the "accuracy" of the classifier on ``held_out``, and "accuracy_noisy" with one draw of ``noise``."""
     assert held_out.labels is not None
     figures = {}
     for suffix, added in (("", None), ("_noisy", noise)):
