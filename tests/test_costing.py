@@ -201,18 +201,19 @@ def replace_memory(recipe: Recipe, gigabytes: float) -> Recipe:
 
 def made() -> list[RecipeCost]:
     """Two recipes: one pre-trains on 1,000 images and fine-tunes on 100 of them, one trains on 500."""
-    first = StageCost("pretrain", "moco", 1000, 40, 20_000, 20_000, 7200.0, 100.0, 3_000_000_000, 5000.0, 10)
-    second = StageCost("finetune", "gaussian", 100, 10, 1000, 0, 1800.0, 50.0, None, 1000.0, 5)
-    other = StageCost("finetune", "trades", 500, 100, 10_000, 500, 36_000.0, 5.0, 1_500_000_000, None, 7)
+    first = StageCost("moco", 1000, 40, 20_000, 20_000, 7200.0, 3_000_000_000, 5000.0, "pretrain", 100.0, 10)
+    second = StageCost("gaussian", 100, 10, 1000, 0, 1800.0, None, 1000.0, "finetune", 50.0, 5)
+    other = StageCost("trades", 500, 100, 10_000, 500, 36_000.0, 1_500_000_000, None, "finetune", 5.0, 7)
     one = RecipeCost("one", "small, width 2", "cpu", 4, (first, second))
     return [one, replace(one, recipe="two", stages=(other,))]
 
 
 def test_a_recipe_is_the_sum_of_its_trainings() -> None:
     one, two = made()
-    assert (one.steps, one.seconds, one.joules, one.peak_memory) == (50, 9000.0, 6000.0, 3_000_000_000)
-    assert (one.images, one.passes_per_image, one.forward_passes_per_image) == (1000, 21.0, 20.0)
-    assert (one.objectives, two.joules) == ("moco + gaussian", None)
+    total = one.total
+    assert (total.steps, total.seconds, total.joules, total.peak_memory) == (50, 9000.0, 6000.0, 3_000_000_000)
+    assert (total.images, total.passes_per_image, total.forward_passes_per_image) == (1000, 21.0, 20.0)
+    assert (total.objective, two.total.joules) == ("moco + gaussian", None)
     rows = cost_rows([one, two])
     assert rows == [
         ("one", "small, width 2", "moco + gaussian", "21 + 20 forward only", "50", "180", "2.5", "1.00"),

@@ -44,7 +44,7 @@ _TRIAL: dict[str, Any] = {"minutes": None, "learning_rate": 1e-9, "warmup_epochs
 
 @dataclass(frozen=True)
 class DataSize:
-    """The data that the cost of training depends on: shape (C, H, W), classes and images of each training stage."""
+    """Shape (C, H, W), number of classes and number of images of each training stage."""
 
     shape: tuple[int, int, int]
     num_classes: int
@@ -53,29 +53,28 @@ class DataSize:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """The extrapolated cost of a whole training stage.
+class Extrapolated:
+    """The extrapolated cost of one or more whole training stages.
 
     Attributes:
-        passes: Images that pass forward and backward.
-        forward_passes: Images that only pass forward.
-        seconds: Time of all steps.
-        peak_memory: Bytes, including the training images.
-        joules: Energy of all steps; None if the device does not report it.
-        epochs: Those of the recipe, or as many as fit into its minutes.
+        objective: of each stage, joined by " + ".
+        images: number of images that the stage draws from, the largest of several stages.
+        steps: number of steps.
+        passes: images that pass forward and backward.
+        forward_passes: images that only pass forward.
+        seconds: time of all steps.
+        peak_memory: bytes, including the training images. None if the device does not report it.
+        joules: energy of all steps. None if the device does not report it.
     """
 
-    stage: Stage
     objective: str
     images: int
     steps: int
     passes: int
     forward_passes: int
     seconds: float
-    images_per_second: float
     peak_memory: int | None
     joules: float | None
-    epochs: int
 
     @property
     def passes_per_image(self) -> float:
@@ -88,6 +87,24 @@ class StageCost:
     @property
     def seconds_per_step(self) -> float:
         return self.seconds / self.steps
+
+    def figures(self) -> dict[str, Any]:
+        """Return all values for the JSON file, marked as extrapolated."""
+        ratios = ("passes_per_image", "forward_passes_per_image", "seconds_per_step")
+        return {**asdict(self), "extrapolated": True, **{name: getattr(self, name) for name in ratios}}
+
+
+@dataclass(frozen=True)
+class StageCost(Extrapolated):
+    """The extrapolated cost of a whole training stage.
+
+    Attributes:
+        epochs: those of the recipe, or as many as fit into its minutes.
+    """
+
+    stage: Stage
+    images_per_second: float
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -104,57 +121,51 @@ class RecipeCost:
     stages: tuple[StageCost, ...]
 
     @property
-    def objectives(self) -> str:
-        return " + ".join(stage.objective for stage in self.stages)
-
-    @property
-    def images(self) -> int:
-        """The images of the stage that draws from most; passes of all stages are counted per image of these."""
-        return max(stage.images for stage in self.stages)
-
-    @property
-    def passes_per_image(self) -> float:
-        return sum(stage.passes for stage in self.stages) / self.images
-
-    @property
-    def forward_passes_per_image(self) -> float:
-        return sum(stage.forward_passes for stage in self.stages) / self.images
-
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
-    @property
-    def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def seconds_per_step(self) -> float:
-        return self.seconds / self.steps
-
-    @property
-    def peak_memory(self) -> int | None:
-        return max((stage.peak_memory for stage in self.stages if stage.peak_memory is not None), default=None)
-
-    @property
-    def joules(self) -> float | None:
-        return known_sum([stage.joules for stage in self.stages])
+    def total(self) -> Extrapolated:
+        """The cost of all stages together. Passes are counted per image of the stage that draws from most."""
+        stages = self.stages
+        return Extrapolated(
+            objective=" + ".join(stage.objective for stage in stages),
+            images=max(stage.images for stage in stages),
+            steps=sum(stage.steps for stage in stages),
+            passes=sum(stage.passes for stage in stages),
+            forward_passes=sum(stage.forward_passes for stage in stages),
+            seconds=sum(stage.seconds for stage in stages),
+            peak_memory=_largest_known(stage.peak_memory for stage in stages),
+            joules=known_sum([stage.joules for stage in stages]),
+        )
 
 
 def data_size(recipe: Recipe) -> DataSize:
     """Return shape and numbers of the recipe's training images, which are loaded unless their data set has a name.
 
     Raises:
-        DataError: As in ``load_images``.
-        ConfigError: At least as many images are held out as there are.
+        DataError: as in ``load_images``.
+        ConfigError: at least as many images are held out as there are.
     """
-    data, config = recipe.data, recipe.finetune
-    shape, num_classes, train, other = _known_size(recipe) if data.name in SPLITS else _loaded_size(recipe)
-    if data.held_out >= train:
-        raise ConfigError(f"data.held_out = {data.held_out} leaves none of {train} training images; lower it")
-    kept = train - data.held_out
-    from_train = "train" in data.pretrain_split.split("+")
-    return DataSize(shape, num_classes, other + kept * from_train, labelled_count(config, kept, num_classes))
+    data, parts = recipe.data, recipe.data.pretrain_split.split("+")
+    if data.name in SPLITS:
+        counts = SPLITS[data.name]
+        unknown = [part for part in parts if part not in counts]
+        if unknown:
+            raise ConfigError(f"{data.name} has no split {unknown[0]!r}; allowed are {', '.join(counts)}")
+        channels, height, width = SHAPES[data.name]
+        height, width = (data.size or height), (data.size or width)
+        num_classes = {"digits": 10, **NUM_CLASSES}[data.name]
+    else:
+        splits = {
+            part: load_images(data.name, part, data.root, size=data.size) for part in dict.fromkeys(["train", *parts])
+        }
+        counts = {part: len(images) for part, images in splits.items()}
+        channels, height, width = splits["train"].images.shape[1:]
+        num_classes = splits["train"].num_classes
+    kept = counts["train"] - data.held_out
+    if kept <= 0:
+        raise ConfigError(f"data.held_out = {data.held_out} leaves none of {counts['train']} training images; lower it")
+    pretraining = sum(kept if part == "train" else counts[part] for part in parts)
+    return DataSize(
+        (channels, height, width), num_classes, pretraining, labelled_count(recipe.finetune, kept, num_classes)
+    )
 
 
 def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
@@ -164,19 +175,20 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
     checkpoints) is not included. A stage with a limit in minutes gets the number of epochs whose steps alone fit.
 
     Args:
-        recipe: The recipe to measure.
-        steps: Steps to measure per stage, after the same number of warm-up steps, which are not counted.
+        recipe: the recipe to measure.
+        steps: steps to measure per stage, after the same number of warm-up steps, which are not counted.
 
     Raises:
         ConfigError: ``steps`` is below 1, a batch is larger than the training set, or there are too few minutes.
-        DataError: As in ``load_images``.
+        DataError: as in ``load_images``.
 
-    Random: Images, labels and weights, from the recipe's seed.
+    Random:
+        Images, labels and weights, from the recipe's seed.
     """
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
-    wanted = recipe.execution
-    execution = decide_execution(wanted.device, wanted.precision, wanted.tile, wanted.deterministic)
+    config = recipe.execution
+    execution = decide_execution(config.device, config.precision, config.tile, config.deterministic)
     trial = _Trial(recipe, data_size(recipe), execution.configure(), steps)
     stages = [trial.pretrain()] if recipe.pretrain.epochs != 0 else []
     model = recipe.model
@@ -193,7 +205,7 @@ def measure_each(recipes: Iterable[Recipe], steps: int = STEPS) -> Iterator[Reci
     """Measure one recipe after another, each in a new process, so that its peak memory is its own.
 
     Raises:
-        RushError: As in ``measure``, or a process ends without an answer, e.g. because it ran out of memory.
+        RushError: as in ``measure``, or a process ends without an answer, e.g. because it ran out of memory.
     """
     for recipe in recipes:
         yield _measure_apart(recipe, steps)
@@ -209,22 +221,23 @@ def conditions_text(execution: Execution) -> str:
 
 def cost_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
     """Return a row under ``COST_HEADER`` per recipe, with its time relative to the first, and the sum of several."""
+    totals = [cost.total for cost in costs]
     rows: list[tuple[str, ...]] = [
         (
             cost.recipe,
             cost.network,
-            cost.objectives,
-            passes_text(cost.passes_per_image, cost.forward_passes_per_image),
-            f"{cost.steps:,}",
-            f"{cost.seconds_per_step:.3g}",
-            _hours(cost.seconds),
-            f"{cost.seconds / costs[0].seconds:.2f}",
+            total.objective,
+            passes_text(total.passes_per_image, total.forward_passes_per_image),
+            f"{total.steps:,}",
+            f"{total.seconds_per_step:.3g}",
+            _hours(total.seconds),
+            f"{total.seconds / totals[0].seconds:.2f}",
         )
-        for cost in costs
+        for cost, total in zip(costs, totals, strict=True)
     ]
-    steps, seconds = sum(cost.steps for cost in costs), sum(cost.seconds for cost in costs)
-    total = ("all", "", "", "", f"{steps:,}", "", _hours(seconds), f"{seconds / costs[0].seconds:.2f}")
-    return rows if len(rows) == 1 else [*rows, total]
+    steps, seconds = sum(total.steps for total in totals), sum(total.seconds for total in totals)
+    last = ("all", "", "", "", f"{steps:,}", "", _hours(seconds), f"{seconds / totals[0].seconds:.2f}")
+    return rows if len(rows) == 1 else [*rows, last]
 
 
 def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
@@ -250,31 +263,28 @@ def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
 
 def write_costs(path: Path, costs: Sequence[RecipeCost]) -> None:
     """Write all figures to ``path`` as JSON, each marked as ``extrapolated``."""
-    told = [
-        {
-            **{key: value for key, value in asdict(cost).items() if key != "stages"},
-            "extrapolated": True,
-            **_figures(cost, "objectives", "images", "steps", "passes_per_image", "forward_passes_per_image"),
-            **_figures(cost, "seconds", "seconds_per_step", "peak_memory", "joules"),
-            "hours": cost.seconds / 3600,
-            "time_ratio": cost.seconds / costs[0].seconds,
-            "stages": [
-                {
-                    **asdict(stage),
-                    "extrapolated": True,
-                    **_figures(stage, "passes_per_image", "forward_passes_per_image", "seconds_per_step"),
-                }
-                for stage in cost.stages
-            ],
-        }
-        for cost in costs
-    ]
-    write_text(path, json.dumps({"recipes": told}, indent=2) + "\n")
+    first = costs[0].total.seconds
+    entries = []
+    for cost in costs:
+        total = cost.total.figures()
+        described = {"recipe": cost.recipe, "network": cost.network, "conditions": cost.conditions}
+        entries.append(
+            {
+                **described,
+                "measured_steps": cost.measured_steps,
+                "objectives": total.pop("objective"),
+                **{name: value for name, value in total.items() if name not in ("passes", "forward_passes")},
+                "hours": total["seconds"] / 3600,
+                "time_ratio": total["seconds"] / first,
+                "stages": [stage.figures() for stage in cost.stages],
+            }
+        )
+    write_text(path, json.dumps({"recipes": entries}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """Short training stages of a recipe on random images; every phase lasts two epochs, and the second is measured."""
+    """Short training stages of a recipe on random images. A phase lasts two epochs, of which the second is measured."""
 
     recipe: Recipe
     size: DataSize
@@ -331,7 +341,9 @@ class _Trial:
     ) -> StageCost:
         """Return the cost of the whole stage.
 
-        phases: figures of the measured steps of each kind: of the head alone and of all weights, or of the only kind.
+        Args:
+            phases: figures of the measured steps of each kind, of the head alone and of all weights, or of the only
+                kind.
         """
         per_epoch = images // config.batch_size
         head_epochs = config.head_epochs if isinstance(config, FinetuneConfig) and len(phases) == 2 else 0
@@ -352,10 +364,10 @@ class _Trial:
         seconds, steps = total("seconds"), epochs * per_epoch
         assert seconds is not None
         return StageCost(
-            stage,
-            objective,
-            images,
-            steps,
+            stage=stage,
+            objective=objective,
+            images=images,
+            steps=steps,
             passes=round(total("passes") or 0),
             forward_passes=round(total("forward_passes") or 0),
             seconds=seconds,
@@ -382,13 +394,13 @@ class _Trial:
         return budget.epochs
 
     def _peak_memory(self, measured: Sequence[int | None], images: int, config: Schedule) -> int | None:
-        """The measured peak with the training images in place of the random ones; too many of them are streamed."""
-        told = [peak for peak in measured if peak is not None]
-        if not told:
+        """Return the peak with the training images in place of the random ones, unless they would be streamed."""
+        peak = _largest_known(measured)
+        if peak is None:
             return None
         size, trial = (count * int(np.prod(self.size.shape)) for count in (images, self.steps * config.batch_size))
-        held = size if size <= self.recipe.data.memory_bytes else trial
-        return max(told) + held - trial
+        in_memory = size if size <= self.recipe.data.memory_bytes else trial
+        return peak + in_memory - trial
 
 
 class _Epochs:
@@ -404,30 +416,6 @@ class _Epochs:
     def phases(self) -> list[dict[str, Any]]:
         """Return every second epoch, which follows the warm-up of its kind of step."""
         return self.events[1::2]
-
-
-def _known_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
-    """Return shape, classes, training images and further pre-training images of a data set known by name."""
-    data, splits = recipe.data, SPLITS[recipe.data.name]
-    parts = data.pretrain_split.split("+")
-    unknown = [part for part in parts if part not in splits]
-    if unknown:
-        raise ConfigError(f"{data.name} has no split {unknown[0]!r}; allowed are {', '.join(splits)}")
-    channels, side, _ = SHAPES[data.name]
-    side = data.size or side
-    classes = {"digits": 10, **NUM_CLASSES}[data.name]
-    further = sum(splits[part] for part in parts if part != "train")
-    return (channels, side, side), classes, splits["train"], further
-
-
-def _loaded_size(recipe: Recipe) -> tuple[tuple[int, int, int], int, int, int]:
-    """Return the same as ``_known_size`` for images at a path."""
-    data = recipe.data
-    train = load_images(data.name, split="train", root=data.root, size=data.size)
-    others = [part for part in data.pretrain_split.split("+") if part != "train"]
-    further = len(load_images(data.name, "+".join(others), data.root, size=data.size)) if others else 0
-    channels, height, width = train.images.shape[1:]
-    return (channels, height, width), train.num_classes, len(train), further
 
 
 def _measure_apart(recipe: Recipe, steps: int) -> RecipeCost:
@@ -463,8 +451,8 @@ def _answer(sender: Connection, recipe: str, steps: int, threads: int) -> None:
         sender.send(error)
 
 
-def _figures(cost: RecipeCost | StageCost, *names: str) -> dict[str, Any]:
-    return {name: getattr(cost, name) for name in names}
+def _largest_known(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _hours(seconds: float) -> str:
