@@ -35,16 +35,11 @@ PHRASES = {
 }
 OPENINGS = ("How", "Of", "So", "What", "Where", "Which", "Within")
 # Semicolons per 1,000 words of all docstrings of the library. The aim is 3.
-MOST_SEMICOLONS = 9
+MOST_SEMICOLONS = 6
 
 # Files that are not yet free of them. A file on the list that is free of them must be taken off it.
 ALLOWED = frozenset(
     (
-        "src/rush/auditing/audit.py",
-        "src/rush/certification/rule.py",
-        "src/rush/pipeline/attack.py",
-        "src/rush/pipeline/certify.py",
-        "src/rush/recipe/schema.py",
         "src/rush/records/attacks.py",
         "src/rush/records/folder.py",
         "src/rush/records/ladder.py",
@@ -59,6 +54,7 @@ ALLOWED = frozenset(
         "src/rush/reporting/page.py",
         "src/rush/reporting/plots.py",
         "src/rush/reporting/tables.py",
+        "src/rush/runtime/__init__.py",
     )
 )
 

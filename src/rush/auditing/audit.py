@@ -29,7 +29,7 @@ from rush.runtime.numbers import as_real
 from rush.runtime.progress import progress
 from rush.smoothing.classifier import SmoothedClassifier
 
-PATIENCE = 4  # times max_votes, for the evaluation's own points: what too few votes leave open is no fault of an attack
+PATIENCE = 4  # times max_votes, for the evaluation's own points, so that few are undecided for lack of votes
 # In the order of their definition, which runs from causes to symptoms: the first failed finding is the best explanation
 # of an overestimate. The certificates use the results of all other probes and come last.
 PROBES = {
@@ -43,8 +43,10 @@ __all__ = ["AuditReport", "AuditVerdict", "Finding", "audit", "default_plan"]
 
 
 def default_plan(kind: Kind) -> Plan:
-    """Return the evaluation that is audited by default: PGD-20 on the cross-entropy, of a stochastic model with EOT
-    over 20 draws."""
+    """Return the evaluation that is audited by default, PGD-20 on the cross-entropy.
+
+    The gradients of a stochastic model are averaged over 20 draws (EOT).
+    """
     draws, label = (0, "") if kind == "plain" else (20, ", EOT 20")
     return Plan("default", f"PGD-20, cross-entropy{label} (the default)", "pgd", "fresh", draws, 20, 0.25)
 
@@ -74,10 +76,10 @@ def audit(
 
     Args:
         model: as ``rush.attack`` takes it, and so are ``images``, ``threat`` and ``decision``.
-        evaluation: an AttackResult, whose points and verdicts are taken as they are and whose points are judged once
-            more; a plan or suite, which is run; or None for ``default_plan``.
+        evaluation: an AttackResult, a plan or suite to run, or None for ``default_plan``. The points and verdicts of an
+            AttackResult are taken as they are, and its points are judged once more.
         tolerance: the largest acceptable d.
-        surrogate: as ``rush.attack`` takes it; also a source of transferred points.
+        surrogate: as ``rush.attack`` takes it. It is also a source of transferred points.
         certificates: of the same images, compared with all attacks.
         alpha: bound on the probability that any verdict on an image is false, split evenly over ``VERDICTS`` of them.
             Only stochastic models depend on it.
@@ -91,9 +93,10 @@ def audit(
         InputError: for bad images or numbers, and for an evaluation of other images or another threat model.
         ModelError: for an unusable model.
 
-    Cost: the evaluation, the suite on the images that it held, and on at most 64 of these about six times the
-    evaluation and at most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800
-    passes more on all images that the evaluation held, 100 of a deterministic model.
+    Cost:
+        The evaluation, the suite on the images that it held, and on at most 64 of these about six times the evaluation
+        and at most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800 passes
+        more (100 of a deterministic model) on all images that the evaluation held.
 
     Example:
         >>> import rush, torch

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rush.certification.apply_rule import Decider
+from rush.certification.bounds import Certified
 from rush.certification.certificates import Certificates, join_certificates
 from rush.certification.rule import Rule, make_rule
 from rush.choices import BLOCK, CertifyMethod, Level
@@ -128,7 +129,8 @@ def certify_each(
     if in_flight is not None:
         in_flight = positive_integer("in_flight", in_flight)
     capacity = max(1, _ROUND_TILES * smoothed.execution.tile // BLOCK)
-    engine = _Engine(smoothed, rule, capacity)
+    decider = Decider(rule)
+    engine = _Engine(smoothed, decider, capacity)
     sizes = _cohort_sizes(rule, capacity, in_flight)
     waiting = iter(positions)
     cohorts: list[list[_InProgress]] = [[] for _ in sizes]
@@ -140,7 +142,8 @@ def certify_each(
             # Queue this cohort's round before the other's votes are read, so that the device never waits for the host.
             following = engine.launch(cohorts[turn]) if cohorts[turn] else None
             for image in engine.collect(launched) if launched else ():
-                yield image.position, engine.certificate(image)
+                certified, outcome = decider.conclude(*image.state)
+                yield image.position, engine.certificate(image, certified, outcome)
                 advance(1)
             cohorts = [[image for image in cohort if not image.done] for cohort in cohorts]
             if launched is None and following is None:
@@ -184,6 +187,12 @@ class _InProgress:
     def selected(self) -> int:
         return int(self.selection.argmax())
 
+    @property
+    def state(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+        """The arguments of ``Decider.conclude`` for this image, each with a leading dimension of 1."""
+        passed, outcome = np.array([self.passed], np.int64), np.array([self.outcome], np.uint8)
+        return self.selection[None], self.counts[None], passed, outcome
+
 
 @dataclass
 class _Round:
@@ -194,9 +203,9 @@ class _Round:
 
 
 class _Engine:
-    def __init__(self, smoothed: SmoothedClassifier, rule: Rule, capacity: int) -> None:
-        self._smoothed, self._rule, self._capacity = smoothed, rule, capacity
-        self._counter, self._decider = smoothed.vote_counter(), Decider(rule)
+    def __init__(self, smoothed: SmoothedClassifier, decider: Decider, capacity: int) -> None:
+        self._smoothed, self._decider, self._capacity = smoothed, decider, capacity
+        self._rule, self._counter = decider.rule, smoothed.vote_counter()
         self._model = smoothed.fingerprint()
         self._last_read = time.perf_counter()
 
@@ -251,14 +260,8 @@ class _Engine:
             self._look([(image, *paths[image][step]) for image in undecided])
         return [image for image in paths if image.done]
 
-    def certificate(self, image: _InProgress) -> Certificates:
-        """Return the certificate of a decided image."""
-        certified, outcome = self._decider.conclude(
-            selection=image.selection[None],
-            estimation=image.counts[None],
-            passed=np.array([image.passed], np.int64),
-            outcome=np.array([image.outcome], np.uint8),
-        )
+    def certificate(self, image: _InProgress, certified: Certified, outcome: NDArray[np.uint8]) -> Certificates:
+        """Return the certificate of an image, with all that is recorded about it."""
         return Certificates(
             prediction=certified.prediction,
             radius=certified.radius,

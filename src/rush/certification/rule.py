@@ -1,4 +1,4 @@
-"""The rule of a certification: what must be fixed before the first vote and is stored with the votes."""
+"""The rule of a certification, which is fixed before the first vote and stored with the votes."""
 
 import itertools
 import json
@@ -19,18 +19,19 @@ CLOPPER_PEARSON = "clopper-pearson"
 
 @dataclass(frozen=True)
 class Rule:
-    """How images are certified, the same for every image of a table.
+    """Rule by which every image of a table is certified.
 
     Attributes:
         sigma: standard deviation of the noise, in pixel units.
-        method: ``clopper-pearson`` draws ``num_estimation`` votes per image; ``sequential`` draws until it decides, at
+        method: ``clopper-pearson`` draws ``num_estimation`` votes per image. ``sequential`` draws until it decides, at
             most that number.
         bound: name of the bound or test martingale.
-        alpha: probability of a false certificate, for each image (level ``image``) or for all ``num_images`` together
-            (``family``).
+        alpha: probability of a false certificate.
+        level: ``image`` applies alpha to each certificate, ``family`` to all ``num_images`` jointly.
+        num_images: number of certificates that share alpha at level ``family``.
         num_selection: votes per image that select the class.
         num_estimation: votes per image that bound its probability.
-        radii: the grid, ascending; None: any radius.
+        radii: the grid, ascending. None allows any radius.
         futility: level at which a sequential run gives up a radius.
     """
 
@@ -64,7 +65,7 @@ class Rule:
 
     @property
     def statement(self) -> str:
-        """What alpha covers, each certificate or all of them jointly, as a clause."""
+        """A clause that says whether alpha covers each certificate or all of them jointly."""
         if self.level == "image":
             return f"each certificate by itself is false with probability at most {self.alpha:g}"
         return f"all {self.num_images:,} certificates hold together with probability at least {1 - self.alpha:g}"
@@ -87,7 +88,11 @@ class Rule:
 
     @classmethod
     def from_json(cls, text: str) -> "Rule":
-        """Return the rule that ``to_json`` wrote. Raises: ValueError if ``text`` is not a rule."""
+        """Return the rule that ``to_json`` wrote.
+
+        Raises:
+            ValueError: ``text`` is not a rule.
+        """
         values: dict[str, Any] = json.loads(text)
         if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
             raise ValueError(f"{text!r} is not a certification rule")
@@ -110,10 +115,10 @@ def make_rule(
     futility: float,
     bound: str | None = None,
 ) -> Rule:
-    """Return a validated rule; the arguments are its fields.
+    """Return a validated rule, whose fields are the arguments.
 
     Radii are rounded up to six decimals. A sequential rule without ``radii`` gets 0 and the multiples of sigma / 2
-    within reach. Without ``bound`` it is the first one of the method.
+    within reach. Without ``bound`` the first one of the method is used.
 
     Raises:
         InputError: an argument is not allowed, or no radius could be certified.

@@ -1,4 +1,4 @@
-"""The images of a run by their use: training, monitoring, pre-training and evaluation."""
+"""The images of a run by their use, which is training, monitoring, pre-training or evaluation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ class Splits:
         device: streams are decoded for it.
         record: called once with the name and the images of each split that is computed with. What it raises ends the
             access.
-        loaded: splits already in memory, by name; splits read from now on are added.
+        loaded: splits already in memory, by name. Splits read from now on are added.
     """
 
     data: DataConfig
@@ -45,7 +45,7 @@ class Splits:
 
     @property
     def held_out(self) -> ImageSet | None:
-        """The training images that neither training stage sees; None where none are held out."""
+        """The training images that neither training stage sees, or None if none are held out."""
         return self._divided[1]
 
     @property

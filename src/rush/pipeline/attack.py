@@ -1,4 +1,4 @@
-"""The attack stage of a run and its audit: the ladder, accuracy against epsilon, every certified ball."""
+"""The attack stage of a run and its audit: the ladder, accuracy against epsilon, and every certified ball."""
 
 import math
 import time
@@ -38,10 +38,10 @@ AUDIT = Path("audit.json")
 
 
 def run_attack(run: RunFolder) -> None:
-    """Run the ladder, follow accuracy against epsilon, and attack inside every certified ball.
+    """Run the ladder, measure accuracy at rising epsilon, and attack inside every certified ball.
 
-    Without noise there are no certified balls. Groups of images that were judged before are read. Several processes
-    share the groups.
+    Without noise there are no certified balls. Groups of images that were judged before are read from disk. Several
+    processes share the groups.
 
     Raises:
         SandwichError: more certified images are broken inside their radius than chance explains. The results are kept.
@@ -83,7 +83,7 @@ def run_audit(run: RunFolder) -> None:
 
 
 def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
-    """Return the audit of a run's evaluation: of the ladder's ``rung``, or of the one that the recipe names.
+    """Return the audit of a run's evaluation, the ladder's ``rung`` or the one that the recipe names.
 
     Raises:
         ConfigError: the ladder has no such rung.
@@ -109,7 +109,7 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
 
 @dataclass(frozen=True)
 class _Attackers:
-    """The attackers of a recipe's attack stage, and how their points are judged."""
+    """The attackers of a recipe's attack stage, and the settings by which their points are judged."""
 
     threat: ThreatModel
     rungs: list[Plan | Suite]
@@ -130,8 +130,11 @@ class _Attackers:
 
 
 def check_attackers(recipe: Recipe, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Raise ConfigError when the attack stage or the audit of ``recipe`` could never judge a point, or when the rung to
-    be audited does not exist."""
+    """Check that the attack stage and the audit of ``recipe`` can judge a point, and that the audited rung exists.
+
+    Raises:
+        ConfigError: they cannot, or there is no such rung.
+    """
     attackers = _Attackers.of(recipe, num_classes, math.prod(shape))
     rungs = {rung.name: rung for rung in attackers.rungs}
     _check_rung(recipe.audit.rung, rungs)
@@ -160,12 +163,12 @@ def _check_rung(name: str | None, rungs: Mapping[str, Plan | Suite]) -> None:
 
 @dataclass(frozen=True)
 class AttackSession:
-    """What the attack stage and the audit of a run share.
+    """Model, images and attackers that the attack stage and the audit of a run share.
 
     Attributes:
         model: the smoothed classifier, or the classifier itself where the recipe has no noise.
         indices: positions in the test split of the attacked images.
-        evaluation: the model, the attacked images, the threat and how points are judged.
+        evaluation: the model, the attacked images, the threat and the settings of the verdicts.
         rungs: the ladder's attackers, from the weakest to the strongest.
         curve: one attacker at rising epsilon, for the first ``config.curve_images`` images.
     """
@@ -189,13 +192,13 @@ class AttackSession:
         return cls(context.run, config, model, indices, evaluation, attackers.rungs, attackers.curve)
 
     def certificates(self) -> Certificates | None:
-        """Return the certificates of the attacked images; None where the model is not smoothed."""
+        """Return the certificates of the attacked images, or None if the model is not smoothed."""
         if not isinstance(self.model, SmoothedClassifier):
             return None
         return read_run_certificates(self.run, self.evaluation.images, self.model)
 
     def inside_certified_balls(self, certificates: Certificates) -> list[AttackResult]:
-        """Attack the images that are certified with the right class inside their balls; return [] where none is."""
+        """Return the attack on the correctly certified images inside their balls, or [] if there are none."""
         positions = sandwich_positions(certificates, self.evaluation.images.ids)
         if not positions:
             return []
@@ -204,7 +207,7 @@ class AttackSession:
         return [inside.run(sandwich_plan(self.config.steps), self.parts)]
 
     def rung(self, name: str | None, rows: list[int]) -> AttackResult | None:
-        """Return the result of the ladder's rung of this name on the images at ``rows``; None without a name.
+        """Return the result of the ladder's rung of this name on the images at ``rows``, or None without a name.
 
         Raises:
             ConfigError: there is no such rung.
@@ -232,7 +235,7 @@ def _load_model(context: StageContext) -> tuple[Model, int]:
 
 
 def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:
-    """Return the ladder of deterministic networks, without its strong attackers where the recipe has none."""
+    """Return the ladder of deterministic networks, without its strong attackers if the recipe has none."""
     rungs = plain_ladder(num_classes)
     if config.strong_steps:
         return rungs

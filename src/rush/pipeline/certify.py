@@ -1,4 +1,4 @@
-"""The certification of a run: each image written as soon as it is decided, in the end one table."""
+"""The certification of a run. Each image is written as soon as it is decided, and finally one table of all."""
 
 import shutil
 from dataclasses import asdict
@@ -32,10 +32,15 @@ NOT_SMOOTHED = "the classifier is not smoothed (smoothing.sigma = 0): nothing is
 
 
 def run_certify(run: RunFolder) -> None:
-    """Certify the evaluation images, each written as soon as it is decided, and in the end ``certificates.tsv``.
+    """Certify the evaluation images and write ``certificates.tsv``.
 
-    Goes on behind a kill with the images that are missing; with several processes each takes its share of them. Without
-    noise there is nothing to certify, which is all that the stage then says.
+    Each image is written as soon as it is decided. The stage resumes after an interruption with the images still
+    missing. With several processes each takes its share of them. With sigma = 0 the stage only records that there is
+    nothing to certify.
+
+    Raises:
+        ModelError: the classifier cannot be certified.
+        RunError: files of the run belong to another rule, other images or another model.
     """
     if run.finished("certify"):
         return
@@ -59,7 +64,7 @@ def run_certify(run: RunFolder) -> None:
         ):
             append_certificates(parts / f"{rank()}.tsv", certificate, [indices[position]])
     except ModelError:
-        shutil.rmtree(parts, ignore_errors=True)  # votes of what turned out to be no fixed function
+        shutil.rmtree(parts, ignore_errors=True)  # the votes are not those of a fixed function
         raise
     barrier()
     if rank() == 0:
@@ -91,15 +96,18 @@ def run_rule(config: CertifyConfig, sigma: float, num_images: int) -> Rule:
 
 
 def differing_image(certificates: Certificates, pixels: LabelledPixels) -> str | None:
-    """The first of ``pixels``, by its id, that has another label or other pixels in ``certificates``; None without."""
+    """Return the id of the first of ``pixels`` with another label or other pixels in ``certificates``, if any."""
     return first_difference(certificates, pixels.ids, pixels.y.tolist(), pixel_ids(pixels.x))
 
 
 def read_run_certificates(run: RunFolder, pixels: LabelledPixels, smoothed: SmoothedClassifier) -> Certificates:
     """Return the certificates of a run whose certification is finished.
 
-    Raises: RunError where their file is gone, says something else of the images ``pixels`` than they are, or is of
-    another model than ``smoothed``. Tables that name no model are taken as they are.
+    The model of a table that names none is not checked.
+
+    Raises:
+        RunError: their file is missing, has other labels or pixels than ``pixels``, or belongs to another model than
+            ``smoothed``.
     """
     read = read_certificates(run.path / CERTIFICATES)
     if read is None:
@@ -109,7 +117,7 @@ def read_run_certificates(run: RunFolder, pixels: LabelledPixels, smoothed: Smoo
     differing = differing_image(read[1], pixels)
     if differing is not None:
         raise RunError(
-            f"{run.path / CERTIFICATES}: image {differing!r} has another label or other pixels there than in the data; "
+            f"{run.path / CERTIFICATES}: image {differing!r} has another label or other pixels than in the data; "
             "restore the file from a copy, or remove it and stages/certify.json and run `rush certify` again"
         )
     if read[1].model not in (None, smoothed.fingerprint()):
@@ -145,11 +153,12 @@ def _certify_figures(certificates: Certificates) -> dict[str, Any]:
 def _read_parts(
     folder: Path, rule: Rule, model: str, indices: list[int], pixels: LabelledPixels
 ) -> dict[int, Certificates]:
-    """Return the certificates that are written already, by their images' indices.
+    """Return the certificates that are already written, by the indices of their images.
 
-    Raises: RunError when they were made under another rule, of other images or with another model.
+    Raises:
+        RunError: they were made under another rule, of other images or with another model.
     """
-    found: dict[int, Certificates] = {}
+    certified: dict[int, Certificates] = {}
     ids = dict(zip(indices, pixels.ids, strict=True))
     for part in (folder / CERTIFICATES, *sorted((folder / CERTIFICATE_PARTS).glob("*.tsv"))):
         drop_unfinished_line(part)
@@ -167,6 +176,6 @@ def _read_parts(
         same = all(ids.get(index) == image_id for index, image_id in zip(stored, certificates.ids, strict=True))
         if not same or differing_image(certificates, pixels) is not None:
             raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
-        found |= {index: certificates.select([row]) for row, index in enumerate(stored)}
+        certified |= {index: certificates.select([row]) for row, index in enumerate(stored)}
     make_folder(folder / CERTIFICATE_PARTS)
-    return found
+    return certified

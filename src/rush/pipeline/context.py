@@ -48,7 +48,7 @@ class StageContext:
 
     @property
     def noise(self) -> Gaussian | None:
-        """The smoothing noise; None for a classifier that is not smoothed."""
+        """The smoothing noise, or None for a classifier that is not smoothed."""
         return noise_of(self.recipe)
 
     def log(self, event: str, **values: Any) -> None:
@@ -62,7 +62,7 @@ class StageContext:
             self.run.begin(stage)
 
     def checkpoints(self, stage: Stage) -> CheckpointPolicy:
-        """Return the checkpoint policy of a training stage; it also records the number of epochs of minutes."""
+        """Return the checkpoint policy of a training stage, which also records the number of epochs of minutes."""
         checkpoint = TrainingCheckpoint(self.run.path / f"checkpoints/{stage}.pt", self.run.fingerprint(stage))
         config = self.recipe.execution
         return CheckpointPolicy(
@@ -70,12 +70,16 @@ class StageContext:
         )
 
     def _settle(self, stage: Stage, budget: Budget) -> None:
-        """Record the number of epochs; raise ConfigError where a ramp of the recipe needs more of them."""
+        """Record the number of epochs of a budget.
+
+        Raises:
+            ConfigError: a ramp of the recipe needs more of them.
+        """
         budget.require_ramps(self.recipe.training(stage).ramps)
         in_turn(lambda: self.run.settle(stage, budget.figures()))
 
 
 def noise_of(recipe: Recipe) -> Gaussian | None:
-    """Return the smoothing noise of the recipe; None where its sigma is 0."""
+    """Return the smoothing noise of the recipe, or None if its sigma is 0."""
     sigma = recipe.smoothing.sigma
     return Gaussian(sigma) if sigma > 0 else None

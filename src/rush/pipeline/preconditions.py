@@ -1,4 +1,4 @@
-"""Checks before training for what would stop a later stage: incompatible images, or numbers that cannot decide."""
+"""Checks before training for anything that would stop a later stage."""
 
 import torch
 
@@ -15,10 +15,11 @@ from rush.records.folder import RunFolder
 
 
 def check_run(run: RunFolder) -> None:
-    """Check a run that has still to be trained, as ``check_before_training``, and that its images have labels.
+    """Check a run that is not yet trained, as ``check_before_training`` does, and that its images have labels.
 
     Raises:
-        DataError: images have no labels, which only pre-training alone does not need.
+        ConfigError, DataError: as ``check_before_training``, or images have no labels. Only ``rush pretrain`` alone
+            runs without them.
     """
     if run.finished("finetune"):
         return
@@ -41,7 +42,8 @@ def check_before_training(context: StageContext) -> None:
     Raises:
         ConfigError, DataError: they cannot.
 
-    Cost: loads the test images, and the training images unless they are streamed.
+    Cost:
+        Loads the test images, and the training images unless they are streamed.
     """
     check_after_training(context)
     train = context.splits.inspect("train")
@@ -50,7 +52,7 @@ def check_before_training(context: StageContext) -> None:
 
 
 def check_after_training(context: StageContext) -> None:
-    """Check that the stages after fine-tuning can run, as ``check_before_training`` without the labels."""
+    """Check that the stages after fine-tuning can run. This is ``check_before_training`` without the labels."""
     train, test = context.splits.inspect("train"), context.splits.inspect("test")
     _check_kinds(context, train, test)
     for section in (context.recipe.certify, context.recipe.attack):
@@ -74,7 +76,7 @@ def _check_kinds(context: StageContext, train: ImageSet | Stream, test: ImageSet
 
 
 def _check_labels(train: ImageSet | Stream, recipe: Recipe) -> None:
-    """Raise an error for labels of a single class, and for a number of them that fine-tuning cannot use."""
+    """Raise DataError for labels of a single class, and ConfigError for a number of them that cannot be used."""
     assert train.labels is not None
     labels = train.labels if isinstance(train, ImageSet) else train.labels[train.rows]
     present, total = torch.unique(labels), len(train) - recipe.data.held_out

@@ -1,5 +1,4 @@
-"""The stages of a run: each reads what the stage before left in the run folder, hands plain arguments on and writes its
-own part."""
+"""The stages of a run. Each reads the results of the stage before it from the run folder and writes its own."""
 
 from contextlib import nullcontext
 
@@ -17,10 +16,12 @@ __all__ = ["check_run", "run_stage"]
 
 
 def run_stage(run: RunFolder, stage: Stage) -> None:
-    """Run one stage by its name; a finished one is kept as it is.
+    """Run one stage by its name, unless it is finished.
 
-    Raises: RunError where another process is at work, or where several processes would do a stage that knows one;
-    DeviceMemoryError naming what to lower where memory is short.
+    Raises:
+        RunError: another process is at work in the folder, or the stage cannot run in several processes.
+        DeviceMemoryError: memory is short. The text names the fields to lower.
+        RushError: as the stage.
     """
     stages = {
         "pretrain": run_pretrain,

@@ -1,4 +1,4 @@
-"""The two training stages of a run, from the fields of the recipe to the files they write."""
+"""The two training stages of a run, from the fields of the recipe to the files that they write."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,7 +148,7 @@ def _save_model(context: StageContext, classifier: Classifier, spec: ClassifierS
 
 
 def _choose_forward(context: StageContext, classifier: Classifier, train: ImageSet) -> tuple[Execution, dict[str, Any]]:
-    """Return the execution of judged samples: the recipe's, or whichever form a short benchmark finds fastest."""
+    """Return the execution of judged samples, the recipe's or whichever form a short benchmark finds fastest."""
     mode, config = context.recipe.execution.compile, context.recipe.certify
     execution = context.execution
     if mode != "auto":
@@ -165,7 +165,7 @@ Watch = Callable[[int], dict[str, Any]]
 
 
 def _watch_encoder(context: StageContext, classifier: Classifier) -> Watch | None:
-    """Return the live figures of the encoder on the held-out images; None where there are none."""
+    """Return a function that measures the encoder on the held-out images, or None if there are none."""
     held_out, config = context.splits.held_out, context.recipe.pretrain
     if held_out is None or held_out.labels is None:
         return None
@@ -182,7 +182,7 @@ def _watch_encoder(context: StageContext, classifier: Classifier) -> Watch | Non
 
 
 def _watch_classifier(context: StageContext, classifier: Classifier) -> Watch | None:
-    """Return the live figures of the classifier on the held-out images; None where there are none."""
+    """Return a function that measures the classifier on the held-out images, or None if there are none."""
     held_out = context.splits.held_out
     if held_out is None:
         return None
@@ -192,7 +192,7 @@ def _watch_classifier(context: StageContext, classifier: Classifier) -> Watch | 
 def _knn_accuracy(
     classifier: Classifier, train: ImageSet, test: ImageSet, neighbours: int, execution: Execution
 ) -> dict[str, int] | None:
-    """Return the result of nearest-neighbour votes on the test images; None where labels are missing."""
+    """Return the result of nearest-neighbour votes on the test images, or None if labels are missing."""
     if train.labels is None or test.labels is None:
         return None
     represent = execution.place(Represent(classifier)).eval()

@@ -27,7 +27,7 @@ def recipe_text(name_or_path: str) -> str:
     """Return the TOML text of a shipped recipe or of a file.
 
     Raises:
-        ConfigError: there is neither, or the file cannot be read.
+        ConfigError: there is no such recipe or file, or the file cannot be read.
     """
     if name_or_path in recipe_names():
         return _shipped().joinpath(f"{name_or_path}.toml").read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ def build_recipe(
     data: str | Sequence[str] | None = None,
     source: str = "recipe",
 ) -> Recipe:
-    """Apply ``overrides`` to plain ``values`` and validate them; arguments and errors as for ``load_recipe``.
+    """Apply ``overrides`` to plain ``values`` and validate them. Arguments and errors are those of ``load_recipe``.
 
     Args:
         source: name of the values in error messages.
@@ -152,7 +152,7 @@ def _check_plain(values: object, source: str) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Return whether ``path`` is a file; False for a text that the system does not accept as a path."""
+    """Return whether ``path`` is a file, and False for a text that the system does not accept as a path."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -177,7 +177,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _drop_replaced_lengths(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Remove the epochs of a stage whose minutes are overridden, and vice versa; if both are overridden, keep both."""
+    """Remove the epochs of a stage whose minutes are overridden, and vice versa, unless both are overridden."""
     paths = {override.partition("=")[0].strip() for override in overrides}
     for stage in TRAININGS:
         overridden = [name for name in _LENGTHS if f"{stage}.{name}" in paths]

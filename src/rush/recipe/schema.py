@@ -1,4 +1,4 @@
-"""Recipes: their sections, frozen and validated. The library uses these objects as they are; nothing imports torch."""
+"""The sections of recipes, frozen and validated. The library uses these objects as they are. Nothing imports torch."""
 
 import difflib
 import json
@@ -95,7 +95,7 @@ WITHOUT_NOISE: tuple[FinetuneObjective, ...] = ("standard", "pgd-at", "trades")
 
 
 class Section(BaseModel):
-    """Base of the parts of a recipe: immutable, with every value validated. Unknown fields are errors.
+    """Base class of the sections of a recipe. They are immutable, with every value validated and no unknown fields.
 
     Raises:
         ConfigError: a value is not allowed. The text names the field, the value given and the values allowed.
@@ -123,9 +123,9 @@ class DataConfig(Section):
     Attributes:
         name: name or path for ``rush.load_images``.
         root: directory of official archives or shards, or a list of directories whose shards are joined.
-        pretrain_split: images of pre-training, e.g. "train+unlabeled"; fine-tuning reads ``train``.
-        size: side of the images in pixels; None leaves them as stored.
-        held_out: number of training images reserved for monitoring, seen by neither training stage; 0 disables
+        pretrain_split: images of pre-training, e.g. "train+unlabeled". Fine-tuning reads ``train``.
+        size: side of the images in pixels. None keeps them as stored.
+        held_out: number of training images reserved for monitoring, seen by neither training stage. 0 disables
             monitoring.
         memory_gb: pre-training images that would take more memory than this are streamed from disk.
     """
@@ -144,7 +144,12 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The encoder and its width (channels of the first stage); ``standard`` is the ResNets' stem for large images."""
+    """The encoder.
+
+    Attributes:
+        width: channels of the first stage.
+        stem: "standard" is the ResNets' stem for large images.
+    """
 
     encoder: EncoderName
     width: Annotated[Whole, Field(ge=1, le=1024)] = 64
@@ -154,23 +159,23 @@ class ModelConfig(Section):
 class SmoothingConfig(Section):
     """Standard deviation of the smoothing noise, in [0, 1] pixel units.
 
-    With 0 there is no noise: the classifier itself is used and attacked, and nothing is certified. Its ladder is the
-    one of deterministic networks, whose attackers have fixed budgets. Of the recipe's budgets, attack.steps applies to
-    the curve, and attack.strong_steps = 0 ends the ladder with PGD-100.
+    With sigma = 0 there is no noise. The classifier itself is used and attacked, and nothing is certified. The ladder
+    is the one of deterministic networks, whose attackers have fixed budgets. Of the recipe's budgets, attack.steps
+    applies to the curve, and attack.strong_steps = 0 ends the ladder with PGD-100.
     """
 
     sigma: NonNegative
 
 
 class ExecutionConfig(Section):
-    """How networks are run.
+    """Device, precision and compilation of networks, and the checkpoints of training.
 
     Attributes:
         tile: fixed batch size of every certified, predicted or judged sample.
-        compile: torch.compile for these samples; ``auto`` tries it where there is much to certify, and keeps it where
-            it pays.
-        compile_training: torch.compile for networks in training; "graph" captures the whole step instead, on CUDA.
-        checkpoint_minutes: interval between checkpoints within an epoch; one is also written at the end of an epoch.
+        compile: torch.compile for these samples. "auto" tries it where there is much to certify, and uses it if a short
+            benchmark finds it faster.
+        compile_training: torch.compile for networks in training. "graph" captures the whole step instead, on CUDA.
+        checkpoint_minutes: interval between checkpoints within an epoch. One is always written at the end of an epoch.
         on_nonfinite: reaction to a loss or gradient that is not finite: "stop", or "skip" the batch.
         deterministic: on CUDA, use algorithms that give the same bits every time. With false the fastest are allowed,
             and two runs of one seed may differ in their last bits.
@@ -189,17 +194,18 @@ class ExecutionConfig(Section):
 class Views(Section):
     """Distribution of one random view of an image (``data.views``).
 
-    The defaults are SimCLR's for CIFAR-10 (Chen et al. 2020, appendix A and B.9; colour strength 0.5, no blur), with
-    crops from 0.2 of the area, where SimCLR has 0.08.
+    The defaults are SimCLR's for CIFAR-10 (Chen et al. 2020, appendix A and B.9, with colour strength 0.5 and no blur),
+    except for crops from 0.2 of the area, where SimCLR has 0.08.
 
     Attributes:
-        crop_scale: least and greatest area of the crop, as a share of the image; (1, 1) disables the crop.
+        crop_scale: least and greatest area of the crop, as a share of the image. (1, 1) disables the crop.
         crop_ratio: least and greatest width / height of the crop, uniform in its logarithm.
         flip, jitter, greyscale, blur: probabilities of the horizontal flip, colour change, greyscale and blur.
         brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value].
         hue: the shift is uniform in [-value, value], in turns.
         blur_sigma: least and greatest sigma of the blur, in pixels.
-        noise_sigma: standard deviation of the Gaussian noise added last, in [0, 1] pixel units; never clipped.
+        noise_sigma: standard deviation of the Gaussian noise added last, in [0, 1] pixel units. The noise is never
+            clipped.
     """
 
     crop_scale: PositiveRange = (0.2, 1.0)
@@ -251,13 +257,13 @@ class WeakViews(Views):
 
 
 class Schedule(Section):
-    """How long, in what batches and by which optimizer a module is trained.
+    """Length, batch size and optimizer of a training stage.
 
     Attributes:
         epochs, minutes: length of the training stage, exactly one of them. With minutes, the number of epochs that end
             within them is fixed at the start, by a trial of the steps (``training.budget``).
         batch_size: images per step, over all processes.
-        ema_decay: the result is the exponential moving average of the weights with this decay; 0 disables it.
+        ema_decay: the result is the exponential moving average of the weights with this decay. 0 disables it.
         monitor_epochs: number of epochs from one measurement of the live figures to the next.
     """
 
@@ -282,7 +288,7 @@ class Schedule(Section):
 
     @property
     def ramps(self) -> dict[str, float]:
-        """Number of epochs of each ramp in use, by field; the warm-up of the learning rate is not among them."""
+        """Number of epochs of each ramp in use, by field, without the warm-up of the learning rate."""
         return {}
 
 
@@ -295,7 +301,7 @@ class NoiseSchedule(Section):
     Attributes:
         views: the views that carry noise.
         sigma: (low, high).
-        ramp_epochs: 0 starts at high.
+        ramp_epochs: length of the ramp. 0 starts at high.
     """
 
     views: NoisyViewsOption = "none"
@@ -316,7 +322,7 @@ class NoiseSchedule(Section):
 
 
 class AdversaryConfig(Section):
-    """The attack inside adversarial training, in l-inf; numbers or fractions such as "8/255"."""
+    """The l-inf attack inside adversarial training. Its sizes are numbers or fractions such as "8/255"."""
 
     epsilon: Fraction = "8/255"
     step_size: Fraction = "2/255"
@@ -335,7 +341,7 @@ class AdversaryConfig(Section):
 
 
 class PretrainConfig(Schedule):
-    """Contrastive pre-training (``training.pretrain``); 0 epochs leave the encoder untrained.
+    """Contrastive pre-training (``training.pretrain``). 0 epochs leave the encoder untrained.
 
     Attributes:
         objective: "simclr" (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations"),
@@ -381,7 +387,13 @@ class PretrainConfig(Schedule):
 
 
 class ConsistencyConfig(Section):
-    """Jeong and Shin 2020: weight of the consistency term, weight of the entropy in it, noise draws per image."""
+    """Consistency regularization (Jeong and Shin 2020).
+
+    Attributes:
+        draws: noise draws per image.
+        weight: of the consistency term.
+        entropy_weight: of the entropy in it.
+    """
 
     draws: Annotated[Whole, Field(ge=2)] = 2
     weight: NonNegative = 20.0
@@ -389,7 +401,11 @@ class ConsistencyConfig(Section):
 
 
 class SmoothAdvConfig(Section):
-    """Salman et al. 2019: l2 attack of radius ``epsilon`` on the smoothed classifier, reached over the warm-up."""
+    """SmoothAdv (Salman et al. 2019): an l2 attack on the smoothed classifier.
+
+    Attributes:
+        epsilon: radius of the attack after the warm-up, in pixel units.
+    """
 
     draws: Count = 2
     epsilon: Positive = 0.25
@@ -397,13 +413,18 @@ class SmoothAdvConfig(Section):
     warmup_epochs: NonNegative = 10.0
 
     def epsilon_at(self, epoch: float) -> float:
-        """Return the radius after ``epoch`` epochs; never 0, since the attack needs a ball."""
+        """Return the radius after ``epoch`` epochs, which is never 0, since the attack needs a ball."""
         share = min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
         return self.epsilon * max(share, 1e-3)
 
 
 class CatRsConfig(Section):
-    """Jeong et al. 2023, confidence-aware training: attack on the noise of confident images, and its weight."""
+    """Confidence-aware training (Jeong et al. 2023).
+
+    Attributes:
+        epsilon: l2 radius of the attack on the noise of confident images.
+        weight: of the loss at the attacked noise.
+    """
 
     draws: Annotated[Whole, Field(ge=2)] = 4
     epsilon: Positive = 0.25
@@ -412,7 +433,11 @@ class CatRsConfig(Section):
 
 
 class TradesConfig(Section):
-    """Zhang et al. 2019: weight of the robust term."""
+    """TRADES (Zhang et al. 2019).
+
+    Attributes:
+        beta: weight of the robust term.
+    """
 
     beta: NonNegative = 6.0
 
@@ -424,7 +449,7 @@ class FinetuneConfig(Schedule):
         objective: all but standard, pgd-at and trades train under noise of ``smoothing.sigma``.
         mode: "full" trains every weight, "linear" the head on a frozen encoder, and "linear-then-full" the head alone
             for ``head_epochs`` of the epochs and then every weight (Kumar et al. 2022).
-        label_fraction, labels_per_class: labels that are read, stratified; give at most one of them.
+        label_fraction, labels_per_class: labels that are read, stratified. Give at most one of them.
         flip, shift: the weak augmentation, see ``WeakViews``.
     """
 
@@ -464,8 +489,8 @@ class CertifyConfig(Section):
     """Certification (``rush.certify``).
 
     Attributes:
-        images: number of images, the first of a seeded order of the test split; None certifies all.
-        radii: the grid, in pixel units. None: any radius, or with the sequential method multiples of sigma / 2.
+        images: number of images, the first of a seeded order of the test split. None certifies all.
+        radii: the grid, in pixel units. None allows any radius or, with the sequential method, multiples of sigma / 2.
     """
 
     images: Count | None = None
@@ -490,10 +515,11 @@ class CertifyConfig(Section):
 
 
 class AttackConfig(Section):
-    """The ladder of attackers and the verdict; ``epsilon`` is a number or a fraction such as "8/255".
+    """The ladder of attackers and the verdict.
 
     Attributes:
-        strong_steps: steps of the APGD rungs, which bring Square and the worst-case suite with them; 0 ends the ladder
+        epsilon, step_size: numbers or fractions such as "8/255".
+        strong_steps: steps of the APGD rungs, which are followed by Square and the worst-case suite. 0 ends the ladder
             at the last of ``eot_samples``.
         curve_images: number of images that are also attacked at rising epsilon.
     """
@@ -528,7 +554,11 @@ class AttackConfig(Section):
 
 
 class AuditConfig(Section):
-    """The audit of an evaluation: PGD-20 with EOT 20 by default, or the ladder's rung of this name."""
+    """The audit of an evaluation.
+
+    Attributes:
+        rung: the ladder's rung to audit. None audits PGD-20 with EOT 20.
+    """
 
     images: Count | None = 100
     rung: str | None = None
@@ -538,7 +568,7 @@ class AuditConfig(Section):
 
 
 class Recipe(Section):
-    """One run from pre-training to report; see the recipes shipped in ``rush/recipes``."""
+    """One run from pre-training to report. Examples are the recipes shipped in ``rush/recipes``."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: CountOrZero = 0
@@ -598,26 +628,26 @@ STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
 
 
 def error_text(error: ValidationError, section: type[BaseModel]) -> str:
-    """Describe every wrong value of ``section``: its field, the problem and the value given."""
+    """Describe every wrong value of ``section`` by its field, the problem and the value given."""
     follow_on = "default_factory_not_called"  # of a default that depends on another wrong value
     return "; ".join(_explain(entry, section) for entry in error.errors() if entry["type"] != follow_on)
 
 
 def closest(name: str, allowed: Sequence[str]) -> str:
-    """Return a hint at the allowed name that ``name`` resembles, empty where there is none."""
+    """Return a hint at the allowed name that ``name`` resembles, or "" if there is none."""
     close = difflib.get_close_matches(name, allowed, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _explain(entry: Any, section: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in entry["loc"])
+    field = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         allowed = _fields_at(entry["loc"][:-1], section)
-        return f"{where}: unknown key{closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+        return f"{field}: unknown key{closest(str(entry['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
     message = entry["msg"].removeprefix("Value error, ")
     without_value = entry["type"] == "missing" or isinstance(entry["input"], dict)
     value = "" if without_value else f" (given: {_GIVEN.repr(entry['input'])})"
-    return f"{where}: {message}{value}".removeprefix(": ")  # an error that joins sections has no location
+    return f"{field}: {message}{value}".removeprefix(": ")  # an error that joins sections has no location
 
 
 def _fields_at(location: tuple[Any, ...], section: type[BaseModel]) -> list[str]:
