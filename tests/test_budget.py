@@ -262,7 +262,7 @@ def test_a_module_is_put_back_as_it_was() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     module[0].weight.requires_grad_(False)
     before, places = bits(module), [tensor.data_ptr() for tensor in module.state_dict().values()]
-    with budget.put_back(module):
+    with budget.restored(module):
         module.requires_grad_(True)
         module(torch.ones(3, 2)).sum().backward()
         with torch.no_grad():

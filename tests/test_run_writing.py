@@ -197,7 +197,9 @@ def test_certificates_of_other_labels_or_pixels_are_not_resumed(
     (tmp_path / "again").mkdir()
     again = begin_at(tiny_run, tmp_path / "again" / "run", "attack")
     (again.path / "certificates.tsv").write_text(text)
-    with pytest.raises(RunError, match=r"certificates\.tsv: image '.*' has another label or other pixels than in the data"):
+    with pytest.raises(
+        RunError, match=r"certificates\.tsv: image '.*' has another label or other pixels than in the data"
+    ):
         run_stage(again, "attack")
 
 

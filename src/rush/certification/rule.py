@@ -128,22 +128,17 @@ def make_rule(
     _check_one_of("level", level, get_args(Level))
     bound = bounds[method][0] if bound is None else bound
     _check_one_of(f"bound of method {method!r}", bound, bounds[method])
-    num_selection = positive_integer("num_selection", num_selection)
-    num_estimation = positive_integer("num_estimation", num_estimation)
-    num_images = positive_integer("num_images", num_images)
-    sigma = sigma_of(sigma)
-    alpha, futility = probability("alpha", alpha, 0.5), probability("futility", futility, 0.5)
     free = Rule(
-        sigma=sigma,
+        num_selection=positive_integer("num_selection", num_selection),
+        num_estimation=positive_integer("num_estimation", num_estimation),
+        num_images=positive_integer("num_images", num_images),
+        sigma=sigma_of(sigma),
+        alpha=probability("alpha", alpha, 0.5),
+        futility=probability("futility", futility, 0.5),
         method=method,  # type: ignore[arg-type]
-        bound=bound,
-        alpha=alpha,
         level=level,  # type: ignore[arg-type]
-        num_images=num_images,
-        num_selection=num_selection,
-        num_estimation=num_estimation,
+        bound=bound,
         radii=None,
-        futility=futility,
     )
     _check_enough(free)
     within = within_reach(free)

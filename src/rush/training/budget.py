@@ -207,8 +207,8 @@ def measure(
 
 
 @contextmanager
-def put_back(module: nn.Module) -> Iterator[None]:
-    """Restore the values of ``module``, and which of them require gradients, after the context, in place."""
+def restored(module: nn.Module) -> Iterator[None]:
+    """Restore all tensors of ``module``, and which of them require gradients, in place after the context."""
     values = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
     trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     try:

@@ -1,11 +1,12 @@
 """Fine-tuning of a classifier on the encoder, under the noise it will be smoothed with, if any."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rush.choices import FinetuneObjective, TrainingCompile
 from rush.data.batches import Batch
@@ -85,22 +86,16 @@ def finetune(
         raise DataError(f"{images.name} ({images.split}) has no labels; fine-tuning needs a labelled training split")
     if mode == "linear-then-full" and compile_mode == "graph":
         raise ConfigError(
-            "a training that changes from the head alone to every weight cannot be captured as one CUDA graph; set "
-            'execution.compile_training = "none", or finetune.mode to linear or full'
+            "a training stage that changes from the head alone to every weight cannot be captured as one CUDA graph; "
+            'set execution.compile_training = "none", or finetune.mode to linear or full'
         )
     synchronised(execution.place(classifier)).train()
     if mode == "linear":
         classifier.encoder.requires_grad_(False)
 
-    def trained(x: Tensor) -> Tensor:
-        return execution.logits(classifier, x)
-
-    def head_alone(x: Tensor) -> Tensor:
-        with evaluation_mode(classifier.encoder):
-            return execution.logits(classifier, x)
-
-    def evaluated(x: Tensor) -> Tensor:
-        with evaluation_mode(classifier):
+    def logits(x: Tensor, evaluated: nn.Module | None = None) -> Tensor:
+        """Return the logits of images, with the part ``evaluated`` of the classifier in evaluation mode."""
+        with nullcontext() if evaluated is None else evaluation_mode(evaluated):
             return execution.logits(classifier, x)
 
     def step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
@@ -108,8 +103,9 @@ def finetune(
         frozen = mode == "linear" or (mode == "linear-then-full" and epoch < head_epochs)
         classifier.encoder.requires_grad_(not frozen)
         x = random_view(unit_float(batch.images), views, generator)
-        logits = head_alone if frozen else trained
-        loss = objective(Examples(logits, evaluated, x, batch.labels, noise, generator, epoch))
+        trained = partial(logits, evaluated=classifier.encoder if frozen else None)
+        attacked = partial(logits, evaluated=classifier)
+        loss = objective(Examples(trained, attacked, x, batch.labels, noise, generator, epoch))
         loss.backward()
         return loss.detach()
 

@@ -171,7 +171,7 @@ class TrainingRun:
 
     @property
     def total(self) -> int:
-        """Number of steps of the run; during a trial, of one epoch of each kind of step."""
+        """Number of steps of the run, or during a trial of one epoch of each kind of step."""
         return self.per_epoch * (self.head_epochs + 1 if self.epochs is None else self.epochs)
 
     def _shown(self) -> AbstractContextManager[Callable[[int], None]]:
@@ -232,7 +232,7 @@ class TrainingRun:
             self.name, minutes, self.per_epoch, self.head_epochs, schedule.warmup_epochs, schedule.monitor_epochs
         )
         cost = self.meter.read()  # of everything before the trial, whose own cost is discarded
-        with budget.put_back(self.module):
+        with budget.restored(self.module):
             times = budget.measure(
                 plan,
                 self._try_step,

@@ -109,9 +109,7 @@ def encoder_figures(
     assert bank.labels is not None
     assert held_out.labels is not None
     figures = {}
-    for suffix, added in (("", None), ("_noisy", noise)):
-        if suffix and noise is None:
-            break
+    for suffix, added in _conditions(noise):
         generators = [stream(seed, "probe", part, device=execution.device) for part in ("bank", "held out")]
         bank_features, queries = (
             representations(images, represent, execution, added, generator)
@@ -129,11 +127,14 @@ def classifier_figures(
     """Return the "accuracy" of the classifier on ``held_out``, and "accuracy_noisy" with one draw of ``noise``."""
     assert held_out.labels is not None
     figures = {}
-    for suffix, added in (("", None), ("_noisy", noise)):
-        if suffix and noise is None:
-            break
+    for suffix, added in _conditions(noise):
         generator = stream(seed, "probe", "held out", device=execution.device)
         logits = representations(held_out, classifier, execution, added, generator)
         correct = logits.argmax(1) == held_out.labels.to(logits.device)
         figures[f"accuracy{suffix}"] = float(correct.double().mean())
     return figures
+
+
+def _conditions(noise: Gaussian | None) -> list[tuple[str, Gaussian | None]]:
+    """Return the suffix and the noise of each set of figures, first those of clean images."""
+    return [("", None), *([("_noisy", noise)] if noise is not None else [])]
