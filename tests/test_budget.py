@@ -25,7 +25,7 @@ from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet
 from rush.data.sources import load_images
 from rush.data.views import random_view
-from rush.errors import ConfigError, RunError
+from rush.errors import ConfigError, DeviceMemoryError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
@@ -258,7 +258,7 @@ def test_the_bits_are_those_of_a_training_for_that_number_of_epochs(
     assert not (tmp_path / "state.rehearsal.pt").exists()
 
 
-def test_a_module_is_put_back_as_it_was() -> None:
+def test_a_module_is_restored_as_it_was() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     module[0].weight.requires_grad_(False)
     before, places = bits(module), [tensor.data_ptr() for tensor in module.state_dict().values()]
@@ -364,6 +364,18 @@ def test_a_resumed_training_keeps_the_number_on_a_slower_machine(taken: int, clo
     assert resumed.steps == list(range(kept, 4 * PER_EPOCH))
     assert resumed.outcome[0] == undisturbed.outcome[0]
     assert [event["event"] for event in resumed.events] == ["epoch"] * (4 - kept // PER_EPOCH)
+
+
+def test_a_trial_that_runs_out_of_memory_names_the_field_to_lower(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    training = Training(clock)
+    monkeypatch.setattr(training, "step", step)
+    with pytest.raises(DeviceMemoryError, match=r"step 1: there is not enough memory .* Lower .*batch_size"):
+        training.run()
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
