@@ -42,6 +42,7 @@ from rush.runtime.execution import Execution, without_tf32
 from rush.runtime.randomness import stream
 from rush.statistics import share_interval
 from rush.training.finetune import finetune
+from rush.training.loop import TrainingSettings
 from rush.training.pretrain import pretrain
 from rush.training.probes import knn_correct, linear_probe, representations
 from shared import labels_of
@@ -304,10 +305,12 @@ def pretrain_encoder(bench: Bench, seconds: float) -> dict[str, Any]:
             classifier.encoder,
             classifier.normalize,
             bench.within(config, seconds),
-            seed=bench.recipe.seed,
-            execution=bench.execution,
-            compile_mode=bench.recipe.execution.compile_training,
-            log=events,
+            TrainingSettings(
+                seed=bench.recipe.seed,
+                execution=bench.execution,
+                compile_mode=bench.recipe.execution.compile_training,
+                log=events,
+            ),
         )
     save_weights(classifier, bench.weights("encoder"))
     bench.store.keep_weights("encoder", classifier.encoder)
@@ -395,11 +398,10 @@ def _finetuned(
             images,
             classifier,
             config,
+            TrainingSettings(
+                seed=recipe.seed, execution=bench.execution, compile_mode=recipe.execution.compile_training, log=events
+            ),
             noise=noise_of(recipe),
-            seed=recipe.seed,
-            execution=bench.execution,
-            compile_mode=recipe.execution.compile_training,
-            log=events,
         )
     save_weights(classifier, bench.weights(name))
     if name == f"noise-{MAIN_SIGMA:g}":

@@ -34,6 +34,7 @@ from rush.smoothing.forward import Forward
 from rush.smoothing.noise import Gaussian
 from rush.training.budget import clock
 from rush.training.finetune import finetune
+from rush.training.loop import TrainingSettings
 from rush.training.pretrain import pretrain
 from shared import labels_of
 
@@ -203,10 +204,9 @@ def _simclr(probe: Probe, form: TrainingCompile, batch: int, deterministic: bool
             classifier.encoder,
             classifier.normalize,
             recipe.pretrain.replace(**_TWO_EPOCHS),
-            seed=recipe.seed,
-            execution=execution,
-            compile_mode=recipe.execution.compile_training,
-            log=events,
+            TrainingSettings(
+                seed=recipe.seed, execution=execution, compile_mode=recipe.execution.compile_training, log=events
+            ),
         )
         return events.epochs
 
@@ -291,11 +291,10 @@ def _finetuning(probe: Probe) -> float:
             images,
             _classifier(recipe),
             recipe.finetune.replace(**_TWO_EPOCHS),
+            TrainingSettings(
+                seed=recipe.seed, execution=probe.execution, compile_mode=recipe.execution.compile_training, log=events
+            ),
             noise=noise_of(recipe),
-            seed=recipe.seed,
-            execution=probe.execution,
-            compile_mode=recipe.execution.compile_training,
-            log=events,
         )
         return events.epochs
 

@@ -65,6 +65,7 @@ from rush.records.folder import machine
 from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.training.contrastive import nt_xent
+from rush.training.loop import TrainingSettings
 from rush.training.optim import build_optimizer
 from rush.training.pretrain import channel_statistics, pretrain
 
@@ -135,10 +136,7 @@ def rush_turn(setting: Setting, compile_mode: TrainingCompile) -> Turn:
                 projector_out=OUT,
                 views=Views(crop_scale=CROP_SCALE, crop_ratio=CROP_RATIO),
             ),
-            seed=0,
-            execution=setting.execution,
-            compile_mode=compile_mode,
-            log=log,
+            TrainingSettings(seed=0, execution=setting.execution, compile_mode=compile_mode, log=log),
         )
         return steps * setting.batch / rates[-1]
 

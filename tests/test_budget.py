@@ -39,7 +39,7 @@ from rush.smoothing.noise import Gaussian
 from rush.training import budget, graphs, loop
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.finetune import finetune
-from rush.training.loop import CheckpointPolicy, TrainingRun
+from rush.training.loop import CheckpointPolicy, TrainingRun, TrainingSettings
 from rush.training.meter import Meter
 from rush.training.pretrain import pretrain
 from tiny import TINY, results_of_training, tiny, write_tiny
@@ -303,7 +303,7 @@ def pretrained(config: PretrainConfig, clock: Clock) -> dict[str, bytes]:
 
     source = Resident(digits().without_labels())
     with patch("rush.training.pretrain.random_view", slow_view):
-        pretrain(source, trained.encoder, trained.normalize, config, seed=0, execution=EXECUTION)
+        pretrain(source, trained.encoder, trained.normalize, config, TrainingSettings(seed=0, execution=EXECUTION))
     return bits(trained)
 
 
@@ -335,7 +335,7 @@ def finetuned(config: FinetuneConfig, clock: Clock) -> dict[str, bytes]:
         return random_view(x, views, generator)
 
     with patch("rush.training.finetune.random_view", slow_view):
-        finetune(digits(), trained, config, noise=Gaussian(0.25), seed=0, execution=EXECUTION)
+        finetune(digits(), trained, config, TrainingSettings(seed=0, execution=EXECUTION), noise=Gaussian(0.25))
     assert all(parameter.requires_grad for parameter in trained.parameters())
     return bits(trained)
 
@@ -706,7 +706,8 @@ def test_a_ramp_of_more_epochs_than_fit_is_refused_before_anything_is_recorded(
 def logged(seconds: float) -> Callable[..., None]:
     """A training that does nothing but log a warm-up and a measured epoch of so many seconds."""
 
-    def trained(*_: object, log: Callable[..., None], **__: object) -> None:
+    def trained(*arguments: Any, **_: object) -> None:
+        log = arguments[-1].log
         for taken in (900.0, seconds):
             log("epoch", seconds=taken, passes=64, forward_passes=0, peak_memory=None, joules=None)
 

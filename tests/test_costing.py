@@ -149,7 +149,8 @@ SPLIT_SIZES = (("train", 60), ("test", 9))
 def logged(*epochs: dict[str, Any]) -> Callable[..., None]:
     """A training that does nothing but log these epochs."""
 
-    def trained(*_: object, log: Callable[..., None], **__: object) -> None:
+    def trained(*arguments: Any, **_: object) -> None:
+        log = arguments[-1].log
         log("started")
         for epoch in epochs:
             log("epoch", **epoch)

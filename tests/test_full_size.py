@@ -39,6 +39,7 @@ from rush.records.certificates import read_certificates
 from rush.runtime.execution import decide_execution
 from rush.runtime.randomness import stream
 from rush.training.finetune import finetune
+from rush.training.loop import TrainingSettings
 from rush.training.pretrain import pretrain
 from rush.training.probes import knn_correct, representations
 from test_parquet import write
@@ -162,7 +163,13 @@ def test_pretraining_is_that_of_the_library(finished: Order) -> None:
     classifier = new_classifier(spec_of(recipe, bench.train), 0)
     config = recipe.pretrain.replace(epochs=finished.sizes.epochs)
     source = Resident(bench.train.without_labels())
-    pretrain(source, classifier.encoder, classifier.normalize, config, seed=recipe.seed, execution=execution)
+    pretrain(
+        source,
+        classifier.encoder,
+        classifier.normalize,
+        config,
+        TrainingSettings(seed=recipe.seed, execution=execution),
+    )
     stored = load_file(bench.weights("encoder"))
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
@@ -176,7 +183,9 @@ def test_fine_tuning_is_that_of_the_library_on_the_pre_trained_encoder(finished:
     load_weights(classifier, bench.weights("encoder"))
     config = recipe.finetune.replace(epochs=finished.sizes.epochs)
     execution = decide_execution("cpu", "float32", 16)
-    finetune(labelled, classifier, config, noise=noise_of(recipe), seed=recipe.seed, execution=execution)
+    finetune(
+        labelled, classifier, config, TrainingSettings(seed=recipe.seed, execution=execution), noise=noise_of(recipe)
+    )
     stored = load_file(bench.weights("tenth-0.25"))
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(tensor, stored[name]), name

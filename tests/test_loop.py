@@ -26,7 +26,7 @@ from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.noise import Gaussian
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.finetune import finetune
-from rush.training.loop import CheckpointPolicy, Step, TrainingRun
+from rush.training.loop import CheckpointPolicy, Step, TrainingRun, TrainingSettings
 from rush.training.optim import build_optimizer, cosine_factor
 from rush.training.pretrain import channel_statistics, pretrain
 
@@ -240,7 +240,9 @@ def pretrained(images: ImageSet, seed: int = 0, epochs: int = 2) -> Classifier:
         projector_out=8,
         views=Views(crop_scale=(0.5, 1.0), greyscale=0.0),
     )
-    pretrain(Resident(images), trained.encoder, trained.normalize, config, seed=seed, execution=Execution())
+    pretrain(
+        Resident(images), trained.encoder, trained.normalize, config, TrainingSettings(seed=seed, execution=Execution())
+    )
     return trained
 
 
@@ -262,7 +264,13 @@ def test_pre_training_for_no_epochs_leaves_the_encoder_as_it_was() -> None:
 
 def finetuned(images: ImageSet, mode: FinetuneMode) -> Classifier:
     trained = classifier()
-    finetune(images, trained, FINETUNE.replace(mode=mode), noise=Gaussian(0.25), seed=0, execution=Execution())
+    finetune(
+        images,
+        trained,
+        FINETUNE.replace(mode=mode),
+        TrainingSettings(seed=0, execution=Execution()),
+        noise=Gaussian(0.25),
+    )
     return trained
 
 
@@ -291,7 +299,7 @@ def test_fine_tuning_sees_noise_of_its_sigma() -> None:
     own = classifier()
     own.normalize.register_forward_pre_hook(lambda _module, given: seen.append(given[0].detach()))
     config = FINETUNE.replace(epochs=1, batch_size=64, shift=0)
-    finetune(images, own, config, noise=Gaussian(0.5), seed=0, execution=Execution())
+    finetune(images, own, config, TrainingSettings(seed=0, execution=Execution()), noise=Gaussian(0.5))
     order = torch.randperm(64, generator=stream(0, "finetune", "order", 0))
     noise = seen[0] - images.pixels()[order]
     # 4,096 draws: the standard error of the standard deviation is 0.0055, of the mean 0.0078; five of them: odds 1e-6
@@ -329,10 +337,10 @@ def frozen_encoder_accuracy(epochs: int, labelled: ImageSet) -> float:
     seeded_init(own, stream(RECIPE.seed, "classifier", "weights"))
     source = Resident(train_images.without_labels())
     config = config.replace(epochs=epochs)
-    pretrain(source, own.encoder, own.normalize, config, seed=RECIPE.seed, execution=Execution())
+    pretrain(source, own.encoder, own.normalize, config, TrainingSettings(seed=RECIPE.seed, execution=Execution()))
     noise = Gaussian(RECIPE.smoothing.sigma)
     head = FINETUNE.replace(mode="linear", epochs=150, batch_size=50, optimizer="adamw", learning_rate=4e-3)
-    finetune(labelled, own, head, noise=noise, seed=RECIPE.seed, execution=Execution())
+    finetune(labelled, own, head, TrainingSettings(seed=RECIPE.seed, execution=Execution()), noise=noise)
     return vote_accuracy(own, test, noise)
 
 

@@ -28,7 +28,7 @@ from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.noise import Gaussian
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.finetune import finetune
-from rush.training.loop import CheckpointPolicy
+from rush.training.loop import CheckpointPolicy, TrainingSettings
 from rush.training.pretrain import pretrain
 
 SCHEDULE: dict[str, Any] = {
@@ -93,11 +93,7 @@ def pretrained(
             trained.encoder,
             trained.normalize,
             config,
-            seed=0,
-            execution=Execution(),
-            checkpoints=checkpoints,
-            log=log,
-            **options,
+            TrainingSettings(seed=0, execution=Execution(), checkpoints=checkpoints, log=log, **options),
         )
     return trained
 
@@ -117,7 +113,7 @@ FINETUNE = FinetuneConfig.model_validate(
 
 def finetuned(config: FinetuneConfig = FINETUNE, log: Callable[..., None] = lambda *_, **__: None) -> Classifier:
     trained = classifier()
-    finetune(images(), trained, config, noise=Gaussian(0.25), seed=0, execution=Execution(), log=log)
+    finetune(images(), trained, config, TrainingSettings(seed=0, execution=Execution(), log=log), noise=Gaussian(0.25))
     return trained
 
 

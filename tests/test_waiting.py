@@ -31,7 +31,7 @@ from rush.smoothing.inspection import Sentinel
 from rush.smoothing.noise import Gaussian
 from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.training.finetune import finetune
-from rush.training.loop import TrainingRun
+from rush.training.loop import TrainingRun, TrainingSettings
 from rush.training.pretrain import pretrain
 from tiny import tiny
 from waiting import META, MetaGenerator, on_meta, refused, waits
@@ -104,7 +104,11 @@ def test_no_step_of_pre_training_waits(
     found, operations = steps_of(
         monkeypatch,
         lambda: pretrain(
-            images, network.encoder, network.normalize, recipe.pretrain, seed=0, execution=meta, log=refused
+            images,
+            network.encoder,
+            network.normalize,
+            recipe.pretrain,
+            TrainingSettings(seed=0, execution=meta, log=refused),
         ),
     )
     assert found == []
@@ -126,13 +130,11 @@ def test_no_step_of_fine_tuning_waits(
     found, operations = steps_of(
         monkeypatch,
         lambda: finetune(
-            coloured(recipe),  # type: ignore[arg-type]
+            coloured(recipe),
             classifier(),
             recipe.finetune,
+            TrainingSettings(seed=0, execution=meta, log=refused),
             noise=noise_of(recipe),
-            seed=0,
-            execution=meta,
-            log=refused,
         ),
     )
     assert found == []

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +30,7 @@ from rush.runtime.files import write_text
 from rush.runtime.randomness import stream
 from rush.training.budget import Plan, Times
 from rush.training.finetune import finetune
+from rush.training.loop import TrainingSettings
 from rush.training.pretrain import pretrain
 
 STEPS = 4
@@ -301,10 +302,7 @@ class _Trial:
             classifier.encoder,
             classifier.normalize,
             config.replace(epochs=2, **_TRIAL),
-            seed=self.recipe.seed,
-            execution=self.execution,
-            compile_mode=self.recipe.execution.compile_training,
-            log=log,
+            self._settings(log),
         )
         return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, log.phases())
 
@@ -316,14 +314,14 @@ class _Trial:
             images,
             self._classifier(images),
             config.replace(epochs=4 if config.mode == "linear-then-full" else 2, head_epochs=2, **_TRIAL),
+            self._settings(log),
             noise=noise_of(self.recipe),
-            seed=self.recipe.seed,
-            execution=self.execution,
-            compile_mode=self.recipe.execution.compile_training,
-            log=log,
         )
         objective = config.objective if config.mode == "full" else f"{config.objective} ({config.mode})"
         return self._extrapolated("finetune", objective, config, self.size.finetune, log.phases())
+
+    def _settings(self, log: Callable[..., None]) -> TrainingSettings:
+        return TrainingSettings(self.recipe.seed, self.execution, self.recipe.execution.compile_training, log=log)
 
     def _classifier(self, images: ImageSet) -> Classifier:
         return new_classifier(spec_of(self.recipe, images), self.recipe.seed)

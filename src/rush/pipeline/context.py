@@ -17,7 +17,7 @@ from rush.runtime.execution import Execution, decide_execution
 from rush.smoothing.noise import Gaussian
 from rush.training.budget import Budget
 from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.loop import CheckpointPolicy
+from rush.training.loop import CheckpointPolicy, Monitor, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,17 @@ class StageContext:
         if rank() == 0:
             self.run.begin(stage)
 
-    def checkpoints(self, stage: Stage) -> CheckpointPolicy:
-        """Return the checkpoint policy of a training stage, which also records the number of epochs of minutes."""
-        checkpoint = TrainingCheckpoint(self.run.path / f"checkpoints/{stage}.pt", self.run.fingerprint(stage))
+    def training(self, stage: Stage, monitor: Monitor | None) -> TrainingSettings:
+        """Return the settings of a training stage, which save its state, log, and record its number of epochs."""
         config = self.recipe.execution
-        return CheckpointPolicy(
-            checkpoint, config.checkpoint_minutes, config.on_nonfinite, partial(self._settle, stage)
+        checkpoint = TrainingCheckpoint(self.run.path / f"checkpoints/{stage}.pt", self.run.fingerprint(stage))
+        return TrainingSettings(
+            self.recipe.seed,
+            self.execution,
+            config.compile_training,
+            CheckpointPolicy(checkpoint, config.checkpoint_minutes, config.on_nonfinite, partial(self._settle, stage)),
+            monitor,
+            self.log,
         )
 
     def _settle(self, stage: Stage, budget: Budget) -> None:

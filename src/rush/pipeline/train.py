@@ -1,6 +1,5 @@
 """The two training stages of a run, from the fields of the recipe to the files that they write."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.forward import try_forwards
 from rush.training.finetune import finetune
+from rush.training.loop import Monitor
 from rush.training.pretrain import channel_statistics, pretrain
 from rush.training.probes import classifier_figures, encoder_figures, knn_correct, representations
 
@@ -42,18 +42,8 @@ def run_pretrain(run: RunFolder) -> None:
     context.begin("pretrain")
     classifier = new_classifier(spec_of(recipe, train), recipe.seed)
     source = context.splits.pretraining()
-    pretrain(
-        source,
-        classifier.encoder,
-        classifier.normalize,
-        config,
-        seed=recipe.seed,
-        execution=execution,
-        compile_mode=recipe.execution.compile_training,
-        checkpoints=context.checkpoints("pretrain"),
-        monitor=_watch_encoder(context, classifier),
-        log=context.log,
-    )
+    settings = context.training("pretrain", _watch_encoder(context, classifier))
+    pretrain(source, classifier.encoder, classifier.normalize, config, settings)
     if rank() == 0:
         knn = _knn_accuracy(classifier, train, test, config.knn_neighbours, execution)
         save_weights(classifier.encoder, run.path / ENCODER)
@@ -76,18 +66,8 @@ def run_finetune(run: RunFolder) -> None:
     spec = spec_of(recipe, train)
     classifier = new_classifier(spec, recipe.seed)
     load_weights(classifier.encoder, run.path / ENCODER)
-    finetune(
-        labelled,
-        classifier,
-        config,
-        noise=context.noise,
-        seed=recipe.seed,
-        execution=context.execution,
-        compile_mode=recipe.execution.compile_training,
-        checkpoints=context.checkpoints("finetune"),
-        monitor=_watch_classifier(context, classifier),
-        log=context.log,
-    )
+    settings = context.training("finetune", _watch_classifier(context, classifier))
+    finetune(labelled, classifier, config, settings, noise=context.noise)
     if rank() == 0:
         forward = _save_model(context, classifier, spec, train)
         figures = {**_training_figures(run, "finetune", len(labelled)), "objective": config.objective}
@@ -161,10 +141,7 @@ def _choose_forward(context: StageContext, classifier: Classifier, train: ImageS
     return chosen, {"compile_mode": chosen.compile_mode, **trial}
 
 
-Watch = Callable[[int], dict[str, Any]]
-
-
-def _watch_encoder(context: StageContext, classifier: Classifier) -> Watch | None:
+def _watch_encoder(context: StageContext, classifier: Classifier) -> Monitor | None:
     """Return a function that measures the encoder on the held-out images, or None if there are none."""
     held_out, config = context.splits.held_out, context.recipe.pretrain
     if held_out is None or held_out.labels is None:
@@ -181,7 +158,7 @@ def _watch_encoder(context: StageContext, classifier: Classifier) -> Watch | Non
     )
 
 
-def _watch_classifier(context: StageContext, classifier: Classifier) -> Watch | None:
+def _watch_classifier(context: StageContext, classifier: Classifier) -> Monitor | None:
     """Return a function that measures the classifier on the held-out images, or None if there are none."""
     held_out = context.splits.held_out
     if held_out is None:

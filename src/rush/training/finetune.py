@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rush.choices import FinetuneObjective, TrainingCompile
+from rush.choices import FinetuneObjective
 from rush.data.batches import Batch
 from rush.data.images import ImageSet
 from rush.data.streaming import Stream, training_source
@@ -17,12 +16,11 @@ from rush.errors import ConfigError, DataError
 from rush.models.classifier import Classifier
 from rush.recipe.schema import FinetuneConfig
 from rush.runtime.distributed import rank, world_size
-from rush.runtime.execution import Execution, compiled
+from rush.runtime.execution import compiled
 from rush.runtime.schedules import scheduled
 from rush.runtime.sync_norm import desynchronised, synchronised
 from rush.smoothing.noise import Gaussian
-from rush.training.loop import CheckpointPolicy, TrainingRun
-from rush.training.meter import Meter
+from rush.training.loop import TrainingSettings
 from rush.training.modes import evaluation_mode
 from rush.training.supervised import Examples, cat_rs, consistency, gaussian, pgd_at, smoothadv, standard, trades
 
@@ -53,23 +51,21 @@ def finetune(
     images: ImageSet | Stream,
     classifier: Classifier,
     config: FinetuneConfig,
+    settings: TrainingSettings,
     *,
     noise: Gaussian | None,
-    seed: int,
-    execution: Execution,
-    compile_mode: TrainingCompile = "none",
-    checkpoints: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008, a frozen value
-    monitor: Callable[[int], dict[str, Any]] | None = None,
-    log: Callable[..., None] = lambda *_, **__: None,
 ) -> None:
     """Train ``classifier`` in place by the objective of ``config``, and leave it in evaluation mode.
 
     Every mode follows one learning-rate schedule. A head trained alone sees the encoder in evaluation mode.
 
     Args:
+        images: labelled images, in memory or streamed, the same in all processes.
+        classifier: pixels in [0, 1] -> logits.
+        config: objective, mode and schedule.
+        settings: conditions of the run. The compile mode "graph" excludes the mode ``linear-then-full``, whose step
+            changes in between.
         noise: None for a classifier that will not be smoothed.
-        compile_mode: as in ``pretrain``. "graph" excludes the mode ``linear-then-full``, whose step changes in between.
-        checkpoints, monitor, log: as in ``TrainingRun``.
 
     Raises:
         DataError: the images have no labels.
@@ -81,6 +77,7 @@ def finetune(
         That of the objective. With the mode ``linear`` all passes of the encoder are forward passes.
     """
     mode, views, objective = config.mode, config.views, objective_of(config)
+    execution, compile_mode = settings.execution, settings.compile_mode
     head_epochs = config.head_epochs if mode == "linear-then-full" else 0
     if images.labels is None:
         raise DataError(f"{images.name} ({images.split}) has no labels; fine-tuning needs a labelled training split")
@@ -110,18 +107,7 @@ def finetune(
         return loss.detach()
 
     with compiled(classifier.encoder, compile_mode):
-        TrainingRun(
-            classifier,
-            step,
-            name="finetune",
-            images=training_source(images, execution.device, rank(), world_size()),
-            schedule=config,
-            seed=seed,
-            meter=Meter(classifier.encoder, device=execution.device),
-            checkpoints=checkpoints,
-            monitor=monitor,
-            head_epochs=head_epochs,
-            log=log,
-            captured=compile_mode == "graph",
-        ).run()
+        source = training_source(images, execution.device, rank(), world_size())
+        counted = [classifier.encoder]
+        settings.training(classifier, step, "finetune", source, config, counted, head_epochs).run()
     desynchronised(classifier).requires_grad_(True).eval()

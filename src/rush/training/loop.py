@@ -2,19 +2,20 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from rush.choices import OnNonfinite
+from rush.choices import OnNonfinite, TrainingCompile
 from rush.data.batches import Batch, TrainingImages, batches_per_epoch
 from rush.errors import ConfigError, Interrupted, RushError
 from rush.recipe.schema import ExecutionConfig, Schedule
 from rush.runtime.distributed import average_gradients, barrier, broadcast_module, rank, world_size
+from rush.runtime.execution import Execution
 from rush.runtime.interruption import StopRequest, stop_requests
 from rush.runtime.memory import memory_for
 from rush.runtime.progress import progress
@@ -27,6 +28,9 @@ from rush.training.losses import Losses
 from rush.training.meter import Cost, Meter, peak_memory
 from rush.training.modes import evaluation_mode
 from rush.training.optim import build_optimizer, cosine_factor, rate_tensor, representable, set_capturable
+
+Monitor: TypeAlias = Callable[[int], dict[str, Any]]
+"""Function from an epoch to live figures."""
 
 _INSPECTED_STEPS = 32  # losses are inspected at this interval, and as many steps late, so that nothing waits for them
 _MOST_SKIPPED = 10  # batches of a run; more of them mean that the training itself diverges
@@ -71,6 +75,50 @@ class CheckpointPolicy:
             raise ConfigError('on_nonfinite = "skip" returns to the last checkpoint; give a checkpoint')
 
 
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The conditions that the two training stages of a run share.
+
+    Attributes:
+        compile_mode: torch.compile of the encoder in training, or "graph" to capture the whole step on CUDA
+            (``training.graphs``).
+        checkpoints, monitor, log: as in ``TrainingRun``.
+    """
+
+    seed: int
+    execution: Execution
+    compile_mode: TrainingCompile = "none"
+    checkpoints: CheckpointPolicy = CheckpointPolicy()
+    monitor: Monitor | None = None
+    log: Callable[..., None] = lambda *_, **__: None
+
+    def training(
+        self,
+        module: nn.Module,
+        step: Step,
+        name: str,
+        images: TrainingImages,
+        schedule: Schedule,
+        counted: Sequence[nn.Module],
+        head_epochs: int = 0,
+    ) -> "TrainingRun":
+        """Return the run of the stage ``name`` under these conditions, which counts the passes of ``counted``."""
+        return TrainingRun(
+            module,
+            step,
+            name,
+            images,
+            schedule,
+            self.seed,
+            meter=Meter(*counted, device=self.execution.device),
+            checkpoints=self.checkpoints,
+            monitor=self.monitor,
+            head_epochs=head_epochs,
+            log=self.log,
+            captured=self.compile_mode == "graph",
+        )
+
+
 class _NotFiniteError(Exception):
     """A loss or gradient of step ``number`` that is not finite."""
 
@@ -111,7 +159,7 @@ class TrainingRun:
     seed: int
     meter: Meter = field(default_factory=Meter)
     checkpoints: CheckpointPolicy = CheckpointPolicy()
-    monitor: Callable[[int], dict[str, Any]] | None = None
+    monitor: Monitor | None = None
     head_epochs: int = 0
     log: Callable[..., None] = lambda *_, **__: None
     captured: bool = False

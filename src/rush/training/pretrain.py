@@ -1,12 +1,10 @@
 """Contrastive pre-training of an encoder from images alone. Labels are never read."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rush.choices import TrainingCompile
 from rush.data.batches import Batch, TrainingImages
 from rush.data.images import ImageSet
 from rush.data.noisy_views import add_noise
@@ -22,8 +20,7 @@ from rush.runtime.sync_norm import desynchronised, synchronised
 from rush.training.adversarial_views import adversarial_views
 from rush.training.contrastive import info_nce, nt_xent
 from rush.training.gradient_cache import cached_backward
-from rush.training.loop import CheckpointPolicy, Step, TrainingRun
-from rush.training.meter import Meter
+from rush.training.loop import Step, TrainingSettings
 from rush.training.modes import evaluation_mode
 
 Pair = Callable[[Batch, float, torch.Generator], tuple[Tensor, Tensor]]
@@ -61,13 +58,7 @@ def pretrain(
     encoder: nn.Module,
     normalize: Normalize,
     config: PretrainConfig,
-    *,
-    seed: int,
-    execution: Execution,
-    compile_mode: TrainingCompile = "none",
-    checkpoints: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008, a frozen value
-    monitor: Callable[[int], dict[str, Any]] | None = None,
-    log: Callable[..., None] = lambda *_, **__: None,
+    settings: TrainingSettings,
 ) -> None:
     """Train ``encoder`` in place on two noisy or plain views of each image, by the objective of ``config``.
 
@@ -76,9 +67,11 @@ def pretrain(
     BatchNorm is synchronised and losses span the global batch.
 
     Args:
-        compile_mode: torch.compile of the encoder in training (not of ACL's, whose BatchNorm changes between calls), or
-            "graph": on CUDA the whole step is captured (``training.graphs``).
-        checkpoints, monitor, log: as in ``TrainingRun``.
+        images: the rows of this process.
+        encoder: normalized pixels (B, C, H, W) -> representations (B, ``encoder.features``).
+        normalize: the first layer.
+        config: objective, views and schedule.
+        settings: conditions of the run. The encoder of ACL is not compiled, since its BatchNorm changes between calls.
 
     Raises:
         RushError: as ``TrainingRun.run``.
@@ -87,7 +80,7 @@ def pretrain(
         Passes per image and epoch. SimCLR: 2 forward and backward, with ``micro_batch`` 2 forward more. MoCo: 1 forward
         and backward, 1 forward. ACL: 4 + 2 ``adversary.steps`` forward and backward.
     """
-    features = encoder.features
+    features, seed, execution = encoder.features, settings.seed, settings.execution
     assert isinstance(features, int)
     head = projector(features, config.projector_hidden, config.projector_out)
     network = ContrastiveNetwork(
@@ -118,20 +111,8 @@ def pretrain(
         branch = NormBranch(network)
         module = nn.ModuleDict({"network": network, "branch": branch})
         step = _acl_step(config, network, branch, pair)
-    with compiled(encoder, "none" if config.objective == "acl" else compile_mode):
-        TrainingRun(
-            execution.place(module),
-            step,
-            name="pretrain",
-            images=images,
-            schedule=config,
-            seed=seed,
-            meter=Meter(*counted, device=execution.device),
-            checkpoints=checkpoints,
-            monitor=monitor,
-            log=log,
-            captured=compile_mode == "graph",
-        ).run()
+    with compiled(encoder, "none" if config.objective == "acl" else settings.compile_mode):
+        settings.training(execution.place(module), step, "pretrain", images, config, counted).run()
     if config.objective == "acl":
         branch.copy_into(network)
     desynchronised(network).eval()
