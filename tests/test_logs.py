@@ -123,7 +123,7 @@ def test_impossible_conditions_are_refused(tmp_path: Path, given: dict, text: st
         (HEADER, HEADER.replace("radius", "rad"), "line 1: a log opens with"),
         (HEADER, HEADER + "\ttime", "line 1: a log opens with"),
         ("0.529\t1\t15.4", "0.529\t1", "line 2: 5 fields instead of 6"),
-        ("20\t8", "0\t8", "line 3: the image is there twice, by its idx"),
+        ("20\t8", "0\t8", "line 3: duplicate image, by its idx"),
         ("0.529\t1", "0.529\t0", "line 2: correct does not agree"),
         ("-1\t0.0\t0", "-1\t0.0\t1", "line 3: correct does not agree"),
         ("0.529", "-0.529", "line 2: radius '-0.529': not a finite number >= 0"),
@@ -208,7 +208,7 @@ def test_a_log_of_our_own_says_everything(tmp_path: Path) -> None:
     assert log.at_ceiling.tolist() == [False, False, True]
     assert named(log) == {}
     assert read_log(log.path, sigma=0.5).rule.sigma == 0.5
-    with pytest.raises(ConfigError, match=r"mine\.tsv says sigma = 0\.5, 0\.25 was given"):
+    with pytest.raises(ConfigError, match=r"mine\.tsv has sigma = 0\.5, but 0\.25 was given"):
         read_log(log.path, sigma=0.25)
 
 
@@ -235,19 +235,12 @@ def test_an_impossible_rule_is_refused(tmp_path: Path, change: dict, text: str) 
 def test_a_damaged_log_of_our_own_is_a_matter_of_the_run(tmp_path: Path) -> None:
     whole = own_table(tmp_path / "mine.tsv").read_text()
     for old, new, text in (
-        ("c.png", "a.png", "line 4: the image is there twice, by its id"),
-        ("\t0.5000", "\t9.0000", "line 4: radius is 9, its votes and rule give 0.5"),
-        ("\t10100\t", "\tmany\t", "line 3: num_samples 'many': not a whole number"),
-        ("c.png\t", "c.png", "line 4: 16 fields instead of 17"),
+        ("c.png", "a.png", "line 4: duplicate image, by its id"),
         ("\tblocks", "\tvotes", "line 1: expected the columns idx"),
     ):
         assert whole.count(old) == 1, old
         with pytest.raises(RunError, match=rf"mine\.tsv, {text}"):
             read_log(stored(tmp_path / "mine.tsv", whole.replace(old, new)))
-    lines = whole.splitlines()
-    other = "\n".join([*lines[:3], lines[3].replace('"sigma":0.5', '"sigma":0.25')])
-    with pytest.raises(RunError, match=r"line 4: its rule is not that of line 2"):
-        read_log(stored(tmp_path / "mine.tsv", other))
 
 
 def test_a_run_folder_gives_the_fingerprint(tmp_path: Path) -> None:
@@ -257,7 +250,7 @@ def test_a_run_folder_gives_the_fingerprint(tmp_path: Path) -> None:
     for path in (run, run / "certificates.tsv"):
         log = read_log(path)
         assert (log.name, log.dataset, log.rule.sigma, log.rule.alpha) == ("run", "f00d", 0.5, 0.01)
-    with pytest.raises(ConfigError, match=r"certificates\.tsv says alpha = 0\.01"):
+    with pytest.raises(ConfigError, match=r"certificates\.tsv has alpha = 0\.01"):
         read_log(run, alpha=0.001)
     stored(run / "provenance.json", "{")
     with pytest.raises(RunError, match=r"provenance\.json is damaged"):
@@ -318,7 +311,7 @@ def test_radii_with_few_digits_are_found(tmp_path: Path) -> None:
     found = {f.name: f for f in doubts(read_log(stored(tmp_path / "sigma_0.5", text)))}
     assert found["grid-ties"].count == 1  # 1.25 may have been 1.245; 0.504 is at least 0.5035
     assert "up to 33.33 points of certified accuracy at one radius" in found["grid-ties"].text
-    assert "here up to 0.005, above" in found["rounded"].text
+    assert "here up to 0.005" in found["rounded"].text
 
 
 def test_other_findings() -> None:
