@@ -273,14 +273,14 @@ def sigmas(tables: list[Table]) -> tuple[str, ...]:
 
 
 def test_the_command_reads_logs_with_the_sigma_that_each_needs(tmp_path: Path) -> None:
-    said, silent = public_log(tmp_path / "x_sigma_0.25.tsv"), public_log(tmp_path / "y.tsv")
-    assert sigmas(compare_command([said, silent], sigma=[0.5])) == ("0.25", "0.5")
-    assert sigmas(compare_command([said, silent], sigma=[1.0, 0.5])) == ("1", "0.5")
-    assert sigmas(compare_command([said], sigma=[1.0])) == ("1",)
+    named, unnamed = public_log(tmp_path / "x_sigma_0.25.tsv"), public_log(tmp_path / "y.tsv")
+    assert sigmas(compare_command([named, unnamed], sigma=[0.5])) == ("0.25", "0.5")
+    assert sigmas(compare_command([named, unnamed], sigma=[1.0, 0.5])) == ("1", "0.5")
+    assert sigmas(compare_command([named], sigma=[1.0])) == ("1",)
     with pytest.raises(ConfigError, match="give --sigma"):
-        compare_command([said, silent])
+        compare_command([named, unnamed])
     with pytest.raises(ConfigError, match="2 values of sigma for 3 logs"):
-        compare_command([said, silent, said], sigma=[0.5, 0.25])
+        compare_command([named, unnamed, named], sigma=[0.5, 0.25])
 
 
 def test_the_command_gives_tables_of_texts(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_published_class_figures_from_their_logs() -> None:
 
 
 @pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
-def test_public_logs_are_paired_on_their_common_images_only_when_told() -> None:
+def test_public_logs_are_paired_on_their_common_images_only_when_assumed() -> None:
     paths = [LOGS / "cohen2019_sigma_0.25.tsv", LOGS / "catrs_sigma_0.25.tsv"]
     tables = compare_command(paths)
     assert "no data-set fingerprint" in table(tables, "Paired tests refused")[2][0][1]

@@ -103,7 +103,7 @@ def test_without_sigma_the_option_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "text"),
+    ("conditions", "text"),
     [
         ({"sigma": 0.0}, "sigma must be a finite number > 0"),
         ({"sigma": float("nan")}, "sigma must be"),
@@ -112,9 +112,9 @@ def test_without_sigma_the_option_is_named(tmp_path: Path, name: str) -> None:
         ({"num_estimation": 1.5}, "num_estimation must be"),
     ],
 )
-def test_impossible_conditions_are_refused(tmp_path: Path, given: dict, text: str) -> None:
+def test_impossible_conditions_are_refused(tmp_path: Path, conditions: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        read_log(stored(tmp_path / "sigma_0.25.tsv", SECONDS), **given)
+        read_log(stored(tmp_path / "sigma_0.25.tsv", SECONDS), **conditions)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_the_ceiling_is_the_radius_of_votes_that_all_agree(number: int, largest:
     assert family.rule.largest_radius == largest_radius(number, 1.0, 0.001 / 50)
 
 
-def test_radii_beyond_the_ceiling_are_found_and_rounding_is_told_from_wrong_conditions() -> None:
+def test_radii_beyond_the_ceiling_are_found_and_rounding_is_told_apart_from_wrong_conditions() -> None:
     half = np.full(4, 0.005)
     assert named(log_of([1.9, 1.905728, 0.0, 1.2])).get("beyond-ceiling") is None
     rounded = next(f for f in doubts(log_of([1.91, 1.9, 1.91, 0.3], rounding=half)) if f.name == "beyond-ceiling")
@@ -308,10 +308,10 @@ def test_radii_with_few_digits_are_found(tmp_path: Path) -> None:
     assert read_log(stored(tmp_path / "noise_1", SECONDS)).rounding.tolist() == pytest.approx([5e-4, 0, 5e-8])
     assert named(log) == {"beyond-ceiling": 1, "rounded": 3}
     text = CLOCK.replace("1.7", "1.25").replace("1.91", "0.504")
-    found = {f.name: f for f in doubts(read_log(stored(tmp_path / "sigma_0.5", text)))}
-    assert found["grid-ties"].count == 1  # 1.25 may have been 1.245; 0.504 is at least 0.5035
-    assert "up to 33.33 points of certified accuracy at one radius" in found["grid-ties"].text
-    assert "here up to 0.005" in found["rounded"].text
+    doubts_by_name = {f.name: f for f in doubts(read_log(stored(tmp_path / "sigma_0.5", text)))}
+    assert doubts_by_name["grid-ties"].count == 1  # 1.25 may have been 1.245; 0.504 is at least 0.5035
+    assert "up to 33.33 points of certified accuracy at one radius" in doubts_by_name["grid-ties"].text
+    assert "here up to 0.005" in doubts_by_name["rounded"].text
 
 
 def test_other_findings() -> None:
@@ -337,8 +337,10 @@ def test_published_figures_from_their_logs(name: str, acr: float, start: float, 
     assert len(log) == 10_000
     assert log.certificates.acr == pytest.approx(acr, abs=5.1e-4)
     published = [float(text) for text in accuracies.split()]
-    found = [100 * log.certificates.accuracy_interval(start + 0.25 * step).estimate for step in range(len(published))]
-    assert found == pytest.approx(published, abs=0.0501)
+    accuracies = [
+        100 * log.certificates.accuracy_interval(start + 0.25 * step).estimate for step in range(len(published))
+    ]
+    assert accuracies == pytest.approx(published, abs=0.0501)
 
 
 @pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
@@ -364,8 +366,8 @@ def test_published_ceilings_from_their_logs(name: str, abstained: float, right_a
 def test_the_first_public_log_was_not_made_under_the_conditions_it_is_read_with() -> None:
     log = read_log(LOGS / "cohen2019_sigma_0.25.tsv")
     assert (len(log), log.certificates.seconds[0], set(np.diff(log.idx))) == (500, 15.4, {20})
-    found = {finding.name: finding for finding in doubts(log)}
-    assert found["beyond-ceiling"].count == 77
-    assert "rounding does not explain it" in found["beyond-ceiling"].text
+    doubts_by_name = {finding.name: finding for finding in doubts(log)}
+    assert doubts_by_name["beyond-ceiling"].count == 77
+    assert "rounding does not explain it" in doubts_by_name["beyond-ceiling"].text
     explained = read_log(log.path, alpha=0.01)
     assert all("rounding does not explain" not in finding.text for finding in doubts(explained))

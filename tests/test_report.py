@@ -146,8 +146,8 @@ def write_certificates(folder: Path, timing: dict, votes: dict[int, int] | None 
     chosen = [(votes or {}).get(i, count) for i, count in enumerate(stored)]
     certificates = stored_certificates(rule_of(**rule), chosen, selected, [i % 10 for i in range(CERTIFIED)])
     write_table(folder / "certificates.tsv", certificates, range(CERTIFIED))
-    said = ("sigma", "alpha", "num_selection", "num_estimation")
-    fields = {"images": CERTIFIED, **{name: getattr(certificates.rule, name) for name in said}}
+    names = ("sigma", "alpha", "num_selection", "num_estimation")
+    fields = {"images": CERTIFIED, **{name: getattr(certificates.rule, name) for name in names}}
     cost = {"forward_passes_per_image": 1100, "images_per_second": 9.5}
     write_json(folder / "stages" / "certify.json", {"stage": "certify", **timing, **fields, **cost})
     recount_sandwich(folder)
@@ -178,9 +178,9 @@ def make_sequential(folder: Path, **rule: object) -> Path:
     labels = [i % 10 for i in range(CERTIFIED)]
     certificates = stored_certificates(sequential, [votes(i) for i in range(CERTIFIED)], stored_votes()[1], labels)
     write_table(folder / "certificates.tsv", certificates, range(CERTIFIED))
-    said = {**asdict(sequential), "statement": sequential.statement}
+    fields = {**asdict(sequential), "statement": sequential.statement}
     passes = float(certificates.num_samples.mean())
-    edit_json(folder / "stages" / "certify.json", **{**said, "forward_passes_per_image": passes})
+    edit_json(folder / "stages" / "certify.json", **{**fields, "forward_passes_per_image": passes})
     recount_sandwich(folder)
     return folder
 
@@ -283,7 +283,7 @@ def make_full(folder: Path, newly: int = 12, verdict: str = "overestimated") -> 
 
 
 def write_audit(folder: Path, newly: int, verdict: str) -> None:
-    """An audit of 40 images, 17 of which the evaluation left standing; of these so many are broken here."""
+    """Write an audit of 40 images, of which the evaluation left 17 unbroken and the audit broke ``newly`` of these."""
     report = AuditReport(
         verdict=verdict,
         evaluation="PGD-20, EOT 1",
@@ -513,8 +513,8 @@ def test_page_stands_alone(full: Path) -> None:
     assert "@import" not in html
 
 
-def test_flattering_evaluation_is_told_in_a_sentence(run: Path) -> None:
-    """The frozen draw leaves 18 more images standing than EOT 16: told with figures; without a lead, not told."""
+def test_flattering_evaluation_is_stated_in_a_sentence(run: Path) -> None:
+    """The frozen draw leaves 18 more images unbroken than EOT 16, which the page states. Without a lead it does not."""
     difference = paired_difference(standing(30), standing(12))
     text = page_of(run).text
     assert f"An evaluation that stops at “ {LABELS['frozen']} ” would have reported 75.0 %" in text
@@ -553,7 +553,7 @@ def test_weaker_attacker_last_is_not_the_strongest(run: Path) -> None:
     assert ladder.rungs[-1].name == "frozen"
 
 
-def test_neighbour_accuracy_is_told_where_it_was_measured(run: Path) -> None:
+def test_neighbour_accuracy_is_stated_where_it_was_measured(run: Path) -> None:
     """31 of 50 is 62 %; null says nothing; more right than there are is damage."""
     assert f"give the right class for {share(share_interval(31, 50))} of the images" in page_of(run).text
     edit_json(run / "stages" / "pretrain.json", knn_accuracy=None)
@@ -627,7 +627,7 @@ def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Pat
 def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
     """Table at the grid's radii, both levels in words, futility; no ceiling of N agreeing votes, no ungridded ACR."""
     page = page_of(make_sequential(run), drawn=True)
-    for told in (
+    for message in (
         "certified: sequential, level family",
         "All 60 certificates hold together with probability at least 0.999, over the draws of the noise.",
         "That is α = 0.001 for all of them jointly and 1.67e-05 for each.",
@@ -637,7 +637,7 @@ def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
         "Grid ACR 0.079",
         "Within ℓ2 0.25 (σ/2), it is proved right",
     ):
-        assert told in page.text, told
+        assert message in page.text, message
     assert "ceiling, N" not in page.text
     shares = [share(share_interval(10, 60)), true_share(10, 60, 0.001 / 60), "25.0 %", "25.0 %", "33.3 %"]
     assert list(page.table("certified")) == ["0", "0.25", "0.5"]
@@ -660,19 +660,19 @@ def test_page_of_a_fixed_number_of_samples_has_no_column_of_undecided(run: Path)
 def test_images_divide_as_a_slow_count_says(run: Path, radius: float) -> None:
     """An image given up at 0.25 is given up at all that is larger, but at 0.1, where nothing was tested, undecided."""
     certificates = certificates_of(make_sequential(run))
-    found = dict.fromkeys(("right", "wrong class", "not certifiable", "undecided"), 0)
+    numbers = dict.fromkeys(("right", "wrong class", "not certifiable", "undecided"), 0)
     for line in table_of(run):
         reached, certified = float(line["radius"]), line["predict"] != "-1"
         following = next((r for r in GRID if r > reached), math.inf) if certified else GRID[0]
         if certified and reached >= radius:
-            found["right" if line["label"] == line["predict"] else "wrong class"] += 1
+            numbers["right" if line["label"] == line["predict"] else "wrong class"] += 1
         else:
             given_up = line["outcome"] == "not certifiable" and radius >= following
-            found["not certifiable" if given_up else "undecided"] += 1
+            numbers["not certifiable" if given_up else "undecided"] += 1
     decided = certificates.other_shares(radius)
     assert decided is not None
     assert {"right": certificates.accuracy_interval(radius), **decided} == {
-        name: share_interval(count, 60) for name, count in found.items()
+        name: share_interval(count, 60) for name, count in numbers.items()
     }
 
 
@@ -724,13 +724,13 @@ def test_run_that_is_kept_in_the_repository_is_readable() -> None:
     assert rows["ACR"].endswith("(N = 10,000)")
 
 
-def test_time_of_several_processes_is_told_as_their_sum(run: Path) -> None:
+def test_time_of_several_processes_is_given_as_their_sum(run: Path) -> None:
     edit_json(run / "stages" / "certify.json", processes=3)
     rows = {row[0]: row[1:] for row in cost_rows(read_run(run))}
     assert rows["certify"][1] == "1 min 05 s (sum of 3 processes)"
 
 
-def test_cost_of_a_stage_is_told_as_far_as_the_stage_says_it(run: Path) -> None:
+def test_cost_of_a_stage_has_what_the_stage_records(run: Path) -> None:
     """Older runs know neither memory nor energy; energy has a column where one stage tells it."""
     rows = {row[0]: row[1:] for row in cost_rows(read_run(run))}
     assert rows["pretrain"] == ("", "1 min 05 s", "6", "812", "–", "–")
@@ -738,8 +738,8 @@ def test_cost_of_a_stage_is_told_as_far_as_the_stage_says_it(run: Path) -> None:
     page = page_of(run)
     assert page.tables["stages"][0][-1] == "peak memory"
     assert page.table("stages")["pretrain"] == ["1 min 05 s", "6", "812", "–"]
-    told = {"objective": "moco", "forward_passes_per_image": 2.5, "peak_memory": 2_345_000_000, "joules": 45_600.0}
-    edit_json(run / "stages" / "pretrain.json", **told)
+    fields = {"objective": "moco", "forward_passes_per_image": 2.5, "peak_memory": 2_345_000_000, "joules": 45_600.0}
+    edit_json(run / "stages" / "pretrain.json", **fields)
     rows = {row[0]: row[1:] for row in cost_rows(read_run(run))}
     shown = ("6 + 2.5 forward only", "812", "2.35 GB", "45.6 kJ")
     assert rows["pretrain"] == ("moco", "1 min 05 s", *shown)
@@ -759,9 +759,9 @@ def test_a_linear_head_costs_no_backward_pass_and_no_epochs_have_no_objective(ru
 def test_trainings_are_summed_over_the_images_of_the_larger(run: Path) -> None:
     """Six passes over 1,000 images and six over 100 of them are 6.6 for one of the 1,000."""
     assert training_cost(read_run(run)) == TrainingCost(None, 12.0, 0.0, 130.0, None, None)
-    told = {"forward_passes_per_image": 2.0, "peak_memory": 1_000_000_000, "joules": 500.0}
-    edit_json(run / "stages" / "pretrain.json", images=1000, objective="moco", **told)
-    edit_json(run / "stages" / "finetune.json", images=100, objective="trades", **{**told, "peak_memory": 3e9})
+    fields = {"forward_passes_per_image": 2.0, "peak_memory": 1_000_000_000, "joules": 500.0}
+    edit_json(run / "stages" / "pretrain.json", images=1000, objective="moco", **fields)
+    edit_json(run / "stages" / "finetune.json", images=100, objective="trades", **{**fields, "peak_memory": 3e9})
     cost = training_cost(read_run(run))
     assert cost == TrainingCost("moco + trades", pytest.approx(6.6), pytest.approx(2.2), 130.0, 3e9, 1000.0)
     sentence = "Training took 6.6 + 2.2 forward only passes per image, 2 min 10 s, at most 3.00 GB of memory, 1 kJ."
@@ -775,7 +775,7 @@ def test_trainings_are_summed_over_the_images_of_the_larger(run: Path) -> None:
     assert "Training took" not in page_of(run).text
 
 
-def test_damaged_cost_is_told(run: Path) -> None:
+def test_damaged_cost_is_refused(run: Path) -> None:
     edit_json(run / "stages" / "finetune.json", peak_memory="much")
     with pytest.raises(RunError, match=r"finetune\.json is damaged: 'peak_memory' must be a finite number, got 'much'"):
         read_run(run)
@@ -797,12 +797,12 @@ def test_live_figures_are_drawn_by_epoch(run: Path) -> None:
         Watched("pretrain", 1, {"knn": 0.5, "knn_noisy": 0.25}),
         Watched("pretrain", 3, {"knn": 0.5, "knn_noisy": 0.25, "linear": 0.75}),
     )
-    told = "nearest neighbours: 50.0 %; nearest neighbours, noisy: 25.0 %; linear probe: 75.0 %"
+    message = "nearest neighbours: 50.0 %; nearest neighbours, noisy: 25.0 %; linear probe: 75.0 %"
     drawn = [label for label in page_of(run, drawn=True).labels if "held-out" in label]
-    assert drawn == [f"Pre-training, held-out images, after the last epoch: {told}"]
+    assert drawn == [f"Pre-training, held-out images, after the last epoch: {message}"]
 
 
-def test_damaged_live_figures_are_told(run: Path) -> None:
+def test_damaged_live_figures_are_refused(run: Path) -> None:
     watch(run, {"stage": "pretrain", "epoch": 1, "knn": "good"}, {"stage": "pretrain", "epoch": 2, "knn": 0.5})
     with pytest.raises(RunError, match=r"log\.jsonl is damaged: line 8 cannot be read"):
         read_run(run)
@@ -816,7 +816,7 @@ def test_floor_beyond_the_ceiling_is_explained(run: Path) -> None:
 
 
 def test_violation_is_found_in_the_tables_themselves(run: Path) -> None:
-    """An image broken within its certified radius is told although the stage's own list is empty."""
+    """An image broken within its certified radius is listed although the list of the stage is empty."""
     assert "No violation" in page_of(run).text
     for image in (4, 5, 6, 7):
         set_verdict(run, "sandwich", image, "broken")
@@ -877,9 +877,9 @@ def test_hostile_names_stay_text(tmp_path: Path, hostile: str) -> None:
     run = make_full(write_run(tmp_path / "run", name=hostile, classes=[f"{hostile}{k}" for k in range(10)]))
     rungs = [{**rung, "label": f"{hostile} {rung['name']}"} for rung in attack_rungs(run)]
     rungs[-1] |= {"suite": hostile, "attackers": {hostile: 30}}
-    told = dict.fromkeys(("name", "evidence", "remedy"), hostile) | {"status": "failed"}
-    told |= {"figure": None, "threshold": None}
-    edit_json(run / "audit.json", evaluation=hostile, here=hostile, findings=[told])
+    fields = dict.fromkeys(("name", "evidence", "remedy"), hostile) | {"status": "failed"}
+    fields |= {"figure": None, "threshold": None}
+    edit_json(run / "audit.json", evaluation=hostile, here=hostile, findings=[fields])
     tick = [{**point, "epsilon_text": hostile} for point in CURVE["points"]]
     edit_json(run / "stages" / "attack.json", rungs=rungs, curve={**CURVE, "label": hostile, "points": tick})
     page = page_of(run, drawn=True)
@@ -901,7 +901,7 @@ def test_hostile_names_stay_text(tmp_path: Path, hostile: str) -> None:
     ],
 )
 def test_unfinished_stage_is_named_with_its_command(full: Path, stage: str, sentence: str, kept: str) -> None:
-    """Without the stage's record its half-written table is left alone, the rest stays, the command is told."""
+    """Without the stage's record its half-written table is ignored, and the page gives the command for the stage."""
     run = full
     (run / "stages" / f"{stage}.json").unlink()
     for table in {"certify": ["certificates.tsv"], "attack": ["attacks.tsv"], "audit": ["audit.json"]}.get(stage, []):
@@ -971,7 +971,7 @@ def test_ladder_in_full_has_a_row_for_every_rung(full: Path) -> None:
     assert "(clean: wrong without attack): clean 4, transfer 16, apgd 10." in text
 
 
-def test_worst_case_is_told_in_the_summary(full: Path, tmp_path: Path) -> None:
+def test_worst_case_is_part_of_the_summary(full: Path, tmp_path: Path) -> None:
     rows = dict(summary_rows(read_run(full)))
     ten = share(share_interval(10, 40))
     assert rows["worst case, ℓ∞ 8/255, worst-case-v1"] == f"{ten} (n = 40), held {ten}"
@@ -1018,8 +1018,8 @@ def test_balls_around_and_inside_the_threat(
     """64 pixels: corner and face of the cube at 8 and 1 epsilon, of the cross-polytope at 1 and 1/8."""
     edit_json(run / "stages" / "attack.json", threat={"norm": norm, "epsilon": epsilon, "epsilon_text": f"{epsilon}"})
     ladder = ladder_of(run)
-    found = (ladder.covering_radius, ladder.inner_radius, ladder.grey_epsilon)
-    assert found == pytest.approx((around, inside, grey), abs=1e-12)
+    radii = (ladder.covering_radius, ladder.inner_radius, ladder.grey_epsilon)
+    assert radii == pytest.approx((around, inside, grey), abs=1e-12)
     text = page_of(run).text
     assert f"The ball around the threat has ℓ2 radius {around:.3g}, the one inside it {inside:.3g}." in text
     assert ("proves less than the threat requires" in text) == (norm != "l2")
@@ -1055,28 +1055,30 @@ def end_curve(folder: Path, size: float, broken: int, undecided: int) -> Ladder:
 
 
 def test_curve_that_does_not_reach_zero_is_a_warning(full: Path) -> None:
-    """3 of 20 standing at mid-grey are more than a tenth; 2 are told without alarm; at 64/255 nothing must be zero."""
-    told, doubt = zero_text(end_curve(full, 127.5, broken=17, undecided=1))
+    """3 of 20 unbroken at mid-grey are more than a tenth. 2 give no warning. At 64/255 nothing must be zero."""
+    message, doubt = zero_text(end_curve(full, 127.5, broken=17, undecided=1))
     assert doubt
-    assert "It does not reach zero: at ℓ∞ 127.5/255" in told
-    assert "15.0 % are not broken (3 of 20 images, 1 of them undecided)" in told
+    assert "It does not reach zero: at ℓ∞ 127.5/255" in message
+    assert "15.0 % are not broken (3 of 20 images, 1 of them undecided)" in message
     html = write_report(full).read_text(encoding="utf-8")
     assert '<p id="zero" class="warning">It does not reach zero' in html
-    told, doubt = zero_text(end_curve(full, 127.5, broken=18, undecided=0))
+    message, doubt = zero_text(end_curve(full, 127.5, broken=18, undecided=0))
     assert not doubt
-    assert "10.0 % are not broken (2 of 20 images)" in told
-    told, doubt = zero_text(end_curve(full, 64, broken=15, undecided=0))
+    assert "10.0 % are not broken (2 of 20 images)" in message
+    message, doubt = zero_text(end_curve(full, 64, broken=15, undecided=0))
     assert not doubt
-    assert "It ends at ℓ∞ 64/255" in told
+    assert "It ends at ℓ∞ 64/255" in message
     assert LARGE_EPSILON_HELD == 0.1
 
 
-def test_curve_that_rises_is_told(full: Path) -> None:
+def test_curve_that_rises_is_stated(full: Path) -> None:
     """14 broken at 16/255 and 13 at 64/255: the larger ball contains the smaller, so the attack has missed one."""
     assert rises_text(ladder_of(full)) == ""
-    told = rises_text(end_curve(full, 64, broken=13, undecided=0))
-    assert told == "The number of unbroken images rises from 16/255 to 64/255 by 1, which an optimal attack rules out."
-    assert told in page_of(full).text
+    message = rises_text(end_curve(full, 64, broken=13, undecided=0))
+    assert (
+        message == "The number of unbroken images rises from 16/255 to 64/255 by 1, which an optimal attack rules out."
+    )
+    assert message in page_of(full).text
 
 
 @pytest.mark.parametrize("form", ["wide", "narrow"])
@@ -1093,7 +1095,7 @@ def test_ticks_of_a_long_curve_keep_the_last_one(full: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"points": []}, "list 'points'"),
         ({"points": [1]}, "list 'points'"),
@@ -1105,9 +1107,9 @@ def test_ticks_of_a_long_curve_keep_the_last_one(full: Path, form: str) -> None:
         ({"images": 21}, "the curve's 21 images at each epsilon"),
     ],
 )
-def test_damaged_curve_is_told(full: Path, changes: dict, told: str) -> None:
+def test_damaged_curve_is_refused(full: Path, changes: dict, message: str) -> None:
     edit_json(full / "stages" / "attack.json", curve={**CURVE, **changes})
-    with pytest.raises(RunError, match=re.escape(told)) as caught:
+    with pytest.raises(RunError, match=re.escape(message)) as caught:
         read_run(full)
     assert "attack.json is damaged" in str(caught.value)
 
@@ -1120,28 +1122,28 @@ def test_first_rung_must_be_the_one_without_attack(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attackers", "told"),
+    ("attackers", "message"),
     [
         ({"clean": 4, "pgd": 25}, "by 'attackers' 29 images of rung 'worst-case' are broken, by attacks.tsv 30"),
         ({"clean": -1, "pgd": 31}, "'attackers' must be numbers of images"),
         (["clean"], "'attackers' must be numbers of images"),
     ],
 )
-def test_suite_that_does_not_agree_with_its_verdicts_is_damage(full: Path, attackers: object, told: str) -> None:
+def test_suite_that_does_not_agree_with_its_verdicts_is_damage(full: Path, attackers: object, message: str) -> None:
     rungs = attack_rungs(full)
     edit_json(full / "stages" / "attack.json", rungs=[*rungs[:-1], {**rungs[-1], "attackers": attackers}])
-    with pytest.raises(RunError, match=re.escape(told)):
+    with pytest.raises(RunError, match=re.escape(message)):
         read_run(full)
 
 
-def test_audit_that_overestimates_is_told_on_top_of_the_page(full: Path) -> None:
+def test_audit_that_overestimates_is_on_top_of_the_page(full: Path) -> None:
     """Verdict, both accuracies, d with bounds from another library, failed findings in the box, all in the table."""
     low, high = (stats.binomtest(12, 40).proportion_ci(0.9, "exact")[end] for end in (0, 1))
     audit = audit_of(full)
     assert (audit.d, audit.d_low, audit.d_high) == pytest.approx((0.3, low, high), abs=1e-9)
     page = page_of(full)
     assert page.ids.index("doubt") < page.ids.index("certificates") < page.ids.index("audit")
-    for told in (
+    for message in (
         "The audit says that the evaluation “PGD-20, EOT 1” overestimates the model:",
         f"at least {math.floor(1000 * low) / 10:.1f} % of the images are reported robust but broken by the audit",
         "step-size: all steps together are 0.05 epsilon long. What to do: take larger steps.",
@@ -1150,7 +1152,7 @@ def test_audit_that_overestimates_is_told_on_top_of_the_page(full: Path) -> None
         f"30.0 % [{math.floor(1000 * low) / 10:.1f}, {math.ceil(1000 * high) / 10:.1f}] (12 of 40 images)",
         "noise failed ∞ 1.1 the attacker sees noise of deviation 0.1 use the same noise",
     ):
-        assert told in page.text, told
+        assert message in page.text, message
     rows = dict(summary_rows(read_run(full)))
     assert rows["audited evaluation"] == "PGD-20, EOT 1, ℓ∞ 8/255 (n = 40)"
     assert rows["audit"].startswith("overestimated: at least 18.")
@@ -1172,24 +1174,26 @@ def test_findings_are_listed_by_what_asks_for_a_reader(full: Path) -> None:
 def test_audit_that_holds_gives_no_warning(run: Path) -> None:
     page = page_of(make_full(run, 0, "holds"))
     high = stats.binomtest(0, 40).proportion_ci(0.9, "exact").high
-    told = f"at most {math.ceil(1000 * high) / 10:.1f} % of the images are reported robust but broken by the audit"
-    assert f"Holds : {told}, less than the tolerance of 8.0 %; no finding failed." in page.text
+    message = f"at most {math.ceil(1000 * high) / 10:.1f} % of the images are reported robust but broken by the audit"
+    assert f"Holds : {message}, less than the tolerance of 8.0 %; no finding failed." in page.text
     assert "doubt" not in page.ids
     assert "audit" in page.ids
 
 
-@pytest.mark.parametrize(("needed", "told"), [(250, "250 images would decide"), (None, "more images would not decide")])
-def test_undecided_audit_says_what_would_decide(run: Path, needed: int | None, told: str) -> None:
+@pytest.mark.parametrize(
+    ("needed", "message"), [(250, "250 images would decide"), (None, "more images would not decide")]
+)
+def test_undecided_audit_says_what_would_decide(run: Path, needed: int | None, message: str) -> None:
     make_full(run, 1, "undecided")
     with mock.patch("rush.auditing.report.images_needed", return_value=needed):
         page = page_of(run)
     assert "doubt" in page.ids
     assert "The audit cannot say whether the evaluation “PGD-20, EOT 1” holds:" in page.text
-    assert told in page.text
+    assert message in page.text
     assert "a failed finding rules out “holds”" in page.text
 
 
-def test_invalid_evaluation_is_told_without_a_broken_image(run: Path) -> None:
+def test_invalid_evaluation_is_stated_without_a_broken_image(run: Path) -> None:
     """With d = 0 the reason is a finding: no share is claimed."""
     make_full(run, 0, "overestimated")
     assert audit_sentence(audit_of(run)) == (
@@ -1210,25 +1214,25 @@ AUDIT_DAMAGES = {
 
 
 @pytest.mark.parametrize("field", AUDIT_DAMAGES)
-def test_damaged_audit_is_told(full: Path, field: str) -> None:
-    value, told = AUDIT_DAMAGES[field]
+def test_damaged_audit_is_refused(full: Path, field: str) -> None:
+    value, message = AUDIT_DAMAGES[field]
     edit_json(full / "audit.json", **{field: value})
-    with pytest.raises(RunError, match=re.escape(told)) as caught:
+    with pytest.raises(RunError, match=re.escape(message)) as caught:
         read_run(full)
     assert f"rush audit {full}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"status": "broken"}, "finding 'ball': status must be one of passed, failed, undecided, skipped"),
         ({"figure": "1.0"}, "finding 'ball': figure and threshold must be numbers or null, got '1.0'"),
     ],
 )
-def test_damaged_finding_is_told(full: Path, changes: dict, told: str) -> None:
+def test_damaged_finding_is_refused(full: Path, changes: dict, message: str) -> None:
     findings = json.loads((full / "audit.json").read_text())["findings"]
     edit_json(full / "audit.json", findings=[{**findings[0], **changes}, *findings[1:]])
-    with pytest.raises(RunError, match=re.escape(told)):
+    with pytest.raises(RunError, match=re.escape(message)):
         read_run(full)
 
 
@@ -1319,16 +1323,16 @@ def test_damaged_file_is_named_with_its_remedy(full: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("frozen\t7\t", "frozen\t8\t", "'frozen' is not on the same images"),
         ("frozen\t7\t", "thawed\t7\t", "unknown rung 'thawed'"),
     ],
 )
-def test_damaged_line_is_told(run: Path, old: str, new: str, told: str) -> None:
+def test_damaged_line_is_refused(run: Path, old: str, new: str, message: str) -> None:
     """The error says where in the table the damage is; no wrong line passes into a figure."""
     edit(run / "attacks.tsv", old, new, 1)
-    with pytest.raises(RunError, match=re.escape(told)):
+    with pytest.raises(RunError, match=re.escape(message)):
         read_run(run)
 
 
@@ -1364,11 +1368,11 @@ def test_copies_count_once_and_the_page_says_so(run: Path) -> None:
     assert certificates.accuracy_interval(0.25) == share_interval(1, 51)
     assert certificates.accuracy_interval(0.6) == share_interval(0, 51)
     assert certificates.accuracy_lower(0.0) == votes.accuracy_lower(0.0)
-    told = "9 images are copies of others: each picture is counted once, as certified only if all of its copies are"
+    message = "9 images are copies of others: each picture is counted once, as certified only if all of its copies are"
     rows = dict(summary_rows(read_run(run)))
-    assert rows["copies of a picture"] == told
+    assert rows["copies of a picture"] == message
     assert f"{share(share_interval(1, 51))} (n = 51)" in rows["certified at ℓ2 0.25"]
-    assert told in page_of(run).text
+    assert message in page_of(run).text
 
 
 def test_a_table_that_does_not_tell_pictures_apart_says_so(run: Path) -> None:
@@ -1407,15 +1411,15 @@ def test_an_attacked_image_has_the_label_of_its_certificate(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("held\t0.03", "broken\t0.03", "700 votes for the label and 200 for the challenger are not broken"),
         ("broken\t0.03", "held\t0.03", "200 votes for the label and 700 for the challenger are not held"),
     ],
 )
-def test_a_verdict_that_its_votes_contradict_is_damage(run: Path, old: str, new: str, told: str) -> None:
+def test_a_verdict_that_its_votes_contradict_is_damage(run: Path, old: str, new: str, message: str) -> None:
     edit(run / "attacks.tsv", old, new, 1)
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=message):
         read_run(run)
 
 

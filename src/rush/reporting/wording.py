@@ -287,7 +287,7 @@ def audit_sentence(audit: AuditReport) -> str:
     if audit.verdict == "undecided":
         return f"between {low} and {high} {what}; {_deciding(audit)}"
     if audit.beyond_a_point:
-        return f"at least {low} {what}, more than one point"
+        return f"at least {low} {what}, more than one percentage point"
     return "a failed finding says that it was not an evaluation of this model under this threat model"
 
 
