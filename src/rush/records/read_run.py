@@ -1,7 +1,7 @@
 """Values of a whole run, read from its folder for report and comparison."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,10 +107,7 @@ class RunResults:
 
     def setting(self, *keys: str) -> Any:
         """Return the recipe's entry at ``keys``, None if there is none."""
-        entry: Any = self.recipe
-        for key in keys:
-            entry = entry.get(key) if isinstance(entry, Mapping) else None
-        return entry
+        return _entry(self.recipe, keys)
 
     def class_name(self, index: int) -> str:
         return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
@@ -165,10 +162,15 @@ def read_provenance(folder: Path) -> Mapping[str, Any]:
 
 def test_fingerprint(provenance: Mapping[str, Any]) -> str | None:
     """Return the fingerprint of the test images in ``provenance``, None if it has none."""
-    entry: Any = provenance
-    for key in ("data", "test", "fingerprint"):
-        entry = entry.get(key) if isinstance(entry, dict) else None
-    return entry if isinstance(entry, str) else None
+    fingerprint = _entry(provenance, ("data", "test", "fingerprint"))
+    return fingerprint if isinstance(fingerprint, str) else None
+
+
+def _entry(entries: Any, keys: Sequence[str]) -> Any:
+    """Return the entry of nested objects at ``keys``, None if there is none."""
+    for key in keys:
+        entries = entries.get(key) if isinstance(entries, Mapping) else None
+    return entries
 
 
 def stage_command(folder: Path, stage: str) -> str:

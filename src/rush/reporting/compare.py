@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -262,8 +263,11 @@ def _paired(
     pixels = _pixels(first, first_rows) or _pixels(second, second_rows)
 
     def row(radius: float) -> PairedRadius:
-        certified = first.certificates.certified(radius)[first_rows], second.certificates.certified(radius)[second_rows]
-        return _paired_radius(radius, *(of_pictures(flags, pixels) for flags in certified))
+        certified = of_pictures(first.certificates.certified(radius)[first_rows], pixels)
+        other = of_pictures(second.certificates.certified(radius)[second_rows], pixels)
+        only_first, only_second = int((certified & ~other).sum()), int((other & ~certified).sum())
+        p_value = mcnemar_p_value(only_first, only_second)
+        return PairedRadius(radius, paired_difference(certified, other), only_first, only_second, p_value)
 
     pictures = len(first_rows) if pixels is None else len(set(pixels))
     notes += _differing_conditions(first, second)
@@ -325,22 +329,15 @@ def _with_equal_labels(first: CertificateTable, second: CertificateTable, matche
     return matched
 
 
-def _paired_radius(radius: float, first: np.ndarray, second: np.ndarray) -> PairedRadius:
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    p_value = mcnemar_p_value(only_first, only_second)
-    return PairedRadius(radius, paired_difference(first, second), only_first, only_second, p_value)
-
-
 def _differing_conditions(first: CertificateTable, second: CertificateTable) -> tuple[str, ...]:
     """Return the conditions besides the model that may explain a difference."""
-    conditions: dict[str, Callable[[CertificateTable], str]] = {
-        "sigma": lambda log: f"{log.rule.sigma:g}",
-        "N": lambda log: f"{log.rule.num_estimation:,}",
-        "level": lambda log: _level_text(log.rule),
-        "method": lambda log: log.rule.method,
-    }
-    texts = {name: (text(first), text(second)) for name, text in conditions.items()}
-    return tuple(f"{name} differs: {one} vs. {other}" for name, (one, other) in texts.items() if one != other)
+    texts = [
+        ("sigma", *(f"{log.rule.sigma:g}" for log in (first, second))),
+        ("N", *(f"{log.rule.num_estimation:,}" for log in (first, second))),
+        ("level", *(_level_text(log.rule) for log in (first, second))),
+        ("method", first.rule.method, second.rule.method),
+    ]
+    return tuple(f"{name} differs: {text} vs. {other}" for name, text, other in texts if text != other)
 
 
 def _on_grid(log: CertificateTable, radius: float) -> bool:
@@ -391,10 +388,10 @@ def _copies_text(log: CertificateTable) -> str:
 
 
 def _accuracy_table(comparison: Comparison) -> Table:
-    def cell(log: CertificateTable, radius: float) -> str:
+    def cell(radius: float, log: CertificateTable) -> str:
         return share(log.certificates.accuracy_interval(radius)) + _star(log, radius)
 
-    rows = [(f"{radius:g}", lambda log, radius=radius: cell(log, radius)) for radius in comparison.radii]
+    rows = [(f"{radius:g}", partial(cell, radius)) for radius in comparison.radii]
     title = "Certified accuracy by ℓ2 radius, exact 95 % intervals" + _star_note(comparison.logs, comparison.radii)
     return _log_table(comparison, title, "radius", rows)
 
@@ -435,13 +432,10 @@ def _grid_rows(logs: Sequence[CertificateTable]) -> list[Row[CertificateTable]]:
     """Return a row of ACR per grid: of the logs with this grid and, rounded down to it, of those without a grid."""
     grids = list(dict.fromkeys(log.rule.radii for log in logs if log.rule.radii))
 
-    def cell(log: CertificateTable, grid: tuple[float, ...]) -> str:
+    def cell(grid: tuple[float, ...], log: CertificateTable) -> str:
         return _acr_text(log, grid_acr(log.certificates, grid)) if log.rule.radii in (None, grid) else _NONE
 
-    return [
-        (f"grid ACR, {_grid_text(grid)}", lambda log, grid=grid: cell(log, grid))  # type: ignore[misc]
-        for grid in grids
-    ]
+    return [(f"grid ACR, {_grid_text(grid)}", partial(cell, grid)) for grid in grids]
 
 
 def _grid_text(grid: tuple[float, ...]) -> str:
@@ -473,22 +467,21 @@ def _class_table(comparison: Comparison) -> Table:
     accuracies = {log.name: class_accuracies(log.certificates, comparison.radius) for log in comparison.logs}
     labels = sorted({label for by_class in accuracies.values() for label in by_class})
 
-    def cell(log: CertificateTable, label: int) -> str:
+    def cell(label: int, log: CertificateTable) -> str:
         return share(accuracies[log.name][label]) if label in accuracies[log.name] else _NONE
 
     def worst(log: CertificateTable) -> str:
         label, accuracy = min(accuracies[log.name].items(), key=lambda item: item[1].estimate)
         return f"{percent(accuracy.estimate)} (class {label})" + _star(log, comparison.radius)
 
-    rows: list[Row[CertificateTable]] = [("worst", worst)]
-    rows += [(f"{label}", lambda log, label=label: cell(log, label)) for label in labels]  # type: ignore[misc]
+    rows: list[Row[CertificateTable]] = [("worst", worst), *((f"{label}", partial(cell, label)) for label in labels)]
     note = _star_note(comparison.logs, [comparison.radius])
     title = f"Certified accuracy by class at ℓ2 radius {comparison.radius:g}{note}"
     return _log_table(comparison, title, "class", rows)
 
 
 def _probability_table(comparison: Comparison) -> Table:
-    def quantile(log: CertificateTable, level: float) -> str:
+    def quantile(level: float, log: CertificateTable) -> str:
         ecdf = probability_ecdf(log.certificates)
         if not len(ecdf.values):
             return _NONE
@@ -498,13 +491,9 @@ def _probability_table(comparison: Comparison) -> Table:
         predicted = int((~log.certificates.abstained).sum())
         return percent(int(log.at_ceiling.sum()) / predicted) if predicted else _NONE
 
-    rows: list[Row[CertificateTable]] = [
-        (f"{100 * level:g} % quantile", lambda log, level=level: quantile(log, level))  # type: ignore[misc]
-        for level in QUANTILES
-    ]
-    rows.append(("at the largest radius", at_ceiling))
+    quantiles = [(f"{100 * level:g} % quantile", partial(quantile, level)) for level in QUANTILES]
     title = "Lower bound on the probability of the predicted class, over the images that do not abstain"
-    return _log_table(comparison, title, "", rows)
+    return _log_table(comparison, title, "", [*quantiles, ("at the largest radius", at_ceiling)])
 
 
 def _pair_tables(comparison: Comparison) -> list[Table]:
@@ -560,12 +549,12 @@ def _attacked_table(attacked: Sequence[tuple[str, _Attacked]]) -> Table:
         ("sigma", lambda run: _sigma_text(run[0])),
         ("threat", lambda run: threat_text(run[1])),
         ("images", lambda run: f"{len(run[1].clean):,}"),
-        *((label, lambda run, label=label: _rung_text(run[1], label)) for label in labels),
+        *((label, partial(_rung_text, label)) for label in labels),
         ("any of the run's attackers", lambda run: share(run[1].combined)),
     ]
     if len(attacked) > 1:
         name, first = attacked[0]
-        rows.append((f"the same minus that of {name}, paired", lambda run: _difference_text(first, run)))
+        rows.append((f"the same minus that of {name}, paired", partial(_difference_text, first)))
     return _table(
         "Accuracy under attack, exact 95 % intervals; upper bounds, each run by its own ladder", "", attacked, rows
     )
@@ -576,8 +565,8 @@ def _sigma_text(run: RunResults) -> str:
     return "none, not smoothed" if run.plain else _NONE if sigma is None else f"{sigma:g}"
 
 
-def _rung_text(ladder: Ladder, label: str) -> str:
-    return next((share(rung.accuracy) for rung in ladder.rungs if rung.label == label), _NONE)
+def _rung_text(label: str, run: _Attacked) -> str:
+    return next((share(rung.accuracy) for rung in run[1].rungs if rung.label == label), _NONE)
 
 
 def _difference_text(first: _Attacked, other: _Attacked) -> str:
