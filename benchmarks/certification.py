@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def class_probabilities(log: Certificates) -> NDArray[np.float64]:
 
 
 def compare_samples(
-    title: str, p: NDArray, correct: NDArray[np.bool_], votes: NDArray, sigma: float, radii: Sequence[float]
+    title: str, p: NDArray[Any], correct: NDArray[np.bool_], votes: NDArray[Any], sigma: float, radii: Sequence[float]
 ) -> None:
     nulls = np.array([null_probability(radius, sigma) for radius in radii])
     fixed = lower_bound(votes.sum(1), np.full(len(p), CAP), ALPHA)[:, None] > nulls
@@ -108,7 +109,7 @@ def compare_samples(
         print(f"  Bonferroni 1k/10k/100k mean {mean:8,.0f}  loss {percents([lost])} points")
 
 
-def known_p_bound(p: NDArray, nulls: NDArray, rule: Rule) -> NDArray:
+def known_p_bound(p: NDArray[Any], nulls: NDArray[Any], rule: Rule) -> NDArray[Any]:
     """min(N, ln(1/level) / KL(p || null)): the slowest null below p, and the next one at the futility level."""
     found = np.zeros(len(p))
     for null in nulls:
@@ -120,11 +121,11 @@ def known_p_bound(p: NDArray, nulls: NDArray, rule: Rule) -> NDArray:
     return np.minimum(found, CAP)
 
 
-def divergence(p: NDArray, q: NDArray | float) -> NDArray:
+def divergence(p: NDArray[Any], q: NDArray[Any] | float) -> NDArray[Any]:
     return np.maximum(special.rel_entr(p, q) + special.rel_entr(1 - p, 1 - q), 1e-12)
 
 
-def bonferroni(votes: NDArray, null: float) -> tuple[float, NDArray[np.bool_]]:
+def bonferroni(votes: NDArray[Any], null: float) -> tuple[float, NDArray[np.bool_]]:
     """Stages of 1,000, 10,000 and 100,000 samples, each at a third of the level (after Horvath et al. 2022)."""
     stages = (1_000, 10_000, CAP)
     level, futility = ALPHA / len(stages), FUTILITY / len(stages)
@@ -373,7 +374,7 @@ def real_images(arguments: argparse.Namespace) -> rush.ImageSet:
     return test[torch.randperm(len(test), generator=stream(0, "evaluation", "order"))[: arguments.images].tolist()]
 
 
-def percents(shares: Sequence[float] | NDArray) -> str:
+def percents(shares: Sequence[float] | NDArray[Any]) -> str:
     return "/".join(f"{100 * share:.2f}" for share in np.atleast_1d(shares))
 
 

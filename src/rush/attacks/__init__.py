@@ -1,0 +1,1 @@
+"""Attacks on differentiable functions of images, one pure function per module."""

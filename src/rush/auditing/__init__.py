@@ -1,0 +1,1 @@
+"""The audit: does an evaluation overestimate robustness?"""

@@ -94,6 +94,15 @@ def audit(
     Cost: the evaluation, the suite on the images that it held, and on at most 64 of these about six times the
     evaluation and at most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800
     passes more on all images that the evaluation held, 100 of a deterministic model.
+
+    Example:
+        >>> import rush, torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+        >>> images, threat = rush.load_images("digits", split="test")[:5], rush.ThreatModel("linf", 8 / 255)
+        >>> evaluation = rush.attack(model, images, threat, method="fgsm")
+        >>> report = rush.audit(model, images, threat, evaluation)
+        >>> report.verdict in ("holds", "overestimated", "undecided")
+        True
     """
     whole = VerdictSettings.checked(alpha, max_votes, seed)
     alpha, max_votes, tolerance = whole.level, whole.max_votes, _checked_tolerance(tolerance)

@@ -135,8 +135,7 @@ class Case:
         return result
 
     def view(self, plan: Plan, rows: list[int], name: str) -> tuple[LogProbs, Tensor, Tensor]:
-        """Return the log-probabilities that ``plan`` attacks on the images at ``rows``, the images and their labels,
-        on the device."""
+        """Return the log-probabilities that ``plan`` attacks, and the images at ``rows`` with labels, on the device."""
         images, device = self.pixels.select(rows), self.defender.execution.device
         x = images.x.to(device)
         return self.defender.log_probs(plan, x, images.ids, self.seed, f"audit/{name}"), x, images.y.to(device)

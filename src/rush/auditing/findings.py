@@ -67,8 +67,10 @@ def upper_bound(count: int, total: int) -> float:
 
 
 def share_status(count: int, total: int, threshold: float) -> Status:
-    """Return the status of a share: failed where its lower bound is above ``threshold``, passed where the share is not,
-    undecided between the two."""
+    """Return the status of a share.
+
+    It has failed if its lower bound exceeds ``threshold``, passed if the share does not, and is undecided in between.
+    """
     if lower_bound(count, total) > threshold:
         return "failed"
     return "passed" if count / total <= threshold else "undecided"

@@ -13,11 +13,12 @@ from rush.attacks.gradient import LogProbs, draw_seed, loss_and_gradient, seeded
 from rush.attacks.losses import Loss, margin
 from rush.attacks.threat import ThreatModel
 from rush.auditing.surrogates import with_network
+from rush.choices import BLOCK
 from rush.evaluation.model import RandomDefender, SmoothedDefender
 from rush.evaluation.plans import Plan
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
-from rush.smoothing.classifier import BLOCK, SmoothedClassifier
+from rush.smoothing.classifier import SmoothedClassifier
 
 DISTANCES = (0.01, 0.1, 1.0)  # of finite differences, in epsilon
 

@@ -62,8 +62,10 @@ class Planted:
         )
 
     def tilt(self, ids: Sequence[str], device: torch.device) -> Tilt:
-        """Return the function from log-probabilities (B, K) and points (B, C, H, W) of the images ``ids`` to the
-        log-probabilities of the planted model."""
+        """Return the log-probabilities of the planted model for the images ``ids``.
+
+        They are a function of the inner model's log-probabilities (B, K) and the points (B, C, H, W).
+        """
         rows = [self._rows[image_id] for image_id in ids]
         x, slopes = self._images[rows].to(device), self.slopes[rows].to(device)
         targets = F.one_hot(self._targets[rows], self._inner.num_classes).to(device)

@@ -53,14 +53,12 @@ def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str
 
 
 def images_to_hold(tolerance: float) -> int | None:
-    """Return the fewest images of which ``decide`` can say ``holds``, none of them broken by the audit; None where no
-    number can."""
+    """Return the fewest images for which ``decide`` can return ``holds``, if the audit breaks none of them, or None."""
     return _fewest(lambda n: float(upper_bound(0, n)) < tolerance)
 
 
 def reach_statement(images: int, tolerance: float) -> str | None:
-    """Return a sentence that an audit of this number of ``images`` cannot end with ``holds``, and how many can; None
-    where it can."""
+    """Return the sentence that an audit of ``images`` images cannot end with ``holds``, or None if it can."""
     fewest = images_to_hold(tolerance)
     if fewest is not None and images >= fewest:
         return None

@@ -1,5 +1,7 @@
-"""Findings of other attacks: do more budget, other losses or attacks that need no gradient break more, and is a
-certificate contradicted?"""
+"""Findings of other attacks.
+
+Do more budget, other losses or attacks without a gradient break more images? Is a certificate contradicted?
+"""
 
 from dataclasses import replace
 

@@ -46,8 +46,7 @@ def attacked_through(defender: Defender, surrogate: Defender) -> Defender:
 def with_network(
     smoothed: SmoothedClassifier, network: nn.Module, image_shape: Sequence[int] | None = None
 ) -> SmoothedClassifier:
-    """Return ``smoothed`` of another ``network``, whose layers are neither folded nor compiled, for images of
-    ``image_shape`` (C, H, W)."""
+    """Return ``smoothed`` with another ``network``, neither folded nor compiled, for images of ``image_shape``."""
     return SmoothedClassifier(
         network,
         noise=smoothed.noise,
@@ -76,8 +75,7 @@ def steps_without_derivative(defender: Defender, x: Tensor) -> int:
 
 
 def twin(defender: Defender) -> Defender:
-    """Return ``defender`` with the same values and a derivative straight through rounding
-    (``attacks.straight_through``)."""
+    """Return ``defender`` with its values and a derivative straight through rounding (``straight_through``)."""
     return _like(defender, StraightThrough(network_of(defender)), 0.0)
 
 

@@ -208,8 +208,11 @@ def mode(case: Case) -> Outcome:
 
 
 def decide_mode(training_layers: Sequence[str], deviation: float | None) -> Outcome:
-    """Decide on layers in training mode, and on the largest difference of a log-probability between an image alone and
-    the same image among others (None where the model is stochastic)."""
+    """Decide on layers in training mode, and on the dependence of an image on the rest of the batch.
+
+    That is the largest difference of a log-probability between an image alone and among others, None for a stochastic
+    model.
+    """
     if training_layers:
         evidence = f"{len(training_layers)} layers are in training mode (the first: {training_layers[0]})"
         return Outcome("failed", float(len(training_layers)), 0.0, evidence)

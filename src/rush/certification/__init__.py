@@ -1,0 +1,1 @@
+"""Certificates from votes; no torch but in certify."""

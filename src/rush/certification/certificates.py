@@ -211,7 +211,7 @@ class Certificates:
 
     @property
     def acr_name(self) -> str:
-        """ "ACR", or "grid ACR" if the radii are those of a grid."""
+        """Name of ``acr``: "ACR", or "grid ACR" if the radii are those of a grid."""
         return "ACR" if self.rule.radii is None else "grid ACR"
 
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> "Certificates":

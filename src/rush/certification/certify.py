@@ -19,7 +19,7 @@ from torch import Tensor
 from rush.certification.apply_rule import Decider
 from rush.certification.certificates import Certificates, join_certificates
 from rush.certification.rule import Rule, make_rule
-from rush.choices import CertifyMethod, Level
+from rush.choices import BLOCK, CertifyMethod, Level
 from rush.data.checks import Images, LabelledPixels, labelled_pixels, pixel_ids
 from rush.recipe.schema import CertifyConfig
 from rush.runtime.distributed import gather_objects, rank, world_size
@@ -27,7 +27,7 @@ from rush.runtime.numbers import positive_integer
 from rush.runtime.progress import progress
 from rush.runtime.transfer import sent
 from rush.smoothing.classifier import SmoothedClassifier
-from rush.smoothing.votes import BLOCK, PendingVotes, VoteRequest
+from rush.smoothing.votes import PendingVotes, VoteRequest
 
 _DEFAULTS = CertifyConfig()
 _ROUND_TILES = 25  # tiles launched together before anything is read back

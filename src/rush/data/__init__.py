@@ -1,0 +1,1 @@
+"""Images: sources, checks, views and batches."""

@@ -1,0 +1,1 @@
+"""Exact verdicts on attacked points, and what is attacked by whom."""

@@ -94,6 +94,16 @@ def attack(
     Random:
         Attack noise comes from streams named "attack/...". The choice among an attacker's points and the verdict draw
         from other streams.
+
+    Example:
+        >>> import rush, torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+        >>> images = rush.load_images("digits", split="test")[:5]
+        >>> result = rush.attack(model, images, rush.ThreatModel("linf", 8 / 255), method="pgd", steps=3)
+        >>> result.adversarial.shape
+        torch.Size([5, 1, 8, 8])
+        >>> result.robust_accuracy_lower <= result.robust_accuracy
+        True
     """
     settings = VerdictSettings.checked(alpha, max_votes, seed)
     evaluation = Evaluation.of(model, images, threat, settings, decision, surrogate)

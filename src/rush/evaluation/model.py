@@ -74,8 +74,7 @@ class Defender(Protocol):
         ...
 
     def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
-        """Return verdicts on points, each false with probability <= ``settings.level``, on draws named by
-        ``purpose``."""
+        """Return verdicts on points, each false with probability <= ``settings.level``; ``purpose`` names the draws."""
         ...
 
     def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:

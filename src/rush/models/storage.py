@@ -256,6 +256,15 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
     Raises:
         RunError: The folder holds no model, or its files are damaged.
         ConfigError: The device is not available.
+
+    Example:
+        >>> import rush
+        >>> model = rush.load("runs/digits")
+        >>> model.sigma, model.num_classes, model.image_shape
+        (0.25, 10, (1, 8, 8))
+        >>> x = rush.load_images("digits", split="test")[:3].pixels()
+        >>> model.predict(x, num_samples=100).shape
+        torch.Size([3])
     """
     model = _model_folder(folder)
     description = read_description(model)

@@ -23,7 +23,8 @@ from rush.evaluation.plans import Plan, Suite, worst_case
 from rush.evaluation.result import AttackResult
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
 from rush.evaluation.verdict import VerdictSettings
-from rush.models.storage import load_plain, load_smoothed, read_description
+from rush.models.description import read_description
+from rush.models.storage import load_plain, load_smoothed
 from rush.pipeline.certify import NOT_SMOOTHED, read_run_certificates
 from rush.pipeline.context import StageContext
 from rush.recipe.schema import AttackConfig, Recipe

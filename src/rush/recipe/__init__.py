@@ -1,0 +1,1 @@
+"""Recipes: their sections, and how they are read."""

@@ -1,0 +1,1 @@
+"""Reports and comparisons, made from records alone, without torch."""

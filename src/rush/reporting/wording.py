@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rush.auditing.report import AuditReport, Finding
+from rush.auditing.findings import Finding
+from rush.auditing.report import AuditReport
 from rush.certification.certificates import Certificates
 from rush.choices import CertifyMethod, Stage
 from rush.records.ladder import Ladder, Rung

@@ -1,0 +1,1 @@
+"""What every room needs: execution, randomness, files, processes."""

@@ -1,5 +1,6 @@
 """Randomized smoothing of a classifier."""
 
-from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
+from rush.choices import ABSTAIN
+from rush.smoothing.classifier import SmoothedClassifier
 
 __all__ = ["ABSTAIN", "SmoothedClassifier"]

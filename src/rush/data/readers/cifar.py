@@ -79,7 +79,7 @@ def read_cifar(name: str, version: CifarVersion, path: Path, split: str) -> Imag
     files = version.files[split]
     read_names = _read_pickled_names if version.names_key else _read_listed_names
     read_images = _read_pickled if version.labels_key else _read_binary
-    parsers: dict[str, Parse[tuple]] = {file: partial(read_images, version, version.rows[split]) for file in files}
+    parsers: dict[str, Parse[Any]] = {file: partial(read_images, version, version.rows[split]) for file in files}
     contents = read_members(version.archive, path, parsers | {version.names_file: partial(read_names, version)})
     images = torch.from_numpy(np.concatenate([contents[file][0] for file in files]).reshape(-1, *SHAPE))
     labels = torch.cat([contents[file][1] for file in files])

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -39,7 +39,10 @@ def read_stl10(path: Path, split: str, size: int | None = None) -> ImageSet:
     Cost: memory for the split (2.8 GB for "unlabeled" at 96 x 96) and one chunk.
     """
     rows = ROWS[split]
-    parsers: dict[str, Parse] = {f"{split}_X.bin": partial(_read_pixels, rows, size), "class_names.txt": _read_names}
+    parsers: dict[str, Parse[Any]] = {
+        f"{split}_X.bin": partial(_read_pixels, rows, size),
+        "class_names.txt": _read_names,
+    }
     if split != "unlabeled":
         parsers[f"{split}_y.bin"] = partial(_read_labels, rows)
     contents = read_members(STL10, path, parsers)
