@@ -1322,6 +1322,14 @@ def test_damaged_file_is_named_with_its_remedy(full: Path, name: str) -> None:
     assert (run / "report.html").read_text() == "the old report"
 
 
+@pytest.mark.parametrize("name", ["provenance.json", "stages/pretrain.json"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(run: Path, name: str) -> None:
+    (run / name).unlink()
+    (run / name).mkdir()
+    with pytest.raises(RunError, match=rf"{name} cannot be read: not a regular file\. Remedy: allow it, or "):
+        read_run(run)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -17,9 +17,8 @@ from rush.errors import RunError, WriteError
 from rush.recipe.load import build_recipe, with_epochs
 from rush.recipe.schema import STAGE_SECTIONS, Recipe
 from rush.records.log import append_event, read_events
-from rush.records.record import with_format, without_format
+from rush.records.record import Record, with_format
 from rush.runtime.files import one_process, write_bytes, write_json
-from rush.runtime.lines import read_object
 
 _FREE_FIELDS = (
     ("data", "root"),
@@ -259,12 +258,7 @@ def _not_ours(entry: Path) -> bool:
 
 def _read_object(file: Path, kind: str) -> dict[str, Any]:
     """Return the JSON object in ``file``. Raises: RunError if it is damaged or has a newer format."""
-    try:
-        return without_format(file, kind, read_object(file))
-    except OSError as error:
-        raise RunError(f"{file} cannot be read: {error.strerror}; allow it, or restore the file") from error
-    except ValueError as error:
-        raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
+    return dict(Record.read(file, "restore it or start again in another folder", kind).fields)
 
 
 def now() -> str:

@@ -103,5 +103,7 @@ def read_file(file: Path, read: Callable[[Path], Content], remedy: str) -> Conte
         raise RunError(f"{file} is missing. Remedy: {remedy}.") from None
     except json.JSONDecodeError as error:
         raise damaged(file, f"not JSON ({error})", remedy) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror or error}. Remedy: allow it, or {remedy}.") from error
+    except ValueError as error:
         raise damaged(file, str(error), remedy) from error
