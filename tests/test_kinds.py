@@ -15,6 +15,7 @@ import rush
 from commands import Call, refusal
 from exact_models import Recorder
 from rush.auditing.audit import audit
+from rush.data import splits
 from rush.data.images import ImageSet
 from rush.data.kind import ImageKind
 from rush.data.streaming import Stream
@@ -22,7 +23,6 @@ from rush.errors import ConfigError, DataError, InputError, ModelError
 from rush.evaluation.attack import verdict
 from rush.models.classifier import Normalize
 from rush.models.storage import load
-from rush.pipeline import context as conditions
 from rush.pipeline import train as training
 from rush.pipeline.stages import check_run, run_stage
 from rush.records.folder import RunFolder
@@ -390,13 +390,13 @@ def test_splits_of_other_classes_are_refused_before_any_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No reader gives such splits today, each names the classes of the whole data set; the door does not rely on it."""
-    loaded = conditions.load_images
+    loaded = splits.load_images
 
     def renamed(name: str, split: str, **given: object) -> ImageSet:
         images = loaded(name, split=split, **given)  # type: ignore[arg-type]
         return replace(images, classes=images.classes[::-1]) if split == "test" else images
 
-    monkeypatch.setattr(conditions, "load_images", renamed)
+    monkeypatch.setattr(splits, "load_images", renamed)
     run = _run_on(_npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b", "c")), tmp_path)
     with pytest.raises(
         DataError, match=r"data \(test\) have different classes from data \(train\): c, b, a against a, b, c"
