@@ -114,9 +114,9 @@ def compare(
 
     Args:
         logs: at least one.
-        radii: at which accuracies are compared; by default the multiples of 0.25 (of 0.5, 1, ... for very large ones)
+        radii: at which accuracies are compared. By default the multiples of 0.25 (of 0.5, 1, ... for very large ones)
             up to the largest certified radius.
-        radius: at which classes are compared; by default half the smallest sigma, or the next larger radius in the
+        radius: at which classes are compared. By default half the smallest sigma, or the next larger radius in the
             grids of all logs that have one.
         assume_same_images: whether images without fingerprint are matched.
 
@@ -181,7 +181,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p-value of discordant pairs under Binomial(n, 1/2) (McNemar 1947); 1 without any."""
+    """Return the exact two-sided p-value of discordant pairs under Binomial(n, 1/2) (McNemar 1947), 1 without any."""
     largest, total = max(only_first, only_second), only_first + only_second
     if total == 0:
         return 1.0
@@ -586,7 +586,7 @@ def _difference_text(first: _Attacked, other: _Attacked) -> str:
 
 
 def training_tables(runs: Sequence[RunResults]) -> list[Table]:
-    """Return a table of the training costs of ``runs``, a column per run; none without runs."""
+    """Return a table of the training costs of ``runs``, with a column per run, or no table without runs."""
 
     def known(text: Callable[[TrainingCost], str]) -> Callable[[RunResults], str]:
         return lambda run: _NONE if (cost := training_cost(run)) is None else text(cost)

@@ -70,7 +70,7 @@ def _all_passes(stages: Sequence[StageRecord], key: str, default: float | None =
     """Return the passes of all ``stages`` per image of the largest.
 
     A stage that does not record its number of images has as many as the largest. One that does not record ``key``
-    counts as ``default``; None makes the sum unknown.
+    counts as ``default``, where None makes the sum unknown.
     """
     most = max(float(stage.fields.get("images") or 1) for stage in stages)
     shares = [float(stage.fields.get("images") or most) / most for stage in stages]

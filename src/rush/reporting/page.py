@@ -71,7 +71,7 @@ def write_report(folder: Path | str) -> Path:
 
 
 def render(results: RunResults) -> str:
-    """Return the page of ``results`` as HTML; reads the sample images from the run folder."""
+    """Return the page of ``results`` as HTML, with sample images read from the run folder."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

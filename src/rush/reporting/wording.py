@@ -90,7 +90,7 @@ def threat_text(ladder: Ladder) -> str:
 
 
 def audited_threat_text(audit: AuditReport) -> str:
-    """Return norm and epsilon of an audit; epsilon of l-inf in grey levels."""
+    """Return norm and epsilon of an audit, with epsilon of l-inf in grey levels."""
     levels = f"{255 * audit.epsilon:.4g}/255"
     return f"{NORM_SIGNS[audit.norm]} {levels if audit.norm == 'linf' else f'{audit.epsilon:.4g}'}"
 
@@ -174,7 +174,7 @@ def grid_text(certificates: Certificates) -> str:
 
 
 def samples_text(certificates: Certificates) -> str:
-    """Return the number of samples per image, selection and estimation together; of a sequential run mean and cap."""
+    """Return the number of samples per image, those for selection included. A sequential run has a mean and a cap."""
     most = f"{certificates.rule.num_samples:,}"
     if certificates.rule.method == "sequential":
         most = f"{certificates.num_samples.mean():,.0f} on average, at most {most}"
@@ -271,7 +271,7 @@ def zero_text(ladder: Ladder) -> tuple[str, bool]:
 
 
 def rises_text(ladder: Ladder) -> str:
-    """Return where a larger ball left more images unbroken than a smaller one inside it; empty if none did."""
+    """Return where a larger ball left more images unbroken than a smaller one inside it, empty if none did."""
     rises = ", ".join(
         f"from {before.epsilon_text} to {after.epsilon_text} by {before.broken - after.broken:,}"
         for before, after in (ladder.curve.rises if ladder.curve is not None else ())
@@ -359,7 +359,7 @@ def unequal_conditions(results: RunResults) -> list[str]:
 
 
 def cost_rows(results: RunResults) -> list[tuple[str, ...]]:
-    """Return a row per stage: name, objective, time, passes, images per second, memory, energy; last the total time.
+    """Return a row per stage: name, objective, time, passes, images per second, memory, energy. The last has the sum.
 
     The objective is empty where a stage has none. "–" stands for what a stage does not record.
     """
