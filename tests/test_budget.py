@@ -562,7 +562,7 @@ def test_the_same_command_resumes_with_the_number_and_other_minutes_are_refused(
     assert (list(record), record["pretrain"]["minutes"], record["pretrain"]["epochs"]) == (["pretrain"], 0.7, EPOCHS)
     told = refusal(call(*command[:-1], "pretrain.minutes=0.6"))
     assert "was begun with pretrain.minutes = 0.7, which gave 4 epochs, and not with 0.6" in told
-    assert "other values of pretrain.epochs" in refusal(call("pretrain", recipe, "--out", run))
+    assert "different values of pretrain.epochs" in refusal(call("pretrain", recipe, "--out", run))
     tick(monkeypatch, 1000.0)
     killed_after(monkeypatch, call, 3, *command)
     done = call("pretrain", run)
@@ -645,7 +645,9 @@ def test_a_kill_between_the_two_records_loses_nothing(tmp_path: Path) -> None:
 def test_a_stage_with_a_number_of_epochs_has_begun(tmp_path: Path) -> None:
     """Nothing that the number depends on may change behind it."""
     settled(tmp_path)
-    with pytest.raises(RunError, match=r"already holds stage pretrain made with other values of pretrain\.batch_size"):
+    with pytest.raises(
+        RunError, match=r"already holds stage pretrain made with different values of pretrain\.batch_size"
+    ):
         RunFolder.create(tmp_path / "run", tiny(tmp_path, "pretrain.minutes=4", "pretrain.batch_size=64"))
 
 

@@ -124,7 +124,7 @@ def test_an_unknown_command_and_a_missing_argument_fail_without_a_traceback(call
 def test_a_folder_that_is_no_run_is_refused_by_every_command_that_takes_one(call: Call, tmp_path: Path) -> None:
     for command in ("finetune", "certify", "attack", "ladder", "audit", "report", "info"):
         message = refusal(call(command, tmp_path))
-        assert "holds no recipe.json, so it is no run folder; start one with `rush run RECIPE" in message
+        assert "holds no recipe.json, so it is not a run folder; start one with `rush run RECIPE" in message
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_a_changed_field_of_a_finished_stage_is_refused(
     folder, _ = finished
     recipe = (folder / "recipe.json").read_bytes()
     message = refusal(call("run", folder, "--set", "smoothing.sigma=0.5"))
-    assert "already holds stage finetune made with other values of smoothing.sigma" in message
+    assert "already holds stage finetune made with different values of smoothing.sigma" in message
     assert (folder / "recipe.json").read_bytes() == recipe
 
 
@@ -460,5 +460,5 @@ def test_a_run_begins_with_the_encoder_of_another(call: Call, tiny_run: Path, tm
     for name in ("stages/pretrain.json", "checkpoints/encoder.safetensors"):
         assert (out / name).read_bytes() == (tiny_run / name).read_bytes()
     refused = call("finetune", tiny_run, "--out", tmp_path / "other", "--set", "pretrain.epochs=1")
-    assert "was pre-trained with other values of pretrain.epochs" in refusal(refused)
+    assert "was pre-trained with different values of pretrain.epochs" in refusal(refused)
     assert not (tmp_path / "other").exists()

@@ -22,11 +22,10 @@ from rush.reporting.compare import (
     compare_command,
     comparison_tables,
     grid_acr,
-    markdown,
     mcnemar_p_value,
     probability_ecdf,
 )
-from rush.reporting.tables import share
+from rush.reporting.wording import share
 from rush.statistics import paired_difference, share_interval
 from stored import log_of, rule_of, stored_certificates
 
@@ -86,13 +85,13 @@ def test_summary_says_acr_with_its_n_and_grids_apart() -> None:
     summary, conditions = cells(tables, "Summary"), cells(tables, "Conditions")
     assert summary["ACR"] == ("0.333 (N = 10,000)", "–")
     assert summary["grid ACR, radii 0.25, 0.5"] == ("0.250 (N = 10,000)", "0.250 (N = 100,000)")
-    assert summary["samples an image, mean"] == ("10,000 + selection", "3,200")
-    assert summary["right, at the largest radius"] == ("0.0 % at 1.599", "33.3 % at 0.5")
+    assert summary["samples per image, mean"] == ("10,000 + selection", "3,200")
+    assert summary["correct at the largest radius"] == ("0.0 % at 1.599", "33.3 % at 0.5")
     assert summary["abstained"][0].startswith("33.3 %")
     assert summary["undecided at the largest N"][0] == "–"
     assert summary["undecided at the largest N"][1].startswith("66.7 %")
     assert "undecided at the largest N" not in cells(comparison_tables(compare([fixed])), "Summary")
-    assert conditions["level"][1] == "all 3 images together, alpha = 0.001"
+    assert conditions["level"][1] == "all 3 images jointly, alpha = 0.001"
     assert conditions["method"] == ("clopper-pearson", "sequential, geometric")
     assert conditions["N"] == ("10,000", "100,000 at most")
 
@@ -104,8 +103,7 @@ def test_grid_acr_lowers_each_radius_to_the_grid() -> None:
 
 def test_classes_and_the_worst_of_them() -> None:
     log = log_of([0.5, 0.5, 0.5, 0.5, 0.1], prediction=[3, 7, 7, 3, 7], labels=[3, 3, 7, 7, 7])
-    found = class_accuracies(log.certificates, 0.25)
-    assert found == {3: share_interval(1, 2), 7: share_interval(1, 3)}
+    assert class_accuracies(log.certificates, 0.25) == {3: share_interval(1, 2), 7: share_interval(1, 3)}
     shown = cells(
         comparison_tables(compare([log, log_of([1.0], labels=[9], name="b")], radius=0.25)), "Certified accuracy by cl"
     )
@@ -150,14 +148,14 @@ def test_a_pair_with_one_fingerprint_is_matched_by_id() -> None:
     assert (pair.refused, pair.images, pair.assumed, pair.notes) == (None, 60, False, ())
     one, two = first.certificates, second.certificates
     rows = {name: row for row, name in enumerate(second.certificates.ids)}
-    for found in pair.rows:
-        a = [bool(one.correct[i] and one.radius[i] >= found.radius) for i in range(60)]
-        b = [bool(two.correct[rows[n]] and two.radius[rows[n]] >= found.radius) for n in first.certificates.ids]
-        assert found.difference == paired_difference(np.array(a), np.array(b))
-        assert found.only_first == sum(x and not y for x, y in zip(a, b, strict=True))
-        assert found.only_second == sum(y and not x for x, y in zip(a, b, strict=True))
-        assert found.p_value == mcnemar_p_value(found.only_first, found.only_second)
-        assert found.difference.estimate != 0
+    for row in pair.rows:
+        a = [bool(one.correct[i] and one.radius[i] >= row.radius) for i in range(60)]
+        b = [bool(two.correct[rows[n]] and two.radius[rows[n]] >= row.radius) for n in first.certificates.ids]
+        assert row.difference == paired_difference(np.array(a), np.array(b))
+        assert row.only_first == sum(x and not y for x, y in zip(a, b, strict=True))
+        assert row.only_second == sum(y and not x for x, y in zip(a, b, strict=True))
+        assert row.p_value == mcnemar_p_value(row.only_first, row.only_second)
+        assert row.difference.estimate != 0
     title, header, shown = table(comparison_tables(compare([first, second], radii=[0.3])), "a minus b")
     assert "the same by fingerprint and id" in title
     assert len(header) == len(shown[0]) == 5
@@ -208,14 +206,16 @@ def test_sameness_may_be_assumed_and_labels_must_not_contradict_it() -> None:
     pair = compare([first, public], radii=[0.3], assume_same_images=True).pairs[0]
     assert (pair.refused, pair.images, pair.assumed) == (None, 40, True)
     assert pair.notes == ("same images assumed: matched by idx, 40 in both of 60 and 40",)
-    here = [int(np.flatnonzero(first.idx == i)[0]) for i in np.sort(public.idx)]
-    there = [int(np.flatnonzero(public.idx == i)[0]) for i in np.sort(public.idx)]
-    wanted = paired_difference(first.certificates.certified(0.3)[here], public.certificates.certified(0.3)[there])
-    assert pair.rows[0].difference == wanted
-    assert wanted.estimate != 0
+    first_rows = [int(np.flatnonzero(first.idx == i)[0]) for i in np.sort(public.idx)]
+    second_rows = [int(np.flatnonzero(public.idx == i)[0]) for i in np.sort(public.idx)]
+    difference = paired_difference(
+        first.certificates.certified(0.3)[first_rows], public.certificates.certified(0.3)[second_rows]
+    )
+    assert pair.rows[0].difference == difference
+    assert difference.estimate != 0
     tables = comparison_tables(compare([first, public], radii=[0.3], assume_same_images=True))
     assert "assumed to be the same" in table(tables, "a minus b")[0]
-    assert ("a, b", pair.notes[0]) in table(tables, "Paired tests: what")[2]
+    assert ("a, b", pair.notes[0]) in table(tables, "Paired tests: notes")[2]
     changed = public.certificates.labels.copy()
     changed[[3, 9]] += 1
     wrong = cut(public, slice(None), labels=changed)
@@ -234,11 +234,11 @@ def test_conditions_that_differ_are_noted_and_radii_off_a_grid_left_out() -> Non
     pair = comparison.pairs[0]
     assert [row.radius for row in pair.rows] == [0.0, 0.5]
     assert pair.notes == (
-        "sigma differs: 0.5 against 0.25",
-        "N differs: 100,000 against 1,000",
-        "level differs: each image by itself, alpha = 0.001 against all 60 images together, alpha = 0.001",
-        "method differs: clopper-pearson against sequential",
-        "radii that are not on the grid of both logs are left out",
+        "sigma differs: 0.5 vs. 0.25",
+        "N differs: 100,000 vs. 1,000",
+        "level differs: each image separately, alpha = 0.001 vs. all 60 images jointly, alpha = 0.001",
+        "method differs: clopper-pearson vs. sequential",
+        "radii that are not on the grid of both logs are omitted",
     )
     title, _, rows = table(comparison_tables(comparison), "Certified accuracy by ℓ2")
     assert "(* not on the log's grid" in title
@@ -273,17 +273,17 @@ def sigmas(tables: list[Table]) -> tuple[str, ...]:
 
 
 def test_the_command_reads_logs_with_the_sigma_that_each_needs(tmp_path: Path) -> None:
-    said, silent = public_log(tmp_path / "x_sigma_0.25.tsv"), public_log(tmp_path / "y.tsv")
-    assert sigmas(compare_command([said, silent], sigma=[0.5])) == ("0.25", "0.5")
-    assert sigmas(compare_command([said, silent], sigma=[1.0, 0.5])) == ("1", "0.5")
-    assert sigmas(compare_command([said], sigma=[1.0])) == ("1",)
+    named, unnamed = public_log(tmp_path / "x_sigma_0.25.tsv"), public_log(tmp_path / "y.tsv")
+    assert sigmas(compare_command([named, unnamed], sigma=[0.5])) == ("0.25", "0.5")
+    assert sigmas(compare_command([named, unnamed], sigma=[1.0, 0.5])) == ("1", "0.5")
+    assert sigmas(compare_command([named], sigma=[1.0])) == ("1",)
     with pytest.raises(ConfigError, match="give --sigma"):
-        compare_command([said, silent])
+        compare_command([named, unnamed])
     with pytest.raises(ConfigError, match="2 values of sigma for 3 logs"):
-        compare_command([said, silent, said], sigma=[0.5, 0.25])
+        compare_command([named, unnamed, named], sigma=[0.5, 0.25])
 
 
-def test_the_command_gives_tables_of_texts_and_markdown(tmp_path: Path) -> None:
+def test_the_command_gives_tables_of_texts(tmp_path: Path) -> None:
     paths = [public_log(tmp_path / "x_sigma_0.25.tsv"), public_log(tmp_path / "y_sigma_0.5.tsv", "0.6")]
     tables = compare_command(paths, None, [0.0, 0.55], 0.5, True)
     for title, header, rows in tables:
@@ -294,10 +294,7 @@ def test_the_command_gives_tables_of_texts_and_markdown(tmp_path: Path) -> None:
     assert cells(tables, "Certified accuracy by class at ℓ2 radius 0.5")["3"] == ("100.0 % [2.5, 100.0]",) * 2
     row = table(tables, "x_sigma_0.25 minus y_sigma_0.5, paired on 2 images, assumed")[2][1]
     assert (row[0], row[1].split()[0], *row[2:]) == ("0.55", "−50.0", "0", "1", "1")
-    text = markdown(tables)
-    assert (
-        "**Summary**\n\n|  | x_sigma_0.25 | y_sigma_0.5 |\n| --- | --- | --- |\n| ACR | 0.265 (N = 100,000) |" in text
-    )
+    assert cells(tables, "Summary")["ACR"][0] == "0.265 (N = 100,000)"
     assert {row[1] for row in table(tables, "Findings")[2]} == {"rounded"}
 
 
@@ -328,7 +325,7 @@ def test_copies_count_once_in_every_figure_and_pair(tmp_path: Path) -> None:
     assert cells(tables, "Certified accuracy by class")["1"] == shown
     row = table(tables, "one minus two, paired on 3 images")[2][0]
     assert (row[0], *row[2:]) == ("0.25", "2", "0", "0.5")
-    notes = [row[1] for row in table(tables, "Paired tests: what to know")[2]]
+    notes = [row[1] for row in table(tables, "Paired tests: notes")[2]]
     assert notes == ["2 images are copies of others: each picture is counted once"]
 
 
@@ -354,11 +351,11 @@ def test_cost_of_training_stands_beside_the_accuracies_of_runs(tmp_path: Path) -
     one = trained(tmp_path / "one", 500, objective="trades", passes_per_image=4.0, forward_passes_per_image=1.0)
     two = trained(tmp_path / "two", 2000, passes_per_image=3.0, peak_memory=None, joules=9.0)
     title, header, rows = table(compare_command([one, two]), "Cost of training")
-    assert (header, "over the images of the larger training" in title) == (("", "one", "two"), True)
+    assert (header, "over the images of the larger training stage" in title) == (("", "one", "two"), True)
     assert {row[0]: row[1:] for row in rows} == {
         "network": ("resnet18, width 16",) * 2,
         "objectives": ("simclr + trades", "–"),
-        "passes an image": ("4 + 0.5 forward only", "4"),
+        "passes per image": ("4 + 0.5 forward only", "4"),
         "hours": ("1.5", "1.5"),
         "peak memory": ("2.00 GB", "–"),
         "energy": ("–", "–"),
@@ -371,7 +368,7 @@ def test_cost_of_training_stands_beside_the_accuracies_of_runs(tmp_path: Path) -
 
 def test_a_run_of_older_days_has_what_it_says() -> None:
     shown = cells(compare_command([RESULTS]), "Cost of training")
-    assert (shown["passes an image"], shown["hours"], shown["peak memory"]) == (("46",), ("1.21",), ("–",))
+    assert (shown["passes per image"], shown["hours"], shown["peak memory"]) == (("46",), ("1.21",), ("–",))
 
 
 @pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
@@ -386,7 +383,7 @@ def test_published_class_figures_from_their_logs() -> None:
 
 
 @pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
-def test_public_logs_are_paired_on_their_common_images_only_when_told() -> None:
+def test_public_logs_are_paired_on_their_common_images_only_when_assumed() -> None:
     paths = [LOGS / "cohen2019_sigma_0.25.tsv", LOGS / "catrs_sigma_0.25.tsv"]
     tables = compare_command(paths)
     assert "no data-set fingerprint" in table(tables, "Paired tests refused")[2][0][1]

@@ -110,7 +110,7 @@ def test_lines_of_two_models_are_refused(run: RunFolder, tmp_path: Path) -> None
     cells[-2] = "0" * 64
     lines[3] = "\t".join(cells)
     table.write_text("\n".join(lines))
-    with pytest.raises(RunError, match="line 4: it is of another model than line 2"):
+    with pytest.raises(RunError, match="line 4: its model is not that of line 2"):
         read_certificates(table)
     networks = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2)).eval() for _ in range(2)]
     models = [SmoothedClassifier(network, 0.1, 2) for network in networks]

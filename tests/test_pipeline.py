@@ -314,7 +314,7 @@ def test_a_run_refuses_other_images_under_the_same_name(
         return images
 
     monkeypatch.setattr(rush.data.splits, "load_images", other_images)
-    with pytest.raises(RunError, match=r"begun under other conditions \(data: was .*fingerprint"):
+    with pytest.raises(RunError, match=r"started with different settings \(data: was .*fingerprint"):
         run_stage(run, "attack")
 
 

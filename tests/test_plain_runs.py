@@ -31,7 +31,7 @@ from rush.records.folder import RunFolder
 from rush.records.read_run import read_run
 from rush.reporting.compare import compare_command
 from rush.reporting.page import write_report
-from rush.reporting.tables import summary_rows
+from rush.reporting.wording import summary_rows
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.training.supervised import Examples
 from tiny import results, run_tiny, tiny
@@ -252,7 +252,7 @@ def test_runs_with_and_without_certificates_are_compared(plain_run: Path, tmp_pa
     assert cells["images"] == ("20", "200", "20")
     assert cells["PGD-20"][0] == cells["PGD-20"][2] != "–" == cells["PGD-20"][1]
     first, other, third = cells["the same minus that of again, paired"]
-    assert (first, other, third.split()[0]) == ("–", "another threat", "+0.0")
+    assert (first, other, third.split()[0]) == ("–", "different threat", "+0.0")
     assert [row[0] for row in tables["Without certificates"][1]] == ["again", "run"]
 
 

@@ -79,7 +79,7 @@ def test_a_field_may_change_until_the_stage_it_decides_has_begun(
         return
     field = change.split("=")[0].replace("views.flip", "views")
     with pytest.raises(
-        RunError, match=rf"already holds stage \w+ made with other values of {re.escape(field)}; nothing"
+        RunError, match=rf"already holds stage \w+ made with different values of {re.escape(field)}; nothing"
     ):
         RunFolder.create(run.path, changed)
     assert files(run.path) == before
@@ -95,7 +95,7 @@ def test_a_run_of_the_fastest_kernels_does_not_become_a_deterministic_one(tmp_pa
     run = run_of_fastest(tmp_path)
     (run.path / "checkpoints").mkdir()
     (run.path / "checkpoints/pretrain.pt").write_bytes(b"")
-    with pytest.raises(RunError, match=r"other values of execution\.deterministic"):
+    with pytest.raises(RunError, match=r"different values of execution\.deterministic"):
         RunFolder.create(run.path, tiny(tmp_path))
 
 
@@ -105,7 +105,7 @@ def run_of_fastest(folder: Path) -> RunFolder:
 
 def test_all_differing_fields_are_named(tmp_path: Path) -> None:
     run = begun(tmp_path, "finetune")
-    with pytest.raises(RunError, match=r"other values of seed, pretrain\.epochs, pretrain\.temperature"):
+    with pytest.raises(RunError, match=r"different values of seed, pretrain\.epochs, pretrain\.temperature"):
         RunFolder.create(run.path, tiny(tmp_path, "seed=4", "pretrain.epochs=9", "pretrain.temperature=0.1"))
 
 
@@ -139,7 +139,7 @@ def test_a_file_or_a_foreign_folder_in_the_place_of_the_run_is_left_alone(tmp_pa
         RunFolder.create(tmp_path / "file", tiny(tmp_path))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").write_text("mine")
-    with pytest.raises(RunError, match=r"holds no recipe\.json, so it is no run folder; give another --out"):
+    with pytest.raises(RunError, match=r"holds no recipe\.json, so it is not a run folder; give another --out"):
         RunFolder.create(tmp_path / "foreign", tiny(tmp_path))
     assert files(tmp_path / "foreign") == {"thesis.tex": b"mine"}
     (tmp_path / "empty").mkdir()
@@ -194,7 +194,7 @@ def test_a_run_does_not_go_on_under_other_conditions(
     run.record_provenance(EXECUTION, DATA)
     before = files(run.path)
     with pytest.raises(
-        RunError, match=rf"begun under other conditions \({told}.*\); restore them or use another --out"
+        RunError, match=rf"started with different settings \({told}.*\); restore them or use another --out"
     ):
         run.record_provenance(execution, data)
     assert files(run.path) == before

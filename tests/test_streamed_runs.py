@@ -105,6 +105,6 @@ def test_a_run_that_streamed_does_not_go_on_with_other_files(shards: Path, tmp_p
     values = json.loads((run.path / "recipe.json").read_text())
     values["data"]["name"] = str(other)
     (run.path / "recipe.json").write_text(json.dumps(values))
-    with pytest.raises(Exception, match="begun under other conditions"):
+    with pytest.raises(Exception, match="started with different settings"):
         run_stage(RunFolder.open(run.path), "finetune")
     assert np.isfinite(run.require("pretrain")["seconds"])

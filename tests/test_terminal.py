@@ -11,7 +11,6 @@ import pytest
 import rush
 from commands import Call, refusal
 from rush.commands.terminal import print_lines, print_table
-from rush.reporting.compare import markdown
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
 HOSTILE = "[final] [/bold] [link=x]y[/link] :smile: \x1b[31mred\x1b[2J\a\r\nrush: fine \u2028\u202e \udce9 \\["
@@ -50,11 +49,6 @@ def test_a_table_is_as_wide_as_its_text_in_a_pipe_and_shares_a_terminal_evenly(
     monkeypatch.setenv("COLUMNS", "61")
     print_table((short, "b"), [("a", long)])
     assert {line.index("│") for line in capsys.readouterr().out.splitlines() if "│" in line} == {29}
-
-
-def test_a_comparison_in_markdown_keeps_its_lines() -> None:
-    text = markdown([("a\nb", ("x|y", "\x1b[0m"), [("1\n2", "3")])])
-    assert text == "**a\\x0ab**\n\n| x\\|y | \\x1b[0m |\n| --- | --- |\n| 1\\x0a2 | 3 |\n"
 
 
 @pytest.mark.parametrize("command", ["report", "info", "compare"])

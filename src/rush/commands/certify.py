@@ -84,7 +84,7 @@ def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
 
 
 def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
-    from rush.reporting.tables import copies_text
+    from rush.reporting.wording import copies_text
 
     rule = certificates.rule
     samples = f"{certificates.num_samples.mean():,.0f} of at most {rule.num_samples:,}"
@@ -100,6 +100,6 @@ def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
 
 def _accuracy(certificates: Certificates, radius: float) -> tuple[str, str]:
     """Return certified accuracy with its interval, and its lower bound over images and noise, rounded down."""
-    from rush.reporting.tables import lower_text, share
+    from rush.reporting.wording import lower_text, share
 
     return share(certificates.accuracy_interval(radius)), lower_text(certificates, radius)

@@ -24,7 +24,7 @@ from rush.pipeline.train import new_classifier, spec_of
 from rush.recipe.schema import FinetuneConfig, Recipe, Schedule
 from rush.records.folder import machine
 from rush.reporting.costs import known_sum
-from rush.reporting.tables import duration, energy_text, memory_text, passes_text
+from rush.reporting.wording import duration, energy_text, memory_text, passes_text
 from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.files import write_text
 from rush.runtime.randomness import stream

@@ -20,7 +20,7 @@ def info(folder: Path) -> None:
         folder: Run folder.
     """
     from rush.records.read_run import read_run
-    from rush.reporting.tables import summary_rows
+    from rush.reporting.wording import summary_rows
 
     run = open_run(folder)
     states = [(stage, _state(run, stage)) for stage in STAGES]

@@ -28,7 +28,7 @@ def ladder(folder: Path | None = None, *, external: ExternalModel = NO_MODEL, ov
     if folder is not None:
         _run_ladder(open_run(folder, external.data_of_run(), overrides))
         return
-    from rush.reporting.tables import percent
+    from rush.reporting.wording import percent
 
     results = []
     for result in external.run_ladder():
@@ -41,23 +41,32 @@ def ladder(folder: Path | None = None, *, external: ExternalModel = NO_MODEL, ov
 def _run_ladder(run: RunFolder) -> None:
     from rush.pipeline.stages import run_stage
     from rush.records.read_run import read_run
-    from rush.reporting.tables import ladder_rows
+    from rush.reporting.wording import count, count_or_dash, duration, points, share
 
     for stage in unfinished(run, "attack"):
         run_stage(run, stage)
-    rungs = read_run(run.path).ladder
-    assert rungs is not None
-    header = ("attacker", "passes", "accuracy", "held", "undecided", "vs. previous rung", "time")
+    ladder = read_run(run.path).ladder
+    assert ladder is not None
+    steps = ("–", *(points(rung.above(previous)) for previous, rung in pairwise(ladder.rungs)))
     cells = [
-        (row.label, row.passes, row.accuracy, row.held, row.undecided, row.step, row.seconds)
-        for row in ladder_rows(rungs)
+        (
+            rung.label,
+            count(rung.spent("passes_per_image")),
+            share(rung.accuracy),
+            share(rung.accuracy_lower),
+            count_or_dash(rung.undecided),
+            step,
+            duration(rung.spent("seconds")),
+        )
+        for rung, step in zip(ladder.rungs, steps, strict=True)
     ]
+    header = ("attacker", "passes", "accuracy", "held", "undecided", "vs. previous rung", "time")
     print_table(header, cells, str(run.path))
 
 
 def rung_rows(results: Sequence[AttackResult]) -> list[tuple[str, ...]]:
     """Return a row under ``HEADER`` per rung, each with its paired difference to the rung before."""
-    from rush.reporting.tables import count, duration, percent, points, share
+    from rush.reporting.wording import count, duration, percent, points, share
     from rush.statistics import paired_difference
 
     steps = [points(paired_difference(~after.broken, ~before.broken)) for before, after in pairwise(results)]

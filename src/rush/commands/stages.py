@@ -102,7 +102,7 @@ def report(folder: Path) -> None:
 def _print_report(folder: Path) -> None:
     from rush.records.read_run import read_run
     from rush.reporting.page import write_report
-    from rush.reporting.tables import summary_rows
+    from rush.reporting.wording import summary_rows
 
     page = write_report(folder)
     print_table(("", str(folder)), summary_rows(read_run(folder)))

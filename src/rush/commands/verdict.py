@@ -40,7 +40,7 @@ def verdict(file: Path, *, external: ExternalModel = NO_MODEL, alpha: float = 0.
         alpha: Probability of a false verdict, per image.
         max_votes: Largest number of votes per verdict.
     """
-    from rush.reporting.tables import percent, share
+    from rush.reporting.wording import percent, share
 
     external = replace(external, images=None)
     threat, model = external.threat, external.classifier

@@ -1,4 +1,4 @@
-"""The attacks of a run: ``attacks.tsv``, ``attacks/*.npz`` and the figures in ``stages/attack.json``."""
+"""Attacks of a run on disk: ``attacks.tsv``, ``attacks/*.npz`` and the figures in ``stages/attack.json``."""
 
 import hashlib
 import re
@@ -30,7 +30,7 @@ COLUMNS = (
     "rung", "idx", "id", "label", "verdict", "linf", "l2",
     "challenger", "votes", "votes_label", "votes_challenger", "time", "l1", "format",
 )  # fmt: skip
-_READ = COLUMNS[:8]  # of every table; the votes of a verdict came later
+_READ = COLUMNS[:8]  # of every table; later tables also hold the votes of each verdict
 _JUDGED = ("votes_label", "votes_challenger")
 _Arrays = Mapping[str, np.ndarray]
 # Numbers that a rung or the sandwich may give or omit.
@@ -55,8 +55,8 @@ def attack_table(results: "Sequence[AttackResult]", index_of: Mapping[str, int])
     """Return the text of ``attacks.tsv``: a header and one line per image and result.
 
     Args:
-        results: of one model, each by another attacker.
-        index_of: position in the split of each image, by id.
+        results: of one model, one per attacker.
+        index_of: position of each image in the split, by id.
     """
     lines = ["\t".join(COLUMNS)] + [_line(result, row, index_of) for result in results for row in range(len(result))]
     return "\n".join(lines) + "\n"
@@ -84,13 +84,16 @@ def _line(result: "AttackResult", row: int, index_of: Mapping[str, int]) -> str:
 
 
 def read_attacks(folder: Path, record: Record, indices: Sequence[int], certificates: Certificates | None) -> Ladder:
-    """Return the ladder of the run in ``folder``, every verdict compared with its votes and the run's certificates.
+    """Return the ladder of the run in ``folder``, after a check of its verdicts against their votes and certificates.
 
     Args:
+        folder: the run folder.
         record: the record of the attack stage.
-        indices: positions in the split of the certified images, empty without ``certificates``.
+        indices: positions of the certified images in the split, empty without ``certificates``.
+        certificates: those of the run, if it has any.
 
-    Raises: RunError where ``attacks.tsv``, the stored images or ``record`` are damaged or contradict each other.
+    Raises:
+        RunError: ``attacks.tsv``, the stored images or ``record`` are damaged or contradict each other.
     """
     threat, settings = record.fields.get("threat"), record.fields.get("rungs")
     if not isinstance(threat, dict) or threat.get("norm") not in get_args(Norm):
@@ -128,8 +131,10 @@ def read_attacks(folder: Path, record: Record, indices: Sequence[int], certifica
 def read_samples(folder: Path, ladder: Ladder | None, number: int, remedy: str) -> tuple[Sample, ...]:
     """Return at most ``number`` images under the strongest attacker, evenly spaced over the attacked set.
 
-    () without a ladder, or where the whole folder ``attacks`` is missing, as in a run that is kept for its figures.
-    Raises: RunError when an image file is missing, damaged or does not hold the images of attacks.tsv.
+    There are none without a ladder, or if the whole folder ``attacks`` is missing, as in a run kept for its figures.
+
+    Raises:
+        RunError: an image file is missing, is damaged or does not hold the images of ``attacks.tsv``.
     """
     attacks = folder / "attacks"
     if ladder is None or not attacks.is_dir():
@@ -138,19 +143,19 @@ def read_samples(folder: Path, ladder: Ladder | None, number: int, remedy: str) 
     stored = _read_arrays(attacks / "images.npz", ("images", "ids"), remedy)
     changed = _read_arrays(attacks / f"{rung.name}.npz", ("adversarial", "ids"), remedy)
     if changed["adversarial"].shape[1:] != stored["images"].shape[1:]:
-        raise damaged(attacks / f"{rung.name}.npz", "its images are not of the shape of those in images.npz", remedy)
+        raise damaged(attacks / f"{rung.name}.npz", "its images differ in shape from those in images.npz", remedy)
     rows = np.unique(np.linspace(0, len(rung) - 1, min(number, len(rung))).round().astype(int))
     return tuple(_sample(rung, row, stored, changed, attacks, remedy) for row in rows)
 
 
 def _sample(rung: Rung, row: int, stored: _Arrays, changed: _Arrays, attacks: Path, remedy: str) -> Sample:
-    name = str(rung.ids[row])
-    clean, adversarial = np.flatnonzero(stored["ids"] == name), np.flatnonzero(changed["ids"] == name)
+    image_id = str(rung.ids[row])
+    clean, adversarial = np.flatnonzero(stored["ids"] == image_id), np.flatnonzero(changed["ids"] == image_id)
     if not clean.size or not adversarial.size:
         file = attacks / ("images.npz" if not clean.size else f"{rung.name}.npz")
-        raise damaged(file, f"image {name} of attacks.tsv is not in it", remedy)
+        raise damaged(file, f"image {image_id} of attacks.tsv is not in it", remedy)
     return Sample(
-        id=name,
+        id=image_id,
         label=int(rung.labels[row]),
         verdict="broken" if rung.broken[row] else "held" if rung.held[row] else "undecided",
         challenger=int(rung.challenger[row]),
@@ -161,10 +166,13 @@ def _sample(rung: Rung, row: int, stored: _Arrays, changed: _Arrays, attacks: Pa
 
 @dataclass(frozen=True)
 class _Proof:
-    """What the certificates say of each image, by its index in the split; empty without certificates.
+    """The certificates of a run by each image's index in the split, empty without certificates.
 
-    images: label and id. pixels: hash of the pixels, where these are known. radii: of the images that are certified
-    with the correct class and a positive radius. image_alpha: level of each certificate, None without.
+    Attributes:
+        images: label and id.
+        pixels: hash of the pixels, if these are known.
+        radii: of the images that are certified with the correct class and a positive radius.
+        image_alpha: level of each certificate, None without certificates.
     """
 
     images: Mapping[int, tuple[int, str]]
@@ -177,16 +185,16 @@ class _Proof:
         if certificates is None:
             return cls({}, {}, {}, None)
         images = zip(certificates.labels.tolist(), certificates.ids, strict=True)
-        proved = zip(indices, certificates.radius.tolist(), certificates.correct, strict=True)
+        rows = zip(indices, certificates.radius.tolist(), certificates.correct, strict=True)
         return cls(
             images=dict(zip(indices, images, strict=True)),
             pixels=dict(zip(indices, certificates.pixels or (), strict=False)),
-            radii={index: radius for index, radius, correct in proved if correct and radius > 0},
+            radii={index: radius for index, radius, correct in rows if correct and radius > 0},
             image_alpha=certificates.rule.image_alpha,
         )
 
     def check_labels(self, rung: Rung, file: Path, remedy: str) -> None:
-        """Raise RunError where an attacked image has another label or id than the certificate of the same index."""
+        """Raise RunError if label or id of an attacked image differ from those of the certificate of the same index."""
         for index, label, image_id in zip(rung.idx.tolist(), rung.labels.tolist(), rung.ids.tolist(), strict=True):
             certified = self.images.get(index, (label, image_id))
             if certified != (label, image_id):
@@ -196,22 +204,22 @@ class _Proof:
     def violations(self, rung: Rung) -> list[str]:
         """Return the images that are broken within their certified radius."""
         rows = zip(rung.idx.tolist(), rung.ids.tolist(), rung.broken, rung.l2, strict=True)
-        return [name for index, name, broken, l2 in rows if broken and l2 <= self.radii.get(index, -1.0)]
+        return [image_id for index, image_id, broken, l2 in rows if broken and l2 <= self.radii.get(index, -1.0)]
 
 
 def _pictures(folder: Path, rung: Rung, proof: _Proof, remedy: str) -> np.ndarray | None:
-    """Return for each attacked image the hash of its picture, from the stored images, else from the certificates."""
+    """Return the hash of each attacked image's pixels, from the stored images, else from the certificates."""
     if (folder / "attacks").is_dir():
         stored = _read_arrays(folder / "attacks" / "images.npz", ("images", "ids"), remedy)
         hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in stored["images"]]
         by_id = dict(zip(stored["ids"].tolist(), hashes, strict=True))
-        return np.array([by_id.get(name, f"id {name}") for name in rung.ids.tolist()])
+        return np.array([by_id.get(image_id, f"id {image_id}") for image_id in rung.ids.tolist()])
     indices = rung.idx.tolist()
     return np.array([proof.pixels[index] for index in indices]) if proof.pixels.keys() >= set(indices) else None
 
 
 def _check_attackers(rung: Rung, record: Record) -> None:
-    """Raise RunError unless a suite's attackers together were the first to break as many images as are broken."""
+    """Raise RunError unless the images that a suite's attackers were the first to break are as many as are broken."""
     counts = rung.attackers
     if not rung.suite and not counts:
         return
@@ -248,7 +256,7 @@ def _curve_point(point: Record) -> CurvePoint:
 
 
 def _image_shape(folder: Path, remedy: str) -> tuple[int, int, int]:
-    """Return (C, H, W) of the attacked images; from the model's description where the folder ``attacks`` is missing."""
+    """Return (C, H, W) of the attacked images, from the model's description if the folder ``attacks`` is missing."""
     model = folder / "model" / "model.json"
     if not (folder / "attacks").is_dir() and model.is_file():
         channels, height, width = Record.read(model, remedy).fields.get("image_shape") or (0, 0, 0)
@@ -284,7 +292,7 @@ def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tupl
 
 
 def _check_verdicts(table: Table, arrays: _Arrays) -> None:
-    """Refuse a verdict that contradicts its own votes. An older table does not hold them."""
+    """Refuse a verdict that contradicts its own votes. Older tables do not hold them."""
     if not set(_JUDGED) <= table.cells.keys():
         return
     for_label, against = (table.whole(name) for name in _JUDGED)
@@ -314,9 +322,9 @@ def _rung(arrays: _Arrays, fields: Mapping[str, Any]) -> Rung:
 
 
 def _read_sandwich(record: Record, attacks: tuple[Rung, ...], proof: _Proof) -> SandwichFigures:
-    """Return the stage's own account, plus every violation that attacks.tsv and certificates.tsv show by themselves.
+    """Return the figures of the stage's record, with every further violation that the tables show.
 
-    Raises: RunError where the numbers of images checked and allowed are not those that the tables and levels give.
+    Raises: RunError if the numbers of images checked and allowed differ from those that the tables and levels give.
     """
     alpha, fields = record.number("alpha"), record.fields.get("sandwich")
     if not isinstance(fields, dict) or not isinstance(fields.get("violations"), list):

@@ -16,7 +16,7 @@ def write_audit(path: Path, report: AuditReport) -> None:
 def read_audit(path: Path, remedy: str) -> AuditReport:
     """Return the report in ``path``.
 
-    Raises: RunError naming ``remedy`` where the file is missing, has another format or contradicts itself.
+    Raises: RunError naming ``remedy`` if the file is missing, has a different format or contradicts itself.
     """
     record = Record.read(path, remedy)
     check_format(path, record.fields.get("format"), FORMAT)

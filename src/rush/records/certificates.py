@@ -1,7 +1,7 @@
 """``certificates.tsv``: one line per image, written as it is certified.
 
-What a table says of an image is derived from its votes and its rule whenever it is read. The printed class, radius,
-bound and outcome are for other readers: they are compared with the derived ones and never used.
+Class, radius, bound and outcome are derived from votes and rule whenever a table is read. The printed ones are for
+other programs: they are compared with the derived ones and never used.
 """
 
 import base64
@@ -40,20 +40,19 @@ _VOTES = re.compile(r"-?[0-9]{1,15}(,-?[0-9]{1,15})*")
 
 
 def write_certificates(path: Path, certificates: Certificates, indices: Sequence[int]) -> None:
-    """Write the table of ``certificates``, whose images have these ``indices`` in their split, whole or not at all."""
+    """Write ``certificates``, whose images have these ``indices`` in their split, as a table, atomically."""
     columns = _columns(certificates)
     write_text(path, "\t".join(columns) + "\n" + _lines(certificates, indices, columns))
 
 
 def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) -> None:
-    """Append the lines of ``part``, whose images have these ``indices`` in their split; writes the header into a new
-    file.
+    """Append the lines of ``part``, whose images have these ``indices`` in their split. A new file gets a header.
 
-    Radii have six decimals, rounded toward zero already. ``p_lower`` is written so that it reads back exactly. Ids are
-    escaped where they would break a line. ``blocks`` holds the votes for the selected class by blocks of 100 noise
-    samples, uint8, compressed by zlib, in base64. ``rule`` says how the votes were drawn and what alpha covers.
-    ``pixels`` is a hash of the image's pixels, ``model`` one of the model. ``rule``, ``model`` and ``format`` are the
-    same in every line.
+    Radii have six decimals, to which they were rounded toward zero before. ``p_lower`` reads back exactly. Ids are
+    escaped if they would break a line. ``blocks`` holds the votes for the selected class by blocks of 100 noise
+    samples: uint8, compressed by zlib, in base64. ``rule`` defines how the votes were drawn and what alpha covers.
+    ``pixels`` is a hash of the image's pixels, and ``model`` is one of the model. ``rule``, ``model`` and ``format``
+    are the same in every line.
     """
     columns = _columns(part)
     before = read_lines(path)[:1] if path.is_file() else []  # a table that an older version began keeps its columns
@@ -63,13 +62,14 @@ def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) 
 
 
 def read_certificates(path: Path) -> tuple[list[int], Certificates] | None:
-    """Return the indices of the images in their split, and their certificates; None when the file is missing or holds
-    none.
+    """Return the indices of the images in their split, and their certificates, None if the file has none or is missing.
 
     Class, radius, bound and outcome are derived from votes and rule, as they were when the image was certified.
-    Raises: RunError naming the line when the file is damaged: votes that do not add up or exceed their block or the
-    rule, a duplicate image, or a printed value that is not the derived one (1e-6 for radius and bound). RunError when
-    the file has a newer format.
+
+    Raises:
+        RunError: the file has a newer format or is damaged, with the line: votes do not add up, or exceed their block
+            or the rule, an image is a duplicate, or a printed value is not the derived one (within 1e-6 for radius and
+            bound).
     """
     try:
         lines = read_lines(path) if path.exists() else []
@@ -85,7 +85,7 @@ def read_certificates(path: Path) -> tuple[list[int], Certificates] | None:
 
 
 def drop_unfinished_line(path: Path) -> None:
-    """Cut off what a kill left after the last line feed."""
+    """Truncate a partial last line, as a crash leaves it."""
     refuse_links(path)
     if path.is_file():
         content = path.read_bytes()
@@ -96,8 +96,8 @@ def drop_unfinished_line(path: Path) -> None:
 
 def _columns(certificates: Certificates) -> tuple[str, ...]:
     """Return the columns of a new table of these certificates."""
-    named = certificates.pixels is not None and certificates.model is not None
-    return COLUMNS if named else (*OLDER_COLUMNS, "format")
+    identified = certificates.pixels is not None and certificates.model is not None
+    return COLUMNS if identified else (*OLDER_COLUMNS, "format")
 
 
 def _lines(certificates: Certificates, indices: Sequence[int], columns: Sequence[str]) -> str:
@@ -132,7 +132,7 @@ def _listed(values: NDArray[np.int64]) -> str:
 
 
 def _certificates(table: Table) -> Certificates:
-    """Return the certificates that votes and rule give, compared with what is printed."""
+    """Return the certificates that votes and rule give, after a comparison with the printed values."""
     rule = _rule(table)
     counts, selection = _votes(table, "counts"), _votes(table, "selection")
     labels, samples = table.whole("label"), table.whole("num_samples")
@@ -192,7 +192,7 @@ def _check_votes(
     selects = (selection.min(1) >= 0) & (selection.sum(1) == rule.num_selection)
     same_classes = counts.shape[1] == selection.shape[1]
     table.check(selects & same_classes, f"its votes do not add up to num_selection = {rule.num_selection}")
-    table.check((labels >= 0) & (labels < counts.shape[1]), "its label is none of the classes that were voted for")
+    table.check((labels >= 0) & (labels < counts.shape[1]), "its label is not one of the classes that were voted for")
 
 
 def _blocks(table: Table, drawn: NDArray[np.int64], successes: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
@@ -227,12 +227,12 @@ def _model(table: Table) -> str | None:
     models = _hashes(table, "model", 64)
     if models is None:
         return None
-    table.check(np.array([model == models[0] for model in models]), "it is of another model than line 2")
+    table.check(np.array([model == models[0] for model in models]), "its model is not that of line 2")
     return models[0]
 
 
 def _compare(table: Table, derived: Certificates) -> None:
-    """Refuse a printed value that is not the one that votes and rule give."""
+    """Refuse a printed value that differs from the derived one."""
     for column, exact in (("radius", derived.radius), ("p_lower", derived.p_lower)):
         printed = table.real(column)
         near = np.abs(printed - exact) <= TOLERANCE * (1 + 1e-6)  # one in the sixth decimal is within it
@@ -252,7 +252,7 @@ def _compare(table: Table, derived: Certificates) -> None:
 def _votes(table: Table, column: str) -> NDArray[np.int64]:
     votes = table.parsed(column, _listed_votes)
     complete = np.array([len(row) == len(votes[0]) for row in votes])
-    table.check(complete, f"{column} is not of as many classes as in line 2")
+    table.check(complete, f"its number of classes in {column} is not that of line 2")
     return np.array(votes, np.int64)
 
 
@@ -263,7 +263,7 @@ def _listed_votes(text: str) -> list[int]:
 
 
 def _unpacked(text: str, number: int) -> NDArray[np.uint8]:
-    """Return the votes of ``number`` blocks; no more than these are unpacked."""
+    """Return the votes of ``number`` blocks. No more than these are unpacked."""
     unpacker = zlib.decompressobj()
     content = unpacker.decompress(base64.b64decode(text, validate=True), number + 1)
     if len(content) != number or not unpacker.eof:

@@ -1,4 +1,4 @@
-"""The run folder: recipe, provenance, log and one summary per finished stage; the interface between stages."""
+"""The run folder, the interface between stages: recipe, provenance, log and one summary per finished stage."""
 
 import json
 import os
@@ -17,17 +17,16 @@ from rush.errors import RunError, WriteError
 from rush.recipe.load import build_recipe, with_epochs
 from rush.recipe.schema import STAGE_SECTIONS, Recipe
 from rush.records.log import append_event, read_events
-from rush.records.record import with_format, without_format
+from rush.records.record import Record, with_format
 from rush.runtime.files import one_process, write_bytes, write_json
-from rush.runtime.lines import read_object
 
 _FREE_FIELDS = (
     ("data", "root"),
     ("execution", "checkpoint_minutes"),
     ("execution", "on_nonfinite"),
 )
-# Fields that came later, with the value that earlier runs had: at that value they are no part of a fingerprint, so that
-# checkpoints from before them are still taken.
+# Fields that were added later, with the value that earlier runs had. At that value they are not part of a fingerprint,
+# so that older checkpoints are still accepted.
 _LATER_FIELDS = (("execution", "deterministic", True),)
 _PRETRAINED = ("checkpoints/encoder.safetensors", "stages/pretrain.json")
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
@@ -36,9 +35,9 @@ _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "sa
 class RunFolder:
     """A folder that holds everything about one run of one recipe.
 
-    ``recipe.json`` is the resolved recipe, ``provenance.json`` what the result depends on besides it, ``log.jsonl`` the
-    events, ``stages/<stage>.json`` a finished stage's figures (its presence says that the stage is finished). Once the
-    number of epochs of a training by minutes is known, it stands in the recipe, and the minutes in the provenance.
+    ``recipe.json`` is the resolved recipe. ``provenance.json`` holds everything else that the result depends on,
+    ``log.jsonl`` the events, and ``stages/<stage>.json`` the figures of a stage once it is finished. When the number of
+    epochs of a training stage limited by minutes is known, the recipe holds it, and the provenance holds the minutes.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -48,16 +47,21 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
-        """The run of ``recipe`` in ``path``, new or gone on with.
+        """Return the run of ``recipe`` in ``path``, new or resumed.
 
-        Fields of stages that have not begun may still change. A training that was begun by the same minutes has the
-        number of epochs that it was begun with. Raises: RunError when a stage that has begun was made with other
-        values, or when ``path`` is a file, is not writable or holds something that is no run.
+        Fields of stages that have not begun may still change. A training stage that was begun with the same minutes
+        keeps its number of epochs.
+
+        Raises:
+            RunError: a stage that has begun has different values, or ``path`` is a file, is not writable or holds
+                something other than a run.
         """
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --out")
         if path.is_dir() and not (path / "recipe.json").exists() and any(map(_not_ours, path.iterdir())):
-            raise RunError(f"{path} is not empty and holds no recipe.json, so it is no run folder; give another --out")
+            raise RunError(
+                f"{path} is not empty and holds no recipe.json, so it is not a run folder; give another --out"
+            )
         recipe = _settled(recipe, path)
         run = cls(path, recipe)
         if (path / "recipe.json").exists():
@@ -73,68 +77,79 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """The run that lies in ``path``; RunError when there is none or its recipe cannot be read."""
+        """Return the run in ``path``. Raises: RunError if there is none or its recipe cannot be read."""
         file = path / "recipe.json"
         if not file.is_file():
             raise RunError(
-                f"{path} holds no recipe.json, so it is no run folder; start one with `rush run RECIPE --out {path}`"
+                f"{path} holds no recipe.json, so it is not a run folder; start one with `rush run RECIPE --out {path}`"
             )
         return cls(path, _settled(build_recipe(_read_object(file, file.name), source=str(file)), path))
 
     def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
-        """A run of ``recipe`` in ``path``, new or gone on with, that begins with the pre-trained encoder of this one.
+        """Return a run of ``recipe`` in ``path``, new or resumed, that begins with the pre-trained encoder of this one.
 
-        It may have a name of its own. Raises: RunError when this one has none, when ``recipe`` says otherwise how it
-        was made, or when ``path`` holds something else.
+        Its name may differ.
+
+        Raises:
+            RunError: this run is not pre-trained, ``recipe`` changes how it was, or ``path`` holds something else.
         """
         self.require("pretrain")
         recipe = _settled(recipe, self.path, ("pretrain",))
         changed = [field for field in _changed_fields(self.recipe, recipe, "pretrain") if field != "name"]
         if changed:
             raise RunError(
-                f"{self.path} was pre-trained with other values of {', '.join(changed)}; a run that begins with its "
-                "encoder may change only later stages: leave them as they are, or start anew with `rush run`"
+                f"{self.path} was pre-trained with different values of {', '.join(changed)}; a run that begins with "
+                "its encoder may change only later stages: keep them, or start a new run with `rush run`"
             )
         run = RunFolder.create(path, recipe)
         if run.finished("pretrain") is None:
-            provenance, budget = self._provenance(), self.budget("pretrain")
-            provenance.pop("budgets", None)  # that of the fine-tuning is not the branch's
+            provenance, budget = _read_provenance(self.path), self.budget("pretrain")
+            provenance.pop("budgets", None)  # the branch has its own for fine-tuning
             run._write("provenance.json", provenance | ({"budgets": {"pretrain": budget}} if budget else {}))
-            for name in _PRETRAINED:  # in this order: the last says that all are there
+            for name in _PRETRAINED:  # the last one marks pre-training as finished
                 write_bytes(path / name, (self.path / name).read_bytes())
         return run
 
     def fingerprint(self, stage: Stage) -> str:
-        """JSON text of every recipe field that decides what ``stage`` computes, its own and those of the stages before
-        it; of a training by minutes the minutes, before and after its number of epochs is known."""
+        """Return as JSON every recipe field that decides what ``stage`` computes, its own and those of earlier stages.
+
+        Of a training stage limited by minutes it is the minutes, before and after the number of epochs is known.
+        """
         values, budget = _deciding_values(self.recipe), self.budget(stage)
         if budget is not None:
             values[stage] |= {"epochs": None, "minutes": budget["minutes"]}
         return _sections_until(values, stage)
 
     def budget(self, stage: Stage) -> dict[str, Any] | None:
-        """The minutes of the training ``stage``, the ``epochs`` that ended within them by its trial, and its figures.
+        """Return the minutes of a training stage, the ``epochs`` that fit into them by its trial, and its figures.
 
-        None where no number of epochs was taken from minutes.
+        None if its number of epochs does not follow from minutes.
         """
         return _budgets(self.path).get(stage)
 
     def settle(self, stage: Stage, budget: Mapping[str, Any]) -> None:
-        """Record the number of epochs of a training by minutes: ``budget``, in the provenance, holds both and what they
-        follow from; the recipe has the epochs alone from now on."""
-        self._write("provenance.json", {**self._provenance(), "budgets": {**_budgets(self.path), stage: dict(budget)}})
+        """Record the number of epochs of a training stage limited by minutes.
+
+        ``budget``, with both and their derivation, goes into the provenance. From then on the recipe has only the
+        epochs.
+        """
+        self._write(
+            "provenance.json", {**_read_provenance(self.path), "budgets": {**_budgets(self.path), stage: dict(budget)}}
+        )
         self.recipe = with_epochs(self.recipe, stage, budget["epochs"])
         self._write("recipe.json", self.recipe.model_dump(mode="json"))
 
     def log(self, event: str, **values: Any) -> None:
         """Append one event to ``log.jsonl`` and flush it; a partial last line left by a crash is truncated first.
 
-        Raises: RunError where the last line is not the beginning of an event; WriteError where nothing can be written.
+        Raises:
+            RunError: the last line is not the beginning of an event.
+            WriteError: the file cannot be written.
         """
         append_event(self.path / "log.jsonl", {"event": event, "time": now(), **values})
 
     def finished(self, stage: Stage) -> dict[str, Any] | None:
-        """The figures of ``stage`` if it is finished, else None."""
+        """Return the figures of ``stage`` if it is finished, else None."""
         file = self.path / "stages" / f"{stage}.json"
         return _read_object(file, "stages") if file.exists() else None
 
@@ -143,17 +158,16 @@ class RunFolder:
         self.log("started", stage=stage, commit=commit(), **with_format("log.jsonl", {}))
 
     def events(self, event: str, stage: Stage) -> list[dict[str, Any]]:
-        """Logged events of one kind and stage in their order; a last line cut off by a kill is omitted.
+        """Return the logged events of one kind and stage in their order, without a partial last line.
 
-        Raises: RunError naming the line where another one is not an event.
+        Raises: RunError naming a line that is not an event.
         """
         events = read_events(self.path / "log.jsonl").values()
         return [entry for entry in events if entry["event"] == event and entry.get("stage") == stage]
 
     def finish(self, stage: Stage, seconds: float, **figures: Any) -> None:
-        """Record that ``stage`` is finished, with its figures; ``seconds`` is the time its parts took, over all
-        attempts."""
-        started = self.events("started", stage)  # none where the log was deleted
+        """Record that ``stage`` is finished, with its figures and the ``seconds`` that it took over all attempts."""
+        started = self.events("started", stage)  # none if the log was deleted
         values = {
             "stage": stage,
             "started": started[0].get("time") if started else None,
@@ -166,39 +180,41 @@ class RunFolder:
         self.log("finished", stage=stage, seconds=seconds)
 
     def require(self, stage: Stage) -> dict[str, Any]:
-        """The figures of a finished ``stage``; RunError with the command to run when it is not."""
+        """Return the figures of ``stage``. Raises: RunError with the command to run if it is not finished."""
         figures = self.finished(stage)
         if figures is None:
             raise RunError(f"{self.path}: stage {stage} is not finished; run `rush {stage} {self.path}` first")
         return figures
 
     def record_provenance(self, execution: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-        """Write ``provenance.json`` once; afterwards refuse to go on where execution or input images differ.
+        """Write ``provenance.json``, or compare it with the current execution and input images.
 
-        Raises: RunError naming what differs: a finished part and a part still to come must be computed by one forward
-        on one data set.
+        Finished parts and parts still to come must be computed by one forward on one data set.
+
+        Raises:
+            RunError: execution or images differ from those that the run was started with.
         """
         current = {"seed": self.recipe.seed, **execution, "data": dict(data)}
-        before = self._provenance()
+        before = _read_provenance(self.path)
         if before:
             current |= {"budgets": before["budgets"]} if "budgets" in before else {}
-            seen = before["data"]
-            before["data"] = {split: seen.get(split, found) for split, found in data.items()}
+            earlier_data = before["data"]
+            before["data"] = {split: earlier_data.get(split, value) for split, value in data.items()}
             differing = [key for key, value in current.items() if before.get(key, value) != value]
             if differing:
-                told = "; ".join(f"{key}: was {before.get(key)}, now {current[key]}" for key in differing)
+                changes = "; ".join(f"{key}: was {before.get(key)}, now {current[key]}" for key in differing)
                 raise RunError(
-                    f"{self.path} was begun under other conditions ({told}); restore them or use another --out"
+                    f"{self.path} was started with different settings ({changes}); restore them or use another --out"
                 )
-            current["data"] = {**seen, **data}
+            current["data"] = {**earlier_data, **data}
         self._write("provenance.json", {"commit": commit(), "versions": versions(), "machine": machine(), **current})
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within the context this process alone works in the folder; RunError where another one does."""
-        with ExitStack() as held:
+        """Lock the folder for this process within the context. Raises: RunError if another process holds the lock."""
+        with ExitStack() as locks:
             try:
-                held.enter_context(one_process(self.path, wait=False))
+                locks.enter_context(one_process(self.path, wait=False))
             except BlockingIOError as error:
                 raise RunError(
                     f"another process is at work in {self.path}; wait for it or give another --out"
@@ -206,13 +222,8 @@ class RunFolder:
             yield
 
     def recorded(self, name: str) -> Any:
-        """A value of ``provenance.json``; None before the first stage has written it."""
-        return self._provenance().get(name)
-
-    def _provenance(self) -> dict[str, Any]:
-        """Return the content of ``provenance.json``, empty before the first stage has written it."""
-        file = self.path / "provenance.json"
-        return _read_object(file, file.name) if file.exists() else {}
+        """Return a value of ``provenance.json``, None before the first stage has written it."""
+        return _read_provenance(self.path).get(name)
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         """Write ``values`` with their format number to the file ``name``."""
@@ -224,7 +235,7 @@ class RunFolder:
             changed = _changed_fields(before, self.recipe, stage)
             if begun and changed:
                 raise RunError(
-                    f"{self.path} already holds stage {begun[0]} made with other values of {', '.join(changed)}; "
+                    f"{self.path} already holds stage {begun[0]} made with different values of {', '.join(changed)}; "
                     "nothing was overwritten: use another --out, or give the values it was begun with"
                 )
 
@@ -236,48 +247,43 @@ class RunFolder:
             "attack": ("attacks",),
             "audit": ("audit.json",),
         }[stage]
-        left = any((self.path / trace).exists() for trace in traces)
-        return left or self.finished(stage) is not None or self.budget(stage) is not None
+        has_traces = any((self.path / trace).exists() for trace in traces)
+        return has_traces or self.finished(stage) is not None or self.budget(stage) is not None
 
 
 def _not_ours(entry: Path) -> bool:
-    """Whether ``entry`` is something else than what a kill has left of the first ``write_atomically``."""
+    """Return whether ``entry`` is anything but the rest of an interrupted first ``write_atomically``."""
     return entry.name != ".recipe.json.partial"
 
 
 def _read_object(file: Path, kind: str) -> dict[str, Any]:
-    """Return the JSON object in ``file``; RunError when it is damaged or has a newer format."""
-    try:
-        return without_format(file, kind, read_object(file))
-    except OSError as error:
-        raise RunError(f"{file} cannot be read: {error.strerror}; allow it, or restore the file") from error
-    except ValueError as error:
-        raise RunError(f"{file} is damaged: {error}; restore it or start again in another folder") from error
+    """Return the JSON object in ``file``. Raises: RunError if it is damaged or has a newer format."""
+    return dict(Record.read(file, "restore it or start again in another folder", kind).fields)
 
 
 def now() -> str:
-    """Current time in UTC, ISO 8601."""
+    """Return the current time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Version of Python, of this package and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python, of this package and of the packages that results depend on."""
+    result = {"python": platform.python_version()}
     for name in ("rush-smoothing", *_PACKAGES):
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+            result[name] = "not installed as a package"
+    return result
 
 
 def machine() -> dict[str, Any]:
-    """Processor and operating system, for a reader of figures."""
+    """Return operating system, processor and number of cores, for readers of the figures."""
     return {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
 
 
 def commit() -> str | None:
-    """Git commit of the source tree this package runs from, with ``-dirty`` where files differ; None outside one."""
+    """Return the git commit of this package's source tree, with ``-dirty`` if files differ, None outside of one."""
     source = Path(__file__).resolve().parent
     top = _git(source, "rev-parse", "--show-toplevel")
     if not top or not (Path(top) / "src" / "rush" / "__init__.py").exists():
@@ -288,10 +294,10 @@ def commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(folder), *arguments]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return process.stdout.strip() or None
 
 
 def _processor() -> str:
@@ -302,22 +308,28 @@ def _processor() -> str:
         return platform.processor() or sys.platform
 
 
-def _budgets(path: Path) -> dict[Stage, dict[str, Any]]:
-    """The budgets that the provenance of the run folder ``path`` records, by training stage."""
+def _read_provenance(path: Path) -> dict[str, Any]:
+    """Return the content of ``provenance.json`` in ``path``, empty before the first stage has written it."""
     file = path / "provenance.json"
-    found = (_read_object(file, file.name) if file.exists() else {}).get("budgets", {})
+    return _read_object(file, file.name) if file.exists() else {}
+
+
+def _budgets(path: Path) -> dict[Stage, dict[str, Any]]:
+    """Return the budgets that the provenance of the run folder ``path`` records, by training stage."""
+    budgets = _read_provenance(path).get("budgets", {})
     try:
-        for budget in found.values():
+        for budget in budgets.values():
             float(budget["minutes"]), int(budget["epochs"])
     except (AttributeError, TypeError, ValueError, KeyError) as error:
+        file = path / "provenance.json"
         raise RunError(f"{file}: its budgets are damaged; restore it or start again in another folder") from error
-    return {stage: dict(found[stage]) for stage in TRAININGS if stage in found}
+    return {stage: dict(budgets[stage]) for stage in TRAININGS if stage in budgets}
 
 
 def _settled(recipe: Recipe, path: Path, stages: Iterable[Stage] = TRAININGS) -> Recipe:
-    """``recipe`` with the number of epochs that each of ``stages`` was begun with in ``path``, if it is by minutes.
+    """Return ``recipe`` with the epochs that those of ``stages`` limited by minutes were begun with in ``path``.
 
-    Raises: RunError where it was begun with other minutes.
+    Raises: RunError if one was begun with different minutes.
     """
     for stage in stages:
         minutes = recipe.training(stage).minutes
@@ -328,7 +340,7 @@ def _settled(recipe: Recipe, path: Path, stages: Iterable[Stage] = TRAININGS) ->
         if minutes != begun:
             raise RunError(
                 f"{path} was begun with {stage}.minutes = {begun:g}, which gave {epochs} epochs, and not with "
-                f"{minutes:g}; nothing was overwritten: use another --out, or leave {stage}.minutes as it was"
+                f"{minutes:g}; nothing was overwritten: use another --out, or keep {stage}.minutes"
             )
         recipe = with_epochs(recipe, stage, epochs)
     return recipe
@@ -343,8 +355,10 @@ def _sections_until(values: dict[str, Any], stage: Stage) -> str:
 
 
 def _deciding_values(recipe: Recipe) -> dict[str, Any]:
-    """All fields but those that no result depends on, and where the data lie: the images' fingerprint in
-    ``provenance.json`` says which they are."""
+    """Return all fields that a result depends on.
+
+    The path of the data is not among them, because ``provenance.json`` holds the fingerprint of the images.
+    """
     values = recipe.model_dump(mode="json")
     for section, name in _FREE_FIELDS:
         values[section].pop(name)
@@ -361,9 +375,6 @@ def _changed_fields(before: Recipe, after: Recipe, stage: Stage) -> list[str]:
         if not isinstance(old[section], dict):
             changed += [section] if old[section] != new[section] else []
             continue
-        changed += [
-            f"{section}.{key}"
-            for key in {**old[section], **new[section]}
-            if old[section].get(key) != new[section].get(key)
-        ]
+        keys = {**old[section], **new[section]}
+        changed += [f"{section}.{key}" for key in keys if old[section].get(key) != new[section].get(key)]
     return changed

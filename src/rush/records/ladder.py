@@ -1,4 +1,4 @@
-"""The values of an attack stage: verdicts under each attacker, accuracy against epsilon and the sandwich."""
+"""Values of an attack stage: verdicts under each attacker, accuracy over epsilon and the sandwich."""
 
 import math
 from collections.abc import Mapping
@@ -16,10 +16,12 @@ SANDWICH = "sandwich"  # the rung of the attacks inside certified balls
 
 @dataclass(frozen=True, eq=False)
 class Rung:
-    """The verdicts under one attacker, sorted by ``idx``: arrays (n,), ``broken`` and ``held`` exclude each other.
+    """The verdicts under one attacker, sorted by ``idx``, as arrays (n,). ``broken`` and ``held`` exclude each other.
 
-    pictures: text that is equal for copies of one picture, None where these are not known. Accuracies count each
-    picture once, by the worst of its copies.
+    Accuracies count each picture once, by the worst of its copies.
+
+    Attributes:
+        pictures: text that is equal for copies of one picture, None if copies are not known.
     """
 
     name: str
@@ -47,16 +49,16 @@ class Rung:
 
     @property
     def accuracy(self) -> Interval:
-        """1 - share of broken images (``robust_accuracy``), 95 % Clopper-Pearson."""
+        """1 - share of broken images (``robust_accuracy``), with its 95 % Clopper-Pearson interval."""
         return self.share(self.standing)
 
     def share(self, flags: np.ndarray) -> Interval:
-        """The share of pictures whose copies all have ``flags`` (n,), 95 % Clopper-Pearson."""
+        """Return the share of pictures whose copies all have ``flags`` (n,), with its 95 % Clopper-Pearson interval."""
         pictures = self.of_pictures(flags)
         return share_interval(int(pictures.sum()), len(pictures))
 
     def of_pictures(self, flags: np.ndarray) -> np.ndarray:
-        """For each different picture whether ``flags`` (n,) holds for all of its copies."""
+        """Return for each different picture whether ``flags`` (n,) holds for all of its copies."""
         return of_pictures(flags, None if self.pictures is None else self.pictures.tolist())
 
     @property
@@ -65,17 +67,21 @@ class Rung:
 
     @property
     def accuracy_lower(self) -> Interval:
-        """Share of held images (``robust_accuracy_lower``), 95 % Clopper-Pearson."""
+        """Share of held images (``robust_accuracy_lower``), with its 95 % Clopper-Pearson interval."""
         return self.share(self.held)
+
+    def spent(self, key: str) -> float:
+        """Return a cost from ``settings``, such as ``passes_per_image`` or ``seconds``; 0.0 if it is not recorded."""
+        return float(self.settings.get(key) or 0)
 
     @property
     def eot_samples(self) -> int:
-        """Noise draws per gradient; 0 for an attacker that does not see the noise."""
+        """Noise draws per gradient, 0 for an attacker that does not see the noise."""
         return int(self.settings.get("eot_samples") or 0)
 
     @property
     def is_noisy_pgd(self) -> bool:
-        """Whether the attacker is PGD on noisy gradients. A record without methods is of a ladder of PGD alone."""
+        """Whether the attacker is PGD on noisy gradients. Ladders of records without methods consist of PGD alone."""
         return self.settings.get("method", "pgd") == "pgd" and self.eot_samples > 0
 
     @property
@@ -85,17 +91,17 @@ class Rung:
 
     @property
     def attackers(self) -> Mapping[str, int]:
-        """Of a suite: how many images each of its attackers was the first to break, in their order."""
+        """The number of images that each attacker of a suite was the first to break, in their order."""
         return self.settings.get("attackers") or {}
 
     def above(self, other: "Rung") -> Interval:
-        """By how much the accuracy under this attacker lies above that under ``other``, paired over the same images."""
+        """Return the accuracy under this attacker minus that under ``other``, paired over the same images."""
         return paired_difference(self.of_pictures(self.standing), self.of_pictures(other.standing))
 
 
 @dataclass(frozen=True)
 class SandwichFigures:
-    """Images attacked inside their own certified radius: how many, which were broken, how many the levels allow."""
+    """Images attacked within their certified radius: number, those broken, and the number that the levels allow."""
 
     checked: int
     violations: tuple[str, ...]
@@ -106,7 +112,7 @@ class SandwichFigures:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """How many images one attacker broke at one epsilon, and how many were shown to hold or stayed undecided."""
+    """Numbers of images that one attacker broke at one epsilon, that were shown to hold, and that stayed undecided."""
 
     epsilon: float
     epsilon_text: str
@@ -120,18 +126,18 @@ class CurvePoint:
 
     @property
     def accuracy(self) -> Interval:
-        """1 - share of broken images, 95 % Clopper-Pearson."""
+        """1 - share of broken images, with its 95 % Clopper-Pearson interval."""
         return share_interval(self.held + self.undecided, self.images)
 
     @property
     def accuracy_lower(self) -> Interval:
-        """Share of held images, 95 % Clopper-Pearson."""
+        """Share of held images, with its 95 % Clopper-Pearson interval."""
         return share_interval(self.held, self.images)
 
 
 @dataclass(frozen=True)
 class EpsilonCurve:
-    """The same images under the same attacker at rising epsilon."""
+    """The same images under the same attacker at increasing epsilon."""
 
     label: str
     points: tuple[CurvePoint, ...]
@@ -146,16 +152,18 @@ class EpsilonCurve:
 
     @property
     def rises(self) -> tuple[tuple[CurvePoint, CurvePoint], ...]:
-        """Neighbours of which the larger ball, which contains the smaller, left more images standing."""
+        """Neighbouring points of which the larger ball, which contains the smaller, left more images unbroken."""
         pairs = zip(self.points[:-1], self.points[1:], strict=True)
         return tuple((before, after) for before, after in pairs if after.broken < before.broken)
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """One threat model, its attackers from weakest to strongest as planned (the first is no attack), the sandwich.
+    """Attackers under one threat model, from weakest to strongest as planned, and the sandwich.
 
-    curve: accuracy against epsilon, None where it was not measured.
+    Attributes:
+        rungs: the first is without attack.
+        curve: accuracy over epsilon, None if it was not measured.
     """
 
     norm: Norm
@@ -175,34 +183,34 @@ class Ladder:
 
     @property
     def strongest(self) -> Rung:
-        """The attacker that left the lowest accuracy, the later one at a tie."""
+        """The attacker with the lowest accuracy, the later one at a tie."""
         return min(reversed(self.rungs[1:] or self.rungs), key=lambda rung: int(rung.standing.sum()))
 
     @property
     def last_eot(self) -> Rung | None:
-        """The PGD rung that was planned as the strongest: the last with noisy gradients. Not chosen by its result."""
+        """The last PGD rung with noisy gradients, planned as the strongest and so not chosen by its result."""
         return next((rung for rung in reversed(self.rungs) if rung.is_noisy_pgd), None)
 
     @property
     def worst_case(self) -> Rung | None:
-        """The worst case of a suite of attackers, where the ladder ends with one."""
+        """The worst case of a suite of attackers, None if the ladder has none."""
         return next((rung for rung in reversed(self.rungs) if rung.suite), None)
 
     @property
     def reference(self) -> Rung:
-        """What a weaker evaluation is measured against: a suite's worst case, else the strongest attacker."""
+        """The rung that weaker evaluations are compared with: a suite's worst case, else the strongest attacker."""
         return self.worst_case or self.strongest
 
     @property
     def flattering(self) -> Rung | None:
-        """The noise-aware PGD rung that leaves most images standing, if beyond chance above the reference."""
+        """The noise-aware PGD rung with the highest accuracy, if that exceeds the reference beyond chance."""
         aware = [rung for rung in self.rungs[1:] if rung.is_noisy_pgd]
         weakest = max(aware, key=lambda rung: int(rung.standing.sum()), default=None)
         return weakest if weakest is not None and weakest.above(self.reference).low > 0 else None
 
     @property
     def standing(self) -> np.ndarray:
-        """Which images no rung of the ladder broke."""
+        """Whether no rung of the ladder broke the image, (n,)."""
         return np.logical_and.reduce([rung.standing for rung in self.rungs])
 
     @property
@@ -211,23 +219,25 @@ class Ladder:
         return self.clean.share(self.standing)
 
     def around(self, epsilon: float) -> float:
-        """Radius of the smallest l2 ball around the threat's ball of ``epsilon``: that of a corner for l-inf, epsilon *
-        sqrt(C*H*W), and epsilon for l2 and l1."""
+        """Return the radius of the smallest l2 ball that contains the threat's ball of radius ``epsilon``.
+
+        For l-inf it is the distance of a corner, epsilon * sqrt(C*H*W), and for l2 and l1 epsilon.
+        """
         return epsilon * math.sqrt(math.prod(self.shape)) if self.norm == "linf" else epsilon
 
     @property
     def covering_radius(self) -> float:
-        """Radius of the smallest l2 ball around the threat."""
+        """Radius of the smallest l2 ball that contains the threat."""
         return self.around(self.epsilon)
 
     @property
     def inner_radius(self) -> float:
-        """Radius of the largest l2 ball inside the threat: to the middle of a face for l1, epsilon / sqrt(C*H*W)."""
+        """Radius of the largest l2 ball inside the threat: for l1 the distance of a face, epsilon / sqrt(C*H*W)."""
         return self.epsilon / math.sqrt(math.prod(self.shape)) if self.norm == "l1" else self.epsilon
 
     @property
     def grey_epsilon(self) -> float:
-        """From here on every image in [0, 1] can be turned into the same mid-grey."""
+        """Smallest epsilon at which every image in [0, 1] can be turned into the same mid-grey."""
         pixels = math.prod(self.shape)
         return 0.5 * {"linf": 1.0, "l2": math.sqrt(pixels), "l1": float(pixels)}[self.norm]
 

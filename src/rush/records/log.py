@@ -11,20 +11,23 @@ from rush.runtime.lines import content_of, parse_object
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
-    """Append ``event`` to the log ``path``; a partial last line left by a crash is truncated first.
+    """Append ``event`` to the log ``path``. A partial last line left by a crash is truncated first.
 
-    Raises: RunError where the last line is not the beginning of an event; WriteError where nothing can be written.
+    Raises:
+        RunError: the last line is not the beginning of an event.
+        WriteError: the file cannot be written.
     """
     _mend_last_line(path)
     append_text(path, json.dumps(event) + "\n")
 
 
 def read_events(path: Path) -> dict[int, dict[str, Any]]:
-    """Return the events of a ``log.jsonl`` by the numbers of their lines, none where there is no file.
+    """Return the events of a ``log.jsonl`` by line number, none if the file is missing.
 
     A partial last line, as a crash leaves it, is omitted.
-    Raises: RunError naming the line where another one is not an event, where the file cannot be read or has a newer
-    format.
+
+    Raises:
+        RunError: another line is not an event, or the file cannot be read or has a newer format.
     """
     try:
         content = content_of(path) if path.exists() else b""
@@ -39,7 +42,7 @@ def read_events(path: Path) -> dict[int, dict[str, Any]]:
         try:
             event = parse_object(line.decode("utf-8"))
             if not isinstance(event.get("event"), str):
-                raise ValueError("it does not say its event")
+                raise ValueError("it does not name its event")
         except ValueError as error:
             if _is_cut_off(line) and content.endswith(line):
                 break
@@ -50,7 +53,7 @@ def read_events(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def damaged_event(path: Path, number: int, why: str) -> RunError:
-    """Return the error for line ``number`` of a log that is not what it should be."""
+    """Return the error for the damaged line ``number`` of a log."""
     return RunError(
         f"{path} is damaged: line {number} cannot be read ({why}). Remedy: restore the file from a copy, or delete the "
         "line; only the training curves lose a point."
@@ -58,9 +61,9 @@ def damaged_event(path: Path, number: int, why: str) -> RunError:
 
 
 def _mend_last_line(file: Path) -> None:
-    """End ``file`` with a line feed: completed where the last line is whole, cut back where it is the beginning of one.
+    """Make ``file`` end with a line feed: complete a whole last line, and truncate the beginning of one.
 
-    Raises: RunError where it is something else, which is not deleted.
+    Raises: RunError if the last line is anything else, which is not deleted.
     """
     refuse_links(file)
     content = file.read_bytes() if file.is_file() else b""

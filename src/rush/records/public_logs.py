@@ -1,8 +1,8 @@
-"""Certification logs, public ones and our own, as ``Certificates`` with what their files say besides.
+"""Certification logs, public ones and our own, as ``Certificates`` with further values from their files.
 
-A public log is a tab-separated table ``idx label predict radius correct time``, one line per image; predict -1 means
-abstained. It says neither sigma nor alpha nor the number of samples. Our ``certificates.tsv`` opens with the same
-columns.
+A public log is a tab-separated table ``idx label predict radius correct time`` with one line per image. A predict of -1
+means abstained. It contains neither sigma nor alpha nor the number of samples. Our ``certificates.tsv`` opens with the
+same columns.
 """
 
 import codecs
@@ -26,7 +26,7 @@ from rush.records.read_run import read_provenance, test_fingerprint
 from rush.records.tsv import Table, parse_real
 from rush.runtime.lines import read_lines
 
-# What the public logs of CIFAR-10 and ImageNet were made with (Cohen et al. 2019) and do not say themselves.
+# Settings of the public logs of CIFAR-10 and ImageNet (Cohen et al. 2019), which do not contain them.
 PUBLIC_ALPHA = 0.001
 PUBLIC_NUM_SELECTION = 100
 PUBLIC_NUM_ESTIMATION = 100_000
@@ -45,8 +45,8 @@ class CertificateTable:
         idx: positions of the images in their split, int64 (N,).
         published: whether it is a public log. Its votes are not known: ``counts`` and ``selection`` have no classes,
             ``blocks`` are empty, ``p_lower`` follows from the radius and ``ids`` from ``idx``.
-        rounding: how far each radius as printed may lie above what was certified, float64 (N,); None where none does.
-        dataset: fingerprint of the whole split that the images are from, None where it is not known.
+        rounding: largest excess of each printed radius over the certified one, float64 (N,), None without rounding.
+        dataset: fingerprint of the whole split that the images are from, None if it is not known.
     """
 
     name: str
@@ -66,14 +66,14 @@ class CertificateTable:
 
     @property
     def slack(self) -> NDArray[np.float64] | float:
-        """How far each radius as printed may lie above what was certified, 0.0 without rounding."""
+        """Largest excess of each printed radius over the certified one, 0.0 without rounding."""
         return 0.0 if self.rounding is None else self.rounding
 
     @property
     def at_ceiling(self) -> NDArray[np.bool_]:
-        """Images whose radius is the largest that the rule can certify, as printed, (N,).
+        """Images whose printed radius is the largest that the rule can certify, (N,).
 
-        One vote less costs at least a hundredth of the radius, so that a ten-thousandth is free for rounding.
+        One vote less costs at least a hundredth of the radius, so a ten-thousandth can be allowed for rounding.
         """
         top = self.rule.largest_radius
         return ~self.certificates.abstained & (self.certificates.radius >= top * (1 - 1e-4) - self.slack)
@@ -84,9 +84,15 @@ def read_log(
 ) -> CertificateTable:
     """Return the log in the file ``path``, public or our own, or in the run folder ``path``.
 
-    What a public log does not say is taken from the arguments; else sigma from the file's name (``sigma_0.25``, or
-    ``noise_0.25`` where there is no sigma), alpha 0.001, num_estimation 100,000. A log of our own says all this in its
-    column ``rule``; an argument that contradicts it is an error. Its classes and radii are those of its votes.
+    The settings of a public log are taken from the arguments. The defaults are the sigma in the file's name
+    (``sigma_0.25``, or ``noise_0.25`` if it has no sigma), alpha 0.001 and num_estimation 100,000. Our own logs hold
+    these settings in the column ``rule``, and their classes and radii follow from their votes.
+
+    Args:
+        path: log, or run folder with ``certificates.tsv``.
+        sigma: standard deviation of the noise, in [0, 1] pixel units.
+        alpha: failure probability per certificate.
+        num_estimation: estimation samples per image.
 
     Raises:
         ConfigError: a number is missing, not allowed or contradicted.
@@ -97,10 +103,10 @@ def read_log(
     conditions = {"sigma": sigma, "alpha": alpha, "num_estimation": num_estimation}
     file = path / TABLE if path.is_dir() else path
     lines = _read_lines(file)
-    own = _is_own(lines[0].split("\t"))
-    folder = file.parent if own and file.name == TABLE else None  # the run folder
+    published = not _is_own(lines[0].split("\t"))
+    folder = file.parent if not published and file.name == TABLE else None  # the run folder
     name = (folder or file).resolve().name.removesuffix(".tsv").removesuffix(".txt")
-    if not own:
+    if published:
         return _public_log(name, file, lines, conditions)
     read = read_certificates(file)
     if read is None:
@@ -108,13 +114,13 @@ def read_log(
     for key, value in conditions.items():
         stored = getattr(read[1].rule, key)
         if value is not None and value != stored:
-            raise ConfigError(f"{file} says {key} = {stored}, {value} was given; omit it")
+            raise ConfigError(f"{file} has {key} = {stored}, but {value} was given; omit it")
     provenance = {} if folder is None else read_provenance(folder)
     return CertificateTable(name, path, np.array(read[0]), read[1], dataset=test_fingerprint(provenance))
 
 
 def name_sigma(path: Path | str) -> float | None:
-    """Return the sigma that a file's name says, None where it says none or several."""
+    """Return the sigma in a file's name, None if it contains none or several."""
     for word in ("sigma", "noise"):
         sigmas = {float(text) for text in re.findall(rf"{word}[_=-]?(\d+(?:\.\d+)?)", Path(path).name.lower())}
         if sigmas:
@@ -123,13 +129,13 @@ def name_sigma(path: Path | str) -> float | None:
 
 
 def states_sigma(path: Path | str) -> bool:
-    """Return whether the log at ``path`` says its sigma: a run folder, a log of our own, or by the file's name."""
+    """Return whether the sigma of a log is known: of a run folder, a log of our own, or by the file's name."""
     path = Path(path)
     return path.is_dir() or name_sigma(path) is not None or (path.is_file() and _holds_own(path))
 
 
 def _is_own(header: list[str]) -> bool:
-    """Return whether ``header`` is that of our own tables, also of one whose votes were left out."""
+    """Return whether ``header`` is that of our own tables, with or without votes."""
     return tuple(header[: len(PUBLIC_COLUMNS)]) == PUBLIC_COLUMNS and {"id", "p_lower"} <= set(header)
 
 
@@ -154,7 +160,7 @@ def _read_lines(file: Path) -> list[str]:
 
 
 def _public_log(name: str, path: Path, lines: list[str], conditions: Mapping[str, Any]) -> CertificateTable:
-    """Return a public log from its ``lines``, the columns checked against each other."""
+    """Return the public log in ``lines``, after a check of its columns against each other."""
     names = lines[0].split("\t")
     if tuple(names[: len(PUBLIC_COLUMNS)]) != PUBLIC_COLUMNS or len(set(names)) < len(names):
         opening = f"a log opens with the tab-separated columns {' '.join(PUBLIC_COLUMNS)}"
@@ -185,12 +191,12 @@ def _public_log(name: str, path: Path, lines: list[str], conditions: Mapping[str
 
 
 def _public_rule(path: Path, num_images: int, conditions: Mapping[str, Any]) -> Rule:
-    """Return the rule of a public log: the ``conditions`` that are given, else its name's sigma and the field's."""
+    """Return the rule of a public log from ``conditions``; defaults are the sigma in its name and the usual values."""
     default = {"sigma": name_sigma(path), "alpha": PUBLIC_ALPHA, "num_estimation": PUBLIC_NUM_ESTIMATION}
     values: dict[str, Any] = {key: default[key] if value is None else value for key, value in conditions.items()}
     if values["sigma"] is None:
         raise ConfigError(
-            f"{path} is a public log, which does not say its noise, and its name does not either "
+            f"{path} is a public log, which does not contain its sigma, and neither does its name "
             "(sigma_0.25, noise_0.25); give --sigma"
         )
     try:
@@ -218,8 +224,8 @@ def _seconds(text: str) -> float:
 def _rounding(texts: list[str]) -> np.ndarray | None:
     """Return half a unit of the last digit that each radius is printed with, 0.0 for 0.
 
-    None where six decimals are printed. Trailing zeros are missing in some logs: digits and decimals are the largest
-    numbers of them in the table, and the coarser of the two counts.
+    None if six decimals are printed. Some logs omit trailing zeros, so the largest numbers of digits and decimals in
+    the table are used, and the coarser of the two counts.
     """
     parts = [Decimal(text) for text in texts]
     positive = [part for part in parts if part > 0]

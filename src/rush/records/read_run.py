@@ -1,7 +1,7 @@
-"""The values of a whole run, read from its folder for report and comparison."""
+"""Values of a whole run, read from its folder for report and comparison."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from rush.records.log import damaged_event, read_events
 from rush.records.record import Record, damaged
 from rush.runtime.lines import printable
 
-# Numbers that a stage may give or omit.
+# Numbers that the record of a stage may contain.
 _COST_FIELDS = (
     "passes_per_image",
     "forward_passes_per_image",
@@ -28,7 +28,7 @@ _COST_FIELDS = (
     "peak_memory",
     "joules",
 )
-_NO_FIGURES = ("event", "time", "stage", "epoch")  # of a log's event of live figures
+_NO_FIGURES = ("event", "time", "stage", "epoch")  # other fields of an event of live figures
 Logged = TypeVar("Logged", "Epoch", "Watched")
 
 
@@ -56,7 +56,7 @@ class Epoch:
 class Watched:
     """Live figures after an epoch of training, shares of the held-out images.
 
-    They are "knn", "linear" and "accuracy", each with the suffix "_noisy" where noise lies on the images.
+    They are "knn", "linear" and "accuracy", each with the suffix "_noisy" if it is measured on noisy images.
     """
 
     stage: str
@@ -66,10 +66,10 @@ class Watched:
 
 @dataclass(frozen=True)
 class RunResults:
-    """Everything that a run folder says; ``certificates``, ``ladder`` and ``audit`` are None until their stage is
-    finished.
+    """The content of a run folder.
 
-    certificates: None also where there is nothing to certify (``plain``).
+    ``certificates``, ``ladder`` and ``audit`` are None until their stage is finished, and ``certificates`` also if
+    there is nothing to certify (``plain``).
     """
 
     folder: Path
@@ -89,7 +89,7 @@ class RunResults:
 
     @property
     def plain(self) -> bool:
-        """Whether the classifier itself is used, without noise, so that nothing is certified."""
+        """Whether the classifier is used without noise, so that nothing is certified."""
         return self.setting("smoothing", "sigma") == 0
 
     @property
@@ -98,7 +98,7 @@ class RunResults:
 
     @property
     def threat_certificates(self) -> Certificates | None:
-        """The certificates of the attacked images, or of all certified images where some attacked one has none."""
+        """The certificates of the attacked images, or of all certified images if an attacked one has none."""
         if self.certificates is None or self.ladder is None:
             return self.certificates
         attacked = set(self.ladder.clean.ids.tolist())
@@ -106,11 +106,8 @@ class RunResults:
         return self.certificates.select(rows) if len(rows) == len(attacked) else self.certificates
 
     def setting(self, *keys: str) -> Any:
-        """Return the recipe's entry at ``keys``, None where it has none."""
-        entry: Any = self.recipe
-        for key in keys:
-            entry = entry.get(key) if isinstance(entry, Mapping) else None
-        return entry
+        """Return the recipe's entry at ``keys``, None if there is none."""
+        return _entry(self.recipe, keys)
 
     def class_name(self, index: int) -> str:
         return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
@@ -120,14 +117,14 @@ class RunResults:
 
 
 def read_run(folder: Path | str) -> RunResults:
-    """Return the results in the run folder ``folder``; stages that are not finished are omitted.
+    """Return the results of the finished stages in the run folder ``folder``.
 
-    Raises: RunError when ``folder`` is no run folder or one of its files is damaged, naming the file and the remedy.
+    Raises: RunError if ``folder`` is not a run folder, or with the remedy if one of its files is damaged.
     """
     folder = Path(folder)
     if not (folder / "recipe.json").is_file():
         raise RunError(
-            f"{folder} is no run folder: it has no recipe.json. Give the folder that `rush run` wrote (its --out)."
+            f"{folder} is not a run folder: it has no recipe.json. Give the folder that `rush run` wrote (its --out)."
         )
     remedy = "restore it from a copy, or start a new run with `rush run`"
     recipe = Record.read(folder / "recipe.json", remedy, "recipe.json").fields
@@ -144,31 +141,36 @@ def read_run(folder: Path | str) -> RunResults:
         provenance=read_provenance(folder),
         classes=_read_classes(folder, recipe),
         stages=stages,
-        epochs=_read_epochs(folder / "log.jsonl"),
+        epochs=_last_records(folder / "log.jsonl", "epoch", _epoch),
         certificates=certificates,
         ladder=attack,
         audit=read_audit(folder / "audit.json", _redo(folder, "audit")) if "audit" in stages else None,
-        watched=_read_watched(folder / "log.jsonl"),
+        watched=_last_records(folder / "log.jsonl", "monitor", _watched),
     )
 
 
 def read_run_samples(results: RunResults, number: int) -> tuple[Sample, ...]:
-    """Return at most ``number`` attacked images of the run, as ``records.attacks.read_samples``."""
+    """Return at most ``number`` attacked images of the run, as ``records.attacks.read_samples`` does."""
     return read_samples(results.folder, results.ladder, number, _redo(results.folder, "attack"))
 
 
 def read_provenance(folder: Path) -> Mapping[str, Any]:
-    """Return the provenance of the run ``folder``, empty where there is none. Raises: RunError where it is damaged."""
+    """Return the provenance of a run, empty if there is none. Raises: RunError if it is damaged."""
     file = folder / "provenance.json"
-    return Record.read(file, "delete it; the report then goes without it", file.name).fields if file.exists() else {}
+    return Record.read(file, "delete it; the report is then without it", file.name).fields if file.exists() else {}
 
 
 def test_fingerprint(provenance: Mapping[str, Any]) -> str | None:
-    """Return the fingerprint of the test images that ``provenance`` says, None where it says none."""
-    entry: Any = provenance
-    for key in ("data", "test", "fingerprint"):
-        entry = entry.get(key) if isinstance(entry, dict) else None
-    return entry if isinstance(entry, str) else None
+    """Return the fingerprint of the test images in ``provenance``, None if it has none."""
+    fingerprint = _entry(provenance, ("data", "test", "fingerprint"))
+    return fingerprint if isinstance(fingerprint, str) else None
+
+
+def _entry(entries: Any, keys: Sequence[str]) -> Any:
+    """Return the entry of nested objects at ``keys``, None if there is none."""
+    for key in keys:
+        entries = entries.get(key) if isinstance(entries, Mapping) else None
+    return entries
 
 
 def stage_command(folder: Path, stage: str) -> str:
@@ -204,33 +206,17 @@ def _check_share(record: Record) -> None:
         raise record.damaged(f"knn_accuracy must be null or counts 'correct' <= 'total', got {share!r}")
 
 
-def _read_epochs(file: Path) -> tuple[Epoch, ...]:
-    """Return the epochs by stage and number, the last record of each."""
-    return _last_records(
-        file,
-        "epoch",
-        lambda record: Epoch(
-            str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"])
-        ),
-    )
+def _epoch(record: Mapping[str, Any]) -> Epoch:
+    return Epoch(str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"]))
 
 
-def _read_watched(file: Path) -> tuple[Watched, ...]:
-    """Return the live figures by stage and epoch, the last record of each."""
-
-    def watched(record: Mapping[str, Any]) -> Watched:
-        figures = {name: value for name, value in record.items() if name not in _NO_FIGURES}
-        return Watched(
-            str(record["stage"]),
-            int(record["epoch"]),
-            {printable(name): float(value) for name, value in figures.items()},
-        )
-
-    return _last_records(file, "monitor", watched)
+def _watched(record: Mapping[str, Any]) -> Watched:
+    figures = {printable(name): float(value) for name, value in record.items() if name not in _NO_FIGURES}
+    return Watched(str(record["stage"]), int(record["epoch"]), figures)
 
 
 def _last_records(file: Path, event: str, parse: Callable[[Mapping[str, Any]], Logged]) -> tuple[Logged, ...]:
-    """Return the log's events of this name by stage and epoch, the last of each."""
+    """Return the last of the log's events of this name for each epoch, by stage and number."""
     records: dict[tuple[str, int], Logged] = {}
     for number, record in read_events(file).items():
         if record["event"] == event:
@@ -243,7 +229,7 @@ def _last_records(file: Path, event: str, parse: Callable[[Mapping[str, Any]], L
 
 
 def _read_certificates(folder: Path, stage: StageRecord) -> tuple[list[int], Certificates]:
-    """Return the images' indices and certificates, compared with what the stage's record says of them."""
+    """Return the images' indices and certificates, after a comparison with the stage's record."""
     file, remedy = folder / TABLE, _redo(folder, "certify")
     if not file.exists():
         raise RunError(f"{file} is missing. Remedy: {remedy}.")
@@ -252,7 +238,7 @@ def _read_certificates(folder: Path, stage: StageRecord) -> tuple[list[int], Cer
     except RunError as error:
         raise RunError(f"{error}. Remedy: {remedy}.") from error
     if read is None:
-        raise damaged(file, "it holds no image", remedy)
+        raise damaged(file, "it holds no images", remedy)
     certificates = read[1]
     derived = {
         **{

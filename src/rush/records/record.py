@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from rush.errors import RunError
 from rush.runtime.lines import read_object
 
-# The newest format of each kind of file that this version reads, and the one that it writes. Files without a number are
-# from before there were any, and are read as format 1. ``audit.json`` has its own, ``auditing.report.FORMAT``.
+# The newest format of each kind of file that this version reads, and the one that it writes. Files without a number
+# predate these numbers and are read as format 1. ``audit.json`` has its own, ``auditing.report.FORMAT``.
 FORMATS: Mapping[str, int] = {
     "recipe.json": 1,
     "provenance.json": 1,
@@ -24,7 +24,7 @@ Content = TypeVar("Content")
 
 
 def check_format(file: Path, number: Any, newest: int) -> None:
-    """Raise RunError unless ``number`` is a format up to ``newest``, or None for a file without one."""
+    """Raise RunError unless ``number`` is a format up to ``newest``, or None for a file without a format."""
     if number is None or (type(number) is int and 1 <= number <= newest):
         return
     if type(number) is int and number > newest:
@@ -36,13 +36,13 @@ def check_format(file: Path, number: Any, newest: int) -> None:
 
 
 def without_format(file: Path, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values``, read from ``file``, without their format number. Raises: RunError where it is a newer one."""
+    """Return ``values``, read from ``file``, without their format number. Raises: RunError if the format is newer."""
     check_format(file, values.get("format"), FORMATS[kind])
     return {key: value for key, value in values.items() if key != "format"}
 
 
 def with_format(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` as they are written, preceded by the format number of their kind of file."""
+    """Return ``values`` preceded by the format number of their kind of file."""
     return {"format": FORMATS[kind], **values}
 
 
@@ -56,9 +56,9 @@ class Record:
 
     @classmethod
     def read(cls, file: Path, remedy: str, kind: str | None = None) -> "Record":
-        """Read ``file``, without its format number where its ``kind`` has one.
+        """Read ``file``, without its format number if its ``kind`` has one.
 
-        Raises: RunError where the file is missing, is not a JSON object or has a newer format.
+        Raises: RunError if the file is missing, is not a JSON object or has a newer format.
         """
         fields = read_file(file, read_object, remedy)
         return cls(file, fields if kind is None else without_format(file, kind, fields), remedy)
@@ -78,7 +78,7 @@ class Record:
         return value
 
     def check_numbers(self, keys: tuple[str, ...]) -> None:
-        """Raise RunError where one of ``keys`` is there and not a finite number."""
+        """Raise RunError if one of ``keys`` exists and is not a finite number."""
         for key in keys:
             if self.fields.get(key) is not None:
                 self.number(key)
@@ -96,12 +96,14 @@ def damaged(file: Path, what: str, remedy: str) -> RunError:
 
 
 def read_file(file: Path, read: Callable[[Path], Content], remedy: str) -> Content:
-    """Return ``read(file)``. Raises: RunError where the file is missing or cannot be read."""
+    """Return ``read(file)``. Raises: RunError if the file is missing or cannot be read."""
     try:
         return read(file)
     except FileNotFoundError:
         raise RunError(f"{file} is missing. Remedy: {remedy}.") from None
     except json.JSONDecodeError as error:
         raise damaged(file, f"not JSON ({error})", remedy) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror or error}. Remedy: allow it, or {remedy}.") from error
+    except ValueError as error:
         raise damaged(file, str(error), remedy) from error

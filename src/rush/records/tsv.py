@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a table by column. Its errors are of the type ``error`` and end with ``ending``, the remedy."""
+    """Cells of a table by column. Its errors have the type ``error`` and end with ``ending``, the remedy."""
 
     path: Path
     cells: dict[str, list[str]]
@@ -34,13 +34,12 @@ class Table:
     ) -> "Table":
         """Return the table in ``lines``, the first of which names the columns.
 
-        Raises: ``error`` for a duplicate column, without lines below the first, or where one has another number of
-        fields.
+        Raises: ``error`` if a column is a duplicate, no line follows, or a line has a different number of fields.
         """
         names = lines[0].split("\t")
         table = cls(path, {}, ending, error)
         if len(set(names)) < len(names):
-            table.refuse(-1, "a column is there twice")
+            table.refuse(-1, "duplicate column")
         if len(lines) < 2:
             table.refuse(-1, "no image follows")
         rows = [line.split("\t") for line in lines[1:]]
@@ -51,7 +50,7 @@ class Table:
         return table
 
     def check_format(self, newest: int) -> None:
-        """Raise RunError where the column ``format``, if there is one, says a newer format than ``newest``."""
+        """Raise RunError if the column ``format`` exists and has a newer format than ``newest``."""
         for text in dict.fromkeys(self.cells.get("format", ())):
             check_format(self.path, int(text) if re.fullmatch("[0-9]{1,9}", text) else text, newest)
 
@@ -64,9 +63,9 @@ class Table:
         return np.array(self.parsed(column, parse_real), np.float64)
 
     def parsed(self, column: str, parse: Callable[..., T], *arguments: Iterable[object]) -> list[T]:
-        """Return ``parse`` of each cell of ``column``, with what ``arguments`` have for its row.
+        """Return ``parse`` of each cell of ``column`` and the values of ``arguments`` in its row.
 
-        Raises: ``error`` naming the first line where ``parse`` raises a ValueError or the like.
+        Raises: ``error`` naming the first line for which ``parse`` raises a ValueError or similar.
         """
         values = []
         for row, cell in enumerate(zip(self.cells[column], *arguments, strict=True)):
@@ -77,22 +76,22 @@ class Table:
         return values
 
     def check_unique(self, column: str, values: Sequence[str] | NDArray[np.int64]) -> None:
-        """Refuse the first line whose value is that of a line before it."""
+        """Refuse the first line whose value is a duplicate of an earlier one."""
         first = np.zeros(len(values), bool)
         first[np.unique(np.array(values, object), return_index=True)[1]] = True
-        self.check(first, f"the image is there twice, by its {column}")
+        self.check(first, f"duplicate image, by its {column}")
 
-    def check(self, right: NDArray[np.bool_], what: str) -> None:
-        """Refuse the first line where ``right`` (N,) is false."""
-        if not right.all():
-            self.refuse(int(np.argmin(right)), what)
+    def check(self, valid: NDArray[np.bool_], what: str) -> None:
+        """Refuse the first line for which ``valid`` (N,) is false."""
+        if not valid.all():
+            self.refuse(int(np.argmin(valid)), what)
 
     def refuse(self, row: int, what: str) -> NoReturn:
         raise self.error(f"{self.path}, line {row + 2}: {what}{self.ending}")
 
 
 def parse_real(text: str) -> float:
-    """Return the finite number >= 0 that ``text`` says. Raises: ValueError where it says none."""
+    """Return the finite number >= 0 in ``text``. Raises: ValueError if it holds anything else."""
     if not _REAL.fullmatch(text) or not math.isfinite(float(text)):
         raise ValueError("not a finite number >= 0")
     return float(text)

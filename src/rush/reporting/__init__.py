@@ -1,1 +1,1 @@
-"""Reports and comparisons, made from records alone; no torch."""
+"""Reports and comparisons, made from records alone, without torch."""

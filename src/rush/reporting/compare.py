@@ -1,10 +1,12 @@
-"""Runs and certification logs side by side; a paired test only where the images are shown to be the same."""
+"""Tables of runs and certification logs side by side, with paired tests on images that are shown to be the same."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from scipy import special
@@ -13,13 +15,21 @@ from rush.certification.certificates import Certificates, of_pictures
 from rush.certification.rule import Rule
 from rush.certification.sequential import UNDECIDED
 from rush.errors import ConfigError
+from rush.records.ladder import Ladder
 from rush.records.public_logs import CertificateTable, read_log, states_sigma
-from rush.records.read_run import read_run
-from rush.reporting.attacked import Table, attacked_tables
-from rush.reporting.costs import training_tables
+from rush.records.read_run import RunResults, read_run, test_fingerprint
+from rush.reporting.costs import TrainingCost, passes_of, training_cost
 from rush.reporting.doubts import doubts
-from rush.reporting.tables import percent, points, share
-from rush.runtime.lines import printable
+from rush.reporting.wording import (
+    NOT_CERTIFIED,
+    energy_text,
+    memory_text,
+    model_text,
+    percent,
+    points,
+    share,
+    threat_text,
+)
 from rush.statistics import Interval, paired_difference
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -27,13 +37,22 @@ _STEP = 0.25
 _MOST_RADII = 40
 _NONE = "–"
 
+T = TypeVar("T")
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""Title, header and rows, all of them texts."""
+Row = tuple[str, Callable[[T], str]]
+"""Name of a row, and the text of a column's value in it."""
+
 
 @dataclass(frozen=True)
 class PairedRadius:
     """Certified accuracy of the first log minus that of the second at one radius, over the same images.
 
-    difference: with its 95 % interval. only_first, only_second: images that one of them certifies and the other does
-    not. p_value: exact McNemar test of "neither is better".
+    Attributes:
+        difference: with its 95 % interval.
+        only_first: number of images that only the first log certifies.
+        only_second: number of images that only the second log certifies.
+        p_value: exact McNemar test of "neither is better".
     """
 
     radius: float
@@ -45,10 +64,12 @@ class PairedRadius:
 
 @dataclass(frozen=True)
 class Paired:
-    """The paired comparison of two logs, by name, on ``images`` different images, or why it is ``refused``.
+    """The paired comparison of two logs, or the reason why it is ``refused``.
 
-    assumed: that the images are the same was the caller's word, and no label contradicts it.
-    notes: what else a reader must know, such as conditions that differ.
+    Attributes:
+        images: number of different pictures.
+        assumed: whether only the caller states that the images are the same, and no label contradicts it.
+        notes: further remarks for the reader, such as conditions that differ.
     """
 
     first: str
@@ -62,7 +83,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logs with different names, the radii at which they are compared, one for the classes, and the pairs."""
+    """Logs with different names, the radii at which they are compared, the radius of the classes, and the pairs."""
 
     logs: tuple[CertificateTable, ...]
     radii: tuple[float, ...]
@@ -72,7 +93,7 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Ecdf:
-    """Empirical distribution: ``values`` ascending (M,), ``shares`` (M,) of what is at most as large."""
+    """An empirical distribution: ascending ``values`` (M,), and ``shares`` (M,) of the data that are at most these."""
 
     values: np.ndarray
     shares: np.ndarray
@@ -84,17 +105,23 @@ def compare(
     radius: float | None = None,
     assume_same_images: bool = False,
 ) -> Comparison:
-    """The logs side by side, and the first of them paired with every other one.
+    """Compare logs side by side, and the first of them in pairs with every other one.
 
-    radii: where accuracies are compared; by default the multiples of 0.25 (of 0.5, 1, ... for very large ones) up to
-    the largest certified radius. radius: where classes are compared; by default half the smallest sigma, or the
-    next larger radius that all logs with a grid hold.
+    A pair needs the same images. Different data-set fingerprints refuse it. If they agree, images are matched by id,
+    and both logs must hold the same ids, because the missing images might be harder than the others. If a fingerprint
+    is missing, the pair is refused unless ``assume_same_images``. Then the images that both logs hold are matched by
+    idx, the pair is refused if a label differs, and the notes state the assumption.
 
-    A pair needs the same images. Data-set fingerprints that differ refuse it. Where they agree, images are matched by
-    id, and both logs must hold the same ids: which images a log lacks might depend on how hard they are. Where one is
-    missing, the pair is refused unless ``assume_same_images``: then images are matched by idx, on those that both logs
-    hold, and refused where a label differs; the notes say that sameness was assumed.
-    Raises: ConfigError without logs, or for a radius that is not a finite number >= 0.
+    Args:
+        logs: at least one.
+        radii: at which accuracies are compared. By default the multiples of 0.25 (of 0.5, 1, ... for very large ones)
+            up to the largest certified radius.
+        radius: at which classes are compared. By default half the smallest sigma, or the next larger radius in the
+            grids of all logs that have one.
+        assume_same_images: whether images without fingerprint are matched.
+
+    Raises:
+        ConfigError: there are no logs, or a radius is not a finite number >= 0.
     """
     if not logs:
         raise ConfigError("there is nothing to compare; give at least one run folder or log")
@@ -115,12 +142,21 @@ def compare_command(
     radius: float | None = None,
     assume_same_images: bool = False,
 ) -> list[Table]:
-    """The tables of ``rush compare``: run folders and logs at ``paths``, of attacks where runs were attacked, of what
-    training cost.
+    """Return the tables of ``rush compare``: certificates, accuracy under attack and the cost of training.
 
-    A run without noise has no certificates and stands among the attacked ones alone.
-    sigma: one value for each path in order, or a single one for every log that does not say its sigma.
-    Raises: ConfigError for numbers that are not allowed or missing; DataError and RunError for damaged files.
+    A run without noise has no certificates and appears in the other tables only.
+
+    Args:
+        paths: run folders and logs.
+        sigma: one value per path in their order, or a single one for every log that does not state its sigma.
+        radii: as in ``compare``.
+        radius: as in ``compare``.
+        assume_same_images: as in ``compare``.
+
+    Raises:
+        ConfigError: a number is missing or not allowed.
+        DataError: a public log is damaged.
+        RunError: a file of a run is damaged.
     """
     runs = {path: read_run(path) for path in paths if (path / "recipe.json").is_file()}
     plain = {path for path, run in runs.items() if run.plain}
@@ -131,7 +167,7 @@ def compare_command(
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """All that is compared, as texts: conditions, accuracies, summary, classes, probabilities, pairs, findings."""
+    """Return a comparison as texts: conditions, accuracies, summary, classes, probabilities, pairs, findings."""
     tables = [
         _conditions_table(comparison),
         _accuracy_table(comparison),
@@ -144,13 +180,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     return [table for table in tables if table[2]]
 
 
-def markdown(tables: Sequence[Table]) -> str:
-    """The tables as Markdown, also readable as plain text; one title above each."""
-    return "\n".join(_markdown_table(table) for table in tables)
-
-
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value of the discordant pairs under Binomial(n, 1/2) (McNemar 1947, exact form); 1 for none."""
+    """Return the exact two-sided p-value of discordant pairs under Binomial(n, 1/2) (McNemar 1947), 1 without any."""
     largest, total = max(only_first, only_second), only_first + only_second
     if total == 0:
         return 1.0
@@ -158,7 +189,7 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
 
 
 def class_accuracies(certificates: Certificates, radius: float) -> dict[int, Interval]:
-    """Return the certified accuracy at ``radius`` of each class that there are images of, with exact 95 % intervals."""
+    """Return the certified accuracy at ``radius`` of each class with images, with exact 95 % intervals."""
     labels = certificates.labels
     return {
         label: certificates.select(np.flatnonzero(labels == label)).accuracy_interval(radius)
@@ -174,14 +205,14 @@ def probability_ecdf(certificates: Certificates) -> Ecdf:
 
 
 def grid_acr(certificates: Certificates, radii: Sequence[float]) -> float:
-    """Return the ACR with every radius lowered to the next one of ``radii``, to 0 below all of them."""
+    """Return the ACR with every radius rounded down to one of ``radii``, or to 0 below all of them."""
     steps = np.array([0.0, *sorted(radii)])
     lowered = steps[np.searchsorted(steps, certificates.radius, side="right") - 1]
     return float(np.where(certificates.correct, lowered, 0.0).mean())
 
 
 def _with_different_names(logs: Sequence[CertificateTable]) -> tuple[CertificateTable, ...]:
-    """Logs of equal names get their paths, equal paths their number."""
+    """Return the logs with different names: their paths where names are equal, with numbers where paths are equal."""
     names = Counter(log.name for log in logs)
     longer = [log.name if names[log.name] == 1 else str(log.path) for log in logs]
     numbered = [name if longer.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(longer, start=1)]
@@ -189,10 +220,8 @@ def _with_different_names(logs: Sequence[CertificateTable]) -> tuple[Certificate
 
 
 def _default_radii(logs: Sequence[CertificateTable]) -> tuple[float, ...]:
-    largest, step = (
-        max(float(log.certificates.radius[log.certificates.correct].max(initial=0.0)) for log in logs),
-        _STEP,
-    )
+    largest = max(float(log.certificates.radius[log.certificates.correct].max(initial=0.0)) for log in logs)
+    step = _STEP
     while largest / step >= _MOST_RADII:
         step *= 2
     return tuple(step * number for number in range(int(largest / step) + 1))
@@ -200,8 +229,8 @@ def _default_radii(logs: Sequence[CertificateTable]) -> tuple[float, ...]:
 
 def _default_radius(logs: Sequence[CertificateTable]) -> float:
     half = min(log.rule.sigma for log in logs) / 2
-    held = [radius for log in logs for radius in log.rule.radii or () if radius >= half]
-    return min((radius for radius in held if all(_on_grid(log, radius) for log in logs)), default=half)
+    larger = [radius for log in logs for radius in log.rule.radii or () if radius >= half]
+    return min((radius for radius in larger if all(_on_grid(log, radius) for log in logs)), default=half)
 
 
 def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
@@ -229,92 +258,86 @@ def _paired(
     matched = _same_images(first, second, assume_same_images)
     if isinstance(matched, str):
         return Paired(first.name, second.name, matched, 0, False, (), ())
-    here, there, notes = matched
-    shown = [radius for radius in radii if _on_grid(first, radius) and _on_grid(second, radius)]
-    pixels = _pixels(first, here) or _pixels(second, there)
+    first_rows, second_rows, notes = matched
+    common = [radius for radius in radii if _on_grid(first, radius) and _on_grid(second, radius)]
+    pixels = _pixels(first, first_rows) or _pixels(second, second_rows)
 
     def row(radius: float) -> PairedRadius:
-        certified = (first.certificates.certified(radius)[here], second.certificates.certified(radius)[there])
-        return _paired_radius(radius, *(of_pictures(flags, pixels) for flags in certified))
+        certified = of_pictures(first.certificates.certified(radius)[first_rows], pixels)
+        other = of_pictures(second.certificates.certified(radius)[second_rows], pixels)
+        only_first, only_second = int((certified & ~other).sum()), int((other & ~certified).sum())
+        p_value = mcnemar_p_value(only_first, only_second)
+        return PairedRadius(radius, paired_difference(certified, other), only_first, only_second, p_value)
 
-    pictures = len(here) if pixels is None else len(set(pixels))
+    pictures = len(first_rows) if pixels is None else len(set(pixels))
     notes += _differing_conditions(first, second)
-    if pictures < len(here):
-        notes += (f"{len(here) - pictures:,} images are copies of others: each picture is counted once",)
-    if len(shown) < len(radii):
-        notes += ("radii that are not on the grid of both logs are left out",)
+    if pictures < len(first_rows):
+        notes += (f"{len(first_rows) - pictures:,} images are copies of others: each picture is counted once",)
+    if len(common) < len(radii):
+        notes += ("radii that are not on the grid of both logs are omitted",)
     assumed = first.dataset is None or second.dataset is None
-    return Paired(first.name, second.name, None, pictures, assumed, notes, tuple(map(row, shown)))
+    return Paired(first.name, second.name, None, pictures, assumed, notes, tuple(map(row, common)))
 
 
 def _pixels(log: CertificateTable, rows: np.ndarray) -> list[str] | None:
-    """The pictures of the images in ``rows``, None where the log does not tell them apart."""
+    """Return the pictures of the images in ``rows``, None if the log does not identify them."""
     pixels = log.certificates.pixels
     return None if pixels is None else [pixels[row] for row in rows.tolist()]
 
 
-def _same_images(
-    first: CertificateTable, second: CertificateTable, assume: bool
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
-    """Rows of both logs that show the same images, with notes; or the reason why there are none."""
+_Matched = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # rows of both logs, and notes
+
+
+def _same_images(first: CertificateTable, second: CertificateTable, assume: bool) -> _Matched | str:
+    """Return the rows of both logs that show the same images, with notes, or the reason why there are none."""
     if first.dataset is not None and second.dataset is not None:
         if first.dataset != second.dataset:
             return "they are from different data: the fingerprints of the test images differ"
         return _matched_by_id(first, second)
     if not assume:
-        silent = " and ".join(log.name for log in (first, second) if log.dataset is None)
-        return f"nothing shows that the images are the same: no data-set fingerprint in {silent}"
+        unnamed = " and ".join(log.name for log in (first, second) if log.dataset is None)
+        return f"nothing shows that the images are the same: no data-set fingerprint in {unnamed}"
     return _matched_by_idx(first, second)
 
 
-def _matched_by_id(
-    first: CertificateTable, second: CertificateTable
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
-    common, here, there = np.intersect1d(first.certificates.ids, second.certificates.ids, return_indices=True)
+def _matched_by_id(first: CertificateTable, second: CertificateTable) -> _Matched | str:
+    common, first_rows, second_rows = np.intersect1d(
+        first.certificates.ids, second.certificates.ids, return_indices=True
+    )
     if not len(common) == len(first) == len(second):
         return (
             f"they hold different images of the same data: {len(first):,} and {len(second):,}, {len(common):,} in "
             "both; certify the same images"
         )
-    return _with_equal_labels(first, second, here, there, ())
+    return _with_equal_labels(first, second, (first_rows, second_rows, ()))
 
 
-def _matched_by_idx(
-    first: CertificateTable, second: CertificateTable
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
-    common, here, there = np.intersect1d(first.idx, second.idx, return_indices=True)
+def _matched_by_idx(first: CertificateTable, second: CertificateTable) -> _Matched | str:
+    common, first_rows, second_rows = np.intersect1d(first.idx, second.idx, return_indices=True)
     if not len(common):
         return "no idx is in both logs"
     note = f"same images assumed: matched by idx, {len(common):,} in both of {len(first):,} and {len(second):,}"
-    return _with_equal_labels(first, second, here, there, (note,))
+    return _with_equal_labels(first, second, (first_rows, second_rows, (note,)))
 
 
-def _with_equal_labels(
-    first: CertificateTable, second: CertificateTable, here: np.ndarray, there: np.ndarray, notes: tuple[str, ...]
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
-    unequal = np.flatnonzero(first.certificates.labels[here] != second.certificates.labels[there])
+def _with_equal_labels(first: CertificateTable, second: CertificateTable, matched: _Matched) -> _Matched | str:
+    first_rows, second_rows, _ = matched
+    unequal = np.flatnonzero(first.certificates.labels[first_rows] != second.certificates.labels[second_rows])
     if unequal.size:
-        place = first.idx[here][unequal].min()
-        return f"they are not the same images: {unequal.size:,} labels differ, the first at idx {place}"
-    return here, there, notes
-
-
-def _paired_radius(radius: float, first: np.ndarray, second: np.ndarray) -> PairedRadius:
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    p_value = mcnemar_p_value(only_first, only_second)
-    return PairedRadius(radius, paired_difference(first, second), only_first, only_second, p_value)
+        idx = first.idx[first_rows][unequal].min()
+        return f"they are not the same images: {unequal.size:,} labels differ, the first at idx {idx}"
+    return matched
 
 
 def _differing_conditions(first: CertificateTable, second: CertificateTable) -> tuple[str, ...]:
-    """What else than the model may make the difference."""
-    shown: dict[str, Callable[[CertificateTable], str]] = {
-        "sigma": lambda log: f"{log.rule.sigma:g}",
-        "N": lambda log: f"{log.rule.num_estimation:,}",
-        "level": lambda log: _level_text(log.rule),
-        "method": lambda log: log.rule.method,
-    }
-    texts = {name: (text(first), text(second)) for name, text in shown.items()}
-    return tuple(f"{name} differs: {ours} against {theirs}" for name, (ours, theirs) in texts.items() if ours != theirs)
+    """Return the conditions besides the model that may explain a difference."""
+    texts = [
+        ("sigma", *(f"{log.rule.sigma:g}" for log in (first, second))),
+        ("N", *(f"{log.rule.num_estimation:,}" for log in (first, second))),
+        ("level", *(_level_text(log.rule) for log in (first, second))),
+        ("method", first.rule.method, second.rule.method),
+    ]
+    return tuple(f"{name} differs: {text} vs. {other}" for name, text, other in texts if text != other)
 
 
 def _on_grid(log: CertificateTable, radius: float) -> bool:
@@ -328,19 +351,21 @@ def _star(log: CertificateTable, radius: float) -> str:
 
 def _star_note(logs: Sequence[CertificateTable], radii: Sequence[float]) -> str:
     starred = any(_star(log, radius) for log in logs for radius in radii)
-    return " (* not on the log's grid: what is certified at its next larger radius)" if starred else ""
+    return " (* not on the log's grid: the accuracy at its next larger radius)" if starred else ""
 
 
-def _table(
-    comparison: Comparison, title: str, corner: str, rows: Sequence[tuple[str, Callable[[CertificateTable], str]]]
-) -> Table:
-    """One column a log, one row an entry of ``rows``: its name and what it says of a log."""
-    body = [(name, *(text(log) for log in comparison.logs)) for name, text in rows]
-    return title, (corner, *(log.name for log in comparison.logs)), body
+def _table(title: str, corner: str, columns: Sequence[tuple[str, T]], rows: Sequence[Row[T]]) -> Table:
+    """Return a table with one column per name and value in ``columns``."""
+    body = [(name, *(text(value) for _, value in columns)) for name, text in rows]
+    return title, (corner, *(name for name, _ in columns)), body
+
+
+def _log_table(comparison: Comparison, title: str, corner: str, rows: Sequence[Row[CertificateTable]]) -> Table:
+    return _table(title, corner, [(log.name, log) for log in comparison.logs], rows)
 
 
 def _conditions_table(comparison: Comparison) -> Table:
-    return _table(
+    return _log_table(
         comparison,
         "Conditions",
         "",
@@ -350,29 +375,29 @@ def _conditions_table(comparison: Comparison) -> Table:
             ("level", lambda log: _level_text(log.rule)),
             ("N", lambda log: f"{log.rule.num_estimation:,}" + (" at most" if log.rule.method == "sequential" else "")),
             ("images", lambda log: f"{len(log):,}"),
-            ("copies of another image, not counted", lambda log: _copies_text(log)),
-            ("data set", lambda log: "not said" if log.dataset is None else log.dataset[:12]),
+            ("copies of another image, not counted", _copies_text),
+            ("data set", lambda log: "not stated" if log.dataset is None else log.dataset[:12]),
         ],
     )
 
 
 def _copies_text(log: CertificateTable) -> str:
-    """How many images each figure leaves out, since their picture is counted already."""
+    """Return the number of images that no figure counts, because a copy of them is counted."""
     copies = log.certificates.num_copies
     return "not known" if copies is None else f"{copies:,}"
 
 
 def _accuracy_table(comparison: Comparison) -> Table:
-    def cell(log: CertificateTable, radius: float) -> str:
+    def cell(radius: float, log: CertificateTable) -> str:
         return share(log.certificates.accuracy_interval(radius)) + _star(log, radius)
 
-    rows = [(f"{radius:g}", lambda log, radius=radius: cell(log, radius)) for radius in comparison.radii]
+    rows = [(f"{radius:g}", partial(cell, radius)) for radius in comparison.radii]
     title = "Certified accuracy by ℓ2 radius, exact 95 % intervals" + _star_note(comparison.logs, comparison.radii)
-    return _table(comparison, title, "radius", rows)
+    return _log_table(comparison, title, "radius", rows)
 
 
 def _summary_table(comparison: Comparison) -> Table:
-    return _table(
+    return _log_table(
         comparison,
         "Summary",
         "",
@@ -380,10 +405,10 @@ def _summary_table(comparison: Comparison) -> Table:
             ("ACR", lambda log: _NONE if log.rule.radii else _acr_text(log, log.certificates.acr)),
             *_grid_rows(comparison.logs),
             ("abstained", lambda log: share(log.certificates.share(log.certificates.abstained))),
-            ("right, at the largest radius", _ceiling_text),
+            ("correct at the largest radius", _ceiling_text),
             *([("undecided at the largest N", _undecided_text)] if any(map(_stops_early, comparison.logs)) else []),
-            ("samples an image, mean", _samples_text),
-            ("seconds an image, mean", lambda log: f"{log.certificates.seconds.mean():.3g}"),
+            ("samples per image, mean", _samples_text),
+            ("seconds per image, mean", lambda log: f"{log.certificates.seconds.mean():.3g}"),
         ],
     )
 
@@ -399,21 +424,18 @@ def _method_text(rule: Rule) -> str:
 def _level_text(rule: Rule) -> str:
     """Return what alpha covers: each certificate, or all of them jointly."""
     if rule.level == "image":
-        return f"each image by itself, alpha = {rule.alpha:g}"
-    return f"all {rule.num_images:,} images together, alpha = {rule.alpha:g}"
+        return f"each image separately, alpha = {rule.alpha:g}"
+    return f"all {rule.num_images:,} images jointly, alpha = {rule.alpha:g}"
 
 
-def _grid_rows(logs: Sequence[CertificateTable]) -> list[tuple[str, Callable[[CertificateTable], str]]]:
-    """A row of ACR for each grid that a log has: its own, and what the logs without a grid have on it."""
+def _grid_rows(logs: Sequence[CertificateTable]) -> list[Row[CertificateTable]]:
+    """Return a row of ACR per grid: of the logs with this grid and, rounded down to it, of those without a grid."""
     grids = list(dict.fromkeys(log.rule.radii for log in logs if log.rule.radii))
 
-    def cell(log: CertificateTable, grid: tuple[float, ...]) -> str:
+    def cell(grid: tuple[float, ...], log: CertificateTable) -> str:
         return _acr_text(log, grid_acr(log.certificates, grid)) if log.rule.radii in (None, grid) else _NONE
 
-    return [
-        (f"grid ACR, {_grid_text(grid)}", lambda log, grid=grid: cell(log, grid))  # type: ignore[misc]
-        for grid in grids
-    ]
+    return [(f"grid ACR, {_grid_text(grid)}", partial(cell, grid)) for grid in grids]
 
 
 def _grid_text(grid: tuple[float, ...]) -> str:
@@ -422,8 +444,8 @@ def _grid_text(grid: tuple[float, ...]) -> str:
 
 
 def _ceiling_text(log: CertificateTable) -> str:
-    right = float((log.certificates.correct & log.at_ceiling).mean())
-    return f"{percent(right)} at {log.rule.largest_radius:.4g}"
+    correct = float((log.certificates.correct & log.at_ceiling).mean())
+    return f"{percent(correct)} at {log.rule.largest_radius:.4g}"
 
 
 def _stops_early(log: CertificateTable) -> bool:
@@ -442,25 +464,24 @@ def _samples_text(log: CertificateTable) -> str:
 
 
 def _class_table(comparison: Comparison) -> Table:
-    found = {log.name: class_accuracies(log.certificates, comparison.radius) for log in comparison.logs}
-    labels = sorted({label for accuracies in found.values() for label in accuracies})
+    accuracies = {log.name: class_accuracies(log.certificates, comparison.radius) for log in comparison.logs}
+    labels = sorted({label for by_class in accuracies.values() for label in by_class})
 
-    def cell(log: CertificateTable, label: int) -> str:
-        return share(found[log.name][label]) if label in found[log.name] else _NONE
+    def cell(label: int, log: CertificateTable) -> str:
+        return share(accuracies[log.name][label]) if label in accuracies[log.name] else _NONE
 
     def worst(log: CertificateTable) -> str:
-        label, accuracy = min(found[log.name].items(), key=lambda item: item[1].estimate)
+        label, accuracy = min(accuracies[log.name].items(), key=lambda item: item[1].estimate)
         return f"{percent(accuracy.estimate)} (class {label})" + _star(log, comparison.radius)
 
-    rows: list[tuple[str, Callable[[CertificateTable], str]]] = [("worst", worst)]
-    rows += [(f"{label}", lambda log, label=label: cell(log, label)) for label in labels]  # type: ignore[misc]
+    rows: list[Row[CertificateTable]] = [("worst", worst), *((f"{label}", partial(cell, label)) for label in labels)]
     note = _star_note(comparison.logs, [comparison.radius])
     title = f"Certified accuracy by class at ℓ2 radius {comparison.radius:g}{note}"
-    return _table(comparison, title, "class", rows)
+    return _log_table(comparison, title, "class", rows)
 
 
 def _probability_table(comparison: Comparison) -> Table:
-    def quantile(log: CertificateTable, level: float) -> str:
+    def quantile(level: float, log: CertificateTable) -> str:
         ecdf = probability_ecdf(log.certificates)
         if not len(ecdf.values):
             return _NONE
@@ -470,35 +491,31 @@ def _probability_table(comparison: Comparison) -> Table:
         predicted = int((~log.certificates.abstained).sum())
         return percent(int(log.at_ceiling.sum()) / predicted) if predicted else _NONE
 
-    rows: list[tuple[str, Callable[[CertificateTable], str]]] = [
-        (f"{100 * level:g} % quantile", lambda log, level=level: quantile(log, level))  # type: ignore[misc]
-        for level in QUANTILES
-    ]
-    rows.append(("at the largest radius", at_ceiling))
+    quantiles = [(f"{100 * level:g} % quantile", partial(quantile, level)) for level in QUANTILES]
     title = "Lower bound on the probability of the predicted class, over the images that do not abstain"
-    return _table(comparison, title, "", rows)
+    return _log_table(comparison, title, "", [*quantiles, ("at the largest radius", at_ceiling)])
 
 
 def _pair_tables(comparison: Comparison) -> list[Table]:
-    refused = [(f"{pair.first}, {pair.second}", pair.refused) for pair in comparison.pairs if pair.refused]
-    tables: list[Table] = [_pair_table(pair) for pair in comparison.pairs if not pair.refused]
-    notes = [(f"{pair.first}, {pair.second}", note) for pair in comparison.pairs for note in pair.notes]
-    tables.append(("Paired tests: what to know", ("logs", "note"), [tuple(row) for row in notes]))
-    tables.append(("Paired tests refused", ("logs", "reason"), [tuple(row) for row in refused]))
-    return tables
+    named = [(f"{pair.first}, {pair.second}", pair) for pair in comparison.pairs]
+    notes = [(names, note) for names, pair in named for note in pair.notes]
+    refused = [(names, pair.refused) for names, pair in named if pair.refused]
+    return [
+        *(_pair_table(pair) for pair in comparison.pairs if not pair.refused),
+        ("Paired tests: notes", ("logs", "note"), [*notes]),
+        ("Paired tests refused", ("logs", "reason"), [*refused]),
+    ]
 
 
 def _pair_table(pair: Paired) -> Table:
-    sure = "assumed to be the same" if pair.assumed else "the same by fingerprint and id"
-    title = (
-        f"{pair.first} minus {pair.second}, paired on {pair.images:,} images, {sure}; each radius is tested by itself"
-    )
+    same = "assumed to be the same" if pair.assumed else "the same by fingerprint and id"
+    title = f"{pair.first} minus {pair.second}, paired on {pair.images:,} images, {same}; radii are tested separately"
     header = ("radius", "points, 95 %", "only first", "only second", "p (exact McNemar)")
     rows = [
         (f"{row.radius:g}", points(row.difference), f"{row.only_first:,}", f"{row.only_second:,}", _p_text(row.p_value))
         for row in pair.rows
     ]
-    return title, header, [tuple(row) for row in rows]
+    return title, header, [*rows]
 
 
 def _p_text(p_value: float) -> str:
@@ -507,11 +524,86 @@ def _p_text(p_value: float) -> str:
 
 def _findings_table(comparison: Comparison) -> Table:
     rows = [(log.name, doubt.name, f"{doubt.count:,}", doubt.text) for log in comparison.logs for doubt in doubts(log)]
-    return "Findings", ("log", "finding", "images", "what"), [tuple(row) for row in rows]
+    return "Findings", ("log", "finding", "images", "details"), [*rows]
 
 
-def _markdown_table(table: Table) -> str:
-    title, header, rows = table
-    lines = [header, tuple("---" for _ in header), *rows]
-    body = "\n".join("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"**{printable(title)}**\n\n{body}\n"
+def attacked_tables(runs: Sequence[RunResults]) -> list[Table]:
+    """Return accuracy under attack of the ``runs`` that were attacked, and a table of those that are not certified.
+
+    Attackers are identified by their labels, with a dash where a run's ladder has no such rung. With several runs, the
+    last row is the paired difference to the first of them, if threat, data and images are the same.
+    """
+    named = list(zip(run_names(runs), runs, strict=True))
+    attacked = [(name, (run, run.ladder)) for name, run in named if run.ladder is not None]
+    plain: list[tuple[str, ...]] = [(name, NOT_CERTIFIED) for name, run in named if run.plain]
+    tables = [_attacked_table(attacked)] if attacked else []
+    return [*tables, ("Without certificates", ("run", "reason"), plain)] if plain else tables
+
+
+_Attacked = tuple[RunResults, Ladder]
+
+
+def _attacked_table(attacked: Sequence[tuple[str, _Attacked]]) -> Table:
+    labels = dict.fromkeys(rung.label for _, (_, ladder) in attacked for rung in ladder.rungs)
+    rows: list[Row[_Attacked]] = [
+        ("sigma", lambda run: _sigma_text(run[0])),
+        ("threat", lambda run: threat_text(run[1])),
+        ("images", lambda run: f"{len(run[1].clean):,}"),
+        *((label, partial(_rung_text, label)) for label in labels),
+        ("any of the run's attackers", lambda run: share(run[1].combined)),
+    ]
+    if len(attacked) > 1:
+        name, first = attacked[0]
+        rows.append((f"the same minus that of {name}, paired", partial(_difference_text, first)))
+    return _table(
+        "Accuracy under attack, exact 95 % intervals; upper bounds, each run by its own ladder", "", attacked, rows
+    )
+
+
+def _sigma_text(run: RunResults) -> str:
+    sigma = run.setting("smoothing", "sigma")
+    return "none, not smoothed" if run.plain else _NONE if sigma is None else f"{sigma:g}"
+
+
+def _rung_text(label: str, run: _Attacked) -> str:
+    return next((share(rung.accuracy) for rung in run[1].rungs if rung.label == label), _NONE)
+
+
+def _difference_text(first: _Attacked, other: _Attacked) -> str:
+    """Return the paired difference of two runs, or the reason why there is none."""
+    if other is first:
+        return _NONE
+    (first_run, first_ladder), (run, ladder) = first, other
+    if (ladder.norm, ladder.epsilon) != (first_ladder.norm, first_ladder.epsilon):
+        return "different threat"
+    dataset = test_fingerprint(first_run.provenance)
+    if dataset is None or dataset != test_fingerprint(run.provenance):
+        return "not known to be the same data"
+    if not np.array_equal(first_ladder.clean.ids, ladder.clean.ids):
+        return "different images"
+    of_pictures = ladder.clean.of_pictures
+    return points(paired_difference(of_pictures(ladder.standing), of_pictures(first_ladder.standing)))
+
+
+def training_tables(runs: Sequence[RunResults]) -> list[Table]:
+    """Return a table of the training costs of ``runs``, with a column per run, or no table without runs."""
+
+    def known(text: Callable[[TrainingCost], str]) -> Callable[[RunResults], str]:
+        return lambda run: _NONE if (cost := training_cost(run)) is None else text(cost)
+
+    rows: list[Row[RunResults]] = [
+        ("network", model_text),
+        ("objectives", known(lambda cost: cost.objectives or _NONE)),
+        ("passes per image", known(passes_of)),
+        ("hours", known(lambda cost: f"{cost.seconds / 3600:.3g}")),
+        ("peak memory", known(lambda cost: memory_text(cost.peak_memory))),
+        ("energy", known(lambda cost: energy_text(cost.joules))),
+    ]
+    title = "Cost of training; passes are forward and backward, over the images of the larger training stage"
+    return [_table(title, "", list(zip(run_names(runs), runs, strict=True)), rows)] if runs else []
+
+
+def run_names(runs: Sequence[RunResults]) -> list[str]:
+    """Return the names of the folders, or their paths where names are equal."""
+    names = [run.folder.resolve().name for run in runs]
+    return [name if Counter(names)[name] == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]

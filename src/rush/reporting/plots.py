@@ -1,4 +1,4 @@
-"""Plots as inline SVG text: real text, and colours that follow the page's light or dark scheme."""
+"""Plots as inline SVG, with real text and with colours that follow the page's light or dark scheme."""
 
 import io
 import math
@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from rush.certification.certificates import Certificates
 from rush.records.ladder import CurvePoint, Ladder
 from rush.records.read_run import Epoch, Watched
-from rush.reporting.tables import headline_radius, percent, radius_text, threat_text
+from rush.reporting.wording import headline_radius, percent, radius_text, threat_text
 from rush.statistics import Interval
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Format = Literal["wide", "narrow"]
-# Colour in the figure -> variable of the page's style sheet; the colour itself is the fallback.
+# Colour in the figure -> variable of the page's style sheet. The colour itself is the fallback.
 _COLOURS = {"#1c2430": "ink", "#5d6876": "muted", "#dde2e8": "rule", "#1f6f8b": "proof", "#b4492d": "attack"}
 _INK, _MUTED, _RULE, _PROOF, _ATTACK = _COLOURS
 _WATCHED = {
@@ -32,13 +32,13 @@ _WATCHED = {
     "accuracy": "classifier",
     "accuracy_noisy": "classifier, noisy",
 }
-_POINTS = 400  # more steps than pixels are of no use
+_POINTS = 400  # more steps than pixels would not be visible
 
 
 def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str, form: Format) -> Markup:
-    """Certified accuracy over the l2 radius with its pointwise 95 % band; one radius, threat and ceiling marked.
+    """Draw certified accuracy over the l2 radius with its pointwise 95 % band, headline radius, threat and ceiling.
 
-    With a grid, its radii are dots and the steps between them are the accuracy at the larger; the curve ends with it.
+    With a grid, its radii are dots, the steps between them are the accuracy at the larger, and the curve ends with it.
     """
     figure, axes = _figure(form, height=3.3)
     end = (certificates.largest_radius or certificates.sigma) * 1.04
@@ -52,14 +52,12 @@ def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str
         tested = [certificates.accuracy_interval(radius).estimate for radius in certificates.rule.radii]
         axes.plot(certificates.rule.radii, tested, "o", color=_PROOF, markersize=4, clip_on=False)
     at = headline_radius(certificates)
-    shown, where = (
-        certificates.accuracy_interval(at),
-        "σ/2" if at == certificates.sigma / 2 else f"ℓ2 {radius_text(at)}",
-    )
-    axes.plot([at], [shown.estimate], "o", color=_INK, markersize=5)
+    accuracy = certificates.accuracy_interval(at)
+    where = "σ/2" if at == certificates.sigma / 2 else f"ℓ2 {radius_text(at)}"
+    axes.plot([at], [accuracy.estimate], "o", color=_INK, markersize=5)
     axes.annotate(
-        f"{percent(shown.estimate)} at {where}",
-        (at, shown.estimate),
+        f"{percent(accuracy.estimate)} at {where}",
+        (at, accuracy.estimate),
         xytext=(7, 6),
         textcoords="offset points",
         color=_INK,
@@ -70,15 +68,12 @@ def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str
         _radius_mark(axes, ladder.covering_radius, f"covers {threat_text(ladder)}", end, line=1)
     axes.set(xlim=(0, end), ylim=(0, 1), xlabel="ℓ2 radius, pixels in [0, 1]", ylabel="certified accuracy")
     _percent_ticks(axes.yaxis)
-    return _svg(
-        figure,
-        name,
-        f"Certified accuracy over the radius: {percent(shares[0].estimate)} at 0, {percent(shown.estimate)} at {where}",
-    )
+    ends = f"{percent(shares[0].estimate)} at 0, {percent(accuracy.estimate)} at {where}"
+    return _svg(figure, name, f"Certified accuracy over the radius: {ends}")
 
 
 def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format) -> Markup:
-    """Accuracy under every attacker with its 95 % interval, weakest on top, the certificate's floor as the last row."""
+    """Draw accuracy under each attacker with its 95 % interval, weakest first, and last the certificate's floor."""
     rows = [
         (rung.label, rung.accuracy, rung.accuracy_lower if rung.undecided else None, _ATTACK) for rung in ladder.rungs
     ]
@@ -104,8 +99,10 @@ def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format)
 
 
 def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form: Format) -> Markup:
-    """Accuracy over epsilon, on a logarithmic axis, with its 95 % interval at each; ``floors``: certified accuracy at
-    the ball around each, empty without certificates."""
+    """Draw accuracy over epsilon on a logarithmic axis, with 95 % intervals.
+
+    ``floors`` are certified accuracies at the balls around each epsilon, empty without certificates.
+    """
     assert ladder.curve is not None
     points = ladder.curve.points
     figure, axes = _figure(form, height=3.3)
@@ -122,7 +119,7 @@ def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form:
         axes.plot(x, [floor.estimate for floor in floors], "s", color=_PROOF, markersize=4, clip_on=False)
     axes.axvline(ladder.epsilon, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     nearest = min(points, key=lambda point: abs(math.log(point.epsilon / ladder.epsilon)))
-    foot = nearest.accuracy.estimate > 0.7  # the curve itself is at the top there
+    foot = nearest.accuracy.estimate > 0.7  # the curve is near the top
     axes.annotate(
         threat_text(ladder),
         (ladder.epsilon, 0 if foot else 1),
@@ -134,12 +131,12 @@ def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form:
     axes.set(ylim=(0, 1), xlabel="ε, pixels in [0, 1], logarithmic", ylabel="accuracy")
     _epsilon_ticks(axes, points, most=11 if form == "wide" else 6)
     _percent_ticks(axes.yaxis)
-    told = "; ".join(f"{p.epsilon_text}: {percent(s.estimate)}" for p, s in zip(points, shares, strict=True))
-    return _svg(figure, name, f"Accuracy over epsilon: {told}")
+    values = "; ".join(f"{p.epsilon_text}: {percent(s.estimate)}" for p, s in zip(points, shares, strict=True))
+    return _svg(figure, name, f"Accuracy over epsilon: {values}")
 
 
 def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Format) -> Markup:
-    """Mean loss by epoch of one stage; epochs without a finite loss are left out."""
+    """Draw the mean loss of one stage by epoch, without epochs whose loss is not finite."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(form, height=2.5)
@@ -159,15 +156,15 @@ def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Forma
 
 
 def watched_curve(watched: tuple[Watched, ...], title: str, name: str, form: Format) -> Markup:
-    """Live figures by epoch: one colour for each kind, dashed where noise lies on the images."""
+    """Draw live figures by epoch: one colour per kind, dashed if the images are noisy."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(form, height=2.5)
-    names = list(dict.fromkeys(figure_name for one in watched for figure_name in one.figures))
+    names = list(dict.fromkeys(figure_name for epoch in watched for figure_name in epoch.figures))
     kinds = list(dict.fromkeys(figure_name.removesuffix("_noisy") for figure_name in names))
     ends = []
     for figure_name in names:
-        shown = [(one.number, one.figures[figure_name]) for one in watched if figure_name in one.figures]
+        shown = [(epoch.number, epoch.figures[figure_name]) for epoch in watched if figure_name in epoch.figures]
         colour = (_INK, _PROOF, _ATTACK)[kinds.index(figure_name.removesuffix("_noisy")) % 3]
         style = "--" if figure_name.endswith("_noisy") else "-"
         label = _WATCHED.get(figure_name, figure_name)
@@ -182,8 +179,10 @@ def watched_curve(watched: tuple[Watched, ...], title: str, name: str, form: For
 
 
 def _curve_radii(certificates: Certificates, end: float) -> np.ndarray:
-    """Ascending radii at which a curve drawn ``steps-pre`` is exact, or too low where they are too many; of a grid its
-    own, and 0: beyond its last nothing was tested."""
+    """Return ascending radii at which a curve drawn ``steps-pre`` is exact, or too low if they are too many.
+
+    With a grid they are its radii and 0, because nothing was tested beyond its last.
+    """
     if certificates.rule.radii is not None:
         return np.unique([0.0, *certificates.rule.radii])
     radii = np.unique(np.concatenate([[0.0, end], certificates.radius[certificates.correct]]))
@@ -191,7 +190,7 @@ def _curve_radii(certificates: Certificates, end: float) -> np.ndarray:
 
 
 def _radius_mark(axes: "Axes", radius: float, text: str, end: float, line: int = 0) -> None:
-    """A vertical line with its ``text`` beside it, on the line ``line`` from the top."""
+    """Draw a vertical line with ``text`` beside it, ``line`` lines below the top."""
     right = radius > 0.6 * end
     axes.axvline(radius, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     below = -3 - 14 * line
@@ -222,7 +221,7 @@ def _ladder_mark(axes: "Axes", place: int, accuracy: Interval, held: Interval | 
 
 
 def _epsilon_ticks(axes: "Axes", points: tuple[CurvePoint, ...], most: int) -> None:
-    """Ticks at the curve's own epsilons, at most so many, the last one always."""
+    """Set ticks at the epsilons of the curve, at most ``most``, always including the last."""
     shown = points[:: -math.ceil(len(points) / most)]
     axes.set_xticks([point.epsilon for point in shown], [point.epsilon_text for point in shown])
     axes.set_xticks([], minor=True)
@@ -234,7 +233,7 @@ def _percent_ticks(axis: object) -> None:
 
 
 def _figure(form: Format, height: float) -> "tuple[Figure, Axes]":
-    """An empty figure of its own (no pyplot, no global state) in the report's quiet style."""
+    """Return an empty figure in the report's style, without pyplot and its global state."""
     from matplotlib.figure import Figure
 
     size = 9.0 if form == "wide" else 10.5
@@ -252,14 +251,15 @@ def _figure(form: Format, height: float) -> "tuple[Figure, Axes]":
 
 
 def _svg(figure: "Figure", name: str, description: str) -> Markup:
-    """``figure`` as an <svg> element: ids unique by ``name``, colours as variables, ``description`` as its label."""
+    """Return ``figure`` as an <svg> element: ids unique by ``name``, colours as variables, ``description`` as label."""
     import matplotlib
 
     size = figure.axes[0].xaxis.label.get_fontsize()
     for text in figure.axes[0].texts:
         text.set_fontsize(size)
     buffer = io.StringIO()
-    # Text stays text; a dollar sign in a name is no formula; ids follow from the name, so equal runs give equal bytes.
+    # Text remains text, and a dollar sign in a name does not start a formula. Ids follow from the name, so that equal
+    # runs give equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text, with its own fonts
         for text in figure.findobj(matplotlib.text.Text):

@@ -1,1 +1,1 @@
-"""What every room needs: execution, randomness, files, processes."""
+"""Services for all rooms: execution, randomness, files, processes."""
