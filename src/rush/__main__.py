@@ -76,7 +76,7 @@ def _show_own_warnings_in_one_line() -> None:
 
 
 def _memory_message(error: Exception) -> str | None:
-    """Return the message for a device that is out of memory; None for any other error."""
+    """Return the message for a device that is out of memory, None for any other error."""
     if "torch" not in sys.modules:
         return None
     from rush.runtime.memory import JUDGED, is_out_of_memory, memory_error

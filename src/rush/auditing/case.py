@@ -62,7 +62,7 @@ class Case:
 
     @cached_property
     def plan(self) -> Plan | None:
-        """The evaluation's attack, of a suite its costliest untargeted one; None where points were made elsewhere.
+        """The evaluation's attack, of a suite its costliest untargeted one, None where points were made elsewhere.
 
         An attack without draws on a stochastic model that has a base network has attacked that network.
         """
@@ -122,7 +122,7 @@ class Case:
         """Return the result of ``plan`` on the images at ``rows`` and keep it in ``results``.
 
         Args:
-            climbed: defender whose gradient is attacked instead of the model's; the model still chooses and judges.
+            climbed: defender whose gradient is attacked instead of the model's. The model still chooses and judges.
 
         Random: streams of the audit's own, named after the plan.
         """

@@ -133,7 +133,7 @@ class AuditReport:
 
     @property
     def failed_findings(self) -> tuple[Finding, ...]:
-        """The failed findings; the first is the best explanation."""
+        """The failed findings. The first is the best explanation."""
         return tuple(finding for finding in self.findings if finding.status == "failed")
 
     @property

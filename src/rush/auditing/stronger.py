@@ -278,7 +278,7 @@ def _broken_from(case: Case, surrogate: nn.Module, plan: Plan) -> int:
 
 
 def _steps_without_derivative(case: Case) -> int | None:
-    """Return how many steps of the model a straight-through twin would replace; None where it cannot be run as one."""
+    """Return how many steps of the model a straight-through twin would replace, None where it cannot be run as one."""
     try:
         return surrogates.steps_without_derivative(case.defender, case.pixels.select(case.probed[:FEW_IMAGES]).x)
     except Exception:  # the model's own code, run on tensors that are watched: it may fail in any way

@@ -12,7 +12,7 @@ from rush.choices import ABSTAIN, BLOCK
 
 
 class Decider:
-    """Applies one rule to B images, block by block; the state is the number of radii that each has passed, (B,)."""
+    """Applies one rule to B images, block by block. The state is the number of radii that each has passed, (B,)."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule

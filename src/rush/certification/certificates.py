@@ -36,8 +36,8 @@ class Certificates:
         ids: of the images.
         rule: under which they were certified.
         pixels: for each image the hash of its pixels (``data.checks.pixel_ids``), by which copies of one picture are
-            recognized; None if the table was written without them.
-        model: fingerprint of the smoothed classifier (``SmoothedClassifier.fingerprint``); None as ``pixels``.
+            recognized, None if the table was written without them.
+        model: fingerprint of the smoothed classifier (``SmoothedClassifier.fingerprint``), None as ``pixels``.
     """
 
     prediction: NDArray[np.int64]
@@ -72,7 +72,7 @@ class Certificates:
 
     @property
     def num_estimation(self) -> int:
-        """Estimation samples per image; the largest number if the rule is sequential."""
+        """Estimation samples per image. The largest number if the rule is sequential."""
         return self.rule.num_estimation
 
     @property
@@ -215,7 +215,7 @@ class Certificates:
         return "ACR" if self.rule.radii is None else "grid ACR"
 
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> "Certificates":
-        """Return the certificates of ``rows``, in their order; the rule, and so the size of the family, stays."""
+        """Return the certificates of ``rows``, in their order. The rule, and so the size of the family, stays."""
         arrays: dict[str, Any] = {name: getattr(self, name)[rows] for name in _ARRAYS}
         blocks, ids = (tuple(getattr(self, name)[row] for row in rows) for name in ("blocks", "ids"))
         pixels = None if self.pixels is None else tuple(self.pixels[row] for row in rows)

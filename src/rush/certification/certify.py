@@ -56,14 +56,14 @@ def certify(
         images: an ImageSet with labels, or a pair (float images (N, C, H, W) in [0, 1], labels (N,)).
         method: ``clopper-pearson`` draws ``num_estimation`` samples per image (Cohen et al. 2019, algorithm CERTIFY).
             ``sequential`` draws until the radii are decided, at most ``num_estimation`` (``certification.sequential``).
-        num_selection: samples per image that select the class; they are used for nothing else.
+        num_selection: samples per image that select the class. They are used for nothing else.
         num_estimation: samples per image that bound its probability.
         alpha: probability of a false certificate.
         radii: grid of radii in pixel units, rounded up to six decimals. None: any radius for ``clopper-pearson``, and 0
             and the multiples of sigma / 2 within reach for ``sequential``. Few radii need few samples.
         level: ``image``: each certificate is false with probability at most alpha. ``family``: all of them hold
             together with probability at least 1 - alpha (alpha / N each).
-        futility: probability that ``sequential`` gives up a radius that could be certified; it is never unsound.
+        futility: probability that ``sequential`` gives up a radius that could be certified. It is never unsound.
         seed: of the noise.
         in_flight: number of images sampled at once; changes no result.
 

@@ -13,7 +13,7 @@ Two mixtures. ``beta``: q from Beta(1/2, 1/2) truncated to (p_r, 1]. ``geometric
 p_r, the nearest at what the cap N can just resolve, weights falling with distance^(-3/4); and, with weight 1/3, the
 conditional probability P(S_N >= k | S_n) at p_r divided by its bound, k the smallest number with P(S_N >= k) <= alpha/3
 at p_r. The latter is Doob's martingale of the binomial test at the cap (for p < p_r a supermartingale, since the
-conditional probability increases in S_n); it decides at the cap what the first part leaves open. Everything depends on
+conditional probability increases in S_n). It decides at the cap what the first part leaves open. Everything depends on
 p_r, alpha and N alone.
 
 Many radii on one path. The radii r_1 < r_2 < ... are tested in this order, each at the full level alpha, r_j only once

@@ -28,7 +28,7 @@ def audit(
 
     Args:
         folder: Run folder; or give --model and --data.
-        rung: Rung of the run's ladder to audit instead, e.g. frozen; the audit is written to audit-RUNG.json.
+        rung: Rung of the run's ladder to audit instead, e.g. frozen. The audit is written to audit-RUNG.json.
         tolerance: Largest acceptable share of images that the evaluation reports as robust but this audit breaks.
             A run uses the tolerance of its recipe.
         out: File for the machine-readable audit of --model; audit.json by default.

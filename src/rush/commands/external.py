@@ -48,7 +48,7 @@ class ExternalModel:
         num_classes: Number of classes, if it is not that of the data set.
         decision: How a stochastic module is used: vote, mean or single.
         surrogate: module:function of a module whose derivative replaces that of the model (BPDA).
-        seed: Seed of attacks and verdicts; 0 by default, but verdict draws one from the system.
+        seed: Seed of attacks and verdicts, 0 by default, but verdict draws one from the system.
     """
 
     model: str | None = None
@@ -79,7 +79,7 @@ class ExternalModel:
 
     @cached_property
     def threat(self) -> ThreatModel:
-        """The threat model; raises ConfigError where ``epsilon`` is not a number, InputError where it is too large."""
+        """The threat model. Raises ConfigError where ``epsilon`` is not a number, InputError where it is too large."""
         from rush.attacks.threat import ThreatModel
 
         try:
@@ -89,7 +89,7 @@ class ExternalModel:
 
     @cached_property
     def classifier(self) -> Model:
-        """The model; raises as ``load_model``."""
+        """The model. Raises as ``load_model``."""
         if self.model is None:
             raise ConfigError("give --model: a run folder, or module:function")
         default = 10 if self.data is None else max(2, self._image_set.num_classes)
@@ -97,7 +97,7 @@ class ExternalModel:
 
     @cached_property
     def surrogate_module(self) -> nn.Module | None:
-        """The module that ``surrogate`` names; raises ConfigError where it is not a module."""
+        """The module that ``surrogate`` names. Raises ConfigError where it is not a module."""
         from torch import nn
 
         module = None if self.surrogate is None else call(self.surrogate)
@@ -171,7 +171,7 @@ def load_model(name: str, sigma: float | None, num_classes: int) -> Model:
 
     Args:
         name: Run folder or ``module:function``.
-        sigma: Standard deviation of the noise to smooth a module with; None to take it as it is.
+        sigma: Standard deviation of the noise to smooth a module with, None to take it as it is.
         num_classes: Number of classes of a module that does not name its classes.
 
     Raises:
@@ -209,7 +209,7 @@ def call(name: str) -> object:
 
     Raises:
         ConfigError: There is no such module or function.
-        ModelError: The user's code fails; the message holds the exception and its place.
+        ModelError: The user's code fails. The message holds the exception and its place.
     """
     from torch import nn
 

@@ -56,7 +56,7 @@ class Resident:
         return len(self._images)
 
     def batches(self, order: torch.Generator, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """Yield positions k B to (k + 1) B of one random permutation as batch k; see ``TrainingImages.batches``."""
+        """Yield positions k B to (k + 1) B of one random permutation as batch k, see ``TrainingImages.batches``."""
         per_epoch, share = batches_per_epoch(len(self), batch_size), share_of(batch_size, self._rank, self._processes)
         permutation = sent(torch.randperm(len(self), generator=order), self._images.device)
         for number in range(first, per_epoch):
@@ -65,7 +65,7 @@ class Resident:
 
 
 def batches_per_epoch(num_images: int, batch_size: int) -> int:
-    """Return the number of full batches; raise ConfigError if there is none."""
+    """Return the number of full batches, or raise ConfigError if there is none."""
     if num_images < batch_size:
         raise ConfigError(
             f"batch_size = {batch_size} exceeds the {num_images} training images; lower it to at most {num_images}"

@@ -132,7 +132,7 @@ def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: t
 
 
 def hold_out(images: ImageSet, count: int, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
-    """Split off ``count`` random images; return (the others, these), both in the original order.
+    """Split off ``count`` random images and return (the others, these), both in the original order.
 
     With labels, every class gives its share, rounded by largest remainder; a rare class may give none. Without labels,
     all images are equally likely.
@@ -150,7 +150,7 @@ def hold_out(images: ImageSet, count: int, generator: torch.Generator) -> tuple[
 
 
 def held_out_rows(labels: torch.Tensor | None, total: int, count: int, generator: torch.Generator) -> np.ndarray:
-    """Return the ``count`` of ``total`` rows that ``hold_out`` draws, ascending; raise InputError as it does."""
+    """Return the ``count`` of ``total`` rows that ``hold_out`` draws, ascending, or raise InputError as it does."""
     _check_generator(generator)
     whole = as_whole(count)
     if whole is None or not 1 <= whole < total:
@@ -201,7 +201,7 @@ def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
 
 
 def common_classes(parts: Sequence[tuple[str, ...]], where: str) -> tuple[str, ...]:
-    """Return the longest of the class lists; raise DataError unless all others are its beginning, or empty."""
+    """Return the longest of the class lists, or raise DataError unless all others are its beginning, or empty."""
     longest = max(parts, key=len)
     for classes in parts:
         if classes != longest[: len(classes)]:

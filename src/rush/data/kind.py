@@ -47,7 +47,7 @@ ANY_KIND = ImageKind()
 
 
 def checked_shape(shape: object) -> Shape:
-    """Return ``shape`` as three plain integers >= 1; raise InputError for anything else."""
+    """Return ``shape`` as three plain integers >= 1, or raise InputError for anything else."""
     sides = tuple(map(as_whole, shape)) if isinstance(shape, tuple | list) else ()
     if len(sides) != 3 or any(side is None or side < 1 for side in sides):
         raise InputError(f"image_shape must be (channels, height, width), three integers >= 1, got {shape!r}")

@@ -188,7 +188,7 @@ def _without_shards(name: str, folder: Path, other: Path) -> DataError:
 
 
 def _path(name: str, root: str | os.PathLike[str]) -> Path:
-    """Return the path that ``name`` stands for in ``root``; raise DataError if the system does not accept it."""
+    """Return the path that ``name`` stands for in ``root``, or raise DataError if the system does not accept it."""
     try:
         path = Path(root).expanduser() / Path(name).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -249,7 +249,7 @@ def _locate(archives: Iterable[Archive], roots: Sequence[Path], name: str) -> tu
 
 
 def _official_readers(name: str) -> dict[Archive, Read]:
-    """Return the reader of each official archive of ``name``; the first archive is the one to download."""
+    """Return the reader of each official archive of ``name``. The first archive is the one to download."""
     if name == "stl10":
         return {STL10: read_stl10}
     versions = cifar10_versions() if name == "cifar10" else cifar100_versions()

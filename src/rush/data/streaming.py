@@ -196,7 +196,7 @@ class Stream:
         return self.encoded.blocks(max(1, self.memory // 2))  # half: one pool is used while the next is read
 
     def _read_ahead(self, pools: Iterator[np.ndarray]) -> Generator[EncodedRow, None, None]:
-        """Yield the encoded images of the pools in order; the next pool is read while one is used."""
+        """Yield the encoded images of the pools in order. The next pool is read while one is used."""
         with ThreadPoolExecutor(1) as reader:
             current: Future[list[EncodedRow | None]] | None = None
             for pool in pools:
@@ -208,7 +208,7 @@ class Stream:
                 yield from _released(current.result())
 
     def _read(self, rows: np.ndarray) -> list[EncodedRow | None]:
-        """Return the encoded images of ``rows``, in this order; they are read in the order of the files."""
+        """Return the encoded images of ``rows``, in this order. They are read in the order of the files."""
         encoded: list[EncodedRow | None] = [None] * len(rows)
         ascending, slabs = np.argsort(rows), _Slabs(max(_SLAB, self.memory >> 8))
         for position, (where, source) in zip(ascending.tolist(), self.encoded.read(rows[ascending]), strict=True):
@@ -268,7 +268,7 @@ class _Slabs:
         self._free = memoryview(b"")
 
     def copy(self, content: bytes | memoryview) -> memoryview:
-        """Copy ``content`` into the current slab, or a new one; return a view of the copy."""
+        """Copy ``content`` into the current slab, or a new one and return a view of the copy."""
         if len(content) > len(self._free):
             self._free = memoryview(mmap(-1, max(self._size, len(content))))
         view, self._free = self._free[: len(content)], self._free[len(content) :]
@@ -344,7 +344,7 @@ def _shuffled(rows: np.ndarray, generator: torch.Generator) -> np.ndarray:
 
 
 def _finished(pending: Pending) -> DecodedRows:
-    """Wait for the images and return them; raise the DataError of the first that could not be decoded."""
+    """Wait for the images and return them, or raise the DataError of the first that could not be decoded."""
     images, futures = pending
     for future in futures:
         future.result()

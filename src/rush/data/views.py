@@ -52,7 +52,7 @@ _DRAWS = 33
 
 @dataclass(frozen=True, eq=False)
 class ViewParameters:
-    """Parameters of the operations for each image of a batch; None omits an operation for all of them.
+    """Parameters of the operations for each image of a batch, None omits an operation for all of them.
 
     Attributes:
         boxes: (B, 4) float32, top, left, height and width in pixels (see ``crop_resize``).

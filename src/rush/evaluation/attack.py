@@ -164,7 +164,7 @@ def verdict(
 
 
 def _points_in_threat(adversarial: Tensor, pixels: LabelledPixels, threat: ThreatModel) -> Tensor:
-    """Return the points as float32 within [0, 1] and, up to float32 rounding, within the threat; see ``verdict``."""
+    """Return the points as float32 within [0, 1] and, up to float32 rounding, within the threat, see ``verdict``."""
     if not isinstance(adversarial, Tensor) or adversarial.shape != pixels.x.shape:
         given = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
         raise InputError(f"adversarial must be a float tensor of shape {tuple(pixels.x.shape)}, got {given}")
@@ -286,7 +286,7 @@ def _plan(method: AttackMethod, noisy: bool, threat: ThreatModel, budget: dict[s
 
 
 def _paper(defender: Defender, threat: ThreatModel) -> Plan:
-    """Return the paper's protocol; raise InputError for a different threat model."""
+    """Return the paper's protocol, or raise InputError for a different threat model."""
     stated = threat.norm == PAPER_NORM and not isinstance(threat.epsilon, Tensor)
     if not stated or abs(float(threat.epsilon) - PAPER_EPSILON) > 1e-9:
         raise InputError(f"method 'paper' is l-inf 8/255, got {threat.norm} {threat.epsilon}; take method 'pgd'")

@@ -48,7 +48,7 @@ class Candidates:
 def start_of(
     plan: Plan, x: Tensor, best: Tensor | None, threat: ThreatModel, generators: list[torch.Generator]
 ) -> Tensor | None:
-    """Return where the attack of ``plan`` begins, (B, C, H, W); None for the images ``x`` or a start of its own."""
+    """Return where the attack of ``plan`` begins, (B, C, H, W), None for the images ``x`` or a start of its own."""
     if plan.method in ("fgsm", "square", "random") or plan.start == "clean":
         return None
     if plan.start == "best" and best is not None:

@@ -47,7 +47,7 @@ class Evaluation:
         defender: the model under evaluation.
         images: N images with labels and ids.
         threat: the threat model, with one epsilon or N of them.
-        settings: level, cap and seed of the verdicts; the seed also names the attack's streams.
+        settings: level, cap and seed of the verdicts. The seed also names the attack's streams.
     """
 
     defender: Defender
@@ -284,7 +284,7 @@ def _loops(plan: Plan, ranking: Tensor | None) -> Iterator[tuple[str, Tensor | N
     """Yield the streams' name and the classes aimed at, (B,) or None, of each of the ``plan.runs`` loops of an attack.
 
     Args:
-        ranking: (B, K - 1), classes other than the label, the most probable one first; None for an untargeted plan.
+        ranking: (B, K - 1), classes other than the label, the most probable one first, None for an untargeted plan.
     """
     for restart in range(plan.restarts):
         name = f"attack/{plan.name}/{restart}"

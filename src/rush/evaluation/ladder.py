@@ -64,7 +64,7 @@ def curve(threat: ThreatModel, pixels: int, steps: int, eot_samples: int) -> lis
     Args:
         pixels: C x H x W.
         steps: number of steps of PGD.
-        eot_samples: noise draws per gradient; 0 for a deterministic model.
+        eot_samples: noise draws per gradient, 0 for a deterministic model.
 
     Raises:
         InputError: images have their own epsilon.

@@ -58,7 +58,7 @@ class Defender(Protocol):
     Attributes:
         kind: "plain" for a deterministic model, "random" for one that draws.
         execution: where and in what precision it runs.
-        num_classes: number of classes, K; 0 while unknown.
+        num_classes: number of classes, K, 0 while unknown.
         transferable: whether a random model has a base network without noise, which an attacker may climb.
         single: whether a random model is used with one draw, so that no verdict on a point is final.
     """
@@ -336,7 +336,7 @@ def _calls_differ(model: nn.Module, execution: Execution, x: Tensor) -> bool:
 
 @torch.no_grad()
 def _watch(model: nn.Module, execution: Execution, x: Tensor, random: bool) -> Watch | None:
-    """Inspect ``model`` on a few of the images ``x``; return what checks it later.
+    """Inspect ``model`` on a few of the images ``x`` and return what checks it later.
 
     A random model is called from the same seeds of the process's generators, so that rows which stay have the same
     draws. One that these seeds do not pin has generators of its own: the means of many draws are compared, and it is

@@ -24,7 +24,7 @@ class Plan:
         method: the attack.
         gradient: what is differentiated of a random model: "fresh" noise at every call, noise "frozen" before the loop,
             or "transfer", the base network without noise.
-        eot_samples: noise draws per gradient, or per query of Square and random search; 0 where there is no noise.
+        eot_samples: noise draws per gradient, or per query of Square and random search, 0 where there is no noise.
         steps: number of steps, of queries (Square) or of draws (random search).
         step_size: share of epsilon (MI-FGSM and PGD).
         restarts: number of loops, each from a start of its own.

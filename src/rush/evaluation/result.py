@@ -31,7 +31,7 @@ class AttackResult:
         linf, l2, l1: float64 (N,), sizes of the change.
         passes: float64 (N,), forward and backward passes spent on the attack.
         forward_passes: float64 (N,), forward passes without backward.
-        attacker: int64 (N,), position in the suite of the plan that made the point; 0 without a suite.
+        attacker: int64 (N,), position in the suite of the plan that made the point, 0 without a suite.
         seconds: float64 (N,), wall time.
         level: bound on the probability that a verdict on an image is false, over all verdicts given on it.
         single: the model is a stochastic one that is used with one draw, see ``robust_accuracy``.
@@ -61,7 +61,7 @@ class AttackResult:
 
     @property
     def suite(self) -> str | None:
-        """Name and version of the suite; None for a single attacker."""
+        """Name and version of the suite, None for a single attacker."""
         return self.plan.version if isinstance(self.plan, Suite) else None
 
     @property

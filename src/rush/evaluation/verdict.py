@@ -73,7 +73,7 @@ class VerdictSettings:
         """Raise InputError when no verdict can be given, even where all ``max_votes`` draws agree.
 
         Args:
-            decision: decision rule of a stochastic model; None for votes.
+            decision: decision rule of a stochastic model, None for votes.
             verdicts: number of verdicts on each image that share the level.
         """
         fewest = fewest_draws(self.level / verdicts, decision)
@@ -123,7 +123,7 @@ def fewest_draws(level: float, decision: Decision | None = None) -> int:
     """Return the least ``max_votes`` (>= 100) at which a verdict can be given at ``level`` when all draws agree.
 
     Args:
-        decision: decision rule of a stochastic model; None for the votes of a smoothed classifier, like "vote".
+        decision: decision rule of a stochastic model, None for the votes of a smoothed classifier, like "vote".
     """
     if decision == "mean":
         agreeing = least_whole(lambda n: bool(_log_mean(n * np.log1p(_BETS)) >= np.log(1 / level)), BLOCK)

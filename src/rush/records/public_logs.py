@@ -96,8 +96,8 @@ def read_log(
 
     Raises:
         ConfigError: a number is missing, not allowed or contradicted.
-        DataError: a public log is damaged; the message names file and line.
-        RunError: a file of our own is damaged or missing; the message names file and line.
+        DataError: a public log is damaged. The message names file and line.
+        RunError: a file of our own is damaged or missing. The message names file and line.
     """
     path = Path(path)
     conditions = {"sigma": sigma, "alpha": alpha, "num_estimation": num_estimation}

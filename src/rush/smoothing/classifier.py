@@ -40,8 +40,8 @@ class SmoothedClassifier:
         noise: in place of ``sigma``.
         execution: where and how f runs. None: in float32, on the device of its parameters. "auto": on the best device,
             to which f is moved, in bfloat16 where the processor computes in it, with BatchNorm folded.
-        classes: names of the classes, in the order of the logits; by default those that f was trained on, if known.
-        image_shape: (C, H, W) of the images; by default that which f was trained on, if known. Images of another shape
+        classes: names of the classes, in the order of the logits. By default those that f was trained on, if known.
+        image_shape: (C, H, W) of the images. By default that which f was trained on, if known. Images of another shape
             are refused. Where no shape is known, the first images fix the number of channels. Grey images are refused
             if f repeats their plane before its first layer, since the copies would carry the same noise.
 
@@ -172,7 +172,7 @@ class SmoothedClassifier:
         return votes.view(len(x), blocks, self.num_classes)
 
     def counts(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """Count the votes of ``num_samples`` noisy copies of each image, int64 (B, K); see ``vote_blocks``."""
+        """Count the votes of ``num_samples`` noisy copies of each image, int64 (B, K), see ``vote_blocks``."""
         return self.vote_blocks(x, num_samples, generators).sum(1)
 
     def predict(self, x: Tensor, num_samples: int = 1000, alpha: float = 0.001, seed: int = 0) -> Tensor:
@@ -218,7 +218,7 @@ class SmoothedClassifier:
         Args:
             x: images (B, C, H, W) in [0, 1].
             num_samples: noisy copies per image.
-            generator: one for all images, or a sequence with one per image; they advance.
+            generator: one for all images, or a sequence with one per image. They advance.
 
         Returns:
             float32 (B, K), differentiable in ``x``.
@@ -242,7 +242,7 @@ class SmoothedClassifier:
         Args:
             x: images (B, C, H, W) in [0, 1].
             noise: (B, M, C, H, W).
-            logits: the forward to use, e.g. ``differentiable()``, in which BatchNorm may be folded; by default f.
+            logits: the forward to use, e.g. ``differentiable()``, in which BatchNorm may be folded. By default f.
         """
         check_eval_mode(self.classifier)
         self.check_shape(x.shape[1:])

@@ -39,7 +39,7 @@ class GradientGraphs:
     forward pass is not the latest one computes that one again.
 
     Args:
-        function: to be captured; it must not draw random numbers.
+        function: to be captured. It must not draw random numbers.
         precision: of its arithmetic.
         capture: as ``graphed``.
     """

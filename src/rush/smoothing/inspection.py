@@ -115,17 +115,17 @@ def check_forward(forward: Callable[[Tensor], Tensor], tile: Tensor, precision: 
 
     Args:
         forward: maps a full tile (T, C, H, W) to logits (T, K).
-        tile: float32 pixels, T >= 1, preferably the noisy images to be judged; it is not changed.
+        tile: float32 pixels, T >= 1, preferably the noisy images to be judged. It is not changed.
         precision: of the forward.
 
     Raises:
-        ModelError: logits are not finite, not (T, K), or depend on something else; the text has the size.
+        ModelError: logits are not finite, not (T, K), or depend on something else. The text has the size.
 
     Warns:
         NumericsWarning: once, for the first nonzero difference in this order that may be rounding. A forward that
             changes from call to call differs in the other comparisons too.
 
-    Random: nothing is drawn here; the forward itself may advance the global generator.
+    Random: nothing is drawn here. The forward itself may advance the global generator.
     """
     notes = list(filter(None, compare_calls(forward, tile, precision)))
     if notes:
@@ -141,7 +141,7 @@ def compare_calls(
         forward: as in ``check_forward``.
         tile: as in ``check_forward``.
         precision: as in ``check_forward``.
-        movable: whether an image may be compared at another row; False if each row has its own seeded draw.
+        movable: whether an image may be compared at another row. False if each row has its own seeded draw.
 
     Raises:
         ModelError: at the first difference that rounding does not explain.
@@ -161,7 +161,7 @@ class Sentinel:
     """One image in every tile, whose logits must not change, whatever the other rows hold.
 
     Args:
-        logits: of a whole tile (T, K); the sentinel's row is the last.
+        logits: of a whole tile (T, K). The sentinel's row is the last.
         precision: of the forward.
     """
 
@@ -187,8 +187,8 @@ class Watch:
         tile: images (T, C, H, W) to keep.
         logits: theirs, (T, K).
         precision: of the forward.
-        movable: whether an image may be run at another row; False if each row has its own seeded draw.
-        spacing: mean number of observed tiles between two calls; the sequence is the same in every process.
+        movable: whether an image may be run at another row. False if each row has its own seeded draw.
+        spacing: mean number of observed tiles between two calls. The sequence is the same in every process.
 
     Raises:
         ModelError: logits differ by more than rounding explains.
@@ -220,7 +220,7 @@ class Watch:
 
         Args:
             tile: images, shaped as the kept ones.
-            logits: theirs, (T, K); None computes them if needed.
+            logits: theirs, (T, K), None computes them if needed.
         """
         self._remaining -= 1
         if self._remaining == 0:
@@ -296,7 +296,7 @@ def _uses_batch_statistics(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _logits(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return logits (T, K) in float64 on the CPU; the forward gets a copy, which it may overwrite."""
+    """Return logits (T, K) in float64 on the CPU. The forward gets a copy, which it may overwrite."""
     logits = forward(x.clone())
     if logits.ndim != 2 or len(logits) != len(x):
         raise ModelError(

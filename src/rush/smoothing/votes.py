@@ -22,7 +22,7 @@ class VoteRequest(NamedTuple):
 
     Attributes:
         pixels: (C, H, W) float32, on the engine's device.
-        generator: on the engine's device; it advances by one block.
+        generator: on the engine's device. It advances by one block.
         rows: number of copies that vote, the first ones, at most 100.
     """
 
@@ -99,7 +99,7 @@ class VoteCounter:
             pending.add(voted[first:last], finite[first:last], unmoved)
 
     def _classified(self) -> Tensor:
-        """Return the logits of the tile; the first tile of a shape defines the sentinel."""
+        """Return the logits of the tile. The first tile of a shape defines the sentinel."""
         if self._rows == self._execution.tile or self._sentinel is not None:
             return self._forward(self._tile)
         self._tile[-1] = self._tile[0]
@@ -125,7 +125,7 @@ class PendingVotes:
         Args:
             places: int64 (rows,), request x K + class.
             finite: bool (rows,), whether the logits of each row are finite.
-            unmoved: bool (), whether the tile's sentinel has its first logits; None without a sentinel.
+            unmoved: bool (), whether the tile's sentinel has its first logits, None without a sentinel.
         """
         self._votes.index_add_(0, places, torch.ones_like(places))
         self._finite &= finite.all()

@@ -18,7 +18,7 @@ Parse = Callable[[IO[bytes], str], Parsed]
 
 @dataclass(frozen=True)
 class Archive:
-    """An official ``file`` (.tar.gz) at ``url``, with the MD5 that its authors publish; it unpacks to ``folder``."""
+    """An official ``file`` (.tar.gz) at ``url``, with the MD5 that its authors publish. It unpacks to ``folder``."""
 
     file: str
     folder: str
@@ -27,7 +27,7 @@ class Archive:
 
 
 def locate(archives: Sequence[Archive], root: Path, name: str) -> tuple[Archive, Path] | None:
-    """Return the first archive, or else the first extracted folder, in ``root`` or ``root``/``name``; None without any.
+    """Return the first archive, or else the first extracted folder, in ``root`` or ``root``/``name``, None without any.
 
     ``root`` may also be the extracted folder itself. Archives are hash-checked. Folders are not: their readers check
     sizes.
@@ -47,12 +47,12 @@ def locate(archives: Sequence[Archive], root: Path, name: str) -> tuple[Archive,
 
 
 def download_archive(archive: Archive, root: Path) -> Path:
-    """Download ``archive`` to ``root`` and return its path; raise DataError as ``fetch``."""
+    """Download ``archive`` to ``root`` and return its path, or raise DataError as ``fetch``."""
     return fetch(archive.url, f"md5:{archive.md5}", root / archive.file)
 
 
 def verified(archive: Archive, path: Path) -> Path:
-    """Return ``path``; raise DataError with both hashes unless its MD5 is the published one."""
+    """Return ``path``, or raise DataError with both hashes unless its MD5 is the published one."""
     import pooch
 
     md5 = pooch.file_hash(str(path), alg="md5")
@@ -65,7 +65,7 @@ def verified(archive: Archive, path: Path) -> Path:
 
 
 def read_members(archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]) -> dict[str, Parsed]:
-    """Parse members of the archive or extracted folder at ``path``; return their contents by member name.
+    """Parse members of the archive or extracted folder at ``path`` and return their contents by member name.
 
     An archive is read once from front to back, and nothing is written to disk.
 
@@ -81,7 +81,7 @@ def read_members(archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]
 
 
 def read_words(file: IO[bytes]) -> list[str]:
-    """Return the words of a short text file, without a byte order mark; raise ValueError for a long one."""
+    """Return the words of a short text file, without a byte order mark, or raise ValueError for a long one."""
     content = file.read(_MOST_TEXT + 1)
     if len(content) > _MOST_TEXT:
         raise ValueError(f"more than {_MOST_TEXT} bytes of class names")

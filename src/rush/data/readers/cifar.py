@@ -26,7 +26,7 @@ class CifarVersion:
 
     files: member names by split, in official order. rows: number of images in each member, by split. names_file: the
     member with the class names. labels_key, names_key: keys of the pickled dictionaries, empty in the binary version.
-    label_bytes: bytes before the 3,072 pixels in a record of the binary version; the last of them is the label.
+    label_bytes: bytes before the 3,072 pixels in a record of the binary version. The last of them is the label.
     """
 
     archive: Archive

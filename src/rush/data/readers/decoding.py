@@ -117,7 +117,7 @@ def decode(encoded: Encoded, size: int | tuple[int, int] | None = None) -> np.nd
 
 
 def _allocated(shape: tuple[int, ...], where: str) -> np.ndarray:
-    """Return an uninitialized uint8 array; raise DataError if memory does not hold it."""
+    """Return an uninitialized uint8 array, or raise DataError if memory does not hold it."""
     try:
         return np.empty(shape, np.uint8)
     except (MemoryError, ValueError) as error:
@@ -134,7 +134,7 @@ def _decoded(encoded: Iterator[Encoded], size: int | None) -> Iterator[tuple[str
 
 
 def _opened(where: str, source: bytes | memoryview | Path) -> IO[bytes]:
-    """Return ``source`` as an open file; raise DataError unless it is bytes or a regular file of allowed length."""
+    """Return ``source`` as an open file, or raise DataError unless it is bytes or a regular file of allowed length."""
     if isinstance(source, Path) and not source.is_file():
         raise DataError(f"{where} is {describe_kind(source)}, not an image file; give an image file")
     length = source.stat().st_size if isinstance(source, Path) else len(source)
@@ -203,7 +203,7 @@ def _upright(image: "Image.Image") -> "Image.Image":
 
 
 def _opaque(image: "Image.Image", where: str) -> "Image.Image":
-    """Return ``image`` in mode L or RGB, without loss; raise DataError if a pixel is transparent."""
+    """Return ``image`` in mode L or RGB, without loss, or raise DataError if a pixel is transparent."""
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         grey = image.mode in ("1", "L", "LA")
         image = image.convert("RGBA")

@@ -88,7 +88,7 @@ class _Resuming:
 
 
 def _receive(url: str, part: Path, advance: Advance) -> None:
-    """Fill ``part`` by one request; raise OSError or HTTPException if the connection ends before the last byte."""
+    """Fill ``part`` by one request, or raise OSError or HTTPException if the connection ends before the last byte."""
     have = _size(part)
     request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:

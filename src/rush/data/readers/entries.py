@@ -36,7 +36,7 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def list_folders(folder: Path) -> list[Path]:
-    """Return the folders, and links to folders, among the entries of ``folder``; raise as ``list_entries``."""
+    """Return the folders, and links to folders, among the entries of ``folder``, or raise as ``list_entries``."""
     return [Path(entry.path) for entry in list_entries(folder) if entry.is_dir()]
 
 

@@ -63,13 +63,13 @@ def npz_bytes(path: Path, split: str) -> int:
 
 
 def array_names(path: Path) -> list[str]:
-    """Return the sorted names of the arrays in the .npz file at ``path``; raise as ``npz_bytes``."""
+    """Return the sorted names of the arrays in the .npz file at ``path``, or raise as ``npz_bytes``."""
     with _opened(path) as file:
         return sorted(name.removesuffix(".npy") for name in file.namelist())
 
 
 def read_arrays(path: Path, selected: Callable[[str], bool]) -> Arrays:
-    """Read the arrays of the .npz file at ``path`` whose names are ``selected``; return them by name.
+    """Read the arrays of the .npz file at ``path`` whose names are ``selected`` and return them by name.
 
     The size that a header claims is compared with the bytes stored for it before anything is allocated.
 

@@ -44,7 +44,7 @@ def parquet_folder(folder: Path) -> Path | None:
 
 @dataclass(frozen=True, eq=False)
 class ParquetImages:
-    """The rows of all shards of a split, in order; an ``EncodedImages``."""
+    """The rows of all shards of a split, in order, an ``EncodedImages``."""
 
     shards: tuple["_Shard", ...]
     name: str
@@ -331,7 +331,7 @@ def _class_names(metadata: dict[bytes, bytes], label: str | None, path: Path) ->
 
 
 def _labels(shard: _Shard) -> np.ndarray:
-    """Return the labels of the shard as integers; raise DataError for any other type, and for missing ones."""
+    """Return the labels of the shard as integers, or raise DataError for any other type, and for missing ones."""
     import pyarrow as pa
 
     with _parquet(shard.path) as file:
@@ -369,7 +369,7 @@ def _read_group(file: Any, shard: _Shard, number: int, rows: np.ndarray) -> Iter
 
 
 def _paths(shard: _Shard) -> list[str | None]:
-    """Return the path beside each image of the shard; raise DataError if their number is not that of the images."""
+    """Return the path beside each image of the shard, or raise DataError if their number is not that of the images."""
     with _parquet(shard.path) as file:
         column = file.read(columns=[f"{shard.image}.path"], use_threads=False).column(0).combine_chunks()
         paths: list[str | None] = column.field("path").to_pylist()
