@@ -40,8 +40,11 @@ _RUNG_FIELDS = ("eot_samples", "passes_per_image", "forward_passes_per_image", "
 def write_attacks(
     run: Path, results: "Sequence[AttackResult]", index_of: Mapping[str, int], clean: "LabelledPixels"
 ) -> None:
-    """Write ``attacks.tsv``, ``attacks/<rung>.npz`` (adversarial float32, ids) and ``attacks/images.npz`` (uint8
-    images, labels, ids)."""
+    """Write the results of an attack stage.
+
+    That is ``attacks.tsv``, ``attacks/<rung>.npz`` (adversarial float32, ids) and ``attacks/images.npz`` (uint8 images,
+    labels, ids).
+    """
     for result in results:
         write_arrays(
             run / f"attacks/{result.plan.name}.npz", adversarial=result.adversarial.numpy(), ids=np.array(result.ids)

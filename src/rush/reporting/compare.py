@@ -198,8 +198,7 @@ def class_accuracies(certificates: Certificates, radius: float) -> dict[int, Int
 
 
 def probability_ecdf(certificates: Certificates) -> Ecdf:
-    """Return the distribution of the lower bound on the predicted class's probability over the images that do not
-    abstain."""
+    """Return the distribution of ``p_lower`` over the images that do not abstain."""
     values, counts = np.unique(certificates.p_lower[~certificates.abstained], return_counts=True)
     return Ecdf(values, counts.cumsum() / max(1, counts.sum()))
 
