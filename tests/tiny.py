@@ -11,50 +11,7 @@ from rush.recipe.load import load_recipe
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 
-TINY = """\
-name = "tiny"
-[data]
-name = "digits"
-[model]
-encoder = "small"
-width = 4
-[smoothing]
-sigma = 0.25
-[execution]
-device = "cpu"
-precision = "float32"
-tile = 100
-[pretrain]
-epochs = 2
-batch_size = 128
-learning_rate = 0.05
-projector_hidden = 16
-projector_out = 8
-knn_neighbours = 5
-[pretrain.views]
-crop_scale = [0.5, 1.0]
-flip = 0.0
-greyscale = 0.0
-[finetune]
-epochs = 2
-batch_size = 128
-learning_rate = 0.1
-flip = 0.0
-shift = 1
-[certify]
-images = 20
-num_estimation = 200
-[attack]
-images = 20
-steps = 3
-eot_samples = [1, 2]
-strong_steps = 0
-curve_images = 5
-max_votes = 400
-[audit]
-images = 10
-max_votes = 400
-"""
+TINY = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 
 
 def tiny(folder: Path, *overrides: str) -> Recipe:

@@ -3,8 +3,8 @@
     python tools/same_bits.py [ROOT] [--digits] > before.json
 
 ROOT is a checkout, by default this one. Its commands run in processes of their own, with one thread. Digests are equal
-where weights, votes, radii, adversarial images, verdicts and the figures read from ``results/`` are. They depend on
-processor and torch version, so compare two checkouts on one machine. ``--digits`` adds ``rush run digits``.
+where weights, votes, radii, adversarial images and verdicts are. They depend on processor and torch version, so compare
+two checkouts on one machine. ``--digits`` adds ``rush run digits``.
 """
 
 import argparse
@@ -20,51 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-RECIPE = """\
-name = "small"
-[data]
-name = "digits"
-[model]
-encoder = "small"
-width = 4
-[smoothing]
-sigma = 0.25
-[execution]
-device = "cpu"
-precision = "float32"
-tile = 100
-[pretrain]
-epochs = 2
-batch_size = 128
-learning_rate = 0.05
-temperature = 0.5
-projector_hidden = 16
-projector_out = 8
-knn_neighbours = 5
-[pretrain.views]
-crop_scale = [0.5, 1.0]
-flip = 0.0
-greyscale = 0.0
-[finetune]
-epochs = 2
-batch_size = 128
-learning_rate = 0.1
-flip = 0.0
-shift = 1
-[certify]
-images = 20
-num_estimation = 200
-[attack]
-images = 20
-steps = 3
-eot_samples = [1, 2]
-strong_steps = 0
-curve_images = 5
-max_votes = 400
-[audit]
-images = 10
-max_votes = 400
-"""
+RECIPE = Path(__file__).resolve().parents[1] / "tests/tiny.toml"
 WHOLE: tuple[tuple[str, ...], ...] = (
     (),
     ("certify.method=sequential", "attack.norm=l2", "attack.epsilon=0.5", "execution.precision=bfloat16"),
@@ -73,7 +29,13 @@ WHOLE: tuple[tuple[str, ...], ...] = (
 TRAININGS: tuple[tuple[str, ...], ...] = (
     ("pretrain.noise.views=both", "pretrain.noise.ramp_epochs=2", "pretrain.ema_decay=0.9", "pretrain.warmup_epochs=1"),
     ("pretrain.micro_batch=50", "finetune.mode=linear", "finetune.ema_decay=0.9"),
-    ("pretrain.objective=moco", "pretrain.queue=512", "finetune.objective=consistency", "finetune.optimizer=adamw"),
+    (
+        "pretrain.objective=moco",
+        "pretrain.temperature=0.5",
+        "pretrain.queue=512",
+        "finetune.objective=consistency",
+        "finetune.optimizer=adamw",
+    ),
     ("pretrain.objective=acl", "finetune.objective=cat-rs", "pretrain.optimizer=lars"),
     ("pretrain.epochs=0", "finetune.objective=smoothadv", "finetune.smoothadv.steps=2"),
     ("pretrain.epochs=0", "finetune.objective=trades", "finetune.adversary.steps=2"),
@@ -100,16 +62,16 @@ def digest(value: object) -> str:
 
 def digests(run: Path) -> dict[str, str]:
     """Return a digest of each thing that a run holds, times apart."""
-    found = {}
+    result = {}
     for file in sorted(run.rglob("*")):
         name = str(file.relative_to(run))
         if name.startswith("stages/"):  # when and how long
             continue
         if file.suffix == ".safetensors":
-            found[name] = digest([(key, a.dtype, a.shape, a.tobytes()) for key, a in sorted(load_file(file).items())])
+            result[name] = digest([(key, a.dtype, a.shape, a.tobytes()) for key, a in sorted(load_file(file).items())])
         elif file.suffix == ".npz":
             with np.load(file) as stored:
-                found[name] = digest(
+                result[name] = digest(
                     [
                         (key, stored[key].dtype, stored[key].tobytes())
                         for key in sorted(stored.files)
@@ -117,13 +79,13 @@ def digests(run: Path) -> dict[str, str]:
                     ]
                 )
         elif file.suffix == ".tsv":
-            found[name] = digest(without_times(file.read_text()))
+            result[name] = digest(without_times(file.read_text()))
         elif file.name == "audit.json":
-            found[name] = digest(figures(json.loads(file.read_text())))
+            result[name] = digest(figures(json.loads(file.read_text())))
         elif file.name == "log.jsonl":
             events = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = digest([(event.get("loss"), event.get("passes"), event.get("epoch")) for event in events])
-    return found
+            result[name] = digest([(event.get("loss"), event.get("passes"), event.get("epoch")) for event in events])
+    return result
 
 
 def without_times(table: str) -> list[list[str]]:
@@ -146,22 +108,23 @@ def main() -> None:
     parser.add_argument("root", type=Path, nargs="?", default=Path(__file__).resolve().parents[1])
     parser.add_argument("--digits", action="store_true", help="also run the recipe digits, some minutes")
     arguments = parser.parse_args()
-    root, found = arguments.root.resolve(), {}
+    root, result = arguments.root.resolve(), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "small.toml").write_text(RECIPE)
-        runs = [(own, ["run"]) for own in WHOLE] + [(own, ["pretrain", "finetune"]) for own in TRAININGS]
+        runs = [(overrides, ["run"]) for overrides in WHOLE] + [
+            (overrides, ["pretrain", "finetune"]) for overrides in TRAININGS
+        ]
         for number, (overrides, commands) in enumerate(runs):
             out = folder / f"run-{number}"
-            sets = [word for own in overrides for word in ("--set", own)]
+            sets = [word for override in overrides for word in ("--set", override)]
             for position, command in enumerate(commands):
-                given = [str(folder / "small.toml"), "--out", str(out), *sets] if position == 0 else [str(out)]
+                given = [str(RECIPE), "--out", str(out), *sets] if position == 0 else [str(out)]
                 rush(root, command, *given)
-            found[" ".join(overrides) or "small"] = digests(out)
+            result[" ".join(overrides) or "tiny"] = digests(out)
         if arguments.digits:
             rush(root, "run", "digits", "--out", str(folder / "digits"))
-            found["digits"] = digests(folder / "digits")
-    print(json.dumps(found, indent=1, sort_keys=True))
+            result["digits"] = digests(folder / "digits")
+    print(json.dumps(result, indent=1, sort_keys=True))
 
 
 if __name__ == "__main__":
