@@ -21,6 +21,7 @@ from rush.recipe.load import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.noise import Gaussian
 from tiny import TINY, write_tiny
 
 HUGE = 10**400
@@ -31,7 +32,7 @@ SPEC = ClassifierSpec("small", 2, 1, [0.5], [0.25], tuple("0123456789"))
 def folder(tmp_path: Path) -> Path:
     """A smoothed classifier as a finished run leaves it."""
     classifier = seeded_init(SPEC.build(), stream(0, "weights"))
-    save_smoothed(tmp_path / "model", classifier, SPEC, 0.25, Execution(tile=64), (1, 8, 8))
+    save_smoothed(tmp_path / "model", classifier, SPEC, Gaussian(0.25), Execution(tile=64), (1, 8, 8))
     return tmp_path
 
 

@@ -21,6 +21,7 @@ from rush.models.resnet import ResNet
 from rush.models.storage import ClassifierSpec, load_smoothed, save_smoothed, save_weights
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.noise import Gaussian
 
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 RESULTS = Path(__file__).parent.parent / "results"
@@ -233,7 +234,7 @@ def test_normalization_is_per_channel_and_inside_the_classifier() -> None:
 def saved(folder: Path, own: ClassifierSpec | None = None) -> Classifier:
     own = own or spec()
     classifier = built(own)
-    save_smoothed(folder, classifier, own, 0.25, Execution(tile=64), (own.in_channels, 8, 8))
+    save_smoothed(folder, classifier, own, Gaussian(0.25), Execution(tile=64), (own.in_channels, 8, 8))
     return classifier
 
 

@@ -20,6 +20,7 @@ from rush.errors import DataError
 from rush.models.storage import ClassifierSpec, ImageForm, image_form, save_plain, save_smoothed
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.noise import Gaussian
 from tiny import run_tiny
 
 RNG = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def model(folder: Path, channels: int = 3, side: int = 8, resized: bool = False,
     spec = ClassifierSpec("small", 2, channels, [0.5] * channels, [0.25] * channels, tuple("0123456789"))
     classifier = seeded_init(spec.build(), stream(0, "weights"))
     if smoothed:
-        save_smoothed(folder, classifier, spec, 0.25, Execution(tile=16), (channels, side, side), resized)
+        save_smoothed(folder, classifier, spec, Gaussian(0.25), Execution(tile=16), (channels, side, side), resized)
     else:
         save_plain(folder, classifier, spec, "cpu", (channels, side, side), resized)
     return folder

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rush.models.storage import load
     from rush.runtime.randomness import stream
     from rush.smoothing.classifier import SmoothedClassifier
+    from rush.smoothing.discrete import DiscreteGaussian
     from rush.smoothing.noise import Gaussian
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 # Modules of the public names. They are imported on first use, so that `rush --help` does not wait for torch.
 _HOMES = {
     "ABSTAIN": "rush.choices",
+    "DiscreteGaussian": "rush.smoothing.discrete",
     "Gaussian": "rush.smoothing.noise",
     "ImageSet": "rush.data.images",
     "SmoothedClassifier": "rush.smoothing.classifier",
@@ -35,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "ABSTAIN",
+    "DiscreteGaussian",
     "Gaussian",
     "ImageSet",
     "SmoothedClassifier",

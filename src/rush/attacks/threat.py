@@ -16,6 +16,7 @@ from rush.runtime.numbers import as_real
 from rush.runtime.transfer import sent
 
 ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+GRID_TOLERANCE = 1e-4  # in steps of 1/255: the error of an epsilon such as 8/255 in float32
 L1_DENSITY = 0.01  # share of the pixels that one l1 step changes (Tramer & Boneh 2019)
 
 
@@ -57,6 +58,18 @@ class ThreatModel:
     def project(self, adversarial: Tensor, x: Tensor) -> Tensor:
         """Return the points (B, C, H, W) moved into the ball around ``x`` and into [0, 1], see ``project``."""
         return project(self.norm, adversarial, x, self.radius(x))
+
+    def on_grid(self, adversarial: Tensor, x: Tensor) -> Tensor:
+        """Return 8-bit images (B, C, H, W) close to the points, within the ball around the 8-bit images ``x``.
+
+        Every pixel is rounded to the nearest multiple of 1/255. Where that leaves the ball, pixels that it has moved
+        away from the image are rounded towards it instead, those first for which that makes the least difference.
+        """
+        levels = (255 * x.double()).round()
+        change = 255 * adversarial.double() - levels
+        rounded = change.round()
+        moved = _within(rounded, change, self.norm, 255 * self.radius(rounded) + GRID_TOLERANCE)
+        return ((levels + moved) / 255).to(adversarial.dtype)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return the direction of ascent of unit norm (B, C, H, W), 0 where the gradient is 0.
@@ -122,6 +135,24 @@ def project(norm: Norm, adversarial: Tensor, x: Tensor, epsilon: Tensor) -> Tens
     else:
         change = project_l1(change, x, epsilon.expand(len(x), 1, 1, 1))
     return (x + change).clamp(0.0, 1.0)
+
+
+def _within(rounded: Tensor, change: Tensor, norm: Norm, epsilon: Tensor) -> Tensor:
+    """Return integer changes (B, C, H, W) of norm at most ``epsilon`` (1 or B, 1, 1, 1), from ``change`` ``rounded``.
+
+    An image's rounded entries that are larger than its own are made smaller by one, the most enlarged ones first, until
+    the norm is small enough.
+    """
+    if norm == "linf":
+        return torch.minimum(torch.maximum(rounded, -epsilon.floor()), epsilon.floor())
+    power = 2 if norm == "l2" else 1
+    size = rounded.abs().flatten(1)
+    enlarged, order = (size - change.abs().flatten(1)).sort(1, descending=True)
+    gain = (size**power - (size - 1) ** power).gather(1, order) * (enlarged > 0)
+    excess = (size**power).sum(1, keepdim=True) - epsilon.flatten(1) ** power
+    shrunk = (gain.cumsum(1) - gain < excess) & (enlarged > 0)
+    less = torch.zeros_like(size).scatter(1, order, shrunk.to(size.dtype))
+    return rounded - rounded.sign() * less.view_as(rounded)
 
 
 def norms(adversarial: Tensor, x: Tensor, norm: Norm) -> Tensor:

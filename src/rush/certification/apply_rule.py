@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rush.certification.bounds import Certified, certify_counts
-from rush.certification.rule import Rule, null_probability
+from rush.certification.rule import Rule
 from rush.certification.sequential import CERTIFIED, UNDECIDED
 from rush.choices import ABSTAIN, BLOCK
 
@@ -45,7 +45,7 @@ class Decider:
             return certified, np.where(done, CERTIFIED, UNDECIDED).astype(np.uint8)
         assert self.rule.radii is not None
         radii = np.array([0.0, *self.rule.radii])
-        p_lower = np.array([0.0, *(null_probability(radius, self.rule.sigma) for radius in self.rule.radii)])
+        p_lower = np.array([0.0, *(self.rule.null_probability(radius) for radius in self.rule.radii)])
         prediction = np.where(passed > 0, selection.argmax(1), ABSTAIN).astype(np.int64)
         return Certified(prediction, radii[passed], p_lower[passed]), outcome
 

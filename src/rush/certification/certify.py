@@ -92,7 +92,9 @@ def certify(
     """
     pixels = labelled_pixels(images, smoothed.num_classes, smoothed.kind)
     smoothed.check_shape(pixels.x.shape[1:])
+    smoothed.noise.check(pixels.x)
     rule = make_rule(
+        noise=smoothed.noise.name,
         sigma=smoothed.sigma,
         method=method,
         alpha=alpha,

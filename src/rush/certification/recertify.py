@@ -75,6 +75,7 @@ def recompute(
         num_estimation=num_votes,
         radii=radii,
         futility=old.futility if futility is None else futility,
+        noise=old.noise,
     )
     if radii is None and old.radii is not None:  # the old grid, as far as the new rule reaches
         within = within_reach(rule)

@@ -10,7 +10,7 @@ from scipy import special
 
 from rush.certification.bounds import RADIUS_DIGITS, largest_radius
 from rush.certification.sequential import FixedSequence, reachable
-from rush.choices import CertifyMethod, Level, SequentialBound
+from rush.choices import TOTAL_VARIATION, CertifyMethod, Level, NoiseName, SequentialBound
 from rush.errors import InputError
 from rush.runtime.numbers import as_real, least_whole, positive_integer, probability, sigma_of
 
@@ -33,6 +33,7 @@ class Rule:
         num_estimation: votes per image that bound its probability.
         radii: the grid, ascending. None allows any radius.
         futility: level at which a sequential run gives up a radius.
+        noise: name of the noise. Tables of older versions omit it and mean "gaussian".
     """
 
     sigma: float
@@ -45,6 +46,7 @@ class Rule:
     num_estimation: int
     radii: tuple[float, ...] | None
     futility: float
+    noise: NoiseName = "gaussian"
 
     @property
     def image_alpha(self) -> float:
@@ -70,12 +72,21 @@ class Rule:
             return f"each certificate by itself is false with probability at most {self.alpha:g}"
         return f"all {self.num_images:,} certificates hold together with probability at least {1 - self.alpha:g}"
 
+    def null_probability(self, radius: float) -> float:
+        """Return the probability that a class must be proven to exceed for ``radius`` to be certified.
+
+        It is Phi(radius / sigma), rounded up. Under discrete noise, votes follow the drawn noise and the theorem speaks
+        of the exact one, in which a class may be less probable by ``TOTAL_VARIATION``.
+        """
+        exact = null_probability(radius, self.sigma)
+        return exact if self.noise == "gaussian" else exact + TOTAL_VARIATION
+
     def tests(self) -> FixedSequence:
         """The tests of a sequential rule."""
         assert self.radii is not None
         assert self.bound in get_args(SequentialBound)
         return FixedSequence(
-            [null_probability(radius, self.sigma) for radius in self.radii],
+            [self.null_probability(radius) for radius in self.radii],
             bound=self.bound,  # type: ignore[arg-type]
             level=self.image_alpha,
             futility=self.futility,
@@ -94,7 +105,7 @@ class Rule:
             ValueError: ``text`` is not a rule.
         """
         values: dict[str, Any] = json.loads(text)
-        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+        if not isinstance(values, dict) or {*values, "noise"} != {field.name for field in fields(cls)}:
             raise ValueError(f"{text!r} is not a certification rule")
         radii = values["radii"]
         if not isinstance(radii, list | None):
@@ -114,6 +125,7 @@ def make_rule(
     radii: Sequence[float] | None,
     futility: float,
     bound: str | None = None,
+    noise: str = "gaussian",
 ) -> Rule:
     """Return a validated rule, whose fields are the arguments.
 
@@ -126,6 +138,7 @@ def make_rule(
     bounds: dict[str, tuple[str, ...]] = {CLOPPER_PEARSON: (CLOPPER_PEARSON,), "sequential": get_args(SequentialBound)}
     _check_one_of("method", method, get_args(CertifyMethod))
     _check_one_of("level", level, get_args(Level))
+    _check_one_of("noise", noise, get_args(NoiseName))
     bound = bounds[method][0] if bound is None else bound
     _check_one_of(f"bound of method {method!r}", bound, bounds[method])
     free = Rule(
@@ -139,6 +152,7 @@ def make_rule(
         level=level,  # type: ignore[arg-type]
         bound=bound,
         radii=None,
+        noise=noise,  # type: ignore[arg-type]
     )
     _check_enough(free)
     within = within_reach(free)
@@ -159,7 +173,7 @@ def within_reach(rule: Rule) -> Callable[[float], bool]:
         return lambda radius: radius <= ceiling
     return lambda radius: reachable(
         rule.bound,  # type: ignore[arg-type]
-        null_probability(radius, rule.sigma),
+        rule.null_probability(radius),
         rule.image_alpha,
         rule.num_estimation,
     )

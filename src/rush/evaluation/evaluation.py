@@ -191,7 +191,10 @@ class Evaluation:
                 points += made if isinstance(made, tuple) else [made]
             batches.append([point[: len(rows)].cpu() for point in points])
             advance(len(rows))
-        return self._most_harmful([torch.cat(parts) for parts in zip(*batches, strict=True)], passes, in_suite)
+        points = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+        if self.defender.eight_bit:
+            points = [self.threat.on_grid(each, images.x) for each in points]
+        return self._most_harmful(points, passes, in_suite)
 
     def judge(self, candidates: Candidates, plan: Plan, judged: bool = True) -> AttackResult:
         """Return the candidates of ``plan`` with their verdicts; all undecided without ``judged``."""

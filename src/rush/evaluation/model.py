@@ -61,6 +61,7 @@ class Defender(Protocol):
         num_classes: number of classes, K, 0 while unknown.
         transferable: whether a random model has a base network without noise, which an attacker may climb.
         single: whether a random model is used with one draw, so that no verdict on a point is final.
+        eight_bit: whether it takes 8-bit images only, to which attacked points are rounded.
     """
 
     kind: Kind
@@ -68,6 +69,7 @@ class Defender(Protocol):
     num_classes: int
     transferable: bool
     single: bool
+    eight_bit: bool
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         """Return what the attacker of ``plan`` sees of the images ``x`` (B, C, H, W); draws are named by ``name``."""
@@ -142,7 +144,7 @@ def defend(
 class _Defender:
     """The part that all kinds of defenders share: the network, its execution and its surrogate."""
 
-    transferable, single = False, False
+    transferable, single, eight_bit = False, False, False
 
     def __init__(self, model: nn.Module, execution: Execution, num_classes: int, surrogate: nn.Module | None) -> None:
         self.model, self.execution, self.num_classes, self.surrogate = model, execution, num_classes, surrogate
@@ -213,10 +215,11 @@ class SmoothedDefender(_Defender):
 
     def __init__(self, smoothed: SmoothedClassifier, surrogate: nn.Module | None) -> None:
         super().__init__(smoothed.classifier, smoothed.execution, smoothed.num_classes, surrogate)
-        self.smoothed = smoothed
+        self.smoothed, self.eight_bit = smoothed, smoothed.noise.name == "discrete"
 
     def inspect(self, x: Tensor, declared: bool) -> None:  # noqa: ARG002
-        """Count a tile of votes, the first of which are inspected, before anything is attacked."""
+        """Check the images and count a tile of votes, the first of which are inspected, before anything is attacked."""
+        self.smoothed.noise.check(x)
         names = [str(row) for row in range(_FEW)]
         samples = max(1, self.execution.tile // _FEW)
         self.smoothed.counts(_few(x), samples, self.smoothed.streams(0, "inspection", names))

@@ -3,18 +3,19 @@
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rush.choices import CompileMode, Precision
+from rush.choices import CompileMode, NoiseName, Precision
 from rush.data.labels import MAX_CLASSES, check_class_names
 from rush.data.readers.entries import describe_kind
 from rush.errors import RunError
 from rush.runtime.lines import read_object
 
 FORMAT = 1
-GAUSSIAN, NO_NOISE = "gaussian", "none"
+NO_NOISE = "none"
+_NOISES = (*get_args(NoiseName), NO_NOISE)
 _MOST_BYTES = 1 << 24
 _MOST_VALUES = 1 << 28  # channels x height x width of an image
 _MOST_ERRORS = 3
@@ -58,7 +59,7 @@ class _Noise(_Part):
     @model_validator(mode="after")
     def _has_a_deviation(self) -> "_Noise":
         if (self.sigma is None) != (self.name == NO_NOISE):
-            raise ValueError(f"sigma = {self.sigma} of noise {self.name!r}; only Gaussian noise has a sigma, above 0")
+            raise ValueError(f"sigma = {self.sigma} of noise {self.name!r}; a noise has a sigma, {NO_NOISE!r} has none")
         return self
 
 
@@ -135,9 +136,9 @@ def _check_version(content: dict[str, Any], file: Path) -> None:
         raise RunError(
             f"{file} has format {reprlib.repr(content['format'])}, this version reads {FORMAT}; update rush-smoothing"
         )
-    if noise.get("name") not in (GAUSSIAN, NO_NOISE):
+    if noise.get("name") not in _NOISES:
         raise RunError(
-            f"{file} has noise {reprlib.repr(noise.get('name'))}, this version supports {GAUSSIAN} and {NO_NOISE}; "
+            f"{file} has noise {reprlib.repr(noise.get('name'))}, this version supports {', '.join(_NOISES)}; "
             "update rush-smoothing"
         )
 

@@ -16,13 +16,13 @@ from rush.data.kind import ImageKind, checked_shape
 from rush.data.readers.entries import describe_kind
 from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize
-from rush.models.description import FORMAT, GAUSSIAN, NO_NOISE, damaged, read_description
+from rush.models.description import FORMAT, NO_NOISE, damaged, read_description
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
 from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.files import write_atomically, write_json
 from rush.smoothing.classifier import SmoothedClassifier
-from rush.smoothing.noise import Gaussian
+from rush.smoothing.noise import Noise, make_noise
 
 _TYPES = {
     torch.float32: "F32",
@@ -117,7 +117,7 @@ def save_smoothed(
     folder: Path,
     classifier: Classifier,
     spec: ClassifierSpec,
-    sigma: float,
+    noise: Noise | None,
     execution: Execution,
     image_shape: Sequence[int],
     resized: bool = False,
@@ -128,7 +128,7 @@ def save_smoothed(
         folder: where the model is written.
         classifier: the base classifier.
         spec: the arguments that built it.
-        sigma: standard deviation of the noise, 0 for a classifier that is not smoothed.
+        noise: smoothing noise, None for a classifier that is not smoothed.
         execution: the forward of its judged samples.
         image_shape: (C, H, W) of the images that it was trained on.
         resized: whether these were resized from images of any size (``data.size``), as its inputs then are too.
@@ -140,7 +140,7 @@ def save_smoothed(
     description = {
         "format": FORMAT,
         "classifier": asdict(spec),
-        "noise": {"name": GAUSSIAN, "sigma": sigma} if sigma else {"name": NO_NOISE},
+        "noise": {"name": noise.name, "sigma": noise.sigma} if noise else {"name": NO_NOISE},
         "execution": {name: getattr(execution, name) for name in _RECORDED},
         "image_shape": list(image_shape),
         "resized": resized,
@@ -158,7 +158,7 @@ def save_plain(
     resized: bool = False,
 ) -> None:
     """Write a classifier that is not smoothed, like ``save_smoothed``, with ``plain_execution`` as its forward."""
-    save_smoothed(folder, classifier, spec, 0.0, plain_execution(device), image_shape, resized)
+    save_smoothed(folder, classifier, spec, None, plain_execution(device), image_shape, resized)
 
 
 def plain_execution(device: str) -> Execution:
@@ -201,7 +201,7 @@ def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
     execution = replace(execution, **{name: description["execution"][name] for name in ("folded", "compile_mode")})
     return SmoothedClassifier(
         execution.place(_load_classifier(folder, description)).eval(),
-        noise=Gaussian(description["noise"]["sigma"]),
+        noise=make_noise(**description["noise"]),
         num_classes=len(description["classes"]),
         execution=execution,
         classes=description["classes"],

@@ -13,7 +13,7 @@ from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import ModelError, RunError
 from rush.models.storage import load_smoothed
 from rush.pipeline.context import StageContext
-from rush.recipe.schema import CertifyConfig
+from rush.recipe.schema import CertifyConfig, SmoothingConfig
 from rush.records.certificates import (
     TABLE,
     append_certificates,
@@ -52,7 +52,7 @@ def run_certify(run: RunFolder) -> None:
     smoothed = load_smoothed(run.path / "model", context.execution)
     config = context.recipe.certify
     indices, pixels = context.splits.evaluation(config.images, smoothed.num_classes, smoothed.kind)
-    rule = run_rule(config, smoothed.sigma, len(pixels))
+    rule = run_rule(config, context.recipe.smoothing, len(pixels))
     parts = run.path / CERTIFICATE_PARTS
     context.begin("certify")
     model = smoothed.fingerprint()
@@ -76,14 +76,15 @@ def run_certify(run: RunFolder) -> None:
     barrier()
 
 
-def run_rule(config: CertifyConfig, sigma: float, num_images: int) -> Rule:
+def run_rule(config: CertifyConfig, smoothing: SmoothingConfig, num_images: int) -> Rule:
     """Return the rule by which a run certifies ``num_images`` images, or ``config.images`` of them.
 
     Raises:
         InputError: with these numbers nothing can be certified.
     """
     return make_rule(
-        sigma=sigma,
+        sigma=smoothing.sigma,
+        noise=smoothing.noise,
         method=config.method,
         alpha=config.alpha,
         level=config.level,

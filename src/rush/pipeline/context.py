@@ -14,7 +14,7 @@ from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import in_turn, rank
 from rush.runtime.execution import Execution, decide_execution
-from rush.smoothing.noise import Gaussian
+from rush.smoothing.noise import Noise, make_noise
 from rush.training.budget import Budget
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.loop import CheckpointPolicy, Monitor, TrainingSettings
@@ -47,7 +47,7 @@ class StageContext:
         return cls(run, recipe, execution, Splits(recipe.data, recipe.seed, execution.device, record, run.loaded))
 
     @property
-    def noise(self) -> Gaussian | None:
+    def noise(self) -> Noise | None:
         """The smoothing noise, or None for a classifier that is not smoothed."""
         return noise_of(self.recipe)
 
@@ -84,7 +84,7 @@ class StageContext:
         in_turn(lambda: self.run.settle(stage, budget.figures()))
 
 
-def noise_of(recipe: Recipe) -> Gaussian | None:
+def noise_of(recipe: Recipe) -> Noise | None:
     """Return the smoothing noise of the recipe, or None if its sigma is 0."""
-    sigma = recipe.smoothing.sigma
-    return Gaussian(sigma) if sigma > 0 else None
+    smoothing = recipe.smoothing
+    return make_noise(smoothing.noise, smoothing.sigma) if smoothing.sigma > 0 else None

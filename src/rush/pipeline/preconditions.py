@@ -107,7 +107,7 @@ def labelled_count(config: FinetuneConfig, images: int, classes: int) -> int:
 
 def _check_rule(context: StageContext, images: int) -> None:
     try:
-        run_rule(context.recipe.certify, context.recipe.smoothing.sigma, images)
+        run_rule(context.recipe.certify, context.recipe.smoothing, images)
     except InputError as error:
         raise ConfigError(f"certify: {error}") from error
 

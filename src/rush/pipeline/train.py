@@ -123,7 +123,7 @@ def _save_model(context: StageContext, classifier: Classifier, spec: ClassifierS
         save_plain(folder, classifier, spec, context.execution.device, shape, resized)
         return {"compile_mode": "none"}
     execution, forward = _choose_forward(context, classifier, train)
-    save_smoothed(folder, classifier, spec, noise.sigma, execution, shape, resized)
+    save_smoothed(folder, classifier, spec, noise, execution, shape, resized)
     return forward
 
 

@@ -24,6 +24,7 @@ from rush.choices import (
     FinetuneMode,
     FinetuneObjective,
     Level,
+    NoiseName,
     NoisyViewsOption,
     Norm,
     OnNonfinite,
@@ -157,7 +158,10 @@ class ModelConfig(Section):
 
 
 class SmoothingConfig(Section):
-    """Standard deviation of the smoothing noise, in [0, 1] pixel units.
+    """Smoothing noise, and its standard deviation in [0, 1] pixel units.
+
+    Under "discrete" noise, multiples of 1/255, certificates hold in floating point too (``smoothing.discrete``), and
+    attacked points are rounded to 8-bit images.
 
     With sigma = 0 there is no noise. The classifier itself is used and attacked, and nothing is certified. The ladder
     is the one of deterministic networks, whose attackers have fixed budgets. Of the recipe's budgets, attack.steps
@@ -165,6 +169,7 @@ class SmoothingConfig(Section):
     """
 
     sigma: NonNegative
+    noise: NoiseName = "gaussian"
 
 
 class ExecutionConfig(Section):

@@ -19,7 +19,7 @@ from rush.smoothing.channels import copied_planes
 from rush.smoothing.fingerprint import fingerprint_of
 from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import check_logits
-from rush.smoothing.noise import Gaussian
+from rush.smoothing.noise import Gaussian, Noise
 from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.statistics import fewest_votes, sign_test
 
@@ -29,7 +29,7 @@ Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 class SmoothedClassifier:
     """A base classifier f under noise: g(x) = argmax_c P(f(x + noise) = c) (Cohen et al. 2019, equation 1).
 
-    Noise is added in float32 and not clipped, so f sees values outside [0, 1]. Every certified, predicted or judged
+    Noise is not clipped, so f sees values outside [0, 1]. Every certified, predicted or judged
     sample goes through one forward, which ``execution`` describes.
 
     Args:
@@ -37,7 +37,8 @@ class SmoothedClassifier:
             logits for an image must not depend on the rest of the batch.
         sigma: standard deviation of Gaussian noise, in pixel units.
         num_classes: K, at least 2.
-        noise: in place of ``sigma``.
+        noise: in place of ``sigma``, which means ``rush.Gaussian(sigma)``. Under ``rush.DiscreteGaussian(sigma)`` every
+            judged image must be an 8-bit image, and certificates hold in floating point, too.
         execution: where and how f runs. None: in float32, on the device of its parameters. "auto": on the best device,
             to which f is moved, in bfloat16 where the processor computes in it, with BatchNorm folded.
         classes: names of the classes, in the order of the logits. By default those that f was trained on, if known.
@@ -66,7 +67,7 @@ class SmoothedClassifier:
         sigma: float | None = None,
         num_classes: int | None = None,
         *,
-        noise: Gaussian | None = None,
+        noise: Noise | None = None,
         execution: Execution | Literal["auto"] | None = None,
         classes: Sequence[str] | None = None,
         image_shape: Sequence[int] | None = None,
@@ -86,7 +87,7 @@ class SmoothedClassifier:
         if names is not None and len(names) != whole:
             raise InputError(f"got {len(names)} class names for num_classes = {whole}")
         self.classifier = classifier
-        self.noise = noise if noise is not None else Gaussian(sigma)  # type: ignore[arg-type]
+        self.noise: Noise = noise if noise is not None else Gaussian(sigma)  # type: ignore[arg-type]
         self.num_classes = whole
         self.classes = names if names is not None else tuple(str(k) for k in range(whole))
         self.kind = ImageKind(trained_on.shape if image_shape is None else checked_shape(image_shape), names)
@@ -160,6 +161,7 @@ class SmoothedClassifier:
         num_samples = positive_integer("num_samples", num_samples)
         _check_one_each(generators, len(x))
         self.check_shape(x.shape[1:])
+        self.noise.check(x)
         blocks = -(-num_samples // BLOCK)
         images = x.to(self.execution.device, torch.float32)
         requests = (

@@ -12,7 +12,7 @@ from rush.runtime.execution import Execution
 from rush.runtime.transfer import HostCopy
 from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import SENTINEL_MOVED, Sentinel
-from rush.smoothing.noise import Gaussian
+from rush.smoothing.noise import Noise
 
 _SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
 
@@ -34,7 +34,7 @@ class VoteRequest(NamedTuple):
 class VoteCounter:
     """Counts votes in full tiles, whatever images and blocks are requested.
 
-    Noise is drawn in whole blocks, added in float32 and never clipped. A launch continues the tile that the previous
+    Noise is drawn and added in whole blocks, and never clipped. A launch continues the tile that the previous
     one left unfinished. A tile is padded only if votes in it are read before it is full. The host waits for the device
     only when votes are read, and memory does not grow with the number of requests.
 
@@ -42,7 +42,7 @@ class VoteCounter:
     every tile whether the forward still computes each image by itself.
     """
 
-    def __init__(self, forward: Forward, noise: Gaussian, num_classes: int, execution: Execution) -> None:
+    def __init__(self, forward: Forward, noise: Noise, num_classes: int, execution: Execution) -> None:
         self._forward, self._noise, self._num_classes = forward, noise, num_classes
         self._execution, self._device = execution, execution.device
         self._rows = execution.tile - 1 if execution.tile >= _SENTINEL_TILE else execution.tile  # that vote
@@ -84,7 +84,7 @@ class VoteCounter:
             self._tile = torch.empty(self._execution.tile, *shape, device=self._device)
             self._places = torch.empty(self._rows, dtype=torch.int64, device=self._device)
             self._sentinel = None
-        return self._noise.fill(self._block, request.generator).add_(request.pixels)
+        return self._noise.add(request.pixels, self._block, request.generator)
 
     def _count(self) -> None:
         """Compute the logits of the tile and add the votes of its rows to the launches that they belong to."""
