@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from certifying import METHODS, SIGMA, assert_same, certified, pixel_images, pixel_vote
 from commands import Call, refusal
 from rush.certification.certificates import UNKNOWN, Certificates, join_certificates
 from rush.certification.certify import certify_each
 from rush.certification.recertify import recompute
-from rush.certification.rule import make_rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, UNDECIDED
 from rush.data.checks import labelled_pixels
 from rush.errors import InputError
 from rush.records.certificates import read_certificates, write_certificates
 from rush.smoothing.classifier import ABSTAIN
+from stored import rule_of
 
 X, Y = pixel_images(40)
 RADII = tuple(0.05 * step for step in range(10))
@@ -28,11 +27,7 @@ RADII = tuple(0.05 * step for step in range(10))
 def _fresh(**changes: Any) -> Certificates:
     """Certified anew, under any rule."""
     pixels = labelled_pixels((X, Y), 4)
-    usual = {
-        "sigma": SIGMA, "alpha": 0.001, "level": "image", "num_images": 40, "num_selection": 30,
-        "num_estimation": 1230, "radii": None, "futility": 0.01,
-    }  # fmt: skip
-    rule = make_rule(**{**usual, **changes})
+    rule = rule_of(**{"sigma": SIGMA, "num_images": 40, "num_selection": 30, "num_estimation": 1230, **changes})
     result = dict(certify_each(pixel_vote(), pixels, rule, 3, list(range(40))))
     return join_certificates([result[position] for position in range(40)])
 
@@ -47,14 +42,10 @@ def sequential() -> Certificates:
     return certified("sequential", (X, Y))
 
 
-def _known(certificates: Certificates) -> NDArray[np.bool_]:
-    return certificates.counts != UNKNOWN
-
-
 def _assert_like_fresh(result: Certificates, fresh: Certificates) -> None:
     """The same; counts as far as they are known, those of the selected class at least."""
     assert_same(result, fresh, but="counts")
-    known = _known(result)
+    known = result.counts != UNKNOWN
     np.testing.assert_array_equal(result.counts[known], fresh.counts[known])
     assert known[np.arange(len(result)), result.selected].all()
 

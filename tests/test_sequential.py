@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+import stored
 from rush.certification import sequential
 from rush.certification.bounds import certify_counts, largest_radius
-from rush.certification.rule import Rule, make_rule, null_probability
+from rush.certification.rule import Rule, null_probability
 from rush.certification.sequential import (
     CERTIFIED,
     NOT_CERTIFIABLE,
@@ -147,18 +148,8 @@ def null_at(z: float) -> float:
 
 def rule_of(**given: Any) -> Rule:
     """A sequential rule, with ``given`` in place of single values."""
-    values: dict[str, Any] = {
-        "sigma": SIGMA,
-        "method": "sequential",
-        "alpha": 0.05,
-        "level": "image",
-        "num_images": 20,
-        "num_selection": 100,
-        "num_estimation": 2_000,
-        "radii": None,
-        "futility": 1e-3,
-    }
-    return make_rule(**{**values, **given})
+    usual = {"alpha": 0.05, "num_images": 20, "num_estimation": 2_000, "futility": 1e-3}
+    return stored.rule_of(**{"sigma": SIGMA, "method": "sequential", **usual, **given})
 
 
 def most(draws: int, alpha: float) -> int:
@@ -545,7 +536,6 @@ def test_radii_are_passed_in_order_and_given_up_in_turn(
     several may pass at one look, what has passed stays, and only the next open one can be given up."""
     nulls = [0.5, 0.7, 0.9]
     told = {null: [30.0 if sign[i] == "x" else 0.0 for sign in (rejects, gives_up)] for i, null in enumerate(nulls)}
-    tests = FixedSequence(nulls, bound="geometric", level=0.001, futility=0.001, cap=1000)
     monkeypatch.setattr(sequential, "reachable", lambda *_: True)
     monkeypatch.setattr(sequential, "evidence", lambda _, null, *__: Prescribed(told[null][0]))
     monkeypatch.setattr(sequential, "GeometricMixture", lambda null, *_, **__: Prescribed(told[null][1]))
