@@ -52,14 +52,10 @@ class Coverage:
         self.margins = plane.margins(x)
         self.probability_of_1 = plane.probability(x, SIGMA)
 
-    def probability(self, selected: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.where(selected == 1, self.probability_of_1, 1 - self.probability_of_1)
-
-    def failures(self, alpha: float = ALPHA) -> int:
-        """Bounds at level ``alpha``, from the votes of the certificates, that are above the truth."""
-        votes = self.certificates
-        bounds = certify_counts(votes.selection, votes.counts, SIGMA, alpha)
-        return int((bounds.p_lower > self.probability(votes.selection.argmax(1))).sum())
+    def above(self, p_lower: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which of these bounds on the probability of the selected class are above the truth."""
+        probability = np.where(self.certificates.selected == 1, self.probability_of_1, 1 - self.probability_of_1)
+        return p_lower > probability
 
 
 def _hard_margins(count: int, num_estimation: int) -> NDArray[np.float64]:
@@ -90,9 +86,8 @@ def test_bounds_are_above_the_truth_no_more_often_than_alpha(coverages: list[Cov
     """
     failed = []
     for coverage in coverages:
-        certificates = coverage.certificates
-        above = certificates.p_lower > coverage.probability(certificates.selection.argmax(1))
-        assert int(above.sum()) <= most_false(len(certificates))
+        above = coverage.above(coverage.certificates.p_lower)
+        assert int(above.sum()) <= most_false(len(above))
         failed.append(above)
     pooled = np.concatenate(failed)
     assert len(pooled) == 21_000
@@ -108,7 +103,7 @@ def test_radii_and_classes_are_false_no_more_often_than_alpha(coverages: list[Co
         right = (certificates.prediction == 1) == (coverage.margins > 0)
         certified = certificates.prediction != ABSTAIN
         false = certified & (~right | (certificates.radius > np.abs(coverage.margins)))
-        assert (certificates.p_lower > coverage.probability(certificates.selection.argmax(1)))[false].all()
+        assert coverage.above(certificates.p_lower)[false].all()
         assert certified.mean() > 0.8
         assert (certificates.radius[~certified] == 0).all()
         failed, total = failed + int(false.sum()), total + len(certificates)
@@ -120,14 +115,15 @@ def test_a_bound_at_twice_the_level_is_caught(coverages: list[Coverage]) -> None
     failures is computed here; fewer than the limit by chance: probability < 1e-30."""
     expected, variance, failed, total = 0.0, 0.0, 0, 0
     for coverage in coverages:
-        n = coverage.certificates.num_estimation
+        votes, n = coverage.certificates, coverage.certificates.num_estimation
         p = np.maximum(coverage.probability_of_1, 1 - coverage.probability_of_1)
         k = np.arange(1, n + 1)
         fewest = np.searchsorted(stats.beta.ppf(2 * ALPHA, k, n - k + 1), p, side="right") + 1
         chance = np.asarray(stats.binom.sf(fewest - 1, n, p))
         assert (chance <= 2 * ALPHA).all()
         expected, variance = expected + chance.sum(), variance + (chance * (1 - chance)).sum()
-        failed, total = failed + coverage.failures(2 * ALPHA), total + len(p)
+        bounds = certify_counts(votes.selection, votes.counts, SIGMA, 2 * ALPHA)
+        failed, total = failed + int(coverage.above(bounds.p_lower).sum()), total + len(p)
     assert stats.norm.cdf((most_false(total) - expected) / np.sqrt(variance)) < 1e-30
     assert failed > most_false(total)
 
@@ -202,7 +198,7 @@ def test_the_radius_is_in_pixel_units_when_the_classifier_normalizes() -> None:
 
 def test_p_lower_is_the_level_alpha_quantile_of_the_stored_votes(coverages: list[Coverage]) -> None:
     votes = coverages[1].certificates
-    count = np.take_along_axis(votes.counts, votes.selection.argmax(1)[:, None], 1)[:, 0]
+    count = votes.counts[np.arange(len(votes)), votes.selected]
     np.testing.assert_allclose(votes.p_lower, stats.beta.ppf(ALPHA, count, 300 - count + 1), rtol=1e-9)
     certified = votes.radius > 0
     np.testing.assert_allclose(

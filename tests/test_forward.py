@@ -167,9 +167,8 @@ def test_in_float64_folding_is_exact(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * max(1.0, float(expected.abs().max())))
 
 
-@pytest.mark.parametrize("name", get_args(EncoderName))
-def test_every_encoder_is_among_the_networks_that_are_folded(name: EncoderName) -> None:
-    assert name in NETWORKS
+def test_every_encoder_is_among_the_networks_that_are_folded() -> None:
+    assert set(get_args(EncoderName)) <= set(NETWORKS)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

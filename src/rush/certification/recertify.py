@@ -67,8 +67,7 @@ def recompute(
     method = "clopper-pearson" if new["bound"] == CLOPPER_PEARSON else "sequential"
     rule = make_rule(**{**new, "method": method, "radii": radii})
     if radii is None and old.radii is not None:  # the old grid, as far as the new rule reaches
-        within = within_reach(rule)
-        kept = tuple(radius for radius in old.radii if within(radius))
+        kept = tuple(filter(within_reach(rule), old.radii))
         if not kept:
             raise InputError(
                 f"no radius of the old grid {list(old.radii)} is within reach of the new rule; give radii that are, a "
@@ -76,11 +75,10 @@ def recompute(
             )
         rule = replace(rule, radii=kept)
     drawn = certificates.num_samples - old.num_selection
-    selected = certificates.selected
     certified, outcome, successes, trials = apply_rule(rule, certificates.blocks, drawn, certificates.selection)
     blocks = tuple(path[: -(-int(used) // BLOCK)] for path, used in zip(certificates.blocks, trials, strict=True))
     counts = np.where((trials < drawn)[:, None], UNKNOWN, certificates.counts)
-    counts[np.arange(len(counts)), selected] = successes
+    counts[np.arange(len(counts)), certificates.selected] = successes
     return replace(
         certificates,
         prediction=certified.prediction,

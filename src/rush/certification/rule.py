@@ -96,10 +96,9 @@ class Rule:
         values: dict[str, Any] = json.loads(text)
         if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
             raise ValueError(f"{text!r} is not a certification rule")
-        radii = values["radii"]
-        if not isinstance(radii, list | None):
-            raise ValueError(f"radii must be a list or null, got {radii!r}")
-        return make_rule(**{**values, "radii": None if radii is None else tuple(radii)})
+        if not isinstance(values["radii"], list | None):
+            raise ValueError(f"radii must be a list or null, got {values['radii']!r}")
+        return make_rule(**values)
 
 
 def make_rule(
