@@ -451,20 +451,9 @@ def _crafted(
 ) -> Certificates:
     """Certificates without votes behind them."""
     n = len(labels)
-    return Certificates(
-        prediction=prediction.astype(np.int64),
-        radius=radius,
-        p_lower=np.zeros(n),
-        num_samples=np.full(n, 10_100),
-        counts=np.zeros((n, 2), np.int64),
-        blocks=tuple(np.zeros(1, np.uint8) for _ in range(n)),
-        selection=np.zeros((n, 2), np.int64),
-        outcome=np.full(n, UNDECIDED, np.uint8),
-        seconds=np.zeros(n),
-        labels=labels.astype(np.int64),
-        ids=tuple(map(str, range(n))),
-        rule=rule_of(**{"sigma": SIGMA, "num_images": n, "num_estimation": 10_000, **rule}),
-    )
+    own = rule_of(**{"sigma": SIGMA, "num_images": n, "num_estimation": 10_000, **rule})
+    found = stored_certificates(own, [0] * n, [1] * n, labels.astype(int).tolist(), classes=2)
+    return replace(found, prediction=prediction.astype(np.int64), radius=radius)
 
 
 def _right(correct: int, total: int, radius: float = 0.3, **rule: Any) -> Certificates:
@@ -531,11 +520,11 @@ def test_the_lower_bound_of_the_accuracy_holds_over_the_draw_of_images_and_noise
     radius, p_hard = float(certified_radius(bound, SIGMA)), bound - 1e-9
     assert stats.binom.sf(fewest - 1, votes, p_hard) == pytest.approx(level, rel=1e-5)
     ones, found = np.ones(400, np.int64), []
+    crafted = _crafted(ones, np.zeros(400), ones, alpha=level, num_estimation=votes)
     for _ in range(2000):
         successes = draws.binomial(votes, np.where(draws.random(400) < truth, 0.9999, p_hard))
         own = certify_counts(np.stack([ones - 1, ones], 1), np.stack([votes - successes, successes], 1), SIGMA, level)
-        part = _crafted(own.prediction, own.radius, ones, alpha=level, num_estimation=votes)
-        found.append(part.accuracy_lower(radius))
+        found.append(replace(crafted, prediction=own.prediction, radius=own.radius).accuracy_lower(radius))
     bounds = np.array(found)
     failed = int((bounds > truth).sum())
     assert stats.binom.isf(1 - TAIL, 2000, 0.045) <= failed <= stats.binom.isf(TAIL, 2000, 0.05)
