@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
 import rush
 from certifying import METHODS, SIGMA, assert_same, certified, pixel_images, pixel_vote
@@ -27,7 +27,6 @@ from exact_models import (
 from rush.certification.bounds import certify_counts
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
-from rush.certification.rule import make_rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
 from rush.choices import CertifyMethod
 from rush.data.checks import labelled_pixels
@@ -37,6 +36,7 @@ from rush.models.classifier import Normalize
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
+from stored import rule_of
 
 ALPHA, TAIL = 0.05, 1e-6
 
@@ -52,14 +52,10 @@ class Coverage:
         self.margins = plane.margins(x)
         self.probability_of_1 = plane.probability(x, SIGMA)
 
-    def probability(self, selected: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.where(selected == 1, self.probability_of_1, 1 - self.probability_of_1)
-
-    def failures(self, alpha: float = ALPHA) -> int:
-        """Bounds at level ``alpha``, from the votes of the certificates, that are above the truth."""
-        votes = self.certificates
-        bounds = certify_counts(votes.selection, votes.counts, SIGMA, alpha)
-        return int((bounds.p_lower > self.probability(votes.selection.argmax(1))).sum())
+    def above(self, p_lower: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which of these bounds on the probability of the selected class are above the truth."""
+        probability = np.where(self.certificates.selected == 1, self.probability_of_1, 1 - self.probability_of_1)
+        return p_lower > probability
 
 
 def _hard_margins(count: int, num_estimation: int) -> NDArray[np.float64]:
@@ -78,8 +74,9 @@ def coverages() -> list[Coverage]:
     return [Coverage(_hard_margins(count, n), n, seed) for seed, (count, n) in enumerate(sizes)]
 
 
-def _most_failures(total: int) -> float:
-    return stats.binom.isf(TAIL, total, ALPHA)
+def most_false(count: int) -> float:
+    """The 1 - 1e-6 quantile of the number of false ones among ``count``, each at the full level."""
+    return float(stats.binom.isf(TAIL, count, ALPHA))
 
 
 def test_bounds_are_above_the_truth_no_more_often_than_alpha(coverages: list[Coverage]) -> None:
@@ -89,13 +86,12 @@ def test_bounds_are_above_the_truth_no_more_often_than_alpha(coverages: list[Cov
     """
     failed = []
     for coverage in coverages:
-        certificates = coverage.certificates
-        above = certificates.p_lower > coverage.probability(certificates.selection.argmax(1))
-        assert int(above.sum()) <= _most_failures(len(certificates))
+        above = coverage.above(coverage.certificates.p_lower)
+        assert int(above.sum()) <= most_false(len(above))
         failed.append(above)
     pooled = np.concatenate(failed)
     assert len(pooled) == 21_000
-    assert stats.binom.isf(1 - TAIL, len(pooled), 0.9 * ALPHA) <= pooled.sum() <= _most_failures(len(pooled))
+    assert stats.binom.isf(1 - TAIL, len(pooled), 0.9 * ALPHA) <= pooled.sum() <= most_false(len(pooled))
 
 
 def test_radii_and_classes_are_false_no_more_often_than_alpha(coverages: list[Coverage]) -> None:
@@ -107,11 +103,11 @@ def test_radii_and_classes_are_false_no_more_often_than_alpha(coverages: list[Co
         right = (certificates.prediction == 1) == (coverage.margins > 0)
         certified = certificates.prediction != ABSTAIN
         false = certified & (~right | (certificates.radius > np.abs(coverage.margins)))
-        assert (certificates.p_lower > coverage.probability(certificates.selection.argmax(1)))[false].all()
+        assert coverage.above(certificates.p_lower)[false].all()
         assert certified.mean() > 0.8
         assert (certificates.radius[~certified] == 0).all()
         failed, total = failed + int(false.sum()), total + len(certificates)
-    assert failed <= _most_failures(total)
+    assert failed <= most_false(total)
 
 
 def test_a_bound_at_twice_the_level_is_caught(coverages: list[Coverage]) -> None:
@@ -119,16 +115,17 @@ def test_a_bound_at_twice_the_level_is_caught(coverages: list[Coverage]) -> None
     failures is computed here; fewer than the limit by chance: probability < 1e-30."""
     expected, variance, failed, total = 0.0, 0.0, 0, 0
     for coverage in coverages:
-        n = coverage.certificates.num_estimation
+        votes, n = coverage.certificates, coverage.certificates.num_estimation
         p = np.maximum(coverage.probability_of_1, 1 - coverage.probability_of_1)
         k = np.arange(1, n + 1)
         fewest = np.searchsorted(stats.beta.ppf(2 * ALPHA, k, n - k + 1), p, side="right") + 1
         chance = np.asarray(stats.binom.sf(fewest - 1, n, p))
         assert (chance <= 2 * ALPHA).all()
         expected, variance = expected + chance.sum(), variance + (chance * (1 - chance)).sum()
-        failed, total = failed + coverage.failures(2 * ALPHA), total + len(p)
-    assert stats.norm.cdf((_most_failures(total) - expected) / np.sqrt(variance)) < 1e-30
-    assert failed > _most_failures(total)
+        bounds = certify_counts(votes.selection, votes.counts, SIGMA, 2 * ALPHA)
+        failed, total = failed + int(coverage.above(bounds.p_lower).sum()), total + len(p)
+    assert stats.norm.cdf((most_false(total) - expected) / np.sqrt(variance)) < 1e-30
+    assert failed > most_false(total)
 
 
 def false_at_the_radii(count: int, num_estimation: int, seed: int) -> dict[float, int]:
@@ -145,11 +142,6 @@ def false_at_the_radii(count: int, num_estimation: int, seed: int) -> dict[float
     )
     false = (found.prediction != ABSTAIN) & (found.radius >= np.repeat(radii, count))
     return dict(zip(radii, false.reshape(len(radii), count).sum(1).tolist(), strict=True))
-
-
-def most_false(count: int) -> float:
-    """The 1 - 1e-6 quantile of the number of false ones among ``count``, each at the full level."""
-    return float(stats.binom.isf(TAIL, count, ALPHA))
 
 
 # A product of four pixels in float32 may differ by a last bit from row to row of a tile, by the processor.
@@ -170,7 +162,7 @@ def test_a_class_selected_on_the_votes_that_bound_it_is_caught() -> None:
     pipeline passes (odds of failing: 1e-6); the larger of both counts does so with probability 0.0970, and is caught
     with probability > 1 - 1e-6."""
     coverage = Coverage(np.zeros(3000), 82, seed=9)
-    votes, most = coverage.certificates, _most_failures(3000)
+    votes, most = coverage.certificates, most_false(3000)
     assert (coverage.probability_of_1 == 0.5).all()
     assert int((votes.prediction != ABSTAIN).sum()) <= most
     one_sample = certify_counts(votes.counts, votes.counts, SIGMA, ALPHA)
@@ -206,7 +198,7 @@ def test_the_radius_is_in_pixel_units_when_the_classifier_normalizes() -> None:
 
 def test_p_lower_is_the_level_alpha_quantile_of_the_stored_votes(coverages: list[Coverage]) -> None:
     votes = coverages[1].certificates
-    count = np.take_along_axis(votes.counts, votes.selection.argmax(1)[:, None], 1)[:, 0]
+    count = votes.counts[np.arange(len(votes)), votes.selected]
     np.testing.assert_allclose(votes.p_lower, stats.beta.ppf(ALPHA, count, 300 - count + 1), rtol=1e-9)
     certified = votes.radius > 0
     np.testing.assert_allclose(
@@ -230,19 +222,15 @@ def whole(request: pytest.FixtureRequest) -> Certificates:
     return certificates
 
 
-def _method(certificates: Certificates) -> str:
-    return certificates.rule.method
-
-
 @pytest.mark.parametrize("in_flight", [1, 2, 7, 64])
 def test_certificates_depend_on_no_number_in_flight(whole: Certificates, in_flight: int) -> None:
-    assert_same(certified(_method(whole), pixel_images(40), in_flight=in_flight), whole)
+    assert_same(certified(whole.rule.method, pixel_images(40), in_flight=in_flight), whole)
 
 
 @pytest.mark.parametrize("tile", [7, 32, 100, 1000])
 def test_certificates_depend_on_no_tile(whole: Certificates, tile: int) -> None:
     """Of a classifier whose logits are the same bits whatever the tile; the number in flight follows the tile."""
-    other = certified(_method(whole), pixel_images(40), tile=tile)
+    other = certified(whole.rule.method, pixel_images(40), tile=tile)
     assert_same(other, whole, but="model")
     assert other.model != whole.model  # the tile is part of the execution
 
@@ -250,15 +238,15 @@ def test_certificates_depend_on_no_tile(whole: Certificates, tile: int) -> None:
 def test_certificates_depend_on_neither_order_nor_subset(whole: Certificates) -> None:
     x, y = pixel_images(40)
     for rows in (torch.randperm(40, generator=stream(0, "order")).tolist(), [7], [35, 2, 19], [*range(0, 40, 2)]):
-        part = certified(_method(whole), (x[rows], y[rows]), in_flight=3)
+        part = certified(whole.rule.method, (x[rows], y[rows]), in_flight=3)
         assert part.rule.num_images == len(rows)
         assert_same(part, whole, rows, but="rule")
 
 
 def test_a_certificate_follows_the_seed_and_not_the_label(whole: Certificates) -> None:
     x, y = pixel_images(40)
-    assert_same(certified(_method(whole), (x, (y + 1) % 4)), whole, but="labels")
-    other = certified(_method(whole), (x, y), seed=4)
+    assert_same(certified(whole.rule.method, (x, (y + 1) % 4)), whole, but="labels")
+    other = certified(whole.rule.method, (x, y), seed=4)
     assert (other.selection != whole.selection).any(1).sum() > 30
     assert (other.counts != whole.counts).any(1).sum() > 30
 
@@ -344,23 +332,28 @@ def _textbook_mixture(null: float, level: float, cap: int, k: int, n: int, side:
 
 @dataclass
 class Textbook:
-    """The sequential certificate of one image."""
+    """The certificate of one image."""
 
     selection: list[int]
     counts: list[int]
     blocks: list[int]
-    radius: float
     prediction: int
+    radius: float
+    p_lower: float
     outcome: str
 
 
-def _textbook(pixels: list[float], own: str, sizes: tuple[int, int], alpha: float, futility: float) -> Textbook:
-    n0, cap = sizes
-    selecting = _textbook_votes(pixels, "certify-selection", own, 3, SIGMA)
-    first = [next(selecting) for _ in range(n0)]
+def _textbook(
+    method: str, pixels: list[float], own: str, sizes: tuple[int, int], alpha: float, futility: float
+) -> Textbook:
+    """Cohen et al. 2019, algorithm CERTIFY, or its sequential form."""
+    selecting, voting = (
+        _textbook_votes(pixels, f"certify-{purpose}", own, 3, SIGMA) for purpose in ("selection", "estimation")
+    )
+    first = [next(selecting) for _ in range(sizes[0])]
     selection = [first.count(c) for c in range(4)]
-    top = selection.index(max(selection))
-    voting, votes, blocks = _textbook_votes(pixels, "certify-estimation", own, 3, SIGMA), list[int](), list[int]()
+    top, cap = selection.index(max(selection)), sizes[1]
+    votes, blocks = list[int](), list[int]()
     grid = [half * SIGMA / 2 for half in range(9)]
     grid = [r for r in grid if _textbook_evidence(stats.norm.cdf(r / SIGMA), alpha, cap, cap, cap) >= 1 / alpha]
     radius, prediction, outcome = 0.0, ABSTAIN, "undecided"
@@ -369,79 +362,54 @@ def _textbook(pixels: list[float], own: str, sizes: tuple[int, int], alpha: floa
         votes += block
         blocks.append(block.count(top))
         k, n = sum(blocks), len(votes)
+        if method == "clopper-pearson":
+            continue
         while grid and _textbook_evidence(stats.norm.cdf(grid[0] / SIGMA), alpha, cap, k, n) >= 1 / alpha:
             radius, prediction = grid.pop(0), top
         if not grid:
             outcome = "certified"
         elif _textbook_mixture(stats.norm.cdf(grid[0] / SIGMA), futility, cap, k, n, side=-1) >= 1 / futility:
             outcome = "not certifiable"
-    return Textbook(selection, [votes.count(c) for c in range(4)], blocks, radius, prediction, outcome)
-
-
-def textbook_certify(
-    pixels: list[float], image_id: str, sizes: tuple[int, int], alpha: float
-) -> tuple[list[int], list[int], int, float, float]:
-    """Cohen et al. 2019, algorithm CERTIFY: selection and estimation votes, class, radius and p_lower."""
-    votes: dict[str, list[int]] = {}
-    for purpose, size in zip(("selection", "estimation"), sizes, strict=True):
-        drawn = _textbook_votes(pixels, f"certify-{purpose}", image_id, 3, SIGMA)
-        classes = [next(drawn) for _ in range(size)]
-        votes[purpose] = [classes.count(c) for c in range(4)]
-    selected = votes["selection"].index(max(votes["selection"]))
-    successes = votes["estimation"][selected]
-    p_lower = float(stats.beta.ppf(alpha, successes, sizes[1] - successes + 1)) if successes else 0.0
-    if p_lower <= 0.5:
-        return votes["selection"], votes["estimation"], ABSTAIN, 0.0, p_lower
-    return votes["selection"], votes["estimation"], selected, SIGMA * float(stats.norm.ppf(p_lower)), p_lower
+    p_lower = float(stats.norm.cdf(radius / SIGMA)) if prediction != ABSTAIN else 0.0
+    if method == "clopper-pearson":
+        p_lower = float(stats.beta.ppf(alpha, k, n - k + 1)) if k else 0.0
+        if p_lower > 0.5:
+            radius, prediction, outcome = SIGMA * float(stats.norm.ppf(p_lower)), top, "certified"
+    return Textbook(selection, [votes.count(c) for c in range(4)], blocks, prediction, radius, p_lower, outcome)
 
 
 @pytest.mark.parametrize(("sizes", "alpha"), [((30, 1230), 0.001), ((130, 400), 0.05)])
-def test_certificates_from_a_fixed_number_of_votes_are_those_of_the_textbook(
-    sizes: tuple[int, int], alpha: float
-) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_certificates_are_those_of_the_textbook(method: str, sizes: tuple[int, int], alpha: float) -> None:
     x, y = pixel_images(40)
     rows = list(range(0, 40, 3))
-    found = certified(
-        "clopper-pearson", (x[rows], y[rows]), num_selection=sizes[0], num_estimation=sizes[1], alpha=alpha
-    )
-    for row, image_id in enumerate(found.ids):
-        slow = textbook_certify(x[rows[row]].flatten().tolist(), image_id, sizes, alpha)
-        assert (found.selection[row].tolist(), found.counts[row].tolist(), found.prediction[row]) == slow[:3]
-        assert slow[3] - 1.1e-6 <= found.radius[row] <= slow[3]
-        assert found.p_lower[row] == pytest.approx(slow[4], rel=1e-9)
-        assert found.p_lower[row] <= slow[4]
-    assert {ABSTAIN, 0, 1, 2, 3} <= set(found.prediction.tolist())
-
-
-@pytest.mark.parametrize(("sizes", "alpha"), [((30, 1230), 0.001), ((130, 400), 0.05)])
-def test_sequential_certificates_are_those_of_the_textbook(sizes: tuple[int, int], alpha: float) -> None:
-    x, y = pixel_images(40)
-    rows = list(range(0, 40, 3))
-    found = certified(
-        "sequential", (x[rows], y[rows]), num_selection=sizes[0], num_estimation=sizes[1], alpha=alpha, futility=0.05
-    )
+    given = {"num_selection": sizes[0], "num_estimation": sizes[1], "alpha": alpha, "futility": 0.05}
+    found = certified(method, (x[rows], y[rows]), **given)
     for row, own in enumerate(found.ids):
-        slow = _textbook(x[rows[row]].flatten().tolist(), own, sizes, alpha, 0.05)
+        slow = _textbook(method, x[rows[row]].flatten().tolist(), own, sizes, alpha, 0.05)
         assert found.selection[row].tolist() == slow.selection
         assert found.counts[row].tolist() == slow.counts
         assert found.blocks[row].tolist() == slow.blocks
         assert found.num_samples[row] == sizes[0] + sum(slow.counts)
-        assert found.radius[row] == slow.radius
         assert found.prediction[row] == slow.prediction
         assert OUTCOMES[found.outcome[row]] == slow.outcome
-        lower = stats.norm.cdf(slow.radius / SIGMA) if slow.prediction != ABSTAIN else 0.0
-        assert found.p_lower[row] == pytest.approx(lower, rel=1e-11, abs=0)
+        if method == "sequential":
+            assert found.radius[row] == slow.radius
+            assert found.p_lower[row] == pytest.approx(slow.p_lower, rel=1e-11, abs=0)
+        else:
+            assert slow.radius - 1.1e-6 <= found.radius[row] <= slow.radius
+            assert slow.p_lower * (1 - 1e-9) <= found.p_lower[row] <= slow.p_lower
     assert len(set(found.radius.tolist())) >= 4
     assert len(set(found.outcome.tolist())) >= 2
+    assert method == "sequential" or {ABSTAIN, 0, 1, 2, 3} <= set(found.prediction.tolist())
 
 
 def test_certificates_come_as_soon_as_they_are_decided() -> None:
     """In the end each position once; an image that is won by far does not wait for a close one that came before it."""
     pixels = labelled_pixels(pixel_images(40), 4)
-    rule = make_rule(
-        sigma=SIGMA, method="sequential", alpha=0.001, level="image", num_images=40, num_selection=30,
-        num_estimation=20_000, radii=(0.125,), futility=0.01,
-    )  # fmt: skip
+    rule = rule_of(
+        sigma=SIGMA, method="sequential", num_images=40, num_selection=30, num_estimation=20_000, radii=(0.125,)
+    )
     found = list(certify_each(pixel_vote(), pixels, rule, 3, list(range(5, 40)), in_flight=4))
     positions = [position for position, _ in found]
     assert sorted(positions) == list(range(5, 40))
@@ -492,12 +460,8 @@ def test_unanimous_votes_give_the_largest_radius_and_none_is_larger() -> None:
     [
         ({"method": "wald"}, "unknown method 'wald'; allowed: clopper-pearson"),
         ({"num_selection": 0}, "num_selection must be an integer >= 1, got 0"),
-        ({"num_estimation": -3}, "num_estimation must be an integer >= 1, got -3"),
         ({"num_estimation": 1e5}, "num_estimation must be an integer >= 1, got 100000.0"),
-        ({"num_selection": True}, "num_selection must be an integer >= 1, got True"),
         ({"alpha": 0.0}, "alpha must lie in (0, 0.5), got 0.0"),
-        ({"alpha": 0.5}, "alpha must lie in (0, 0.5), got 0.5"),
-        ({"alpha": float("nan")}, "alpha must lie in (0, 0.5), got nan"),
         ({"seed": -1}, "seed must be an integer >= 0, got -1"),
         ({"seed": 0.5}, "seed must be an integer >= 0, got 0.5"),
     ],
@@ -525,8 +489,7 @@ def test_pixels_of_any_float_type_give_the_same_certificates() -> None:
     smoothed = SmoothedClassifier(square_half_space(), SIGMA, 2)
     x = square_images(np.array([0.2, -0.3]), seed=5)
     labels = torch.tensor([1, 0])
-    assert_same(_certified(smoothed, x.double(), labels), _certified(smoothed, x, labels))
-
-
-def _certified(smoothed: SmoothedClassifier, x: Tensor, labels: Tensor) -> Certificates:
-    return rush.certify(smoothed, (x, labels), num_selection=10, num_estimation=100)
+    first, second = (
+        rush.certify(smoothed, (pixels, labels), num_selection=10, num_estimation=100) for pixels in (x.double(), x)
+    )
+    assert_same(first, second)

@@ -158,7 +158,7 @@ def test_attacks_on_replayed_passes_find_the_same_points(
 
     def climbing(self: Forward, *given: object) -> None:
         usual(self, *given)  # type: ignore[arg-type]
-        self._differentiable = GradientGraphs(self._eager, "float32", capture)
+        self.differentiable = GradientGraphs(self._eager, "float32", capture)
 
     monkeypatch.setattr(rush.smoothing.forward.Forward, "__init__", climbing)
     smoothed = SmoothedClassifier(digits_network, 0.25, 10)
@@ -174,4 +174,4 @@ def test_graphs_are_for_cuda_with_cuda_graphs_alone(digits_network: nn.Module) -
         (Execution("cuda", compile_mode="default"), False),
         (Execution("cuda", compile_mode="reduce-overhead"), True),
     ):
-        assert isinstance(Forward(digits_network, execution, 10)._differentiable, GradientGraphs) == wanted
+        assert isinstance(Forward(digits_network, execution, 10).differentiable, GradientGraphs) == wanted

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rush
+from certifying import as_older
 from rush.certification.certificates import join_certificates
 from rush.errors import InputError, ModelError, RunError
-from rush.pipeline import certify as certifying
+from rush.pipeline import certify as certify_stage
 from rush.pipeline.stages import run_stage
-from rush.records.certificates import COLUMNS, OLDER_COLUMNS, append_certificates, read_certificates
+from rush.records.certificates import append_certificates, read_certificates
 from rush.records.folder import RunFolder
 from rush.smoothing.classifier import SmoothedClassifier
-from tiny import results
+from tiny import without_time
 
 OTHER = "of another model than the run's|made with another model than the run's"
 
@@ -42,44 +43,38 @@ def _replace_weights(run: RunFolder) -> None:
     save_file(weights, file)
 
 
-def _interrupt_certification(run: RunFolder) -> list[str]:
-    """All but five images are certified and lie in the parts, as a kill leaves them."""
+def _interrupt_certification(run: RunFolder) -> Path:
+    """All but five images are certified and lie in a part, which is returned, as a kill leaves them."""
     _forget(run, "certify", "attack", "audit", "report")
     table = run.path / "certificates.tsv"
     lines = table.read_text().splitlines(keepends=True)
     table.unlink()
-    (run.path / "certificates.parts").mkdir()
-    (run.path / "certificates.parts/0.tsv").write_text("".join(lines[:-5]))
-    return lines
+    part = run.path / "certificates.parts/0.tsv"
+    part.parent.mkdir(exist_ok=True)
+    part.write_text("".join(lines[:-5]))
+    return part
+
+
+def _table(run: RunFolder) -> list[list[str]]:
+    return without_time((run.path / "certificates.tsv").read_text())
 
 
 def test_an_interrupted_certification_goes_on_with_the_same_model_only(run: RunFolder) -> None:
-    before = results(run.path)["certificates.tsv"]
-    lines = _interrupt_certification(run)
+    before = _table(run)
+    _interrupt_certification(run)
     run_stage(run, "certify")
-    assert results_of_table(run) == before
-    _forget(run, "certify")
-    (run.path / "certificates.tsv").unlink()
-    (run.path / "certificates.parts").mkdir(exist_ok=True)
-    part = run.path / "certificates.parts/0.tsv"
-    part.write_text("".join(lines[:-5]))
+    assert _table(run) == before
+    part = _interrupt_certification(run)
+    left = part.read_text()
     _replace_weights(run)
     with pytest.raises(RunError, match=OTHER):
         run_stage(run, "certify")
-    assert part.read_text() == "".join(lines[:-5])
+    assert part.read_text() == left
     assert run.finished("certify") is None
 
 
-def results_of_table(run: RunFolder) -> Any:
-    lines = [line.split("\t") for line in (run.path / "certificates.tsv").read_text().split("\n")[:-1]]
-    time = lines[0].index("time")
-    return [line[:time] + line[time + 1 :] for line in lines]
-
-
 def test_parts_that_name_no_model_are_not_gone_on_with(run: RunFolder) -> None:
-    lines = [line.split("\t") for line in _interrupt_certification(run)]
-    part = run.path / "certificates.parts/0.tsv"
-    part.write_text("".join("\t".join(line[: len(OLDER_COLUMNS)]) + "\n" for line in lines[:-5]))
+    as_older(_interrupt_certification(run))
     with pytest.raises(RunError, match="or names none"):
         run_stage(run, "certify")
 
@@ -95,10 +90,7 @@ def test_certificates_of_another_model_are_no_floor_of_an_attack(run: RunFolder,
 
 def test_an_older_table_that_names_no_model_is_attacked_as_it_is(run: RunFolder) -> None:
     _forget(run, "attack", "audit", "report")
-    table = run.path / "certificates.tsv"
-    lines = [line.split("\t") for line in table.read_text().split("\n")[:-1]]
-    assert tuple(lines[0]) == COLUMNS
-    table.write_text("".join("\t".join(line[: len(OLDER_COLUMNS)]) + "\n" for line in lines))
+    as_older(run.path / "certificates.tsv")
     run_stage(run, "attack")
 
 
@@ -128,19 +120,19 @@ def test_lines_of_two_models_are_refused(run: RunFolder, tmp_path: Path) -> None
 def test_a_model_that_turns_out_to_be_no_fixed_function_leaves_no_certificate(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = results(run.path)["certificates.tsv"]
+    before = _table(run)
     _interrupt_certification(run)
 
     def failing(*_: Any) -> Iterator[Any]:
         yield from list(certify_each(*_))[:3]
         raise ModelError("no fixed function")
 
-    certify_each = certifying.certify_each
-    monkeypatch.setattr(certifying, "certify_each", failing)
+    certify_each = certify_stage.certify_each
+    monkeypatch.setattr(certify_stage, "certify_each", failing)
     with pytest.raises(ModelError, match="no fixed function"):
         run_stage(run, "certify")
     assert not (run.path / "certificates.parts").exists()
     assert run.finished("certify") is None
     monkeypatch.undo()
     run_stage(run, "certify")
-    assert results_of_table(run) == before
+    assert _table(run) == before

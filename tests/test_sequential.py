@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+import stored
 from rush.certification import sequential
 from rush.certification.bounds import certify_counts, largest_radius
-from rush.certification.rule import Rule, make_rule, null_probability
+from rush.certification.rule import Rule, null_probability
 from rush.certification.sequential import (
     CERTIFIED,
     NOT_CERTIFIABLE,
@@ -147,18 +148,8 @@ def null_at(z: float) -> float:
 
 def rule_of(**given: Any) -> Rule:
     """A sequential rule, with ``given`` in place of single values."""
-    values: dict[str, Any] = {
-        "sigma": SIGMA,
-        "method": "sequential",
-        "alpha": 0.05,
-        "level": "image",
-        "num_images": 20,
-        "num_selection": 100,
-        "num_estimation": 2_000,
-        "radii": None,
-        "futility": 1e-3,
-    }
-    return make_rule(**{**values, **given})
+    usual = {"alpha": 0.05, "num_images": 20, "num_estimation": 2_000, "futility": 1e-3}
+    return stored.rule_of(**{"sigma": SIGMA, "method": "sequential", **usual, **given})
 
 
 def most(draws: int, alpha: float) -> int:
@@ -237,19 +228,15 @@ def test_all_paths_of_twelve_votes_keep_the_level_in_rational_arithmetic(bound: 
     assert 0 < crossed <= Fraction(0.3)
 
 
-def _points(null: Any, level: float, cap: int, side: int) -> list[tuple[Any, Any]]:
-    """Twelve q and their weights, written slowly: distances in geometric progression, weights distance^(-3/4)."""
+def _slow_geometric(null: Any, level: float, cap: int, side: int, k: int, n: int) -> Any:
+    """The likelihood ratio averaged over twelve q: distances in geometric progression, weights distance^(-3/4)."""
     room = 1 - null if side > 0 else null
     near = min(mpmath.sqrt(2 * null * (1 - null) * mpmath.log(1 / mpmath.mpf(level)) / cap), room / 2)
     distances = [near * (room * mpmath.mpf("0.999") / near) ** (mpmath.mpf(i) / 11) for i in range(12)]
     weights = [distance ** mpmath.mpf("-0.75") for distance in distances]
-    return [(null + side * d, w / sum(weights)) for d, w in zip(distances, weights, strict=True)]
-
-
-def _slow_geometric(null: Any, level: float, cap: int, side: int, k: int, n: int) -> Any:
-    return sum(
-        weight * (q / null) ** k * ((1 - q) / (1 - null)) ** (n - k) for q, weight in _points(null, level, cap, side)
-    )
+    points = [null + side * distance for distance in distances]
+    ratios = [(q / null) ** k * ((1 - q) / (1 - null)) ** (n - k) for q in points]
+    return sum(weight * ratio for weight, ratio in zip(weights, ratios, strict=True)) / sum(weights)
 
 
 def _slow_beta(null: Any, side: int, k: int, n: int) -> Any:
@@ -545,7 +532,6 @@ def test_radii_are_passed_in_order_and_given_up_in_turn(
     several may pass at one look, what has passed stays, and only the next open one can be given up."""
     nulls = [0.5, 0.7, 0.9]
     told = {null: [30.0 if sign[i] == "x" else 0.0 for sign in (rejects, gives_up)] for i, null in enumerate(nulls)}
-    tests = FixedSequence(nulls, bound="geometric", level=0.001, futility=0.001, cap=1000)
     monkeypatch.setattr(sequential, "reachable", lambda *_: True)
     monkeypatch.setattr(sequential, "evidence", lambda _, null, *__: Prescribed(told[null][0]))
     monkeypatch.setattr(sequential, "GeometricMixture", lambda null, *_, **__: Prescribed(told[null][1]))
@@ -867,8 +853,3 @@ def test_no_null_probability_is_below_the_exact_one(sigma: float) -> None:
             for value in (mpmath.mpf(radius), mpmath.mpf(f"{radius:.15g}")):
                 exact = mpmath.ncdf(value / mpmath.mpf(sigma))
                 assert exact <= mpmath.mpf(found) < exact + mpmath.mpf("1e-11")
-
-
-def test_a_null_is_the_distribution_function_and_not_its_inverse() -> None:
-    assert null_at(0) == pytest.approx(0.5, abs=1e-12)
-    assert null_at(1.5) == pytest.approx(0.9331927987, abs=1e-10)

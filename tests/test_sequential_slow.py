@@ -1,5 +1,7 @@
 """Sequential certification at length: more images, larger caps, counts of a million votes."""
 
+from itertools import product
+
 import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
@@ -102,19 +104,14 @@ def test_rounding_stays_far_below_the_margin_of_the_threshold(cap: int) -> None:
     within 1e-8 of 30 digits, where thresholds are raised by 1e-6."""
     level = 1e-3
     with mpmath.workdps(30):
-        for z in (0, 2, 3):
-            null = null_at(z)
-            for side in (1, -1):
-                for sds in (-2, 0, 3, 5):
-                    n = cap // 2
-                    k = round(n * null + side * sds * (n * null * (1 - null)) ** 0.5)
-                    counts = np.array([float(k)]), np.array([float(n)])
-                    for name, against in (
-                        ("geometric mixture", GeometricMixture(null, level, cap, side)),
-                        ("beta mixture", BetaMixture(null, level, cap, side)),
-                    ):
-                        expected = mpmath.log(slow_value(name, side, null, level, cap, k, n))
-                        assert abs(against.log_value(*counts)[0] - expected) < 1e-8, (name, side, z, sds)
+        for z, side, sds in product((0, 2, 3), (1, -1), (-2, 0, 3, 5)):
+            null, n = null_at(z), cap // 2
+            k = round(n * null + side * sds * (n * null * (1 - null)) ** 0.5)
+            counts = np.array([float(k)]), np.array([float(n)])
+            for name, mixture in (("geometric mixture", GeometricMixture), ("beta mixture", BetaMixture)):
+                expected = mpmath.log(slow_value(name, side, null, level, cap, k, n))
+                found = mixture(null, level, cap, side).log_value(*counts)[0]
+                assert abs(found - expected) < 1e-8, (name, side, z, sds)
 
 
 @pytest.mark.parametrize("cap", [2_000, 20_000, 100_000])

@@ -27,7 +27,7 @@ _UNDERFLOW = 1e-30  # a float32 gradient below this has lost entries
 _VALUES = 16_384  # noise values for a standard deviation: 1 % with antithetic draws
 _IMAGES = 8  # grey images that the noise is measured on
 _DRAWS, _EXCHANGES = 32, 999  # outputs of a foreign model, and exchanges of the two sides
-_GREY = 0.5
+_GREY = 128 / 255  # a value of an 8-bit image
 _NO_SIGNAL = 1e6  # draws needed where no signal is measured
 
 

@@ -1,7 +1,8 @@
 """Certify stored votes again under another rule, where that is valid; no sample is drawn."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 
@@ -43,17 +44,17 @@ def recompute(
         InputError: the result would not be valid, or the votes do not suffice.
     """
     old = certificates.rule
-    new_bound = old.bound if bound is None else bound
-    votes = old.num_estimation if num_estimation is None else num_estimation
-    num_votes = as_whole(votes)
-    if old.method == "sequential" and new_bound == CLOPPER_PEARSON:
+    given = {"alpha": alpha, "bound": bound, "num_estimation": num_estimation, "level": level, "futility": futility}
+    new: dict[str, Any] = {**asdict(old), **{name: value for name, value in given.items() if value is not None}}
+    num_votes = as_whole(new["num_estimation"])
+    if old.method == "sequential" and new["bound"] == CLOPPER_PEARSON:
         raise InputError(
             "these votes come from a sequential run: their number depends on the votes themselves, and a "
             "Clopper-Pearson bound holds only for a number fixed beforehand; give an anytime-valid bound (geometric or "
             "beta), or certify again with method = clopper-pearson"
         )
     if num_votes is None:
-        raise InputError(f"num_estimation must be an integer >= 1, got num_estimation = {votes!r}")
+        raise InputError(f"num_estimation must be an integer >= 1, got num_estimation = {num_estimation!r}")
     if num_votes > old.num_estimation:
         raise InputError(
             f"num_estimation = {num_votes} exceeds the {old.num_estimation} votes that this run could draw; "
@@ -63,23 +64,10 @@ def recompute(
         raise InputError(
             f"votes are stored by blocks of {BLOCK}, so num_estimation must be a multiple of it, got {num_votes}"
         )
-    new_alpha, new_level = old.alpha if alpha is None else alpha, old.level if level is None else level
-    rule = make_rule(
-        sigma=old.sigma,
-        method="clopper-pearson" if new_bound == CLOPPER_PEARSON else "sequential",
-        bound=new_bound,
-        alpha=new_alpha,
-        level=new_level,
-        num_images=old.num_images,
-        num_selection=old.num_selection,
-        num_estimation=num_votes,
-        radii=radii,
-        futility=old.futility if futility is None else futility,
-        noise=old.noise,
-    )
+    method = "clopper-pearson" if new["bound"] == CLOPPER_PEARSON else "sequential"
+    rule = make_rule(**{**new, "method": method, "radii": radii})
     if radii is None and old.radii is not None:  # the old grid, as far as the new rule reaches
-        within = within_reach(rule)
-        kept = tuple(radius for radius in old.radii if within(radius))
+        kept = tuple(filter(within_reach(rule), old.radii))
         if not kept:
             raise InputError(
                 f"no radius of the old grid {list(old.radii)} is within reach of the new rule; give radii that are, a "
@@ -87,11 +75,10 @@ def recompute(
             )
         rule = replace(rule, radii=kept)
     drawn = certificates.num_samples - old.num_selection
-    selected = certificates.selected
     certified, outcome, successes, trials = apply_rule(rule, certificates.blocks, drawn, certificates.selection)
     blocks = tuple(path[: -(-int(used) // BLOCK)] for path, used in zip(certificates.blocks, trials, strict=True))
     counts = np.where((trials < drawn)[:, None], UNKNOWN, certificates.counts)
-    counts[np.arange(len(counts)), selected] = successes
+    counts[np.arange(len(counts)), certificates.selected] = successes
     return replace(
         certificates,
         prediction=certified.prediction,

@@ -107,10 +107,9 @@ class Rule:
         values: dict[str, Any] = json.loads(text)
         if not isinstance(values, dict) or {*values, "noise"} != {field.name for field in fields(cls)}:
             raise ValueError(f"{text!r} is not a certification rule")
-        radii = values["radii"]
-        if not isinstance(radii, list | None):
-            raise ValueError(f"radii must be a list or null, got {radii!r}")
-        return make_rule(**{**values, "radii": None if radii is None else tuple(radii)})
+        if not isinstance(values["radii"], list | None):
+            raise ValueError(f"radii must be a list or null, got {values['radii']!r}")
+        return make_rule(**values)
 
 
 def make_rule(
@@ -184,15 +183,18 @@ def fewest_estimation(rule: Rule) -> int | None:
 
     None if no number of votes can, because sigma is so small that every radius is rounded down to 0.
     """
+    return least_whole(lambda n: _certifies_something(replace(rule, num_estimation=n)))
+
+
+def _certifies_something(rule: Rule) -> bool:
+    """Return whether all ``rule.num_estimation`` votes certify a radius if they agree. The grid is ignored."""
     if rule.bound == CLOPPER_PEARSON:
-        return least_whole(lambda n: largest_radius(n, rule.sigma, rule.image_alpha) > 0)
-    return least_whole(lambda n: within_reach(replace(rule, num_estimation=n))(0.0))
+        return largest_radius(rule.num_estimation, rule.sigma, rule.image_alpha) > 0
+    return within_reach(rule)(0.0)
 
 
 def _check_enough(rule: Rule) -> None:
-    if rule.bound == CLOPPER_PEARSON and rule.largest_radius > 0:
-        return
-    if rule.bound != CLOPPER_PEARSON and within_reach(rule)(0.0):
+    if _certifies_something(rule):
         return
     fewest = fewest_estimation(rule)
     remedy = f"give at least {fewest}" if fewest is not None else "no number of votes suffices: give a larger sigma"

@@ -37,6 +37,11 @@ class Forward:
         execution: where and how it runs.
         num_classes: K.
 
+    Attributes:
+        differentiable: this forward uncompiled, for any number of rows: maps (B, C, H, W) to logits (B, K) that are
+            differentiable in the pixels. On CUDA with ``compile_mode`` "reduce-overhead", CUDA graphs are replayed
+            (``gradient_graphs``).
+
     Raises:
         ModelError: logits of an image depend on something else, logits have the wrong shape, the mode is wrong, or the
             classifier raises.
@@ -50,7 +55,7 @@ class Forward:
         self._module = fold_batch_norm(classifier) if execution.folded else classifier
         self._call = _compiled(self._unguarded, execution.compile_mode)
         graphs = execution.compile_mode == "reduce-overhead" and torch.device(execution.device).type == "cuda"
-        self._differentiable = GradientGraphs(self._eager, execution.precision) if graphs else self._eager
+        self.differentiable = GradientGraphs(self._eager, execution.precision) if graphs else self._eager
         self._watch: Watch | None = None
 
     def __call__(self, tile: Tensor) -> Tensor:
@@ -74,13 +79,6 @@ class Forward:
             tensor.device == self._weights[name].device and torch.equal(tensor, self._weights[name])
             for name, tensor in now.items()
         )
-
-    def differentiable(self, x: Tensor) -> Tensor:
-        """Return logits (B, K) of any number of rows (B, C, H, W), differentiable in ``x``: this forward uncompiled.
-
-        On CUDA with ``compile_mode`` "reduce-overhead", CUDA graphs are replayed (``gradient_graphs``).
-        """
-        return self._differentiable(x)
 
     def _eager(self, x: Tensor) -> Tensor:
         return self._execution.logits(self._module, x)

@@ -61,6 +61,7 @@ _LATER = _Question(
     "updated averages and whatever depends on the rest of the batch; nothing computed with it is kept",
     "",
 )
+NOT_FINITE = "the classifier gave logits that are not finite; such a vote has no class"
 SENTINEL_MOVED = (
     "the classifier's logits of an image that is in every tile depend on the other images, or changed from one tile to "
     f"another, by more than rounding explains: {_LATER.remedy}"
@@ -146,9 +147,7 @@ def compare_calls(
     Raises:
         ModelError: at the first difference that rounding does not explain.
     """
-    first = _logits(forward, tile)
-    if not bool(first.isfinite().all()):
-        raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
+    first = check_logits(_logits(forward, tile), len(tile))
     yield _judge(first, _logits(forward, tile), precision, _CALLS)
     if len(tile) > 1:
         stay, replaced = with_others_replaced(tile)
@@ -263,7 +262,7 @@ def check_logits(logits: Tensor, rows: int, num_classes: int | None = None) -> T
             "return one row of logits per image, one per class"
         )
     if not bool(logits.isfinite().all()):
-        raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
+        raise ModelError(NOT_FINITE)
     return logits
 
 
@@ -297,13 +296,7 @@ def _uses_batch_statistics(layer: nn.Module) -> bool:
 @torch.no_grad()
 def _logits(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return logits (T, K) in float64 on the CPU. The forward gets a copy, which it may overwrite."""
-    logits = forward(x.clone())
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise ModelError(
-            f"the classifier gave logits of shape {tuple(logits.shape)} for {len(x)} images, "
-            f"expected ({len(x)}, classes)"
-        )
-    return _compared(logits)
+    return _compared(forward(x.clone()))
 
 
 def _compared(logits: Tensor) -> Tensor:
@@ -313,13 +306,12 @@ def _compared(logits: Tensor) -> Tensor:
 def is_rounding(expected: Tensor, actual: Tensor, precision: Precision) -> bool:
     """Return whether logits (R, K) of the same images differ by no more than rounding (``check_forward``)."""
     expected, actual = _compared(expected), _compared(actual)
-    gaps = (actual - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return bool((gaps <= _rounding(expected, precision)[1]).all())
+    return bool((_gaps(expected, actual) <= _rounding(expected, precision)[1]).all())
 
 
 def _judge(expected: Tensor, actual: Tensor, precision: Precision, question: _Question) -> str:
     """Compare logits (R, K) of the same images from two calls and return the text of a warning, "" if equal."""
-    gaps = (actual - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    gaps = _gaps(expected, actual)
     if not bool((gaps > 0).any()):
         return ""
     spreads, limits = _rounding(expected, precision)
@@ -331,6 +323,11 @@ def _judge(expected: Tensor, actual: Tensor, precision: Precision, question: _Qu
     if gaps[worst] > limits[worst]:
         raise ModelError(f"{finding}, more than rounding explains: {question.remedy}")
     return f"{finding}, which may be rounding: {question.consequence}"
+
+
+def _gaps(expected: Tensor, actual: Tensor) -> Tensor:
+    """Return the largest difference of each image's logits, (R,), infinite where one of them is NaN."""
+    return (actual - expected).abs().amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _rounding(logits: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from rush.errors import ModelError
 from rush.runtime.execution import Execution
 from rush.runtime.transfer import HostCopy
 from rush.smoothing.forward import Forward
-from rush.smoothing.inspection import SENTINEL_MOVED, Sentinel
+from rush.smoothing.inspection import NOT_FINITE, SENTINEL_MOVED, Sentinel
 from rush.smoothing.noise import Noise
 
 _SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
@@ -150,7 +150,7 @@ class PendingVotes:
         assert self._copies is not None
         votes, finite, unmoved = self._copies.read()
         if not bool(finite):
-            raise ModelError("the classifier gave logits that are not finite; such a vote has no class")
+            raise ModelError(NOT_FINITE)
         if not bool(unmoved):
             raise ModelError(SENTINEL_MOVED)
         return votes.view(self._shape)
