@@ -118,9 +118,9 @@ def levels_of(x: Tensor) -> Tensor:
     distance = float((x * LEVELS - levels).abs().max()) / LEVELS if x.numel() else 0.0
     if not distance <= ROUNDING:
         raise InputError(
-            f"discrete noise needs 8-bit images, whose pixels are multiples of 1/255, got one {distance:.2g} away from the "
-            "nearest multiple; round the images, x.mul(255).round().div(255), or smooth with real-valued "
-            "noise, rush.Gaussian"
+            "discrete noise needs 8-bit images, whose pixels are multiples of 1/255, got one that is "
+            f"{distance:.2g} away from the nearest; round the images, x.mul(255).round().div(255), or smooth with "
+            "real-valued noise, rush.Gaussian"
         )
     return levels
 
