@@ -25,9 +25,9 @@ _FREE_FIELDS = (
     ("execution", "checkpoint_minutes"),
     ("execution", "on_nonfinite"),
 )
-# Fields that were added later, with the value that earlier runs had. At that value they are not part of a fingerprint,
-# so that older checkpoints are still accepted.
-_LATER_FIELDS = (("execution", "deterministic", True),)
+# Fields that were added later, with the value that earlier runs had, whatever the default is now. At that value they
+# are not part of a fingerprint, so that older checkpoints are still accepted.
+_LATER_FIELDS = (("execution", "deterministic", True), ("smoothing", "noise", "gaussian"))
 _PRETRAINED = ("checkpoints/encoder.safetensors", "stages/pretrain.json")
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
 
@@ -83,7 +83,11 @@ class RunFolder:
             raise RunError(
                 f"{path} holds no recipe.json, so it is not a run folder; start one with `rush run RECIPE --out {path}`"
             )
-        return cls(path, _settled(build_recipe(_read_object(file, file.name), source=str(file)), path))
+        values = _read_object(file, file.name)
+        for section, name, earlier in _LATER_FIELDS:
+            if isinstance(values.get(section), dict):
+                values[section].setdefault(name, earlier)
+        return cls(path, _settled(build_recipe(values, source=str(file)), path))
 
     def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
         """Return a run of ``recipe`` in ``path``, new or resumed, that begins with the pre-trained encoder of this one.

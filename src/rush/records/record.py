@@ -13,11 +13,11 @@ from rush.runtime.lines import read_object
 # The newest format of each kind of file that this version reads, and the one that it writes. Files without a number
 # predate these numbers and are read as format 1. ``audit.json`` has its own, ``auditing.report.FORMAT``.
 FORMATS: Mapping[str, int] = {
-    "recipe.json": 1,
+    "recipe.json": 2,  # 2: smoothing.noise
     "provenance.json": 1,
     "stages": 1,
     "log.jsonl": 1,
-    "certificates.tsv": 1,
+    "certificates.tsv": 2,  # 2: the rule names its noise
     "attacks.tsv": 1,
 }
 Content = TypeVar("Content")
