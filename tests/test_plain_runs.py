@@ -27,6 +27,7 @@ from rush.models.storage import load_plain, load_smoothed
 from rush.pipeline.attack import _plain_rungs
 from rush.pipeline.stages import run_stage
 from rush.recipe.schema import WITHOUT_NOISE, AttackConfig
+from rush.records.folder import RunFolder
 from rush.records.read_run import read_run
 from rush.reporting.compare import compare_command
 from rush.reporting.page import write_report
@@ -66,10 +67,6 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_tiny(tmp_path_factory.mktemp("plain"), *PLAIN).path
 
 
-def record(folder: Path, stage: str) -> dict:
-    return json.loads((folder / f"stages/{stage}.json").read_text())
-
-
 def arrays(file: Path) -> dict[str, np.ndarray]:
     with np.load(file) as stored:
         return {name: stored[name] for name in stored.files}
@@ -87,12 +84,13 @@ def classes_at(model: nn.Module, points: np.ndarray) -> np.ndarray:
 
 
 def test_every_stage_is_finished_and_nothing_is_certified(plain_run: Path) -> None:
-    assert all(record(plain_run, stage)["seconds"] >= 0 for stage in STAGES)
-    certify = record(plain_run, "certify")
+    run = RunFolder.open(plain_run)
+    assert all(run.require(stage)["seconds"] >= 0 for stage in STAGES)
+    certify = run.require("certify")
     assert (certify["images"], certify["certified"]) == (0, False)
     assert "not smoothed" in certify["reason"]
     assert not list(plain_run.glob("certificates*"))
-    attack = record(plain_run, "attack")
+    attack = run.require("attack")
     assert [rung["name"] for rung in attack["rungs"]] == RUNGS
     assert (attack["sandwich"]["checked"], attack["sandwich"]["violations"]) == (0, [])
     assert "not smoothed" in attack["sandwich"]["reason"]
@@ -103,11 +101,12 @@ def test_every_stage_is_finished_and_nothing_is_certified(plain_run: Path) -> No
 
 
 def test_the_held_out_images_are_watched_without_noise(plain_run: Path) -> None:
-    events = [json.loads(line) for line in (plain_run / "log.jsonl").read_text().splitlines()]
-    watched = [event for event in events if event["event"] == "monitor"]
-    assert [(event["stage"], event["epoch"]) for event in watched] == [("finetune", 4)]
-    assert 0.5 < watched[0]["accuracy"] <= 1
-    assert "accuracy_noisy" not in watched[0]
+    run = RunFolder.open(plain_run)
+    assert run.events("monitor", "pretrain") == []
+    (watched,) = run.events("monitor", "finetune")
+    assert watched["epoch"] == 4
+    assert 0.5 < watched["accuracy"] <= 1
+    assert "accuracy_noisy" not in watched
 
 
 def test_load_gives_the_network_that_was_attacked(plain_run: Path) -> None:
