@@ -5,7 +5,6 @@ within this one.
 """
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from commands import Call, refusal
+from commands import COMMAND, ENVIRONMENT, TWO_PROCESSES, Call, refusal, rush
 from rush.choices import STAGES
 from rush.commands.app import COMMANDS
 from rush.data.sources import load_images
@@ -28,16 +27,6 @@ from rush.models.storage import load
 from rush.records.folder import RunFolder
 from rush.training.checkpoint import TrainingCheckpoint
 from tiny import part_of, results, without_time, write_tiny
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "xterm"}
-
-
-COMMAND = [sys.executable, "-m", "rush"]
-
-
-def rush(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200)
 
 
 def modules_after(*arguments: str) -> set[str]:
@@ -397,11 +386,8 @@ def test_a_training_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(t
 
 @pytest.mark.timeout(240)
 def test_two_processes_do_all_stages_that_can_be_shared(tmp_path: Path) -> None:
-    recipe, out = write_tiny(tmp_path), tmp_path / "run"
-    # torchrun's own entry point, on a free port
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rush"]
-    command += ["run", str(recipe), "--out", str(out)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
+    out = tmp_path / "run"
+    done = rush("run", write_tiny(tmp_path), "--out", out, command=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     assert "audit and report run in one process" in done.stderr
     finished = {stage: json.loads((out / f"stages/{stage}.json").read_text()) for stage in STAGES[:-1]}

@@ -5,8 +5,6 @@ the longest on the CPU, which are among the slow tests.
 """
 
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from commands import TWO_PROCESSES, rush
 from rush.attacks.gradient import fresh_noise
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
@@ -249,10 +248,8 @@ def test_two_processes_train_together(device: str, tmp_path: Path) -> None:
         pytest.skip("needs two CUDA devices")
     recipe, weights = write_tiny(tmp_path), []
     for name in ("first", "again"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         changes = [word for change in on(device) for word in ("--set", change)]
-        command += ["-m", "rush", "pretrain", str(recipe), "--out", str(tmp_path / name), *changes]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+        done = rush("pretrain", recipe, "--out", tmp_path / name, *changes, command=TWO_PROCESSES)
         assert done.returncode == 0, done.stderr
         weights.append((tmp_path / name / "checkpoints/encoder.safetensors").read_bytes())
         assert json.loads((tmp_path / name / "stages/pretrain.json").read_text())["processes"] == 2

@@ -1,8 +1,6 @@
 """``rush predict`` reads image files as training and evaluation do, and one bad file keeps no other from its answer."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from commands import Call
+from commands import Call, rush
 from rush.commands.predict import _read, predict_files
 from rush.data.sources import load_images
 from rush.errors import DataError
@@ -168,8 +166,7 @@ def test_a_pipe_and_a_bomb_end_in_a_line_each(tmp_path: Path) -> None:
     buffer = BytesIO()
     Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
     (tmp_path / "bomb.png").write_bytes(buffer.getvalue())
-    command = [sys.executable, "-m", "rush", "predict", folder, tmp_path / "pipe.png", tmp_path / "bomb.png"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    done = rush("predict", folder, tmp_path / "pipe.png", tmp_path / "bomb.png")
     assert done.returncode == 1
     first, second = done.stderr.splitlines()
     assert "pipe.png is a pipe, socket or device, not an image file" in first
