@@ -278,16 +278,11 @@ def test_a_runs_model_knows_its_images(tiny_run: Path) -> None:
         smoothed.predict(_images(3, 8, 8))
 
 
-def _plain_copy(tiny_run: Path, folder: Path) -> Path:
-    """The model of the tiny run, said not to be smoothed."""
-    shutil.copytree(tiny_run / "model", folder)
+def test_a_plain_runs_classifier_and_what_is_made_of_it_know_their_images(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run / "model", tmp_path / "plain")
     values = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**values, "noise": {"name": "none"}}))
-    return folder
-
-
-def test_a_plain_runs_classifier_and_what_is_made_of_it_know_their_images(tiny_run: Path, tmp_path: Path) -> None:
-    plain = load(_plain_copy(tiny_run, tmp_path / "plain"))
+    plain = load(folder)
     assert isinstance(plain, nn.Module)
     for model in (plain, rush.SmoothedClassifier(plain, 0.25, 10)):
         with pytest.raises(InputError, match=r"1x9x9 .* those of the model 1x8x8"):
@@ -376,24 +371,17 @@ def test_splits_of_other_shapes_are_refused_before_any_training(
     check_run(_run_on(_npz(tmp_path / "data.npz", train), tmp_path, "certify.images=5", "attack.images=5"))
 
 
-def _folder(top: Path, splits: dict[str, dict[str, int]], side: int = 8) -> Path:
-    draws = np.random.default_rng(0)
-    for split, classes in splits.items():
-        for name, count in classes.items():
-            (top / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = draws.integers(0, 256, (side, side), dtype=np.uint8)
-                Image.fromarray(pixels).save(top / split / name / f"{number}.png")
-    return top
-
-
 @pytest.mark.usefixtures("untrained")
 def test_a_streamed_split_is_held_against_the_others_without_being_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = _folder(tmp_path / "data", {"train": {"cat": 70, "dog": 70}, "test": {"cat": 3, "dog": 3}})
-    for file in (data / "test").rglob("*.png"):
-        Image.open(file).resize((12, 12)).save(file)
+    data, draws = tmp_path / "data", np.random.default_rng(0)
+    for split, count, side in (("train", 70, 8), ("test", 3, 12)):
+        for name in ("cat", "dog"):
+            (data / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = draws.integers(0, 256, (side, side), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / split / name / f"{number}.png")
     given = ("data.memory_gb=0.000001", "certify.images=6", "attack.images=6")
     monkeypatch.setattr(Stream, "holding_out", lambda *_: pytest.fail("training images were read"))
     with pytest.raises(DataError, match=r"data \(test\) are 1x12x12 .* data \(train\) 1x8x8"):
