@@ -26,22 +26,20 @@ from rush.pipeline.stages import run_stage
 from rush.recipe.load import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.randomness import stream
-from tiny import TINY, part_of, results, run_tiny, tiny, without_time
+from tiny import TINY, differing, part_of, results, run_tiny, tiny, without_time
 
 
 def test_the_same_recipe_and_seed_give_the_same_bits(tiny_run: Path, tmp_path: Path) -> None:
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # nothing may come from the global generator
     first, again = results(tiny_run), results(run_tiny(tmp_path).path)
-    assert first.keys() == again.keys()
     assert len(first) == 5 + 7  # six attackers and the clean images
-    for name in first:
-        assert again[name] == first[name], f"{name} differs"
+    assert differing(first, again) == []
 
 
 def test_another_seed_gives_other_weights_votes_and_points(tiny_run: Path, tmp_path: Path) -> None:
     first, other = results(tiny_run), results(run_tiny(tmp_path, "seed=1").path)
     # the clean images' file holds other images too: the seed orders them
-    assert [name for name in first if other[name] == first[name]] == []
+    assert differing(first, other) == sorted(first)
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -175,11 +173,8 @@ def check_killed(
             happened[stage] += 1
         else:
             assert attempt(processes, run.path, stage, None)
-    found = results(run.path)
     assert not list(folder.rglob("*.partial")), "what a kill leaves half written is litter"
-    assert found.keys() == undisturbed.keys()
-    for name in undisturbed:
-        assert found[name] == undisturbed[name], f"{name} differs after the kills {happened}"
+    assert differing(undisturbed, results(run.path)) == [], f"after the kills {happened}"
     return happened
 
 

@@ -34,7 +34,7 @@ from rush.reporting.page import write_report
 from rush.reporting.wording import summary_rows
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.training.supervised import Examples
-from tiny import part_of, results, run_tiny, tiny
+from tiny import differing, part_of, results, run_tiny, tiny
 
 PLAIN = (
     "smoothing.sigma=0",
@@ -162,7 +162,7 @@ def test_an_attack_stage_that_was_cut_off_ends_with_the_same_results(
     shutil.copytree(plain_run, tmp_path / "first")
     (tmp_path / "first/certificates.tsv").write_text("time\n")
     (tmp_path / "first/audit.json").write_text("")
-    assert results(run.path) == results(tmp_path / "first")
+    assert differing(results(tmp_path / "first"), results(run.path)) == []
 
 
 def test_a_file_is_predicted_by_the_network_and_never_abstained_on(plain_run: Path, tmp_path: Path) -> None:

@@ -66,6 +66,11 @@ def results(folder: Path) -> dict[str, object]:
     return found
 
 
+def differing(first: dict[str, object], second: dict[str, object]) -> list[str]:
+    """Names of the results that are not the same bits in both."""
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+
+
 def results_of_training(folder: Path) -> dict[str, object]:
     """The weights that both trainings left."""
     names = ("checkpoints/encoder.safetensors", "model/model.safetensors")
