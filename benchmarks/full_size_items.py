@@ -206,6 +206,15 @@ class Bench:
 
         return attack
 
+    def in_rounds(
+        self, jobs: dict[str, Callable[[list[int]], T]], *, wanted: int, least: int, seconds: float
+    ) -> tuple[int, dict[str, list[T]]]:
+        """Return as ``full_size_store.in_rounds``. Raises: OmittedError where not even the first round was finished."""
+        images, found = in_rounds(jobs, wanted=wanted, minimum=least, seconds=seconds, clock=self.clock)
+        if not images:
+            raise OmittedError(f"its minimum, {least} images, was not done when the last tenth began")
+        return images, found
+
     def check_fits(self, seconds: float, minimum: str, needed: float) -> None:
         """Raise OmittedError when the minimum of an item needs more seconds than it may take."""
         allowed = min(1.5 * seconds, self.clock.until_last_start)
@@ -278,6 +287,11 @@ class Events:
         }
 
 
+def training_settings(recipe: Recipe, execution: Execution, events: Events) -> TrainingSettings:
+    """Return the settings of a training by ``recipe`` that logs to ``events``."""
+    return TrainingSettings(recipe.seed, execution, recipe.execution.compile_training, log=events)
+
+
 @contextmanager
 def _budgeted() -> Iterator[None]:
     """Within the context a training by minutes that has no time for an epoch is one that is omitted."""
@@ -305,12 +319,7 @@ def pretrain_encoder(bench: Bench, seconds: float) -> dict[str, Any]:
             classifier.encoder,
             classifier.normalize,
             bench.within(config, seconds),
-            TrainingSettings(
-                seed=bench.recipe.seed,
-                execution=bench.execution,
-                compile_mode=bench.recipe.execution.compile_training,
-                log=events,
-            ),
+            training_settings(bench.recipe, bench.execution, events),
         )
     save_weights(classifier, bench.weights("encoder"))
     bench.store.keep_weights("encoder", classifier.encoder)
@@ -394,15 +403,8 @@ def _finetuned(
     if epochs is not None:
         config = config.replace(epochs=epochs, minutes=None)
     with _budgeted():
-        finetune(
-            images,
-            classifier,
-            config,
-            TrainingSettings(
-                seed=recipe.seed, execution=bench.execution, compile_mode=recipe.execution.compile_training, log=events
-            ),
-            noise=noise_of(recipe),
-        )
+        settings = training_settings(recipe, bench.execution, events)
+        finetune(images, classifier, config, settings, noise=noise_of(recipe))
     save_weights(classifier, bench.weights(name))
     if name == f"noise-{MAIN_SIGMA:g}":
         bench.store.keep_weights(name, classifier)
@@ -422,11 +424,12 @@ def protocol_grid(bench: Bench, seconds: float) -> dict[str, Any]:
     needed = bench.rates.seconds(len(names) * least * passes, len(names) * least * votes)
     bench.check_fits(seconds, f"{least} images per cell", needed)
 
-    images, found = in_rounds(
+    images, found = bench.in_rounds(
         {name: bench.attacker(models[name], plans) for name in names},
-        wanted=min(bench.sizes.grid, len(bench.test)), minimum=least, seconds=seconds, clock=bench.clock,
-    )  # fmt: skip
-    _check_images(images, least)
+        wanted=min(bench.sizes.grid, len(bench.test)),
+        least=least,
+        seconds=seconds,
+    )
     cells = {name: _joined(bench, name, found[name]) for name in names}
     config = bench.recipe.attack
     return {
@@ -449,14 +452,12 @@ def climb_ladder(bench: Bench, seconds: float) -> dict[str, Any]:
     needed = bench.rates.seconds(least * per_image, least * votes)
     bench.check_fits(seconds, f"{least} images per model", needed)
 
-    images, found = in_rounds(
+    images, found = bench.in_rounds(
         {name: bench.attacker(models[name], plans) for name in names},
         wanted=most,
-        minimum=least,
+        least=least,
         seconds=seconds,
-        clock=bench.clock,
     )
-    _check_images(images, least)
     rungs = {}
     for name in names:
         below = [_required(bench.attacked(name, bench.rungs[rung], grid["images"])) for rung in GRID]
@@ -488,14 +489,12 @@ def worst_cases(bench: Bench, seconds: float) -> dict[str, Any]:
     needed = bench.rates.seconds(len(names) * least * suite.passes_per_image / 2, 0)  # many images leave early
     bench.check_fits(seconds, f"{least} images per model", needed)
 
-    images, found = in_rounds(
+    images, found = bench.in_rounds(
         {name: bench.attacker(models[name], [suite]) for name in names},
         wanted=most,
-        minimum=least,
+        least=least,
         seconds=seconds,
-        clock=bench.clock,
     )
-    _check_images(images, least)
     return {
         "images": images,
         "suite": suite.version,
@@ -543,11 +542,12 @@ def certified_curves(bench: Bench, seconds: float) -> dict[str, Any]:
     bench.check_fits(seconds, f"{least} images per model", needed)
     rule = _rule(bench, most, None)
     models = {name: bench.smoothed(name) for name in names}
-    images, found = in_rounds(
+    images, found = bench.in_rounds(
         {name: _certifier(bench, models[name], rule) for name in names},
-        wanted=most, minimum=least, seconds=seconds, clock=bench.clock,
-    )  # fmt: skip
-    _check_images(images, least)
+        wanted=most,
+        least=least,
+        seconds=seconds,
+    )
     return {
         "images": images,
         "rule": asdict(rule),
@@ -562,11 +562,12 @@ def certified_at_one_radius(bench: Bench, seconds: float) -> dict[str, Any]:
     rule = _rule(bench, most, (MAIN_SIGMA,))
     least = min(bench.sizes.least, most)
     bench.check_fits(seconds, f"{least} images", bench.rates.seconds(0, least * 500))
-    images, found = in_rounds(
+    images, found = bench.in_rounds(
         {name: _certifier(bench, bench.smoothed(name), rule)},
-        wanted=most, minimum=least, seconds=seconds, clock=bench.clock,
-    )  # fmt: skip
-    _check_images(images, least)
+        wanted=most,
+        least=least,
+        seconds=seconds,
+    )
     return {"images": images, "models": {name: _certified(bench, name, found[name], "-one-radius", (MAIN_SIGMA,))}}
 
 
@@ -614,8 +615,7 @@ def close_sandwich(bench: Bench, seconds: float) -> dict[str, Any]:
     def job(rows: list[int]) -> AttackResult:
         return evaluation.select(rows).run(plan)
 
-    images, found = in_rounds({name: job}, wanted=len(positions), minimum=least, seconds=seconds, clock=bench.clock)
-    _check_images(images, least)
+    images, found = bench.in_rounds({name: job}, wanted=len(positions), least=least, seconds=seconds)
     inside = join_results(found[name], balls.select(list(range(images))))
     bench.store.table(f"attacks-{name}-sandwich.tsv", attack_table([inside], bench.index_of))
     sandwich = check_sandwich(certificates, [inside, *_attacks_on(bench, name)], bench.recipe.attack.alpha)
@@ -686,11 +686,6 @@ def item_done(bench: Bench, name: str) -> dict[str, Any]:
 def _required(value: T | None) -> T:
     assert value is not None  # of an item that is done
     return value
-
-
-def _check_images(images: int, least: int) -> None:
-    if not images:
-        raise OmittedError(f"its minimum, {least} images, was not done when the last tenth began")
 
 
 ITEMS = (

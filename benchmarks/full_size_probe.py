@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import rush
-from full_size_items import Events, changed
+from full_size_items import Events, changed, training_settings
 from full_size_store import Clock
 from rush.attacks.gradient import fresh_noise, loss_and_gradient
 from rush.attacks.losses import cross_entropy
@@ -34,7 +34,6 @@ from rush.smoothing.forward import Forward
 from rush.smoothing.noise import Gaussian
 from rush.training.budget import clock
 from rush.training.finetune import finetune
-from rush.training.loop import TrainingSettings
 from rush.training.pretrain import pretrain
 from shared import labels_of
 
@@ -204,9 +203,7 @@ def _simclr(probe: Probe, form: TrainingCompile, batch: int, deterministic: bool
             classifier.encoder,
             classifier.normalize,
             recipe.pretrain.replace(**_TWO_EPOCHS),
-            TrainingSettings(
-                seed=recipe.seed, execution=execution, compile_mode=recipe.execution.compile_training, log=events
-            ),
+            training_settings(recipe, execution, events),
         )
         return events.epochs
 
@@ -230,11 +227,10 @@ def _eager_forwards(probe: Probe) -> None:
 def _fastest_forward(probe: Probe) -> tuple[int, CompileMode]:
     """The judged forward, compiled, where that fits; tile and form that get a model's passes done soonest."""
     found, tile = probe.found["forward"], probe.scale.tiles[-1]
-    modes: list[CompileMode] = ["default"]
-    for mode in modes if probe.scale.compile_seconds else []:
-        with probe.part(f"forward {tile} {mode}", _COMPILING / 2 + 2 * probe.scale.seconds) as fits:
+    if probe.scale.compile_seconds:
+        with probe.part(f"forward {tile} default", _COMPILING / 2 + 2 * probe.scale.seconds) as fits:
             if fits:
-                found[f"{tile} {mode}"] = _forward(probe, tile, mode)
+                found[f"{tile} default"] = _forward(probe, tile, "default")
     total = {
         name: entry["compile_seconds"] + MODEL_PASSES / entry["samples_per_second"] for name, entry in found.items()
     }
@@ -291,9 +287,7 @@ def _finetuning(probe: Probe) -> float:
             images,
             _classifier(recipe),
             recipe.finetune.replace(**_TWO_EPOCHS),
-            TrainingSettings(
-                seed=recipe.seed, execution=probe.execution, compile_mode=recipe.execution.compile_training, log=events
-            ),
+            training_settings(recipe, probe.execution, events),
             noise=noise_of(recipe),
         )
         return events.epochs

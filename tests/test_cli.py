@@ -5,37 +5,28 @@ within this one.
 """
 
 import json
-import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from commands import Call, refusal
+from commands import COMMAND, ENVIRONMENT, TWO_PROCESSES, Call, refusal, rush
 from rush.choices import STAGES
 from rush.commands.app import COMMANDS
 from rush.data.sources import load_images
 from rush.models.storage import load
 from rush.records.folder import RunFolder
 from rush.training.checkpoint import TrainingCheckpoint
-from tiny import results, without_time, write_tiny
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "xterm"}
-
-
-def rush(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rush", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=200)
+from tiny import differing, part_of, results, without_time, write_tiny
 
 
 def modules_after(*arguments: str) -> set[str]:
@@ -70,10 +61,12 @@ def test_help_and_refused_recipes_do_not_wait_for_torch(arguments: tuple[str, ..
     assert not {"torch", "numpy", "scipy"} & modules
 
 
-def test_help_names_every_command_of_the_flow() -> None:
-    lines = [line.strip("│ ").split() for line in rush("--help").stdout.splitlines()]
+def test_help_names_every_command_of_the_flow_and_the_traceback() -> None:
+    text = rush("--help").stdout
+    lines = [line.strip("│ ").split() for line in text.splitlines()]
     for command in ("run", *STAGES, "report", "ladder", "verdict", "predict", "compare", "cost", "recipes", "info"):
         assert any(words[:1] == [command] and len(words) > 4 for words in lines), f"{command} is not described"
+    assert "--traceback" in text
 
 
 def test_a_command_imports_the_module_of_no_other() -> None:
@@ -90,14 +83,17 @@ def test_an_interrupted_command_says_how_to_resume(call: Call, monkeypatch: pyte
     assert (done.returncode, done.stderr) == (130, "rush: interrupted; run the same command again to resume\n")
 
 
-def test_an_unknown_recipe_is_one_line_on_standard_error(tmp_path: Path) -> None:
-    assert "no recipe 'digit', did you mean 'digits'?" in refusal(rush("run", "digit", "--out", tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_wrong_override_is_told_before_a_folder_is_made(call: Call, tmp_path: Path) -> None:
-    message = refusal(call("run", "digits", "--out", tmp_path / "run", "--set", "pretrain.epoch=3"))
-    assert "pretrain.epoch: unknown key, did you mean 'epochs'?" in message
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("digit",), "no recipe 'digit', did you mean 'digits'?"),
+        (("digits", "--set", "pretrain.epoch=3"), "pretrain.epoch: unknown key, did you mean 'epochs'?"),
+    ],
+)
+def test_a_wrong_recipe_is_told_in_one_line_before_a_folder_is_made(
+    words: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    assert told in refusal(rush("run", *words, "--out", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -138,6 +134,11 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RUSH_TRACEBACK", raising=False)
 
 
+def short(*_: object, **__: object) -> NoReturn:
+    """Stands for a call that finds no memory."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little. More advice.")
+
+
 @pytest.mark.parametrize(
     ("stage", "place"),
     [("certify", "rush.pipeline.certify.certify_each"), ("attack", "rush.evaluation.candidates.pgd")],
@@ -145,23 +146,15 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stage_without_memory_names_the_tile_and_resumes_to_the_same_result(
     stage: str, place: str, tiny_run: Path, call: Call, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    for left in ("certificates.tsv", "stages/certify.json", "attacks.tsv", "stages/attack.json", "audit.json"):
-        (run / left).unlink()
-    shutil.rmtree(run / "attacks")
+    run = part_of(tiny_run, tmp_path / "run", "certify", "attack", "audit").path
     if stage == "attack":
         assert call("certify", run).returncode == 0
-
-    def short(*_: object, **__: object) -> NoReturn:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little. More advice.")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, short)
         message = refusal(call(stage, run))
-    assert message.startswith(
-        f"rush: {stage}: there is not enough memory (OutOfMemoryError: CUDA out of memory. Tried to "
-    )
+    told = f"rush: {stage}: there is not enough memory (OutOfMemoryError: CUDA out of memory. Tried to "
+    assert message.startswith(told)
     assert "Lower execution.tile" in message
     assert "the same command then resumes" in message
     assert call(stage, run).returncode == 0
@@ -171,9 +164,6 @@ def test_a_stage_without_memory_names_the_tile_and_resumes_to_the_same_result(
 
 
 def test_a_prediction_without_memory_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def short(*_: object, **__: object) -> NoReturn:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little.")
-
     monkeypatch.setattr("rush.commands.predict.predict_files", short)
     message = refusal(call("predict", tmp_path, tmp_path / "image.png"))
     assert "not enough memory (OutOfMemoryError: CUDA out of memory" in message
@@ -216,64 +206,51 @@ def test_a_traceback_of_a_refusal_is_shown_with_its_cause(call: Call, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_help_names_the_traceback(call: Call) -> None:
-    assert "--traceback" in call("--help").stdout
-
-
-def kill_when(ready: Callable[[], bool], *arguments: object) -> None:
-    """Start the command, wait until ``ready`` and kill it at once; an error when it ends by itself before."""
-    command = [sys.executable, "-m", "rush", *map(str, arguments)]
-    child = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not ready():
-        assert child.poll() is None, f"ended with {child.returncode} before it could be killed"
+def stopped_when(
+    ready: Callable[[], bool], *arguments: object, by: signal.Signals = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    """Start the command, and send the signal once it is ``ready`` or has ended by itself."""
+    child = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while child.poll() is None and not ready():
         time.sleep(0.002)
-    child.kill()
-    child.wait()
+    child.send_signal(by)
+    _, told = child.communicate(timeout=60)
+    return subprocess.CompletedProcess(child.args, child.returncode, None, told)
+
+
+Finished: TypeAlias = tuple[Path, subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The run folder of `rush run`, killed once in its pre-training, and what the second start of the command said."""
     folder = tmp_path_factory.mktemp("command")
     arguments = ("run", write_tiny(folder), "--out", folder / "run")
-    kill_when(lambda: (folder / "run/checkpoints/pretrain.pt").exists(), *arguments)
+    killed = stopped_when((folder / "run/checkpoints/pretrain.pt").exists, *arguments)
+    assert killed.returncode == -signal.SIGKILL, "it ended before it could be killed"
     return folder / "run", rush(*arguments)
 
 
 def test_a_killed_run_goes_on_by_the_same_command_and_ends_with_the_bits_of_the_library(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tiny_run: Path
+    finished: Finished, tiny_run: Path
 ) -> None:
     folder, done = finished
     assert done.returncode == 0, done.stderr
-    expected, found = results(tiny_run), results(folder)
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert found[name] == expected[name], f"{name} differs"
+    assert differing(results(tiny_run), results(folder)) == []
 
 
-def test_a_run_says_its_stages_on_standard_error_and_its_report_on_standard_output(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
+def test_a_run_says_its_stages_on_standard_error_and_its_report_on_standard_output(finished: Finished) -> None:
+    """Nothing is coloured or animated, as nobody watches."""
     folder, done = finished
     assert f"report: {folder}/report.html" in done.stdout
     assert (folder / "report.html").stat().st_size > 10_000
     lines = done.stderr.splitlines()
-    assert [line for line in lines if line.endswith("...")] == [
-        "pretrain ...",
-        "finetune ...",
-        "certify ...",
-        "attack ...",
-        "audit ...",
-    ]
+    assert [line for line in lines if line.endswith("...")] == [f"{stage} ..." for stage in STAGES]
     assert len(lines) == 10
     for line in lines[1::2]:
         assert line.endswith(" s")
-
-
-def test_nothing_is_coloured_or_animated_where_nobody_watches(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    _, done = finished
     for text in (done.stdout, done.stderr):
         assert "\x1b" not in text
         assert "\r" not in text
@@ -289,27 +266,19 @@ def test_stages_one_by_one_are_the_same_run(call: Call, tiny_run: Path, tmp_path
         done = call(command, folder)
         assert done.returncode == 0, done.stderr
         assert done.stderr.startswith(f"{command} ...\n{command}: ")
-    assert results(folder) == results(tiny_run)
+    assert differing(results(tiny_run), results(folder)) == []
 
 
-def test_a_finished_run_is_kept_and_reported_again(
-    call: Call,
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
+def test_a_finished_run_is_kept_and_reported_again(call: Call, finished: Finished) -> None:
     folder, first = finished
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     again = call("run", folder)
-    assert again.stderr.splitlines() == [
-        f"{stage}: already finished, skipping" for stage in ("pretrain", "finetune", "certify", "attack", "audit")
-    ]
+    assert again.stderr.splitlines() == [f"{stage}: already finished, skipping" for stage in STAGES]
     assert again.stdout == first.stdout
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
 
 
-def test_a_changed_field_of_a_finished_stage_is_refused(
-    call: Call,
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
+def test_a_changed_field_of_a_finished_stage_is_refused(call: Call, finished: Finished) -> None:
     folder, _ = finished
     recipe = (folder / "recipe.json").read_bytes()
     message = refusal(call("run", folder, "--set", "smoothing.sigma=0.5"))
@@ -318,16 +287,10 @@ def test_a_changed_field_of_a_finished_stage_is_refused(
 
 
 def test_info_tells_state_and_figures(call: Call, tiny_run: Path, tmp_path: Path) -> None:
-    half = tmp_path / "half"
-    shutil.copytree(tiny_run, half, ignore=shutil.ignore_patterns("attack.json", "attacks", "attacks.tsv"))
+    half = part_of(tiny_run, tmp_path / "half", "attack").path
     rows = [line.split("│") for line in call("info", half).stdout.splitlines()]
     states = {cells[0].strip(): cells[1].strip() for cells in rows if len(cells) == 2}
-    assert [states[stage] for stage in ("pretrain", "finetune", "certify", "attack")] == [
-        "finished",
-        "finished",
-        "finished",
-        "not finished",
-    ]
+    assert [states[stage] for stage in STAGES[:4]] == ["finished"] * 3 + ["not finished"]
     assert states["ACR"].endswith("(N = 200)")
 
 
@@ -375,11 +338,8 @@ def test_a_warning_of_this_library_is_one_line(tmp_path: Path) -> None:
     assert line.startswith(f"rush: warning: {tmp_path}: 1 entries are omitted")
 
 
-def test_predict_names_the_file_that_is_no_image(call: Call, tiny_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no image")
-    told = refusal(call("predict", tiny_run, tmp_path / "text.png"))
-    assert f"{tmp_path}/text.png cannot be read as an image" in told
-    told = refusal(call("predict", tmp_path / "none", tmp_path / "text.png"))
+def test_predict_refuses_a_folder_that_is_not_there(call: Call, tmp_path: Path) -> None:
+    told = refusal(call("predict", tmp_path / "none", tmp_path / "image.png"))
     assert "is not a directory; give a run folder" in told
 
 
@@ -394,14 +354,9 @@ def test_twenty_kills_of_the_whole_command_change_no_bit(tiny_run: Path, tmp_pat
     whole = time.monotonic() - started
     for _ in range(20):
         due = time.monotonic() + chance.uniform(0.3, 0.9) * whole
-        command = [sys.executable, "-m", "rush", *map(str, arguments)]
-        child = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while time.monotonic() < due and child.poll() is None:
-            time.sleep(0.01)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        stopped_when(lambda due=due: time.monotonic() >= due, *arguments)  # type: ignore[misc]
     assert rush(*arguments).returncode == 0
-    assert results(tmp_path / "run") == results(tiny_run)
+    assert differing(results(tiny_run), results(tmp_path / "run")) == []
 
 
 def test_a_terminal_gets_a_progress_bar_with_rate(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,18 +369,13 @@ def test_a_terminal_gets_a_progress_bar_with_rate(call: Call, tmp_path: Path, mo
 
 
 def test_a_training_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(tmp_path: Path) -> None:
-    recipe, out = write_tiny(tmp_path), tmp_path / "run"
-    command = [sys.executable, "-m", "rush", "pretrain", str(recipe), "--out", str(out)]
-    command += ["--set", "pretrain.epochs=4000"]
-    child = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while child.poll() is None and not (out / "checkpoints/pretrain.pt").exists():
-        time.sleep(0.02)
-    child.terminate()
-    _, told = child.communicate(timeout=60)
-    assert child.returncode == 143
-    assert "rush: pretrain: stopped by SIGTERM after " in told
-    assert "run the same command again to resume" in told
-    assert "Traceback" not in told
+    out = tmp_path / "run"
+    arguments = ("pretrain", write_tiny(tmp_path), "--out", out, "--set", "pretrain.epochs=4000")
+    done = stopped_when((out / "checkpoints/pretrain.pt").exists, *arguments, by=signal.SIGTERM)
+    assert done.returncode == 143
+    assert "rush: pretrain: stopped by SIGTERM after " in done.stderr
+    assert "run the same command again to resume" in done.stderr
+    assert "Traceback" not in done.stderr
     state = TrainingCheckpoint(out / "checkpoints/pretrain.pt", RunFolder.open(out).fingerprint("pretrain")).load()
     assert state is not None
     assert 0 < state["number"] < 4000 * 10
@@ -433,11 +383,8 @@ def test_a_training_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(t
 
 @pytest.mark.timeout(240)
 def test_two_processes_do_all_stages_that_can_be_shared(tmp_path: Path) -> None:
-    recipe, out = write_tiny(tmp_path), tmp_path / "run"
-    # torchrun's own entry point, on a free port
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rush"]
-    command += ["run", str(recipe), "--out", str(out)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
+    out = tmp_path / "run"
+    done = rush("run", write_tiny(tmp_path), "--out", out, command=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     assert "audit and report run in one process" in done.stderr
     finished = {stage: json.loads((out / f"stages/{stage}.json").read_text()) for stage in STAGES[:-1]}

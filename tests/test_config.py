@@ -32,10 +32,7 @@ def values() -> dict[str, Any]:
         ("certify.alpha=0.5", r"certify\.alpha: .*less than 0\.5 \(given: 0\.5\)"),
         ("certify.alpha=0", r"certify\.alpha: .*greater than 0"),
         ("certify.num_estimation=0", r"certify\.num_estimation: .*\(given: 0\)"),
-        (
-            "certify.num_estimation=9",
-            r"certify: num_estimation must be at least 10 to certify .* alpha = 0\.001",
-        ),
+        ("certify.num_estimation=9", r"certify: num_estimation must be at least 10 to certify .* alpha = 0\.001"),
         ("certify.method=wald", r"certify\.method: .*'clopper-pearson' or 'sequential' \(given: 'wald'\)"),
         ("certify.level=run", r"certify\.level: .*'image' or 'family' \(given: 'run'\)"),
         ("certify.futility=0.5", r"certify\.futility: .*less than 0\.5 \(given: 0\.5\)"),
@@ -45,7 +42,7 @@ def values() -> dict[str, Any]:
         ("certify.radii=[inf]", r"certify\.radii\.0"),
         ("certify.images=0", r"certify\.images"),
         ("smoothing.sigma=0", r"recipe: smoothing\.sigma = 0 .* finetune\.objective = gaussian trains under it; set"),
-        ("smoothing.sigma=-0.25", r"smoothing\.sigma"),
+        ("smoothing.sigma=-0.25", r"smoothing\.sigma: .*greater than or equal to 0"),
         ("smoothing.sigma=inf", r"smoothing\.sigma"),
         ("smoothing.sigma=nan", r"smoothing\.sigma"),
         ("pretrain.learning_rate=inf", r"pretrain\.learning_rate"),
@@ -59,16 +56,14 @@ def values() -> dict[str, Any]:
         ("pretrain.views.crop_scale=[0.5, 1.5]", r"pretrain\.views"),
         ("pretrain.views.crop_scale=[0.9, 0.5]", r"pretrain\.views"),
         ("pretrain.views.blur_sigma=[2.0, 1.0]", r"pretrain\.views"),
+        ("pretrain.views.blur=true", r"pretrain\.views\.blur: must be a number \(given: True\)"),
         ("pretrain.views.crop_scale=0.5", r"pretrain\.views\.crop_scale"),
         ("pretrain.optimizer=adam", r"pretrain\.optimizer: .*'sgd', 'lars' or 'adamw' \(given: 'adam'\)"),
         ("model.encoder=resnet101", r"model\.encoder: .*'resnet18'"),
         ("model.width=0", r"model\.width"),
         ("execution.precision=float16", r"execution\.precision"),
         ("execution.tile=0", r"execution\.tile"),
-        (
-            "execution.compile=max",
-            r"execution\.compile: .*'auto', 'none', 'default' or .* \(given: 'max'\)",
-        ),
+        ("execution.compile=max", r"execution\.compile: .*'auto', 'none', 'default' or .* \(given: 'max'\)"),
         ("finetune.epochs=0", r"finetune\.epochs"),
         ("finetune.label_fraction=0", r"finetune\.label_fraction"),
         ("attack.epsilon=8", r"attack: epsilon = 8 exceeds the pixel range \[0, 1\]; did you mean 8/255\?"),
@@ -166,12 +161,7 @@ def test_an_override_that_names_no_field_is_refused(override: str, text: str) ->
         build_recipe({**values(), "seed": 0}, [override])
 
 
-def test_the_data_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert build_recipe(values(), data="archives").data.root == str(tmp_path / "archives")
-
-
-def test_several_data_folders_are_a_list_and_one_stays_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_folders_become_absolute_and_only_several_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = build_recipe(values(), data=["a", "b"])
     stored = json.loads(recipe.to_json())
@@ -250,10 +240,6 @@ def test_the_json_of_a_recipe_is_the_recipe_with_every_default_written_out(tmp_p
     assert written["pretrain"]["views"]["blur_sigma"] == [0.1, 2.0]
 
 
-def test_recipes_are_shipped() -> None:
-    assert {"cifar10", "cifar10-small", "digits"} <= set(recipe_names())
-
-
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_shipped_recipe_is_valid_and_opens_with_what_to_expect_of_it(name: str) -> None:
     assert load_recipe(name).name == name
@@ -304,18 +290,16 @@ def test_a_recipe_gives_what_it_changes_in_its_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("base", "told"),
-    [('"a.toml"', "base must name another recipe"), ("3", r"base must name another recipe \(given: 3\)")],
+    [
+        ('"a.toml"', "base must name another recipe"),
+        ("3", r"base must name another recipe \(given: 3\)"),
+        ('"digit"', "no recipe 'digit', did you mean 'digits'"),
+    ],
 )
 def test_a_base_that_is_no_other_recipe_is_refused(base: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('base = "b.toml"\nname = "a"\n')
     (tmp_path / "b.toml").write_text(f'base = {base}\nname = "b"\n')
     with pytest.raises(ConfigError, match=told):
-        load_recipe(str(tmp_path / "a.toml"))
-
-
-def test_an_unknown_base_is_told_with_the_recipes_that_there_are(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text('base = "digit"\nname = "a"\n')
-    with pytest.raises(ConfigError, match="no recipe 'digit', did you mean 'digits'"):
         load_recipe(str(tmp_path / "a.toml"))
 
 
@@ -351,5 +335,3 @@ def test_a_section_that_is_built_in_code_is_refused_like_one_of_a_recipe() -> No
             build()
     with pytest.raises(ConfigError, match=r"^PretrainConfig: learning_rate: Field required$"):
         PretrainConfig(epochs=1, batch_size=256)  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match=r"pretrain\.views\.blur: must be a number \(given: True\)"):
-        build_recipe(values(), ["pretrain.views.blur=true"])

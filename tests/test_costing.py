@@ -27,7 +27,6 @@ from rush.commands.cost import (
 from rush.data.images import hold_out, stratified_subset
 from rush.data.sources import load_images
 from rush.errors import ConfigError, RushError
-from rush.recipe.schema import Recipe
 from rush.runtime.randomness import stream
 from tiny import run_tiny, tiny, write_tiny
 
@@ -42,43 +41,33 @@ def cost_of(folder: Path, stage: str, *overrides: str) -> StageCost:
     return next(cost for cost in measure(tiny(folder, *wanted), steps=1).stages if cost.stage == stage)
 
 
-# Forward and backward, and forward alone, for an image and epoch.
-PRETRAINING = {
-    "simclr": ((), 2, 0),
-    "simclr by parts": (("pretrain.micro_batch=4",), 2, 2),
-    "simclr with noise": (('pretrain.noise.views="both"',), 2, 0),
-    "moco": (('pretrain.objective="moco"', "pretrain.queue=32"), 1, 1),
-    "acl": (('pretrain.objective="acl"', "pretrain.adversary.steps=3"), 4 + 2 * 3, 0),
-}
-FINETUNING = {
-    "standard": ((), 1, 0),
-    "gaussian": ((), 1, 0),
-    "consistency": (("finetune.consistency.draws=3",), 3, 0),
-    "smoothadv": (("finetune.smoothadv.draws=2", "finetune.smoothadv.steps=3"), (3 + 1) * 2, 0),
-    "cat-rs": (("finetune.cat_rs.draws=2", "finetune.cat_rs.steps=3"), (3 + 2) * 2, 0),
-    "pgd-at": (("finetune.adversary.steps=3",), 1 + 3, 0),
-    "trades": (("finetune.adversary.steps=3",), 2 + 3, 1),
-}
-
-
-@pytest.mark.parametrize("name", PRETRAINING)
-def test_passes_of_pretraining_are_those_of_its_docstring(tmp_path: Path, name: str) -> None:
-    overrides, both, forward = PRETRAINING[name]
-    cost = cost_of(tmp_path, "pretrain", *overrides)
+@pytest.mark.parametrize(
+    ("stage", "objective", "overrides", "both", "forward"),
+    [
+        ("pretrain", "simclr", (), 2, 0),
+        ("pretrain", "simclr", ("pretrain.micro_batch=4",), 2, 2),
+        ("pretrain", "simclr", ('pretrain.noise.views="both"',), 2, 0),
+        ("pretrain", "moco", ("pretrain.queue=32",), 1, 1),
+        ("pretrain", "acl", ("pretrain.adversary.steps=3",), 4 + 2 * 3, 0),
+        ("finetune", "standard", (), 1, 0),
+        ("finetune", "gaussian", (), 1, 0),
+        ("finetune", "consistency", ("finetune.consistency.draws=3",), 3, 0),
+        ("finetune", "smoothadv", ("finetune.smoothadv.draws=2", "finetune.smoothadv.steps=3"), (3 + 1) * 2, 0),
+        ("finetune", "cat-rs", ("finetune.cat_rs.draws=2", "finetune.cat_rs.steps=3"), (3 + 2) * 2, 0),
+        ("finetune", "pgd-at", ("finetune.adversary.steps=3",), 1 + 3, 0),
+        ("finetune", "trades", ("finetune.adversary.steps=3",), 2 + 3, 1),
+    ],
+)
+def test_passes_are_those_of_the_docstring(
+    stage: str, objective: str, overrides: tuple[str, ...], both: int, forward: int, tmp_path: Path
+) -> None:
+    """Passes forward and backward, and forward alone, for an image and epoch."""
+    cost = cost_of(tmp_path, stage, f"{stage}.objective={objective}", *overrides)
     seen = cost.steps * BATCH
     assert cost.steps == 2 * (TRAIN // BATCH)
     assert (cost.passes, cost.forward_passes) == (both * seen, forward * seen)
     assert cost.passes_per_image == both * seen / TRAIN
-    assert cost.objective == name.split()[0]
-
-
-@pytest.mark.parametrize("name", FINETUNING)
-def test_passes_of_finetuning_are_those_of_its_docstring(tmp_path: Path, name: str) -> None:
-    overrides, both, forward = FINETUNING[name]
-    cost = cost_of(tmp_path, "finetune", f'finetune.objective="{name}"', *overrides)
-    seen = cost.steps * BATCH
-    assert cost.steps == 2 * (TRAIN // BATCH)
-    assert (cost.passes, cost.forward_passes) == (both * seen, forward * seen)
+    assert cost.objective == objective
 
 
 def test_a_frozen_encoder_only_goes_forward_for_as_long_as_it_is_frozen(tmp_path: Path) -> None:
@@ -135,15 +124,14 @@ def test_sizes_are_those_of_the_images_themselves(tmp_path: Path) -> None:
     recipe = tiny(tmp_path, "data.held_out=200", "finetune.label_fraction=0.1")
     assert data_size(recipe) == DataSize((1, 8, 8), train.num_classes, len(kept), len(labelled))
     generator = np.random.default_rng(0)
-    images = {f"x_{split}": generator.integers(0, 256, (n, 5, 5, 3), np.uint8) for split, n in SPLIT_SIZES}
-    labels = {f"y_{split}": np.arange(n) % 3 for split, n in SPLIT_SIZES}
-    np.savez(tmp_path / "own.npz", **images, **labels)  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {}
+    for split, count in (("train", 60), ("test", 9)):
+        arrays[f"x_{split}"] = generator.integers(0, 256, (count, 5, 5, 3), np.uint8)
+        arrays[f"y_{split}"] = np.arange(count) % 3
+    np.savez(tmp_path / "own.npz", **arrays)
     own = tiny(tmp_path, f"data.name={tmp_path / 'own.npz'}", "data.held_out=10")
     assert data_size(own) == DataSize((3, 5, 5), 3, 50, 50)
     assert data_size(own.model_copy(update={"data": own.data.model_copy(update={"size": 4})})).shape == (3, 4, 4)
-
-
-SPLIT_SIZES = (("train", 60), ("test", 9))
 
 
 def logged(*epochs: dict[str, Any]) -> Callable[..., None]:
@@ -189,15 +177,10 @@ def test_each_kind_of_step_stands_for_its_own_epochs(tmp_path: Path, monkeypatch
 def test_images_that_are_streamed_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costing, "pretrain", logged(epoch(1.0, 1), epoch(1.0, 1)))
     monkeypatch.setattr(costing, "finetune", logged(epoch(1.0, 1), epoch(1.0, 1, None)))
-    recipe = tiny(tmp_path, "data.name=stl10", 'data.pretrain_split="train+unlabeled"', "data.memory_gb=2")
-    pretrained, finetuned = measure(recipe, steps=1).stages
-    assert (pretrained.peak_memory, finetuned.peak_memory) == (1000, None)
-    held = measure(replace_memory(recipe, 8.0), steps=1).stages[0].peak_memory
-    assert held == 1000 + 3 * 96 * 96 * (105_000 - 128)
-
-
-def replace_memory(recipe: Recipe, gigabytes: float) -> Recipe:
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"memory_gb": gigabytes})})
+    for gigabytes, images in ((2, 0), (8, 3 * 96 * 96 * (105_000 - 128))):
+        overrides = ("data.name=stl10", 'data.pretrain_split="train+unlabeled"', f"data.memory_gb={gigabytes}")
+        pretrained, finetuned = measure(tiny(tmp_path, *overrides), steps=1).stages
+        assert (pretrained.peak_memory, finetuned.peak_memory) == (1000 + images, None)
 
 
 def made() -> list[RecipeCost]:
@@ -271,24 +254,24 @@ def test_an_error_comes_back_from_the_process_that_measures(tmp_path: Path) -> N
 def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costing, "_answer", "ends at once".format)
     with pytest.raises(RushError, match=r"tiny: .* ended without an answer \(exit status 0\).*lower batch_size"):
-        list(costing.measure_each([tiny(tmp_path)]))
+        costing.measure_apart(tiny(tmp_path))
 
 
 @pytest.mark.slow
 def test_a_recipe_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     """With the threads of the one that asks; an error comes back as it is."""
-    (cost,) = costing.measure_each([tiny(tmp_path, *SMALL)], steps=1)
+    cost = costing.measure_apart(tiny(tmp_path, *SMALL), steps=1)
     assert [stage.steps for stage in cost.stages] == [2 * (TRAIN // BATCH)] * 2
     assert "float32, 1 thread," in cost.conditions
     assert all(stage.seconds > 0 for stage in cost.stages)
     with pytest.raises(ConfigError, match="steps must be at least 1"):
-        list(costing.measure_each([tiny(tmp_path)], steps=0))
+        costing.measure_apart(tiny(tmp_path), steps=0)
 
 
 def test_the_command_prints_and_writes_what_it_measured(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costing, "_measure_apart", measure)
+    monkeypatch.setattr(costing, "measure_apart", measure)
     recipe, file = write_tiny(tmp_path), tmp_path / "cost.json"
     done = call("cost", recipe, "--steps", 1, "--json", file, "--set", "pretrain.epochs=0")
     assert done.returncode == 0, done.stderr

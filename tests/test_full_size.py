@@ -105,6 +105,12 @@ def bench_of(order: Order) -> Bench:
     return full_size.bench_of(order, store, plan, Clock(MINUTES))
 
 
+def assert_weights(module: torch.nn.Module, file: Path) -> None:
+    stored = load_file(file)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+
+
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
@@ -159,20 +165,12 @@ def test_what_is_published_fits_and_shows_every_item(finished: Order) -> None:
 def test_pretraining_is_that_of_the_library(finished: Order) -> None:
     bench = bench_of(finished)
     recipe = load_recipe("cifar10", [*full_size.TINY, "model.width=4"])
-    execution = decide_execution("cpu", "float32", 16)
+    settings = TrainingSettings(seed=recipe.seed, execution=decide_execution("cpu", "float32", 16))
     classifier = new_classifier(spec_of(recipe, bench.train), 0)
     config = recipe.pretrain.replace(epochs=finished.sizes.epochs)
     source = Resident(bench.train.without_labels())
-    pretrain(
-        source,
-        classifier.encoder,
-        classifier.normalize,
-        config,
-        TrainingSettings(seed=recipe.seed, execution=execution),
-    )
-    stored = load_file(bench.weights("encoder"))
-    for name, tensor in classifier.state_dict().items():
-        assert torch.equal(tensor, stored[name]), name
+    pretrain(source, classifier.encoder, classifier.normalize, config, settings)
+    assert_weights(classifier, bench.weights("encoder"))
 
 
 def test_fine_tuning_is_that_of_the_library_on_the_pre_trained_encoder(finished: Order) -> None:
@@ -182,13 +180,9 @@ def test_fine_tuning_is_that_of_the_library_on_the_pre_trained_encoder(finished:
     classifier = new_classifier(spec_of(recipe, bench.train), 0)
     load_weights(classifier, bench.weights("encoder"))
     config = recipe.finetune.replace(epochs=finished.sizes.epochs)
-    execution = decide_execution("cpu", "float32", 16)
-    finetune(
-        labelled, classifier, config, TrainingSettings(seed=recipe.seed, execution=execution), noise=noise_of(recipe)
-    )
-    stored = load_file(bench.weights("tenth-0.25"))
-    for name, tensor in classifier.state_dict().items():
-        assert torch.equal(tensor, stored[name]), name
+    settings = TrainingSettings(seed=recipe.seed, execution=decide_execution("cpu", "float32", 16))
+    finetune(labelled, classifier, config, settings, noise=noise_of(recipe))
+    assert_weights(classifier, bench.weights("tenth-0.25"))
 
 
 def test_nearest_neighbours_and_linear_head_are_those_of_the_library(finished: Order) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from rush.evaluation.attack import verdict
 from rush.models.classifier import Normalize
 from rush.models.storage import load
 from rush.pipeline import train as training
-from rush.pipeline.stages import check_run, run_stage
+from rush.pipeline.preconditions import check_run
+from rush.pipeline.stages import run_stage
 from rush.records.folder import RunFolder
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
@@ -96,7 +98,7 @@ def _smoothed(module: nn.Module, **given: object) -> rush.SmoothedClassifier:
     return rush.SmoothedClassifier(module.eval(), 0.25, 2, execution=Execution(tile=50), **given)  # type: ignore[arg-type]
 
 
-def _doors(smoothed: rush.SmoothedClassifier, x: Tensor) -> dict[str, object]:
+def _doors(smoothed: rush.SmoothedClassifier, x: Tensor) -> dict[str, Callable[[], object]]:
     """A call of every door on the images ``x``."""
     y, generator = _labels(len(x)), stream(0, "door")
     return {
@@ -111,18 +113,21 @@ def _doors(smoothed: rush.SmoothedClassifier, x: Tensor) -> dict[str, object]:
     }
 
 
+DOORS = list(_doors(_smoothed(Pooled(3)), _images(3, 8, 8)))
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 12), (3, 8, 9), (4, 8, 8)])
-@pytest.mark.parametrize("door", list(_doors(_smoothed(Pooled(3)), _images(3, 8, 8))))
+@pytest.mark.parametrize("door", DOORS)
 def test_images_of_another_shape_are_refused_at_every_door(door: str, shape: tuple[int, ...]) -> None:
     smoothed = _smoothed(Pooled(3), image_shape=(3, 8, 8))
     with pytest.raises(InputError, match=rf"are {'x'.join(map(str, shape))} \(channels x .*those of the model 3x8x8"):
-        _doors(smoothed, _images(*shape))[door]()  # type: ignore[operator]
+        _doors(smoothed, _images(*shape))[door]()
 
 
 @pytest.mark.parametrize("door", ["predict", "log_probs", "counts", "certify", "verdict"])
 def test_images_of_the_models_shape_are_taken(door: str) -> None:
-    _doors(_smoothed(Pooled(3), image_shape=[3, 8, 8]), _images(3, 8, 8))[door]()  # type: ignore[operator]
-    _doors(_smoothed(Pooled(3)), _images(3, 8, 8))[door]()  # type: ignore[operator]
+    _doors(_smoothed(Pooled(3), image_shape=[3, 8, 8]), _images(3, 8, 8))[door]()
+    _doors(_smoothed(Pooled(3)), _images(3, 8, 8))[door]()
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (3, 8, 8, 8), (3, 8, 0), (3, 8, 8.0), "388", 3, (True, 8, 8)])
@@ -131,13 +136,13 @@ def test_a_shape_that_is_none_is_refused(shape: object) -> None:
         _smoothed(Pooled(3), image_shape=shape)
 
 
-@pytest.mark.parametrize("door", list(_doors(_smoothed(Pooled(3)), _images(3, 8, 8))))
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("first", [Broadcast, Repeat])
 def test_grey_images_shown_to_a_colour_network_are_refused_at_every_door(door: str, first: type[nn.Module]) -> None:
     """One plane of noise would be shown three times."""
     smoothed = _smoothed(nn.Sequential(first(), Pooled(3)))
     with pytest.raises(InputError, match="have 1 channel, and the classifier repeats it to 3 before its first layer"):
-        _doors(smoothed, _images(1, 8, 8))[door]()  # type: ignore[operator]
+        _doors(smoothed, _images(1, 8, 8))[door]()
 
 
 def test_a_repeated_plane_is_found_before_a_linear_layer_too() -> None:
@@ -189,10 +194,10 @@ def test_images_that_the_classifier_could_not_take_fix_nothing() -> None:
     smoothed.predict(_images(3, 8, 8), num_samples=20)
 
 
-@pytest.mark.parametrize("door", ["predict", "log_probs", "as_module", "counts", "certify", "attack", "verdict"])
+@pytest.mark.parametrize("door", DOORS[:-1])
 def test_every_door_fixes_the_number_of_channels(door: str) -> None:
     smoothed = _smoothed(Brightness())
-    _doors(smoothed, _images(3, 8, 8))[door]()  # type: ignore[operator]
+    _doors(smoothed, _images(3, 8, 8))[door]()
     with pytest.raises(InputError, match="the first images of this classifier had 3"):
         smoothed.check_shape((1, 8, 8))
 
@@ -273,16 +278,11 @@ def test_a_runs_model_knows_its_images(tiny_run: Path) -> None:
         smoothed.predict(_images(3, 8, 8))
 
 
-def _plain_copy(tiny_run: Path, folder: Path) -> Path:
-    """The model of the tiny run, said not to be smoothed."""
-    shutil.copytree(tiny_run / "model", folder)
+def test_a_plain_runs_classifier_and_what_is_made_of_it_know_their_images(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run / "model", tmp_path / "plain")
     values = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**values, "noise": {"name": "none"}}))
-    return folder
-
-
-def test_a_plain_runs_classifier_and_what_is_made_of_it_know_their_images(tiny_run: Path, tmp_path: Path) -> None:
-    plain = load(_plain_copy(tiny_run, tmp_path / "plain"))
+    plain = load(folder)
     assert isinstance(plain, nn.Module)
     for model in (plain, rush.SmoothedClassifier(plain, 0.25, 10)):
         with pytest.raises(InputError, match=r"1x9x9 .* those of the model 1x8x8"):
@@ -291,28 +291,39 @@ def test_a_plain_runs_classifier_and_what_is_made_of_it_know_their_images(tiny_r
             rush.attack(model, _set((1, 8, 8), ("a", "b")), THREAT, "none")
 
 
-def _npz(file: Path, shape: tuple[int, ...], classes: tuple[str, ...], test: tuple[int, ...] | None = None) -> Path:
-    """A data set of 160 training and 12 test images, the latter of the shape ``test``."""
-    arrays: dict[str, np.ndarray] = {"classes": np.array(classes)}
+def _npz(
+    file: Path,
+    shape: tuple[int, ...],
+    classes: tuple[str, ...] = ("a", "b"),
+    test: tuple[int, ...] | None = None,
+    **changes: np.ndarray | None,
+) -> Path:
+    """A data set of 160 training and 12 test images, the latter of the shape ``test``; None omits an array."""
+    arrays: dict[str, np.ndarray | None] = {"classes": np.array(classes)}
     for number, (split, size, count) in enumerate((("train", shape, 160), ("test", test or shape, 12))):
         draws = np.random.default_rng(number)
         arrays[f"x_{split}"] = draws.integers(0, 256, (count, *size), dtype=np.uint8)
         arrays[f"y_{split}"] = np.arange(count) % len(classes)
-    np.savez(file, **arrays)
+    np.savez(file, **{name: array for name, array in {**arrays, **changes}.items() if array is not None})
     return file
 
 
 @pytest.mark.parametrize("command", ["audit", "ladder"])
-def test_commands_refuse_a_run_and_other_data(command: str, call: Call, tiny_run: Path, tmp_path: Path) -> None:
-    given = (command, "--model", tiny_run, "--images", 2, "--norm", "l2", "--epsilon", "0.1", "--data")
-    text = refusal(call(*given, _npz(tmp_path / "size.npz", (1, 12, 12), DIGITS)))
-    assert "are 1x12x12 (channels x height x width), those of the model 1x8x8" in text
-    text = refusal(call(*given, _npz(tmp_path / "colour.npz", (3, 8, 8), DIGITS)))
-    assert "are 3x8x8 (channels x height x width), those of the model 1x8x8" in text
-    text = refusal(call(*given, _npz(tmp_path / "names.npz", (1, 8, 8), DIGITS[::-1])))
-    assert "9, 8, 7, 6, 5, 4, 3, 2, 1, 0 against 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (in a different order)" in text
-    text = refusal(call(*given, _npz(tmp_path / "others.npz", (1, 8, 8), ("a", "b"))))
-    assert "a, b against 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 (2 and 10 classes)" in text
+@pytest.mark.parametrize(
+    ("shape", "names", "told"),
+    [
+        ((1, 12, 12), DIGITS, "are 1x12x12 (channels x height x width), those of the model 1x8x8"),
+        ((3, 8, 8), DIGITS, "are 3x8x8 (channels x height x width), those of the model 1x8x8"),
+        ((1, 8, 8), DIGITS[::-1], f"{', '.join(DIGITS[::-1])} against {', '.join(DIGITS)} (in a different order)"),
+        ((1, 8, 8), ("a", "b"), f"a, b against {', '.join(DIGITS)} (2 and 10 classes)"),
+    ],
+)
+def test_commands_refuse_a_run_and_other_data(
+    command: str, shape: tuple[int, ...], names: tuple[str, ...], told: str, call: Call, tiny_run: Path, tmp_path: Path
+) -> None:
+    data = _npz(tmp_path / "data.npz", shape, names)
+    given = (command, "--model", tiny_run, "--images", 2, "--norm", "l2", "--epsilon", "0.1", "--data", data)
+    assert told in refusal(call(*given))
 
 
 def test_verdict_refuses_a_run_and_points_of_another_size(call: Call, tiny_run: Path, tmp_path: Path) -> None:
@@ -352,33 +363,25 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_splits_of_other_shapes_are_refused_before_any_training(
     train: tuple[int, ...], test: tuple[int, ...], text: str, tmp_path: Path
 ) -> None:
-    run = _run_on(_npz(tmp_path / "data.npz", train, ("a", "b"), test), tmp_path)
+    run = _run_on(_npz(tmp_path / "data.npz", train, test=test), tmp_path)
     for _ in range(2):
         with pytest.raises(DataError, match=rf"data \(test\) {text}"):
             run_stage(run, "pretrain")
     assert not (run.path / "provenance.json").exists()  # other images may still be given
-    _npz(tmp_path / "data.npz", train, ("a", "b"))
-    check_run(_run_on(tmp_path / "data.npz", tmp_path, "certify.images=5", "attack.images=5"))
-
-
-def _folder(top: Path, splits: dict[str, dict[str, int]], side: int = 8) -> Path:
-    draws = np.random.default_rng(0)
-    for split, classes in splits.items():
-        for name, count in classes.items():
-            (top / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = draws.integers(0, 256, (side, side), dtype=np.uint8)
-                Image.fromarray(pixels).save(top / split / name / f"{number}.png")
-    return top
+    check_run(_run_on(_npz(tmp_path / "data.npz", train), tmp_path, "certify.images=5", "attack.images=5"))
 
 
 @pytest.mark.usefixtures("untrained")
 def test_a_streamed_split_is_held_against_the_others_without_being_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = _folder(tmp_path / "data", {"train": {"cat": 70, "dog": 70}, "test": {"cat": 3, "dog": 3}})
-    for file in (data / "test").rglob("*.png"):
-        Image.open(file).resize((12, 12)).save(file)
+    data, draws = tmp_path / "data", np.random.default_rng(0)
+    for split, count, side in (("train", 70, 8), ("test", 3, 12)):
+        for name in ("cat", "dog"):
+            (data / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = draws.integers(0, 256, (side, side), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / split / name / f"{number}.png")
     given = ("data.memory_gb=0.000001", "certify.images=6", "attack.images=6")
     monkeypatch.setattr(Stream, "holding_out", lambda *_: pytest.fail("training images were read"))
     with pytest.raises(DataError, match=r"data \(test\) are 1x12x12 .* data \(train\) 1x8x8"):
@@ -398,62 +401,55 @@ def test_splits_of_other_classes_are_refused_before_any_training(
 
     monkeypatch.setattr(splits, "load_images", renamed)
     run = _run_on(_npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b", "c")), tmp_path)
-    with pytest.raises(
-        DataError, match=r"data \(test\) have different classes from data \(train\): c, b, a against a, b, c"
-    ):
+    told = r"data \(test\) have different classes from data \(train\): c, b, a against a, b, c"
+    with pytest.raises(DataError, match=told):
         run_stage(run, "pretrain")
 
 
 @pytest.mark.usefixtures("untrained")
 def test_images_for_pretraining_alone_need_the_shape_and_no_classes(tmp_path: Path) -> None:
-    file = tmp_path / "data.npz"
-    _npz(file, (1, 8, 8), ("a", "b"))
-    with np.load(file) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    def run(*shape: int) -> RunFolder:
+        file = _npz(tmp_path / "data.npz", (1, 8, 8), x_more=np.zeros((130, *shape), np.uint8))
+        return _run_on(file, tmp_path, 'data.pretrain_split="more"', "certify.images=5", "attack.images=5")
+
     for shape, text in (((1, 10, 10), r"data \(more\) are 1x10x10 .* 1x8x8"), ((3, 8, 8), r"data \(more\) are 3x8x8")):
-        np.savez(file, x_more=np.zeros((130, *shape), np.uint8), **arrays)
         with pytest.raises(DataError, match=text):
-            run_stage(_run_on(file, tmp_path, 'data.pretrain_split="more"'), "pretrain")
-    np.savez(file, x_more=np.zeros((130, 1, 8, 8), np.uint8), **arrays)
-    check_run(_run_on(file, tmp_path, 'data.pretrain_split="more"', "certify.images=5", "attack.images=5"))
+            run_stage(run(*shape), "pretrain")
+    check_run(run(1, 8, 8))
 
 
 @pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize(
-    ("overrides", "error", "text"),
+    ("overrides", "text"),
     [
-        (["certify.images=13"], ConfigError, "asks for 13 test images, data has 12"),
-        (["attack.images=13"], ConfigError, "asks for 13 test images, data has 12"),
-        (["finetune.labels_per_class=200"], ConfigError, "asks for 400 labelled images of the 160"),
-        (["finetune.label_fraction=0.001"], ConfigError, "asks for 0 labelled images .* at least one per class, 2"),
-        (["finetune.label_fraction=0.5"], ConfigError, "batch_size = 128 exceeds the 80 training images"),
-        (["certify.radii=[0.0, 3.0]"], ConfigError, "certify: radius 3 cannot be certified"),
-        (["certify.level=family", "certify.num_estimation=10"], ConfigError, "certify: num_estimation"),
-        (["attack.alpha=1e-125"], ConfigError, r"attack: no verdict can be given .* give at least 4\d\d, or"),
-        (["audit.alpha=1e-125"], ConfigError, r"audit: no verdict can be given .* give at least 4\d\d, or"),
-        (["audit.rung=eot-3"], ConfigError, "the ladder has no rung 'eot-3'; it has clean, transfer, frozen"),
+        (["certify.images=13"], "asks for 13 test images, data has 12"),
+        (["attack.images=13"], "asks for 13 test images, data has 12"),
+        (["finetune.labels_per_class=200"], "asks for 400 labelled images of the 160"),
+        (["finetune.label_fraction=0.001"], "asks for 0 labelled images .* at least one per class, 2"),
+        (["finetune.label_fraction=0.5"], "batch_size = 128 exceeds the 80 training images"),
+        (["certify.radii=[0.0, 3.0]"], "certify: radius 3 cannot be certified"),
+        (["certify.level=family", "certify.num_estimation=10"], "certify: num_estimation"),
+        (["attack.alpha=1e-125"], r"attack: no verdict can be given .* give at least 4\d\d, or"),
+        (["audit.alpha=1e-125"], r"audit: no verdict can be given .* give at least 4\d\d, or"),
+        (["audit.rung=eot-3"], "the ladder has no rung 'eot-3'; it has clean, transfer, frozen"),
     ],
 )
 def test_numbers_that_stop_a_later_stage_are_refused_before_any_training(
-    overrides: list[str], error: type[Exception], text: str, tmp_path: Path
+    overrides: list[str], text: str, tmp_path: Path
 ) -> None:
-    data = _npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b"))
+    data = _npz(tmp_path / "data.npz", (1, 8, 8))
     given = {"certify.images": "12", "attack.images": "12"}
     for override in overrides:
         given.pop(override.partition("=")[0], None)
-    with pytest.raises(error, match=text):
+    with pytest.raises(ConfigError, match=text):
         run_stage(_run_on(data, tmp_path, *(f"{k}={v}" for k, v in given.items()), *overrides), "pretrain")
 
 
 @pytest.mark.usefixtures("untrained")
 def test_images_of_one_class_are_refused_before_any_training(tmp_path: Path) -> None:
-    file = _npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b"))
-    with np.load(file) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    np.savez(file, **{**arrays, "y_train": np.ones(160, np.int64)})
-    with pytest.raises(
-        DataError, match=r"\(train\): all 160 images have the class 'b'; a classifier needs at least two"
-    ):
+    file = _npz(tmp_path / "data.npz", (1, 8, 8), y_train=np.ones(160, np.int64))
+    told = r"\(train\): all 160 images have the class 'b'; a classifier needs at least two"
+    with pytest.raises(DataError, match=told):
         run_stage(_run_on(file, tmp_path, "certify.images=5", "attack.images=5"), "pretrain")
 
 
@@ -462,9 +458,6 @@ def test_images_of_one_class_are_refused_before_any_training(tmp_path: Path) -> 
 def test_a_whole_run_without_labels_is_refused_before_its_first_training(
     split: str, call: Call, tmp_path: Path
 ) -> None:
-    file = _npz(tmp_path / "data.npz", (1, 8, 8), ("a", "b"))
-    with np.load(file) as stored:
-        arrays = {name: stored[name] for name in stored.files if name != f"y_{split}"}
-    np.savez(file, **arrays)
+    file = _npz(tmp_path / "data.npz", (1, 8, 8), **{f"y_{split}": None})  # type: ignore[arg-type]
     run = _run_on(file, tmp_path, "certify.images=5", "attack.images=5")
     assert f"data ({split}) has no labels; fine-tuning" in refusal(call("run", run.path))

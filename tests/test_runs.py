@@ -78,29 +78,21 @@ def test_a_field_may_change_until_the_stage_it_decides_has_begun(
         assert RunFolder.open(run.path).recipe == changed
         return
     field = change.split("=")[0].replace("views.flip", "views")
-    with pytest.raises(
-        RunError, match=rf"already holds stage \w+ made with different values of {re.escape(field)}; nothing"
-    ):
+    told = rf"already holds stage \w+ made with different values of {re.escape(field)}; nothing"
+    with pytest.raises(RunError, match=told):
         RunFolder.create(run.path, changed)
     assert files(run.path) == before
 
 
-def test_deterministic_execution_is_what_runs_from_before_the_field_had(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "usual", tiny(tmp_path))
-    assert "deterministic" not in run.fingerprint("pretrain")
-    assert '"deterministic": false' in run_of_fastest(tmp_path).fingerprint("pretrain")
-
-
 def test_a_run_of_the_fastest_kernels_does_not_become_a_deterministic_one(tmp_path: Path) -> None:
-    run = run_of_fastest(tmp_path)
+    """Runs from before the field are deterministic, and their fingerprint lacks it."""
+    assert "deterministic" not in new_run(tmp_path).fingerprint("pretrain")
+    run = RunFolder.create(tmp_path / "fastest", tiny(tmp_path, "execution.deterministic=false"))
+    assert '"deterministic": false' in run.fingerprint("pretrain")
     (run.path / "checkpoints").mkdir()
     (run.path / "checkpoints/pretrain.pt").write_bytes(b"")
     with pytest.raises(RunError, match=r"different values of execution\.deterministic"):
         RunFolder.create(run.path, tiny(tmp_path))
-
-
-def run_of_fastest(folder: Path) -> RunFolder:
-    return RunFolder.create(folder / "fastest", tiny(folder, "execution.deterministic=false"))
 
 
 def test_all_differing_fields_are_named(tmp_path: Path) -> None:
@@ -137,6 +129,9 @@ def test_a_file_or_a_foreign_folder_in_the_place_of_the_run_is_left_alone(tmp_pa
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="is a file; give a folder with --out"):
         RunFolder.create(tmp_path / "file", tiny(tmp_path))
+    with pytest.raises(RunError, match=r"cannot be written: .*; give another --out"):
+        RunFolder.create(tmp_path / "file/run", tiny(tmp_path))
+    assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").write_text("mine")
     with pytest.raises(RunError, match=r"holds no recipe\.json, so it is not a run folder; give another --out"):
@@ -144,12 +139,6 @@ def test_a_file_or_a_foreign_folder_in_the_place_of_the_run_is_left_alone(tmp_pa
     assert files(tmp_path / "foreign") == {"thesis.tex": b"mine"}
     (tmp_path / "empty").mkdir()
     RunFolder.create(tmp_path / "empty", tiny(tmp_path))
-
-
-def test_a_path_below_a_file_is_refused_as_a_run_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match=r"cannot be written: .*; give another --out"):
-        RunFolder.create(tmp_path / "file/run", tiny(tmp_path))
 
 
 def test_opening_what_is_no_run_names_the_command_that_starts_one(tmp_path: Path) -> None:
@@ -173,18 +162,14 @@ def test_a_kill_during_the_very_first_write_neither_blocks_the_folder_nor_stays_
     assert [file.name for file in run.path.iterdir()] == ["recipe.json"]
 
 
-def changed(values: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    return {**values, **fields}
-
-
 @pytest.mark.parametrize(
     ("execution", "data", "told"),
     [
-        (changed(EXECUTION, threads=4), DATA, "threads: was 1, now 4"),
-        (changed(EXECUTION, precision="bfloat16"), DATA, "precision: was float32, now bfloat16"),
-        (changed(EXECUTION, device="cuda"), DATA, "device: was cpu, now cuda"),
-        (changed(EXECUTION, tile=7), DATA, "tile: was 100, now 7"),
-        (EXECUTION, {"train": changed(DATA["train"], fingerprint="bb")}, "data: was .*aa.*, now .*bb"),
+        (EXECUTION | {"threads": 4}, DATA, "threads: was 1, now 4"),
+        (EXECUTION | {"precision": "bfloat16"}, DATA, "precision: was float32, now bfloat16"),
+        (EXECUTION | {"device": "cuda"}, DATA, "device: was cpu, now cuda"),
+        (EXECUTION | {"tile": 7}, DATA, "tile: was 100, now 7"),
+        (EXECUTION, {"train": DATA["train"] | {"fingerprint": "bb"}}, "data: was .*aa.*, now .*bb"),
     ],
 )
 def test_a_run_does_not_go_on_under_other_conditions(
@@ -193,9 +178,8 @@ def test_a_run_does_not_go_on_under_other_conditions(
     run = new_run(tmp_path)
     run.record_provenance(EXECUTION, DATA)
     before = files(run.path)
-    with pytest.raises(
-        RunError, match=rf"started with different settings \({told}.*\); restore them or use another --out"
-    ):
+    text = rf"started with different settings \({told}.*\); restore them or use another --out"
+    with pytest.raises(RunError, match=text):
         run.record_provenance(execution, data)
     assert files(run.path) == before
 

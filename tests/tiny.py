@@ -1,5 +1,6 @@
-"""A recipe whose whole run takes some seconds, and what must be the same bits in two runs of it."""
+"""A recipe whose whole run takes some seconds, parts of it, and what must be the same bits in two runs of it."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,12 @@ from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 
 TINY = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+WRITTEN: dict[str, tuple[str, ...]] = {
+    "finetune": ("checkpoints/finetune.pt", "checkpoints/finetune.previous.pt", "model"),
+    "certify": ("certificates.tsv",),
+    "attack": ("attacks", "attacks.tsv"),
+    "audit": ("audit.json",),
+}
 
 
 def tiny(folder: Path, *overrides: str) -> Recipe:
@@ -35,6 +42,16 @@ def run_tiny(folder: Path, *overrides: str, stages: tuple[Stage, ...] = STAGES) 
     return run
 
 
+def part_of(finished: Path, folder: Path, *lost: str) -> RunFolder:
+    """A copy in ``folder`` of a finished run without these files, folders and all that these stages wrote."""
+    shutil.copytree(finished, folder)
+    for name in lost:
+        for part in (*WRITTEN[name], f"stages/{name}.json") if name in WRITTEN else (name,):
+            path = folder / part
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return RunFolder.open(folder)
+
+
 def results(folder: Path) -> dict[str, object]:
     """Everything of a run that depends on nothing but recipe and machine: weights, votes, points; no times."""
     found = results_of_training(folder)
@@ -47,6 +64,11 @@ def results(folder: Path) -> dict[str, object]:
                 key: (str(stored[key].dtype), stored[key].shape, stored[key].tobytes()) for key in stored.files
             }
     return found
+
+
+def differing(first: dict[str, object], second: dict[str, object]) -> list[str]:
+    """Names of the results that are not the same bits in both."""
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
 def results_of_training(folder: Path) -> dict[str, object]:

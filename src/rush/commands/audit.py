@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rush.commands.external import NO_MODEL, ExternalModel
-from rush.commands.run_folders import Overrides, open_run, unfinished
+from rush.commands.run_folders import Overrides, open_run, print_once
 from rush.commands.terminal import print_lines
 from rush.errors import ConfigError
 
@@ -62,8 +62,7 @@ def _audit_run(run: RunFolder, rung: str | None) -> None:
 
     file = run.path / ("audit.json" if rung is None else f"audit-{rung}.json")
     if rung is None:
-        for stage in unfinished(run, "audit"):
-            run_stage(run, stage)
+        run_stage(run, "audit", print_once)
     elif not file.exists():
         write_audit(file, audit_run(run, rung))
     report = read_audit(file, "delete it and audit again")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rush.choices import Level
-from rush.commands.run_folders import Data, Overrides, open_run, unfinished
+from rush.commands.run_folders import Data, Overrides, open_run, print_once
 from rush.commands.terminal import print_lines, print_table
 from rush.errors import ConfigError, RunError
 
@@ -51,8 +51,7 @@ def certify(
     run = open_run(folder, data, overrides)
     from rush.pipeline.stages import run_stage
 
-    for stage in unfinished(run, "certify"):
-        run_stage(run, stage)
+    run_stage(run, "certify", print_once)
 
 
 def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
@@ -84,7 +83,7 @@ def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
 
 
 def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
-    from rush.reporting.wording import copies_text
+    from rush.reporting.wording import copies_text, lower_text, share
 
     rule = certificates.rule
     samples = f"{certificates.num_samples.mean():,.0f} of at most {rule.num_samples:,}"
@@ -93,13 +92,9 @@ def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
         ("method, bound", f"{rule.method}, {rule.bound}", ""),
         ("samples per image", samples, ""),
         *([("copies", copies, "")] if copies else []),
-        *((f"l2 radius {radius:g}", *_accuracy(certificates, radius)) for radius in certificates.table_radii),
+        *(
+            (f"l2 radius {radius:g}", share(certificates.accuracy_interval(radius)), lower_text(certificates, radius))
+            for radius in certificates.table_radii
+        ),
         (certificates.acr_name, f"{certificates.acr:.4f}", ""),
     ]
-
-
-def _accuracy(certificates: Certificates, radius: float) -> tuple[str, str]:
-    """Return certified accuracy with its interval, and its lower bound over images and noise, rounded down."""
-    from rush.reporting.wording import lower_text, share
-
-    return share(certificates.accuracy_interval(radius)), lower_text(certificates, radius)

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -202,14 +202,31 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
     )
 
 
-def measure_each(recipes: Iterable[Recipe], steps: int = STEPS) -> Iterator[RecipeCost]:
-    """Measure one recipe after another, each in a new process, so that its peak memory is its own.
+def measure_apart(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
+    """Return ``measure(recipe, steps)`` of a new process, so that the peak memory is that of this recipe.
 
     Raises:
-        RushError: as in ``measure``, or a process ends without an answer, e.g. because it ran out of memory.
+        RushError: as in ``measure``, or the process ends without an answer, e.g. because it ran out of memory.
     """
-    for recipe in recipes:
-        yield _measure_apart(recipe, steps)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, recipe.to_json(), steps, torch.get_num_threads())
+    child = context.Process(target=_answer, args=arguments, daemon=True)
+    child.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        child.join()
+        raise RushError(
+            f"{recipe.name}: the process that measured it ended without an answer (exit status {child.exitcode}), most "
+            "likely because it ran out of memory; lower batch_size, or set pretrain.micro_batch"
+        ) from None
+    child.join()
+    if isinstance(answer, RushError):
+        raise answer
+    assert isinstance(answer, RecipeCost)
+    return answer
 
 
 def conditions_text(execution: Execution) -> str:
@@ -295,32 +312,38 @@ class _Trial:
     def pretrain(self) -> StageCost:
         config = self.recipe.pretrain
         batches_per_epoch(self.size.pretrain, config.batch_size)
-        images, log = self._images(config.batch_size), _Epochs()
+        images, epochs = self._images(config.batch_size), list[dict[str, Any]]()
         classifier = self._classifier(images)
         pretrain(
             Resident(images.without_labels(), self.execution.device),
             classifier.encoder,
             classifier.normalize,
             config.replace(epochs=2, **_TRIAL),
-            self._settings(log),
+            self._settings(epochs),
         )
-        return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, log.phases())
+        return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, epochs)
 
     def finetune(self) -> StageCost:
         config = self.recipe.finetune
         batches_per_epoch(self.size.finetune, config.batch_size)
-        images, log = self._images(config.batch_size), _Epochs()
+        images, epochs = self._images(config.batch_size), list[dict[str, Any]]()
         finetune(
             images,
             self._classifier(images),
             config.replace(epochs=4 if config.mode == "linear-then-full" else 2, head_epochs=2, **_TRIAL),
-            self._settings(log),
+            self._settings(epochs),
             noise=noise_of(self.recipe),
         )
         objective = config.objective if config.mode == "full" else f"{config.objective} ({config.mode})"
-        return self._extrapolated("finetune", objective, config, self.size.finetune, log.phases())
+        return self._extrapolated("finetune", objective, config, self.size.finetune, epochs)
 
-    def _settings(self, log: Callable[..., None]) -> TrainingSettings:
+    def _settings(self, epochs: list[dict[str, Any]]) -> TrainingSettings:
+        """Return settings under which the figures of every epoch are appended to ``epochs``."""
+
+        def log(event: str, **values: Any) -> None:
+            if event == "epoch":
+                epochs.append(values)
+
         return TrainingSettings(self.recipe.seed, self.execution, self.recipe.execution.compile_training, log=log)
 
     def _classifier(self, images: ImageSet) -> Classifier:
@@ -335,19 +358,24 @@ class _Trial:
         return ImageSet(pixels, labels, classes, np.arange(count).astype(str), "random", "train")
 
     def _extrapolated(
-        self, stage: Stage, objective: str, config: Schedule, images: int, phases: Sequence[dict[str, Any]]
+        self, stage: Stage, objective: str, config: Schedule, images: int, measured: Sequence[dict[str, Any]]
     ) -> StageCost:
         """Return the cost of the whole stage.
 
         Args:
-            phases: figures of the measured steps of each kind, of the head alone and of all weights, or of the only
-                kind.
+            measured: figures of the trial's epochs. The second epoch of each kind of step is multiplied: of the head
+                alone and of all weights, or of the only kind.
         """
-        per_epoch = images // config.batch_size
+        phases, per_epoch = measured[1::2], images // config.batch_size
         head_epochs = config.head_epochs if isinstance(config, FinetuneConfig) and len(phases) == 2 else 0
         epochs = config.epochs
         if epochs is None:
-            epochs = self._epochs_within(stage, config, per_epoch, head_epochs, phases)
+            assert config.minutes is not None
+            seconds_per_step = [phase["seconds"] / self.steps for phase in phases]
+            plan = Plan(stage, config.minutes, per_epoch, head_epochs, config.warmup_epochs)
+            budget = plan.fit(Times(seconds_per_step[-1], seconds_per_step[0]))
+            budget.require_ramps(config.ramps)
+            epochs = budget.epochs
         counts = [head_epochs, epochs - head_epochs] if head_epochs else [epochs]
         repeated = [count * per_epoch / self.steps for count in counts]  # how often the measured steps are made
 
@@ -375,22 +403,6 @@ class _Trial:
             epochs=epochs,
         )
 
-    def _epochs_within(
-        self,
-        stage: Stage,
-        config: Schedule,
-        per_epoch: int,
-        head_epochs: int,
-        phases: Sequence[dict[str, Any]],
-    ) -> int:
-        """Return the number of epochs whose steps fit into the minutes of ``config``."""
-        assert config.minutes is not None
-        seconds = [phase["seconds"] / self.steps for phase in phases]
-        plan = Plan(stage, config.minutes, per_epoch, head_epochs, config.warmup_epochs)
-        budget = plan.fit(Times(seconds[-1], seconds[0]))
-        budget.require_ramps(config.ramps)
-        return budget.epochs
-
     def _peak_memory(self, measured: Sequence[int | None], images: int, config: Schedule) -> int | None:
         """Return the peak with the training images in place of the random ones, unless they would be streamed."""
         peak = _largest_known(measured)
@@ -399,43 +411,6 @@ class _Trial:
         size, trial = (count * int(np.prod(self.size.shape)) for count in (images, self.steps * config.batch_size))
         in_memory = size if size <= self.recipe.data.memory_bytes else trial
         return peak + in_memory - trial
-
-
-class _Epochs:
-    """A log that keeps the epochs of a training stage."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def __call__(self, event: str, **values: Any) -> None:
-        if event == "epoch":
-            self.events.append(values)
-
-    def phases(self) -> list[dict[str, Any]]:
-        """Return every second epoch, which follows the warm-up of its kind of step."""
-        return self.events[1::2]
-
-
-def _measure_apart(recipe: Recipe, steps: int) -> RecipeCost:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    arguments = (sender, recipe.to_json(), steps, torch.get_num_threads())
-    child = context.Process(target=_answer, args=arguments, daemon=True)
-    child.start()
-    sender.close()
-    try:
-        answer = receiver.recv()
-    except EOFError:
-        child.join()
-        raise RushError(
-            f"{recipe.name}: the process that measured it ended without an answer (exit status {child.exitcode}), most "
-            "likely because it ran out of memory; lower batch_size, or set pretrain.micro_batch"
-        ) from None
-    child.join()
-    if isinstance(answer, RushError):
-        raise answer
-    assert isinstance(answer, RecipeCost)
-    return answer
 
 
 def _answer(sender: Connection, recipe: str, steps: int, threads: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rush.commands.external import NO_MODEL, ExternalModel
-from rush.commands.run_folders import Overrides, open_run, unfinished
+from rush.commands.run_folders import Overrides, open_run, print_once
 from rush.commands.terminal import print_lines, print_table
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def _run_ladder(run: RunFolder) -> None:
     from rush.records.read_run import read_run
     from rush.reporting.wording import count, count_or_dash, duration, points, share
 
-    for stage in unfinished(run, "attack"):
-        run_stage(run, stage)
+    run_stage(run, "attack", print_once)
     ladder = read_run(run.path).ladder
     assert ladder is not None
     steps = ("–", *(points(rung.above(previous)) for previous, rung in pairwise(ladder.rungs)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rush.models.storage import ImageForm
-
-
-@dataclass(frozen=True)
-class FilePrediction:
-    """The answer for one image file: a class name or "abstain"; or None, and why it cannot be read."""
-
-    file: Path
-    answer: str | None
-    error: str | None = None
 
 
 def predict(
@@ -50,18 +40,16 @@ def predict(
             Without it, this happens only if the training images were resized.
         eager: Do not compile the network, even if it was certified compiled; for a machine without a compiler.
     """
-    predictions = predict_files(
+    answers = predict_files(
         folder, images, num_samples=num_samples, alpha=alpha, seed=seed, resize=resize, compiled=not eager
     )
-    answered = [
-        (str(prediction.file), prediction.answer) for prediction in predictions if prediction.answer is not None
-    ]
+    answered = [(str(file), answer) for file, answer in zip(images, answers, strict=True) if isinstance(answer, str)]
     if answered:
         print_table(("image", "class"), answered)
-    errors = [prediction.error for prediction in predictions if prediction.error is not None]
+    errors = [answer for answer in answers if isinstance(answer, DataError)]
     print_lines([f"rush: {error}" for error in errors[:-1]], stderr=True)
     if errors:
-        raise DataError(errors[-1])
+        raise errors[-1]
 
 
 def predict_files(
@@ -73,8 +61,8 @@ def predict_files(
     seed: int,
     resize: bool,
     compiled: bool = True,
-) -> list[FilePrediction]:
-    """Return the answer of the classifier in ``folder`` for each image file, in order.
+) -> list[str | DataError]:
+    """Return for each image file, in order, its class name or "abstain", or why it cannot be read.
 
     The files are read by the reader of training images (``rush.data.readers.decoding``). If ``data.size`` resized
     these, the files are resampled in the same way, from their central square. A file that cannot be read does not
@@ -102,7 +90,7 @@ def predict_files(
     read = [_read(Path(file), form, resize) for file in files]
     pixels = [image for image in read if isinstance(image, np.ndarray)]
     if not pixels:
-        return [FilePrediction(Path(file), None, str(error)) for file, error in zip(files, read, strict=True)]
+        return [image for image in read if isinstance(image, DataError)]
     x = as_pixels(torch.from_numpy(np.stack(pixels)))
     if isinstance(model, SmoothedClassifier):
         model.execution.configure()
@@ -110,12 +98,7 @@ def predict_files(
     else:
         classes = plain_logits(model, plain_execution(device_of(model)), x).argmax(1)
     answers = iter("abstain" if index == ABSTAIN else names[index] for index in classes.tolist())
-    return [
-        FilePrediction(Path(file), None, str(image))
-        if isinstance(image, DataError)
-        else FilePrediction(Path(file), next(answers))
-        for file, image in zip(files, read, strict=True)
-    ]
+    return [image if isinstance(image, DataError) else next(answers) for image in read]
 
 
 def _read(file: Path, form: ImageForm, resize: bool) -> np.ndarray | DataError:

@@ -37,9 +37,9 @@ def cost(
     from rush.recipe.load import load_recipe
 
     recipes = [load_recipe(name, overrides or (), data_roots(data)) for name in names]
-    from rush.commands.cost import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, measure_each, stage_rows, write_costs
+    from rush.commands.cost import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, measure_apart, stage_rows, write_costs
 
-    costs = list(measure_each(recipes, STEPS if steps is None else steps))
+    costs = [measure_apart(recipe, STEPS if steps is None else steps) for recipe in recipes]
     title = f"Cost of training, every figure extrapolated (steps measured: {costs[0].measured_steps})"
     print_table(COST_HEADER, cost_rows(costs), title)
     print_table(STAGE_HEADER, stage_rows(costs), "By stage, every figure extrapolated")

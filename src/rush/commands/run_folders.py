@@ -1,15 +1,14 @@
-"""Run folders on the command line: options that commands share, opening a run, and its stages in turn."""
+"""Run folders on the command line: options that commands share, opening a run, and lines on its progress."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from rush.choices import Stage
 from rush.commands.terminal import print_lines
 from rush.errors import ConfigError
 
@@ -74,20 +73,6 @@ def data_roots(paths: list[Path] | None) -> str | list[str] | None:
     if paths is None:
         return None
     return str(paths[0]) if len(paths) == 1 else list(map(str, paths))
-
-
-def unfinished(run: RunFolder, *stages: Stage) -> Iterator[Stage]:
-    """Yield each of ``stages`` that is not finished, and print when it begins, how long it took or that it is skipped.
-
-    The caller runs a stage before it takes the next one.
-    """
-    for stage in stages:
-        if run.finished(stage):
-            print_once(f"{stage}: already finished, skipping")
-            continue
-        print_once(f"{stage} ...")
-        yield stage
-        print_once(f"{stage}: {run.require(stage)['seconds']:.0f} s")
 
 
 def print_once(text: str) -> None:

@@ -16,7 +16,6 @@ from rush.commands.run_folders import (
     open_run,
     print_once,
     several_processes,
-    unfinished,
 )
 from rush.commands.terminal import print_lines, print_table
 from rush.errors import SandwichError
@@ -32,13 +31,14 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
         recipe: Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
     """
     folder = create_run(recipe, out, data, overrides)
-    from rush.pipeline.stages import check_run, run_stage
+    from rush.pipeline.preconditions import check_run
+    from rush.pipeline.stages import run_stage
 
     check_run(folder)
     shared = several_processes()
     try:
-        for stage in unfinished(folder, *(STAGES[:-1] if shared else STAGES)):
-            run_stage(folder, stage)
+        for stage in STAGES[:-1] if shared else STAGES:
+            run_stage(folder, stage, print_once)
     except SandwichError:
         if not shared:
             _print_report(folder.path)  # it lists the violations
@@ -58,8 +58,7 @@ def pretrain(recipe: str, *, out: Out = None, data: Data = None, overrides: Over
     folder = create_run(recipe, out, data, overrides)
     from rush.pipeline.stages import run_stage
 
-    for stage in unfinished(folder, "pretrain"):
-        run_stage(folder, stage)
+    run_stage(folder, "pretrain", print_once)
 
 
 def finetune(folder: Path, *, out: Path | None = None, data: Data = None, overrides: Overrides = None) -> None:
@@ -73,8 +72,7 @@ def finetune(folder: Path, *, out: Path | None = None, data: Data = None, overri
     target = open_run(folder, data, overrides) if out is None else branch_run(folder, out, data, overrides)
     from rush.pipeline.stages import run_stage
 
-    for stage in unfinished(target, "finetune"):
-        run_stage(target, stage)
+    run_stage(target, "finetune", print_once)
 
 
 def attack(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
@@ -86,8 +84,7 @@ def attack(folder: Path, *, data: Data = None, overrides: Overrides = None) -> N
     target = open_run(folder, data, overrides)
     from rush.pipeline.stages import run_stage
 
-    for stage in unfinished(target, "attack"):
-        run_stage(target, stage)
+    run_stage(target, "attack", print_once)
 
 
 def report(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,15 @@ def run_attack(run: RunFolder) -> None:
     Raises:
         SandwichError: more certified images are broken inside their radius than chance explains. The results are kept.
     """
-    if run.finished("attack"):
-        return
     run.require("certify")
     context = StageContext.of(run)
     context.begin("attack")
     barrier()
     session = AttackSession.of(context)
     evaluation, certificates = session.evaluation, session.certificates()
-    results = [evaluation.run(rung, session.parts) for rung in session.rungs]
+    results = [evaluation.run(rung, session.parts) for rung in session.attackers.rungs]
     few = evaluation.select(list(range(min(session.config.curve_images, len(evaluation.images)))))
-    curve_results = [replace(few, threat=threat).run(plan, session.parts) for threat, plan in session.curve]
+    curve_results = [replace(few, threat=threat).run(plan, session.parts) for threat, plan in session.attackers.curve]
     sandwich = Sandwich(0, (), 0)
     if certificates is not None:
         results += session.inside_certified_balls(certificates)
@@ -71,8 +68,6 @@ def run_attack(run: RunFolder) -> None:
 
 def run_audit(run: RunFolder) -> None:
     """Audit the recipe's evaluation on the first attacked images and write ``audit.json``."""
-    if run.finished("audit"):
-        return
     run.require("attack")
     run.begin("audit")
     started = time.perf_counter()
@@ -108,8 +103,13 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
 
 
 @dataclass(frozen=True)
-class _Attackers:
-    """The attackers of a recipe's attack stage, and the settings by which their points are judged."""
+class Attackers:
+    """The attackers of a recipe's attack stage, and the settings by which their points are judged.
+
+    Attributes:
+        rungs: the ladder's attackers, from the weakest to the strongest.
+        curve: one attacker at rising epsilon, for the first ``config.curve_images`` images.
+    """
 
     threat: ThreatModel
     rungs: list[Plan | Suite]
@@ -117,7 +117,7 @@ class _Attackers:
     settings: VerdictSettings
 
     @classmethod
-    def of(cls, recipe: Recipe, num_classes: int, pixels: int) -> "_Attackers":
+    def of(cls, recipe: Recipe, num_classes: int, pixels: int) -> "Attackers":
         """Return the attackers for images of this number of pixels, counted over all channels."""
         config, smoothed = recipe.attack, recipe.smoothing.sigma > 0
         threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
@@ -128,6 +128,13 @@ class _Attackers:
         level = config.alpha / (len(rungs) + len(points) + 1)
         return cls(threat, rungs, points, VerdictSettings(level, config.max_votes, recipe.seed))
 
+    def rung(self, name: str | None) -> Plan | Suite | None:
+        """Return the rung of this name, or None without a name. Raises: ConfigError if there is no such rung."""
+        rungs = {rung.name: rung for rung in self.rungs}
+        if name is not None and name not in rungs:
+            raise ConfigError(f"the ladder has no rung {name!r}; it has {', '.join(rungs)}")
+        return None if name is None else rungs[name]
+
 
 def check_attackers(recipe: Recipe, num_classes: int, shape: tuple[int, ...]) -> None:
     """Check that the attack stage and the audit of ``recipe`` can judge a point, and that the audited rung exists.
@@ -135,9 +142,8 @@ def check_attackers(recipe: Recipe, num_classes: int, shape: tuple[int, ...]) ->
     Raises:
         ConfigError: they cannot, or there is no such rung.
     """
-    attackers = _Attackers.of(recipe, num_classes, math.prod(shape))
-    rungs = {rung.name: rung for rung in attackers.rungs}
-    _check_rung(recipe.audit.rung, rungs)
+    attackers = Attackers.of(recipe, num_classes, math.prod(shape))
+    attackers.rung(recipe.audit.rung)
     if recipe.smoothing.sigma == 0:
         return  # a deterministic network is judged by its class
     most = max(_verdicts(plan) for plan in attackers.rungs)
@@ -155,12 +161,6 @@ def _verdicts(plan: Plan | Suite) -> int:
     return len(plan.plans) if isinstance(plan, Suite) else 1
 
 
-def _check_rung(name: str | None, rungs: Mapping[str, Plan | Suite]) -> None:
-    """Raise ConfigError when there is no rung of this name."""
-    if name is not None and name not in rungs:
-        raise ConfigError(f"the ladder has no rung {name!r}; it has {', '.join(rungs)}")
-
-
 @dataclass(frozen=True)
 class AttackSession:
     """Model, images and attackers that the attack stage and the audit of a run share.
@@ -169,8 +169,6 @@ class AttackSession:
         model: the smoothed classifier, or the classifier itself where the recipe has no noise.
         indices: positions in the test split of the attacked images.
         evaluation: the model, the attacked images, the threat and the settings of the verdicts.
-        rungs: the ladder's attackers, from the weakest to the strongest.
-        curve: one attacker at rising epsilon, for the first ``config.curve_images`` images.
     """
 
     run: RunFolder
@@ -178,8 +176,7 @@ class AttackSession:
     model: Model
     indices: list[int]
     evaluation: Evaluation
-    rungs: list[Plan | Suite]
-    curve: list[tuple[ThreatModel, Plan]]
+    attackers: Attackers
 
     @classmethod
     def of(cls, context: StageContext) -> "AttackSession":
@@ -187,9 +184,9 @@ class AttackSession:
         config = context.recipe.attack
         model, num_classes = _load_model(context)
         indices, images = context.splits.evaluation(config.images, num_classes, kind_of(model))
-        attackers = _Attackers.of(context.recipe, num_classes, images.x[0].numel())
+        attackers = Attackers.of(context.recipe, num_classes, images.x[0].numel())
         evaluation = Evaluation(defend(model, num_classes), images, attackers.threat, attackers.settings)
-        return cls(context.run, config, model, indices, evaluation, attackers.rungs, attackers.curve)
+        return cls(context.run, config, model, indices, evaluation, attackers)
 
     def certificates(self) -> Certificates | None:
         """Return the certificates of the attacked images, or None if the model is not smoothed."""
@@ -212,11 +209,8 @@ class AttackSession:
         Raises:
             ConfigError: there is no such rung.
         """
-        if name is None:
-            return None
-        rungs = {plan.name: plan for plan in self.rungs}
-        _check_rung(name, rungs)
-        return self.evaluation.run(rungs[name], self.parts).select(rows)
+        rung = self.attackers.rung(name)
+        return None if rung is None else self.evaluation.run(rung, self.parts).select(rows)
 
     @property
     def parts(self) -> Path:

@@ -42,12 +42,13 @@ def run_certify(run: RunFolder) -> None:
         ModelError: the classifier cannot be certified.
         RunError: files of the run belong to another rule, other images or another model.
     """
-    if run.finished("certify"):
-        return
     run.require("finetune")
     context = StageContext.of(run)
     if context.noise is None:
-        _certify_nothing(context)
+        context.begin("certify")
+        if rank() == 0:
+            run.finish("certify", seconds=0.0, images=0, certified=False, reason=NOT_SMOOTHED)
+        barrier()
         return
     smoothed = load_smoothed(run.path / "model", context.execution)
     config = context.recipe.certify
@@ -96,7 +97,7 @@ def run_rule(config: CertifyConfig, smoothing: SmoothingConfig, num_images: int)
     )
 
 
-def differing_image(certificates: Certificates, pixels: LabelledPixels) -> str | None:
+def _differing_image(certificates: Certificates, pixels: LabelledPixels) -> str | None:
     """Return the id of the first of ``pixels`` with another label or other pixels in ``certificates``, if any."""
     return first_difference(certificates, pixels.ids, pixels.y.tolist(), pixel_ids(pixels.x))
 
@@ -110,30 +111,23 @@ def read_run_certificates(run: RunFolder, pixels: LabelledPixels, smoothed: Smoo
         RunError: their file is missing, has other labels or pixels than ``pixels``, or belongs to another model than
             ``smoothed``.
     """
-    read = read_certificates(run.path / CERTIFICATES)
+    table = run.path / CERTIFICATES
+    read = read_certificates(table)
     if read is None:
-        raise RunError(
-            f"{run.path / CERTIFICATES} is missing or empty; remove stages/certify.json and run `rush certify` again"
-        )
-    differing = differing_image(read[1], pixels)
+        raise RunError(f"{table} is missing or empty; remove stages/certify.json and run `rush certify` again")
+    _, certificates = read
+    differing = _differing_image(certificates, pixels)
     if differing is not None:
         raise RunError(
-            f"{run.path / CERTIFICATES}: image {differing!r} has another label or other pixels than in the data; "
+            f"{table}: image {differing!r} has another label or other pixels than in the data; "
             "restore the file from a copy, or remove it and stages/certify.json and run `rush certify` again"
         )
-    if read[1].model not in (None, smoothed.fingerprint()):
+    if certificates.model not in (None, smoothed.fingerprint()):
         raise RunError(
-            f"{run.path / CERTIFICATES} is of another model than the run's, whose weights, noise or execution have "
+            f"{table} is of another model than the run's, whose weights, noise or execution have "
             "changed since; restore the model, or remove the file and stages/certify.json and run `rush certify` again"
         )
-    return read[1]
-
-
-def _certify_nothing(context: StageContext) -> None:
-    context.begin("certify")
-    if rank() == 0:
-        context.run.finish("certify", seconds=0.0, images=0, certified=False, reason=NOT_SMOOTHED)
-    barrier()
+    return certificates
 
 
 def _certify_figures(certificates: Certificates) -> dict[str, Any]:
@@ -175,7 +169,7 @@ def _read_parts(
                 "have changed; restore the model, or move the file away and certify again"
             )
         same = all(ids.get(index) == image_id for index, image_id in zip(stored, certificates.ids, strict=True))
-        if not same or differing_image(certificates, pixels) is not None:
+        if not same or _differing_image(certificates, pixels) is not None:
             raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
         certified |= {index: certificates.select([row]) for row, index in enumerate(stored)}
     make_folder(folder / CERTIFICATE_PARTS)

@@ -58,7 +58,10 @@ def check_after_training(context: StageContext) -> None:
     for section in (context.recipe.certify, context.recipe.attack):
         context.splits.check_count(section.images)
     if context.noise is not None:
-        _check_rule(context, len(test))
+        try:
+            run_rule(context.recipe.certify, context.noise.sigma, len(test))
+        except InputError as error:
+            raise ConfigError(f"certify: {error}") from error
     check_attackers(context.recipe, max(2, len(train.classes)), train.shape)
 
 
@@ -85,17 +88,13 @@ def _check_labels(train: ImageSet | Stream, recipe: Recipe) -> None:
             f"all {len(train)} images of {_named(train)} are of the class {train.classes[int(present[0])]!r}; a "
             "classifier needs images of at least two"
         )
-    config = recipe.finetune
-    if config.labels_per_class is None and config.label_fraction == 1.0:
-        count = total
-    else:
-        count = labelled_count(config, total, len(train.classes))
-        if not len(present) <= count <= total:
-            raise ConfigError(
-                f"finetune.labels_per_class or label_fraction asks for {count} labelled images of the {total} of "
-                f"{_named(train)}; give at least one per class, {len(present)}, and at most all"
-            )
-    batches_per_epoch(count, config.batch_size)
+    count = labelled_count(recipe.finetune, total, len(train.classes))
+    if count != total and not len(present) <= count < total:
+        raise ConfigError(
+            f"finetune.labels_per_class or label_fraction asks for {count} labelled images of the {total} of "
+            f"{_named(train)}; give at least one per class, {len(present)}, and at most all"
+        )
+    batches_per_epoch(count, recipe.finetune.batch_size)
 
 
 def labelled_count(config: FinetuneConfig, images: int, classes: int) -> int:
@@ -103,13 +102,6 @@ def labelled_count(config: FinetuneConfig, images: int, classes: int) -> int:
     if config.labels_per_class is not None:
         return config.labels_per_class * classes
     return round(config.label_fraction * images)
-
-
-def _check_rule(context: StageContext, images: int) -> None:
-    try:
-        run_rule(context.recipe.certify, context.recipe.smoothing, images)
-    except InputError as error:
-        raise ConfigError(f"certify: {error}") from error
 
 
 def _named(images: ImageSet | Stream) -> str:

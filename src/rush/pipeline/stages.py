@@ -1,22 +1,23 @@
 """The stages of a run. Each reads the results of the stage before it from the run folder and writes its own."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from rush.choices import Stage
 from rush.errors import RunError
 from rush.pipeline.attack import run_attack, run_audit
 from rush.pipeline.certify import run_certify
-from rush.pipeline.preconditions import check_run
 from rush.pipeline.train import run_finetune, run_pretrain
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import rank, world_size
 from rush.runtime.memory import JUDGED, memory_for
 
-__all__ = ["check_run", "run_stage"]
 
-
-def run_stage(run: RunFolder, stage: Stage) -> None:
+def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda _: None) -> None:
     """Run one stage by its name, unless it is finished.
+
+    Args:
+        tell: Gets one line when the stage begins, and one with the time that it took or that it is skipped.
 
     Raises:
         RunError: another process is at work in the folder, or the stage cannot run in several processes.
@@ -30,7 +31,13 @@ def run_stage(run: RunFolder, stage: Stage) -> None:
         "attack": run_attack,
         "audit": run_audit,
     }
-    if world_size() > 1 and stage == "audit" and not run.finished(stage):
+    if run.finished(stage):
+        tell(f"{stage}: already finished, skipping")
+        return
+    if world_size() > 1 and stage == "audit":
         raise RunError(f"stage {stage} runs in one process; start `rush {stage} {run.path}` without torchrun")
+    tell(f"{stage} ...")
     with memory_for(stage, JUDGED), run.alone() if rank() == 0 else nullcontext():
-        stages[stage](run)
+        if not run.finished(stage):  # by a process that held the lock until now
+            stages[stage](run)
+    tell(f"{stage}: {run.require(stage)['seconds']:.0f} s")

@@ -13,7 +13,7 @@ from rush.errors import DataError
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
 from rush.pipeline.context import StageContext
-from rush.pipeline.preconditions import check_after_training, check_before_training
+from rush.pipeline.preconditions import check_after_training, check_before_training, labelled_count
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
@@ -32,8 +32,6 @@ _SEQUENTIAL_SHARE = 0.2  # of its cap that a sequential certification draws on a
 
 def run_pretrain(run: RunFolder) -> None:
     """Pre-train the encoder without labels, and measure its kNN accuracy on the test images."""
-    if run.finished("pretrain"):
-        return
     context = StageContext.of(run)
     check_before_training(context)
     recipe, config, execution = context.recipe, context.recipe.pretrain, context.execution
@@ -54,8 +52,6 @@ def run_pretrain(run: RunFolder) -> None:
 
 def run_finetune(run: RunFolder) -> None:
     """Train the classifier on the pre-trained encoder and save the model, smoothed where the recipe has noise."""
-    if run.finished("finetune"):
-        return
     run.require("pretrain")
     context = StageContext.of(run)
     check_after_training(context)
@@ -103,16 +99,15 @@ def _labelled(train: ImageSet | Stream, recipe: Recipe) -> ImageSet | Stream:
     Raises:
         DataError: the images have no labels.
     """
-    config = recipe.finetune
     if train.labels is None:
         raise DataError(f"{train.name} (train) has no labels; fine-tuning needs them")
-    if config.labels_per_class is None and config.label_fraction == 1.0:
+    count = labelled_count(recipe.finetune, len(train), train.num_classes)
+    if count == len(train):
         return train
-    size = config.label_fraction if config.labels_per_class is None else config.labels_per_class * train.num_classes
     generator = stream(recipe.seed, "finetune", "labels")
     if isinstance(train, ImageSet):
-        return stratified_subset(train, size, generator)
-    return train.holding_out(size if isinstance(size, int) else round(size * len(train)), generator)[1]
+        return stratified_subset(train, count, generator)
+    return train.holding_out(count, generator)[1]
 
 
 def _save_model(context: StageContext, classifier: Classifier, spec: ClassifierSpec, train: ImageSet) -> dict[str, Any]:
