@@ -59,7 +59,7 @@ def check_after_training(context: StageContext) -> None:
         context.splits.check_count(section.images)
     if context.noise is not None:
         try:
-            run_rule(context.recipe.certify, context.noise.sigma, len(test))
+            run_rule(context.recipe.certify, context.recipe.smoothing, len(test))
         except InputError as error:
             raise ConfigError(f"certify: {error}") from error
     check_attackers(context.recipe, max(2, len(train.classes)), train.shape)
