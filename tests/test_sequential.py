@@ -21,7 +21,7 @@ from scipy import stats
 import stored
 from rush.certification import sequential
 from rush.certification.bounds import certify_counts, largest_radius
-from rush.certification.rule import Rule, null_probability
+from rush.certification.rule import Rule, fewest_for, null_probability, reach
 from rush.certification.sequential import (
     CERTIFIED,
     NOT_CERTIFIABLE,
@@ -840,6 +840,16 @@ def test_a_family_rule_tests_each_image_at_its_share() -> None:
     share = critical_counts(rule_of(alpha=0.05 / 20, radii=radii).tests(), looks)
     np.testing.assert_array_equal(family[0], share[0])
     assert (family[0] > critical_counts(rule_of(radii=radii).tests(), looks)[0]).all()
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+@pytest.mark.parametrize(("method", "least"), [("clopper-pearson", (10, 40, 301)), ("sequential", (12, 47, 348))])
+def test_a_rule_says_the_least_votes_that_certify(method: str, least: tuple[int, int, int], noise: str) -> None:
+    """By hand: alpha^(1/N) must exceed 1/2, Phi(1) and Phi(2); the sequential rule's last test has a third of alpha."""
+    rule = rule_of(method=method, noise=noise)
+    said = reach(rule)
+    assert said.endswith(f"votes is {least[0]} for any radius, {least[1]} for sigma, {least[2]} for 2 sigma")
+    assert [fewest_for(rule, factor * rule.sigma) for factor in (1, 2, 40)] == [least[1], least[2], None]
 
 
 @pytest.mark.parametrize("sigma", [0.12, 0.25, 1 / 3, 0.5, 1.0])

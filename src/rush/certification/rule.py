@@ -186,6 +186,24 @@ def fewest_estimation(rule: Rule) -> int | None:
     return least_whole(lambda n: _certifies_something(replace(rule, num_estimation=n)))
 
 
+def fewest_for(rule: Rule, radius: float) -> int | None:
+    """Return the smallest ``num_estimation`` with which ``rule`` can certify ``radius`` if all votes agree, or None."""
+    return least_whole(lambda n: within_reach(replace(rule, num_estimation=n))(radius))
+
+
+def reach(rule: Rule) -> str:
+    """Return a sentence that says, before any vote is drawn, what ``rule`` can certify if all votes agree."""
+    sizes = [f"{fewest_estimation(rule)} for any radius"]
+    for name, radius in (("sigma", rule.sigma), ("2 sigma", 2 * rule.sigma)):
+        fewest = fewest_for(rule, _six_decimals(radius))
+        if fewest is not None:
+            sizes.append(f"{fewest:,} for {name}")
+    return (
+        f"{rule.num_estimation:,} votes per image that all agree certify an l2 radius of at most "
+        f"{_largest(within_reach(rule)):.6f}; the least number of votes is {', '.join(sizes)}"
+    )
+
+
 def _certifies_something(rule: Rule) -> bool:
     """Return whether all ``rule.num_estimation`` votes certify a radius if they agree. The grid is ignored."""
     if rule.bound == CLOPPER_PEARSON:

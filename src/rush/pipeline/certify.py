@@ -1,13 +1,14 @@
 """The certification of a run. Each image is written as soon as it is decided, and finally one table of all."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rush.certification.certificates import Certificates, first_difference, join_certificates
 from rush.certification.certify import certify_each
-from rush.certification.rule import Rule, make_rule
+from rush.certification.rule import Rule, make_rule, reach
 from rush.certification.sequential import UNDECIDED
 from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import ModelError, RunError
@@ -31,12 +32,15 @@ CERTIFICATE_PARTS = Path("certificates.parts")
 NOT_SMOOTHED = "the classifier is not smoothed (smoothing.sigma = 0): nothing is certified"
 
 
-def run_certify(run: RunFolder) -> None:
+def run_certify(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> None:
     """Certify the evaluation images and write ``certificates.tsv``.
 
     Each image is written as soon as it is decided. The stage resumes after an interruption with the images still
     missing. With several processes each takes its share of them. With sigma = 0 the stage only records that there is
     nothing to certify.
+
+    Args:
+        tell: gets one line on what the rule can certify, before any vote is drawn.
 
     Raises:
         ModelError: the classifier cannot be certified.
@@ -55,6 +59,7 @@ def run_certify(run: RunFolder) -> None:
     indices, pixels = context.splits.evaluation(config.images, smoothed.num_classes, smoothed.kind)
     rule = run_rule(config, context.recipe.smoothing, len(pixels))
     parts = run.path / CERTIFICATE_PARTS
+    tell(f"certify: {reach(rule)}")
     context.begin("certify")
     model = smoothed.fingerprint()
     done = in_turn(lambda: _read_parts(run.path, rule, model, indices, pixels))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 from rush.choices import Stage
 from rush.errors import RunError
@@ -17,7 +18,8 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
     """Run one stage by its name, unless it is finished.
 
     Args:
-        tell: Gets one line when the stage begins, and one with the time that it took or that it is skipped.
+        tell: Gets one line when the stage begins, one with the time that it took or that it is skipped, and what
+            ``certify`` can certify, before it draws any vote.
 
     Raises:
         RunError: another process is at work in the folder, or the stage cannot run in several processes.
@@ -27,7 +29,7 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
     stages = {
         "pretrain": run_pretrain,
         "finetune": run_finetune,
-        "certify": run_certify,
+        "certify": partial(run_certify, tell=tell),
         "attack": run_attack,
         "audit": run_audit,
     }
