@@ -846,7 +846,7 @@ def test_a_family_rule_tests_each_image_at_its_share() -> None:
 @pytest.mark.parametrize(("method", "least"), [("clopper-pearson", (10, 40, 301)), ("sequential", (12, 47, 348))])
 def test_a_rule_says_the_least_votes_that_certify(method: str, least: tuple[int, int, int], noise: str) -> None:
     """By hand: alpha^(1/N) must exceed 1/2, Phi(1) and Phi(2); the sequential rule's last test has a third of alpha."""
-    rule = rule_of(method=method, noise=noise)
+    rule = rule_of(method=method, noise=noise, alpha=0.001)
     said = reach(rule)
     assert said.endswith(f"votes is {least[0]} for any radius, {least[1]} for sigma, {least[2]} for 2 sigma")
     assert [fewest_for(rule, factor * rule.sigma) for factor in (1, 2, 40)] == [least[1], least[2], None]
