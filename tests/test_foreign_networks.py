@@ -47,6 +47,10 @@ def images(count: int = TILE) -> tuple[Tensor, Tensor]:
     return x, torch.arange(count) % CLASSES
 
 
+def _smoothed(network: nn.Module) -> rush.SmoothedClassifier:
+    return rush.SmoothedClassifier(network, 0.1, CLASSES, execution=Execution(tile=TILE))
+
+
 # --- what writes to its input ---------------------------------------------------------------------------------------
 
 
@@ -97,8 +101,7 @@ def test_a_network_that_writes_to_its_input_gives_what_its_copying_twin_gives(
     (x, y), outcomes = images(count), []
     for copies in (True, False):
         network, own = Net(WRITING[name], copies), x.clone()
-        execution = Execution(tile=TILE)
-        model = rush.SmoothedClassifier(network, 0.1, CLASSES, execution=execution) if smoothed else network
+        model = _smoothed(network) if smoothed else network
         found = [_points(model, own, y, method) for method in ("none", "fgsm", "pgd", "apgd", "fmn", "square")]
         found.append(verdict(model, (own, y), x.clone(), BALL, max_votes=400).counts.flatten())
         if isinstance(model, rush.SmoothedClassifier):
@@ -144,9 +147,8 @@ def test_a_network_that_reuses_its_output_is_read_before_it_writes_again() -> No
     x, y = images(3 * 256)
     result = rush.attack(OneBuffer(), (x, y), BALL, "none")
     assert result.counts.argmax(1).tolist() == scores(x).argmax(1).tolist()
-    smoothed = rush.SmoothedClassifier(OneBuffer(), 0.1, CLASSES, execution=Execution(tile=TILE))
-    plain = rush.SmoothedClassifier(Net(scores), 0.1, CLASSES, execution=Execution(tile=TILE))
-    one, other = (rush.certify(model, (x[:8], y[:8]), num_estimation=500) for model in (smoothed, plain))
+    models = _smoothed(OneBuffer()), _smoothed(Net(scores))
+    one, other = (rush.certify(model, (x[:8], y[:8]), num_estimation=500) for model in models)
     assert one.counts.tolist() == other.counts.tolist()
     drawn = defend(OneBuffer(spread=0.5), CLASSES, "mean")
     assert isinstance(drawn, RandomDefender)
@@ -168,10 +170,6 @@ class Switching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.seen += 1
         return scores(x) if self.seen <= self.calls else scores(x).flip(1)
-
-
-def _smoothed(network: nn.Module) -> rush.SmoothedClassifier:
-    return rush.SmoothedClassifier(network, 0.1, CLASSES, execution=Execution(tile=TILE))
 
 
 LATER = "of one image are no longer those|of an image that is in every tile depend"
@@ -229,29 +227,19 @@ def test_whatever_votes_asks_again_at_its_end(use: str, monkeypatch: pytest.Monk
         uses[use]()
 
 
-def _where_bright(x: Tensor, level: float) -> Tensor:
-    return x.flatten(1).amax(1) > level
+def _has_a_bright_pixel(x: Tensor) -> bool:
+    return float(x.max()) > 1.42
 
 
-RARE: dict[str, Layer] = {
-    "one bright pixel anywhere turns all": lambda x: (
-        scores(x).flip(1) if bool(_where_bright(x, 1.42).any()) else scores(x)
-    ),
-    "the mean of the tile, beyond a level": lambda x: (
-        scores(x) + 3 * (x.mean() - 0.5).clamp(min=0.012)[None, None] * torch.eye(4)[0]
-    ),
-    "the last row, where it is bright": lambda x: scores(x + 0.5 * _where_bright(x[-1:], 1.2)[:, None, None, None]),
-}
+def test_a_neighbour_that_matters_rarely_is_found() -> None:
+    """One bright pixel anywhere turns all rows, in about one tile of eight.
 
-
-@pytest.mark.parametrize("name", list(RARE)[:1])
-def test_a_neighbour_that_matters_rarely_is_found(name: str) -> None:
-    """In about one tile of eight; the odds that the inspection alone meets such a tile are even, and the same seed
-    always gives the same answer."""
+    The odds that the inspection alone meets such a tile are even, and the same seed always gives the same answer.
+    """
     x, y = images(16)
-    network = Net(RARE[name])
+    network = Net(lambda x: scores(x).flip(1) if _has_a_bright_pixel(x) else scores(x))
     seen = []
-    network.register_forward_pre_hook(lambda _, given: seen.append(bool(_where_bright(given[0], 1.42).any())))
+    network.register_forward_pre_hook(lambda _, given: seen.append(_has_a_bright_pixel(given[0])))
     with pytest.raises(ModelError, match=f"{LATER}|neighbours"):
         rush.certify(_smoothed(network), (x, y), num_estimation=5000)
     assert 0 < np.mean(seen) < 0.5
@@ -282,11 +270,10 @@ LOOKING: dict[str, Callable[[], nn.Module]] = {
     "the mean of the batch": lambda: Net(lambda x: scores(x - x.mean(0))),
     "the next image": lambda: Net(lambda x: scores(x + 0.2 * x.roll(1, 0))),
     "the row": lambda: Net(lambda x: scores(x) * (1 + (torch.arange(len(x)) % 2)[:, None])),
-    "the number of images": lambda: Net(lambda x: scores(x) + (len(x) == 1) * torch.eye(CLASSES)[0]),
 }
 
 
-@pytest.mark.parametrize("name", list(LOOKING)[:4])
+@pytest.mark.parametrize("name", LOOKING)
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_a_network_that_looks_at_its_batch_is_refused_at_every_door(name: str, count: int) -> None:
     x, y = images(count)
