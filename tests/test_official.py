@@ -15,7 +15,6 @@ import pytest
 
 from rush.data import sources
 from rush.data.readers import stl10
-from rush.data.readers.archives import Archive
 from rush.data.readers.cifar import CifarVersion, cifar10_versions, cifar100_versions
 from rush.data.readers.pickles import read_plain_pickle
 from rush.data.readers.resizing import resize_images
@@ -143,11 +142,12 @@ def test_a_download_goes_to_the_first_of_several_folders(tmp_path: Path, monkeyp
     for root in roots:
         root.mkdir()
 
-    def fetched(archive: Archive, root: Path) -> Path:
-        assert archive == version.archive
-        return write_folder(version, root)
+    def fetched(url: str, known_hash: str, target: Path) -> Path:
+        assert (url, known_hash) == (version.archive.url, f"md5:{version.archive.md5}")
+        assert target.name == version.archive.file
+        return write_folder(version, target.parent)
 
-    monkeypatch.setattr(sources, "download_archive", fetched)
+    monkeypatch.setattr(sources, "fetch", fetched)
     assert len(sources.load_images("cifar10", root=roots)) == ROWS
     assert [len(list(root.iterdir())) for root in roots] == [1, 0]
 

@@ -231,7 +231,8 @@ class Stream:
                 pool.shutdown(cancel_futures=True)
 
     def _start_decoding(self, pool: ThreadPoolExecutor, encoded: list[EncodedRow]) -> Pending:
-        images = torch.empty((len(encoded), *self.shape), dtype=torch.uint8, pin_memory=self._on_gpu)
+        on_gpu = torch.device(self.device).type == "cuda"
+        images = torch.empty((len(encoded), *self.shape), dtype=torch.uint8, pin_memory=on_gpu)
         sources = [source for _, source in encoded]
         step = min(_TASK, -(-len(encoded) // self.threads))
         # Each task writes a slice of its own, so that neither threads nor timing change the images.
@@ -244,10 +245,6 @@ class Stream:
     def _decode_into(self, pixels: np.ndarray, encoded: Sequence[Encoded]) -> None:
         for position, image in enumerate(encoded):
             pixels[position] = self.form.fit(decode(image, self.size), image[0])
-
-    @property
-    def _on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
 
 
 def training_source(images: ImageSet | Stream, device: torch.device | str, rank: int, processes: int) -> TrainingImages:
