@@ -198,7 +198,7 @@ class Stream:
     def _read_ahead(self, pools: Iterator[np.ndarray]) -> Generator[EncodedRow, None, None]:
         """Yield the encoded images of the pools in order. The next pool is read while one is used."""
         with ThreadPoolExecutor(1) as reader:
-            current: Future[list[EncodedRow | None]] | None = None
+            current: Future[deque[EncodedRow]] | None = None
             for pool in pools:
                 following = reader.submit(self._read, pool)
                 if current is not None:
@@ -207,14 +207,14 @@ class Stream:
             if current is not None:
                 yield from _released(current.result())
 
-    def _read(self, rows: np.ndarray) -> list[EncodedRow | None]:
+    def _read(self, rows: np.ndarray) -> deque[EncodedRow]:
         """Return the encoded images of ``rows``, in this order. They are read in the order of the files."""
-        encoded: list[EncodedRow | None] = [None] * len(rows)
-        ascending, slabs = np.argsort(rows), _Slabs(max(_SLAB, self.memory >> 8))
-        for position, (where, source) in zip(ascending.tolist(), self.encoded.read(rows[ascending]), strict=True):
-            content = source if isinstance(source, Path) else slabs.copy(source)
-            encoded[position] = int(rows[position]), (where, content)
-        return encoded
+        order, slabs = np.argsort(rows), _Slabs(max(_SLAB, self.memory >> 8))
+        read = [
+            (row, (where, source if isinstance(source, Path) else slabs.copy(source)))
+            for row, (where, source) in zip(rows[order].tolist(), self.encoded.read(rows[order]), strict=True)
+        ]
+        return deque(read[place] for place in np.argsort(order).tolist())
 
     def _decoded(self, encoded: Iterator[EncodedRow], sizes: Iterable[int]) -> Generator[DecodedRows, None, None]:
         """Yield the images in parts of ``sizes``; one part is decoded ahead of use, or more if parts are small."""
@@ -348,12 +348,10 @@ def _finished(pending: Pending) -> DecodedRows:
     return images
 
 
-def _released(encoded: list[EncodedRow | None]) -> Iterator[EncodedRow]:
-    """Yield the entries in order and drop each from the list, so that a pool shrinks as it is used."""
-    for position, entry in enumerate(encoded):
-        encoded[position] = None
-        assert entry is not None
-        yield entry
+def _released(encoded: deque[EncodedRow]) -> Iterator[EncodedRow]:
+    """Yield the entries in order and drop each, so that a pool shrinks as it is used."""
+    while encoded:
+        yield encoded.popleft()
 
 
 def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:

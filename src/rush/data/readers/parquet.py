@@ -118,9 +118,9 @@ def _other_shards(folders: Sequence[Path], shards: Sequence["_Shard"]) -> Iterat
 
     An unreadable one is skipped; loading its own split names it.
     """
-    visited = {shards[0].path.name.partition("-")[0].removesuffix(".parquet")}
+    visited = {_split_of(shards[0].path)}
     for path in sorted(set(_glob(folders)) - {shard.path for shard in shards}, key=lambda path: (path.name, path)):
-        split = path.name.partition("-")[0].removesuffix(".parquet")
+        split = _split_of(path)
         if shards[0].classes and split in visited:
             continue
         visited.add(split)
@@ -153,7 +153,7 @@ def find_shards(folders: Sequence[Path], split: str) -> list[Path]:
         raise _mixed(folders, [single[0], numbered[0]])
     shards = numbered or single
     if not shards:
-        splits = sorted({re.split(r"[-.]", path.name)[0] for path in _glob(folders)})
+        splits = sorted(set(map(_split_of, _glob(folders))))
         raise DataError(
             f"{joined_names(folders)}: no shard {split}-*.parquet, only of {', '.join(splits)}; "
             "give one of these splits or add the shard"
@@ -189,6 +189,11 @@ def _mixed(folders: Sequence[Path], shards: Sequence[Path]) -> DataError:
 def _glob(folders: Sequence[Path], prefix: str = "") -> list[Path]:
     """Return the shards whose names start with ``prefix``, which is not a pattern."""
     return [path for folder in folders for path in folder.glob("*.parquet") if path.name.startswith(prefix)]
+
+
+def _split_of(path: Path) -> str:
+    """Return the split that the name of a shard begins with."""
+    return path.stem.partition("-")[0]
 
 
 def _by_numbers(path: Path) -> tuple[list[str | int], str]:
