@@ -292,13 +292,6 @@ def test_integers_in_a_dictionary_are_labels(tmp_path: Path) -> None:
     assert load_images(tmp_path).labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for number in range(11):
-        shard(tmp_path, file=f"test-{number}.parquet")
-    stream = open_stream(tmp_path, "test")
-    assert [file.name for file in stream.encoded.files()] == [f"test-{number}.parquet" for number in range(11)]
-
-
 def test_all_splits_of_shards_name_the_same_classes(tmp_path: Path) -> None:
     shard(tmp_path, names=["a", "b"], file="train-0.parquet")
     shard(tmp_path, names=["b", "a"], file="test-0.parquet")

@@ -20,6 +20,7 @@ from rush.models.resnet import ResNet
 from rush.models.storage import ClassifierSpec, load_smoothed, save_smoothed, save_weights
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
+from test_official import PickledCall
 
 ENCODERS: tuple[EncoderName, ...] = get_args(EncoderName)
 TWO_STEMS = ("resnet18", "resnet34", "resnet50")
@@ -279,24 +280,15 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
         rush.load(tmp_path / "nothing")
 
 
-class Payload:
-    """Pickles into a call of ``os.mkdir``."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
-
-
 @pytest.mark.parametrize("by_torch", [True, False], ids=["torch.save", "pickle"])
 def test_a_pickle_in_the_place_of_the_weights_does_not_run(by_torch: bool, tmp_path: Path) -> None:
     saved(tmp_path)
     file, mark = tmp_path / "model.safetensors", tmp_path / "ran"
+    payload = PickledCall(os.mkdir, str(mark))
     if by_torch:
-        torch.save({"weights": Payload(mark)}, file)
+        torch.save({"weights": payload}, file)
     else:
-        file.write_bytes(pickle.dumps(Payload(mark)))
+        file.write_bytes(pickle.dumps(payload))
     with pytest.raises(RunError, match=r"model\.safetensors does not fit or is damaged"):
         rush.load(tmp_path, device="cpu")
     assert not mark.exists()

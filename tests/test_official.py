@@ -240,7 +240,7 @@ def test_each_fault_of_cifar_is_named(
     assert_named("cifar10", "test", write_folder(version, tmp_path), file, damage, text)
 
 
-class _Call:
+class PickledCall:
     """Pickles as a call of ``function`` with ``arguments``."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
@@ -256,7 +256,7 @@ def test_a_pickle_that_calls_the_system_is_refused_and_not_run(
 ) -> None:
     path = write_folder(CIFAR10[0], tmp_path) / "test_batch"
     marker = tmp_path / "ran"
-    evil = pickle.dumps({b"data": _Call(os.system, f"touch {marker}"), b"labels": [0] * 4}, protocol=protocol)
+    evil = pickle.dumps({b"data": PickledCall(os.system, f"touch {marker}"), b"labels": [0] * 4}, protocol=protocol)
     pickle.loads(evil)
     assert marker.exists(), "the pickle must be able to do harm for this test to mean anything"
     marker.unlink()
@@ -269,14 +269,14 @@ def test_a_pickle_that_calls_the_system_is_refused_and_not_run(
 
 @pytest.mark.parametrize("function", [eval, exec, getattr, __import__, np.load, np.frombuffer, pickle.loads, bytearray])
 def test_every_other_name_is_refused(function: Any) -> None:
-    content = pickle.dumps({b"data": _Call(function, "1")}, protocol=2)
+    content = pickle.dumps({b"data": PickledCall(function, "1")}, protocol=2)
     with pytest.raises(DataError, match="which may run code"):
         read_plain_pickle(io.BytesIO(content), "file")
 
 
 def test_the_names_a_plain_pickle_may_use_make_nothing_but_bytes() -> None:
     """numpy.ndarray called directly would allocate what the file asks for, _codecs.encode would load any codec."""
-    for call in (_Call(np.ndarray, (1 << 40,)), _Call(__import__("_codecs").encode, "x", "rot13")):
+    for call in (PickledCall(np.ndarray, (1 << 40,)), PickledCall(__import__("_codecs").encode, "x", "rot13")):
         with pytest.raises(DataError, match="damaged"):
             read_plain_pickle(io.BytesIO(pickle.dumps({b"data": call}, protocol=2)), "file")
 

@@ -304,19 +304,8 @@ def test_what_cannot_be_streamed_says_what_to_do(tmp_path: Path, shards: Path) -
             open_stream(name, "train")
     with pytest.raises(DataError, match="not a known data set"):
         open_stream(tmp_path / "nothing", "train")
-    wrong: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"memory": 0}, "memory must be an integer >= 1"),
-        ({"threads": 0}, "threads must be"),
-    )
-    for options, text in wrong:
-        with pytest.raises(ConfigError, match=text):
-            open_stream(shards, "train", **options)
-    for placement, text in (
-        ({"rank": 2, "processes": 2}, r"rank must be an integer in 0\.\.1, got 2"),
-        ({"processes": 0}, "processes must be an integer >= 1"),
-    ):
-        with pytest.raises(ConfigError, match=text):
-            replace(open_stream(shards, "train"), **placement)
+    with pytest.raises(ConfigError, match="memory must be an integer >= 1"):
+        open_stream(shards, "train", memory=0)
     with pytest.raises(InputError, match="size must be"):
         open_stream(shards, "train", size=0)
     with pytest.raises(ConfigError, match="exceeds the 95"):

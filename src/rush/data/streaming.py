@@ -27,7 +27,6 @@ from rush.data.readers.resizing import check_size, num_threads
 from rush.data.readers.roots import Root
 from rush.data.sources import open_encoded
 from rush.errors import ConfigError, DataError
-from rush.runtime.numbers import as_whole
 from rush.runtime.transfer import sent
 
 _TASK = 16  # most images per task of a thread
@@ -69,7 +68,7 @@ class Stream:
         processes: number of processes.
 
     Raises:
-        ConfigError: ``memory``, ``threads``, ``rank`` or ``processes`` is out of range.
+        ConfigError: ``memory`` is below 1.
     """
 
     encoded: EncodedImages
@@ -84,9 +83,8 @@ class Stream:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("memory", "threads", "processes"):
-            _check_whole(name, getattr(self, name), 1)
-        _check_whole("rank", self.rank, 0, self.processes - 1)
+        if self.memory < 1:
+            raise ConfigError(f"memory must be an integer >= 1, got {self.memory!r}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -295,7 +293,7 @@ def open_stream(
     Raises:
         DataError: as ``load_images``, or the data are not stored image by image.
         InputError: a wrong ``size`` or ``root``.
-        ConfigError: a wrong ``memory`` or ``threads``.
+        ConfigError: ``memory`` is below 1.
     """
     check_size(size)
     encoded = open_encoded(name_or_path, split, root)
@@ -352,10 +350,3 @@ def _released(encoded: deque[EncodedRow]) -> Iterator[EncodedRow]:
     """Yield the entries in order and drop each, so that a pool shrinks as it is used."""
     while encoded:
         yield encoded.popleft()
-
-
-def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    whole = as_whole(value)
-    if whole is None or whole < least or (most is not None and whole > most):
-        bounds = f">= {least}" if most is None else f"in {least}..{most}"
-        raise ConfigError(f"{name} must be an integer {bounds}, got {value!r}")

@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from rush.choices import EncoderName, Stem
 from rush.errors import ConfigError
-from rush.models.preact import PreActResNet
+from rush.models.preact import PreActResNet, wide_resnet
 from rush.models.resnet import BasicBlock, Bottleneck, ResNet
-from rush.models.wideresnet import wide_resnet
 
 _RESNETS: dict[str, tuple[tuple[int, int, int, int], type[BasicBlock] | type[Bottleneck]]] = {
     "resnet18": ((2, 2, 2, 2), BasicBlock),

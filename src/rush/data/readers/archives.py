@@ -26,7 +26,7 @@ class Archive:
 
     @property
     def remedy(self) -> str:
-        """What error texts advise for a damaged archive or one of its files."""
+        """Advice of error texts on a damaged archive or one of its files."""
         return f"delete it and get it again from {self.url}"
 
 

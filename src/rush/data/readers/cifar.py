@@ -80,10 +80,9 @@ def read_cifar(name: str, version: CifarVersion, path: Path, split: str, size: i
         DataError: a file, which is named, is missing, damaged, of a wrong size or mislabelled.
     """
     files = version.files[split]
-    read_names = _read_pickled_names if version.names_key else _read_listed_names
     read_images = _read_pickled if version.labels_key else _read_binary
     parsers: dict[str, Parse[Any]] = {file: partial(read_images, version, version.rows[split]) for file in files}
-    contents = read_members(version.archive, path, parsers | {version.names_file: partial(read_names, version)})
+    contents = read_members(version.archive, path, parsers | {version.names_file: partial(_read_names, version)})
     images = torch.from_numpy(np.concatenate([contents[file][0] for file in files]).reshape(-1, *SHAPE))
     labels = torch.cat([contents[file][1] for file in files])
     classes = contents[version.names_file]
@@ -118,18 +117,10 @@ def _read_binary(version: CifarVersion, rows: int, file: IO[bytes], where: str) 
     return table[:, version.label_bytes :], labels
 
 
-def _read_pickled_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
-    names = read_plain_pickle(file, where).get(version.names_key)
-    if names is not None and _is_list_of(names, bytes):
+def _read_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
+    names = read_plain_pickle(file, where).get(version.names_key) if version.names_key else read_words(file)
+    if _is_list_of(names, bytes):
         names = [name.decode("latin1") for name in names]
-    return _checked_names(version, names, where)
-
-
-def _read_listed_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
-    return _checked_names(version, read_words(file), where)
-
-
-def _checked_names(version: CifarVersion, names: Any, where: str) -> tuple[str, ...]:
     if not _is_list_of(names, str) or len(names) != version.num_classes:
         raise DataError(
             f"{where} names the classes {reprlib.repr(names)}, expected {version.num_classes} of them; "
