@@ -13,7 +13,6 @@ from rush.choices import Decision
 from rush.errors import ModelError
 from rush.evaluation.attack import verdict
 from rush.evaluation.evaluation import Evaluation
-from rush.evaluation.ladder import plain_ladder
 from rush.evaluation.model import Model, RandomDefender, defend
 from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.execution import Execution
@@ -175,24 +174,30 @@ class Switching(nn.Module):
 LATER = "of one image are no longer those|of an image that is in every tile depend"
 
 
+Use = Callable[[nn.Module, Tensor, Tensor], object]
+SMOOTHED: dict[str, Use] = {
+    "certify": lambda net, x, y: rush.certify(_smoothed(net), (x, y), num_estimation=300),
+    "sequential": lambda net, x, y: rush.certify(_smoothed(net), (x, y), "sequential", num_estimation=1000),
+    "predict": lambda net, x, _: _smoothed(net).predict(x, 200),
+    "attack": lambda net, x, y: rush.attack(
+        _smoothed(net), (x, y), BALL, "pgd", steps=10, eot_samples=2, max_votes=400
+    ),
+    "verdict": lambda net, x, y: verdict(_smoothed(net), (x, y), x, BALL, max_votes=400),
+}
+PLAIN: dict[str, Use] = {
+    "attack": lambda net, x, y: rush.attack(net, (x, y), BALL, "pgd", steps=40),
+    "worst case": lambda net, x, y: rush.attack(net, (x, y), BALL, "worst-case"),
+}
+
+
 @pytest.mark.parametrize("calls", [6, 7, 12, 13, 30])
 def test_a_network_that_changes_after_its_inspection_fails_whatever_used_it(calls: int) -> None:
-    x, y = images(8)
-    uses: dict[str, Callable[[nn.Module], object]] = {
-        "certify": lambda net: rush.certify(_smoothed(net), (x, y), num_estimation=300),
-        "sequential": lambda net: rush.certify(_smoothed(net), (x, y), "sequential", num_estimation=1000),
-        "predict": lambda net: _smoothed(net).predict(x, 200),
-        "attack, smoothed": lambda net: rush.attack(
-            _smoothed(net), (x, y), BALL, "pgd", steps=10, eot_samples=2, max_votes=400
-        ),
-        "verdict, smoothed": lambda net: verdict(_smoothed(net), (x, y), x, BALL, max_votes=400),
-        "attack": lambda net: rush.attack(net, (x, y), BALL, "pgd", steps=40),
-        "worst case": lambda net: rush.attack(net, (x, y), BALL, "worst-case"),
-        "vote": lambda net: rush.attack(net, (x, y), BALL, "none", decision="vote", max_votes=200),
-    }
-    for use in uses.values():
+    def vote(net: nn.Module, x: Tensor, y: Tensor) -> object:
+        return rush.attack(net, (x, y), BALL, "none", decision="vote", max_votes=200)
+
+    for use in (*SMOOTHED.values(), *PLAIN.values(), vote):
         with pytest.raises(ModelError, match=f"{LATER}|of one image depend|for the same|so it is random"):
-            use(Switching(calls))
+            use(Switching(calls), *images(8))
 
 
 def test_a_network_that_changed_is_no_longer_the_one_that_voted() -> None:
@@ -206,25 +211,20 @@ def test_a_network_that_changed_is_no_longer_the_one_that_voted() -> None:
         smoothed.recheck()
 
 
-@pytest.mark.parametrize("use", ["certify", "sequential", "predict", "attack", "verdict", "audit"])
-def test_whatever_votes_asks_again_at_its_end(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (x, y), smoothed = images(8), _smoothed(Net(scores))
+@pytest.mark.parametrize("name", [*SMOOTHED, "audit"])
+def test_whatever_votes_asks_again_at_its_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = images(8)
     y = scores(x).argmax(1)
 
     def refuse(_: rush.SmoothedClassifier) -> None:
         raise ModelError("asked again")
 
+    def audit(net: nn.Module, x: Tensor, y: Tensor) -> object:
+        return rush.audit(_smoothed(net), (x, y), BALL, max_votes=400)
+
     monkeypatch.setattr(rush.SmoothedClassifier, "recheck", refuse)
-    uses: dict[str, Callable[[], object]] = {
-        "certify": lambda: rush.certify(smoothed, (x, y), num_estimation=100),
-        "sequential": lambda: rush.certify(smoothed, (x, y), "sequential", num_estimation=100),
-        "predict": lambda: smoothed.predict(x, 100),
-        "attack": lambda: rush.attack(smoothed, (x, y), BALL, "none", max_votes=100),
-        "verdict": lambda: verdict(smoothed, (x, y), x, BALL, max_votes=100),
-        "audit": lambda: rush.audit(smoothed, (x, y), BALL, max_votes=400),
-    }
     with pytest.raises(ModelError, match="asked again"):
-        uses[use]()
+        SMOOTHED.get(name, audit)(Net(scores), x, y)
 
 
 def _has_a_bright_pixel(x: Tensor) -> bool:
@@ -277,24 +277,15 @@ LOOKING: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_a_network_that_looks_at_its_batch_is_refused_at_every_door(name: str, count: int) -> None:
     x, y = images(count)
-    doors: list[Callable[[nn.Module], object]] = [
-        lambda net: rush.certify(_smoothed(net), (x, y), num_estimation=100),
-        lambda net: _smoothed(net).predict(x, 100),
-        lambda net: rush.attack(_smoothed(net), (x, y), BALL, "none", max_votes=100),
-        lambda net: Evaluation.of(net, (x, y), BALL, SETTINGS),
-        lambda net: rush.attack(net, (x, y), BALL, "none"),
-        lambda net: rush.attack(net, (x, y), BALL, "worst-case"),
-        lambda net: verdict(net, (x, y), x, BALL),
-        lambda net: _ladder(net, x, y),
+    doors: list[Use] = [
+        *SMOOTHED.values(),
+        *PLAIN.values(),
+        lambda net, x, y: verdict(net, (x, y), x, BALL),
+        lambda net, x, y: Evaluation.of(net, (x, y), BALL, SETTINGS),
     ]
     for door in doors:
         with pytest.raises(ModelError, match=r"neighbours|its row|no running statistics"):
-            door(LOOKING[name]())
-
-
-def _ladder(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    evaluation = Evaluation.of(model, (x, y), BALL, SETTINGS)
-    evaluation.run(plain_ladder(CLASSES)[0])
+            door(LOOKING[name](), x, y)
 
 
 class OwnGenerator(nn.Module):
