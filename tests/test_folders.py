@@ -92,15 +92,6 @@ def test_palettes_bitmaps_and_opaque_alpha_lose_nothing(tmp_path: Path) -> None:
     assert images[2].tolist() == [[[0, 255, 0, 255]] * 4] * 3
 
 
-def test_the_first_image_of_another_size_is_named(tmp_path: Path) -> None:
-    for name in ("a/0.png", "a/1.png"):
-        write(tmp_path / name, pixels(0))
-    for name in ("a/2.png", "a/3.png"):
-        write(tmp_path / name, pixels(0, width=8))
-    with pytest.raises(DataError, match=r"a/2\.png is 8x5, but .*a/0\.png is 7x5.*resize or crop"):
-        load_images(tmp_path)
-
-
 def test_empty_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty: it holds no image file"):
         load_images(tmp_path)

@@ -193,7 +193,7 @@ def test_a_resumed_epoch_reads_no_pool_that_is_over(shards: Path, monkeypatch: p
 def test_a_large_row_group_is_read_in_parts(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "one", [png(numbered(row)) for row in range(60)], shards=1, group=60)
     streamed = small(folder)
-    assert [(block.start, block.stop) for block in streamed._blocks] == [(0, 20), (20, 40), (40, 60)]
+    assert [(block.start, block.stop) for block in streamed.blocks] == [(0, 20), (20, 40), (40, 60)]
     rows = [numbers(batch) for batch in streamed.batches(stream(0, "o"), 10)]
     assert sorted(rows[0] + rows[1]) in (list(range(20)), list(range(20, 40)), list(range(40, 60)))
     assert sorted(row for batch in rows for row in batch) == list(range(60))

@@ -60,31 +60,26 @@ class Stream:
         form: the shape they are decoded to.
         labels: int64, of all rows of ``encoded``, or None.
         rows: the rows that belong to the stream, ascending.
+        blocks: all rows of ``encoded`` in parts of at most half of ``memory``, as one pool is used and the next read.
         size: as in ``load_images``.
         memory: bytes of encoded images held at once.
         threads: number of decoding threads. No result depends on it.
         device: device of the batches.
         rank: number of this process.
         processes: number of processes.
-
-    Raises:
-        ConfigError: ``memory`` is below 1.
     """
 
     encoded: EncodedImages
     form: Form
     labels: torch.Tensor | None
     rows: np.ndarray
+    blocks: list[Block]
     size: int | None
     memory: int
     threads: int = 1
     device: torch.device | str = "cpu"
     rank: int = 0
     processes: int = 1
-
-    def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ConfigError(f"memory must be an integer >= 1, got {self.memory!r}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -172,7 +167,7 @@ class Stream:
 
     def _pools(self, order: torch.Generator) -> Iterator[np.ndarray]:
         """Yield all rows once, in the order of the epoch, in pools that are read at once."""
-        total = sum(block.num_bytes for block in self._blocks)
+        total = sum(block.num_bytes for block in self.blocks)
         if total <= self.memory:
             rows = _shuffled(self.rows, order)
             step = _FILES if total == 0 else len(rows)
@@ -180,18 +175,14 @@ class Stream:
             return
         pool: list[np.ndarray] = []
         num_bytes = 0
-        for number in torch.randperm(len(self._blocks), generator=order).tolist():
-            block = self._blocks[number]
+        for number in torch.randperm(len(self.blocks), generator=order).tolist():
+            block = self.blocks[number]
             if pool and num_bytes + block.num_bytes > self.memory // 2:
                 yield _shuffled(np.concatenate(pool), order)
                 pool, num_bytes = [], 0
             pool.append(rows_within(self.rows, block.start, block.stop))
             num_bytes += block.num_bytes
         yield _shuffled(np.concatenate(pool), order)
-
-    @cached_property
-    def _blocks(self) -> list[Block]:
-        return self.encoded.blocks(max(1, self.memory // 2))  # half: one pool is used while the next is read
 
     def _read_ahead(self, pools: Iterator[np.ndarray]) -> Generator[EncodedRow, None, None]:
         """Yield the encoded images of the pools in order. The next pool is read while one is used."""
@@ -296,6 +287,8 @@ def open_stream(
         ConfigError: ``memory`` is below 1.
     """
     check_size(size)
+    if memory < 1:
+        raise ConfigError(f"memory must be an integer >= 1, got {memory!r}")
     encoded = open_encoded(name_or_path, split, root)
     if encoded is None:
         raise DataError(
@@ -303,10 +296,9 @@ def open_stream(
             "let it fit in memory (data.memory_gb, data.size) or store it as one of these"
         )
     check_several_classes(encoded.labels, encoded.classes, split, f"{os.fspath(name_or_path)} ({split})")
-    threads = num_threads() if threads is None else threads
-    unknown = Form((1, 1, 1), "")
-    stream = Stream(encoded, unknown, encoded.labels, np.arange(len(encoded)), size, memory, threads)
-    return replace(stream, form=_form(encoded, stream._blocks, size))
+    blocks = encoded.blocks(max(1, memory // 2))
+    form, rows = _form(encoded, blocks, size), np.arange(len(encoded))
+    return Stream(encoded, form, encoded.labels, rows, blocks, size, memory, threads or num_threads())
 
 
 def _form(images: EncodedImages, blocks: Sequence[Block], size: int | None) -> Form:
