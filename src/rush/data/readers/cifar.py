@@ -118,7 +118,7 @@ def _read_binary(version: CifarVersion, rows: int, file: IO[bytes], where: str) 
 
 
 def _read_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
-    names = read_plain_pickle(file, where).get(version.names_key) if version.names_key else read_words(file)
+    names: Any = read_plain_pickle(file, where).get(version.names_key) if version.names_key else read_words(file)
     if _is_list_of(names, bytes):
         names = [name.decode("latin1") for name in names]
     if not _is_list_of(names, str) or len(names) != version.num_classes:
