@@ -363,7 +363,7 @@ def listening(path: Path) -> None:
         server.bind(path.name)
 
 
-def truncated_jpeg(path: Path) -> None:
+def truncated(path: Path) -> None:
     COLOUR.resize((99, 99)).save(path)
     path.write_bytes(path.read_bytes()[:-500])
 
@@ -422,7 +422,9 @@ PICTURES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "text": (written("x.png", b"no image"), "cannot be read as an image"),
     "nothing": (written("x.png", b""), "cannot be read as an image"),
-    "a truncated JPEG": (at("x.jpg", truncated_jpeg), "cannot be decoded"),
+    "a truncated JPEG": (at("x.jpg", truncated), "cannot be decoded"),
+    "a truncated PNG": (at("x.png", truncated), "cannot be decoded"),
+    "a truncated WebP": (at("x.webp", truncated), "cannot be decoded"),
     "a PNG with a wrong checksum": (
         written("x.png", png(GREY[0]).replace(b"IDAT", b"IDAU")),
         "cannot be decoded",
@@ -452,10 +454,14 @@ def test_a_hostile_picture_is_refused(name: str, tmp_path: Path, processes: Fork
     assert "\n" not in message
 
 
-def test_a_picture_in_a_shard_meets_the_same_bounds(tmp_path: Path, processes: ForkServerContext) -> None:
-    shard(tmp_path, images=image_column([huge_png(60_000, 60_000)] * 6))
-    assert f"row 0 is 60000x60000, at most {MAX_PIXELS}" in refused(processes, load_images, tmp_path)
-    assert f"row 0 is 60000x60000, at most {MAX_PIXELS}" in refused(processes, open_stream, tmp_path, "test")
+def test_a_picture_in_a_set_meets_the_same_bounds(tmp_path: Path, processes: ForkServerContext) -> None:
+    shards, files = tmp_path / "shards", tmp_path / "files"
+    shard(shards, images=image_column([huge_png(60_000, 60_000)] * 6))
+    files.mkdir()
+    written("x.png", huge_png(60_000, 60_000))(files)
+    for folder, name in ((shards, "row 0"), (files, f"{files}/x.png")):
+        assert f"{name} is 60000x60000, at most {MAX_PIXELS}" in refused(processes, load_images, folder)
+        assert f"{name} is 60000x60000, at most {MAX_PIXELS}" in refused(processes, open_stream, folder, "test")
 
 
 def deep_key(depth: int) -> bytes:

@@ -95,7 +95,8 @@ def open_shards(folders: Sequence[Path], split: str, name: str) -> ParquetImages
             layout, or another split names different classes.
     """
     for folder in folders:
-        _warn_of_strays(folder)
+        strays = [Path(entry.path) for entry in list_entries(folder) if not entry.name.endswith(".parquet")]
+        warn_of_omitted(folder, strays, "parquet shards")
     shards = tuple(_open_shard(path) for path in find_shards(folders, split))
     for shard in shards:
         if (shard.label, shard.classes) != (shards[0].label, shards[0].classes):
@@ -199,11 +200,6 @@ def _split_of(path: Path) -> str:
 def _by_numbers(path: Path) -> tuple[list[str | int], str]:
     """Return a sort key that orders numbers in a file name by value and ignores the folder."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)], path.name
-
-
-def _warn_of_strays(folder: Path) -> None:
-    strays = [Path(entry.path) for entry in list_entries(folder) if not entry.name.endswith(".parquet")]
-    warn_of_omitted(folder, strays, "parquet shards")
 
 
 @dataclass(frozen=True)
