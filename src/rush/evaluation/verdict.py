@@ -195,7 +195,7 @@ def judge_means(
         evidence[np.arange(len(rows)), y[rows]] = np.inf  # the label need not beat itself
         held = evidence.min(1) >= threshold
         broken = _log_mean(against[rows]) >= threshold
-        verdict[rows] = np.where(broken, BROKEN, np.where(held, HELD, UNDECIDED))
+        verdict[rows] = _verdicts(broken, held)
     return Verdicts(verdict, challenger, counts, counts.sum(1) + challenging.shape[1])
 
 
@@ -212,8 +212,7 @@ def judge_single(counts: NDArray[np.int64], challenging_draws: int, y: NDArray[n
     right = counts[np.arange(len(y)), y]
     wrong = counts.sum(1) - right
     broken, held = sign_test(wrong, right) <= level, sign_test(right, wrong) <= level
-    verdict = np.where(broken, BROKEN, np.where(held, HELD, UNDECIDED)).astype(np.uint8)
-    return Verdicts(verdict, _best_other(counts, y), counts, counts.sum(1) + challenging_draws)
+    return Verdicts(_verdicts(broken, held), _best_other(counts, y), counts, counts.sum(1) + challenging_draws)
 
 
 def judge_deterministic(logits: Tensor, y: Tensor) -> Verdicts:
@@ -258,4 +257,8 @@ def _verdict_of(
     p_values = sign_test(label_votes[:, None], counts)  # (N, K)
     p_values[rows, y] = 0.0  # the label need not beat itself
     held = p_values.max(1) <= level
+    return _verdicts(broken, held)
+
+
+def _verdicts(broken: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.where(broken, BROKEN, np.where(held, HELD, UNDECIDED)).astype(np.uint8)
