@@ -38,9 +38,9 @@ def test_the_squares_shrink_on_the_paper_s_schedule() -> None:
     """Andriushchenko et al. 2020, section 4.1, with the halving at 500 of the original code: of 10,000 queries."""
     expected = {0: 0.8, 10: 0.8, 11: 0.4, 50: 0.4, 51: 0.2, 201: 0.1, 501: 0.05, 1001: 0.025, 2001: 0.0125}
     for query, share in expected.items():
-        assert share_of_image(query, 10_000, 0.8) == pytest.approx(share)
-    assert share_of_image(9999, 10_000, 0.8) == pytest.approx(0.8 / 512)
-    assert share_of_image(6, 1000, 0.8) == share_of_image(60, 10_000, 0.8)
+        assert share_of_image(query, 10_000) == pytest.approx(share)
+    assert share_of_image(9999, 10_000) == pytest.approx(0.8 / 512)
+    assert share_of_image(6, 1000) == share_of_image(60, 10_000)
 
 
 @pytest.mark.parametrize(("norm", "power"), [("l2", 2), ("l1", 4)])

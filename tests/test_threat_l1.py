@@ -115,11 +115,9 @@ def test_a_sparse_step_gains_the_most_that_its_limits_allow(pixels: int) -> None
 def test_an_unhindered_l1_step_changes_a_hundredth_of_the_pixels_alike() -> None:
     gradient = torch.randn((3, 3, 20, 20), generator=stream(0, "gradient"))
     step = ThreatModel("l1", 6.0).step(gradient, 0.5, torch.full_like(gradient, 0.5))
-    direction = ThreatModel("l1", 6.0).steepest(gradient)
-    torch.testing.assert_close(step, 3 * direction)
-    for own, values in zip(direction, gradient, strict=True):
+    for own, values in zip(step, gradient, strict=True):
         largest = values.abs().flatten().topk(int(1200 * L1_DENSITY)).indices
-        expected = torch.zeros(1200).scatter(0, largest, values.flatten()[largest].sign() / 12)
+        expected = torch.zeros(1200).scatter(0, largest, values.flatten()[largest].sign() * 3 / 12)
         torch.testing.assert_close(own.flatten(), expected)
 
 

@@ -133,7 +133,7 @@ class _Shadowing(TorchFunctionMode):
         first = self._shadow(args[0]) if args else None
         if name in _ROUNDING or name in _DETACHING or name in _CLAMPING:
             return first
-        plain = _out_of_place(function) if in_place else function
+        plain = _out_of_place(name) if in_place else function
         try:
             source = self._slope(name, plain, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
@@ -224,11 +224,8 @@ def _name(function: Callable[..., Any]) -> tuple[str, bool]:
     return name, False
 
 
-def _out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    name, _ = _name(function)
-    if name == "__setitem__":
-        return _with_item
-    plain: Callable[..., Any] = getattr(Tensor, name)
+def _out_of_place(name: str) -> Callable[..., Any]:
+    plain: Callable[..., Any] = _with_item if name == "__setitem__" else getattr(Tensor, name)
     return plain
 
 
