@@ -36,7 +36,7 @@ from rush.attacks.mifgsm import mifgsm
 from rush.attacks.pgd import pgd
 from rush.attacks.random_search import best_of_proposals, random_search
 from rush.attacks.square import square
-from rush.attacks.threat import ThreatModel
+from rush.attacks.threat import ThreatModel, norms
 from rush.choices import Norm
 from rush.errors import InputError
 from rush.runtime.randomness import stream
@@ -184,6 +184,7 @@ def test_every_point_that_is_looked_at_lies_in_the_threat(digits_network: nn.Mod
     assert minimal.max() <= 1
     assert len(log_probs.points) > 300
     calls_of_fmn = 30 + 1 + 10
+    assert (norms(found["pgd"], x, norm) > 0.9 * epsilon).all()
     for points in (*found.values(), *log_probs.points[:-calls_of_fmn]):
         assert_in_threat(points, x, ThreatModel(norm, epsilon))
 

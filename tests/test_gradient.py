@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import rush
 from attacked import Detached, digits
-from exact_models import HalfSpace
+from exact_models import HalfSpace, Recorder, square_half_space
 from random_models import ManySources, NoisyHalfSpace, SharedNoise
 from rush.attacks.gradient import (
     GradientStatistics,
@@ -104,22 +104,9 @@ def test_frozen_noise_is_the_classifier_at_that_noise() -> None:
     torch.testing.assert_close(view(x), _slow_mean(Curved(), x, noise).float())
 
 
-class Seen(nn.Module):
-    """Keeps what it is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs: list[Tensor] = []
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.inputs.append(x.detach().clone())
-        return x.flatten(1)[:, :2]
-
-
 def _noise(antithetic: bool, draws: int, images: int = 2, calls: int = 1, sigma: float = 0.5) -> Tensor:
     """Noise (images, calls x draws, 4) that a network sees at images of zeros."""
-    seen = Seen()
+    seen = Recorder(square_half_space())
     view = fresh_noise(SmoothedClassifier(seen, sigma, 2), draws, _generators(images), antithetic=antithetic)
     for _ in range(calls):
         view(torch.zeros(images, 1, 2, 2))
@@ -382,8 +369,11 @@ def _plane_and_images() -> tuple[HalfSpace, Tensor, Tensor]:
     return plane, x, (torch.from_numpy(plane.scores(x)) > 0).long()
 
 
+LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+
+
 def test_a_surrogate_gives_the_derivative_and_the_model_the_value() -> None:
-    value, slope, x = plain(Curved(), EXECUTION), plain(HalfSpaceOfThree(), EXECUTION), torch.rand((3, 1, 2, 2))
+    value, slope, x = plain(Curved(), EXECUTION), plain(LINEAR, EXECUTION), torch.rand((3, 1, 2, 2))
     y = torch.tensor([0, 1, 2])
     view = with_surrogate(value, slope)
     assert not is_random(view)
@@ -397,13 +387,6 @@ def test_a_surrogate_gives_the_derivative_and_the_model_the_value() -> None:
     difference = own.gather(1, top[:, None]) - own.gather(1, y[:, None])
     (expected,) = torch.autograd.grad(difference.sum(), points)
     torch.testing.assert_close(gradient, expected)
-
-
-class HalfSpaceOfThree(nn.Module):
-    """Three linear logits on 1x2x2 images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ torch.arange(12.0).view(4, 3).sin()
 
 
 @pytest.mark.parametrize("kind", ["plain", "smoothed", "drawing"])
