@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,10 +60,7 @@ def square(
 
     Cost: ``queries`` forward passes, or fewer when all images are done earlier.
     """
-
-    def share(query: int) -> float:
-        return share_of_image(query, queries if schedule is None else schedule)
-
+    share = partial(share_of_image, queries=queries if schedule is None else schedule)
     if threat.norm == "linf":
         first, propose = _stripes(x, threat, generators), _squares(x, threat, generators, queries, share)
     else:

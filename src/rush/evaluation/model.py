@@ -38,6 +38,7 @@ from rush.evaluation.verdict import (
     judge_means,
     judge_single,
     judge_votes,
+    votes_of,
 )
 from rush.runtime.execution import Execution, check_eval_mode, device_of
 from rush.runtime.randomness import stream
@@ -165,7 +166,9 @@ class PlainDefender(Defender):
         super().__init__(model, Execution(device=device_of(model)), num_classes, surrogate)
 
     def inspect(self, x: Tensor, declared: bool) -> None:
-        random = _calls_differ(self.model, self.execution, x)
+        with torch.no_grad():
+            calls = [check_logits(self.execution.logits(self.model, _few(x)), _FEW) for _ in range(2)]
+        random = _unlike(*calls)
         if random and declared:
             raise ModelError(
                 "the model gives other outputs for the same images from call to call, so it is random; say what it is "
@@ -289,20 +292,20 @@ class RandomDefender(Defender):
             return self._probabilities(points.x[rows], number, generator)
 
         def count(rows: list[int], number: int) -> NDArray[np.int64]:
-            blocks = [_votes(draw(rows, min(BLOCK, number - first))) for first in range(0, number, BLOCK)]
+            blocks = [votes_of(draw(rows, min(BLOCK, number - first))) for first in range(0, number, BLOCK)]
             return np.sum(blocks, axis=0)
 
         if self.decision == "mean":
             return judge_means(draw, challenging, y, settings.level, settings.max_votes)
         if self.single:
             return judge_single(count([*range(len(y))], settings.max_votes), challenging.shape[1], y, settings.level)
-        return judge_votes(count, _votes(challenging), y, settings.level, settings.max_votes)
+        return judge_votes(count, votes_of(challenging), y, settings.level, settings.max_votes)
 
     def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
         probabilities = self._probabilities(points.x, CHOICE_VOTES, stream(seed, purpose, points.ids[0]))
         means = probabilities.mean(1)
         # scored by what the model is used for; the means decide between equal votes
-        scores = means if self.decision == "mean" else _votes(probabilities) + means
+        scores = means if self.decision == "mean" else votes_of(probabilities) + means
         return margin(torch.from_numpy(scores).float(), points.y)
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
@@ -317,12 +320,6 @@ class RandomDefender(Defender):
                 logits = torch.cat([self.execution.logits(self.model, part) for part in x.split(self.execution.tile)])
                 probabilities.append(F.softmax(check_logits(logits, len(x)).double(), dim=1).cpu())
         return torch.stack(probabilities, 1).numpy()
-
-
-@torch.no_grad()
-def _calls_differ(model: nn.Module, execution: Execution, x: Tensor) -> bool:
-    """Return whether two calls on some of the images ``x`` differ by more than 0.1 % of the logits' spread."""
-    return _unlike(*(check_logits(execution.logits(model, _few(x)), _FEW) for _ in range(2)))
 
 
 @torch.no_grad()
@@ -389,9 +386,3 @@ def plain_logits(model: nn.Module, execution: Execution, x: Tensor) -> Tensor:
 def _others(scores: Tensor, y: Tensor) -> Tensor:
     """Return the classes (N, K - 1) other than the label ``y``, sorted by falling score (N, K)."""
     return scores.scatter(1, y[:, None], -torch.inf).argsort(stable=True, dim=1, descending=True)[:, :-1]
-
-
-def _votes(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the votes (N, K) of draws with class probabilities (N, draws, K)."""
-    classes = np.arange(probabilities.shape[2])
-    return (probabilities.argmax(2)[:, :, None] == classes).sum(1).astype(np.int64)
