@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audit_zoo import Images, OnChanged, digits, plain_network
+from audit_zoo import Images, digits, plain_network
 from rush.attacks.gradient import LogProbs, seeded
 from rush.attacks.losses import cross_entropy
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
+from rush.auditing.surrogates import Changed
 from rush.evaluation.attack import attack
 from rush.evaluation.model import Model
 from rush.evaluation.plans import Plan
@@ -35,15 +36,13 @@ def parity(number: int, split: str = "test") -> Images:
 @cache
 def perceptron() -> nn.Module:
     """64-64-10, trained on the digits as they are."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    return fitted(network, digits(10_000, "train"), "perceptron")
+    return fitted_perceptron("perceptron")
 
 
 @cache
 def noisy_perceptron() -> nn.Module:
     """64-64-10, trained under Gaussian noise of 0.25."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    return fitted(network, digits(10_000, "train"), "noisy perceptron", noise=0.25)
+    return fitted_perceptron("noisy perceptron", noise=0.25)
 
 
 def batch_normalised() -> nn.Module:
@@ -54,14 +53,19 @@ def batch_normalised() -> nn.Module:
 @cache
 def shifted_perceptron() -> nn.Module:
     """64-256-10, trained under shifts of up to 2 pixels each way, round the edges."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
-    return fitted(network, digits(10_000, "train"), "shifted perceptron", shift=2)
+    return fitted_perceptron("shifted perceptron", hidden=256, shift=2)
 
 
 @cache
 def plane() -> nn.Module:
     """A linear model that tells odd digits from even ones, see ``parity``."""
     return fitted(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), parity(10_000, "train"), "plane")
+
+
+def fitted_perceptron(name: str, hidden: int = 64, noise: float = 0.0, shift: int = 0) -> nn.Module:
+    """64-``hidden``-10, trained on the digits by ``fitted``."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    return fitted(network, digits(10_000, "train"), name, noise, shift)
 
 
 def fitted(network: nn.Module, images: Images, name: str, noise: float = 0.0, shift: int = 0) -> nn.Module:
@@ -98,7 +102,7 @@ def plane_holds(images: Images, epsilon: float) -> Tensor:
 
 def noise_inside(inner: nn.Module, sigma: float) -> nn.Module:
     """``inner`` on pixels with Gaussian noise that is drawn at every call: a stochastic model."""
-    return OnChanged(inner, lambda x: x + sigma * torch.randn_like(x))
+    return Changed(inner, lambda x: x + sigma * torch.randn_like(x))
 
 
 def shift_inside(inner: nn.Module, most: int) -> nn.Module:
@@ -108,7 +112,7 @@ def shift_inside(inner: nn.Module, most: int) -> nn.Module:
         down, right = torch.randint(-most, most + 1, (2,)).tolist()
         return x.roll((down, right), (2, 3))
 
-    return OnChanged(inner, shifted)
+    return Changed(inner, shifted)
 
 
 class FrozenBackbone(nn.Module):

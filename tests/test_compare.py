@@ -31,6 +31,7 @@ from stored import log_of, rule_of, stored_certificates
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
+needs_logs = pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 
 
@@ -298,13 +299,20 @@ def test_the_command_gives_tables_of_texts(tmp_path: Path) -> None:
     assert {row[1] for row in table(tables, "Findings")[2]} == {"rounded"}
 
 
+def certified(folder: Path, votes: list[int], labels: list[int], ids: list[str], **given: Any) -> Path:
+    """A run folder with certificates alone: of images that are all selected right, from data of one fingerprint."""
+    folder.mkdir()
+    certificates = stored_certificates(rule_of(num_images=len(votes)), votes, labels, labels, ids, **given)
+    write_certificates(folder / "certificates.tsv", certificates, range(4, 4 + len(votes)))
+    (folder / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
+    return folder
+
+
 def test_two_run_folders_are_paired_by_what_they_say(tmp_path: Path) -> None:
-    for name, votes in (("one", 900), ("two", 700)):
-        certificates = stored_certificates(rule_of(num_images=2), [votes, 600], [1, 2], [1, 2], ["a", "b"])
-        (tmp_path / name).mkdir()
-        write_certificates(tmp_path / name / "certificates.tsv", certificates, [4, 9])
-        (tmp_path / name / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
-    tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
+    runs = [
+        certified(tmp_path / name, [votes, 600], [1, 2], ["a", "b"]) for name, votes in (("one", 900), ("two", 700))
+    ]
+    tables = compare_command(runs, radii=[0.25])
     row = table(tables, "one minus two, paired on 2 images, the same by fingerprint and id")[2][0]
     assert (row[0], row[1].split()[0], *row[2:]) == ("0.25", "+50.0", "1", "0", "1")
     assert not [title for title, *_ in tables if title.startswith("Cost of training")]
@@ -313,12 +321,11 @@ def test_two_run_folders_are_paired_by_what_they_say(tmp_path: Path) -> None:
 def test_copies_count_once_in_every_figure_and_pair(tmp_path: Path) -> None:
     """Five images, of which three are one picture: certified in the first log in all copies, in the second in two."""
     pixels = [letter * 32 for letter in "aaabc"]
-    for name, votes in (("one", [900] * 5), ("two", [900, 900, 500, 900, 500])):
-        certificates = stored_certificates(rule_of(num_images=5), votes, [1] * 5, [1] * 5, list("vwxyz"), pixels=pixels)
-        (tmp_path / name).mkdir()
-        write_certificates(tmp_path / name / "certificates.tsv", certificates, range(5))
-        (tmp_path / name / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
-    tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
+    runs = [
+        certified(tmp_path / name, votes, [1] * 5, list("vwxyz"), pixels=pixels)
+        for name, votes in (("one", [900] * 5), ("two", [900, 900, 500, 900, 500]))
+    ]
+    tables = compare_command(runs, radii=[0.25])
     assert cells(tables, "Conditions")["copies of another image, not counted"] == ("2", "2")
     shown = cells(tables, "Certified accuracy by ℓ2")["0.25"]
     assert shown == tuple(share(share_interval(count, 3)) for count in (3, 1))
@@ -371,7 +378,7 @@ def test_a_run_of_older_days_has_what_it_says() -> None:
     assert (shown["passes per image"], shown["hours"], shown["peak memory"]) == (("46",), ("1.21",), ("–",))
 
 
-@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+@needs_logs
 def test_published_class_figures_from_their_logs() -> None:
     cat, bird, deer = 3, 2, 4
     gaussian, catrs = (
@@ -382,7 +389,7 @@ def test_published_class_figures_from_their_logs() -> None:
     assert sorted(catrs, key=lambda k: catrs[k].estimate)[:2] == [cat, deer]
 
 
-@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+@needs_logs
 def test_public_logs_are_paired_on_their_common_images_only_when_assumed() -> None:
     paths = [LOGS / "cohen2019_sigma_0.25.tsv", LOGS / "catrs_sigma_0.25.tsv"]
     tables = compare_command(paths)

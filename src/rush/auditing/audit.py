@@ -119,7 +119,7 @@ def audit(
     checked.check_reachable(suite)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
     result = _evaluated(evaluation, defender, pixels, threat, patient)
-    case = Case(model, defender, pixels, threat, result, None, training, surrogate, certificates, judging)
+    case = Case(model, defender, pixels, threat, result, judging, training, surrogate, certificates)
     if isinstance(evaluation, AttackResult):
         points = LabelledPixels(case.points, pixels.y, pixels.ids)
         case.rejudged = defender.judge(points, "audit-again", patient)
