@@ -6,6 +6,7 @@ Small perceptrons and linear models where they serve: an audit of them takes sec
 import copy
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from rush.attacks.losses import cross_entropy
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
 from rush.auditing.surrogates import Changed
+from rush.choices import AttackMethod
 from rush.evaluation.attack import attack
 from rush.evaluation.model import Model
 from rush.evaluation.plans import Plan
@@ -132,31 +134,29 @@ class FrozenBackbone(nn.Module):
         return classes + 0.1 * self.adapter(x)
 
 
+def in_a_part(
+    part: float, model: Model, images: Images, threat: ThreatModel, method: AttackMethod = "pgd", **options: Any
+) -> AttackResult:
+    """An attack in the ball of ``part`` of epsilon, reported as one in the whole ball."""
+    assert isinstance(threat.epsilon, float)
+    smaller = ThreatModel("linf", part * threat.epsilon)
+    return replace(attack(model, images, smaller, method, **options), threat=threat)
+
+
 def on_0_to_255(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
     """PGD-20 on pixels from 0 to 255, with epsilon taken for a number of that scale."""
-    assert isinstance(model, nn.Module)
-    x, y = images
-    assert isinstance(threat.epsilon, float)
-    points = 255 * x
-    for _ in range(20):
-        at = points.clone().requires_grad_(True)
-        (slope,) = torch.autograd.grad(F.cross_entropy(model(at / 255), y), at)
-        moved = points + threat.epsilon / 4 * slope.sign()
-        points = torch.minimum(torch.maximum(moved, 255 * x - threat.epsilon), 255 * x + threat.epsilon).clamp(0, 255)
-    return counted(model, images, threat, points, model(points / 255))
+    made = in_a_part(1 / 255, model, images, threat)
+    return replace(made, adversarial=255 * made.adversarial)
 
 
 def in_normalised_units(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
     """PGD-20 with epsilon measured after the division by a standard deviation of 0.38."""
-    assert isinstance(threat.epsilon, float)
-    return replace(attack(model, images, ThreatModel("linf", 0.38 * threat.epsilon)), threat=threat)
+    return in_a_part(0.38, model, images, threat)
 
 
 def of_256(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
     """APGD-100 on the margin with epsilon divided by 256 instead of 255."""
-    assert isinstance(threat.epsilon, float)
-    smaller = ThreatModel("linf", threat.epsilon * 255 / 256)
-    return replace(attack(model, images, smaller, "apgd", loss="margin"), threat=threat)
+    return in_a_part(255 / 256, model, images, threat, "apgd", loss="margin")
 
 
 def downhill(model: Model, images: Images, threat: ThreatModel) -> AttackResult:

@@ -165,8 +165,8 @@ def _report(**changes: Any) -> AuditReport:
         verdict="undecided",
         evaluation="PGD-20",
         evaluation_accuracy=0.5,
-        here="worst-case-v1",
-        accuracy_here=0.47,
+        reference="worst-case-v1",
+        reference_accuracy=0.47,
         images=100,
         newly_broken=("a", "b", "c"),
         tolerance=0.05,
@@ -185,6 +185,7 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     write_audit(tmp_path / "audit.json", report)
     stored = json.loads((tmp_path / "audit.json").read_text(), parse_constant=pytest.fail)
     assert AuditReport.from_json(stored) == report
+    assert (stored["here"], stored["accuracy_here"]) == (report.reference, report.reference_accuracy)
     assert stored["failed"] == ["path"]
     assert (stored["d"], stored["d_low"], stored["d_high"]) == (report.d, report.d_low, report.d_high)
     assert stored["images_needed"] == report.images_needed == images_needed(3, 100, 0.05, ["path"])
@@ -263,7 +264,7 @@ def test_a_given_result_is_taken_as_it_is_and_judged_again() -> None:
     assert report.verdict == "overestimated"
     assert report.failed[0] == "verdict"
     assert len(report.newly_broken) == N
-    assert (report.evaluation_accuracy, report.accuracy_here) == (1.0, 0.0)
+    assert (report.evaluation_accuracy, report.reference_accuracy) == (1.0, 0.0)
 
 
 def test_points_that_break_when_judged_again_are_not_attacked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +305,7 @@ def test_the_default_is_named_in_the_report() -> None:
     assert default_plan("plain").passes_per_image == 20
     report = audit(square_half_space(), IMAGES, THREAT)
     assert report.evaluation == "PGD-20, cross-entropy (the default)"
-    assert "worst-case-v1" in report.here
+    assert "worst-case-v1" in report.reference
 
 
 def test_newly_broken_images_are_named() -> None:

@@ -21,9 +21,17 @@ HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 SECONDS = f"{HEADER}\n0\t3\t3\t0.529\t1\t15.4\n20\t8\t-1\t0.0\t0\t15.6\n40\t8\t4\t3.63e-05\t0\t0.5\n"
 CLOCK = f"{HEADER}\n0\t3\t3\t1.7\t1\t0:00:08.591588\n1\t8\t8\t1.91\t1\t1 day, 0:00:01\n2\t8\t6\t0.2\t0\t2:03:04\n"
 RULE = {
-    "sigma": 0.5, "method": "sequential", "bound": "geometric", "alpha": 0.01, "level": "family", "num_images": 3,
-    "num_selection": 100, "num_estimation": 10_000, "radii": [0.0, 0.25, 0.5], "futility": 0.001,
-}  # fmt: skip
+    "sigma": 0.5,
+    "method": "sequential",
+    "bound": "geometric",
+    "alpha": 0.01,
+    "level": "family",
+    "num_images": 3,
+    "num_selection": 100,
+    "num_estimation": 10_000,
+    "radii": [0.0, 0.25, 0.5],
+    "futility": 0.001,
+}
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
 needs_logs = pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
@@ -211,14 +219,10 @@ def test_an_impossible_rule_is_refused(tmp_path: Path, change: dict, text: str) 
 
 
 def test_a_damaged_log_of_our_own_is_a_matter_of_the_run(tmp_path: Path) -> None:
-    whole = own_table(tmp_path / "mine.tsv").read_text()
-    for old, new, text in (
-        ("c.png", "a.png", "line 4: duplicate image, by its id"),
-        ("\tblocks", "\tvotes", "line 1: expected the columns idx"),
-    ):
-        assert whole.count(old) == 1, old
-        with pytest.raises(RunError, match=rf"mine\.tsv, {text}"):
-            read_log(stored(tmp_path / "mine.tsv", whole.replace(old, new)))
+    path = own_table(tmp_path / "mine.tsv")
+    stored(path, path.read_text().replace("c.png", "a.png"))
+    with pytest.raises(RunError, match=r"mine\.tsv, line 4: duplicate image, by its id"):
+        read_log(path)
 
 
 def test_a_run_folder_gives_the_fingerprint(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class Case:
         return self.defender.log_probs(plan, x, images.ids, self.seed, f"audit/{name}"), x, images.y.to(device)
 
     def views(self, plan: Plan, rows: list[int], name: str) -> Iterator[tuple[list[int], LogProbs, Tensor, Tensor]]:
-        """Yield parts of ``rows`` that fill a tile with the draws of ``plan``, as attacks do, and the ``view`` of each."""
+        """Yield parts of ``rows`` that fill a tile with the draws of ``plan``, as attacks do, and each ``view``."""
         size = max(1, self.defender.execution.tile // max(1, plan.eot_samples))
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
