@@ -73,7 +73,7 @@ class Record:
     def number(self, key: str) -> float:
         """Return the finite number ``key``."""
         value = self.fields.get(key)
-        if as_real(value) is None:
+        if value is None or as_real(value) is None:
             raise self.damaged(f"{key!r} must be a finite number, got {value!r}")
         return value
 

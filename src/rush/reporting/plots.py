@@ -5,7 +5,7 @@ import math
 import re
 import textwrap
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -175,7 +175,7 @@ def _radius_mark(axes: "Axes", radius: float, text: str, end: float, line: int =
     _label(axes, text, (radius, 1), offset, ha=side, va="top", color=_MUTED)
 
 
-def _label(axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], **style: str) -> None:
+def _label(axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
     """Write ``text`` at ``offset`` points from the place ``at``."""
     axes.annotate(text, at, xytext=offset, textcoords="offset points", **style)
 
