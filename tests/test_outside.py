@@ -184,7 +184,7 @@ def test_an_audit_of_any_model_is_written_and_read_back(call: Call, outside: str
     assert report.images == 70
     assert done.stdout.splitlines()[:3] == report.summary()[:3]
     assert "PGD-20, cross-entropy (the default)" in done.stdout
-    assert report.accuracy_here <= report.evaluation_accuracy < 0.4
+    assert report.reference_accuracy <= report.evaluation_accuracy < 0.4
 
 
 def test_a_ladder_of_any_model_ends_with_the_worst_case(call: Call, outside: str) -> None:
