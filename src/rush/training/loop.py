@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -183,7 +183,7 @@ class TrainingRun:
         self.number = 0  # steps done, those that were skipped included
         self.stopping: Tensor | None = None  # (), share of the processes asked to stop, as of the last step
         self.losses = Losses(self.per_epoch)  # of the current epoch, on the device
-        self.epoch_began = Cost(**self.meter.cost.as_dict())
+        self.epoch_began = replace(self.meter.cost)
         self.skipped: set[int] = set()  # numbers of the steps whose batches are omitted
         self.saved_at = time.monotonic()
         self.kept_at = self.saving_seconds = 0.0  # by the clock that waits for the device
@@ -320,7 +320,8 @@ class TrainingRun:
     def _one_step(self, batch: Batch, stop: StopRequest) -> None:
         """Train on one batch, and share with the other processes whether this one was asked to stop."""
         epoch = self.number / self.per_epoch
-        names: tuple[str | int, ...] = ("step", self.number, *_process_name())
+        process = (rank(),) if world_size() > 1 else ()
+        names = ("step", self.number, *process)
         self.stopping = None
         self._set_learning_rate()
         with memory_for(f"{self.name}, step {self.number + 1:,}", _memory_fields(self.name)):
@@ -441,7 +442,7 @@ class TrainingRun:
             images_per_second=images / cost.seconds,
             peak_memory=peak_memory(self.device),
             processes=world_size(),
-            **cost.as_dict(),
+            **asdict(cost),
         )
         figures = self._monitored(epoch) if epoch % self.schedule.monitor_epochs == 0 or epoch == self.epochs else {}
         if figures:
@@ -509,8 +510,8 @@ class TrainingRun:
             "optimizer": self._optimizer_state(),
             "average": self.average.state_dict() if self.average else {},
             "losses": self.losses.values().clone(),
-            "cost": self.meter.read().as_dict(),
-            "epoch_began": self.epoch_began.as_dict(),
+            "cost": asdict(self.meter.read()),
+            "epoch_began": asdict(self.epoch_began),
             "skipped": sorted(self.skipped),
         }
 
@@ -524,8 +525,7 @@ class TrainingRun:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.graph is not None:
-            self.rate_tensor = rate_tensor(self.optimizer, self.device)
-            self.graph.reset()
+            self.graph = self._capturing()  # the loaded state of the optimizer lies elsewhere
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.number = int(state["number"])
@@ -540,11 +540,6 @@ def _memory_fields(name: str) -> str:
     """Return the field to lower where a training step does not fit into memory."""
     cached = " or, with the objective simclr, set pretrain.micro_batch to a part of it" if name == "pretrain" else ""
     return f"{name}.batch_size{cached}"
-
-
-def _process_name() -> tuple[int, ...]:
-    """Return the part of a stream's name that tells processes apart: empty for a single process."""
-    return (rank(),) if world_size() > 1 else ()
 
 
 @contextmanager
