@@ -29,22 +29,9 @@ from rush.training import budget, graphs, loop
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.loop import CheckpointPolicy
 from tiny import TINY, results_of_training, tiny, write_tiny
-from trainings import FINETUNE, PER_EPOCH, SIMCLR, bits, finetuned, images, kept, pretrained
+from trainings import FINETUNE, PER_EPOCH, SIMCLR, Clock, bits, finetuned, images, kept, pretrained
 
 SCHEDULE = trainings.SCHEDULE.replace(epochs=None, minutes=1)
-
-
-class Clock:
-    """A clock that stands still but for what a test lets pass."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self, _device: str) -> float:
-        return self.seconds
-
-    def pass_by(self, seconds: float) -> None:
-        self.seconds += seconds
 
 
 @pytest.fixture

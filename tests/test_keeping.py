@@ -21,7 +21,7 @@ from rush.errors import CheckpointError, ConfigError, DeviceMemoryError, Interru
 from rush.runtime.distributed import rank
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.loop import CheckpointPolicy
-from trainings import ALWAYS, NEVER, PER_EPOCH, SCHEDULE, Disturb, Training, kept
+from trainings import ALWAYS, NEVER, PER_EPOCH, SCHEDULE, Clock, Disturb, Training, kept
 
 STEPS = 3 * PER_EPOCH
 
@@ -349,22 +349,15 @@ def one_thread() -> Iterator[None]:
 class SlowCheckpoint(TrainingCheckpoint):
     """Takes ``seconds`` of a clock to write; ``saved`` are the steps that were done at each time."""
 
-    def __init__(self, path: Path, clock: "Clock", seconds: float) -> None:
+    def __init__(self, path: Path, clock: Clock, seconds: float) -> None:
         super().__init__(path, "own")
         self.clock, self.seconds = clock, seconds
         self.saved: list[int] = []
 
     def save(self, state: dict[str, Any]) -> None:
-        self.clock.now += self.seconds
+        self.clock.pass_by(self.seconds)
         self.saved.append(state["number"])
         super().save(state)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self, _device: str) -> float:
-        return self.now
 
 
 @pytest.mark.parametrize(
@@ -383,7 +376,7 @@ def test_a_checkpoint_that_takes_long_is_not_written_at_every_epochs_end(
     checkpoint = SlowCheckpoint(tmp_path / "pretrain.pt", clock, seconds)
 
     def one_second(_number: int, loss: Tensor) -> Tensor:
-        clock.now += 1.0
+        clock.pass_by(1.0)
         return loss
 
     training = Training(CheckpointPolicy(checkpoint, minutes=NEVER), one_second)

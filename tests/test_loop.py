@@ -40,19 +40,17 @@ def test_without_warm_up_the_first_step_has_the_whole_learning_rate() -> None:
     assert cosine_factor(0, 0, 0) == 1.0
 
 
-def test_biases_and_normalization_are_not_decayed_and_frozen_weights_are_left_out() -> None:
+def test_biases_and_normalization_are_neither_decayed_nor_adapted_and_frozen_weights_are_left_out() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2), nn.Linear(2, 2))
     module[3].requires_grad_(False)
-    names: tuple[OptimizerName, ...] = ("sgd", "lars", "adamw")
-    for name in names:
-        optimizer = build_optimizer(module, name, 0.1, 0.9, 0.01)
-        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-        expected = {"0.weight": 0.01, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.01, "2.bias": 0.0}
-        assert {own: decays.get(id(p)) for own, p in module.named_parameters()} == {
-            **expected,
-            "3.weight": None,
-            "3.bias": None,
-        }
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    optimizers: tuple[OptimizerName, ...] = ("sgd", "lars", "adamw")
+    for own in optimizers:
+        matrices, vectors = build_optimizer(module, own, 0.1, 0.9, 0.01).param_groups
+        assert [names[id(parameter)] for parameter in matrices["params"]] == ["0.weight", "2.weight"]
+        assert [names[id(parameter)] for parameter in vectors["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
+        assert (matrices.get("adapt"), vectors.get("adapt")) == ((True, False) if own == "lars" else (None, None))
     with pytest.raises(ConfigError, match=r"unknown optimizer 'adam'; allowed: sgd, lars, adamw"):
         build_optimizer(module, "adam", 0.1, 0.9, 0.01)  # type: ignore[arg-type]
 

@@ -62,6 +62,19 @@ def kept(folder: Path, minutes: float = NEVER, **options: Any) -> CheckpointPoli
     return CheckpointPolicy(TrainingCheckpoint(folder / "state.pt", "recipe"), minutes, **options)
 
 
+class Clock:
+    """A clock that stands still but for what a test lets pass."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, _device: str) -> float:
+        return self.seconds
+
+    def pass_by(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
 class Training:
     """A small noisy training with BatchNorm. ``steps`` are the numbers of those that it took."""
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +31,12 @@ from rush.training.optim import build_optimizer, cosine_factor, rate_tensor, rep
 
 Monitor: TypeAlias = Callable[[int], dict[str, Any]]
 """Function from an epoch to live figures."""
+Step: TypeAlias = Callable[[Batch, float, torch.Generator], Tensor]
+"""Function from the rows of this process, the epochs done so far (for schedules) and a generator, from which all of its
+randomness comes, to their mean loss without graph. It adds the gradients of this loss to the parameters' ``grad``."""
 
 _INSPECTED_STEPS = 32  # losses are inspected at this interval, and as many steps late, so that nothing waits for them
 _MOST_SKIPPED = 10  # batches of a run; more of them mean that the training itself diverges
-
-
-class Step(Protocol):
-    """One training step on the rows of this process. All randomness comes from ``generator``."""
-
-    def __call__(self, batch: Batch, epoch: float, generator: torch.Generator, /) -> Tensor:
-        """Add the gradients of the mean loss of these rows to the parameters' ``grad``.
-
-        Args:
-            epoch: epochs done so far, for schedules.
-
-        Returns:
-            The loss, without graph.
-        """
-        ...
 
 
 @dataclass(frozen=True)
