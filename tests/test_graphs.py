@@ -21,7 +21,7 @@ from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.graphs import WARM_UP, CapturedStep
 from rush.training.loop import CheckpointPolicy
 from tiny import results_of_training, run_tiny, tiny
-from trainings import ALWAYS, NEVER, SCHEDULE, Training, images
+from trainings import ALWAYS, NEVER, SCHEDULE, BreakingCheckpoint, Training, images
 
 
 @pytest.fixture(autouse=True)
@@ -102,18 +102,9 @@ def test_a_captured_training_has_the_bits_losses_and_costs_of_the_plain_one(opti
 
 @pytest.mark.parametrize("number", [2, 3, 4, 9])
 def test_a_captured_training_that_was_broken_off_ends_with_the_same_bits(number: int, tmp_path: Path) -> None:
-    class Broken(TrainingCheckpoint):
-        saves = 0
-
-        def save(self, state: dict[str, Any]) -> None:
-            super().save(state)
-            Broken.saves += 1
-            if Broken.saves == number:
-                raise KeyboardInterrupt
-
     undisturbed = Small(False, "adamw")
     with pytest.raises(KeyboardInterrupt):
-        Small(True, "adamw", CheckpointPolicy(Broken(tmp_path / "state.pt", "recipe"), ALWAYS))
+        Small(True, "adamw", CheckpointPolicy(BreakingCheckpoint(tmp_path / "state.pt", number), ALWAYS))
     content = (tmp_path / "state.pt").read_bytes()
     for captured in (True, False):  # a checkpoint is taken up by either
         checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")

@@ -21,7 +21,7 @@ from rush.errors import CheckpointError, ConfigError, DeviceMemoryError, Interru
 from rush.runtime.distributed import rank
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.loop import CheckpointPolicy
-from trainings import ALWAYS, NEVER, PER_EPOCH, SCHEDULE, Clock, Disturb, Training, kept
+from trainings import ALWAYS, NEVER, PER_EPOCH, SCHEDULE, BreakingCheckpoint, Clock, Disturb, Training, kept
 
 STEPS = 3 * PER_EPOCH
 
@@ -102,24 +102,11 @@ def test_a_stop_in_the_last_step_of_an_epoch_is_answered_after_its_log(
     assert resumed.bits == undisturbed.bits
 
 
-class Killed(TrainingCheckpoint):
-    """Breaks the training off right after a checkpoint was written."""
-
-    saves = 10**9
-
-    def save(self, state: dict[str, Any]) -> None:
-        super().save(state)
-        self.saves -= 1
-        if self.saves == 0:
-            raise KeyboardInterrupt
-
-
 def test_wherever_a_training_is_broken_off_behind_a_checkpoint_no_epoch_goes_unlogged(
     undisturbed: Training, tmp_path: Path
 ) -> None:
     for saves in range(1, STEPS + 1):
-        checkpoint = Killed(tmp_path / f"{saves}.pt", "recipe")
-        checkpoint.saves = saves
+        checkpoint = BreakingCheckpoint(tmp_path / f"{saves}.pt", saves)
         broken = Training(CheckpointPolicy(checkpoint, ALWAYS))
         with pytest.raises(KeyboardInterrupt):
             broken.run()

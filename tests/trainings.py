@@ -62,6 +62,20 @@ def kept(folder: Path, minutes: float = NEVER, **options: Any) -> CheckpointPoli
     return CheckpointPolicy(TrainingCheckpoint(folder / "state.pt", "recipe"), minutes, **options)
 
 
+class BreakingCheckpoint(TrainingCheckpoint):
+    """Breaks the training off right after it was written ``saves`` times."""
+
+    def __init__(self, path: Path, saves: int) -> None:
+        super().__init__(path, "recipe")
+        self.saves = saves
+
+    def save(self, state: dict[str, Any]) -> None:
+        super().save(state)
+        self.saves -= 1
+        if self.saves == 0:
+            raise KeyboardInterrupt
+
+
 class Clock:
     """A clock that stands still but for what a test lets pass."""
 
