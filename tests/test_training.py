@@ -17,8 +17,6 @@ from rush.data.batches import Resident
 from rush.data.views import random_view
 from rush.recipe.schema import AdversaryConfig, FinetuneConfig, NoiseSchedule, PretrainConfig, Views
 from rush.runtime.randomness import stream
-from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.loop import CheckpointPolicy
 from trainings import ALWAYS, SIMCLR, View, bits, classifier, digits, finetuned, kept, pretrained
 
 EPOCH_IMAGES = 96  # three whole batches
@@ -168,9 +166,9 @@ def mirrored(x: Tensor, _views: Views, _generator: torch.Generator) -> Tensor:
 
 
 def trained_on_ranks(folder: str, broken: bool) -> dict[str, Tensor]:
-    checkpoints = CheckpointPolicy(TrainingCheckpoint(Path(folder) / "state.pt", "recipe"))
     try:
-        trained = pretrained(view=breaking_after(2 * 4, mirrored) if broken else mirrored, checkpoints=checkpoints)
+        view = breaking_after(2 * 4, mirrored) if broken else mirrored
+        trained = pretrained(view=view, checkpoints=kept(Path(folder)))
     except KeyboardInterrupt:
         trained = classifier()
     return {name: tensor.detach() for name, tensor in trained.state_dict().items()}

@@ -59,6 +59,7 @@ def bits(module: nn.Module) -> dict[str, bytes]:
 
 
 def kept(folder: Path, minutes: float = NEVER, **options: Any) -> CheckpointPolicy:
+    """Return the policy that keeps a checkpoint in ``folder``."""
     return CheckpointPolicy(TrainingCheckpoint(folder / "state.pt", "recipe"), minutes, **options)
 
 
