@@ -1,6 +1,6 @@
 """What the tests of single attacks share: models with closed-form distances, random functions, attacks as one type."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -13,6 +13,7 @@ from rush.attacks.gradient import LogProbs
 from rush.attacks.threat import ThreatModel
 from rush.choices import Norm
 from rush.data.sources import load_images
+from rush.evaluation.result import ARRAYS, AttackResult
 from rush.runtime.randomness import stream
 
 Attack: TypeAlias = Callable[[LogProbs, Tensor, Tensor, ThreatModel], Tensor]
@@ -61,15 +62,43 @@ class PixelByPixel(nn.Module):
         return (hidden[:, None] * self.second).sum(2)
 
 
-class Clouded:
+class Detached(nn.Module):
+    """``inner`` without its derivative."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.detach())
+
+
+class Counted:
+    """``inner``, a function that is not random, which keeps the points it is given and counts its calls."""
+
+    def __init__(self, inner: LogProbs) -> None:
+        self.inner = inner
+        self.points: list[Tensor] = []
+        self.with_gradient = self.without_gradient = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.points.append(x.detach())
+        if torch.is_grad_enabled():
+            self.with_gradient += 1
+        else:
+            self.without_gradient += 1
+        return self.inner(x)
+
+
+class Clouded(Counted):
     """A random function of the type that attacks know: ``inner`` plus a number that is drawn anew at every call and the
-    same for all points of a call; counts what is asked of it."""
+    same for all points of a call."""
 
     def __init__(self, inner: LogProbs, size: float) -> None:
-        self.inner, self.size = inner, size
-        self.generator = stream(0, "cloud")
+        super().__init__(inner)
+        self.size, self.generator = size, stream(0, "cloud")
         self.draws = 0
-        self.with_gradient = self.without_gradient = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._at(x, self._draw())
@@ -83,27 +112,7 @@ class Clouded:
         return self.size * torch.randn((), generator=self.generator)
 
     def _at(self, x: Tensor, shift: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            self.with_gradient += 1
-        else:
-            self.without_gradient += 1
-        log_probs = self.inner(x)
-        return log_probs - shift * torch.nn.functional.one_hot(torch.zeros(len(x), dtype=torch.int64), 2)
-
-
-class Counted:
-    """``inner``, a function that is not random, counting its calls."""
-
-    def __init__(self, inner: LogProbs) -> None:
-        self.inner = inner
-        self.with_gradient = self.without_gradient = 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            self.with_gradient += 1
-        else:
-            self.without_gradient += 1
-        return self.inner(x)
+        return super().__call__(x) - shift * nn.functional.one_hot(torch.zeros(len(x), dtype=torch.int64), 2)
 
 
 def log_probs_of(model: nn.Module) -> LogProbs:
@@ -114,20 +123,39 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [stream(seed, "attack", i) for i in range(count)]
 
 
-def half_space() -> HalfSpace:
+def idle(_log_probs: LogProbs, x: Tensor, _y: Tensor, _threat: ThreatModel) -> Tensor:
+    """The attack that does nothing."""
+    return x
+
+
+def valley(points: Tensor) -> Tensor:
+    """Logits of two classes whose first pixel is worst at 0.56: cross-entropy and margin of class 0 peak there."""
+    own = (points.flatten(1)[:, 0] - 0.56).abs() - 1
+    return torch.stack([own, torch.zeros_like(own)], 1)
+
+
+def half_space(length: float = 10) -> HalfSpace:
+    """A plane through the middle of the 8x8 images, with a weight of this l2 norm."""
     weight = torch.randn((1, 8, 8), generator=stream(0, "plane"))
-    weight *= 10 / weight.norm()
+    weight *= length / weight.norm()
     return HalfSpace(weight, -0.5 * float(weight.sum()))
+
+
+def near_plane(plane: HalfSpace, distances: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 8, 8) in the middle of the range at these l2 distances, by turns on either side; their classes."""
+    x = torch.rand((len(distances), 1, 8, 8), generator=stream(0, "images")) * 0.3 + 0.35
+    wanted = torch.tensor(distances) * torch.where(torch.arange(len(x)) % 2 == 1, 1, -1)
+    normal = plane.weight.detach() / plane.weight.detach().norm()
+    x += (wanted - torch.from_numpy(plane.margins(x)).float()).view(-1, 1, 1, 1) * normal
+    assert x.min() > 0.15
+    assert x.max() < 0.85
+    return x, (wanted > 0).long()
 
 
 def half_space_case() -> tuple[HalfSpace, Tensor, Tensor]:
     """16 images (16, 1, 8, 8) on both sides of a plane at l2 distances 0.05 to 0.3."""
     plane = half_space()
-    x = torch.rand((16, 1, 8, 8), generator=stream(0, "images")) * 0.3 + 0.35
-    wanted = torch.tensor([0.05, 0.1, 0.2, 0.3] * 4) * torch.where(torch.arange(16) % 2 == 1, 1, -1)
-    normal = plane.weight.detach() / plane.weight.detach().norm()
-    x += (wanted - torch.from_numpy(plane.margins(x)).float()).view(-1, 1, 1, 1) * normal
-    return plane, x, (wanted > 0).long()
+    return plane, *near_plane(plane, [0.05, 0.1, 0.2, 0.3] * 4)
 
 
 def planes_case() -> tuple[Planes, Tensor, Tensor]:
@@ -202,3 +230,17 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
     images = load_images("digits", split="test")[:count]
     assert images.labels is not None
     return images.pixels(), images.labels
+
+
+def assert_same(first: AttackResult, second: AttackResult) -> None:
+    """The results are equal in every bit but the seconds."""
+    assert torch.equal(first.adversarial, second.adversarial)
+    assert first.ids == second.ids
+    assert first.plan == second.plan
+    assert first.threat.norm == second.threat.norm
+    assert (first.level, first.single) == (second.level, second.single)
+    for name in ARRAYS:
+        if name != "seconds":
+            own, other = getattr(first, name), getattr(second, name)
+            assert own.dtype == other.dtype
+            np.testing.assert_array_equal(own, other, err_msg=name)

@@ -7,24 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audit_zoo import OnChanged, digits
-from audit_zoo_second import fitted
+from audit_zoo_second import fitted_perceptron
+from rush.auditing.surrogates import Changed
 
 
 def dropped(inner: nn.Module, rate: float) -> nn.Module:
     """``inner`` on pixels of which every call drops a share ``rate``."""
-    return OnChanged(inner, lambda x: F.dropout(x, rate, True))
+    return Changed(inner, lambda x: F.dropout(x, rate, True))
 
 
 def dithered(inner: nn.Module, levels: int) -> nn.Module:
     """``inner`` on pixels rounded to ``levels`` + 1 values, up or down by chance, so that their mean is the pixel."""
-    return OnChanged(inner, lambda x: (x * levels + torch.rand_like(x)).floor() / levels)
+    return Changed(inner, lambda x: (x * levels + torch.rand_like(x)).floor() / levels)
 
 
 def own_draws(inner: nn.Module, sigma: float, seed: int = 0) -> nn.Module:
     """``inner`` under noise from a generator of its own, which no seed of the evaluation reaches."""
     generator = torch.Generator().manual_seed(seed)
-    return OnChanged(inner, lambda x: x + sigma * torch.randn(x.shape, generator=generator))
+    return Changed(inner, lambda x: x + sigma * torch.randn(x.shape, generator=generator))
 
 
 class NoisyWeights(nn.Module):
@@ -96,5 +96,4 @@ class OneSeed(nn.Module):
 @cache
 def dropout_perceptron() -> nn.Module:
     """64-64-10, trained under noise that dropped pixels resemble."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    return fitted(network, digits(10_000, "train"), "dropout perceptron", noise=0.15)
+    return fitted_perceptron("dropout perceptron", noise=0.15)

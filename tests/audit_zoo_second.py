@@ -6,16 +6,19 @@ Small perceptrons and linear models where they serve: an audit of them takes sec
 import copy
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audit_zoo import Images, OnChanged, digits, plain_network
+from audit_zoo import Images, digits, plain_network
 from rush.attacks.gradient import LogProbs, seeded
 from rush.attacks.losses import cross_entropy
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
+from rush.auditing.surrogates import Changed
+from rush.choices import AttackMethod
 from rush.evaluation.attack import attack
 from rush.evaluation.model import Model
 from rush.evaluation.plans import Plan
@@ -35,15 +38,13 @@ def parity(number: int, split: str = "test") -> Images:
 @cache
 def perceptron() -> nn.Module:
     """64-64-10, trained on the digits as they are."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    return fitted(network, digits(10_000, "train"), "perceptron")
+    return fitted_perceptron("perceptron")
 
 
 @cache
 def noisy_perceptron() -> nn.Module:
     """64-64-10, trained under Gaussian noise of 0.25."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    return fitted(network, digits(10_000, "train"), "noisy perceptron", noise=0.25)
+    return fitted_perceptron("noisy perceptron", noise=0.25)
 
 
 def batch_normalised() -> nn.Module:
@@ -54,14 +55,19 @@ def batch_normalised() -> nn.Module:
 @cache
 def shifted_perceptron() -> nn.Module:
     """64-256-10, trained under shifts of up to 2 pixels each way, round the edges."""
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
-    return fitted(network, digits(10_000, "train"), "shifted perceptron", shift=2)
+    return fitted_perceptron("shifted perceptron", hidden=256, shift=2)
 
 
 @cache
 def plane() -> nn.Module:
     """A linear model that tells odd digits from even ones, see ``parity``."""
     return fitted(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), parity(10_000, "train"), "plane")
+
+
+def fitted_perceptron(name: str, hidden: int = 64, noise: float = 0.0, shift: int = 0) -> nn.Module:
+    """64-``hidden``-10, trained on the digits by ``fitted``."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    return fitted(network, digits(10_000, "train"), name, noise, shift)
 
 
 def fitted(network: nn.Module, images: Images, name: str, noise: float = 0.0, shift: int = 0) -> nn.Module:
@@ -98,7 +104,7 @@ def plane_holds(images: Images, epsilon: float) -> Tensor:
 
 def noise_inside(inner: nn.Module, sigma: float) -> nn.Module:
     """``inner`` on pixels with Gaussian noise that is drawn at every call: a stochastic model."""
-    return OnChanged(inner, lambda x: x + sigma * torch.randn_like(x))
+    return Changed(inner, lambda x: x + sigma * torch.randn_like(x))
 
 
 def shift_inside(inner: nn.Module, most: int) -> nn.Module:
@@ -108,7 +114,7 @@ def shift_inside(inner: nn.Module, most: int) -> nn.Module:
         down, right = torch.randint(-most, most + 1, (2,)).tolist()
         return x.roll((down, right), (2, 3))
 
-    return OnChanged(inner, shifted)
+    return Changed(inner, shifted)
 
 
 class FrozenBackbone(nn.Module):
@@ -128,31 +134,29 @@ class FrozenBackbone(nn.Module):
         return classes + 0.1 * self.adapter(x)
 
 
+def in_a_part(
+    part: float, model: Model, images: Images, threat: ThreatModel, method: AttackMethod = "pgd", **options: Any
+) -> AttackResult:
+    """An attack in the ball of ``part`` of epsilon, reported as one in the whole ball."""
+    assert isinstance(threat.epsilon, float)
+    smaller = ThreatModel("linf", part * threat.epsilon)
+    return replace(attack(model, images, smaller, method, **options), threat=threat)
+
+
 def on_0_to_255(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
     """PGD-20 on pixels from 0 to 255, with epsilon taken for a number of that scale."""
-    assert isinstance(model, nn.Module)
-    x, y = images
-    assert isinstance(threat.epsilon, float)
-    points = 255 * x
-    for _ in range(20):
-        at = points.clone().requires_grad_(True)
-        (slope,) = torch.autograd.grad(F.cross_entropy(model(at / 255), y), at)
-        moved = points + threat.epsilon / 4 * slope.sign()
-        points = torch.minimum(torch.maximum(moved, 255 * x - threat.epsilon), 255 * x + threat.epsilon).clamp(0, 255)
-    return counted(model, images, threat, points, model(points / 255))
+    made = in_a_part(1 / 255, model, images, threat)
+    return replace(made, adversarial=255 * made.adversarial)
 
 
 def in_normalised_units(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
     """PGD-20 with epsilon measured after the division by a standard deviation of 0.38."""
-    assert isinstance(threat.epsilon, float)
-    return replace(attack(model, images, ThreatModel("linf", 0.38 * threat.epsilon)), threat=threat)
+    return in_a_part(0.38, model, images, threat)
 
 
 def of_256(model: Model, images: Images, threat: ThreatModel) -> AttackResult:
     """APGD-100 on the margin with epsilon divided by 256 instead of 255."""
-    assert isinstance(threat.epsilon, float)
-    smaller = ThreatModel("linf", threat.epsilon * 255 / 256)
-    return replace(attack(model, images, smaller, "apgd", loss="margin"), threat=threat)
+    return in_a_part(255 / 256, model, images, threat, "apgd", loss="margin")
 
 
 def downhill(model: Model, images: Images, threat: ThreatModel) -> AttackResult:

@@ -4,8 +4,7 @@ Each library gets ``smoothed.as_module``, a network from images to log-probabili
 What it counts as success is one random pass; the verdict judges its points on noise that it has not seen.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import rush
 from exact_models import assert_in_threat
+from rush.attacks.gradient import seeded
 from rush.attacks.threat import ThreatModel
 from rush.choices import Norm
 from rush.data.images import ImageSet
@@ -26,6 +26,7 @@ from rush.smoothing.classifier import SmoothedClassifier
 EPSILON: dict[Norm, float] = {"linf": 0.15, "l2": 0.8}
 DRAWS, STEPS = 8, 10
 
+Case = tuple[SmoothedClassifier, ImageSet, AttackResult]
 Maker = Callable[[SmoothedClassifier, Tensor, Tensor, ThreatModel], Tensor]
 
 
@@ -81,19 +82,8 @@ def art_points(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, threat: Threa
 LIBRARIES: dict[str, Maker] = {"autoattack": autoattack_points, "foolbox": foolbox_points, "art": art_points}
 
 
-@contextmanager
-def _own_global_generators(seed: int) -> Iterator[None]:
-    """The libraries draw starts from the process's generators."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        legacy = np.random.get_state()  # noqa: NPY002
-        np.random.seed(seed)  # noqa: NPY002
-        yield
-        np.random.set_state(legacy)  # noqa: NPY002
-
-
 @pytest.fixture(scope="module")
-def case(digits_network: nn.Module) -> tuple[SmoothedClassifier, ImageSet, AttackResult]:
+def case(digits_network: nn.Module) -> Case:
     """A smoothed network, 24 digits and the verdicts on them without an attack."""
     smoothed, images = SmoothedClassifier(digits_network, 0.1, 10), rush.load_images("digits", split="test")[:24]
     clean = rush.attack(smoothed, images, ThreatModel("linf", 0.1), "none")
@@ -109,9 +99,7 @@ def _another_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 @pytest.mark.parametrize("norm", EPSILON)
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_points_of_other_libraries_are_judged_and_do_harm(
-    case: tuple[SmoothedClassifier, ImageSet, AttackResult], library: str, norm: Norm
-) -> None:
+def test_points_of_other_libraries_are_judged_and_do_harm(case: Case, library: str, norm: Norm) -> None:
     """Of the 22 digits that hold at most 4 still do (8 seeds tried); 14 would pass.
 
     The points are within the ball to rounding, so that the verdict takes them as they are.
@@ -119,7 +107,7 @@ def test_points_of_other_libraries_are_judged_and_do_harm(
     smoothed, images, clean = case
     assert images.labels is not None
     threat, x = ThreatModel(norm, EPSILON[norm]), images.pixels()
-    with _own_global_generators(0):
+    with seeded(0):  # the libraries draw starts from the process's generators
         points = LIBRARIES[library](smoothed, x, images.labels, threat)
     assert_in_threat(points, x, threat)
     result = verdict(smoothed, images, points, threat, name=library)
@@ -132,9 +120,7 @@ def test_points_of_other_libraries_are_judged_and_do_harm(
         verdict(smoothed, images, points, ThreatModel(norm, EPSILON[norm] / 2))
 
 
-def test_images_that_no_library_has_changed_hold(
-    case: tuple[SmoothedClassifier, ImageSet, AttackResult],
-) -> None:
+def test_images_that_no_library_has_changed_hold(case: Case) -> None:
     """What must not pass the test above. Every digit is decided by the first 400 votes, none is near a tie: odds of
     another verdict on other noise < 1e-5."""
     smoothed, images, clean = case
@@ -144,9 +130,7 @@ def test_images_that_no_library_has_changed_hold(
     assert (result.counts != clean.counts).any()
 
 
-def test_the_module_is_the_smoothed_classifiers_own_gradient(
-    case: tuple[SmoothedClassifier, ImageSet, AttackResult],
-) -> None:
+def test_the_module_is_the_smoothed_classifiers_own_gradient(case: Case) -> None:
     """Its noise is fresh at every call, its derivative that of the mean softmax over the same draws."""
     smoothed, images, _ = case
     module = smoothed.as_module(num_samples=DRAWS, generator=stream(0, "module"))

@@ -7,7 +7,7 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from attacked import Clouded, Counted, PixelByPixel, broken, digits, generators, log_probs_of
+from attacked import Clouded, Counted, PixelByPixel, broken, digits, generators, log_probs_of, valley
 from exact_models import assert_in_threat
 from rush.attacks.apgd import FIRST_STEP, RANDOM_FIRST_STEP, apgd, checkpoints
 from rush.attacks.losses import cross_entropy, dlr, margin
@@ -46,17 +46,11 @@ def test_the_stated_passes_are_those_that_are_made(steps: int, norm: Norm) -> No
         assert (function.with_gradient, function.without_gradient) == (steps, forward)
 
 
-def _valley(points: Tensor) -> Tensor:
-    """Cross-entropy of class 0 rises towards 0.56 from both sides, by 1 a unit."""
-    own = (points.flatten(1)[:, 0] - 0.56).abs() - 1
-    return torch.stack([own, torch.zeros_like(own)], 1)
-
-
 def _recorded(seen: list[float], random: float | None = None) -> Clouded | Counted:
     def inner(points: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             seen.append(points.detach().item())
-        return _valley(points)
+        return valley(points)
 
     return Counted(inner) if random is None else Clouded(inner, random)
 
@@ -184,17 +178,12 @@ def test_a_misclassified_point_is_kept_before_one_of_larger_loss() -> None:
 def test_best_is_the_largest_measured_loss_among_the_misclassified(digits_network: nn.Module, norm: Norm) -> None:
     x, y = digits(40)
     threat = ThreatModel(norm, {"linf": 0.08, "l2": 0.5, "l1": 1.5}[norm])
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def log_probs(points: Tensor) -> Tensor:
-        found = digits_network(points).log_softmax(1)
-        seen.append((points.detach(), found.detach()))
-        return found
-
+    log_probs = Counted(log_probs_of(digits_network))
     best, last = apgd(log_probs, x, y, threat, steps=20)
-    ranks = torch.stack([1e6 * (margin(f, y) > 0).double() + cross_entropy(f, y) for _, f in seen]).argmax(0)
-    assert torch.equal(best, torch.stack([points for points, _ in seen])[ranks, torch.arange(40)])
-    assert torch.equal(last, seen[-1][0])
+    found = [digits_network(points).log_softmax(1) for points in log_probs.points]
+    ranks = torch.stack([1e6 * (margin(f, y) > 0).double() + cross_entropy(f, y) for f in found]).argmax(0)
+    assert torch.equal(best, torch.stack(log_probs.points)[ranks, torch.arange(40)])
+    assert torch.equal(last, log_probs.points[-1])
     assert (best != last).flatten(1).any(1).sum() > 3
 
 

@@ -20,9 +20,11 @@ from attacked import (
     distances_to_planes,
     generators,
     half_space_case,
+    idle,
     log_probs_of,
     parts_case,
     planes_case,
+    valley,
 )
 from exact_models import assert_in_threat
 from rush.attacks.apgd import apgd
@@ -34,7 +36,7 @@ from rush.attacks.mifgsm import mifgsm
 from rush.attacks.pgd import pgd
 from rush.attacks.random_search import best_of_proposals, random_search
 from rush.attacks.square import square
-from rush.attacks.threat import ThreatModel
+from rush.attacks.threat import ThreatModel, norms
 from rush.choices import Norm
 from rush.errors import InputError
 from rush.runtime.randomness import stream
@@ -57,10 +59,6 @@ ATTACKS_ON_NOISE: dict[str, Attack] = {
 }
 
 
-def _idle(_log_probs: LogProbs, x: Tensor, _y: Tensor, _threat: ThreatModel) -> Tensor:
-    return x
-
-
 def _search(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
     return random_search(log_probs, x, y, threat, generators(len(x)), draws=1000)
 
@@ -74,7 +72,7 @@ def test_attacks_reach_the_closed_form_distance(name: str, norm: Norm, case: Cal
 
 @pytest.mark.parametrize("case", [half_space_case, planes_case], ids=["half-space", "planes"])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("control", [_idle, _search], ids=["idle", "random search"])
+@pytest.mark.parametrize("control", [idle, _search], ids=["idle", "random search"])
 def test_neither_an_idle_attack_nor_random_search_passes_that_test(
     control: Attack, norm: Norm, case: Callable[[], Case]
 ) -> None:
@@ -179,36 +177,25 @@ def test_every_point_that_is_looked_at_lies_in_the_threat(digits_network: nn.Mod
     """On digits, most of whose pixels are exactly 0 or 1; also what the network is shown on the way."""
     x, y = digits(30)
     epsilon = {"linf": 0.3, "l2": 2.0, "l1": 6.0}[norm] * torch.linspace(0.1, 1, 30)
-    seen: list[Tensor] = []
-
-    def log_probs(points: Tensor) -> Tensor:
-        seen.append(points.detach())
-        return digits_network(points).log_softmax(1)
-
+    log_probs = Counted(log_probs_of(digits_network))
     found = _everything(log_probs, x, y, norm, epsilon, list(range(30)))
     minimal = found.pop("fmn")
     assert minimal.min() >= 0
     assert minimal.max() <= 1
-    assert len(seen) > 300
+    assert len(log_probs.points) > 300
     calls_of_fmn = 30 + 1 + 10
-    for points in (*found.values(), *seen[:-calls_of_fmn]):
+    assert (norms(found["pgd"], x, norm) > 0.9 * epsilon).all()
+    for points in (*found.values(), *log_probs.points[:-calls_of_fmn]):
         assert_in_threat(points, x, ThreatModel(norm, epsilon))
 
 
-def _slow_dlr(logits: list[float], label: int, target: int | None) -> float:
-    ranked = sorted(logits, reverse=True)
-    if target is not None:
-        return (logits[target] - logits[label]) / (ranked[0] - (ranked[2] + ranked[3]) / 2)
-    other = max(z for i, z in enumerate(logits) if i != label)
-    return (other - logits[label]) / (ranked[0] - ranked[2])
-
-
 def _slow(name: LossName, logits: list[float], label: int, target: int | None) -> float:
-    if name == "dlr":
-        return _slow_dlr(logits, label, target)
+    best = max(z for i, z in enumerate(logits) if i != label) if target is None else logits[target]
     if name == "margin":
-        best = max(z for i, z in enumerate(logits) if i != label) if target is None else logits[target]
         return best - logits[label]
+    if name == "dlr":
+        ranked = sorted(logits, reverse=True)
+        return (best - logits[label]) / (ranked[0] - (ranked[2] if target is None else (ranked[2] + ranked[3]) / 2))
     total = math.log(sum(math.exp(z) for z in logits))
     return total - logits[label] if target is None else logits[target] - total
 
@@ -276,31 +263,16 @@ def test_mifgsm_follows_the_decayed_sum_of_scaled_gradients(norm: Norm) -> None:
     assert (last - plain).abs().max() > 1e-3
 
 
-def _peak(points: Tensor) -> Tensor:
-    """Log-probabilities whose margin for class 0 is highest where the first pixel is 0.53."""
-    own = (points.flatten(1)[:, 0] - 0.53).abs()
-    return torch.stack([own, torch.zeros_like(own)], 1)
-
-
 @pytest.mark.parametrize("random", [False, True])
 def test_random_search_keeps_its_best_draw(random: bool) -> None:
     """With a number added to every call's values, 1,000 times what the points differ in, the same point is kept."""
     x, y, threat = torch.full((6, 1, 1, 1), 0.3), torch.zeros(6, dtype=torch.int64), ThreatModel("linf", 0.3)
-    seen: list[Tensor] = []
-
-    def watched(points: Tensor) -> Tensor:
-        seen.append(points)
-        return _peak(points)
-
-    log_probs: LogProbs = Clouded(watched, 100.0) if random else watched
+    log_probs = Clouded(valley, 100.0) if random else Counted(valley)
     best = random_search(log_probs, x, y, threat, generators(6), draws=60, refresh=7)
-    away = (torch.stack(seen).flatten(2)[..., 0] - 0.53).abs()
-    torch.testing.assert_close((best.flatten() - 0.53).abs(), away.amin(0), rtol=0, atol=2e-5 if random else 0)
-    assert len(seen) == 61 + (59 // 7 if random else 0)
-    if random:
-        assert isinstance(log_probs, Clouded)
-        assert log_probs.draws == 1 + 59 // 7
-        assert log_probs.with_gradient == 0
+    away = (torch.stack(log_probs.points).flatten(2)[..., 0] - 0.56).abs()
+    torch.testing.assert_close((best.flatten() - 0.56).abs(), away.amin(0), rtol=0, atol=2e-5 if random else 0)
+    assert (log_probs.with_gradient, log_probs.without_gradient) == (0, 61 + (59 // 7 if random else 0))
+    assert not isinstance(log_probs, Clouded) or log_probs.draws == 1 + 59 // 7
 
 
 def test_proposals_stop_for_images_that_are_done_and_change_no_other() -> None:

@@ -25,7 +25,7 @@ from audit_zoo_second import (
 )
 from exact_models import Bins
 from rush.attacks.threat import ThreatModel
-from rush.auditing.audit import PROBES, AuditReport, audit
+from rush.auditing.audit import PROBES, audit
 from rush.auditing.case import Case
 from rush.auditing.findings import INVALIDATING, LEVELS, OVERESTIMATED_LEVEL, Finding
 from rush.choices import Decision
@@ -86,18 +86,7 @@ def deciding(honest: Honest, seed: int, images: Images, plan: Plan | None = None
     # what was held does not matter to these findings: judged by a deterministic network, which costs one pass
     clean = replace(made, defender=defend(perceptron(), 10)).run(Plan("clean", "no attack", "none"))
     evaluation = replace(clean, plan=plan or (PGD if defender.kind == "plain" else EOT))
-    case = Case(
-        model=model,
-        defender=defender,
-        pixels=pixels,
-        threat=THREAT,
-        evaluation=evaluation,
-        rejudged=None,
-        training_layers=(),
-        surrogate=None,
-        certificates=None,
-        judging=judging,
-    )
+    case = Case(model, defender, pixels, THREAT, evaluation, judging)
     return [PROBES[name](case) for name in sorted(INVALIDATING)]
 
 
@@ -156,12 +145,9 @@ def test_the_whole_audit_keeps_its_level(model: Callable[[], nn.Module], request
         report = audit(model(), images, THREAT, EOT, decision="vote", seed=seed)
         verdicts[report.verdict] += 1
         first.update(report.failed[:1])
-        name = f"audit-{request.node.callspec.id}"
         interval = share_interval(verdicts["overestimated"], seed + 1)
-        keep(
-            name,
-            {"seeds": seed + 1, **verdicts, "first failed": dict(first), "interval": [interval.low, interval.high]},
-        )
+        figures = {"seeds": seed + 1, "first failed": dict(first), "interval": [interval.low, interval.high]}
+        keep(f"audit-{request.node.callspec.id}", {**verdicts, **figures})
     assert verdicts["overestimated"] <= stats.binom.ppf(1 - ALMOST_NEVER, seeds, OVERESTIMATED_LEVEL)
 
 
@@ -193,16 +179,12 @@ def test_an_attacker_under_other_noise_is_detected(name: str, model: Callable[[]
     assert "noise" in failed(deciding(Honest(name, model, "vote"), seed, drawn(seed, PROBED, digits(400))))
 
 
-@pytest.fixture(scope="module")
-def weight_noise_report() -> AuditReport:
-    """The audit of an attack with one draw per step on a network with noisy weights."""
+def test_weight_noise_is_explained_by_its_cause() -> None:
+    """An attack with one draw per step on a network with noisy weights."""
     plan = replace(EOT, eot_samples=1, label="PGD-20, one draw")
-    return audit(NoisyWeights(perceptron(), 0.5), digits(32), ThreatModel("linf", 0.08), plan, decision="mean")
-
-
-def test_weight_noise_is_explained_by_its_cause(weight_noise_report: AuditReport) -> None:
-    assert "noise" not in weight_noise_report.failed
-    assert weight_noise_report.failed[0] in ("signal-to-noise", "more-eot-samples"), str(weight_noise_report)
+    report = audit(NoisyWeights(perceptron(), 0.5), digits(32), ThreatModel("linf", 0.08), plan, decision="mean")
+    assert "noise" not in report.failed
+    assert report.failed[0] in ("signal-to-noise", "more-eot-samples"), str(report)
 
 
 def test_other_noise_under_attack_decides_the_audit() -> None:

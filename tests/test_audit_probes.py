@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rush
-from audit_zoo import OnChanged, Scaled, quantised
+from audit_zoo import Scaled, quantised
 from exact_models import HalfSpace, assert_in_threat, square_half_space, square_images
 from random_models import NoisyHalfSpace
 from rush.attacks.gradient import fresh_noise
@@ -21,6 +21,7 @@ from rush.auditing.audit import PROBES
 from rush.auditing.case import Case
 from rush.auditing.findings import Finding
 from rush.auditing.planted import Planted, edge_point
+from rush.auditing.surrogates import Changed
 from rush.choices import Decision, Norm
 from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.evaluation import model as defenders
@@ -68,17 +69,8 @@ def _case(
     evaluation = Evaluation.of(model, images, threat, judging, **doors, declared=False)  # type: ignore[arg-type]
     defender, pixels = evaluation.defender, evaluation.images
     made = evaluation.run(plan or (PGD if defender.kind == "plain" else EOT))
-    rest = {"rejudged": None, "training_layers": (), "certificates": None, **options}
-    return Case(
-        model=model,
-        defender=defender,
-        pixels=pixels,
-        threat=threat,
-        evaluation=tampered(made),
-        surrogate=doors["surrogate"],  # type: ignore[arg-type]
-        judging=judging,
-        **rest,  # type: ignore[arg-type]
-    )
+    options["surrogate"] = doors["surrogate"]
+    return Case(model, defender, pixels, threat, tampered(made), judging, **options)  # type: ignore[arg-type]
 
 
 def _probed(name: str, case: Case) -> Finding:
@@ -98,7 +90,7 @@ def _moved(factor: float) -> Callable[[AttackResult], AttackResult]:
 
 def in_batch() -> nn.Module:
     """The half space on images without their batch's mean."""
-    return OnChanged(square_half_space(), lambda x: x - 0.5 * x.mean(0, keepdim=True))
+    return Changed(square_half_space(), lambda x: x - 0.5 * x.mean(0, keepdim=True))
 
 
 class QuietUnderAttack(NoisyHalfSpace):
@@ -148,7 +140,7 @@ def test_an_honest_evaluation_of_an_exact_model_passes_everything() -> None:
     ("name", "case"),
     [
         ("input-range", lambda: _case(_smoothed(), tampered=lambda result: replace(result, adversarial=255 * X))),
-        ("pixel-scale", lambda: _case(OnChanged(square_half_space(), lambda x: x / 255), images=MANY)),
+        ("pixel-scale", lambda: _case(Changed(square_half_space(), lambda x: x / 255), images=MANY)),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(1.1))),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(255 / 256))),
         ("ball", lambda: _case(square_half_space(), tampered=_moved(0.5))),

@@ -67,21 +67,17 @@ def test_branch_and_module_equal_two_networks_that_share_their_convolutions() ->
             optimizer.step()
         for mine, other in zip(outputs, expected, strict=True):
             assert torch.equal(mine, other)
-    for own, other in zip(model.parameters(), explicit.parameters(), strict=True):
-        torch.testing.assert_close(own, other, atol=1e-12, rtol=0)
-        torch.testing.assert_close(own.grad, other.grad, atol=1e-12, rtol=0)
+    assert_same(model, explicit)
     for layer, other_layer in zip(branch.layers, norms(second), strict=True):
-        assert_same(layer, other_layer)
-    for layer, other_layer in zip(norms(model), norms(explicit), strict=True):
         assert_same(layer, other_layer)
     assert norms(model)[0].running_mean.ne(branch.layers[0].running_mean).any()
 
 
-def assert_same(layer: nn.Module, other: nn.Module) -> None:
+def assert_same(module: nn.Module, other: nn.Module) -> None:
     """Parameters, gradients, running statistics and the number of batches."""
-    for (name, mine), theirs in zip(layer.state_dict().items(), other.state_dict().values(), strict=True):
+    for (name, mine), theirs in zip(module.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0, msg=name)
-    for own, parameter in zip(layer.parameters(), other.parameters(), strict=True):
+    for own, parameter in zip(module.parameters(), other.parameters(), strict=True):
         assert own.grad is not None
         torch.testing.assert_close(own.grad, parameter.grad, atol=1e-12, rtol=0)
 

@@ -3,62 +3,35 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-import test_keeping
+import trainings
 from commands import Call, refusal
 from ranks import on_ranks
 from rush.choices import FinetuneMode, OptimizerName, PretrainObjective
 from rush.commands import cost as costing
 from rush.commands.cost import measure as cost_of
 from rush.data.batches import Batch, Resident
-from rush.data.images import ImageSet
-from rush.data.sources import load_images
 from rush.data.views import random_view
 from rush.errors import ConfigError, DeviceMemoryError, RunError
-from rush.models.classifier import Classifier, Normalize
-from rush.models.encoders import SmallEncoder
-from rush.models.heads import linear_head
 from rush.recipe.load import load_recipe
-from rush.recipe.schema import AdversaryConfig, FinetuneConfig, PretrainConfig, Recipe, Schedule, Views
+from rush.recipe.schema import AdversaryConfig, Recipe, Schedule, Views
 from rush.records.folder import RunFolder
-from rush.runtime.distributed import rank, world_size
-from rush.runtime.execution import Execution
-from rush.runtime.randomness import seeded_init, stream
-from rush.smoothing.noise import Gaussian
+from rush.runtime.distributed import rank
 from rush.training import budget, graphs, loop
 from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.finetune import finetune
-from rush.training.loop import CheckpointPolicy, TrainingRun, TrainingSettings
-from rush.training.meter import Meter
-from rush.training.pretrain import pretrain
+from rush.training.loop import CheckpointPolicy
 from tiny import TINY, results_of_training, tiny, write_tiny
+from trainings import FINETUNE, PER_EPOCH, SIMCLR, Clock, bits, finetuned, images, kept, pretrained
 
-SCHEDULE = test_keeping.SCHEDULE.replace(epochs=None, minutes=1)
-PER_EPOCH = 5  # steps, of 43 images
-
-
-class Clock:
-    """A clock that stands still but for what a test lets pass."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self, _device: str) -> float:
-        return self.seconds
-
-    def pass_by(self, seconds: float) -> None:
-        self.seconds += seconds
+SCHEDULE = trainings.SCHEDULE.replace(epochs=None, minutes=1)
 
 
 @pytest.fixture
@@ -68,72 +41,42 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return fake
 
 
-def images(kind: type[Resident] = Resident) -> Resident:
-    pixels = torch.randint(0, 256, (43, 1, 2, 3), generator=stream(0, "pixels")).to(torch.uint8)
-    labels = torch.randint(0, 3, (43,), generator=stream(0, "labels"))
-    own = ImageSet(pixels, labels, ("a", "b", "c"), np.arange(43).astype(str), "random", "train")
-    return kind(own, "cpu", rank(), world_size())
+class Training(trainings.Training):
+    """A training whose steps take ``seconds``, those of its head ``head_seconds``, by ``clock``."""
 
-
-class Training:
-    """A small noisy training whose steps take ``seconds``, those of its head ``head_seconds``, by ``clock``."""
-
-    def __init__(self, clock: Clock, seconds: float = 2.0, head_seconds: float = 1.0, fail_at: int = -1) -> None:
-        module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-        self.module = seeded_init(module, stream(0, "weights")).train()
+    def __init__(
+        self,
+        clock: Clock,
+        checkpoints: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008, a frozen value
+        seconds: float = 2.0,
+        head_seconds: float = 1.0,
+        fail_at: int = -1,
+    ) -> None:
+        super().__init__(checkpoints)
         self.clock, self.seconds, self.head_seconds, self.fail_at = clock, seconds, head_seconds, fail_at
         self.head_epochs = 0
-        self.meter = Meter(self.module)
-        self.steps: list[int] = []
-        self.events: list[dict[str, Any]] = []
 
     def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
         if len(self.steps) == self.fail_at:
             raise KeyboardInterrupt
         frozen = epoch < self.head_epochs
-        self.steps.append(round(epoch * PER_EPOCH))
         self.clock.pass_by(self.head_seconds if frozen else self.seconds)
         self.module[:2].requires_grad_(not frozen)
-        assert batch.labels is not None
-        x = batch.images.flatten(1) / 255
-        x = x + torch.randn(x.shape, generator=generator)
-        loss = nn.functional.cross_entropy(self.module(x), batch.labels)
-        loss.backward()
-        return loss.detach()
+        return super().step(batch, epoch, generator)
 
-    def log(self, event: str, **values: Any) -> None:
-        self.events.append({"event": event, **values})
-
-    def run(
-        self,
-        schedule: Schedule = SCHEDULE,
-        checkpoints: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008
-        **given: Any,
-    ) -> "Training":
-        self.head_epochs = given.get("head_epochs", 0)
-        options: dict[str, Any] = {"name": "finetune", "images": images(), "schedule": schedule, "seed": 0, **given}
-        TrainingRun(self.module, self.step, meter=self.meter, checkpoints=checkpoints, log=self.log, **options).run()
-        return self
+    def run(self, schedule: Schedule = SCHEDULE, head_epochs: int = 0, **options: Any) -> "Training":
+        self.head_epochs = head_epochs
+        return super().run(schedule, name="finetune", head_epochs=head_epochs, **options)
 
     @property
     def budget(self) -> dict[str, Any]:
-        (event,) = [event for event in self.events if event["event"] == "budget"]
+        (event,) = self.logged("budget")
         return event
 
     @property
-    def outcome(self) -> tuple[dict[str, bytes], list[tuple[int, float, int]], int]:
-        """The weights, number, loss and passes of every epoch, and the passes of the whole training."""
-        epochs = [event for event in self.events if event["event"] == "epoch"]
-        told = [(own["epoch"], own["loss"], own["passes"]) for own in epochs]
-        return bits(self.module), told, self.meter.cost.passes
-
-
-def bits(module: nn.Module) -> dict[str, bytes]:
-    return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
-
-
-def saved_in(folder: Path) -> CheckpointPolicy:
-    return CheckpointPolicy(TrainingCheckpoint(folder / "state.pt", "recipe"))
+    def outcome(self) -> tuple[dict[str, bytes], list[tuple[int, float, int, int]], int]:
+        """The weights, the figures of every epoch, and the passes of the whole training."""
+        return self.bits, self.epochs, self.meter.cost.passes
 
 
 # --- how many epochs --------------------------------------------------------------------------------------------------
@@ -182,13 +125,12 @@ def test_so_many_epochs_end_within_the_minutes_and_one_more_would_not(
 
     def trained(schedule: Schedule, folder: str) -> tuple[Training, float]:
         began = clock.seconds
-        training = Training(clock)
-        options = {"images": images(SlowImages), "head_epochs": head_epochs}
+        training = Training(clock, kept(tmp_path / folder))
         training.run(
             schedule.replace(monitor_epochs=monitor_epochs),
-            saved_in(tmp_path / folder),
+            head_epochs,
+            images=images(kind=SlowImages),
             monitor=lambda _: clock.pass_by(monitoring) or {},
-            **options,
         )
         return training, clock.seconds - began
 
@@ -238,7 +180,7 @@ def test_live_figures_come_after_every_so_many_epochs_and_the_last(clock: Clock)
 
     trained = Training(clock).run(SCHEDULE.replace(monitor_epochs=3), monitor=monitor)
     assert seen == [0, 0, 3, 4]
-    assert [event["epoch"] for event in trained.events if event["event"] == "monitor"] == [3, 4]
+    assert [event["epoch"] for event in trained.logged("monitor")] == [3, 4]
 
 
 # --- the same bits ----------------------------------------------------------------------------------------------------
@@ -250,9 +192,9 @@ def test_the_bits_are_those_of_a_training_for_that_number_of_epochs(
     optimizer: OptimizerName, head_epochs: int, clock: Clock, tmp_path: Path
 ) -> None:
     schedule = SCHEDULE.replace(optimizer=optimizer)
-    by_minutes = Training(clock).run(schedule, saved_in(tmp_path), head_epochs=head_epochs)
+    by_minutes = Training(clock, kept(tmp_path)).run(schedule, head_epochs)
     epochs = by_minutes.budget["epochs"]
-    given = Training(clock).run(schedule.replace(minutes=None, epochs=epochs), head_epochs=head_epochs)
+    given = Training(clock).run(schedule.replace(minutes=None, epochs=epochs), head_epochs)
     assert by_minutes.outcome == given.outcome
     assert len(by_minutes.outcome[1]) == epochs
     assert not (tmp_path / "state.rehearsal.pt").exists()
@@ -273,80 +215,38 @@ def test_a_module_is_restored_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-EXECUTION = Execution()
-TWO: dict[str, Any] = {
-    "batch_size": 32,
-    "learning_rate": 0.05,
-    "weight_decay": 1e-3,
-    "warmup_epochs": 1,
-    "monitor_epochs": 1,
-}
-
-
-def classifier() -> Classifier:
-    encoder = SmallEncoder(width=4)
-    built = Classifier(Normalize([0.3], [0.38]), encoder, linear_head(encoder.features, 10))
-    seeded_init(built, stream(0, "weights"))
-    return built
-
-
-def digits() -> ImageSet:
-    return load_images("digits", "train")[slice(100)]
-
-
-def pretrained(config: PretrainConfig, clock: Clock) -> dict[str, bytes]:
-    trained = classifier()
-
-    def slow_view(x: Tensor, views: Views, generator: torch.Generator) -> Tensor:
-        clock.pass_by(2.0)  # twice per step
+@pytest.fixture
+def slow_view(clock: Clock) -> trainings.View:
+    def view(x: Tensor, views: Views, generator: torch.Generator) -> Tensor:
+        clock.pass_by(2.0)  # twice per step of pre-training, once per step of fine-tuning
         return random_view(x, views, generator)
 
-    source = Resident(digits().without_labels())
-    with patch("rush.training.pretrain.random_view", slow_view):
-        pretrain(source, trained.encoder, trained.normalize, config, TrainingSettings(seed=0, execution=EXECUTION))
-    return bits(trained)
+    return view
 
 
 @pytest.mark.parametrize("objective", ["simclr", "moco", "acl"])
-def test_a_pre_training_by_minutes_has_the_bits_of_its_epochs(objective: PretrainObjective, clock: Clock) -> None:
+def test_a_pre_training_by_minutes_has_the_bits_of_its_epochs(
+    objective: PretrainObjective, slow_view: trainings.View
+) -> None:
     """28 of 57 s go into the trial; two epochs of three steps of 4 s fit into the others."""
-    config = PretrainConfig(
-        **TWO,
-        minutes=1,
-        objective=objective,
-        views=Views(crop_scale=(0.5, 1.0), greyscale=0.0),
-        projector_hidden=16,
-        projector_out=8,
-        queue=64,
-        key_momentum=0.5,
-        shuffle_groups=2,
-        adversary=AdversaryConfig(steps=1),
+    config = SIMCLR.replace(
+        objective=objective, queue=64, key_momentum=0.5, shuffle_groups=2, adversary=AdversaryConfig(steps=1)
     )
-    by_minutes = pretrained(config, clock)
-    assert by_minutes == pretrained(config.replace(minutes=None, epochs=2), clock)
-    assert by_minutes != pretrained(config.replace(minutes=None, epochs=3), clock)
-
-
-def finetuned(config: FinetuneConfig, clock: Clock) -> dict[str, bytes]:
-    trained = classifier()
-
-    def slow_view(x: Tensor, views: Views, generator: torch.Generator) -> Tensor:
-        clock.pass_by(2.0)  # once per step
-        return random_view(x, views, generator)
-
-    with patch("rush.training.finetune.random_view", slow_view):
-        finetune(digits(), trained, config, TrainingSettings(seed=0, execution=EXECUTION), noise=Gaussian(0.25))
-    assert all(parameter.requires_grad for parameter in trained.parameters())
-    return bits(trained)
+    by_minutes = bits(pretrained(config.replace(epochs=None, minutes=1), view=slow_view))
+    assert by_minutes == bits(pretrained(config.replace(epochs=2), view=slow_view))
+    assert by_minutes != bits(pretrained(config.replace(epochs=3), view=slow_view))
 
 
 @pytest.mark.parametrize(("mode", "epochs"), [("full", 7), ("linear", 7), ("linear-then-full", 4)])
-def test_a_fine_tuning_by_minutes_has_the_bits_of_its_epochs(mode: FinetuneMode, epochs: int, clock: Clock) -> None:
+def test_a_fine_tuning_by_minutes_has_the_bits_of_its_epochs(
+    mode: FinetuneMode, epochs: int, slow_view: trainings.View
+) -> None:
     """A trial of seven steps of 2 s leaves 43 of 57 s for epochs of 6 s; both kinds of steps take a trial of two."""
-    config = FinetuneConfig(**TWO, minutes=1, mode=mode, shift=1, flip=0.0)
-    by_minutes = finetuned(config, clock)
-    assert by_minutes == finetuned(config.replace(minutes=None, epochs=epochs), clock)
-    assert by_minutes != finetuned(config.replace(minutes=None, epochs=epochs + 1), clock)
+    config = FINETUNE.replace(epochs=epochs, mode=mode)
+    by_minutes = finetuned(config.replace(epochs=None, minutes=1), view=slow_view)
+    assert bits(by_minutes) == bits(finetuned(config, view=slow_view))
+    assert bits(by_minutes) != bits(finetuned(config.replace(epochs=epochs + 1), view=slow_view))
+    assert all(parameter.requires_grad for parameter in by_minutes.parameters())
 
 
 # --- a number that stays ----------------------------------------------------------------------------------------------
@@ -356,14 +256,13 @@ def test_a_fine_tuning_by_minutes_has_the_bits_of_its_epochs(mode: FinetuneMode,
 def test_a_resumed_training_keeps_the_number_on_a_slower_machine(taken: int, clock: Clock, tmp_path: Path) -> None:
     trial = 7
     undisturbed = Training(clock).run()
-    broken = Training(clock, fail_at=trial + taken)
     with pytest.raises(KeyboardInterrupt):
-        broken.run(checkpoints=saved_in(tmp_path))
-    resumed = Training(clock, seconds=2000.0).run(checkpoints=saved_in(tmp_path))
-    kept = taken // PER_EPOCH * PER_EPOCH
-    assert resumed.steps == list(range(kept, 4 * PER_EPOCH))
-    assert resumed.outcome[0] == undisturbed.outcome[0]
-    assert [event["event"] for event in resumed.events] == ["epoch"] * (4 - kept // PER_EPOCH)
+        Training(clock, kept(tmp_path), fail_at=trial + taken).run()
+    resumed = Training(clock, kept(tmp_path), seconds=2000.0).run()
+    done = taken // PER_EPOCH
+    assert resumed.steps == list(range(done * PER_EPOCH, 4 * PER_EPOCH))
+    assert resumed.bits == undisturbed.bits
+    assert [event["event"] for event in resumed.events] == ["epoch"] * (4 - done)
 
 
 def test_a_trial_that_runs_out_of_memory_names_the_field_to_lower(
@@ -380,11 +279,11 @@ def test_a_trial_that_runs_out_of_memory_names_the_field_to_lower(
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_a_training_killed_in_its_trial_tries_again(on_nonfinite: Any, clock: Clock, tmp_path: Path) -> None:
-    checkpoints = replace(saved_in(tmp_path), on_nonfinite=on_nonfinite)
+    checkpoints = kept(tmp_path, on_nonfinite=on_nonfinite)
     with pytest.raises(KeyboardInterrupt):
-        Training(clock, fail_at=5).run(checkpoints=checkpoints)
+        Training(clock, checkpoints, fail_at=5).run()
     assert not (tmp_path / "state.pt").exists()
-    resumed = Training(clock).run(checkpoints=checkpoints)
+    resumed = Training(clock, checkpoints).run()
     assert resumed.budget["epochs"] == 4
     assert resumed.outcome == Training(clock).run().outcome
 
@@ -397,7 +296,7 @@ def test_a_refusal_of_the_number_leaves_no_checkpoint(clock: Clock, tmp_path: Pa
         raise ConfigError("no")
 
     with pytest.raises(ConfigError, match="no"):
-        Training(clock).run(checkpoints=replace(saved_in(tmp_path), settled=refuse))
+        Training(clock, kept(tmp_path, settled=refuse)).run()
     assert [settled.epochs for settled in told] == [4]
     assert not (tmp_path / "state.pt").exists()
 
@@ -439,10 +338,10 @@ def test_fewer_epochs_than_a_field_needs_are_refused_with_the_minutes_that_would
     schedule: Schedule, head_epochs: int, told: str, clock: Clock
 ) -> None:
     with pytest.raises(ConfigError, match=told) as refused:
-        Training(clock).run(schedule, head_epochs=head_epochs)
+        Training(clock).run(schedule, head_epochs)
     enough = float(str(refused.value).rsplit("= ", 1)[1])
     least = int(re.findall(r"at least (\d+) epochs", str(refused.value))[0])
-    trained = Training(clock).run(schedule.replace(minutes=enough), head_epochs=head_epochs)
+    trained = Training(clock).run(schedule.replace(minutes=enough), head_epochs)
     assert trained.budget["epochs"] == least
 
 
@@ -736,8 +635,8 @@ def trained_on_ranks(folder: str) -> dict[str, Any]:
     """Process 1 is slower than process 0, which alone saves and measures."""
     clock = Clock()
     budget.clock = clock
-    training = Training(clock, seconds=0.2 * (1 + rank()))
-    training.run(checkpoints=saved_in(Path(folder)), monitor=lambda _: clock.pass_by(4.0) or {})
+    training = Training(clock, kept(Path(folder)), seconds=0.2 * (1 + rank()))
+    training.run(monitor=lambda _: clock.pass_by(4.0) or {})
     return {
         "epochs": training.budget["epochs"],
         "steps": training.steps,

@@ -15,39 +15,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rush.errors import InputError
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.noise import Gaussian
-from rush.training.supervised import (
-    Examples,
-    cat_rs,
-    consistency,
-    gaussian,
-    pgd_at,
-    smoothadv,
-    standard,
-    trades,
-)
+from rush.training.modes import evaluation_mode
+from rush.training.supervised import Examples, cat_rs, consistency, gaussian, pgd_at, smoothadv, standard, trades
 
 Options = dict[str, Any]
 SHAPE, CLASSES, NOISE = (2, 3, 3), 4, Gaussian(0.3)
-SMOOTHADV: Options = {"draws": 3, "epsilon": 0.4, "steps": 4}
-CAT_RS: Options = {"draws": 4, "epsilon": 0.5, "steps": 3, "weight": 0.7}
-CONSISTENCY: Options = {"draws": 3, "weight": 5.0, "entropy_weight": 0.5}
 LINF: Options = {"epsilon": 0.1, "step_size": 0.04, "steps": 4}
-TRADES: Options = {**LINF, "beta": 6.0}
 
 Network = Callable[[Tensor], Tensor]
 Objective = Callable[..., Tensor]
 
-# Every objective as (logits, evaluated, x, y, generator) -> loss.
-ALL: dict[str, Objective] = {
-    "standard": lambda f, e, x, y, g: standard(Examples(f, e, x, y, None, g)),
-    "gaussian": lambda f, e, x, y, g: gaussian(Examples(f, e, x, y, NOISE, g)),
-    "consistency": lambda f, e, x, y, g: consistency(Examples(f, e, x, y, NOISE, g), **CONSISTENCY),
-    "smoothadv": lambda f, e, x, y, g: smoothadv(Examples(f, e, x, y, NOISE, g), **SMOOTHADV),
-    "cat_rs": lambda f, e, x, y, g: cat_rs(Examples(f, e, x, y, NOISE, g), **CAT_RS),
-    "pgd_at": lambda f, e, x, y, g: pgd_at(Examples(f, e, x, y, None, g), **LINF),
-    "trades": lambda f, e, x, y, g: trades(Examples(f, e, x, y, None, g), **TRADES),
+# Every objective with its noise and its options.
+OBJECTIVES: dict[str, tuple[Objective, Gaussian | None, Options]] = {
+    "standard": (standard, None, {}),
+    "gaussian": (gaussian, NOISE, {}),
+    "consistency": (consistency, NOISE, {"draws": 3, "weight": 5.0, "entropy_weight": 0.5}),
+    "smoothadv": (smoothadv, NOISE, {"draws": 3, "epsilon": 0.4, "steps": 4}),
+    "cat_rs": (cat_rs, NOISE, {"draws": 4, "epsilon": 0.5, "steps": 3, "weight": 0.7}),
+    "pgd_at": (pgd_at, None, LINF),
+    "trades": (trades, None, {**LINF, "beta": 6.0}),
 }
-every = pytest.mark.parametrize("name", ALL)
+every = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def loss_of(
+    name: str, f: Network, e: Network, x: Tensor, y: Tensor, generator: torch.Generator | None = None, **options: Any
+) -> Tensor:
+    """Return the loss of an objective at its options, but for those given."""
+    objective, noise, usual = OBJECTIVES[name]
+    examples = Examples(f, e, x, y, noise, generator or stream(0, "draws"))
+    return objective(examples, **{**usual, **options})
 
 
 def network(seed: int = 0, norm: bool = False) -> nn.Sequential:
@@ -95,6 +92,10 @@ def slow_kl(p: Tensor, q: Tensor) -> Tensor:
 def ascent(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     at = at.detach().requires_grad_()
     return torch.autograd.grad(loss(at), at)[0]
+
+
+def mean_under_noise(f: Network, images: Tensor, y: Tensor, drawn: Tensor) -> Tensor:
+    return torch.stack([nn.functional.cross_entropy(f(images + d), y) for d in drawn]).mean()
 
 
 def draws_of(x: Tensor, draws: int, generator: torch.Generator) -> Tensor:
@@ -218,7 +219,7 @@ SLOW: dict[str, Objective] = {
 def test_value_and_gradient_are_those_of_the_textbook(name: str, seed: int) -> None:
     f, e = network(seed), network(seed + 10)
     x, y = batch(seed=seed)
-    own = ALL[name](f, e, x, y, stream(seed, "draws"))
+    own = loss_of(name, f, e, x, y, stream(seed, "draws"))
     slow = SLOW[name](f, e, x, y, stream(seed, "draws"))
     assert own.shape == ()
     torch.testing.assert_close(own, slow, atol=1e-10, rtol=0)
@@ -243,11 +244,11 @@ def test_cat_rs_where_all_draws_are_right_and_where_all_are_wrong(label: int, ke
     f, e = certain(30.0), network(1)
     x, _ = batch()
     y = torch.full((len(x),), label)
-    own = cat_rs(Examples(f, e, x, y, NOISE, stream(0, "draws")), **CAT_RS)
+    own = loss_of("cat_rs", f, e, x, y)
     slow, found = slow_cat_rs(f, e, x, y, stream(0, "draws"))
     assert set(found) == kept
     torch.testing.assert_close(own, slow, atol=1e-10, rtol=0)
-    low_alone = cat_rs(Examples(f, e, x, y, NOISE, stream(0, "draws")), **{**CAT_RS, "weight": 0.0})
+    low_alone = loss_of("cat_rs", f, e, x, y, weight=0.0)
     if label == 0:
         assert own > low_alone
     else:  # one of four cross-entropies at least, and none of the adversarial term
@@ -260,10 +261,10 @@ def test_cat_rs_where_all_draws_are_right_and_where_all_are_wrong(label: int, ke
 def test_cat_rs_where_some_draws_are_right() -> None:
     """All of K = 1 to 4 occur, and K = 4 also where a draw is wrong; the seed is chosen so, nothing is left to
     chance."""
-    f, e, noisy = network(3), network(1), Gaussian(0.3)
+    f, e = network(3), network(1)
     x, _ = batch(40, seed=2)
     y = f(x).argmax(1)
-    own = cat_rs(Examples(f, e, x, y, noisy, stream(4, "draws")), **CAT_RS)
+    own = loss_of("cat_rs", f, e, x, y, stream(4, "draws"))
     slow, kept = slow_cat_rs(f, e, x, y, stream(4, "draws"))
     torch.testing.assert_close(own, slow, atol=1e-10, rtol=0)
     drawn = draws_of(x, 4, stream(4, "draws"))
@@ -286,9 +287,7 @@ def test_the_number_of_kept_draws_is_binomial() -> None:
 
     x, y = torch.full((rows, 1, 2, 2), 0.5, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
     varied = lambda images: torch.stack([images.flatten(1).sum(1), 0 * images.flatten(1).sum(1)], 1)  # noqa: E731
-    loss = cat_rs(
-        Examples(f, varied, x, y, NOISE, stream(0, "binomial")), draws=draws, epsilon=0.1, steps=1, weight=0.0
-    )
+    loss = loss_of("cat_rs", f, varied, x, y, stream(0, "binomial"), steps=1, weight=0.0)
     mean, spread = 0.75 + 0.25**4 / 4, math.sqrt(0.75 * 0.25 / draws)  # K = 0 counts as 1
     assert loss.item() / math.log(2) == pytest.approx(mean, abs=5 * spread / math.sqrt(rows))
 
@@ -321,9 +320,7 @@ def test_pgd_at_is_at_the_exact_inner_maximum_of_a_linear_network(steps: int) ->
     f = Linear()
     x, y = batch(8)[0], torch.arange(8) % 2
     epsilon = 0.1
-    loss = pgd_at(
-        Examples(f, f, x, y, None, stream(0, "draws")), epsilon=epsilon, step_size=2 * epsilon / steps, steps=steps
-    )
+    loss = loss_of("pgd_at", f, f, x, y, epsilon=epsilon, step_size=2 * epsilon / steps, steps=steps)
     corner = (x + epsilon * away(y) * f.weight.sign()).clamp(0, 1)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(f(corner), y), atol=1e-12, rtol=0)
     assert loss > nn.functional.cross_entropy(f(x), y) + 0.1
@@ -333,16 +330,12 @@ def test_trades_is_at_a_corner_of_the_ball_of_a_linear_network() -> None:
     """KL(p(x) || p(x')) depends on the margin alone and grows away from x: the ascent ends at one of two corners."""
     f = Recorder(Linear())
     x, y = 0.3 + 0.4 * batch(8)[0], torch.arange(8) % 2
-    trades(Examples(f, f.inner, x, y, None, stream(0, "draws")), epsilon=0.1, step_size=0.04, steps=6, beta=6.0)
+    loss_of("trades", f, f.inner, x, y, steps=6)
     clean, adversarial = f.seen
     assert torch.equal(clean, x)
     change = (adversarial - x) * f.inner.weight.sign()  # type: ignore[attr-defined]
     torch.testing.assert_close(change.abs(), torch.full_like(change, 0.1), atol=1e-12, rtol=0)
-    assert (
-        (change.flatten(1).amin(1) == change.flatten(1).amax(1))
-        .logical_or((change.flatten(1).amax(1) - change.flatten(1).amin(1)) < 1e-12)
-        .all()
-    )
+    assert (change.flatten(1).amax(1) - change.flatten(1).amin(1) < 1e-12).all()  # of one sign
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10])
@@ -351,10 +344,9 @@ def test_smoothadv_is_at_the_exact_inner_maximum_of_a_linear_network(steps: int)
     the pixel range no pixel is clipped."""
     f = Linear()
     x, y = 0.45 + 0.1 * batch(8)[0], torch.arange(8) % 2
-    loss = smoothadv(Examples(f, f, x, y, NOISE, stream(0, "draws")), draws=3, epsilon=0.3, steps=steps)
+    loss = loss_of("smoothadv", f, f, x, y, epsilon=0.3, steps=steps)
     worst = x + 0.3 * away(y) * f.weight / f.weight.norm()
-    drawn = draws_of(x, 3, stream(0, "draws"))
-    expected = torch.stack([nn.functional.cross_entropy(f(worst + d), y) for d in drawn]).mean()
+    expected = mean_under_noise(f, worst, y, draws_of(x, 3, stream(0, "draws")))
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
 
 
@@ -363,7 +355,7 @@ def test_cat_rs_noise_is_near_the_inner_maximum_of_a_linear_network() -> None:
     epsilon times its norm; putting the standard deviation back costs a little of that."""
     f, x, y = Recorder(Linear()), batch(8)[0], torch.zeros(8, dtype=torch.int64)
     epsilon = 0.2
-    cat_rs(Examples(f, f.inner, x, y, NOISE, stream(0, "draws")), draws=4, epsilon=epsilon, steps=8, weight=1.0)
+    loss_of("cat_rs", f, f.inner, x, y, epsilon=epsilon, steps=8)
     weight = f.inner.weight  # type: ignore[attr-defined]
     moved = ((f.seen[1] - f.seen[0]) * weight).flatten(1).sum(1).abs()
     most = epsilon * float((weight - weight.mean()).norm())
@@ -377,7 +369,7 @@ def test_cat_rs_noise_is_near_the_inner_maximum_of_a_linear_network() -> None:
 def test_smoothadv_images_stay_in_the_ball_and_in_range_and_keep_their_noise() -> None:
     x, y = batch(20)
     f, e = Recorder(network()), Recorder(network(1))
-    smoothadv(Examples(f, e, x, y, NOISE, stream(0, "draws")), **{**SMOOTHADV, "epsilon": 1.0})
+    loss_of("smoothadv", f, e, x, y, epsilon=1.0)
     drawn = draws_of(x, 3, stream(0, "draws"))
     for seen in [*e.seen, *f.seen]:
         images = seen.unflatten(0, (3, 20)) - drawn
@@ -394,7 +386,7 @@ def test_cat_rs_noise_stays_in_the_ball_and_noise_like() -> None:
     """Mean kept; the standard deviation loses at most epsilon^2 / (2 norm^2), where the ball has the last word."""
     x, y = batch(20)
     f, epsilon = Recorder(network()), 0.3
-    cat_rs(Examples(f, network(1), x, y, NOISE, stream(0, "draws")), **{**CAT_RS, "epsilon": epsilon})
+    loss_of("cat_rs", f, network(1), x, y, epsilon=epsilon)
     images = x.repeat(4, 1, 1, 1)
     origin, found = ((seen - images).flatten(1) for seen in f.seen)
     torch.testing.assert_close(origin, draws_of(x, 4, stream(0, "draws")).flatten(0, 1).flatten(1), atol=1e-12, rtol=0)
@@ -412,7 +404,7 @@ def test_cat_rs_noise_stays_in_the_ball_and_noise_like() -> None:
 def test_linf_images_stay_in_the_ball_and_in_range(name: str) -> None:
     x, y = batch(20)
     f, e = Recorder(network()), Recorder(network(1))
-    ALL[name](f, e, x, y, stream(0, "draws"))
+    loss_of(name, f, e, x, y)
     points = [f.seen[-1], *e.seen[2 if name == "trades" else 0 :]]  # TRADES first looks at x and leaves from around it
     for images in points:
         assert images.min() >= 0
@@ -434,32 +426,31 @@ def test_the_attacks_raise_their_inner_losses() -> None:
 
     plain = partial(nn.functional.cross_entropy, target=y, reduction="none")
     seen = Recorder(f)
-    smoothadv(Examples(seen, f, x, y, NOISE, stream(0, "draws")), **SMOOTHADV)
+    loss_of("smoothadv", seen, f, x, y)
     found = seen.seen[-1].unflatten(0, (3, 20))[0] - drawn[0]
     assert (smoothed(found) > smoothed(x) + 0.01).all()
-    pgd_at(Examples(seen, f, x, y, None, stream(0, "draws")), **LINF)
+    loss_of("pgd_at", seen, f, x, y)
     assert (plain(f(seen.seen[-1])) > plain(f(x)) + 0.01).all()
-    trades(Examples(seen, f, x, y, None, stream(0, "draws")), **TRADES)
+    loss_of("trades", seen, f, x, y)
     assert (divergence(seen.seen[-1]) > 1e-3).all()
 
 
 def test_without_any_radius_smoothadv_is_the_mean_over_noise_and_pgd_at_is_standard() -> None:
     f, (x, y) = network(), batch()
-    drawn = draws_of(x, 3, stream(0, "draws"))
-    plain = torch.stack([nn.functional.cross_entropy(f(x + d), y) for d in drawn]).mean()
-    own = smoothadv(Examples(f, f, x, y, NOISE, stream(0, "draws")), draws=3, epsilon=0.0, steps=2)
+    plain = mean_under_noise(f, x, y, draws_of(x, 3, stream(0, "draws")))
+    own = loss_of("smoothadv", f, f, x, y, epsilon=0.0)
     torch.testing.assert_close(own, plain, atol=1e-12, rtol=0)
-    for radius, step in ((0.0, 0.1), (0.0, 0.0)):
-        own = pgd_at(Examples(f, f, x, y, None, stream(0, "draws")), epsilon=radius, step_size=step, steps=2)
-        torch.testing.assert_close(own, standard(Examples(f, f, x, y, None, stream(0))), atol=1e-12, rtol=0)
+    for step in (0.1, 0.0):
+        own = loss_of("pgd_at", f, f, x, y, epsilon=0.0, step_size=step)
+        torch.testing.assert_close(own, loss_of("standard", f, f, x, y), atol=1e-12, rtol=0)
 
 
 def test_where_the_gradient_is_zero_nothing_moves_and_nothing_breaks() -> None:
     x, y = batch()
     flat = lambda images: torch.zeros(len(images), CLASSES, dtype=torch.float64) * images.sum()  # noqa: E731
-    for name, objective in ALL.items():
+    for name in OBJECTIVES:
         f = Recorder(network())
-        loss = objective(f, flat, x, y, stream(0, "draws"))
+        loss = loss_of(name, f, flat, x, y)
         assert loss.isfinite(), name
         if name == "smoothadv":
             drawn = draws_of(x, 3, stream(0, "draws"))
@@ -475,23 +466,19 @@ def test_classes_may_be_renamed_and_logits_shifted(name: str) -> None:
     order = torch.tensor([2, 0, 3, 1])  # class k of the renamed network is class order[k]
     renamed = [lambda images, inner=inner: inner(images)[:, order] + 3.0 for inner in (f, e)]
     labels = (y[:, None] == order).long().argmax(1)
-    own = ALL[name](f, e, x, y, stream(0, "draws"))
-    torch.testing.assert_close(ALL[name](*renamed, x, labels, stream(0, "draws")), own, atol=1e-10, rtol=0)
-    assert abs(ALL[name](*renamed, x, y, stream(0, "draws")) - own).item() > 1e-3  # not so if the labels stay
+    own = loss_of(name, f, e, x, y)
+    torch.testing.assert_close(loss_of(name, *renamed, x, labels), own, atol=1e-10, rtol=0)
+    assert abs(loss_of(name, *renamed, x, y) - own).item() > 1e-3  # not so if the labels stay
 
 
 def test_consistency_without_weights_is_the_mean_over_noise_and_alike_draws_differ_by_nothing() -> None:
     f, (x, y) = network(), batch()
-    plain = consistency(Examples(f, f, x, y, NOISE, stream(0, "draws")), draws=3, weight=0.0, entropy_weight=0.0)
-    drawn = draws_of(x, 3, stream(0, "draws"))
-    expected = torch.stack([nn.functional.cross_entropy(f(x + d), y) for d in drawn]).mean()
+    plain = loss_of("consistency", f, f, x, y, weight=0.0, entropy_weight=0.0)
+    expected = mean_under_noise(f, x, y, draws_of(x, 3, stream(0, "draws")))
     torch.testing.assert_close(plain, expected, atol=1e-12, rtol=0)
     constant = lambda images: f(torch.zeros_like(images))  # noqa: E731
     without, with_ = (
-        consistency(
-            Examples(constant, constant, x, y, NOISE, stream(0, "draws")), draws=3, weight=weight, entropy_weight=0.0
-        )
-        for weight in (0.0, 100.0)
+        loss_of("consistency", constant, constant, x, y, weight=weight, entropy_weight=0.0) for weight in (0.0, 100.0)
     )
     torch.testing.assert_close(with_, without, atol=1e-10, rtol=0)
 
@@ -502,8 +489,8 @@ def test_an_extreme_probability_gives_finite_losses_and_gradients() -> None:
     with torch.no_grad():
         last_layer(f).weight *= 1e3
     x, y = batch()
-    for name, objective in ALL.items():
-        loss = objective(f, f, x.float(), y, stream(0, "draws"))
+    for name in OBJECTIVES:
+        loss = loss_of(name, f, f, x.float(), y)
         gradients = torch.autograd.grad(loss, list(f.parameters()))
         assert loss.isfinite(), name
         assert all(g.isfinite().all() for g in gradients), name
@@ -513,7 +500,7 @@ def test_an_extreme_probability_gives_finite_losses_and_gradients() -> None:
 # --- Gradients and state ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "cat_rs"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "cat_rs"])
 def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
     """The attacked network is a copy that does not move, so that the adversarial images do not either. CAT-RS takes no
     gradient through its target, which finite differences would; the textbook above covers it."""
@@ -522,22 +509,9 @@ def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
 
     def loss(weight: Tensor) -> Tensor:
         moved = lambda images: torch.func.functional_call(f, {"1.weight": weight}, (images,))  # noqa: E731
-        return ALL[name](moved, e, x, y, stream(0, "draws"))
+        return loss_of(name, moved, e, x, y)
 
     assert torch.autograd.gradcheck(loss, (weight,))
-
-
-def modes(module: nn.Module) -> tuple[Network, Network]:
-    """The network in training mode, and with its statistics fixed."""
-
-    def evaluated(x: Tensor) -> Tensor:
-        module.eval()
-        try:
-            return module(x)
-        finally:
-            module.train()
-
-    return module.train(), evaluated
 
 
 TRAINING_FORWARDS = {"cat_rs": 2, "trades": 2}  # all others have one
@@ -547,12 +521,16 @@ TRAINING_FORWARDS = {"cat_rs": 2, "trades": 2}  # all others have one
 def test_attacks_touch_neither_grad_nor_running_statistics(name: str) -> None:
     module = network(norm=True)
     x, y = batch(8)
-    f, evaluated = modes(module)
-    seen = Recorder(f)
-    loss = ALL[name](seen, evaluated, x, y, stream(0, "draws"))
+
+    def evaluated(images: Tensor) -> Tensor:
+        with evaluation_mode(module):
+            return module(images)
+
+    seen = Recorder(module)
+    loss = loss_of(name, seen, evaluated, x, y)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert len(seen.seen) == TRAINING_FORWARDS.get(name, 1)
-    fresh = network(norm=True).train()
+    fresh = network(norm=True)
     for images in seen.seen:  # the statistics are those of the training forwards alone
         fresh(images)
     for mine, other in zip(module.buffers(), fresh.buffers(), strict=True):
@@ -565,20 +543,20 @@ def test_attacks_touch_neither_grad_nor_running_statistics(name: str) -> None:
 def test_images_and_their_graph_are_left_alone(name: str) -> None:
     f, e, (x, y) = network(), network(1), batch()
     before, labels = x.clone(), y.clone()
-    ALL[name](f, e, x, y, stream(0, "draws"))
+    loss_of(name, f, e, x, y)
     assert torch.equal(x, before)
     assert torch.equal(y, labels)
     assert x.grad is None
     assert not x.requires_grad
     with torch.no_grad():  # a validation loss needs no graph, its attack makes its own
-        value = ALL[name](f, e, x, y, stream(0, "draws"))
-    torch.testing.assert_close(value, ALL[name](f, e, x, y, stream(0, "draws")).detach(), atol=0, rtol=0)
+        value = loss_of(name, f, e, x, y)
+    torch.testing.assert_close(value, loss_of(name, f, e, x, y).detach(), atol=0, rtol=0)
 
 
 @every
 def test_the_same_generator_gives_the_same_bits_and_another_does_not(name: str) -> None:
     f, e, (x, y) = copy.deepcopy(network()).float(), network(1).float(), batch()
-    first, second, other = (ALL[name](f, e, x.float(), y, stream(seed, "draws")) for seed in (0, 0, 1))
+    first, second, other = (loss_of(name, f, e, x.float(), y, stream(seed, "draws")) for seed in (0, 0, 1))
     assert torch.equal(first, second)
     assert torch.equal(first, other) == (name == "standard")
 
@@ -619,7 +597,7 @@ COST: dict[str, tuple[int, int, int, int]] = {
 def test_the_cost_is_that_of_the_docstring(name: str) -> None:
     x, y = batch(5)
     f, e = Counter(network()), Counter(network(1))
-    ALL[name](f, e, x, y, stream(0, "draws")).backward()
+    loss_of(name, f, e, x, y).backward()
     counted = [count / 5 for network in (f, e) for count in (network.forward, network.backward)]
     assert counted == list(COST[name])
 
@@ -644,7 +622,7 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     f, e, (x, y) = network(), network(1), batch()
     generator = stream(0, "draws")
     with HostReads() as reads:
-        ALL[name](f, e, x, y, generator).backward()
+        loss_of(name, f, e, x, y, generator).backward()
     assert reads.waiting == []
     with HostReads() as control:
         x[x > 0.5].max().item()
@@ -671,13 +649,6 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     ],
 )
 def test_numbers_that_make_no_attack_are_refused(name: str, options: Options, text: str) -> None:
-    f, (x, y), generator = network(), batch(), stream(0, "draws")
-    calls: dict[str, Callable[[], Tensor]] = {
-        "consistency": lambda: consistency(Examples(f, f, x, y, NOISE, generator), **{**CONSISTENCY, **options}),
-        "smoothadv": lambda: smoothadv(Examples(f, f, x, y, NOISE, generator), **{**SMOOTHADV, **options}),
-        "cat_rs": lambda: cat_rs(Examples(f, f, x, y, NOISE, generator), **{**CAT_RS, **options}),
-        "pgd_at": lambda: pgd_at(Examples(f, f, x, y, None, generator), **{**LINF, **options}),
-        "trades": lambda: trades(Examples(f, f, x, y, None, generator), **{**TRADES, **options}),
-    }
+    f, (x, y) = network(), batch()
     with pytest.raises(InputError, match=text):
-        calls[name]()
+        loss_of(name, f, f, x, y, **options)

@@ -23,7 +23,7 @@ from rush.reporting.compare import (
     comparison_tables,
     grid_acr,
     mcnemar_p_value,
-    probability_ecdf,
+    probability_quantile,
 )
 from rush.reporting.wording import share
 from rush.statistics import paired_difference, share_interval
@@ -31,6 +31,7 @@ from stored import log_of, rule_of, stored_certificates
 
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
+needs_logs = pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 
 
@@ -116,8 +117,8 @@ def test_probabilities_leave_abstained_images_out() -> None:
     log = log_of(
         [0.1, 0.2, 0.2, 0.0, 1.905728], prediction=[0, 0, 0, -1, 0], p_lower=np.array([0.6, 0.7, 0.7, 0.4, 0.99993])
     )
-    ecdf = probability_ecdf(log.certificates)
-    assert (ecdf.values.tolist(), ecdf.shares.tolist()) == ([0.6, 0.7, 0.99993], [0.25, 0.75, 1.0])
+    levels = (0.01, 0.25, 0.26, 0.75, 0.76, 1.0)
+    assert [probability_quantile(log.certificates, level) for level in levels] == [0.6, 0.6, 0.7, 0.7, 0.99993, 0.99993]
     shown = cells(comparison_tables(compare([log])), "Lower bound")
     assert [shown[f"{level} % quantile"][0] for level in (5, 25, 50, 75, 95)] == [
         "0.60000", "0.60000", "0.70000", "0.70000", "0.99993",
@@ -294,17 +295,24 @@ def test_the_command_gives_tables_of_texts(tmp_path: Path) -> None:
     assert cells(tables, "Certified accuracy by class at ℓ2 radius 0.5")["3"] == ("100.0 % [2.5, 100.0]",) * 2
     row = table(tables, "x_sigma_0.25 minus y_sigma_0.5, paired on 2 images, assumed")[2][1]
     assert (row[0], row[1].split()[0], *row[2:]) == ("0.55", "−50.0", "0", "1", "1")
+    assert cells(tables, "Conditions")["copies of another image, not counted"] == ("not known", "not known")
     assert cells(tables, "Summary")["ACR"][0] == "0.265 (N = 100,000)"
     assert {row[1] for row in table(tables, "Findings")[2]} == {"rounded"}
 
 
+def certified(folder: Path, votes: list[int], labels: list[int], ids: list[str], **given: Any) -> Path:
+    """A run folder with certificates alone: of images that are all selected right, from data of one fingerprint."""
+    folder.mkdir()
+    certificates = stored_certificates(rule_of(num_images=len(votes)), votes, labels, labels, ids, **given)
+    write_certificates(folder / "certificates.tsv", certificates, range(4, 4 + len(votes)))
+    (folder / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
+    return folder
+
+
 def test_two_run_folders_are_paired_by_what_they_say(tmp_path: Path) -> None:
-    for name, votes in (("one", 900), ("two", 700)):
-        certificates = stored_certificates(rule_of(num_images=2), [votes, 600], [1, 2], [1, 2], ["a", "b"])
-        (tmp_path / name).mkdir()
-        write_certificates(tmp_path / name / "certificates.tsv", certificates, [4, 9])
-        (tmp_path / name / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
-    tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
+    one = certified(tmp_path / "one", [900, 600], [1, 2], ["a", "b"])
+    two = certified(tmp_path / "two", [700, 600], [1, 2], ["a", "b"])
+    tables = compare_command([one, two], radii=[0.25])
     row = table(tables, "one minus two, paired on 2 images, the same by fingerprint and id")[2][0]
     assert (row[0], row[1].split()[0], *row[2:]) == ("0.25", "+50.0", "1", "0", "1")
     assert not [title for title, *_ in tables if title.startswith("Cost of training")]
@@ -312,13 +320,10 @@ def test_two_run_folders_are_paired_by_what_they_say(tmp_path: Path) -> None:
 
 def test_copies_count_once_in_every_figure_and_pair(tmp_path: Path) -> None:
     """Five images, of which three are one picture: certified in the first log in all copies, in the second in two."""
-    pixels = [letter * 32 for letter in "aaabc"]
-    for name, votes in (("one", [900] * 5), ("two", [900, 900, 500, 900, 500])):
-        certificates = stored_certificates(rule_of(num_images=5), votes, [1] * 5, [1] * 5, list("vwxyz"), pixels=pixels)
-        (tmp_path / name).mkdir()
-        write_certificates(tmp_path / name / "certificates.tsv", certificates, range(5))
-        (tmp_path / name / "provenance.json").write_text(json.dumps({"data": {"test": {"fingerprint": "f00d"}}}))
-    tables = compare_command([tmp_path / "one", tmp_path / "two"], radii=[0.25])
+    images = {"labels": [1] * 5, "ids": list("vwxyz"), "pixels": [letter * 32 for letter in "aaabc"]}
+    one = certified(tmp_path / "one", [900] * 5, **images)
+    two = certified(tmp_path / "two", [900, 900, 500, 900, 500], **images)
+    tables = compare_command([one, two], radii=[0.25])
     assert cells(tables, "Conditions")["copies of another image, not counted"] == ("2", "2")
     shown = cells(tables, "Certified accuracy by ℓ2")["0.25"]
     assert shown == tuple(share(share_interval(count, 3)) for count in (3, 1))
@@ -327,11 +332,6 @@ def test_copies_count_once_in_every_figure_and_pair(tmp_path: Path) -> None:
     assert (row[0], *row[2:]) == ("0.25", "2", "0", "0.5")
     notes = [row[1] for row in table(tables, "Paired tests: notes")[2]]
     assert notes == ["2 images are copies of others: each picture is counted once"]
-
-
-def test_a_log_that_does_not_tell_pictures_apart_says_so(tmp_path: Path) -> None:
-    tables = compare_command([public_log(tmp_path / "x_sigma_0.25.tsv")])
-    assert cells(tables, "Conditions")["copies of another image, not counted"] == ("not known",)
 
 
 def trained(folder: Path, images: int, **finetune: object) -> Path:
@@ -371,7 +371,7 @@ def test_a_run_of_older_days_has_what_it_says() -> None:
     assert (shown["passes per image"], shown["hours"], shown["peak memory"]) == (("46",), ("1.21",), ("–",))
 
 
-@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+@needs_logs
 def test_published_class_figures_from_their_logs() -> None:
     cat, bird, deer = 3, 2, 4
     gaussian, catrs = (
@@ -382,7 +382,7 @@ def test_published_class_figures_from_their_logs() -> None:
     assert sorted(catrs, key=lambda k: catrs[k].estimate)[:2] == [cat, deer]
 
 
-@pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+@needs_logs
 def test_public_logs_are_paired_on_their_common_images_only_when_assumed() -> None:
     paths = [LOGS / "cohen2019_sigma_0.25.tsv", LOGS / "catrs_sigma_0.25.tsv"]
     tables = compare_command(paths)

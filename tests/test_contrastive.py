@@ -1,17 +1,13 @@
-"""NT-Xent against the paper's formula written slowly, its symmetries, another library, and itself in two processes."""
+"""NT-Xent against the paper's formula written slowly, its symmetries and another library."""
 
 import math
-from multiprocessing.context import ForkServerContext
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ranks import on_ranks
 from rush.errors import InputError
-from rush.runtime.distributed import rank
-from rush.runtime.randomness import seeded_init, stream
+from rush.runtime.randomness import stream
 from rush.training.contrastive import nt_xent
 
 
@@ -91,36 +87,3 @@ def test_views_that_do_not_pair_and_a_temperature_of_zero_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=text):
         nt_xent(torch.ones(shapes[0]), torch.ones(shapes[1]), temperature)
-
-
-WORLD = 2
-
-
-def network() -> nn.Module:
-    """Without BatchNorm, whose statistics are per process by design."""
-    return seeded_init(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)), stream(0, "network")).double()
-
-
-def train_on_shard() -> tuple[Tensor, list[Tensor | None]]:
-    """In one of the processes: loss and gradients of its rows through DistributedDataParallel."""
-    model = nn.parallel.DistributedDataParallel(network())
-    view_a, view_b = (view.chunk(WORLD)[rank()] for view in pair(8))
-    loss = nt_xent(model(view_a), model(view_b), 0.3)
-    loss.backward()
-    return loss.detach(), [p.grad for p in model.parameters()]
-
-
-@pytest.mark.timeout(120)
-def test_two_processes_on_different_images_equal_one_on_all_of_them(
-    processes: ForkServerContext, tmp_path: Path
-) -> None:
-    model = network()
-    view_a, view_b = pair(8)
-    loss = nt_xent(model(view_a), model(view_b), 0.3)
-    loss.backward()
-    found = on_ranks(processes, train_on_shard, WORLD, tmp_path)
-    assert found[0][0] != found[1][0]  # each rank's loss is over its own rows
-    torch.testing.assert_close(torch.stack([own for own, _ in found]).mean(), loss.detach(), atol=1e-10, rtol=0)
-    for _, gradients in found:
-        for mine, parameter in zip(gradients, model.parameters(), strict=True):
-            torch.testing.assert_close(mine, parameter.grad, atol=1e-10, rtol=0)

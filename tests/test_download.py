@@ -3,14 +3,18 @@
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rush.data import sources
+from rush.data.readers import stl10
 from rush.data.readers.download import fetch
 from rush.errors import DataError
+from test_official import pack, write_stl10
 
 CONTENT = np.random.default_rng(0).bytes(700_000)
 HASH = "md5:" + hashlib.md5(CONTENT).hexdigest()
@@ -74,36 +78,27 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def test_a_dropped_connection_is_taken_up_where_it_ended(server: Server, tmp_path: Path) -> None:
-    server.drops = 1
-    target = fetch(server.url, HASH, tmp_path / "new" / "file.tar.gz", pause=0)
-    assert target.read_bytes() == CONTENT
-    assert server.ranges == [None, "bytes=350000-"]
+@pytest.mark.parametrize(
+    ("part", "drops", "supports_range", "ranges"),
+    [
+        pytest.param(None, 1, True, [None, "bytes=350000-"], id="dropped connection"),
+        pytest.param(None, 1, False, [None, "bytes=350000-"], id="server without ranges"),
+        pytest.param(CONTENT[:600_001], 0, True, ["bytes=600001-"], id="part of a killed process"),
+        pytest.param(CONTENT, 0, True, ["bytes=700000-"], id="part that is whole"),
+        pytest.param(CONTENT + b"more", 0, True, ["bytes=700004-", None], id="part longer than the file"),
+    ],
+)
+def test_a_download_goes_on_from_the_part_on_disk_or_starts_again(
+    server: Server, tmp_path: Path, part: bytes | None, drops: int, supports_range: bool, ranges: list[str | None]
+) -> None:
+    target = tmp_path / "new" / "file.tar.gz"
+    if part is not None:
+        target.parent.mkdir()
+        target.with_name("file.tar.gz.part").write_bytes(part)
+    server.drops, server.supports_range = drops, supports_range
+    assert fetch(server.url, HASH, target, pause=0).read_bytes() == CONTENT
+    assert server.ranges == ranges
     assert not list(target.parent.glob("*.part"))
-
-
-def test_the_part_of_a_killed_process_is_gone_on_with(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file.tar.gz.part").write_bytes(CONTENT[:600_001])
-    assert fetch(server.url, HASH, tmp_path / "file.tar.gz", pause=0).read_bytes() == CONTENT
-    assert server.ranges == ["bytes=600001-"]
-
-
-def test_a_part_that_is_already_whole_needs_no_more_bytes(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file.tar.gz.part").write_bytes(CONTENT)
-    assert fetch(server.url, HASH, tmp_path / "file.tar.gz", pause=0).read_bytes() == CONTENT
-    assert server.ranges == ["bytes=700000-"]
-
-
-def test_a_part_longer_than_the_file_is_thrown_away(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file.tar.gz.part").write_bytes(CONTENT + b"more")
-    assert fetch(server.url, HASH, tmp_path / "file.tar.gz", pause=0).read_bytes() == CONTENT
-    assert server.ranges == ["bytes=700004-", None]
-
-
-def test_a_server_without_ranges_starts_again(server: Server, tmp_path: Path) -> None:
-    server.drops, server.supports_range = 1, False
-    assert fetch(server.url, HASH, tmp_path / "file.tar.gz", pause=0).read_bytes() == CONTENT
-    assert server.ranges == [None, "bytes=350000-"]
 
 
 def test_other_bytes_than_the_hash_says_are_not_kept(server: Server, tmp_path: Path) -> None:
@@ -149,12 +144,6 @@ def test_a_missing_archive_is_downloaded_and_read(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the name to the images: nothing on disk, one download, and no second one."""
-    from dataclasses import replace
-
-    from rush.data import sources
-    from rush.data.readers import stl10
-    from test_official import pack, write_stl10
-
     pixels = write_stl10(monkeypatch, tmp_path)
     md5 = pack(tmp_path / "stl10_binary", tmp_path / "served.tar.gz")
     monkeypatch.setattr("test_download.CONTENT", (tmp_path / "served.tar.gz").read_bytes())

@@ -1,10 +1,12 @@
 """Images from folders of class folders."""
 
 import os
+import shutil
 import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +23,18 @@ def pixels(seed: int, channels: int = 3, height: int = 5, width: int = 7) -> np.
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def write(path: Path, array: np.ndarray, mode: str | None = None) -> None:
+def write(path: Path, array: np.ndarray, mode: str | None = None, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(path, **({"lossless": True} if path.suffix == ".webp" else {}))
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    (image.convert(mode) if mode else image).save(path, **lossless, **options)
+
+
+def loaded(folder: Path, suffix: str, array: np.ndarray, mode: str | None = None, **options: Any) -> np.ndarray:
+    """The pixels (H, W, C) as loaded of an image that both classes of ``folder`` hold, in files with ``suffix``."""
+    for name in "ab":
+        write(folder / name / f"x{suffix}", array, mode, **options)
+    return load_images(folder).images[1].numpy().transpose(1, 2, 0)
 
 
 def test_pixels_labels_and_ids_of_lossless_formats(tmp_path: Path) -> None:
@@ -82,36 +92,6 @@ def test_palettes_bitmaps_and_opaque_alpha_lose_nothing(tmp_path: Path) -> None:
     assert images[2].tolist() == [[[0, 255, 0, 255]] * 4] * 3
 
 
-def test_the_first_image_of_another_size_is_named(tmp_path: Path) -> None:
-    for name in ("a/0.png", "a/1.png"):
-        write(tmp_path / name, pixels(0))
-    for name in ("a/2.png", "a/3.png"):
-        write(tmp_path / name, pixels(0, width=8))
-    with pytest.raises(DataError, match=r"a/2\.png is 8x5, but .*a/0\.png is 7x5.*resize or crop"):
-        load_images(tmp_path)
-
-
-def test_transparency_and_16_bits_are_refused(tmp_path: Path) -> None:
-    see_through = np.dstack([pixels(0), np.full((5, 7), 255, np.uint8)])
-    see_through[2, 3, 3] = 254
-    write(tmp_path / "one/a/0.png", see_through)
-    with pytest.raises(DataError, match=r"0\.png has transparent pixels"):
-        load_images(tmp_path / "one")
-    write(tmp_path / "two/a/0.png", pixels(0, 1).astype(np.uint16) * 256)
-    with pytest.raises(DataError, match=r"0\.png has mode I;16, allowed are 8-bit"):
-        load_images(tmp_path / "two")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_a_truncated_image_is_named(tmp_path: Path, suffix: str) -> None:
-    write(tmp_path / "a/0.png", pixels(0, height=64, width=64))
-    path = tmp_path / f"a/1{suffix}"
-    write(path, pixels(1, height=64, width=64))
-    path.write_bytes(path.read_bytes()[:-400])
-    with pytest.raises(DataError, match=rf"1\{suffix} cannot be decoded"):
-        load_images(tmp_path)
-
-
 def test_empty_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is empty: it holds no image file"):
         load_images(tmp_path)
@@ -160,21 +140,13 @@ def test_hidden_entries_and_those_of_the_system_are_no_part_of_the_set(place: st
     + [(".pgm", "L"), (".pbm", "1"), (".gif", "P")],
 )
 def test_every_lossless_format_is_read_to_the_pixel(suffix: str, mode: str, tmp_path: Path) -> None:
-    image = Image.fromarray(pixels(0)).convert(mode)
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        image.save(tmp_path / name / f"x{suffix}", **({"lossless": True} if suffix == ".webp" else {}))
-    expected = np.asarray(image.convert({"1": "L", "P": "RGB"}.get(mode, mode)))
-    decoded = load_images(tmp_path).images[1].numpy().transpose(1, 2, 0)
-    assert decoded.squeeze().tolist() == expected.tolist()
+    expected = np.asarray(Image.fromarray(pixels(0)).convert(mode).convert({"1": "L", "P": "RGB"}.get(mode, mode)))
+    assert loaded(tmp_path, suffix, pixels(0), mode).squeeze().tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".jpe", ".jfif", ".JFIF"])
 def test_every_name_of_a_jpeg_is_one(suffix: str, tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        Image.fromarray(pixels(0)).save(tmp_path / name / f"x{suffix}", "JPEG")
-    assert len(load_images(tmp_path)) == 2
+    assert loaded(tmp_path, suffix, pixels(0), format="JPEG").shape == (5, 7, 3)
 
 
 def test_links_to_folders_and_files_are_followed(tmp_path: Path) -> None:
@@ -264,17 +236,12 @@ def test_splits_of_images_alone_have_no_labels(tmp_path: Path) -> None:
     assert load_images(tmp_path, "test").labels is None
 
 
-def test_a_split_without_class_folders_beside_one_that_has_some_has_no_labels(tmp_path: Path) -> None:
-    write(divided(tmp_path, "train", "val") / "test/0.png", pixels(0))
-    assert load_images(tmp_path, "test").labels is None
+@pytest.mark.parametrize("place", ["test/0.png", "unlabeled/all/0.png"], ids=["images alone", "unlabeled"])
+def test_a_split_without_classes_beside_one_that_has_some_has_no_labels(place: str, tmp_path: Path) -> None:
+    write(divided(tmp_path, "train", "val") / place, pixels(0))
+    assert load_images(tmp_path, place.partition("/")[0]).labels is None
     assert load_images(tmp_path, "train").classes == ("a", "b")
-
-
-def test_folders_in_the_unlabeled_split_are_no_classes(tmp_path: Path) -> None:
-    write(divided(tmp_path) / "unlabeled/all/0.png", pixels(0))
-    assert load_images(tmp_path, "unlabeled").labels is None
-    assert load_images(tmp_path, "train").classes == ("a", "b")
-    assert load_images(tmp_path, "train+unlabeled").ids[-1] == "unlabeled/all/0.png"
+    assert load_images(tmp_path, f"train+{place.partition('/')[0]}").ids[-1] == place
 
 
 @pytest.mark.parametrize("place", ["train/stray.png", "stray.jpg", "train/stray.GIF"])
@@ -355,10 +322,7 @@ def test_one_class_only_is_refused_and_one_left_by_a_choice_is_not(load: Callabl
         load(tmp_path / "one", "train")
     divided(tmp_path / "two")
     write(tmp_path / "two/test/c/0.png", pixels(0))
-    for name in "b":
-        for file in (tmp_path / "two/train" / name).iterdir():
-            file.unlink()
-        (tmp_path / "two/train" / name).rmdir()
+    shutil.rmtree(tmp_path / "two/train/b")
     with pytest.raises(DataError, match=r"\(train\): all 4 images have the class 'a'"):
         load(tmp_path / "two", "train")
     chosen = load_images(tmp_path / "two", "test")[[0, 1]]
@@ -382,19 +346,13 @@ ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def test_the_orientation_of_the_camera_is_applied_once(orientation: int, suffix: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = orientation
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        Image.fromarray(pixels(0)).save(tmp_path / name / f"x{suffix}", lossless=True, exif=exif)
-    expected = ORIENTATIONS[orientation](pixels(0)).transpose(2, 0, 1)
-    assert load_images(tmp_path).images[0].numpy().tolist() == expected.tolist()
+    expected = ORIENTATIONS[orientation](pixels(0))
+    assert loaded(tmp_path, suffix, pixels(0), exif=exif).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"MM" * 50])
 def test_exif_data_that_cannot_be_read_are_ignored(exif: bytes, tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        Image.fromarray(pixels(0)).save(tmp_path / name / "x.png", exif=exif)
-    assert load_images(tmp_path).images[0].numpy().tolist() == pixels(0).transpose(2, 0, 1).tolist()
+    assert loaded(tmp_path, ".png", pixels(0), exif=exif).tolist() == pixels(0).tolist()
 
 
 def test_large_pictures_that_are_read_give_no_warning_of_pillows(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rush
-from exact_models import HalfSpace
+from attacked import Detached, digits
+from exact_models import HalfSpace, Recorder, square_half_space
 from random_models import ManySources, NoisyHalfSpace, SharedNoise
 from rush.attacks.gradient import (
     GradientStatistics,
@@ -29,7 +30,6 @@ from rush.attacks.gradient import (
 from rush.attacks.losses import Loss, cross_entropy, margin
 from rush.attacks.threat import ThreatModel
 from rush.choices import Decision
-from rush.data.sources import load_images
 from rush.errors import ModelError
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
@@ -104,22 +104,9 @@ def test_frozen_noise_is_the_classifier_at_that_noise() -> None:
     torch.testing.assert_close(view(x), _slow_mean(Curved(), x, noise).float())
 
 
-class Seen(nn.Module):
-    """Keeps what it is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs: list[Tensor] = []
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.inputs.append(x.detach().clone())
-        return x.flatten(1)[:, :2]
-
-
 def _noise(antithetic: bool, draws: int, images: int = 2, calls: int = 1, sigma: float = 0.5) -> Tensor:
     """Noise (images, calls x draws, 4) that a network sees at images of zeros."""
-    seen = Seen()
+    seen = Recorder(square_half_space())
     view = fresh_noise(SmoothedClassifier(seen, sigma, 2), draws, _generators(images), antithetic=antithetic)
     for _ in range(calls):
         view(torch.zeros(images, 1, 2, 2))
@@ -256,10 +243,9 @@ def test_the_stated_draws_give_the_stated_cosine() -> None:
 @pytest.fixture(scope="module")
 def under_attack(digits_network: nn.Module) -> tuple[SmoothedClassifier, Tensor, Tensor]:
     """24 digits where an attack is under way on the smoothed network."""
-    smoothed, images = SmoothedClassifier(digits_network, 0.25, 10), load_images("digits", split="test")[:24]
-    assert images.labels is not None
-    found = rush.attack(smoothed, images, ThreatModel("linf", 0.1), steps=4, eot_samples=8, max_votes=100)
-    return smoothed, found.adversarial, images.labels
+    smoothed, (x, y) = SmoothedClassifier(digits_network, 0.25, 10), digits(24)
+    found = rush.attack(smoothed, (x, y), ThreatModel("linf", 0.1), steps=4, eot_samples=8, max_votes=100)
+    return smoothed, found.adversarial, y
 
 
 @pytest.mark.parametrize(("loss", "most"), [(cross_entropy, -0.1), (margin, 0.1)])
@@ -383,8 +369,11 @@ def _plane_and_images() -> tuple[HalfSpace, Tensor, Tensor]:
     return plane, x, (torch.from_numpy(plane.scores(x)) > 0).long()
 
 
+LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+
+
 def test_a_surrogate_gives_the_derivative_and_the_model_the_value() -> None:
-    value, slope, x = plain(Curved(), EXECUTION), plain(HalfSpaceOfThree(), EXECUTION), torch.rand((3, 1, 2, 2))
+    value, slope, x = plain(Curved(), EXECUTION), plain(LINEAR, EXECUTION), torch.rand((3, 1, 2, 2))
     y = torch.tensor([0, 1, 2])
     view = with_surrogate(value, slope)
     assert not is_random(view)
@@ -398,13 +387,6 @@ def test_a_surrogate_gives_the_derivative_and_the_model_the_value() -> None:
     difference = own.gather(1, top[:, None]) - own.gather(1, y[:, None])
     (expected,) = torch.autograd.grad(difference.sum(), points)
     torch.testing.assert_close(gradient, expected)
-
-
-class HalfSpaceOfThree(nn.Module):
-    """Three linear logits on 1x2x2 images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ torch.arange(12.0).view(4, 3).sin()
 
 
 @pytest.mark.parametrize("kind", ["plain", "smoothed", "drawing"])
@@ -439,25 +421,13 @@ def test_a_random_value_keeps_its_pin_behind_a_surrogate() -> None:
 # Gradients that are not there
 
 
-class Detached(HalfSpace):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.detach())
-
-
-class Frozen(Detached):
-    """Nothing of it asks for a gradient."""
-
-    def __init__(self, weight: Tensor, bias: float) -> None:
-        super().__init__(weight, bias)
-        self.requires_grad_(False)
-
-
-@pytest.mark.parametrize("kind", [Detached, Frozen])
-def test_the_gradient_of_a_detached_model_is_zero(kind: type[HalfSpace]) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_gradient_of_a_detached_model_is_zero(frozen: bool) -> None:
+    """Also where no weight asks for a gradient."""
     plane, x, y = _plane_and_images()
-    values, gradient = loss_and_gradient(plain(kind(plane.weight, plane.bias), EXECUTION), x, y, cross_entropy)
-    expected, slope = loss_and_gradient(plain(plane, EXECUTION), x, y, cross_entropy)
-    assert torch.equal(values, expected.detach())
+    values, gradient = loss_and_gradient(plain(Detached(plane).requires_grad_(not frozen), EXECUTION), x, y, margin)
+    expected, slope = loss_and_gradient(plain(plane, EXECUTION), x, y, margin)
+    assert torch.equal(values, expected)
     assert torch.equal(gradient, torch.zeros_like(x))
     assert (slope != 0).all()
     assert not values.requires_grad

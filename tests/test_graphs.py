@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rush.training.graphs
 import rush.training.loop
@@ -15,20 +15,13 @@ from rush.choices import OptimizerName
 from rush.data.batches import Batch
 from rush.errors import ConfigError
 from rush.recipe.load import load_recipe
-from rush.recipe.schema import Schedule
-from rush.runtime.randomness import restarted, seeded_init, stream
+from rush.runtime.randomness import restarted, stream
 from rush.runtime.schedules import scheduled
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.graphs import WARM_UP, CapturedStep
-from rush.training.loop import CheckpointPolicy, TrainingRun
-from rush.training.meter import Meter
-from test_keeping import images
+from rush.training.loop import CheckpointPolicy
 from tiny import results_of_training, run_tiny, tiny
-
-SCHEDULE = Schedule(
-    epochs=3, batch_size=8, optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=1e-3, warmup_epochs=1,
-    ema_decay=0.9, monitor_epochs=1,
-)  # fmt: skip
+from trainings import ALWAYS, NEVER, SCHEDULE, BreakingCheckpoint, Training, images
 
 
 @pytest.fixture(autouse=True)
@@ -79,77 +72,46 @@ def test_every_training_is_repeated_by_its_operations_alone(
     assert [own.replayed for own in recorded if own.replayed] == [18] * trainings
 
 
-class Small:
-    """A small training with BatchNorm, noise and a number that follows the epoch."""
+class Small(Training):
+    """A training with a number that follows the epoch, captured or not. ``calls`` counts those of its step."""
 
-    def __init__(self, optimizer: OptimizerName = "sgd") -> None:
-        layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-        self.module = seeded_init(layers, stream(0, "weights")).train()
-        self.schedule = SCHEDULE.replace(optimizer=optimizer)
-        self.meter = Meter(self.module)
-        self.events: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        captured: bool,
+        optimizer: OptimizerName = "sgd",
+        checkpoints: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008, a frozen value
+    ) -> None:
+        super().__init__(checkpoints)
         self.calls = 0
+        self.run(SCHEDULE.replace(optimizer=optimizer), captured=captured)
 
     def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
         self.calls += 1
-        assert batch.labels is not None
-        x = batch.images.flatten(1) / 255
-        x = x + scheduled(lambda now: 0.1 * now, epoch) * torch.randn(x.shape, generator=generator)
-        loss = nn.functional.cross_entropy(self.module(x), batch.labels)
+        loss = self.loss(batch, generator, scheduled(lambda now: 0.1 * now, epoch))
         loss.backward()
         return loss.detach()
-
-    def run(self, captured: bool, checkpoints: CheckpointPolicy = CheckpointPolicy()) -> "Small":  # noqa: B008, a frozen value
-        TrainingRun(
-            self.module,
-            self.step,
-            name="pretrain",
-            images=images(),
-            schedule=self.schedule,
-            seed=0,
-            meter=self.meter,
-            checkpoints=checkpoints,
-            log=lambda event, **values: self.events.append({"event": event, **values}),
-            captured=captured,
-        ).run()
-        return self
-
-    @property
-    def found(self) -> tuple[dict[str, bytes], list[tuple[float, int, int]]]:
-        """Weights; loss and cost of every epoch."""
-        epochs = [(own["loss"], own["passes"], own["forward_passes"]) for own in self.events if "loss" in own]
-        return {name: own.detach().numpy().tobytes() for name, own in self.module.state_dict().items()}, epochs
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_captured_training_has_the_bits_losses_and_costs_of_the_plain_one(optimizer: OptimizerName) -> None:
-    plain, captured = Small(optimizer).run(False), Small(optimizer).run(True)
-    assert captured.found == plain.found
+    plain, captured = Small(False, optimizer), Small(True, optimizer)
+    assert captured.bits == plain.bits
+    assert captured.epochs == plain.epochs
     assert (plain.calls, captured.calls) == (15, 3)  # two plain steps, and the capture
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 9])
 def test_a_captured_training_that_was_broken_off_ends_with_the_same_bits(number: int, tmp_path: Path) -> None:
-    class Broken(TrainingCheckpoint):
-        saves = 0
-
-        def save(self, state: dict[str, Any]) -> None:
-            super().save(state)
-            Broken.saves += 1
-            if Broken.saves == number:
-                raise KeyboardInterrupt
-
-    undisturbed = Small("adamw").run(False)
+    undisturbed = Small(False, "adamw")
     with pytest.raises(KeyboardInterrupt):
-        Small("adamw").run(True, CheckpointPolicy(Broken(tmp_path / "state.pt", "recipe"), minutes=0.0))
+        Small(True, "adamw", CheckpointPolicy(BreakingCheckpoint(tmp_path / "state.pt", number), ALWAYS))
+    content = (tmp_path / "state.pt").read_bytes()
     for captured in (True, False):  # a checkpoint is taken up by either
-        checkpoints = CheckpointPolicy(TrainingCheckpoint(tmp_path / "state.pt", "recipe"), minutes=1e9)
-        content = (tmp_path / "state.pt").read_bytes()
-        state = TrainingCheckpoint(tmp_path / "state.pt", "recipe").load()
+        checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
+        state = checkpoint.load()
         assert state is not None
         assert isinstance(state["optimizer"]["param_groups"][0]["lr"], float)
-        resumed = Small("adamw").run(captured, checkpoints)
-        assert resumed.found[0] == undisturbed.found[0]
+        assert Small(captured, "adamw", CheckpointPolicy(checkpoint, NEVER)).bits == undisturbed.bits
         (tmp_path / "state.pt").write_bytes(content)
 
 
@@ -158,23 +120,18 @@ def test_a_capture_is_made_anew_after_a_return_to_a_checkpoint(tmp_path: Path) -
     marks = [batch.images.sum() for epoch in range(3) for batch in batches_of(epoch)]
     assert sum(int(mark == marks[8]) for mark in marks) == 1  # by its sum a batch is known
 
-    def spoiled(training: Small) -> Small:
-        usual = training.step
-
-        def step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
-            loss = usual(batch, epoch, generator)
+    class Spoiled(Small):
+        def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
+            loss = super().step(batch, epoch, generator)
             return torch.where(batch.images.sum() == marks[8], torch.nan, loss)
-
-        training.step = step  # type: ignore[method-assign]
-        return training
 
     found = []
     for captured in (False, True):
-        checkpoints = CheckpointPolicy(TrainingCheckpoint(tmp_path / f"{captured}.pt", "recipe"), 1e9, "skip")
-        training = spoiled(Small()).run(captured, checkpoints)
-        assert [own["batch"] for own in training.events if own["event"] == "skipped"] == [3]
-        found.append(training.module.state_dict())
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        checkpoints = CheckpointPolicy(TrainingCheckpoint(tmp_path / f"{captured}.pt", "recipe"), NEVER, "skip")
+        training = Spoiled(captured, checkpoints=checkpoints)
+        assert [own["batch"] for own in training.logged("skipped")] == [3]
+        found.append(training.bits)
+    assert found[0] == found[1]
 
 
 def batches_of(epoch: int) -> Iterator[Batch]:
@@ -274,12 +231,12 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rush.training.loop, "world_size", lambda: 2)
     told = "pretrain: a step of 2 processes cannot be captured as a CUDA graph; set execution.compile_training"
     with pytest.raises(ConfigError, match=told):
-        Small().run(True)
+        Small(True)
 
 
 def test_lars_is_refused() -> None:
     with pytest.raises(ConfigError, match="a step with the optimizer lars cannot be captured"):
-        Small("lars").run(True)
+        Small(True, "lars")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -53,6 +52,16 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def raw(content: bytes, name: str = "images", **arrays: np.ndarray) -> Callable[[Path], Path]:
+    """The maker of a file with these bytes in the place of an array, beside other arrays."""
+    return lambda path: zipped(path, **{key: npy(array) for key, array in arrays.items()}, **{name: content})
+
+
+def grey(**arrays: np.ndarray) -> Callable[[Path], Path]:
+    """The maker of a file with the images ``GREY`` and these arrays."""
+    return lambda path: zipped(path, images=npy(GREY), **{key: npy(array) for key, array in arrays.items()})
+
+
 def bomb(path: Path) -> Path:
     """Two gigabytes of zeros in two megabytes."""
     with (
@@ -67,7 +76,7 @@ def bomb(path: Path) -> Path:
 
 def overstated(path: Path) -> Path:
     """The directory of the archive claims a member of 10^15 bytes, as its header does."""
-    zipped(path, images=header("(10**15,)".replace("10**15", str(10**15))) + bytes(100))
+    zipped(path, images=header(f"({10**15},)") + bytes(100))
     content = path.read_bytes()
     length = struct.pack("<I", len(header(f"({10**15},)")) + 100)
     path.write_bytes(content.replace(length, struct.pack("<I", 0xFFFFFFF0)))
@@ -83,65 +92,44 @@ def encrypted(path: Path) -> Path:
 
 
 ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "10^15 bytes claimed": (lambda p: zipped(p, images=header(f"({10**15},)") + bytes(10)), "claims uint8"),
+    "10^15 bytes claimed": (raw(header(f"({10**15},)") + bytes(10)), "claims uint8"),
     "10^15 labels claimed": (
-        lambda p: zipped(p, images=npy(GREY), labels=header(f"({10**15},)", "'<i8'")),
+        raw(header(f"({10**15},)", "'<i8'"), "labels", images=GREY),
         "labels cannot be read: it claims int64",
     ),
     "10^15 in the directory too": (overstated, "cannot be read"),
-    "negative shape": (lambda p: zipped(p, images=header("(-1, -1)") + bytes(1)), "cannot be read"),
-    "huge and empty": (lambda p: zipped(p, images=header(f"({2**63}, 0)")), "cannot be read|empty"),
-    "bool in the shape": (lambda p: zipped(p, images=header("(True, 1)") + bytes(1)), "cannot be read|allowed"),
-    "deeply nested header": (lambda p: zipped(p, images=header("(" * 9000 + ")" * 9000)), "cannot be read"),
-    "objects": (lambda p: zipped(p, images=npy(np.array([{}], dtype=object))), "plain numbers and text"),
-    "fields": (lambda p: zipped(p, images=npy(np.zeros(3, [("a", "u1")]))), "plain numbers and text"),
-    "dates": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS.astype("M8[s]"))), "plain numbers and text"),
-    "version 9": (lambda p: zipped(p, images=b"\x93NUMPY\x09\x00" + bytes(200)), "version"),
-    "no array": (lambda p: zipped(p, images=b"plain text"), "cannot be read"),
+    "negative shape": (raw(header("(-1, -1)") + bytes(1)), "cannot be read"),
+    "huge and empty": (raw(header(f"({2**63}, 0)")), "cannot be read|empty"),
+    "bool in the shape": (raw(header("(True, 1)") + bytes(1)), "cannot be read|allowed"),
+    "deeply nested header": (raw(header("(" * 9000 + ")" * 9000)), "cannot be read"),
+    "objects": (raw(npy(np.array([{}], dtype=object))), "plain numbers and text"),
+    "fields": (raw(npy(np.zeros(3, [("a", "u1")]))), "plain numbers and text"),
+    "dates": (grey(labels=LABELS.astype("M8[s]")), "plain numbers and text"),
+    "version 9": (raw(b"\x93NUMPY\x09\x00" + bytes(200)), "version"),
+    "no array": (raw(b"plain text"), "cannot be read"),
     "expanding": (bomb, r"would expand from \d+ to 2147483648 bytes"),
     "encrypted": (encrypted, "cannot be read"),
-    "label 10^9": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS * 10**9)), "at most 100000 are allowed"),
-    "label 2^64 - 1": (
-        lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS.astype(np.uint64) * np.uint64(2**63 - 1))),
-        "at most 100000 are allowed",
-    ),
-    "labels of text": (
-        lambda p: zipped(p, images=npy(GREY), labels=npy(np.array(["cat", "dog"] * 3))),
-        "store the class index of each image",
-    ),
-    "labels of bytes": (
-        lambda p: zipped(p, images=npy(GREY), labels=npy(np.array([b"cat", b"dog"] * 3))),
-        "store the class index of each image",
-    ),
-    "labels 1.7": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS + 0.7)), r"labels\.astype\(int\)"),
-    "labels 1.0": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS + 0.0)), r"labels\.astype\(int\)"),
-    "labels True": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS > 0)), r"labels\.astype\(int\)"),
-    "one-hot labels": (lambda p: zipped(p, images=npy(GREY), labels=npy(np.eye(3, dtype=int)[LABELS])), "argmax"),
-    "negative labels": (lambda p: zipped(p, images=npy(GREY), labels=npy(-LABELS)), "row 1 has label -1"),
-    "a class of one": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS * 0)), "at least two"),
-    "one label that is not 0": (lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS * 0 + 3)), "at least two"),
+    "label 10^9": (grey(labels=LABELS * 10**9), "at most 100000 are allowed"),
+    "label 2^64 - 1": (grey(labels=LABELS.astype(np.uint64) * np.uint64(2**63 - 1)), "at most 100000 are allowed"),
+    "labels of text": (grey(labels=np.array(["cat", "dog"] * 3)), "store the class index of each image"),
+    "labels of bytes": (grey(labels=np.array([b"cat", b"dog"] * 3)), "store the class index of each image"),
+    "labels 1.7": (grey(labels=LABELS + 0.7), r"labels must be integers.*labels\.astype\(int\)"),
+    "labels 1.0": (grey(labels=LABELS + 0.0), r"labels\.astype\(int\)"),
+    "labels True": (grey(labels=LABELS > 0), r"labels\.astype\(int\)"),
+    "one-hot labels": (grey(labels=np.eye(3, dtype=int)[LABELS]), "argmax"),
+    "negative labels": (grey(labels=-LABELS), "row 1 has label -1"),
+    "a class of one": (grey(labels=LABELS * 0), "at least two"),
+    "one label that is not 0": (grey(labels=LABELS * 0 + 3), "at least two"),
     "two classes of one name": (
-        lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array(["a", "b", "a"]))),
+        grey(labels=LABELS, classes=np.array(["a", "b", "a"])),
         "'a' is empty or a duplicate",
     ),
-    "an empty class name": (
-        lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array(["a", "b", ""]))),
-        "'' is empty or a duplicate",
-    ),
-    "class names 1.5": (
-        lambda p: zipped(p, images=npy(GREY), labels=npy(LABELS), classes=npy(np.array([0.5, 1.5, 2.5]))),
-        "classes must be text",
-    ),
-    "a million class names": (
-        lambda p: zipped(p, images=npy(GREY), classes=npy(np.arange(10**6))),
-        "K <= 100000",
-    ),
-    "duplicate ids": (lambda p: zipped(p, images=npy(GREY), ids=npy(np.array([b"x"] * 6))), "duplicate id 'x'"),
-    "ids that are not UTF-8": (
-        lambda p: zipped(p, images=npy(GREY), ids=npy(np.array([b"\xff%d" % k for k in range(6)]))),
-        "not UTF-8",
-    ),
-    "ids of floats": (lambda p: zipped(p, images=npy(GREY), ids=npy(np.arange(6) / 2)), "ids must be text"),
+    "an empty class name": (grey(labels=LABELS, classes=np.array(["a", "b", ""])), "'' is empty or a duplicate"),
+    "class names 1.5": (grey(labels=LABELS, classes=np.array([0.5, 1.5, 2.5])), "classes must be text"),
+    "a million class names": (grey(classes=np.arange(10**6)), "K <= 100000"),
+    "duplicate ids": (grey(ids=np.array([b"x"] * 6)), "duplicate id 'x'"),
+    "ids that are not UTF-8": (grey(ids=np.array([b"\xff%d" % k for k in range(6)])), "not UTF-8"),
+    "ids of floats": (grey(ids=np.arange(6) / 2), "ids must be text"),
 }
 
 
@@ -180,84 +168,84 @@ def test_fortran_order_and_other_byte_orders_are_read_as_they_are(tmp_path: Path
 
 
 IMAGES = image_column([png(image) for image in GREY])
+SHARD = "test-00000-of-00001.parquet"
 
 
 def shard(
-    folder: Path, labels: Any, images: pa.Array = IMAGES, metadata: bytes | None = None, names: Any = None
-) -> None:
+    folder: Path,
+    labels: Any = (0, 1) * 3,
+    images: pa.Array = IMAGES,
+    metadata: bytes | None = None,
+    names: Any = None,
+    file: str = SHARD,
+) -> Path:
     metadata = metadata if names is None else class_names(names)
-    write_shard(folder / "test-00000-of-00001.parquet", {"image": images, "label": labels}, metadata)
+    return write_shard(folder / file, {"image": images, "label": labels}, metadata)
+
+
+def labelled(labels: Any) -> Callable[[Path], Path]:
+    return lambda folder: shard(folder, labels)
+
+
+def described(**options: Any) -> Callable[[Path], Path]:
+    """The maker of a shard with this ``metadata`` or these class ``names``."""
+    return lambda folder: shard(folder, **options)
+
+
+def showing(*images: Any) -> Callable[[Path], Path]:
+    """The maker of a shard with these in the place of its images."""
+    return lambda folder: shard(folder, images=pa.array(images * 6))
 
 
 NESTED = b'{"info": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "labels of text": (lambda d: shard(d, ["cat", "dog"] * 3), "labels of the type string"),
-    "labels of lists": (lambda d: shard(d, [[1], [2]] * 3), "labels of the type list"),
-    "labels of times": (lambda d: shard(d, pa.array([1] * 6, pa.timestamp("s"))), "labels of the type timestamp"),
-    "labels of bytes": (lambda d: shard(d, [b"a", b"b"] * 3), "labels of the type binary"),
-    "labels of structs": (lambda d: shard(d, [{"a": 1}, {"a": 2}] * 3), "labels of the type struct"),
-    "labels of truth": (lambda d: shard(d, [True, False] * 3), "labels of the type bool"),
-    "labels 1.7": (lambda d: shard(d, [0.0, 1.7] * 3), "labels of the type double"),
-    "labels of decimals": (lambda d: shard(d, pa.array([1, 2] * 3).cast(pa.decimal128(38, 0))), "of the type decimal"),
+SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "labels of text": (labelled(["cat", "dog"] * 3), "labels of the type string"),
+    "labels of lists": (labelled([[1], [2]] * 3), "labels of the type list"),
+    "labels of times": (labelled(pa.array([1] * 6, pa.timestamp("s"))), "labels of the type timestamp"),
+    "labels of bytes": (labelled([b"a", b"b"] * 3), "labels of the type binary"),
+    "labels of structs": (labelled([{"a": 1}, {"a": 2}] * 3), "labels of the type struct"),
+    "labels of truth": (labelled([True, False] * 3), "labels of the type bool"),
+    "labels 1.7": (labelled([0.0, 1.7] * 3), "labels of the type double"),
+    "labels of decimals": (labelled(pa.array([1, 2] * 3).cast(pa.decimal128(38, 0))), "of the type decimal"),
     "labels of text in a dictionary": (
-        lambda d: shard(d, pa.array(["cat", "dog"] * 3).dictionary_encode()),
+        labelled(pa.array(["cat", "dog"] * 3).dictionary_encode()),
         "labels of the type dictionary",
     ),
-    "labels of nothing": (lambda d: shard(d, pa.nulls(6)), "labels of the type null"),
-    "missing labels": (lambda d: shard(d, [0, None] * 3), "3 rows without a label"),
-    "negative labels": (lambda d: shard(d, [0, -1] * 3), "row 1 has label -1"),
-    "label 10^9": (lambda d: shard(d, [0, 10**9] * 3), "at most 100000 are allowed"),
-    "label 2^64 - 1": (lambda d: shard(d, pa.array([0, 2**64 - 1] * 3, pa.uint64())), "at most 100000 are allowed"),
-    "one class": (lambda d: shard(d, [1] * 6), "at least two"),
-    "nested metadata": (lambda d: shard(d, [0, 1] * 3, metadata=NESTED), "'huggingface' has no info.features"),
-    "metadata of another kind": (lambda d: shard(d, [0, 1] * 3, metadata=b"[1]"), "'huggingface' has no info.features"),
-    "metadata that are no text": (
-        lambda d: shard(d, [0, 1] * 3, metadata=b"\xff"),
-        "'huggingface' has no info.features",
-    ),
-    "class names of numbers": (lambda d: shard(d, [0, 1] * 3, names=[1, 2]), "must be a list of strings"),
-    "class names of an object": (lambda d: shard(d, [0, 1] * 3, names={"a": 1}), "must be a list of strings"),
-    "class names of a text": (lambda d: shard(d, [0, 1] * 3, names="ab"), "must be a list of strings"),
-    "one name twice": (lambda d: shard(d, [0, 1] * 3, names=["a", "a"]), "'a' is empty or a duplicate"),
-    "bytes that are integers": (
-        lambda d: shard(d, [0, 1] * 3, pa.array([{"bytes": 7, "path": None}] * 6)),
-        "it needs 'img' or 'image'",
-    ),
-    "bytes that are lists": (
-        lambda d: shard(d, [0, 1] * 3, pa.array([{"bytes": [7, 8], "path": None}] * 6)),
-        "it needs 'img' or 'image'",
-    ),
-    "bytes that are text": (
-        lambda d: shard(d, [0, 1] * 3, pa.array([{"bytes": "x", "path": "y"}] * 6)),
-        "it needs 'img' or 'image'",
-    ),
-    "paths that are numbers": (
-        lambda d: shard(d, [0, 1] * 3, pa.array([{"bytes": b"x", "path": 1}] * 6)),
-        "it needs 'img' or 'image'",
-    ),
-    "an image that is none": (lambda d: shard(d, [0, 1] * 3, pa.array([b"x"] * 6)), "it needs 'img' or 'image'"),
-    "no image column": (lambda d: pq.write_table(pa.table({"label": [0, 1]}), d / "test-0.parquet"), "it needs 'img'"),
+    "labels of nothing": (labelled(pa.nulls(6)), "labels of the type null"),
+    "missing labels": (labelled([0, None] * 3), "3 rows without a label"),
+    "negative labels": (labelled([0, -1] * 3), "row 1 has label -1"),
+    "label 10^9": (labelled([0, 10**9] * 3), "at most 100000 are allowed"),
+    "label 2^64 - 1": (labelled(pa.array([0, 2**64 - 1] * 3, pa.uint64())), "at most 100000 are allowed"),
+    "one class": (labelled([1] * 6), "at least two"),
+    "nested metadata": (described(metadata=NESTED), "'huggingface' has no info.features"),
+    "metadata of another kind": (described(metadata=b"[1]"), "'huggingface' has no info.features"),
+    "metadata that are empty": (described(metadata=b"{}"), "'huggingface' has no info.features"),
+    "metadata that are no text": (described(metadata=b"\xff"), "'huggingface' has no info.features"),
+    "class names of numbers": (described(names=[1, 2]), "must be a list of strings"),
+    "class names of an object": (described(names={"a": 1}), "must be a list of strings"),
+    "class names of a text": (described(names="ab"), "must be a list of strings"),
+    "one name twice": (described(names=["a", "a"]), "'a' is empty or a duplicate"),
+    "bytes that are integers": (showing({"bytes": 7, "path": None}), "it needs 'img' or 'image'"),
+    "bytes that are lists": (showing({"bytes": [7, 8], "path": None}), "it needs 'img' or 'image'"),
+    "bytes that are text": (showing({"bytes": "x", "path": "y"}), "it needs 'img' or 'image'"),
+    "paths that are numbers": (showing({"bytes": b"x", "path": 1}), "it needs 'img' or 'image'"),
+    "an image that is none": (showing(b"x"), "it needs 'img' or 'image'"),
+    "no image column": (lambda d: write_shard(d / SHARD, {"label": [0, 1]}), "it needs 'img'"),
     "millions of empty rows": (
-        lambda d: pq.write_table(
-            pa.table({"image": pa.nulls(3_000_000, STRUCT), "label": pa.array(np.zeros(3_000_000, np.int8))}),
-            d / "test-00000-of-00001.parquet",
-            compression="zstd",
-        ),
+        lambda d: shard(d, np.zeros(3_000_000, np.int8), pa.nulls(3_000_000, STRUCT)),
         "claims 3000000 rows",
     ),
-    "no image bytes": (lambda d: shard(d, [0, 1] * 3, pa.nulls(6, STRUCT)), "row 0 has no image bytes"),
-    "a directory": (lambda d: (d / "test-00000-of-00001.parquet").mkdir(), "is a directory"),
-    "a pipe": (lambda d: os.mkfifo(d / "test-00000-of-00001.parquet"), "is a pipe"),
-    "noise": (lambda d: (d / "test-0.parquet").write_bytes(b"PAR1" + RNG.bytes(5000) + b"PAR1"), "cannot be read"),
+    "no rows": (lambda d: shard(d, [], IMAGES[:0]), "is empty"),
+    "no image bytes": (described(images=pa.nulls(6, STRUCT)), "row 0 has no image bytes"),
+    "a directory": (lambda d: (d / SHARD).mkdir(), "is a directory"),
+    "a pipe": (lambda d: os.mkfifo(d / SHARD), "is a pipe"),
+    "noise": (lambda d: (d / SHARD).write_bytes(b"PAR1" + RNG.bytes(5000) + b"PAR1"), "cannot be read"),
     "a shard missing": (
-        lambda d: (
-            shard(d, [0, 1] * 3),
-            os.rename(d / "test-00000-of-00001.parquet", d / "test-00000-of-00002.parquet"),
-        ),
+        described(file="test-00000-of-00002.parquet"),
         "test-00001-of-00002.parquet is missing",
     ),
     "a series and a single file": (
-        lambda d: (shard(d, [0, 1] * 3), (d / "test.parquet").write_bytes(b"")),
+        lambda d: (shard(d), (d / "test.parquet").write_bytes(b"")),
         "are of several series",
     ),
 }
@@ -276,7 +264,7 @@ def test_a_hostile_shard_is_refused(name: str, tmp_path: Path, processes: ForkSe
 def load_damaged(folder: Path, seed: int, attempts: int) -> None:
     """Load a shard with a few bytes of its footer replaced, again and again."""
     chance = np.random.default_rng(seed)
-    file = folder / "test-00000-of-00001.parquet"
+    file = folder / SHARD
     content = file.read_bytes()
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     for _ in range(attempts):
@@ -295,7 +283,7 @@ def load_damaged(folder: Path, seed: int, attempts: int) -> None:
 @pytest.mark.timeout(120)
 def test_a_damaged_footer_is_refused_and_ends_no_process(tmp_path: Path, processes: ForkServerContext) -> None:
     """pyarrow ended the process for about one such footer in some thousand."""
-    shard(tmp_path, [0, 1] * 3, image_column([png(GREY[0])] * 6, list("012345")))
+    shard(tmp_path, images=image_column([png(GREY[0])] * 6, list("012345")))
     assert refused(processes, load_damaged, tmp_path, 0, 600) == "all were refused or read"
 
 
@@ -304,89 +292,86 @@ def test_integers_in_a_dictionary_are_labels(tmp_path: Path) -> None:
     assert load_images(tmp_path).labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for number in range(11):
-        shard(tmp_path, [0, 1] * 3)
-        os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"test-{number}.parquet")
-    stream = open_stream(tmp_path, "test")
-    assert [file.name for file in stream.encoded.files()] == [f"test-{number}.parquet" for number in range(11)]
-
-
 def test_all_splits_of_shards_name_the_same_classes(tmp_path: Path) -> None:
-    for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
-        shard(tmp_path, [0, 1] * 3, names=names)
-        os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"{split}-0.parquet")
+    shard(tmp_path, names=["a", "b"], file="train-0.parquet")
+    shard(tmp_path, names=["b", "a"], file="test-0.parquet")
     for split in ("train", "test"):
         with pytest.raises(DataError, match=r"0\.parquet names the classes .*give all splits the same names"):
             load_images(tmp_path, split)
-    shard(tmp_path, [0, 1] * 3, names=["a", "b"])
-    os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / "test-0.parquet")
+    shard(tmp_path, names=["a", "b"], file="test-0.parquet")
     assert load_images(tmp_path, "test").classes == ("a", "b")
 
 
 def test_classes_that_are_not_named_are_counted_over_all_splits(tmp_path: Path) -> None:
-    for split, labels in (("train", [0, 1, 2] * 2), ("test", [1] * 6)):
-        shard(tmp_path, labels)
-        os.rename(tmp_path / "test-00000-of-00001.parquet", tmp_path / f"{split}.parquet")
+    shard(tmp_path, [0, 1, 2] * 2, file="train.parquet")
+    shard(tmp_path, [1] * 6, file="test.parquet")
     (tmp_path / "val-0.parquet").write_bytes(b"damaged")
     assert load_images(tmp_path, "train").classes == load_images(tmp_path, "test").classes == ("0", "1", "2")
     with pytest.raises(DataError, match=r"val-0\.parquet cannot be read"):
         load_images(tmp_path, "val")
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+def png_file(width: int, height: int, depth: int, colour: int, content: bytes) -> bytes:
+    """A PNG file written by hand. Its type of colour is 2 for RGB, 4 for grey with alpha and 6 for RGB with alpha."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    opening = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return opening + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
 
 
 def huge_png(width: int, height: int) -> bytes:
-    opening = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return opening + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
+    return png_file(width, height, 8, 2, bytes(1 << 20))
 
 
-def sparse(path: Path) -> Path:
+def deep_png(colour: int) -> bytes:
+    """16 bits per channel."""
+    samples = {2: 3, 4: 2, 6: 4}[colour]
+    return png_file(4, 4, 16, colour, (b"\0" + b"\xff" * (4 * 2 * samples)) * 4)
+
+
+def written(name: str, content: bytes) -> Callable[[Path], Path]:
+    """The maker of a file of these bytes."""
+    return at(name, lambda path: path.write_bytes(content))
+
+
+def saved(name: str, image: Image.Image, **options: Any) -> Callable[[Path], Path]:
+    """The maker of a file that Pillow saves."""
+    return at(name, lambda path: image.save(path, **options))
+
+
+def at(name: str, make: Callable[[Path], object]) -> Callable[[Path], Path]:
+    """The maker of something at ``name`` in a folder, whose path is returned."""
+
+    def made(folder: Path) -> Path:
+        make(folder / name)
+        return folder / name
+
+    return made
+
+
+def sparse(path: Path) -> None:
     with path.open("wb") as file:
         file.write(b"RIFF\xff\xff\xff\xffWEBPVP8 ")
         file.truncate(3 << 30)
-    return path
 
 
-def saved(path: Path, image: Image.Image, **options: Any) -> Path:
-    image.save(path, **options)
-    return path
-
-
-def written(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-def piped(path: Path) -> Path:
-    os.mkfifo(path)
-    return path
-
-
-def listening(path: Path) -> Path:
+def listening(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         os.chdir(path.parent)
         server.bind(path.name)
-    return path
 
 
-def linked(path: Path, target: str) -> Path:
-    path.symlink_to(target)
-    return path
+def truncated(path: Path) -> None:
+    COLOUR.resize((99, 99)).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
 
 
 COLOUR = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), np.uint8))
+NEARLY_OPAQUE = COLOUR.convert("RGBA")
+NEARLY_OPAQUE.putpixel((2, 3), (0, 0, 0, 254))
 FRAMES = [COLOUR.rotate(angle) for angle in (90, 180)]
-
-
-def deep_png(channels: int) -> bytes:
-    """16 bits per channel: 2 is colour, 4 grey with alpha, 6 colour with alpha."""
-    samples = {2: 3, 4: 2, 6: 4}[channels]
-    opening = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, channels, 0, 0, 0))
-    rows = (b"\0" + b"\xff" * (4 * 2 * samples)) * 4
-    return opening + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def deep_tiff() -> bytes:
@@ -402,68 +387,55 @@ def deep_tiff() -> bytes:
 
 
 PICTURES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "a bomb": (lambda p: written(p / "x.png", huge_png(60_000, 60_000)), f"at most {MAX_PIXELS} pixels"),
-    "one pixel too many": (lambda p: written(p / "x.png", huge_png(8193, 8192)), f"at most {MAX_PIXELS} pixels"),
-    "between Pillow's limits": (
-        lambda p: written(p / "x.png", huge_png(10_000, 10_000)),
-        f"at most {MAX_PIXELS} pixels",
-    ),
-    "a huge file": (lambda p: sparse(p / "x.webp"), "at most 268435456 are read"),
-    "a short bomb": (lambda p: written(p / "x.png", huge_png(8192, 8192)), "cannot be decoded"),
-    "an animated GIF": (lambda p: saved(p / "x.gif", COLOUR, save_all=True, append_images=FRAMES), "several images"),
-    "an animated PNG": (lambda p: saved(p / "x.png", COLOUR, save_all=True, append_images=FRAMES), "several images"),
-    "an animated WebP": (
-        lambda p: saved(p / "x.webp", COLOUR, save_all=True, append_images=FRAMES),
-        "several images",
-    ),
-    "a TIFF of pages": (lambda p: saved(p / "x.tif", COLOUR, save_all=True, append_images=FRAMES), "several images"),
-    "CMYK in JPEG": (lambda p: saved(p / "x.jpg", COLOUR.convert("CMYK")), "has mode CMYK"),
-    "CMYK in TIFF": (lambda p: saved(p / "x.tif", COLOUR.convert("CMYK")), "has mode CMYK"),
-    "LAB": (lambda p: saved(p / "x.tif", Image.new("LAB", (4, 4))), "has mode LAB"),
-    "16-bit grey": (lambda p: saved(p / "x.png", Image.new("I;16", (4, 4))), "has mode I;16"),
-    "16-bit colour": (lambda p: written(p / "x.png", deep_png(2)), "more than 8 bits per channel"),
-    "16-bit grey with alpha": (lambda p: written(p / "x.png", deep_png(4)), "more than 8 bits per channel"),
-    "16-bit colour with alpha": (lambda p: written(p / "x.png", deep_png(6)), "more than 8 bits per channel"),
-    "16-bit colour in TIFF": (lambda p: written(p / "x.tif", deep_tiff()), "more than 8 bits per channel"),
-    "16-bit colour in PPM": (
-        lambda p: written(p / "x.ppm", b"P6 4 4 65535\n" + RNG.bytes(96)),
-        "more than 8 bits per channel",
-    ),
-    "16-bit grey in PGM": (lambda p: written(p / "x.pgm", b"P5 4 4 65535\n" + RNG.bytes(32)), "has mode I"),
-    "floats": (lambda p: saved(p / "x.tif", Image.new("F", (4, 4))), "has mode F"),
-    "a transparent pixel": (lambda p: saved(p / "x.png", Image.new("RGBA", (4, 4))), "transparent pixels"),
-    "a transparent grey": (lambda p: saved(p / "x.png", Image.new("L", (4, 4)), transparency=0), "transparent pixels"),
-    "a transparent colour": (
-        lambda p: saved(p / "x.png", Image.new("RGB", (4, 4)), transparency=(0, 0, 0)),
-        "transparent pixels",
-    ),
+    "a bomb": (written("x.png", huge_png(60_000, 60_000)), f"at most {MAX_PIXELS} pixels"),
+    "one pixel too many": (written("x.png", huge_png(8193, 8192)), f"at most {MAX_PIXELS} pixels"),
+    "between Pillow's limits": (written("x.png", huge_png(10_000, 10_000)), f"at most {MAX_PIXELS} pixels"),
+    "a huge file": (at("x.webp", sparse), "at most 268435456 are read"),
+    "a short bomb": (written("x.png", huge_png(8192, 8192)), "cannot be decoded"),
+    "an animated GIF": (saved("x.gif", COLOUR, save_all=True, append_images=FRAMES), "several images"),
+    "an animated PNG": (saved("x.png", COLOUR, save_all=True, append_images=FRAMES), "several images"),
+    "an animated WebP": (saved("x.webp", COLOUR, save_all=True, append_images=FRAMES), "several images"),
+    "a TIFF of pages": (saved("x.tif", COLOUR, save_all=True, append_images=FRAMES), "several images"),
+    "CMYK in JPEG": (saved("x.jpg", COLOUR.convert("CMYK")), "has mode CMYK"),
+    "CMYK in TIFF": (saved("x.tif", COLOUR.convert("CMYK")), "has mode CMYK"),
+    "LAB": (saved("x.tif", Image.new("LAB", (4, 4))), "has mode LAB"),
+    "16-bit grey": (saved("x.png", Image.new("I;16", (4, 4))), "has mode I;16"),
+    "16-bit colour": (written("x.png", deep_png(2)), "more than 8 bits per channel"),
+    "16-bit grey with alpha": (written("x.png", deep_png(4)), "more than 8 bits per channel"),
+    "16-bit colour with alpha": (written("x.png", deep_png(6)), "more than 8 bits per channel"),
+    "16-bit colour in TIFF": (written("x.tif", deep_tiff()), "more than 8 bits per channel"),
+    "16-bit colour in PPM": (written("x.ppm", b"P6 4 4 65535\n" + RNG.bytes(96)), "more than 8 bits per channel"),
+    "16-bit grey in PGM": (written("x.pgm", b"P5 4 4 65535\n" + RNG.bytes(32)), "has mode I"),
+    "floats": (saved("x.tif", Image.new("F", (4, 4))), "has mode F"),
+    "a transparent pixel": (saved("x.png", NEARLY_OPAQUE), "transparent pixels"),
+    "a transparent grey": (saved("x.png", Image.new("L", (4, 4)), transparency=0), "transparent pixels"),
+    "a transparent colour": (saved("x.png", Image.new("RGB", (4, 4)), transparency=(0, 0, 0)), "transparent pixels"),
     "a transparent entry of the palette": (
-        lambda p: saved(p / "x.png", Image.new("P", (4, 4)), transparency=0),
+        saved("x.png", Image.new("P", (4, 4)), transparency=0),
         "transparent pixels",
     ),
-    "a transparent bit": (lambda p: saved(p / "x.png", Image.new("1", (4, 4)), transparency=0), "transparent pixels"),
-    "a transparent GIF": (lambda p: saved(p / "x.gif", Image.new("P", (4, 4)), transparency=0), "transparent pixels"),
+    "a transparent bit": (saved("x.png", Image.new("1", (4, 4)), transparency=0), "transparent pixels"),
+    "a transparent GIF": (saved("x.gif", Image.new("P", (4, 4)), transparency=0), "transparent pixels"),
     "PostScript": (
-        lambda p: written(p / "x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n"),
+        written("x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n"),
         "cannot be read as an image",
     ),
-    "text": (lambda p: written(p / "x.png", b"no image"), "cannot be read as an image"),
-    "nothing": (lambda p: written(p / "x.png", b""), "cannot be read as an image"),
-    "a truncated JPEG": (
-        lambda p: written(p / "x.jpg", saved(p / "y.jpg", COLOUR.resize((99, 99))).read_bytes()[:-500]),
-        "cannot be decoded",
-    ),
+    "text": (written("x.png", b"no image"), "cannot be read as an image"),
+    "nothing": (written("x.png", b""), "cannot be read as an image"),
+    "a truncated JPEG": (at("x.jpg", truncated), "cannot be decoded"),
+    "a truncated PNG": (at("x.png", truncated), "cannot be decoded"),
+    "a truncated WebP": (at("x.webp", truncated), "cannot be decoded"),
     "a PNG with a wrong checksum": (
-        lambda p: written(p / "x.png", png(GREY[0]).replace(b"IDAT", b"IDAU")),
+        written("x.png", png(GREY[0]).replace(b"IDAT", b"IDAU")),
         "cannot be decoded",
     ),
-    "a pipe": (lambda p: piped(p / "x.png"), "is a pipe"),
-    "a socket": (lambda p: listening(p / "x.png"), "is a pipe, socket or device"),
-    "a device": (lambda p: linked(p / "x.png", "/dev/zero"), "is a pipe, socket or device"),
-    "a directory": (lambda p: ((p / "x.png").mkdir(), p / "x.png")[1], "is a directory"),
-    "a link to nothing": (lambda p: linked(p / "x.png", "nowhere"), "is a broken link"),
-    "a link to itself": (lambda p: linked(p / "x.png", "x.png"), "is a broken link"),
-    "no file": (lambda p: p / "x.png", "is missing"),
+    "a pipe": (at("x.png", os.mkfifo), "is a pipe"),
+    "a socket": (at("x.png", listening), "is a pipe, socket or device"),
+    "a device": (at("x.png", lambda path: path.symlink_to("/dev/zero")), "is a pipe, socket or device"),
+    "a directory": (at("x.png", Path.mkdir), "is a directory"),
+    "a link to nothing": (at("x.png", lambda path: path.symlink_to("nowhere")), "is a broken link"),
+    "a link to itself": (at("x.png", lambda path: path.symlink_to("x.png")), "is a broken link"),
+    "no file": (at("x.png", lambda _: None), "is missing"),
 }
 
 
@@ -482,10 +454,14 @@ def test_a_hostile_picture_is_refused(name: str, tmp_path: Path, processes: Fork
     assert "\n" not in message
 
 
-def test_a_picture_in_a_shard_meets_the_same_bounds(tmp_path: Path, processes: ForkServerContext) -> None:
-    shard(tmp_path, [0, 1] * 3, image_column([huge_png(60_000, 60_000)] * 6))
-    assert f"row 0 is 60000x60000, at most {MAX_PIXELS}" in refused(processes, load_images, tmp_path)
-    assert f"row 0 is 60000x60000, at most {MAX_PIXELS}" in refused(processes, open_stream, tmp_path, "test")
+def test_a_picture_in_a_set_meets_the_same_bounds(tmp_path: Path, processes: ForkServerContext) -> None:
+    shards, files = tmp_path / "shards", tmp_path / "files"
+    shard(shards, images=image_column([huge_png(60_000, 60_000)] * 6))
+    files.mkdir()
+    written("x.png", huge_png(60_000, 60_000))(files)
+    for folder, name in ((shards, "row 0"), (files, f"{files}/x.png")):
+        assert f"{name} is 60000x60000, at most {MAX_PIXELS}" in refused(processes, load_images, folder)
+        assert f"{name} is 60000x60000, at most {MAX_PIXELS}" in refused(processes, open_stream, folder, "test")
 
 
 def deep_key(depth: int) -> bytes:

@@ -75,14 +75,16 @@ CHANGES = [
     ("classifier.classes", ["a", "", *"cdefghij"]),
     ("classifier.classes", [str(k) for k in range(100_001)]),
     *(("classifier.encoder", value) for value in ("vit", 3, None, "x" * 10_000, ["small"])),
-    *(("classifier.stem", value) for value in ("none", 3, None)),
+    *(("classifier.stem", value) for value in ("none", "standard", 3, None)),
+    ("classifier.heads", 2),
     *(("image_shape", value) for value in ([], [1, 8], [1, 8, 8, 8], [3, 8, 8], [1, 0, 8], [1, -8, 8], [1, 8.0, 8])),
     *(("image_shape", value) for value in ([1, 65536, 65536], [1, HUGE, 8], "188", None, [True, 8, 8], {"a": 1})),
     *(("classes", value) for value in (["a"], 3, list(range(10)))),
     *(("resized", value) for value in ("yes", 1, None)),
     *(("format", value) for value in (2, "1", None, HUGE, True, [1], 1.5)),
     *(("noise.name", value) for value in ("laplace", None, ["gaussian"], {}, 3, "none")),
-    *((place, ...) for place in ("format", "noise", "noise.name", "noise.sigma", "classifier", "classifier.std")),
+    *((place, ...) for place in ("format", "noise", "noise.name", "noise.sigma")),
+    *((place, ...) for place in ("classifier", "classifier.std", "classifier.width")),
     *((place, ...) for place in ("execution", "execution.tile", "execution.precision", "image_shape")),
     *((place, value) for place in ("noise", "classifier", "execution") for value in (None, [], "x", 3)),
 ]
@@ -100,6 +102,29 @@ def test_a_description_that_says_what_cannot_be_is_refused(place: str, value: An
     assert "restore it" in told or "update rush-smoothing" in told or "allowed" in told or "only 'small'" in told
     assert "\n" not in told
     assert len(told) < 1200
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "text"),
+    [
+        ("format", 99, "format 99, this version reads 1; update"),
+        ("noise.name", "laplace", "noise 'laplace', this version supports gaussian and none; update"),
+        ("classifier.encoder", "vit", r"model\.json: unknown encoder 'vit'"),
+        ("classifier.stem", "none", r"model\.json: unknown stem 'none'"),
+        ("classifier.stem", "standard", r"model\.json: encoder 'small' has no 'standard' stem"),
+    ],
+)
+def test_what_this_version_does_not_have_is_named(place: str, value: Any, text: str, folder: Path) -> None:
+    change(folder, place, value)
+    with pytest.raises(rush.errors.RunError, match=text):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_a_missing_file_is_named(name: str, folder: Path) -> None:
+    (folder / "model" / name).unlink()
+    with pytest.raises(rush.errors.RunError, match=f"{name} is missing"):
+        load(folder)
 
 
 def stored(content: bytes) -> Callable[[Path], object]:
@@ -120,6 +145,10 @@ def headed(length: int, header: bytes, rest: bytes = b"") -> Callable[[Path], ob
     return lambda folder: (folder / "model/model.safetensors").write_bytes(struct.pack("<Q", length) + header + rest)
 
 
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: os.truncate(folder / "model" / name, (folder / "model" / name).stat().st_size // 2)
+
+
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         file = folder / "model/model.safetensors"
@@ -130,8 +159,12 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return damage
 
 
-def claimed(**entries: Any) -> Callable[[Path], object]:
-    header = json.dumps(entries).encode()
+def tensor(length: int, start: int, stop: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [length], "data_offsets": [start, stop]}
+
+
+def claimed(*entries: dict[str, Any]) -> Callable[[Path], object]:
+    header = json.dumps(dict(zip("xy", entries, strict=False))).encode()
     return headed(len(header), header, bytes(64))
 
 
@@ -150,6 +183,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (stored(b""), "model.json is damaged"),
     "a number": (stored(b"1"), "model.json is damaged"),
     "null": (stored(b"null"), "model.json is damaged"),
+    "a list": (stored(b"[1]"), "model.json is damaged"),
+    "truncated": (cut("model.json"), "model.json is damaged"),
     "long": (placed("model.json", lambda p: (p.touch(), os.truncate(p, 3 << 30))), "more than 16777216 bytes"),
     "a pipe": (placed("model.json", os.mkfifo), "model.json is damaged (it is a pipe"),
     "a directory": (placed("model.json", os.mkdir), "model.json is damaged (it is a directory"),
@@ -160,22 +195,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a nested header": (headed(100_000, b"[" * 50_000 + b"]" * 50_000), "does not fit or is damaged"),
     "a header that is no object": (headed(2, b"[]"), "model.safetensors does not fit or is damaged"),
     "a header that is no text": (headed(4, b"\xff" * 4), "model.safetensors does not fit or is damaged"),
-    "a tensor of 10^15 bytes": (
-        claimed(x={"dtype": "F32", "shape": [10**15], "data_offsets": [0, 4 * 10**15]}),
-        "does not fit or is damaged",
-    ),
-    "a negative shape": (
-        claimed(x={"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}),
-        "does not fit or is damaged",
-    ),
-    "an unknown type": (claimed(x={"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}), "does not fit or is damaged"),
-    "overlapping tensors": (
-        claimed(
-            x={"dtype": "F32", "shape": [8], "data_offsets": [0, 32]},
-            y={"dtype": "F32", "shape": [8], "data_offsets": [16, 48]},
-        ),
-        "does not fit or is damaged",
-    ),
+    "a tensor of 10^15 bytes": (claimed(tensor(10**15, 0, 4 * 10**15)), "does not fit or is damaged"),
+    "a negative shape": (claimed(tensor(-1, 0, 4)), "does not fit or is damaged"),
+    "an unknown type": (claimed(tensor(1, 0, 4, "X9")), "does not fit or is damaged"),
+    "overlapping tensors": (claimed(tensor(8, 0, 32), tensor(8, 16, 48)), "does not fit or is damaged"),
     "a tensor less": (tensors(lambda w: w.pop("head.bias")), "'head.bias' is missing"),
     "a tensor more": (tensors(lambda w: w.update(more=torch.zeros(2))), "'more' is ((2,), 'F32'), expected none"),
     "another shape": (tensors(lambda w: w.update({"head.bias": torch.zeros(9)})), "'head.bias' is ((9,), 'F32')"),
@@ -187,6 +210,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights in a pipe": (placed("model.safetensors", os.mkfifo), "model.safetensors is a pipe"),
     "weights in a directory": (placed("model.safetensors", os.mkdir), "model.safetensors is a directory"),
     "weights on a device": (placed("model.safetensors", lambda p: p.symlink_to("/dev/zero")), "safetensors is a pipe"),
+    "truncated weights": (cut("model.safetensors"), "model.safetensors does not fit or is damaged"),
     "empty weights": (placed("model.safetensors", Path.touch), "model.safetensors does not fit or is damaged"),
 }
 
@@ -216,6 +240,7 @@ def test_what_older_versions_did_not_write_is_filled_in(folder: Path) -> None:
     description = read_description(folder / "model")
     assert description["execution"] == {"precision": "float32", "tile": 64, "folded": False, "compile_mode": "none"}
     assert (description["classes"], description["resized"]) == (list("0123456789"), False)
+    assert description["classifier"]["stem"] == "small"
     assert load_smoothed(folder / "model", Execution()).num_classes == 10
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -16,155 +16,72 @@ from torch import Tensor, nn
 
 import rush.training.budget
 from ranks import on_ranks
-from rush.data.batches import Batch, Resident
-from rush.data.images import ImageSet
+from rush.choices import OptimizerName
 from rush.errors import CheckpointError, ConfigError, DeviceMemoryError, Interrupted, RushError
-from rush.recipe.schema import Schedule
-from rush.runtime.distributed import rank, world_size
-from rush.runtime.randomness import seeded_init, stream
+from rush.runtime.distributed import rank
 from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.loop import CheckpointPolicy, TrainingRun
-from rush.training.meter import Meter
+from rush.training.loop import CheckpointPolicy
+from trainings import ALWAYS, NEVER, PER_EPOCH, SCHEDULE, BreakingCheckpoint, Clock, Disturb, Training, kept
 
-SCHEDULE = Schedule(
-    epochs=3,
-    batch_size=8,
-    optimizer="sgd",
-    learning_rate=0.1,
-    momentum=0.9,
-    weight_decay=1e-3,
-    warmup_epochs=1,
-    ema_decay=0.9,
-    monitor_epochs=1,
-)
-STEPS = 15  # 43 images: five whole batches an epoch
-NEVER, ALWAYS = 1e9, 0.0
-
-
-def images(count: int = 43) -> Resident:
-    pixels = torch.randint(0, 256, (count, 1, 2, 3), generator=stream(0, "pixels")).to(torch.uint8)
-    labels = torch.randint(0, 3, (count,), generator=stream(0, "labels"))
-    names = np.arange(count).astype(str)
-    return Resident(ImageSet(pixels, labels, ("a", "b", "c"), names, "random", "train"), "cpu", rank(), world_size())
-
-
-def network() -> nn.Module:
-    """With BatchNorm, whose statistics must be resumed too."""
-    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    return seeded_init(module, stream(0, "weights")).train()
-
-
-class Training:
-    """A small noisy training that can be disturbed at any step; ``steps`` are the numbers of those that it took."""
-
-    def __init__(
-        self,
-        checkpoints: CheckpointPolicy,
-        disturb: Callable[[int, Tensor], Tensor] | None = None,
-        seconds: float = 0.0,
-        per_epoch: int = 5,
-    ) -> None:
-        self.module, self.checkpoints, self.disturb, self.seconds = network(), checkpoints, disturb, seconds
-        self.per_epoch = per_epoch
-        self.steps: list[int] = []
-        self.events: list[dict[str, Any]] = []
-
-    def step(self, batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
-        self.steps.append(round(epoch * self.per_epoch))
-        time.sleep(self.seconds)
-        assert batch.labels is not None
-        x = batch.images.flatten(1) / 255
-        x = x + torch.randn(x.shape, generator=generator)
-        loss = nn.functional.cross_entropy(self.module(x), batch.labels)
-        if self.disturb is not None:
-            loss = self.disturb(self.steps[-1], loss)
-        loss.backward()
-        return loss.detach()
-
-    def log(self, event: str, **values: Any) -> None:
-        self.events.append({"event": event, **values})
-
-    def run(self, schedule: Schedule = SCHEDULE) -> "Training":
-        TrainingRun(
-            self.module,
-            self.step,
-            name="pretrain",
-            images=images(8 * self.per_epoch + 3),
-            schedule=schedule,
-            seed=0,
-            meter=Meter(self.module),
-            checkpoints=self.checkpoints,
-            log=self.log,
-        ).run()
-        return self
-
-    def checkpointed(self) -> int:
-        """Number of steps in the checkpoint."""
-        assert self.checkpoints.checkpoint is not None
-        state = self.checkpoints.checkpoint.load()
-        assert state is not None
-        return int(state["number"])
-
-    @property
-    def bits(self) -> dict[str, bytes]:
-        return {name: tensor.detach().numpy().tobytes() for name, tensor in self.module.state_dict().items()}
-
-    @property
-    def epochs(self) -> list[tuple[int, float, int]]:
-        """Number, loss and passes of every logged epoch, the last event of each."""
-        told = {own["epoch"]: own for own in self.events if own["event"] == "epoch"}
-        return [(number, own["loss"], own["passes"]) for number, own in sorted(told.items())]
-
-
-def kept(folder: Path, minutes: float = NEVER, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy(TrainingCheckpoint(folder / "state.pt", "recipe"), minutes, **options)
+STEPS = 3 * PER_EPOCH
 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> Training:
-    return Training(CheckpointPolicy()).run()
+    return Training().run()
 
 
-def failing_at(number: int) -> Callable[[int, Tensor], Tensor]:
+def failing_at(number: int, error: BaseException | type[BaseException] = KeyboardInterrupt) -> Disturb:
     def disturb(step: int, loss: Tensor) -> Tensor:
         if step == number:
-            raise KeyboardInterrupt
+            raise error
         return loss
 
     return disturb
 
 
-@pytest.mark.parametrize("number", [1, 5, 8, 14])
-def test_a_training_broken_off_in_the_middle_of_an_epoch_goes_on_there_and_ends_with_the_same_bits(
-    number: int, undisturbed: Training, tmp_path: Path
-) -> None:
-    broken = Training(kept(tmp_path, ALWAYS), failing_at(number))
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
-    resumed = Training(kept(tmp_path, ALWAYS)).run()
-    assert resumed.steps == list(range(number, STEPS))
-    assert resumed.bits == undisturbed.bits
-    # the epoch that was broken off is logged with all its losses and passes
-    assert resumed.epochs == undisturbed.epochs[number // 5 :]
-
-
-def test_checkpoints_come_by_time_and_at_the_end_of_epochs(tmp_path: Path) -> None:
-    seldom = Training(kept(tmp_path, NEVER), failing_at(8))
-    with pytest.raises(KeyboardInterrupt):
-        seldom.run()
-    assert Training(kept(tmp_path, NEVER)).run().steps == list(range(5, STEPS))
-
-
-def test_a_stop_asked_for_by_a_signal_is_answered_with_a_checkpoint(undisturbed: Training, tmp_path: Path) -> None:
-    def ask(step: int, loss: Tensor) -> Tensor:
-        if step == 7:
+def asking_to_stop_at(number: int) -> Disturb:
+    def disturb(step: int, loss: Tensor) -> Tensor:
+        if step == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
+    return disturb
+
+
+@pytest.mark.parametrize(("minutes", "first"), [(ALWAYS, (1, 5, 8, 14)), (NEVER, (0, 5, 5, 10))])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_training_broken_off_goes_on_behind_its_last_checkpoint_and_ends_with_the_same_bits(
+    optimizer: OptimizerName, minutes: float, first: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A checkpoint comes by time, after every step here or never, and at the end of every epoch."""
+    schedule = SCHEDULE.replace(optimizer=optimizer)
+    undisturbed = Training().run(schedule)
+    for number, resumed_at in zip((1, 5, 8, 14), first, strict=True):
+        (tmp_path / str(number)).mkdir()
+        checkpoints = kept(tmp_path / str(number), minutes)
+        with pytest.raises(KeyboardInterrupt):
+            Training(checkpoints, failing_at(number)).run(schedule)
+        resumed = Training(checkpoints).run(schedule)
+        assert resumed.steps == list(range(resumed_at, STEPS))
+        assert resumed.bits == undisturbed.bits
+        # the epoch that was broken off is logged with all its losses and passes
+        assert resumed.epochs == undisturbed.epochs[number // PER_EPOCH :]
+    assert Training().run(schedule, seed=1).bits != undisturbed.bits
+
+
+def test_a_finished_training_takes_no_further_step(undisturbed: Training, tmp_path: Path) -> None:
+    Training(kept(tmp_path)).run()
+    again = Training(kept(tmp_path)).run()
+    assert again.steps == []
+    assert again.bits == undisturbed.bits
+
+
+def test_a_stop_asked_for_by_a_signal_is_answered_with_a_checkpoint(undisturbed: Training, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     told = r"pretrain: stopped by SIGTERM after 8 of 15 steps; saved in .*state\.pt; run the same command again"
     with pytest.raises(Interrupted, match=told) as stopped:
-        Training(kept(tmp_path), ask).run()
+        Training(kept(tmp_path), asking_to_stop_at(7)).run()
     assert stopped.value.status == 143
     assert signal.getsignal(signal.SIGTERM) == before
     resumed = Training(kept(tmp_path)).run()
@@ -176,12 +93,7 @@ def test_a_stop_asked_for_by_a_signal_is_answered_with_a_checkpoint(undisturbed:
 def test_a_stop_in_the_last_step_of_an_epoch_is_answered_after_its_log(
     number: int, undisturbed: Training, tmp_path: Path
 ) -> None:
-    def ask(step: int, loss: Tensor) -> Tensor:
-        if step == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss
-
-    stopped = Training(kept(tmp_path), ask)
+    stopped = Training(kept(tmp_path), asking_to_stop_at(number))
     with pytest.raises(Interrupted, match=f"after {number + 1} of 15 steps"):
         stopped.run()
     resumed = Training(kept(tmp_path)).run()
@@ -190,24 +102,11 @@ def test_a_stop_in_the_last_step_of_an_epoch_is_answered_after_its_log(
     assert resumed.bits == undisturbed.bits
 
 
-class Killed(TrainingCheckpoint):
-    """Breaks the training off right after a checkpoint was written."""
-
-    saves = 10**9
-
-    def save(self, state: dict[str, Any]) -> None:
-        super().save(state)
-        self.saves -= 1
-        if self.saves == 0:
-            raise KeyboardInterrupt
-
-
 def test_wherever_a_training_is_broken_off_behind_a_checkpoint_no_epoch_goes_unlogged(
     undisturbed: Training, tmp_path: Path
 ) -> None:
     for saves in range(1, STEPS + 1):
-        checkpoint = Killed(tmp_path / f"{saves}.pt", "recipe")
-        checkpoint.saves = saves
+        checkpoint = BreakingCheckpoint(tmp_path / f"{saves}.pt", saves)
         broken = Training(CheckpointPolicy(checkpoint, ALWAYS))
         with pytest.raises(KeyboardInterrupt):
             broken.run()
@@ -218,13 +117,18 @@ def test_wherever_a_training_is_broken_off_behind_a_checkpoint_no_epoch_goes_unl
 
 def test_twenty_kills_at_random_moments_leave_the_final_bits_unchanged(undisturbed: Training, tmp_path: Path) -> None:
     """Children that are killed outright; the moments are random, what must come out is not."""
+
+    def slow(_step: int, loss: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return loss
+
     checkpoints, moments = kept(tmp_path, ALWAYS), np.random.default_rng(0).uniform(0.0, 0.12, 20)
     survived = 0
     for moment in moments:
         child = os.fork()
         if child == 0:
             with suppress(BaseException):
-                Training(checkpoints, seconds=0.02).run()
+                Training(checkpoints, slow).run()
             os._exit(0)
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
@@ -248,13 +152,8 @@ def test_twenty_kills_at_random_moments_leave_the_final_bits_unchanged(undisturb
 def test_a_step_without_memory_names_what_to_lower_and_loses_nothing(
     error: Exception, undisturbed: Training, tmp_path: Path
 ) -> None:
-    def short(step: int, loss: Tensor) -> Tensor:
-        if step == 8:
-            raise error
-        return loss
-
     with pytest.raises(DeviceMemoryError) as told:
-        Training(kept(tmp_path, ALWAYS), short).run()
+        Training(kept(tmp_path, ALWAYS), failing_at(8, error)).run()
     said = str(told.value)
     assert said.startswith("pretrain, step 9: there is not enough memory (")
     assert "Lower pretrain.batch_size or, with the objective simclr, set pretrain.micro_batch" in said
@@ -266,14 +165,11 @@ def test_a_step_without_memory_names_what_to_lower_and_loses_nothing(
 
 
 def test_other_errors_of_a_step_stay_what_they_are(tmp_path: Path) -> None:
-    def wrong(step: int, _: Tensor) -> Tensor:
-        raise RuntimeError(f"shapes do not fit in step {step}")
-
-    with pytest.raises(RuntimeError, match="shapes do not fit in step 0"):
-        Training(kept(tmp_path, ALWAYS), wrong).run()
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        Training(kept(tmp_path, ALWAYS), failing_at(0, RuntimeError("shapes do not fit"))).run()
 
 
-def spoiling(bad: float, *numbers: int, gradient: bool = False) -> Callable[[int, Tensor], Tensor]:
+def spoiling(bad: float, *numbers: int, gradient: bool = False) -> Disturb:
     """Loss, or gradient alone, that is not finite at these steps."""
 
     def disturb(step: int, loss: Tensor) -> Tensor:
@@ -302,6 +198,14 @@ def test_what_is_not_finite_stops_the_training_and_keeps_the_last_good_checkpoin
     assert resumed.bits == undisturbed.bits
 
 
+def checkpointed(training: Training) -> int:
+    """Return the number of steps in the checkpoint of ``training``."""
+    assert training.checkpoints.checkpoint is not None
+    state = training.checkpoints.checkpoint.load()
+    assert state is not None
+    return int(state["number"])
+
+
 def test_a_long_epoch_is_looked_at_on_the_way_and_no_checkpoint_holds_what_was_not_found_finite(
     tmp_path: Path,
 ) -> None:
@@ -310,41 +214,34 @@ def test_a_long_epoch_is_looked_at_on_the_way_and_no_checkpoint_holds_what_was_n
     with pytest.raises(RushError, match="not finite from batch 40 of epoch 1 on"):
         broken.run()
     assert broken.steps == list(range(96))
-    assert broken.checkpointed() == 40
+    assert checkpointed(broken) == 40
     resumed = Training(kept(tmp_path, ALWAYS), per_epoch=200).run()
     assert resumed.steps == list(range(40, 600))
-    assert resumed.bits == Training(CheckpointPolicy(), per_epoch=200).run().bits
+    assert resumed.bits == Training(per_epoch=200).run().bits
 
 
 def test_what_was_seen_late_is_named_right_behind_batches_that_were_skipped(tmp_path: Path) -> None:
     faulty = Training(kept(tmp_path, on_nonfinite="skip"), spoiling(float("inf"), 3, 50), per_epoch=200).run()
-    assert [own["batch"] for own in faulty.events if own["event"] == "skipped"] == [3, 50]
+    assert [own["batch"] for own in faulty.logged("skipped")] == [3, 50]
     # seen at step 64 and, without step 3, at step 96
     assert faulty.steps[:159] == [*range(64), *range(3), *range(4, 96)]
 
 
 def test_a_stop_behind_a_step_that_was_not_finite_keeps_the_checkpoint_before_it(tmp_path: Path) -> None:
-    def ask(step: int, loss: Tensor) -> Tensor:
-        if step == 42:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return spoiling(float("nan"), 40)(step, loss)
+    def both(step: int, loss: Tensor) -> Tensor:
+        return asking_to_stop_at(42)(step, spoiling(float("nan"), 40)(step, loss))
 
-    broken = Training(kept(tmp_path, ALWAYS), ask, per_epoch=200)
+    broken = Training(kept(tmp_path, ALWAYS), both, per_epoch=200)
     with pytest.raises(RushError, match="not finite from batch 40 of epoch 1 on"):
         broken.run()
     assert broken.steps == list(range(43))
-    assert broken.checkpointed() == 40
+    assert checkpointed(broken) == 40
 
 
 def stopped_in_one_process() -> list[int]:
     """A training whose second process is asked to stop in step 40; the steps that this process took."""
 
-    def ask(step: int, loss: Tensor) -> Tensor:
-        if step == 40 and rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss
-
-    training = Training(CheckpointPolicy(), ask, per_epoch=200)
+    training = Training(disturb=asking_to_stop_at(40 if rank() == 1 else -1), per_epoch=200)
     with pytest.raises(Interrupted, match="after 96 of 600 steps"):
         training.run()
     return training.steps
@@ -358,10 +255,10 @@ def test_batches_that_are_not_finite_are_skipped_on_wish(tmp_path: Path) -> None
     """The same as if these steps did not exist: the trainer without the fault takes all other steps alike."""
     (tmp_path / "faulty").mkdir()
     faulty = Training(kept(tmp_path / "faulty", on_nonfinite="skip"), spoiling(float("nan"), 3, 8)).run()
-    told = [(own["epoch"], own["batch"]) for own in faulty.events if own["event"] == "skipped"]
+    told = [(own["epoch"], own["batch"]) for own in faulty.logged("skipped")]
     assert told == [(1, 3), (2, 3)]
     assert faulty.steps == [0, 1, 2, 3, 4, 0, 1, 2, 4, 5, 6, 7, 8, 9, 5, 6, 7, 9, *range(10, STEPS)]
-    assert all(np.isfinite(loss) for _, loss, _ in faulty.epochs)
+    assert all(np.isfinite(loss) for _, loss, *_ in faulty.epochs)
     # broken off later, it resumes with the list of what it left out
     (tmp_path / "broken").mkdir()
 
@@ -385,28 +282,36 @@ def test_skipping_needs_a_checkpoint_to_return_to() -> None:
         CheckpointPolicy(on_nonfinite="skip")
 
 
-def test_a_checkpoint_with_other_weights_is_refused_and_kept(tmp_path: Path) -> None:
-    checkpoints = kept(tmp_path)
-    Training(checkpoints).run()
-    assert checkpoints.checkpoint is not None
-    content = checkpoints.checkpoint.path.read_bytes()
-    other = Training(checkpoints)
-    other.module = nn.Linear(6, 3)
+@pytest.mark.parametrize("changed", [{"module": nn.Linear(6, 3).state_dict()}, {"optimizer": {}}, {"average": {}}])
+def test_a_checkpoint_of_another_network_is_refused_and_kept(changed: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
+    Training(CheckpointPolicy(checkpoint)).run()
+    state = checkpoint.load()
+    assert state is not None
+    checkpoint.save({**state, **changed})
+    content = checkpoint.path.read_bytes()
     with pytest.raises(CheckpointError, match="cannot be read"):
+        Training(CheckpointPolicy(checkpoint)).run()
+    assert checkpoint.path.read_bytes() == content
+
+
+def test_the_checkpoint_of_another_recipe_stops_the_training_before_its_first_step(tmp_path: Path) -> None:
+    Training(kept(tmp_path)).run()
+    other = Training(CheckpointPolicy(TrainingCheckpoint(tmp_path / "state.pt", "another")))
+    with pytest.raises(CheckpointError, match="belongs to another recipe"):
         other.run()
-    assert checkpoints.checkpoint.path.read_bytes() == content
+    assert other.steps == []
 
 
 def test_the_average_of_the_weights_comes_out(undisturbed: Training) -> None:
-    plain = Training(CheckpointPolicy())
+    plain = Training()
     weights: list[Tensor] = []
 
     def remember(_module: nn.Module, _given: object) -> None:
         weights.append(plain.module[0].weight.detach().clone())
 
     plain.module.register_forward_pre_hook(remember)
-    schedule = SCHEDULE.replace(ema_decay=0.0)
-    TrainingRun(plain.module, plain.step, name="pretrain", images=images(), schedule=schedule, seed=0).run()
+    plain.run(SCHEDULE.replace(ema_decay=0.0))
     weights.append(plain.module[0].weight.detach().clone())
     average = weights[0].double()
     for done, now in enumerate(weights[1:]):
@@ -431,22 +336,15 @@ def one_thread() -> Iterator[None]:
 class SlowCheckpoint(TrainingCheckpoint):
     """Takes ``seconds`` of a clock to write; ``saved`` are the steps that were done at each time."""
 
-    def __init__(self, path: Path, clock: "Clock", seconds: float) -> None:
+    def __init__(self, path: Path, clock: Clock, seconds: float) -> None:
         super().__init__(path, "own")
         self.clock, self.seconds = clock, seconds
         self.saved: list[int] = []
 
     def save(self, state: dict[str, Any]) -> None:
-        self.clock.now += self.seconds
+        self.clock.pass_by(self.seconds)
         self.saved.append(state["number"])
         super().save(state)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self, _device: str) -> float:
-        return self.now
 
 
 @pytest.mark.parametrize(
@@ -465,7 +363,7 @@ def test_a_checkpoint_that_takes_long_is_not_written_at_every_epochs_end(
     checkpoint = SlowCheckpoint(tmp_path / "pretrain.pt", clock, seconds)
 
     def one_second(_number: int, loss: Tensor) -> Tensor:
-        clock.now += 1.0
+        clock.pass_by(1.0)
         return loss
 
     training = Training(CheckpointPolicy(checkpoint, minutes=NEVER), one_second)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from rush.errors import ConfigError
 from rush.runtime.randomness import stream
 from rush.training.lars import LARS
-from rush.training.optim import build_optimizer
 
 SHAPES = ((4, 3, 3, 3), (5, 7), (6,), (1,))
 
@@ -179,17 +178,6 @@ def test_a_closure_is_called_with_gradients_before_the_step() -> None:
     assert optimizer.step(closure) == 7.0
     expected = torch.tensor([3.0, 4.0]) - 0.1 * 5 / math.sqrt(2)
     torch.testing.assert_close(own.detach(), expected, rtol=1e-6, atol=0)
-
-
-def test_lars_by_name_decays_and_adapts_what_has_more_than_one_axis() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
-    optimizer = build_optimizer(network, "lars", 0.3, 0.9, 1e-4)
-    assert isinstance(optimizer, LARS)
-    found = [
-        (sorted(parameter.ndim for parameter in group["params"]), group["adapt"], group["weight_decay"])
-        for group in optimizer.param_groups
-    ]
-    assert found == [([2, 4], True, 1e-4), ([1, 1, 1, 1], False, 0.0)]
 
 
 @pytest.mark.parametrize(

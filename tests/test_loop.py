@@ -3,37 +3,27 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rush.choices import FinetuneMode, OptimizerName
+from rush.choices import OptimizerName
 from rush.data.batches import Batch, Resident
 from rush.data.images import ImageSet, stratified_subset
 from rush.data.sources import load_images
-from rush.errors import CheckpointError, ConfigError, DataError
+from rush.errors import ConfigError, DataError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
 from rush.recipe.load import load_recipe
-from rush.recipe.schema import FinetuneConfig, PretrainConfig, Schedule, Views
-from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.noise import Gaussian
-from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.finetune import finetune
-from rush.training.loop import CheckpointPolicy, Step, TrainingRun, TrainingSettings
+from rush.training.loop import TrainingRun
 from rush.training.optim import build_optimizer, cosine_factor
-from rush.training.pretrain import channel_statistics, pretrain
-
-SCHEDULE = Schedule(epochs=3, batch_size=8, learning_rate=0.1, weight_decay=1e-3, warmup_epochs=1, monitor_epochs=1)
-FINETUNE = FinetuneConfig(
-    epochs=3, batch_size=32, learning_rate=0.1, weight_decay=1e-3, warmup_epochs=1, shift=1, flip=0.0
-)
+from rush.training.pretrain import channel_statistics
+from trainings import FINETUNE, PER_EPOCH, SCHEDULE, SIMCLR, Training, bits, classifier, digits, finetuned, pretrained
 
 
 @pytest.mark.parametrize(
@@ -50,19 +40,17 @@ def test_without_warm_up_the_first_step_has_the_whole_learning_rate() -> None:
     assert cosine_factor(0, 0, 0) == 1.0
 
 
-def test_biases_and_normalization_are_not_decayed_and_frozen_weights_are_left_out() -> None:
+def test_biases_and_normalization_are_neither_decayed_nor_adapted_and_frozen_weights_are_left_out() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2), nn.Linear(2, 2))
     module[3].requires_grad_(False)
-    names: tuple[OptimizerName, ...] = ("sgd", "lars", "adamw")
-    for name in names:
-        optimizer = build_optimizer(module, name, 0.1, 0.9, 0.01)
-        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-        expected = {"0.weight": 0.01, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.01, "2.bias": 0.0}
-        assert {own: decays.get(id(p)) for own, p in module.named_parameters()} == {
-            **expected,
-            "3.weight": None,
-            "3.bias": None,
-        }
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    optimizers: tuple[OptimizerName, ...] = ("sgd", "lars", "adamw")
+    for own in optimizers:
+        matrices, vectors = build_optimizer(module, own, 0.1, 0.9, 0.01).param_groups
+        assert [names[id(parameter)] for parameter in matrices["params"]] == ["0.weight", "2.weight"]
+        assert [names[id(parameter)] for parameter in vectors["params"]] == ["0.bias", "1.weight", "1.bias", "2.bias"]
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, 0.0)
+        assert (matrices.get("adapt"), vectors.get("adapt")) == ((True, False) if own == "lars" else (None, None))
     with pytest.raises(ConfigError, match=r"unknown optimizer 'adam'; allowed: sgd, lars, adamw"):
         build_optimizer(module, "adam", 0.1, 0.9, 0.01)  # type: ignore[arg-type]
 
@@ -90,7 +78,7 @@ class Scale(nn.Module):
 
 def test_every_step_is_taken_with_the_learning_rate_of_its_number() -> None:
     """A constant gradient of 1 moves the weight by the sum of all learning rates."""
-    module, schedule = Scale(), SCHEDULE.replace(momentum=0.0, weight_decay=0.0, warmup_epochs=1.5)
+    module, schedule = Scale(), SCHEDULE.replace(momentum=0.0, weight_decay=0.0, warmup_epochs=1.5, ema_decay=0.0)
     TrainingRun(module, module.step, name="test", images=numbered(35), schedule=schedule, seed=0).run()
     rates = [0.1 * cosine_factor(number, 3 * 4, 6) for number in range(3 * 4)]
     assert module.weight.item() == pytest.approx(1 - math.fsum(rates), abs=1e-12)
@@ -124,158 +112,39 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
         TrainingRun(Scale(), Scale().step, name="test", images=numbered(7), schedule=SCHEDULE, seed=0).run()
 
 
-X = torch.randn(40, 6, generator=stream(0, "x"))
-Y = torch.randint(0, 3, (40,), generator=stream(0, "y"))
-
-
-def network(seed: int = 0) -> nn.Module:
-    """With BatchNorm, whose statistics must be resumed too."""
-    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    return seeded_init(module, stream(seed, "weights")).train()
-
-
-def noisy_step(module: nn.Module, fail_at: int = -1) -> Step:
-    """Cross-entropy under noise of the step's own stream; raises at the call number ``fail_at``."""
-    calls = iter(range(10_000))
-
-    def step(batch: Batch, _epoch: float, generator: torch.Generator) -> Tensor:
-        if next(calls) == fail_at:
-            raise KeyboardInterrupt
-        assert batch.labels is not None
-        x = X[batch.labels] + torch.randn(len(batch), 6, generator=generator)
-        loss = nn.functional.cross_entropy(module(x), Y[batch.labels])
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def bits(module: nn.Module) -> dict[str, bytes]:
-    return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
-
-
-def trained(
-    optimizer: OptimizerName = "sgd", seed: int = 0, fail_at: int = -1, checkpoint: TrainingCheckpoint | None = None
-) -> nn.Module:
-    module, schedule = network(), SCHEDULE.replace(optimizer=optimizer)
-    step = noisy_step(module, fail_at)
-    TrainingRun(
-        module,
-        step,
-        name="test",
-        images=numbered(40),
-        schedule=schedule,
-        seed=seed,
-        checkpoints=CheckpointPolicy(checkpoint),
-    ).run()
-    return module
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_training_interrupted_in_any_epoch_ends_with_the_same_bits(optimizer: OptimizerName, tmp_path: Path) -> None:
-    undisturbed = bits(trained(optimizer))
-    for fail_at in (2, 5, 7, 14):  # five steps an epoch
-        checkpoint = TrainingCheckpoint(tmp_path / f"{fail_at}.pt", "recipe")
-        with pytest.raises(KeyboardInterrupt):
-            trained(optimizer, fail_at=fail_at, checkpoint=checkpoint)
-        assert checkpoint.path.exists() == (fail_at >= 5)
-        # the rest alone is left to do: two steps fewer for each finished epoch would raise here
-        left = 15 - 5 * (fail_at // 5)
-        assert bits(trained(optimizer, fail_at=left, checkpoint=checkpoint)) == undisturbed
-    assert bits(trained(optimizer, seed=1)) != undisturbed
-
-
-def test_a_finished_training_is_not_taken_up_again(tmp_path: Path) -> None:
-    checkpoint = TrainingCheckpoint(tmp_path / "state.pt", "recipe")
-    done = bits(trained(checkpoint=checkpoint))
-    assert bits(trained(fail_at=0, checkpoint=checkpoint)) == done
-
-
-def test_the_checkpoint_of_another_recipe_stops_the_training_before_its_first_step(tmp_path: Path) -> None:
-    trained(checkpoint=TrainingCheckpoint(tmp_path / "state.pt", "recipe"))
-    with pytest.raises(CheckpointError, match="belongs to another recipe"):
-        trained(fail_at=0, checkpoint=TrainingCheckpoint(tmp_path / "state.pt", "another"))
-
-
 def test_every_epoch_is_logged_with_the_mean_of_its_losses() -> None:
-    events: list[dict[str, Any]] = []
-    module, losses = network(), []
-    usual = noisy_step(module)
+    losses: list[float] = []
 
-    def step(batch: Batch, epoch: float, generator: torch.Generator) -> Tensor:
-        loss = usual(batch, epoch, generator)
-        losses.append(float(loss))
+    def remember(_step: int, loss: Tensor) -> Tensor:
+        losses.append(loss.item())
         return loss
 
-    def log(event: str, **values: Any) -> None:
-        events.append({"event": event, **values})
-
-    TrainingRun(module, step, name="test", images=numbered(40), schedule=SCHEDULE, seed=0, log=log).run()
-    assert [(own["event"], own["stage"], own["epoch"]) for own in events] == [("epoch", "test", n) for n in (1, 2, 3)]
-    for number, own in enumerate(events):
-        assert own["loss"] == pytest.approx(np.mean(losses[5 * number : 5 * number + 5]), rel=1e-6)
-        assert own["images_per_second"] == pytest.approx(40 / own["seconds"])
-
-
-def digits(rows: int = 64) -> ImageSet:
-    return load_images("digits", "train")[slice(rows)]
-
-
-def classifier(seed: int = 0) -> Classifier:
-    encoder = SmallEncoder(width=4)
-    built = Classifier(Normalize([0.3], [0.38]), encoder, linear_head(encoder.features, 10))
-    seeded_init(built, stream(seed, "weights"))
-    return built
-
-
-def pretrained(images: ImageSet, seed: int = 0, epochs: int = 2) -> Classifier:
-    trained = classifier()
-    config = PretrainConfig(
-        epochs=epochs,
-        batch_size=32,
-        learning_rate=0.1,
-        weight_decay=1e-3,
-        warmup_epochs=1,
-        projector_hidden=16,
-        projector_out=8,
-        views=Views(crop_scale=(0.5, 1.0), greyscale=0.0),
-    )
-    pretrain(
-        Resident(images), trained.encoder, trained.normalize, config, TrainingSettings(seed=seed, execution=Execution())
-    )
-    return trained
+    events = Training(disturb=remember).run().events
+    told = [(own["event"], own["stage"], own["epoch"]) for own in events]
+    assert told == [("epoch", "pretrain", number) for number in (1, 2, 3)]
+    for own, of_epoch in zip(events, np.split(np.array(losses), 3), strict=True):
+        assert own["loss"] == pytest.approx(of_epoch.mean(), rel=1e-6)
+        assert own["images_per_second"] == pytest.approx(8 * PER_EPOCH / own["seconds"])
 
 
 def test_pre_training_never_reads_labels() -> None:
     images = digits()
     assert images.labels is not None
-    found = bits(pretrained(images))
+    found = bits(pretrained(images=images))
     assert found != bits(classifier())
-    assert bits(pretrained(images.without_labels())) == found
-    assert bits(pretrained(replace(images, labels=images.labels.flip(0)))) == found
-    assert bits(pretrained(images, seed=1)) != found
+    assert bits(pretrained(images=images.without_labels())) == found
+    assert bits(pretrained(images=replace(images, labels=images.labels.flip(0)))) == found
+    assert bits(pretrained(images=images, seed=1)) != found
 
 
 def test_pre_training_for_no_epochs_leaves_the_encoder_as_it_was() -> None:
-    own = pretrained(digits(), epochs=0)
+    own = pretrained(SIMCLR.replace(epochs=0))
     assert bits(own) == bits(classifier())
     assert not own.encoder.training
 
 
-def finetuned(images: ImageSet, mode: FinetuneMode) -> Classifier:
-    trained = classifier()
-    finetune(
-        images,
-        trained,
-        FINETUNE.replace(mode=mode),
-        TrainingSettings(seed=0, execution=Execution()),
-        noise=Gaussian(0.25),
-    )
-    return trained
-
-
 def test_linear_fine_tuning_trains_the_head_and_touches_neither_weights_nor_statistics_of_the_encoder() -> None:
-    before, own = classifier(), finetuned(digits(), "linear")
+    before, own = classifier(), finetuned(FINETUNE.replace(mode="linear"))
     assert bits(own.encoder) == bits(before.encoder)
     assert bits(own.normalize) == bits(before.normalize)
     after, usual = bits(own.head), bits(before.head)
@@ -287,7 +156,7 @@ def test_linear_fine_tuning_trains_the_head_and_touches_neither_weights_nor_stat
 
 
 def test_full_fine_tuning_trains_every_weight_and_statistic() -> None:
-    before, own = bits(classifier()), finetuned(digits(), "full")
+    before, own = bits(classifier()), finetuned(FINETUNE.replace(mode="full"))
     changed = {name for name, value in bits(own).items() if value != before[name]}
     assert changed == set(before) - {"normalize.mean", "normalize.std"}
     assert not any(layer.training for layer in own.modules())
@@ -295,11 +164,11 @@ def test_full_fine_tuning_trains_every_weight_and_statistic() -> None:
 
 def test_fine_tuning_sees_noise_of_its_sigma() -> None:
     """The pixels that reach the classifier spread by sigma around the clean ones, and are not clipped."""
-    images, seen = digits(), []
+    images, seen = digits(64), []
     own = classifier()
     own.normalize.register_forward_pre_hook(lambda _module, given: seen.append(given[0].detach()))
     config = FINETUNE.replace(epochs=1, batch_size=64, shift=0)
-    finetune(images, own, config, TrainingSettings(seed=0, execution=Execution()), noise=Gaussian(0.5))
+    finetuned(config, images, start=own, noise=Gaussian(0.5))
     order = torch.randperm(64, generator=stream(0, "finetune", "order", 0))
     noise = seen[0] - images.pixels()[order]
     # 4,096 draws: the standard error of the standard deviation is 0.0055, of the mean 0.0078; five of them: odds 1e-6
@@ -310,7 +179,7 @@ def test_fine_tuning_sees_noise_of_its_sigma() -> None:
 
 def test_fine_tuning_needs_labels() -> None:
     with pytest.raises(DataError, match="has no labels; fine-tuning needs a labelled training split"):
-        finetuned(digits().without_labels(), "full")
+        finetuned(images=digits().without_labels())
 
 
 def test_channel_statistics_are_those_of_all_pixels() -> None:
@@ -331,16 +200,13 @@ def frozen_encoder_accuracy(epochs: int, labelled: ImageSet) -> float:
     """Test accuracy of a linear head on the digits recipe's encoder, pre-trained for ``epochs`` and frozen, by the
     vote of 16 noisy copies."""
     train_images, test = load_images("digits", "train"), load_images("digits", "test")
-    config = RECIPE.pretrain
     encoder = SmallEncoder(RECIPE.model.width)
     own = Classifier(Normalize(*channel_statistics(train_images)), encoder, linear_head(encoder.features, 10))
     seeded_init(own, stream(RECIPE.seed, "classifier", "weights"))
-    source = Resident(train_images.without_labels())
-    config = config.replace(epochs=epochs)
-    pretrain(source, own.encoder, own.normalize, config, TrainingSettings(seed=RECIPE.seed, execution=Execution()))
+    pretrained(RECIPE.pretrain.replace(epochs=epochs), train_images.without_labels(), start=own, seed=RECIPE.seed)
     noise = Gaussian(RECIPE.smoothing.sigma)
     head = FINETUNE.replace(mode="linear", epochs=150, batch_size=50, optimizer="adamw", learning_rate=4e-3)
-    finetune(labelled, own, head, TrainingSettings(seed=RECIPE.seed, execution=Execution()), noise=noise)
+    finetuned(head, labelled, start=own, seed=RECIPE.seed, noise=noise)
     return vote_accuracy(own, test, noise)
 
 

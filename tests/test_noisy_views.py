@@ -48,9 +48,8 @@ def test_every_image_has_a_sigma_uniform_in_the_range(option: NoisyViewsOption) 
 
 def test_the_noise_is_normal_and_not_clipped() -> None:
     x, _ = views()
-    noisy, other = add_noise(
-        x, x, NoiseSchedule(views="both", sigma=(0.5, 0.5), ramp_epochs=0), 0.0, stream(1, "noise")
-    )
+    schedule = NoiseSchedule(views="both", sigma=(0.5, 0.5), ramp_epochs=0)
+    noisy, other = add_noise(x, x, schedule, 0.0, stream(1, "noise"))
     z = ((noisy - x) / 0.5).double().flatten()
     count = z.numel()  # 307,200 values: six standard deviations of each moment, odds below 1e-8 for all of them
     assert abs(z.mean()) < 6 / math.sqrt(count)
@@ -77,9 +76,8 @@ def test_the_greatest_sigma_rises_linearly_and_then_stays() -> None:
 def test_draws_come_in_the_stated_order_and_the_views_stay_as_they_are() -> None:
     view_a, view_b = views()
     kept = view_a.clone(), view_b.clone()
-    noisy = add_noise(
-        view_a, view_b, NoiseSchedule(views="both", sigma=(0.0, 0.4), ramp_epochs=2), 1.0, stream(1, "noise")
-    )
+    schedule = NoiseSchedule(views="both", sigma=(0.0, 0.4), ramp_epochs=2)
+    noisy, again = (add_noise(view_a, view_b, schedule, 1.0, stream(1, "noise")) for _ in range(2))
     generator = stream(1, "noise")
     for found, view in zip(noisy, kept, strict=True):
         sigma = torch.rand(len(view), generator=generator) * 0.2
@@ -87,9 +85,6 @@ def test_draws_come_in_the_stated_order_and_the_views_stay_as_they_are() -> None
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert torch.equal(view_a, kept[0])
     assert torch.equal(view_b, kept[1])
-    again = add_noise(
-        view_a, view_b, NoiseSchedule(views="both", sigma=(0.0, 0.4), ramp_epochs=2), 1.0, stream(1, "noise")
-    )
     assert all(torch.equal(first, second) for first, second in zip(noisy, again, strict=True))
 
 
@@ -97,14 +92,12 @@ def test_without_noise_the_same_tensors_come_back_and_nothing_is_drawn() -> None
     view_a, view_b = views()
     generator = stream(1, "noise")
     before = generator.get_state()
-    found = add_noise(view_a, view_b, NoiseSchedule(views="none", sigma=(0.0, 0.5), ramp_epochs=1), 3.0, generator)
+    none, one = (NoiseSchedule(views=option, sigma=(0.0, 0.5), ramp_epochs=1) for option in ("none", "one"))
+    found = add_noise(view_a, view_b, none, 3.0, generator)
     assert found[0] is view_a
     assert found[1] is view_b
     assert torch.equal(generator.get_state(), before)
-    assert (
-        add_noise(view_a, view_b, NoiseSchedule(views="one", sigma=(0.0, 0.5), ramp_epochs=1), 3.0, generator)[0]
-        is view_a
-    )
+    assert add_noise(view_a, view_b, one, 3.0, generator)[0] is view_a
 
 
 @pytest.mark.parametrize(

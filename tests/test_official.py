@@ -15,7 +15,6 @@ import pytest
 
 from rush.data import sources
 from rush.data.readers import stl10
-from rush.data.readers.archives import Archive
 from rush.data.readers.cifar import CifarVersion, cifar10_versions, cifar100_versions
 from rush.data.readers.pickles import read_plain_pickle
 from rush.data.readers.resizing import resize_images
@@ -82,10 +81,12 @@ def small(version: CifarVersion) -> CifarVersion:
     return replace(version, rows={"train": ROWS, "test": ROWS})
 
 
-def use(monkeypatch: pytest.MonkeyPatch, name: str, *versions: CifarVersion) -> None:
-    monkeypatch.setattr(sources, f"{name}_versions", lambda: versions)
+def use(monkeypatch: pytest.MonkeyPatch, name: str, version: CifarVersion) -> None:
+    monkeypatch.setattr(sources, f"{name}_versions", lambda: (version,))
 
 
+CIFAR10 = tuple(map(small, cifar10_versions()))
+"""The Python and the binary version with few images."""
 EVERY = [
     pytest.param(name, small(version), id=version.archive.file)
     for name, versions in (("cifar10", cifar10_versions()), ("cifar100", cifar100_versions()))
@@ -119,7 +120,7 @@ def test_of_several_folders_the_first_that_holds_an_archive_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Official archives are the same everywhere, so that a second one does no harm; shards beside it are not mixed."""
-    version = small(cifar10_versions()[1])
+    version = CIFAR10[1]
     use(monkeypatch, "cifar10", version)
     roots = [tmp_path / name for name in ("shards", "one", "two")]
     roots[0].mkdir()
@@ -135,17 +136,18 @@ def test_of_several_folders_the_first_that_holds_an_archive_is_read(
 
 
 def test_a_download_goes_to_the_first_of_several_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = small(cifar10_versions()[0])
+    version = CIFAR10[0]
     use(monkeypatch, "cifar10", version)
     roots = [tmp_path / name for name in "ab"]
     for root in roots:
         root.mkdir()
 
-    def fetched(archive: Archive, root: Path) -> Path:
-        assert archive == version.archive
-        return write_folder(version, root)
+    def fetched(url: str, known_hash: str, target: Path) -> Path:
+        assert (url, known_hash) == (version.archive.url, f"md5:{version.archive.md5}")
+        assert target.name == version.archive.file
+        return write_folder(version, target.parent)
 
-    monkeypatch.setattr(sources, "download_archive", fetched)
+    monkeypatch.setattr(sources, "fetch", fetched)
     assert len(sources.load_images("cifar10", root=roots)) == ROWS
     assert [len(list(root.iterdir())) for root in roots] == [1, 0]
 
@@ -180,7 +182,7 @@ def test_a_wrong_hash_names_the_file_both_hashes_and_the_remedy(tmp_path: Path) 
 def test_a_truncated_archive_is_named_even_if_its_hash_were_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = small(cifar10_versions()[0])
+    version = CIFAR10[0]
     path = tmp_path / version.archive.file
     pack(write_folder(version, tmp_path), path)
     path.write_bytes(path.read_bytes()[:-5000])
@@ -190,76 +192,55 @@ def test_a_truncated_archive_is_named_even_if_its_hash_were_right(
         sources.load_images("cifar10", "test", root=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("damage", "text"),
-    [
-        (lambda _: None, "lacks test_batch"),
-        (lambda content: content[: len(content) // 2], "test_batch is damaged or truncated"),
-        (lambda _: b"", "test_batch is damaged or truncated"),
-        (lambda _: pickled([1, 2]), "test_batch holds a list, expected a dictionary"),
-        (lambda _: pickled({b"data": PIXELS[:4].reshape(4, -1)}), r"test_batch has the keys \['data'\], needs"),
-        (
-            lambda _: pickled({b"data": PIXELS[:3].reshape(3, -1), b"labels": [1] * 3}),
-            r"shape \(3, 3072\), expected \(4, 3072\)",
-        ),
-        (
-            lambda _: pickled({b"data": PIXELS[:4].reshape(4, -1), b"labels": [1] * 3}),
-            "test_batch: 3 labels for 4 images",
-        ),
-        (
-            lambda _: pickled({b"data": PIXELS[:4].reshape(4, -1), b"labels": [1, 2, 10, 0]}),
-            "test_batch: row 2 has label 10",
-        ),
-        (lambda _: pickled({b"data": np.zeros((4, 3072)), b"labels": [1] * 4}), "array of f8, expected uint8"),
-    ],
-)
-def test_each_fault_of_a_pickled_batch_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, text: str
-) -> None:
-    version = small(cifar10_versions()[0])
-    path = write_folder(version, tmp_path) / "test_batch"
+def assert_named(name: str, split: str, root: Path, file: str, damage: Any, text: str) -> None:
+    """A known data set in whose ``file`` the bytes are changed by ``damage`` is refused with ``text`` and the path."""
+    path = root / file
     content = damage(path.read_bytes())
     path.unlink() if content is None else path.write_bytes(content)
-    use(monkeypatch, "cifar10", version)
     with pytest.raises(DataError, match=text) as caught:
-        sources.load_images("cifar10", root=tmp_path)
-    assert str(tmp_path) in str(caught.value)
+        sources.load_images(name, split, root=root)
+    assert str(root) in str(caught.value)
     assert "get it again" in str(caught.value) or "label" in str(caught.value)
 
 
+def batch(rows: int = ROWS, **changes: Any) -> Any:
+    """The damage of a pickled batch of ``rows`` images with other labels or pixels."""
+    content = {"data": PIXELS[:rows].reshape(rows, -1), "labels": [1] * rows, **changes}
+    return lambda _: pickled({key.encode(): value for key, value in content.items()})
+
+
+NINE = [f"class{number}" for number in range(9)]
+
+
 @pytest.mark.parametrize(
-    ("damage", "text"),
+    ("file", "damage", "text"),
     [
-        (lambda content: content[:-1], r"test_batch\.bin has 12291 bytes, expected 12292"),
-        (lambda content: content + b"x", r"test_batch\.bin has more than 12292 bytes"),
-        (lambda _: b"", r"test_batch\.bin has 0 bytes"),
-        (lambda content: b"\x0a" + content[1:], r"test_batch\.bin: row 0 has label 10"),
+        ("test_batch", lambda _: None, "lacks test_batch"),
+        ("test_batch", lambda content: content[: len(content) // 2], "test_batch is damaged or truncated"),
+        ("test_batch", lambda _: b"", "test_batch is damaged or truncated"),
+        ("test_batch", lambda _: pickled([1, 2]), "test_batch holds a list, expected a dictionary"),
+        ("test_batch", lambda _: pickled({b"data": PIXELS[:4]}), r"test_batch has the keys \['data'\], needs"),
+        ("test_batch", batch(3), r"shape \(3, 3072\), expected \(4, 3072\)"),
+        ("test_batch", batch(labels=[1] * 3), "test_batch: 3 labels for 4 images"),
+        ("test_batch", batch(labels=[1, 2, 10, 0]), "test_batch: row 2 has label 10"),
+        ("test_batch", batch(data=np.zeros((4, 3072))), "array of f8, expected uint8"),
+        ("batches.meta", lambda _: pickled({b"label_names": as_bytes(NINE)}), r"batches\.meta names .*expected 10"),
+        ("test_batch.bin", lambda content: content[:-1], r"test_batch\.bin has 12291 bytes, expected 12292"),
+        ("test_batch.bin", lambda content: content + b"x", r"test_batch\.bin has more than 12292 bytes"),
+        ("test_batch.bin", lambda _: b"", r"test_batch\.bin has 0 bytes"),
+        ("test_batch.bin", lambda content: b"\x0a" + content[1:], r"test_batch\.bin: row 0 has label 10"),
+        ("batches.meta.txt", lambda _: "\n".join(NINE).encode(), r"batches\.meta\.txt names .*expected 10"),
     ],
 )
-def test_each_fault_of_a_binary_batch_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, text: str
+def test_each_fault_of_cifar_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, damage: Any, text: str
 ) -> None:
-    version = small(cifar10_versions()[1])
-    path = write_folder(version, tmp_path) / "test_batch.bin"
-    path.write_bytes(damage(path.read_bytes()))
+    version = CIFAR10[file.endswith((".bin", ".txt"))]
     use(monkeypatch, "cifar10", version)
-    with pytest.raises(DataError, match=text):
-        sources.load_images("cifar10", root=tmp_path)
+    assert_named("cifar10", "test", write_folder(version, tmp_path), file, damage, text)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_too_few_class_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    version = small(cifar10_versions()[number])
-    folder = write_folder(version, tmp_path)
-    nine = [f"class{number}" for number in range(9)]
-    content = pickled({b"label_names": as_bytes(nine)}) if version.names_key else "\n".join(nine).encode()
-    (folder / version.names_file).write_bytes(content)
-    use(monkeypatch, "cifar10", version)
-    with pytest.raises(DataError, match=rf"{version.names_file} names the classes .*expected 10"):
-        sources.load_images("cifar10", root=tmp_path)
-
-
-class _Call:
+class PickledCall:
     """Pickles as a call of ``function`` with ``arguments``."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
@@ -273,15 +254,14 @@ class _Call:
 def test_a_pickle_that_calls_the_system_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
 ) -> None:
-    version = small(cifar10_versions()[0])
-    path = write_folder(version, tmp_path) / "test_batch"
+    path = write_folder(CIFAR10[0], tmp_path) / "test_batch"
     marker = tmp_path / "ran"
-    evil = pickle.dumps({b"data": _Call(os.system, f"touch {marker}"), b"labels": [0] * 4}, protocol=protocol)
+    evil = pickle.dumps({b"data": PickledCall(os.system, f"touch {marker}"), b"labels": [0] * 4}, protocol=protocol)
     pickle.loads(evil)
     assert marker.exists(), "the pickle must be able to do harm for this test to mean anything"
     marker.unlink()
     path.write_bytes(evil)
-    use(monkeypatch, "cifar10", version)
+    use(monkeypatch, "cifar10", CIFAR10[0])
     with pytest.raises(DataError, match=r"test_batch asks for (posix|nt)\.system, which may run code"):
         sources.load_images("cifar10", root=tmp_path)
     assert not marker.exists()
@@ -289,14 +269,14 @@ def test_a_pickle_that_calls_the_system_is_refused_and_not_run(
 
 @pytest.mark.parametrize("function", [eval, exec, getattr, __import__, np.load, np.frombuffer, pickle.loads, bytearray])
 def test_every_other_name_is_refused(function: Any) -> None:
-    content = pickle.dumps({b"data": _Call(function, "1")}, protocol=2)
+    content = pickle.dumps({b"data": PickledCall(function, "1")}, protocol=2)
     with pytest.raises(DataError, match="which may run code"):
         read_plain_pickle(io.BytesIO(content), "file")
 
 
 def test_the_names_a_plain_pickle_may_use_make_nothing_but_bytes() -> None:
     """numpy.ndarray called directly would allocate what the file asks for, _codecs.encode would load any codec."""
-    for call in (_Call(np.ndarray, (1 << 40,)), _Call(__import__("_codecs").encode, "x", "rot13")):
+    for call in (PickledCall(np.ndarray, (1 << 40,)), PickledCall(__import__("_codecs").encode, "x", "rot13")):
         with pytest.raises(DataError, match="damaged"):
             read_plain_pickle(io.BytesIO(pickle.dumps({b"data": call}, protocol=2)), "file")
 
@@ -379,8 +359,4 @@ def test_each_fault_of_stl10_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, damage: Any, text: str
 ) -> None:
     write_stl10(monkeypatch, tmp_path)
-    path = tmp_path / "stl10_binary" / file
-    content = damage(path.read_bytes())
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(DataError, match=text):
-        sources.load_images("stl10", "train", root=tmp_path)
+    assert_named("stl10", "train", tmp_path / "stl10_binary", file, damage, text)

@@ -112,15 +112,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 def test_what_is_asked_for_is_decided_and_recorded() -> None:
     decided = decide_execution("cpu", "bfloat16", tile=32)
-    assert (decided.device, decided.precision, decided.tile) == ("cpu", "bfloat16", 32)
-    assert decided.threads == torch.get_num_threads()
-    recorded = decided.as_dict()
-    assert {name: recorded[name] for name in ("device", "precision", "tile", "threads")} == {
-        "device": "cpu",
-        "precision": "bfloat16",
-        "tile": 32,
-        "threads": torch.get_num_threads(),
-    }
+    expected = {"device": "cpu", "precision": "bfloat16", "tile": 32, "threads": torch.get_num_threads()}
+    assert {name: getattr(decided, name) for name in expected} == expected
+    assert {name: decided.as_dict()[name] for name in expected} == expected
     assert decide_execution("cpu", "float32").precision == "float32"
 
 

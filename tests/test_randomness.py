@@ -41,10 +41,6 @@ def test_published_numbers_stay_what_they_are() -> None:
     assert numbers(0, "certify", "digits-0001", count=4) == GOLDEN
 
 
-def test_the_same_name_gives_the_same_numbers_again() -> None:
-    assert numbers(3, "view", 5) == numbers(3, "view", 5)
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 import rush
 from commands import Call, refusal
 from exact_models import square_half_space, square_images
+from random_models import NoisyHalfSpace
 from rush.auditing.audit import audit
 from rush.auditing.report import decide, images_to_hold, reach_statement
 from rush.certification.bounds import largest_radius
@@ -43,15 +43,9 @@ TINY = 1e-40  # less than 2^-100
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_fewest_votes_of_a_sign_test_are_those_of_trying(level: float) -> None:
-    tried = next(n for n in range(1, 100) if sign_test(n, 0) <= level)
-    assert fewest_votes(level) == tried
-
-
-@pytest.mark.parametrize("alpha", LEVELS)
-def test_the_fewest_votes_that_certify_are_those_of_trying(alpha: float) -> None:
-    tried = next(n for n in range(1, 100) if lower_bound(n, n, alpha) > 0.5)
-    assert fewest_samples(alpha) == tried
+def test_the_fewest_votes_of_a_sign_test_and_of_a_certificate_are_those_of_trying(level: float) -> None:
+    assert fewest_votes(level) == next(n for n in range(1, 100) if sign_test(n, 0) <= level)
+    assert fewest_samples(level) == next(n for n in range(1, 100) if lower_bound(n, n, level) > 0.5)
 
 
 def test_the_fewest_votes_are_finite_at_every_level() -> None:
@@ -141,19 +135,9 @@ def test_the_looks_share_the_level_of_a_verdict() -> None:
     assert len(looks(102)) == 2
 
 
-class Noisy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = square_half_space()
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x + 0.1 * torch.randn_like(x))
-
-
 @pytest.mark.parametrize("decision", [None, "vote", "mean", "single"])
 def test_verdicts_whose_level_cannot_be_reached_are_refused(decision: str | None) -> None:
-    model = SMOOTHED if decision is None else Noisy()
+    model = SMOOTHED if decision is None else NoisyHalfSpace(torch.full((1, 2, 2), 0.5), -1.0, 0.1)
     given = {"decision": decision, "alpha": TINY, "max_votes": 100}
     least = {None: 134, "vote": 134, "mean": 138, "single": 133}[decision]
     for call in (

@@ -22,7 +22,7 @@ from ranks import on_ranks
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
 from rush.certification.recertify import recompute
-from rush.choices import STAGES, Stage
+from rush.choices import STAGES
 from rush.errors import RunError
 from rush.pipeline.certify import CERTIFICATE_PARTS, CERTIFICATES
 from rush.pipeline.stages import run_stage
@@ -73,6 +73,11 @@ def uncertified(tiny_run: Path, folder: Path) -> RunFolder:
 
 
 @pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
+    return uncertified(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture
 def finished(tiny_run: Path) -> tuple[list[int], Certificates]:
     """Indices and certificates of the undisturbed run."""
     found = read_certificates(tiny_run / CERTIFICATES)
@@ -102,20 +107,18 @@ def write_part(run: RunFolder, name: str, finished: tuple[list[int], Certificate
 
 
 def test_parts_of_two_processes_are_taken_up_by_one(
-    tiny_run: Path, finished: tuple[list[int], Certificates], asked_for: list[int], tmp_path: Path
+    tiny_run: Path, run: RunFolder, finished: tuple[list[int], Certificates], asked_for: list[int]
 ) -> None:
     """As they lie after a kill, in the order in which the images were decided, the last line of one torn."""
-    run = uncertified(tiny_run, tmp_path / "run")
     write_part(run, "0.tsv", finished, [4, 0, 2, 8])
     torn = write_part(run, "1.tsv", finished, [1, 5, 3])
     torn.write_bytes(torn.read_bytes()[:-20])
     run_stage(run, "certify")
     assert asked_for == [3, 6, 7, *range(9, 20)]
     assert lines_but_times(run.path / CERTIFICATES) == lines_but_times(tiny_run / CERTIFICATES)
-    kept = (run.path / CERTIFICATES).read_text().splitlines()
-    assert [kept[row + 1] for row in (4, 0, 2, 8, 1, 5)] == [
-        (tiny_run / CERTIFICATES).read_text().splitlines()[row + 1] for row in (4, 0, 2, 8, 1, 5)
-    ]
+    kept, undisturbed = ((path / CERTIFICATES).read_text().splitlines() for path in (run.path, tiny_run))
+    for row in (4, 0, 2, 8, 1, 5):  # the measured times, too
+        assert kept[row + 1] == undisturbed[row + 1]
     assert not (run.path / CERTIFICATE_PARTS).exists()
     figures = run.require("certify")
     assert figures["images"] == 20
@@ -126,10 +129,9 @@ def test_parts_of_two_processes_are_taken_up_by_one(
 
 @pytest.mark.parametrize("parts", [True, False])
 def test_a_run_killed_between_its_table_and_its_summary_certifies_nothing_again(
-    parts: bool, tiny_run: Path, finished: tuple[list[int], Certificates], asked_for: list[int], tmp_path: Path
+    parts: bool, tiny_run: Path, run: RunFolder, finished: tuple[list[int], Certificates], asked_for: list[int]
 ) -> None:
     """Before or after its parts were removed."""
-    run = uncertified(tiny_run, tmp_path / "run")
     shutil.copy(tiny_run / CERTIFICATES, run.path)
     if parts:
         write_part(run, "0.tsv", finished, list(range(0, 20, 2)))
@@ -140,8 +142,7 @@ def test_a_run_killed_between_its_table_and_its_summary_certifies_nothing_again(
     assert not (run.path / CERTIFICATE_PARTS).exists()
 
 
-def test_an_empty_part_and_a_torn_header_are_passed_over(tiny_run: Path, tmp_path: Path) -> None:
-    run = uncertified(tiny_run, tmp_path / "run")
+def test_an_empty_part_and_a_torn_header_are_passed_over(tiny_run: Path, run: RunFolder) -> None:
     (run.path / CERTIFICATE_PARTS).mkdir()
     (run.path / CERTIFICATE_PARTS / "0.tsv").write_text("idx\tlabel\tpre")
     (run.path / CERTIFICATE_PARTS / "1.tsv").touch()
@@ -170,10 +171,7 @@ def test_parts_of_another_rule_or_of_other_images_are_refused(
         assert not (run.path / CERTIFICATES).exists()
 
 
-def test_a_damaged_part_is_named_with_its_line(
-    tiny_run: Path, finished: tuple[list[int], Certificates], tmp_path: Path
-) -> None:
-    run = uncertified(tiny_run, tmp_path / "run")
+def test_a_damaged_part_is_named_with_its_line(run: RunFolder, finished: tuple[list[int], Certificates]) -> None:
     part = write_part(run, "1.tsv", finished, [0, 3, 5])
     part.write_text(re.sub("\t(certified|undecided)\t", "\tperhaps\t", part.read_text(), count=1))
     with pytest.raises(RunError, match=r"1\.tsv, line 2: .*move the file away and certify again"):
@@ -183,14 +181,12 @@ def test_a_damaged_part_is_named_with_its_line(
 def test_the_audit_alone_is_not_shared_among_processes(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage: Stage = "audit"
-    shutil.copytree(tiny_run, tmp_path / "run")
-    run = RunFolder.open(tmp_path / "run")
+    run = RunFolder.open(shutil.copytree(tiny_run, tmp_path / "run"))
     monkeypatch.setattr(rush.pipeline.stages, "world_size", lambda: WORLD)
-    run_stage(run, stage)  # finished before: nothing to do
-    (run.path / f"stages/{stage}.json").unlink()
-    with pytest.raises(RunError, match=rf"stage {stage} runs in one process; start `rush {stage} .*` without torchrun"):
-        run_stage(run, stage)
+    run_stage(run, "audit")  # finished before: nothing to do
+    (run.path / "stages/audit.json").unlink()
+    with pytest.raises(RunError, match=r"stage audit runs in one process; start `rush audit .*` without torchrun"):
+        run_stage(run, "audit")
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:

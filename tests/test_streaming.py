@@ -193,7 +193,7 @@ def test_a_resumed_epoch_reads_no_pool_that_is_over(shards: Path, monkeypatch: p
 def test_a_large_row_group_is_read_in_parts(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "one", [png(numbered(row)) for row in range(60)], shards=1, group=60)
     streamed = small(folder)
-    assert [(block.start, block.stop) for block in streamed._blocks] == [(0, 20), (20, 40), (40, 60)]
+    assert [(block.start, block.stop) for block in streamed.blocks] == [(0, 20), (20, 40), (40, 60)]
     rows = [numbers(batch) for batch in streamed.batches(stream(0, "o"), 10)]
     assert sorted(rows[0] + rows[1]) in (list(range(20)), list(range(20, 40)), list(range(40, 60)))
     assert sorted(row for batch in rows for row in batch) == list(range(60))
@@ -304,19 +304,8 @@ def test_what_cannot_be_streamed_says_what_to_do(tmp_path: Path, shards: Path) -
             open_stream(name, "train")
     with pytest.raises(DataError, match="not a known data set"):
         open_stream(tmp_path / "nothing", "train")
-    wrong: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"memory": 0}, "memory must be an integer >= 1"),
-        ({"threads": 0}, "threads must be"),
-    )
-    for options, text in wrong:
-        with pytest.raises(ConfigError, match=text):
-            open_stream(shards, "train", **options)
-    for placement, text in (
-        ({"rank": 2, "processes": 2}, r"rank must be an integer in 0\.\.1, got 2"),
-        ({"processes": 0}, "processes must be an integer >= 1"),
-    ):
-        with pytest.raises(ConfigError, match=text):
-            replace(open_stream(shards, "train"), **placement)
+    with pytest.raises(ConfigError, match="memory must be an integer >= 1"):
+        open_stream(shards, "train", memory=0)
     with pytest.raises(InputError, match="size must be"):
         open_stream(shards, "train", size=0)
     with pytest.raises(ConfigError, match="exceeds the 95"):
@@ -343,10 +332,7 @@ def test_shards_of_two_folders_are_streamed_as_those_of_one(tmp_path: Path, shar
         (root / file.name).symlink_to(file)
     single, joined = (open_stream(".", "train", root=root, memory=20_000) for root in (shards, roots))
     assert joined.fingerprint == single.fingerprint
-    batches = [list(source.batches(stream(0, "order"), 19)) for source in (single, joined)]
-    for expected, batch in zip(*batches, strict=True):
-        assert batch.images.equal(expected.images)
-        assert batch.labels.equal(expected.labels)
+    assert same(joined.batches(stream(0, "order"), 19), single.batches(stream(0, "order"), 19))
 
 
 MIB = 1 << 20

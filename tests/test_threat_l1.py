@@ -90,8 +90,7 @@ def test_a_large_image_keeps_its_budget_in_float32() -> None:
 
 def _greedy(gradient: NDArray[np.float64], room: NDArray[np.float64], length: float, most: float) -> float:
     """The largest <gradient, s> over ||s||_1 <= length, |s_i| <= min(most, room_i), by hand."""
-    left = gain = 0.0
-    left = length
+    left, gain = length, 0.0
     for i in np.argsort(-np.abs(gradient)):
         part = min(left, most, room[i])
         left, gain = left - part, gain + part * abs(gradient[i])
@@ -116,11 +115,9 @@ def test_a_sparse_step_gains_the_most_that_its_limits_allow(pixels: int) -> None
 def test_an_unhindered_l1_step_changes_a_hundredth_of_the_pixels_alike() -> None:
     gradient = torch.randn((3, 3, 20, 20), generator=stream(0, "gradient"))
     step = ThreatModel("l1", 6.0).step(gradient, 0.5, torch.full_like(gradient, 0.5))
-    direction = ThreatModel("l1", 6.0).steepest(gradient)
-    torch.testing.assert_close(step, 3 * direction)
-    for own, values in zip(direction, gradient, strict=True):
+    for own, values in zip(step, gradient, strict=True):
         largest = values.abs().flatten().topk(int(1200 * L1_DENSITY)).indices
-        expected = torch.zeros(1200).scatter(0, largest, values.flatten()[largest].sign() / 12)
+        expected = torch.zeros(1200).scatter(0, largest, values.flatten()[largest].sign() * 3 / 12)
         torch.testing.assert_close(own.flatten(), expected)
 
 
@@ -163,13 +160,13 @@ def test_norms_are_numpys() -> None:
         np.testing.assert_allclose(norms(points, x, norm), np.linalg.norm(change, order, axis=1), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("norm", "excess"), [("linf", 1.001), ("l2", 1.001), ("l1", 1.001)])
-def test_a_point_outside_is_noticed(norm: Norm, excess: float) -> None:
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_point_outside_is_noticed(norm: Norm) -> None:
     x = torch.full((2, 1, 4, 4), 0.5)
     points = ThreatModel(norm, 0.3).random_points(x, generators(2), 1, surface=True)[:, 0]
     assert_in_threat(points, x, ThreatModel(norm, 0.3))
     with pytest.raises(AssertionError):
-        assert_in_threat(x + (points - x) * excess, x, ThreatModel(norm, 0.3))
+        assert_in_threat(x + (points - x) * 1.001, x, ThreatModel(norm, 0.3))
 
 
 def test_an_l1_epsilon_is_a_sum_over_pixels() -> None:

@@ -1,66 +1,34 @@
 """Every method and objective of the recipes: what it costs, that it resumes to the same bits, and that several
 processes train as one."""
 
-from collections.abc import Callable
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import trainings
 from ranks import on_ranks
 from rush.choices import FinetuneObjective
 from rush.data.batches import Resident
-from rush.data.images import ImageSet
-from rush.data.sources import load_images
 from rush.data.views import random_view
-from rush.models.classifier import Classifier, Normalize
-from rush.models.encoders import build_encoder
-from rush.models.heads import linear_head
 from rush.recipe.schema import AdversaryConfig, FinetuneConfig, NoiseSchedule, PretrainConfig, Views
-from rush.runtime.distributed import rank, world_size
-from rush.runtime.execution import Execution
-from rush.runtime.randomness import seeded_init, stream
-from rush.smoothing.noise import Gaussian
-from rush.training.checkpoint import TrainingCheckpoint
-from rush.training.finetune import finetune
-from rush.training.loop import CheckpointPolicy, TrainingSettings
-from rush.training.pretrain import pretrain
+from rush.runtime.randomness import stream
+from trainings import ALWAYS, SIMCLR, View, bits, classifier, digits, finetuned, kept, pretrained
 
-SCHEDULE: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 32,
-    "learning_rate": 0.05,
-    "weight_decay": 1e-3,
-    "warmup_epochs": 1,
-    "monitor_epochs": 1,
-}
-IMAGES, EPOCH_IMAGES = 100, 96  # three whole batches
-SIMCLR = PretrainConfig(
-    **SCHEDULE, projector_hidden=16, projector_out=8, views=Views(crop_scale=(0.5, 1.0), greyscale=0.0)
+EPOCH_IMAGES = 96  # three whole batches
+FINETUNE = FinetuneConfig.model_validate(
+    {
+        **dict(trainings.FINETUNE),
+        "consistency": {"draws": 3},
+        "smoothadv": {"draws": 2, "steps": 3},
+        "cat_rs": {"draws": 2, "steps": 3},
+        "adversary": {"steps": 4},
+    }
 )
-View = Callable[[Tensor, Views, torch.Generator], Tensor]
-
-
-def images() -> ImageSet:
-    return load_images("digits", "train")[slice(IMAGES)]
-
-
-def classifier() -> Classifier:
-    encoder = build_encoder("small", 4, 1)
-    features = encoder.features
-    assert isinstance(features, int)
-    built = Classifier(Normalize([0.3], [0.38]), encoder, linear_head(features, 10))
-    seeded_init(built, stream(0, "weights"))
-    return built
-
-
-def bits(module: nn.Module) -> dict[str, bytes]:
-    return {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
 
 
 class Epochs:
@@ -76,45 +44,6 @@ class Epochs:
     def passes(self) -> tuple[float, float]:
         """Forward and backward, forward alone, for each image of an epoch."""
         return tuple(self.events[0][name] / EPOCH_IMAGES for name in ("passes", "forward_passes"))  # type: ignore[return-value]
-
-
-def pretrained(
-    config: PretrainConfig = SIMCLR,
-    checkpoints: CheckpointPolicy = CheckpointPolicy(),  # noqa: B008
-    log: Callable[..., None] = lambda *_, **__: None,
-    view: View = random_view,
-    start: Classifier | None = None,
-    **options: Any,
-) -> Classifier:
-    trained = start or classifier()
-    with patch("rush.training.pretrain.random_view", view):
-        pretrain(
-            Resident(images().without_labels(), "cpu", rank(), world_size()),
-            trained.encoder,
-            trained.normalize,
-            config,
-            TrainingSettings(seed=0, execution=Execution(), checkpoints=checkpoints, log=log, **options),
-        )
-    return trained
-
-
-FINETUNE = FinetuneConfig.model_validate(
-    {
-        **SCHEDULE,
-        "shift": 1,
-        "flip": 0.0,
-        "consistency": {"draws": 3},
-        "smoothadv": {"draws": 2, "steps": 3},
-        "cat_rs": {"draws": 2, "steps": 3},
-        "adversary": {"steps": 4},
-    }
-)
-
-
-def finetuned(config: FinetuneConfig = FINETUNE, log: Callable[..., None] = lambda *_, **__: None) -> Classifier:
-    trained = classifier()
-    finetune(images(), trained, config, TrainingSettings(seed=0, execution=Execution(), log=log), noise=Gaussian(0.25))
-    return trained
 
 
 METHODS: dict[str, tuple[PretrainConfig, tuple[float, float]]] = {
@@ -144,7 +73,7 @@ def test_a_pre_training_costs_the_passes_that_it_says(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_fine_tuning_costs_the_passes_that_it_says(name: FinetuneObjective) -> None:
     log = Epochs()
-    finetuned(FINETUNE.replace(objective=name), log)
+    finetuned(FINETUNE.replace(objective=name), log=log)
     assert log.passes == OBJECTIVES[name]
 
 
@@ -164,13 +93,13 @@ def breaking_after(calls: int, view: View = random_view) -> View:
 def test_a_pre_training_broken_off_in_an_epoch_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     """Queue, key network and the second normalization are resumed with the rest."""
     config, _ = METHODS[name]
-    checkpoints = CheckpointPolicy(TrainingCheckpoint(tmp_path / "state.pt", "recipe"), minutes=0)
+    checkpoints = kept(tmp_path, ALWAYS)
     if name != "acl":
         config = config.replace(noise=NoiseSchedule(views="one", ramp_epochs=2))
     undisturbed = bits(pretrained(config))
     with pytest.raises(KeyboardInterrupt):
-        pretrained(config, checkpoints, view=breaking_after(2 * 4))
-    assert bits(pretrained(config, checkpoints)) == undisturbed
+        pretrained(config, view=breaking_after(2 * 4), checkpoints=checkpoints)
+    assert bits(pretrained(config, checkpoints=checkpoints)) == undisturbed
     assert undisturbed != bits(classifier())
 
 
@@ -203,7 +132,7 @@ def test_the_encoder_of_acl_comes_back_with_the_normalization_of_the_adversarial
 
 def test_linear_then_full_trains_the_head_alone_at_first() -> None:
     log, gradual = Epochs(), FINETUNE.replace(mode="linear-then-full")
-    trained = finetuned(gradual, log)
+    trained = finetuned(gradual, log=log)
     assert [(event["passes"], event["forward_passes"]) for event in log.events] == [
         (0, EPOCH_IMAGES),
         (EPOCH_IMAGES, 0),
@@ -237,9 +166,9 @@ def mirrored(x: Tensor, _views: Views, _generator: torch.Generator) -> Tensor:
 
 
 def trained_on_ranks(folder: str, broken: bool) -> dict[str, Tensor]:
-    checkpoints = CheckpointPolicy(TrainingCheckpoint(Path(folder) / "state.pt", "recipe"))
     try:
-        trained = pretrained(SIMCLR, checkpoints, view=breaking_after(2 * 4, mirrored) if broken else mirrored)
+        view = breaking_after(2 * 4, mirrored) if broken else mirrored
+        trained = pretrained(view=view, checkpoints=kept(Path(folder)))
     except KeyboardInterrupt:
         trained = classifier()
     return {name: tensor.detach() for name, tensor in trained.state_dict().items()}
@@ -268,11 +197,11 @@ def test_two_processes_train_as_one_and_go_on_where_one_stopped(processes: ForkS
 
 
 def test_a_batch_that_processes_cannot_share_equally_is_refused() -> None:
-    source = Resident(images(), "cpu", 1, 3)
+    source = Resident(digits(), "cpu", 1, 3)
     with pytest.raises(Exception, match=r"batch_size = 32 cannot be shared equally by 3 processes; make it a multiple"):
         next(source.batches(stream(0, "order"), 32))
-    shares = [Resident(images(), "cpu", own, 4) for own in range(4)]
+    shares = [Resident(digits(), "cpu", own, 4) for own in range(4)]
     parts = [next(share.batches(stream(0, "order"), 32)).labels for share in shares]
-    whole = next(Resident(images()).batches(stream(0, "order"), 32)).labels
+    whole = next(Resident(digits()).batches(stream(0, "order"), 32)).labels
     assert whole is not None
     assert torch.equal(torch.cat([part for part in parts if part is not None]), whole)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -65,7 +65,21 @@ def fresh_noise(
 
     Cost: B x eot_samples passes per call.
     """
-    return _FreshNoise(smoothed, eot_samples, generators, antithetic)
+    logits, in_pairs = smoothed.differentiable(), antithetic and eot_samples % 2 == 0
+    half = eot_samples // 2 if in_pairs else eot_samples
+
+    def draw(x: Tensor) -> Tensor:
+        noise = torch.empty((len(x), eot_samples, *x.shape[1:]), device=generators[0].device)
+        for rows, generator in zip(noise, generators, strict=True):
+            smoothed.noise.fill(rows[:half], generator)
+        if in_pairs:
+            torch.neg(noise[:, :half], out=noise[:, half:])
+        return noise.to(x.device)
+
+    def at(x: Tensor, noise: Tensor) -> Tensor:
+        return mean_log_softmax(logits((x[:, None] + noise).flatten(0, 1)), len(x))
+
+    return _Redrawn(draw, at)
 
 
 def frozen_noise(
@@ -88,7 +102,13 @@ def fresh_draws(model: nn.Module, execution: Execution, eot_samples: int, genera
     Random: the network draws from the process's generators, which are seeded from ``generator`` (on the CPU) before
     each average and restored afterwards.
     """
-    return _FreshDraws(model, execution, eot_samples, generator)
+
+    def at(x: Tensor, seed: int) -> Tensor:
+        with seeded(seed):
+            draws = [execution.logits(model, x) for _ in range(eot_samples)]
+        return mean_log_softmax(torch.stack(draws, 1).flatten(0, 1), len(x))
+
+    return _Redrawn(lambda _: draw_seed(generator), at)
 
 
 def with_surrogate(log_probs: LogProbs, surrogate: LogProbs) -> LogProbs:
@@ -97,7 +117,7 @@ def with_surrogate(log_probs: LogProbs, surrogate: LogProbs) -> LogProbs:
     This is the backward pass differentiable approximation (BPDA, Athalye et al. 2018), for models without a useful
     gradient.
     """
-    return _WithSurrogate(log_probs, surrogate) if is_random(log_probs) else _Through(log_probs, surrogate)
+    return (_RandomThrough if is_random(log_probs) else _Through)(log_probs, surrogate)
 
 
 def loss_and_gradient(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -177,76 +197,44 @@ def gradient_statistics(
     return GradientStatistics(signal, squared - signal)
 
 
-class _FreshNoise:
-    def __init__(
-        self, smoothed: SmoothedClassifier, eot_samples: int, generators: Sequence[torch.Generator], antithetic: bool
-    ) -> None:
-        self._noise, self._logits = smoothed.noise, smoothed.differentiable()
-        self._samples, self._generators = eot_samples, generators
-        self._antithetic = antithetic and eot_samples % 2 == 0
+@dataclass(frozen=True)
+class _Redrawn:
+    """The function ``at`` of images and of what ``draw`` draws for them at every call."""
+
+    draw: Callable[[Tensor], Any]
+    at: Callable[[Tensor, Any], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._at(x, self._draw(x))
+        return self.at(x, self.draw(x))
 
     def pinned(self) -> LogProbs:
-        draws: list[Tensor] = []  # filled at the first call, which gives the shape
+        kept: list[Any] = []  # filled at the first call, which gives the shape
 
-        def at(x: Tensor) -> Tensor:
-            if not draws:
-                draws.append(self._draw(x))
-            return self._at(x, draws[0])
+        def at_kept(x: Tensor) -> Tensor:
+            if not kept:
+                kept.append(self.draw(x))
+            return self.at(x, kept[0])
 
-        return at
-
-    def _at(self, x: Tensor, noise: Tensor) -> Tensor:
-        return mean_log_softmax(self._logits((x[:, None] + noise).flatten(0, 1)), len(x))
-
-    def _draw(self, x: Tensor) -> Tensor:
-        """Return noise (B, eot_samples, C, H, W) on the device of ``x``."""
-        half = self._samples // 2 if self._antithetic else self._samples
-        noise = torch.empty((len(x), self._samples, *x.shape[1:]), device=self._generators[0].device)
-        for rows, generator in zip(noise, self._generators, strict=True):
-            self._noise.fill(rows[:half], generator)
-        if self._antithetic:
-            torch.neg(noise[:, :half], out=noise[:, half:])
-        return noise.to(x.device)
+        return at_kept
 
 
-class _FreshDraws:
-    def __init__(self, model: nn.Module, execution: Execution, eot_samples: int, generator: torch.Generator) -> None:
-        self._model, self._execution = model, execution
-        self._samples, self._generator = eot_samples, generator
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._at(x, self._seed())
-
-    def pinned(self) -> LogProbs:
-        seed = self._seed()
-        return lambda x: self._at(x, seed)
-
-    def _at(self, x: Tensor, seed: int) -> Tensor:
-        with seeded(seed):
-            draws = [self._execution.logits(self._model, x) for _ in range(self._samples)]
-        return mean_log_softmax(torch.stack(draws, 1).flatten(0, 1), len(x))
-
-    def _seed(self) -> int:
-        return draw_seed(self._generator)
-
-
+@dataclass(frozen=True)
 class _Through:
-    def __init__(self, value: LogProbs, slope: LogProbs) -> None:
-        self._value, self._slope = value, slope
+    """The function ``value`` with the derivative of ``slope``."""
+
+    value: LogProbs
+    slope: LogProbs
 
     def __call__(self, x: Tensor) -> Tensor:
-        slope = self._slope(x)
+        slope = self.slope(x)
         with torch.no_grad():
-            shift = self._value(x) - slope
+            shift = self.value(x) - slope
         return slope + shift
 
 
-class _WithSurrogate(_Through):
+class _RandomThrough(_Through):
     def pinned(self) -> LogProbs:
-        return _Through(pinned(self._value), pinned(self._slope))
+        return _Through(pinned(self.value), pinned(self.slope))
 
 
 @contextmanager

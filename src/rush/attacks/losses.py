@@ -15,8 +15,6 @@ from rush.errors import InputError
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["cross-entropy", "margin", "dlr"]
 
-_FEWEST_CLASSES = {False: 3, True: 4}  # that DLR needs, without and with a target
-
 
 def cross_entropy(log_probs: Tensor, y: Tensor) -> Tensor:
     """Return -log p_y, (B,), from log-probabilities (B, K)."""
@@ -77,11 +75,11 @@ def named_loss(name: LossName, num_classes: int, targets: Tensor | None = None) 
     """
     if name not in get_args(LossName):
         raise InputError(f"unknown loss {name!r}; allowed: {', '.join(get_args(LossName))}")
-    if name == "dlr" and num_classes < _FEWEST_CLASSES[targets is not None]:
+    fewest = 3 if targets is None else 4
+    if name == "dlr" and num_classes < fewest:
         kind = "dlr" if targets is None else "targeted dlr"
         raise InputError(
-            f"{kind} compares the {_FEWEST_CLASSES[targets is not None]} most probable classes and the model has "
-            f"{num_classes}; use margin"
+            f"{kind} compares the {fewest} most probable classes and the model has {num_classes}; use margin"
         )
     if targets is None:
         return {"cross-entropy": cross_entropy, "margin": margin, "dlr": dlr}[name]

@@ -89,9 +89,10 @@ def best_of_proposals(
     measures the current point.
     """
     random, best, same = is_random(log_probs), first, pinned(log_probs)
+    enough = None if random else enough
     with torch.no_grad():
         out = same(best)
-        value, done = loss(out, y), _exceeds(out, y, None if random else enough)
+        value, done = loss(out, y), _exceeds(out, y, enough)
         for query in range(1, passes):
             if random and query % (refresh + 1) == 0:
                 same = pinned(log_probs)
@@ -104,7 +105,7 @@ def best_of_proposals(
             candidate_value = loss(out, y)
             better = (candidate_value > value) & ~done
             best, value = choose(better, candidate, best), choose(better, candidate_value, value)
-            done = done | (better & _exceeds(out, y, None if random else enough))
+            done = done | (better & _exceeds(out, y, enough))
     return best
 
 

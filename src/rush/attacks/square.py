@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from rush.attacks.random_search import REFRESH, Proposal, best_of_proposals
 from rush.attacks.threat import ORDERS, ThreatModel, stacked_draws
 from rush.choices import Norm
 
+FIRST_SHARE = 0.8  # of the image, that the first squares cover
 # Queries of 10,000 after which the squares' share of the image is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # The margin above which an image no longer changes. A forward that rounds differently still finds it broken.
@@ -30,7 +32,6 @@ def square(
     *,
     queries: int,
     loss: Loss = margin,
-    p_init: float = 0.8,
     schedule: int | None = None,
     refresh: int = REFRESH,
 ) -> Tensor:
@@ -49,7 +50,6 @@ def square(
         generators: one per image.
         queries: number of forward passes.
         loss: the objective.
-        p_init: area of the first squares as a share of the image.
         schedule: number of queries for which the squares' area falls, by default ``queries``.
         refresh: number of proposals per draw of a stochastic ``log_probs``.
 
@@ -60,10 +60,7 @@ def square(
 
     Cost: ``queries`` forward passes, or fewer when all images are done earlier.
     """
-
-    def share(query: int) -> float:
-        return share_of_image(query, queries if schedule is None else schedule, p_init)
-
+    share = partial(share_of_image, queries=queries if schedule is None else schedule)
     if threat.norm == "linf":
         first, propose = _stripes(x, threat, generators), _squares(x, threat, generators, queries, share)
     else:
@@ -71,9 +68,9 @@ def square(
     return best_of_proposals(log_probs, y, first, propose, passes=queries, loss=loss, refresh=refresh, enough=ENOUGH)
 
 
-def share_of_image(query: int, queries: int, p_init: float) -> float:
+def share_of_image(query: int, queries: int) -> float:
     """Return the share of the image's area that a square covers at query number ``query`` of ``queries``."""
-    return p_init / 2 ** bisect_left(HALVINGS, query * 10_000 // queries)
+    return FIRST_SHARE / 2 ** bisect_left(HALVINGS, query * 10_000 // queries)
 
 
 def _stripes(x: Tensor, threat: ThreatModel, generators: list[torch.Generator]) -> Tensor:

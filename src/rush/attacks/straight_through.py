@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 _BITS = frozenset(("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__", "__rand__", "__ror__"))
 _QUANTISING = frozenset(("fake_quantize_per_tensor_affine", "quantize_per_tensor"))
@@ -101,11 +101,11 @@ class _Shadowing(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not tensors or not (cuts or shadowed or any(not tensor.requires_grad for tensor in tensors)):
             return result
-        with torch.enable_grad(), _replayed(before):
+        with torch.enable_grad(), _replayed(*before):
             source = self._source(name, function, in_place, operands, kwargs)
         if source is _NONE:
             self.replaced += 1
-            return result if in_place else tree_map(_cut, result)
+            return result if in_place else tree_map_only(Tensor, Tensor.detach, result)
         self.replaced += name not in _CLAMPING and not shadowed and source is not None
         return self._joined_all(result, source, in_place)
 
@@ -133,7 +133,7 @@ class _Shadowing(TorchFunctionMode):
         first = self._shadow(args[0]) if args else None
         if name in _ROUNDING or name in _DETACHING or name in _CLAMPING:
             return first
-        plain = _out_of_place(function) if in_place else function
+        plain = _out_of_place(name) if in_place else function
         try:
             source = self._slope(name, plain, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
@@ -224,11 +224,8 @@ def _name(function: Callable[..., Any]) -> tuple[str, bool]:
     return name, False
 
 
-def _out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    name, _ = _name(function)
-    if name == "__setitem__":
-        return _with_item
-    plain: Callable[..., Any] = getattr(Tensor, name)
+def _out_of_place(name: str) -> Callable[..., Any]:
+    plain: Callable[..., Any] = _with_item if name == "__setitem__" else getattr(Tensor, name)
     return plain
 
 
@@ -258,34 +255,23 @@ def _fits(value: Any, source: Any) -> bool:
     )
 
 
-def _cut(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
 def _bins(x: Tensor, boundaries: Tensor) -> Tensor:
     """Return ``x`` divided by the mean width of a bin."""
     return x * ((len(boundaries) - 1) / (boundaries[-1] - boundaries[0]))
 
 
-def _random_state(leaves: list[Any]) -> tuple[Tensor, list[tuple[torch.device, Tensor]]]:
+def _random_state(leaves: list[Any]) -> tuple[Tensor, dict[torch.device, Tensor]]:
+    """Return the states of torch's generators on the CPU and on the devices of the tensors among ``leaves``."""
     devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
-    return torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device in devices]
+    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
 
 
 @contextmanager
-def _replayed(state: tuple[Tensor, list[tuple[torch.device, Tensor]]]) -> Iterator[None]:
-    """Replay torch's random draws from ``state`` within the context, and restore its generators afterwards."""
-    after = torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device, _ in state[1]]
-    _set_random_state(state)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the network's own operation has given them already
-            yield
-    finally:
-        _set_random_state(after)
-
-
-def _set_random_state(state: tuple[Tensor, list[tuple[torch.device, Tensor]]]) -> None:
-    torch.set_rng_state(state[0])
-    for device, device_state in state[1]:
-        torch.cuda.set_rng_state(device_state, device)
+def _replayed(on_cpu: Tensor, on_devices: dict[torch.device, Tensor]) -> Iterator[None]:
+    """Replay torch's random draws from these states within the context, and restore its generators afterwards."""
+    with torch.random.fork_rng(list(on_devices), device_type="cuda"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the network's own operation has given them already
+        torch.set_rng_state(on_cpu)
+        for device, state in on_devices.items():
+            torch.cuda.set_rng_state(state, device)
+        yield

@@ -71,22 +71,12 @@ class ThreatModel:
         moved = _within(rounded, change, self.norm, 255 * self.radius(rounded) + GRID_TOLERANCE)
         return ((levels + moved) / 255).to(adversarial.dtype)
 
-    def steepest(self, gradient: Tensor) -> Tensor:
-        """Return the direction of ascent of unit norm (B, C, H, W), 0 where the gradient is 0.
-
-        For l-inf it is the gradient's sign, for l2 the normalised gradient, for l1 the sign of the ``L1_DENSITY``
-        largest entries. The steepest l1 direction is a single pixel, which makes little progress in few steps.
-        """
-        if self.norm == "linf":
-            return gradient.sign()
-        if self.norm == "l2":
-            return l2_unit(gradient)
-        return sparse_step(gradient, torch.full_like(gradient, math.inf), gradient.new_ones(1), _pixels(gradient))
-
     def step(self, gradient: Tensor, share: float | Tensor, at: Tensor, density: float | Tensor = L1_DENSITY) -> Tensor:
-        """Return the step (B, C, H, W) from the points ``at`` along the steepest ascent.
+        """Return the step (B, C, H, W) from the points ``at`` along the steepest ascent, 0 where the gradient is 0.
 
-        In l1, pixels that have reached the end of [0, 1] pass their part to the next largest ones.
+        For l-inf it follows the gradient's sign, for l2 the normalised gradient, for l1 the sign of the largest
+        entries: the steepest l1 direction is a single pixel, which makes little progress in few steps. In l1, pixels
+        that have reached the end of [0, 1] pass their part to the next largest ones.
 
         Args:
             gradient: (B, C, H, W).
@@ -95,9 +85,12 @@ class ThreatModel:
             density: for l1, share of the pixels that the step changes, one number or (B, 1, 1, 1).
         """
         length = share * self.radius(gradient)
-        if self.norm != "l1":
-            return length * self.steepest(gradient)
-        return sparse_step(gradient, room_towards(gradient, at), length, _pixels(gradient, density))
+        if self.norm == "linf":
+            return length * gradient.sign()
+        if self.norm == "l2":
+            return length * l2_unit(gradient)
+        pixels = (_beside(gradient, density) * gradient[0].numel()).floor().clamp(min=1)
+        return sparse_step(gradient, room_towards(gradient, at), length, pixels)
 
     def random_start(self, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Return points (B, C, H, W) uniform in the ball and moved into [0, 1], with one generator per image."""
@@ -199,11 +192,6 @@ def _unit_ball(norm: Norm, shape: tuple[int, ...], generators: list[torch.Genera
     sizes = -signed.abs().clamp(min=1e-30).log()
     total = (sizes[..., :width] if surface else sizes).sum(2, keepdim=True)
     return (sizes / total * signed.sign())[..., :width].reshape(len(generators), *shape)
-
-
-def _pixels(gradient: Tensor, density: float | Tensor = L1_DENSITY) -> Tensor:
-    """Return the number of entries of an image that are this share of all, at least one, (1 or B, 1, 1, 1)."""
-    return (_beside(gradient, density) * gradient[0].numel()).floor().clamp(min=1)
 
 
 def _beside(x: Tensor, value: float | Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def audit(
     checked.check_reachable(suite)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
     result = _evaluated(evaluation, defender, pixels, threat, patient)
-    case = Case(model, defender, pixels, threat, result, None, training, surrogate, certificates, judging)
+    case = Case(model, defender, pixels, threat, result, judging, training, surrogate, certificates)
     if isinstance(evaluation, AttackResult):
         points = LabelledPixels(case.points, pixels.y, pixels.ids)
         case.rejudged = defender.judge(points, "audit-again", patient)
@@ -238,8 +238,8 @@ def _report(case: Case, suite: Suite, findings: tuple[Finding, ...], tolerance: 
         verdict=decide(int(newly.sum()), total, tolerance, failed),
         evaluation=case.evaluation.plan.label,
         evaluation_accuracy=case.evaluation.robust_accuracy,
-        here=suite.label,
-        accuracy_here=1 - float((case.evaluation.broken | newly).mean()),
+        reference=suite.label,
+        reference_accuracy=1 - float((case.evaluation.broken | newly).mean()),
         images=total,
         newly_broken=tuple(np.array(case.pixels.ids)[newly].tolist()),
         tolerance=tolerance,

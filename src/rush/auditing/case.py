@@ -38,9 +38,9 @@ class Case:
 
     Attributes:
         evaluation: points and verdicts under audit.
-        rejudged: verdicts of judging these points once more, None where the audit ran the evaluation itself.
-        training_layers: names of the layers that were in training mode.
         judging: how points are judged, with the level of each verdict (``VERDICTS``).
+        training_layers: names of the layers that were in training mode.
+        rejudged: verdicts of judging these points once more, None where the audit ran the evaluation itself.
         results: results of probes on some of the held images, within the threat model.
     """
 
@@ -49,11 +49,11 @@ class Case:
     pixels: LabelledPixels
     threat: ThreatModel
     evaluation: AttackResult
-    rejudged: Verdicts | None
-    training_layers: tuple[str, ...]
-    surrogate: nn.Module | None
-    certificates: Certificates | None
     judging: VerdictSettings
+    training_layers: tuple[str, ...] = ()
+    surrogate: nn.Module | None = None
+    certificates: Certificates | None = None
+    rejudged: Verdicts | None = None
     results: list[AttackResult] = field(default_factory=list)
 
     @property
@@ -113,11 +113,6 @@ class Case:
         """The evaluation's points, moved into [0, 1] and the ball where they were outside."""
         return self.threat.project(self.evaluation.adversarial.clamp(0, 1), self.pixels.x)
 
-    def batches(self, rows: list[int], draws: int) -> Iterator[list[int]]:
-        """Split ``rows`` into parts that fill a tile with ``draws`` noisy copies per image, as attacks do."""
-        size = max(1, self.defender.execution.tile // max(1, draws))
-        return (rows[first : first + size] for first in range(0, len(rows), size))
-
     def attack(self, plan: Plan | Suite, rows: list[int], climbed: Defender | None = None) -> AttackResult:
         """Return the result of ``plan`` on the images at ``rows`` and keep it in ``results``.
 
@@ -139,6 +134,13 @@ class Case:
         images, device = self.pixels.select(rows), self.defender.execution.device
         x = images.x.to(device)
         return self.defender.log_probs(plan, x, images.ids, self.seed, f"audit/{name}"), x, images.y.to(device)
+
+    def views(self, plan: Plan, rows: list[int], name: str) -> Iterator[tuple[list[int], LogProbs, Tensor, Tensor]]:
+        """Yield parts of ``rows`` that fill a tile with the draws of ``plan``, as attacks do, and each ``view``."""
+        size = max(1, self.defender.execution.tile // max(1, plan.eot_samples))
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            yield part, *self.view(plan, part, name)
 
     def loss(self, plan: Plan, rows: list[int]) -> Loss:
         """Return the loss of ``plan`` on the images at ``rows``, of a targeted one for its first target."""

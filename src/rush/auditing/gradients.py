@@ -51,8 +51,7 @@ def gradient(case: Case) -> Outcome:
     if (plan := case.climbing) is None or not case.held:
         return skipped(NOT_CLIMBING)
     dead, saturated, total = 0, 0, 0
-    for rows in case.batches(case.held[:CLOSE], plan.eot_samples):
-        log_probs, x, y = case.view(plan, rows, "gradient")
+    for rows, log_probs, x, y in case.views(plan, case.held[:CLOSE], "gradient"):
         values, slopes = loss_and_gradient(log_probs, x, y, case.loss(plan, rows))
         lost = ~measures.alive(slopes)
         dead, total = dead + int(lost.sum()), total + len(rows)
@@ -78,8 +77,7 @@ def finite_differences(case: Case) -> Outcome:
         return skipped(NOT_CLIMBING)
     few = replace(plan, eot_samples=min(plan.eot_samples, _MOST_DRAWS))
     generator, parts = stream(case.seed, "audit/directions"), []
-    for rows in case.batches(case.held[:CLOSE], few.eot_samples):
-        log_probs, x, y = case.view(few, rows, "finite-differences")
+    for rows, log_probs, x, y in case.views(few, case.held[:CLOSE], "finite-differences"):
         parts.append(measures.slopes_at(pinned(log_probs), x, y, case.threat.select(rows), generator))
     agreement, ratio, images = measures.agreement(parts)
     return decide_slopes(agreement, ratio, images) if images else skipped("no image has a gradient")
@@ -151,8 +149,7 @@ def signal_to_noise(case: Case) -> Outcome:
         return skipped("the evaluation draws no fresh noise")
     draws, needed = min(plan.eot_samples, _MOST_DRAWS), []
     repeats = max(FEW_IMAGES, -(-_DRAWS // draws))
-    for rows in case.batches(case.held[:CLOSE], draws):
-        log_probs, x, y = case.view(replace(plan, eot_samples=draws), rows, "signal-to-noise")
+    for rows, log_probs, x, y in case.views(replace(plan, eot_samples=draws), case.held[:CLOSE], "signal-to-noise"):
         needed += measures.draws_needed(log_probs, x, y, case.loss(plan, rows), draws, repeats)
     steps = _QUARTER / plan.step_size if plan.step_size else 1.0
     return decide_draws(needed, plan.eot_samples * max(1.0, min(plan.steps, steps)))
@@ -190,8 +187,7 @@ def path(case: Case) -> Outcome:
         return skipped("no image is held")
     common_draws = Plan("path", "64 common draws", "pgd", "fresh", _COMMON_DRAWS)
     not_rising = 0
-    for rows in case.batches(case.held, _COMMON_DRAWS):
-        log_probs, x, y = case.view(common_draws, rows, "path")
+    for rows, log_probs, x, y in case.views(common_draws, case.held, "path"):
         common, points = pinned(log_probs), case.points[rows].to(x.device)
         before, after = (margin(measures.without_gradient(common, at), y) for at in (x, points))
         not_rising += int((after <= before).sum())

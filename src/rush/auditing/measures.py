@@ -3,7 +3,8 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +49,7 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / first.abs().max().clamp(min=1))
 
 
-@dataclass(frozen=True)
-class Slopes:
+class Slopes(NamedTuple):
     """Slopes of the margin, by autograd and by central differences over ``DISTANCES``, at images with a gradient.
 
     Attributes:
@@ -95,8 +95,7 @@ def agreement(parts: Sequence[Slopes]) -> tuple[float, float, int]:
         The cosine between the two along random directions, over all images together; the median ratio along the
         gradient; the number of images.
     """
-    expected, measured = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("expected", "measured"))
-    ratio = torch.cat([part.ratio for part in parts], 1)
+    expected, measured, ratio = (torch.cat(side, dim=-1) for side in zip(*parts, strict=True))
     if ratio.shape[1] == 0:
         return 0.0, 0.0, 0
     size = expected.norm(dim=(1, 2)) * measured.norm(dim=(1, 2))

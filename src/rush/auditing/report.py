@@ -15,6 +15,8 @@ from rush.statistics import Interval, share_interval
 AuditVerdict = Literal["holds", "overestimated", "undecided"]
 
 FORMAT = 1  # of audit.json
+# Names of fields in audit.json, where they differ.
+_STORED_AS = {"reference": "here", "reference_accuracy": "accuracy_here"}
 _MOST_IMAGES = 10_000_000  # beyond it no number of images is named
 
 
@@ -76,8 +78,8 @@ class AuditReport:
     Attributes:
         verdict: see ``decide``.
         evaluation: what was audited, with ``evaluation_accuracy``, the robust accuracy that it reports.
-        here: name and version of the reference suite.
-        accuracy_here: re-measured robust accuracy, 1 - the share of images that are broken by the evaluation, the
+        reference: name and version of the reference suite.
+        reference_accuracy: re-measured robust accuracy, 1 - the share of images that are broken by the evaluation, the
             reference suite or a probe.
         images: number of images.
         newly_broken: ids of the images that the evaluation held, or left undecided, and that are broken by the audit.
@@ -91,8 +93,8 @@ class AuditReport:
     verdict: AuditVerdict
     evaluation: str
     evaluation_accuracy: float
-    here: str
-    accuracy_here: float
+    reference: str
+    reference_accuracy: float
     images: int
     newly_broken: tuple[str, ...]
     tolerance: float
@@ -124,7 +126,7 @@ class AuditReport:
     @property
     def measured(self) -> Interval:
         """Robust accuracy that the audit's attacks leave, with its 95 % interval likewise."""
-        return share_interval(round(self.accuracy_here * self.images), self.images)
+        return share_interval(round(self.reference_accuracy * self.images), self.images)
 
     @property
     def beyond_a_point(self) -> bool:
@@ -150,7 +152,8 @@ class AuditReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values: the fields, and what follows from them for readers without this library."""
         derived = {"d": self.d, "d_low": self.d_low, "d_high": self.d_high, "failed": list(self.failed)}
-        plain = {**asdict(self), "newly_broken": list(self.newly_broken)}
+        plain = {_STORED_AS.get(name, name): value for name, value in asdict(self).items()}
+        plain["newly_broken"] = list(self.newly_broken)
         plain["findings"] = [asdict(finding) for finding in self.findings]
         return {"format": FORMAT, **plain, **derived, "images_needed": self.images_needed}
 
@@ -168,7 +171,7 @@ class AuditReport:
         if not isinstance(newly, list) or len(newly) != len({str(name) for name in newly}):
             raise InputError("'newly_broken' must be a list of images, each once")
         try:
-            fields = {name: value[name] for name in cls.__dataclass_fields__}
+            fields = {name: value[_STORED_AS.get(name, name)] for name in cls.__dataclass_fields__}
             fields["findings"] = tuple(Finding(**entry) for entry in entries)
         except (KeyError, TypeError) as error:
             raise InputError(f"the audit is not complete ({type(error).__name__}: {error}); audit again") from error
@@ -181,17 +184,18 @@ class AuditReport:
         if self.verdict not in get_args(AuditVerdict) or self.norm not in get_args(Norm):
             allowed = f"{' or '.join(get_args(AuditVerdict))}, and {' or '.join(get_args(Norm))}"
             raise InputError(f"verdict and norm must be {allowed}, got {self.verdict!r} and {self.norm!r}")
-        for name in ("evaluation_accuracy", "accuracy_here", "tolerance", "epsilon", "alpha"):
+        for name in ("evaluation_accuracy", "reference_accuracy", "tolerance", "epsilon", "alpha"):
             if as_real(getattr(self, name)) is None:
-                raise InputError(f"{name!r} must be a finite number, got {getattr(self, name)!r}")
+                stored = _STORED_AS.get(name, name)
+                raise InputError(f"{stored!r} must be a finite number, got {getattr(self, name)!r}")
         for finding in self.findings:
             _check_finding(finding)
         if type(self.images) is not int or not max(1, len(self.newly_broken)) <= self.images:
             raise InputError(f"{len(self.newly_broken)} of {self.images!r} images cannot be newly broken")
-        if not (0 <= self.accuracy_here <= 1 and 0 <= self.evaluation_accuracy <= 1 and 0 < self.tolerance < 1):
+        if not (0 <= self.reference_accuracy <= 1 and 0 <= self.evaluation_accuracy <= 1 and 0 < self.tolerance < 1):
             raise InputError("accuracies must lie in [0, 1] and the tolerance in (0, 1)")
-        if abs(self.evaluation_accuracy - self.accuracy_here - self.d) > 1e-9:
-            accuracies = f"accuracies of {self.evaluation_accuracy} and {self.accuracy_here}"
+        if abs(self.evaluation_accuracy - self.reference_accuracy - self.d) > 1e-9:
+            accuracies = f"accuracies of {self.evaluation_accuracy} and {self.reference_accuracy}"
             raise InputError(f"{accuracies} do not differ by the {self.d} that are newly broken")
         open_question = self.failed or self.d_high >= self.tolerance
         agrees = {
@@ -206,8 +210,8 @@ class AuditReport:
         """Return lines for a terminal: the verdict, the two accuracies, d, and every finding that did not pass."""
         lines = [
             f"{self.verdict}: {self.evaluation} ({self.norm} {self.epsilon:.4g}, {self.images} images)",
-            f"robust accuracy: reported {self.evaluation_accuracy:.1%}, re-measured {self.accuracy_here:.1%} "
-            f"({self.here})",
+            f"robust accuracy: reported {self.evaluation_accuracy:.1%}, re-measured {self.reference_accuracy:.1%} "
+            f"({self.reference})",
             f"reported robust but broken: {self.d:.1%}, one-sided 95 % bounds {self.d_low:.1%} and {self.d_high:.1%}",
         ]
         if self.verdict == "undecided":

@@ -64,25 +64,24 @@ def pixel_scale(case: Case) -> Outcome:
     Cost: 4 x 16 forward passes of a stochastic model, 4 of a deterministic one, on the probed images.
     """
     draws = Plan("scale", "clean", "pgd", "fresh", _SCALE_DRAWS)
-    as_given: list[Tensor] = []
-    rescaled: dict[str, list[Tensor]] = {name: [] for name in _SCALES}
-    for rows in case.batches(case.probed, _SCALE_DRAWS):
-        log_probs, x, y = case.view(draws, rows, "scale")
-        as_given.append(_right(log_probs, x, y))
+    right = 0
+    pairs = dict.fromkeys(_SCALES, (0, 0))
+    for rows, log_probs, x, y in case.views(draws, case.probed, "scale"):
+        as_given = _right(log_probs, x, y)
+        right += int(as_given.sum())
         for name, rescale in _SCALES.items():
             if isinstance(case.model, SmoothedClassifier):
                 # In front of the noise, the same noise would be another share of the pixels' range.
                 behind = SmoothedDefender(with_network(case.model, Changed(case.model.classifier, rescale)), None)
-                log_probs = behind.log_probs(draws, x, case.pixels.select(rows).ids, case.seed, "audit/scale")
-                rescaled[name].append(_right(log_probs, x, y))
+                other = behind.log_probs(draws, x, case.pixels.select(rows).ids, case.seed, "audit/scale")
+                rescaled = _right(other, x, y)
             else:
-                rescaled[name].append(_right(log_probs, rescale(x), y))
-    right = torch.cat(as_given)
-    others = {name: torch.cat(parts) for name, parts in rescaled.items()}
-    pairs = {name: (int((other & ~right).sum()), int((right & ~other).sum())) for name, other in others.items()}
+                rescaled = _right(log_probs, rescale(x), y)
+            better, worse = pairs[name]
+            pairs[name] = better + int((rescaled & ~as_given).sum()), worse + int((as_given & ~rescaled).sum())
     foreign = case.defender.kind == "random" and not isinstance(case.model, SmoothedClassifier)
     most_frequent = int(case.pixels.y[case.probed].bincount().max())
-    return decide_scale(len(right), int(right.sum()), pairs, most_frequent if foreign else None)
+    return decide_scale(len(case.probed), right, pairs, most_frequent if foreign else None)
 
 
 def decide_scale(total: int, right: int, others: Mapping[str, tuple[int, int]], chance: int | None = None) -> Outcome:

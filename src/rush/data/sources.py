@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -12,10 +12,11 @@ import numpy as np
 
 from rush.data.images import ImageSet, concatenate
 from rush.data.labels import check_several_classes
-from rush.data.readers.archives import Archive, download_archive, locate
-from rush.data.readers.cifar import CifarVersion, cifar10_versions, cifar100_versions, read_cifar
+from rush.data.readers.archives import Archive, locate
+from rush.data.readers.cifar import cifar10_versions, cifar100_versions, read_cifar
 from rush.data.readers.decoding import decode
 from rush.data.readers.digits import NUM_TEST, load_digits
+from rush.data.readers.download import fetch
 from rush.data.readers.encoded import EncodedImages, decode_all, join
 from rush.data.readers.entries import describe_kind
 from rush.data.readers.folders import open_folder
@@ -155,7 +156,8 @@ def _load(source: EncodedImages | Path | str, parts: Sequence[str], size: int | 
     if not isinstance(source, str | Path):
         return decode_all(source, size)
     read = load_digits if isinstance(source, str) else partial(load_npz, source)
-    return concatenate([_resized(read(part), size) for part in parts])
+    images = map(read, parts)
+    return concatenate([replace(part, images=resize_images(part.images, size)) for part in images])
 
 
 def _is_known(name_or_path: str | os.PathLike[str]) -> bool:
@@ -223,7 +225,7 @@ def _check_splits(name: str, parts: Sequence[str]) -> None:
 def _load_official(name: str, parts: Sequence[str], root: Root, download: bool, size: int | None) -> ImageSet:
     _check_splits(name, parts)
     readers, roots = _official_readers(name), _roots(root)
-    located = _locate(readers, roots, name)
+    located = locate(readers, roots, name)
     if located is None:
         shards = _official_shards(name, parts, roots)
         if shards is not None:
@@ -237,15 +239,9 @@ def _load_official(name: str, parts: Sequence[str], root: Root, download: bool, 
                 f"there, pass another root, set {ROOT_VARIABLE}, or pass download=True"
             )
         preferred = next(iter(readers))
-        located = preferred, download_archive(preferred, roots[0])
+        located = preferred, fetch(preferred.url, f"md5:{preferred.md5}", roots[0] / preferred.file)
     archive, path = located
     return concatenate([readers[archive](path, part, size) for part in parts])
-
-
-def _locate(archives: Iterable[Archive], roots: Sequence[Path], name: str) -> tuple[Archive, Path] | None:
-    """Return what ``locate`` finds in the first of ``roots`` that holds any of ``archives``."""
-    candidates = (locate(list(archives), root, name) for root in roots)
-    return next((located for located in candidates if located is not None), None)
 
 
 def _official_readers(name: str) -> dict[Archive, Read]:
@@ -253,11 +249,7 @@ def _official_readers(name: str) -> dict[Archive, Read]:
     if name == "stl10":
         return {STL10: read_stl10}
     versions = cifar10_versions() if name == "cifar10" else cifar100_versions()
-    return {version.archive: partial(_read_cifar, name, version) for version in versions}
-
-
-def _read_cifar(name: str, version: CifarVersion, path: Path, split: str, size: int | None) -> ImageSet:
-    return _resized(read_cifar(name, version, path, split), size)
+    return {version.archive: partial(read_cifar, name, version) for version in versions}
 
 
 def _official_shards(name: str, parts: Sequence[str], roots: Sequence[Path]) -> EncodedImages | None:
@@ -269,7 +261,7 @@ def _official_shards(name: str, parts: Sequence[str], roots: Sequence[Path]) -> 
     shards = {root: parquet_folder(root) or parquet_folder(root / name) for root in roots}
     folders = without_repeats(folder for folder in shards.values() if folder is not None)
     without = [root for root, folder in shards.items() if folder is None]
-    if not folders or (without and _locate(_official_readers(name), without, name) is not None):
+    if not folders or (without and locate(_official_readers(name), without, name) is not None):
         return None
     if without:
         raise _without_shards(name, without[0], folders[0])
@@ -288,10 +280,6 @@ def _open_folders(folders: Sequence[Path], split: str) -> EncodedImages:
     if not shards:
         return open_folder(folders[0], split)
     return open_shards(shards, split, folders[0].resolve().name)
-
-
-def _resized(images: ImageSet, size: int | None) -> ImageSet:
-    return replace(images, images=resize_images(images.images, size))
 
 
 def _unknown(name: str, paths: Sequence[Path]) -> DataError:

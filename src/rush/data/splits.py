@@ -1,7 +1,7 @@
 """The images of a run by their use, which is training, monitoring, pre-training or evaluation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,6 +37,8 @@ class Splits:
     device: str
     record: Callable[[str, ImageSet | Stream], None]
     loaded: dict[str, ImageSet]
+    _streams: dict[str, Stream] = field(default_factory=dict, init=False)
+    _recorded: set[str] = field(default_factory=set, init=False)
 
     @property
     def train(self) -> ImageSet | Stream:
@@ -121,14 +123,6 @@ class Splits:
             return train, None
         generator = stream(self.seed, "held out")
         return hold_out(train, count, generator) if isinstance(train, ImageSet) else train.holding_out(count, generator)
-
-    @cached_property
-    def _streams(self) -> dict[str, Stream]:
-        return {}
-
-    @cached_property
-    def _recorded(self) -> set[str]:
-        return set()
 
     def _used(self, split: str) -> ImageSet | Stream:
         images = self.inspect(split)

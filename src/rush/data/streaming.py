@@ -27,7 +27,6 @@ from rush.data.readers.resizing import check_size, num_threads
 from rush.data.readers.roots import Root
 from rush.data.sources import open_encoded
 from rush.errors import ConfigError, DataError
-from rush.runtime.numbers import as_whole
 from rush.runtime.transfer import sent
 
 _TASK = 16  # most images per task of a thread
@@ -61,32 +60,26 @@ class Stream:
         form: the shape they are decoded to.
         labels: int64, of all rows of ``encoded``, or None.
         rows: the rows that belong to the stream, ascending.
+        blocks: all rows of ``encoded`` in parts of at most half of ``memory``, as one pool is used and the next read.
         size: as in ``load_images``.
         memory: bytes of encoded images held at once.
         threads: number of decoding threads. No result depends on it.
         device: device of the batches.
         rank: number of this process.
         processes: number of processes.
-
-    Raises:
-        ConfigError: ``memory``, ``threads``, ``rank`` or ``processes`` is out of range.
     """
 
     encoded: EncodedImages
     form: Form
     labels: torch.Tensor | None
     rows: np.ndarray
+    blocks: list[Block]
     size: int | None
     memory: int
     threads: int = 1
     device: torch.device | str = "cpu"
     rank: int = 0
     processes: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("memory", "threads", "processes"):
-            _check_whole(name, getattr(self, name), 1)
-        _check_whole("rank", self.rank, 0, self.processes - 1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -174,7 +167,7 @@ class Stream:
 
     def _pools(self, order: torch.Generator) -> Iterator[np.ndarray]:
         """Yield all rows once, in the order of the epoch, in pools that are read at once."""
-        total = sum(block.num_bytes for block in self._blocks)
+        total = sum(block.num_bytes for block in self.blocks)
         if total <= self.memory:
             rows = _shuffled(self.rows, order)
             step = _FILES if total == 0 else len(rows)
@@ -182,8 +175,8 @@ class Stream:
             return
         pool: list[np.ndarray] = []
         num_bytes = 0
-        for number in torch.randperm(len(self._blocks), generator=order).tolist():
-            block = self._blocks[number]
+        for number in torch.randperm(len(self.blocks), generator=order).tolist():
+            block = self.blocks[number]
             if pool and num_bytes + block.num_bytes > self.memory // 2:
                 yield _shuffled(np.concatenate(pool), order)
                 pool, num_bytes = [], 0
@@ -191,14 +184,10 @@ class Stream:
             num_bytes += block.num_bytes
         yield _shuffled(np.concatenate(pool), order)
 
-    @cached_property
-    def _blocks(self) -> list[Block]:
-        return self.encoded.blocks(max(1, self.memory // 2))  # half: one pool is used while the next is read
-
     def _read_ahead(self, pools: Iterator[np.ndarray]) -> Generator[EncodedRow, None, None]:
         """Yield the encoded images of the pools in order. The next pool is read while one is used."""
         with ThreadPoolExecutor(1) as reader:
-            current: Future[list[EncodedRow | None]] | None = None
+            current: Future[deque[EncodedRow]] | None = None
             for pool in pools:
                 following = reader.submit(self._read, pool)
                 if current is not None:
@@ -207,14 +196,14 @@ class Stream:
             if current is not None:
                 yield from _released(current.result())
 
-    def _read(self, rows: np.ndarray) -> list[EncodedRow | None]:
+    def _read(self, rows: np.ndarray) -> deque[EncodedRow]:
         """Return the encoded images of ``rows``, in this order. They are read in the order of the files."""
-        encoded: list[EncodedRow | None] = [None] * len(rows)
-        ascending, slabs = np.argsort(rows), _Slabs(max(_SLAB, self.memory >> 8))
-        for position, (where, source) in zip(ascending.tolist(), self.encoded.read(rows[ascending]), strict=True):
-            content = source if isinstance(source, Path) else slabs.copy(source)
-            encoded[position] = int(rows[position]), (where, content)
-        return encoded
+        order, slabs = np.argsort(rows), _Slabs(max(_SLAB, self.memory >> 8))
+        read = [
+            (row, (where, source if isinstance(source, Path) else slabs.copy(source)))
+            for row, (where, source) in zip(rows[order].tolist(), self.encoded.read(rows[order]), strict=True)
+        ]
+        return deque(read[place] for place in np.argsort(order).tolist())
 
     def _decoded(self, encoded: Iterator[EncodedRow], sizes: Iterable[int]) -> Generator[DecodedRows, None, None]:
         """Yield the images in parts of ``sizes``; one part is decoded ahead of use, or more if parts are small."""
@@ -231,7 +220,8 @@ class Stream:
                 pool.shutdown(cancel_futures=True)
 
     def _start_decoding(self, pool: ThreadPoolExecutor, encoded: list[EncodedRow]) -> Pending:
-        images = torch.empty((len(encoded), *self.shape), dtype=torch.uint8, pin_memory=self._on_gpu)
+        on_gpu = torch.device(self.device).type == "cuda"
+        images = torch.empty((len(encoded), *self.shape), dtype=torch.uint8, pin_memory=on_gpu)
         sources = [source for _, source in encoded]
         step = min(_TASK, -(-len(encoded) // self.threads))
         # Each task writes a slice of its own, so that neither threads nor timing change the images.
@@ -244,10 +234,6 @@ class Stream:
     def _decode_into(self, pixels: np.ndarray, encoded: Sequence[Encoded]) -> None:
         for position, image in enumerate(encoded):
             pixels[position] = self.form.fit(decode(image, self.size), image[0])
-
-    @property
-    def _on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
 
 
 def training_source(images: ImageSet | Stream, device: torch.device | str, rank: int, processes: int) -> TrainingImages:
@@ -298,9 +284,11 @@ def open_stream(
     Raises:
         DataError: as ``load_images``, or the data are not stored image by image.
         InputError: a wrong ``size`` or ``root``.
-        ConfigError: a wrong ``memory`` or ``threads``.
+        ConfigError: ``memory`` is below 1.
     """
     check_size(size)
+    if memory < 1:
+        raise ConfigError(f"memory must be an integer >= 1, got {memory!r}")
     encoded = open_encoded(name_or_path, split, root)
     if encoded is None:
         raise DataError(
@@ -308,10 +296,9 @@ def open_stream(
             "let it fit in memory (data.memory_gb, data.size) or store it as one of these"
         )
     check_several_classes(encoded.labels, encoded.classes, split, f"{os.fspath(name_or_path)} ({split})")
-    threads = num_threads() if threads is None else threads
-    unknown = Form((1, 1, 1), "")
-    stream = Stream(encoded, unknown, encoded.labels, np.arange(len(encoded)), size, memory, threads)
-    return replace(stream, form=_form(encoded, stream._blocks, size))
+    blocks = encoded.blocks(max(1, memory // 2))
+    form, rows = _form(encoded, blocks, size), np.arange(len(encoded))
+    return Stream(encoded, form, encoded.labels, rows, blocks, size, memory, threads or num_threads())
 
 
 def _form(images: EncodedImages, blocks: Sequence[Block], size: int | None) -> Form:
@@ -351,16 +338,7 @@ def _finished(pending: Pending) -> DecodedRows:
     return images
 
 
-def _released(encoded: list[EncodedRow | None]) -> Iterator[EncodedRow]:
-    """Yield the entries in order and drop each from the list, so that a pool shrinks as it is used."""
-    for position, entry in enumerate(encoded):
-        encoded[position] = None
-        assert entry is not None
-        yield entry
-
-
-def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    whole = as_whole(value)
-    if whole is None or whole < least or (most is not None and whole > most):
-        bounds = f">= {least}" if most is None else f"in {least}..{most}"
-        raise ConfigError(f"{name} must be an integer {bounds}, got {value!r}")
+def _released(encoded: deque[EncodedRow]) -> Iterator[EncodedRow]:
+    """Yield the entries in order and drop each, so that a pool shrinks as it is used."""
+    while encoded:
+        yield encoded.popleft()

@@ -139,9 +139,8 @@ def apply_view(x: Tensor, parameters: ViewParameters) -> Tensor:
         float32 in [0, 1].
 
     Raises:
-        InputError: as the operations.
+        InputError: parameters do not fit the images.
     """
-    _check_images(x)
     most = _CHUNK_VALUES * torch.get_num_threads()
     if x.device.type != "cpu" or x.numel() <= most:
         return _apply_to_chunk(x, parameters)
@@ -168,7 +167,6 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
     Raises:
         InputError: shapes do not fit.
     """
-    _check_images(x)
     batch, _, height, width = x.shape
     _check_shape("boxes", boxes, (batch, 4))
     top, left, box_height, box_width = boxes.to(x.dtype).split(1, dim=1)
@@ -178,12 +176,11 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
         columns = torch.where(_per_sample("flip", flip, batch).view(batch, 1), columns.flip(1), columns)
     zero = columns.new_zeros(())  # the sum interleaves both without a copy of either
     grid = torch.view_as_real(torch.complex(columns, zero)[:, None, :] + torch.complex(zero, rows)[:, :, None])
-    return F.grid_sample(unit_float(x), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def flip_horizontal(x: Tensor, flip: Tensor) -> Tensor:
     """Mirror images left to right where ``flip`` (B,) is true."""
-    _check_images(x)
     return torch.where(_per_sample("flip", flip, len(x)), x.flip(3), x)
 
 
@@ -249,7 +246,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     """Convolve each image with a normalised Gaussian of its own sigma, with reflected borders.
 
     Args:
-        x: (B, C, H, W).
+        x: (B, C, H, W) float32.
         sigma: (B,) >= 0 in pixels, where 0 does not change the image.
         kernel_size: width of the Gaussian, odd, at most 2 min(H, W) - 1.
 
@@ -259,7 +256,6 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     Cost:
         2 kernel_size passes over the images.
     """
-    _check_images(x)
     most = 2 * min(x.shape[2:]) - 1
     if kernel_size % 2 == 0 or not 1 <= kernel_size <= most:
         raise InputError(
@@ -270,7 +266,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     distance = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
     bell = torch.where(sigma > 0, torch.exp(-0.5 * (distance / sigma.clamp(min=1e-6)) ** 2), (distance == 0).float())
     weights = (bell / bell.sum(1, keepdim=True)).view(len(x), kernel_size, 1, 1, 1).unbind(1)
-    x = _weighted_shifts(F.pad(unit_float(x), (0, 0, radius, radius), mode="reflect"), weights, dim=2)
+    x = _weighted_shifts(F.pad(x, (0, 0, radius, radius), mode="reflect"), weights, dim=2)
     return _weighted_shifts(F.pad(x, (radius, radius, 0, 0), mode="reflect"), weights, dim=3).clamp_(0, 1)
 
 

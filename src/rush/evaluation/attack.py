@@ -294,29 +294,21 @@ def _paper(defender: Defender, threat: ThreatModel) -> Plan:
 
 
 def _with_chosen_draws(plan: Plan, evaluation: Evaluation) -> Plan:
-    """Return ``plan`` with as many draws as its gradient's signal-to-noise ratio needs, and a label that says so."""
-    if not isinstance(evaluation.defender, SmoothedDefender):
-        raise InputError('eot_samples="auto" needs a smoothed classifier; give a number of draws')
-    draws = choose_eot_samples(evaluation.select(list(range(min(_AUTO_IMAGES, len(evaluation.images))))))
-    return replace(plan, eot_samples=draws, label=f"{plan.label}, EOT {draws} (auto)")
+    """Return ``plan`` with the draws per gradient that its gradient's signal-to-noise ratio needs.
 
-
-def choose_eot_samples(evaluation: Evaluation) -> int:
-    """Return the draws per gradient that give a cosine of 0.9 with the expected gradient on half of the images.
-
-    A power of two. It is measured at the points of a short attack, where an attack under way is.
-
-    Args:
-        evaluation: of a smoothed classifier.
+    They give a cosine of 0.9 with the expected gradient on half of the first images, and are a power of two. The ratio
+    is measured at the points of a short attack, where an attack under way is.
     """
-    defender, images, seed = evaluation.defender, evaluation.images, evaluation.settings.seed
-    assert isinstance(defender, SmoothedDefender)
-    points = evaluation.candidates(Plan("pilot", "PGD-5, EOT 16", "pgd", "fresh", 16, 5, 0.25)).adversarial
-    x, y = points.to(defender.execution.device), images.y.to(defender.execution.device)
-    generators = defender.smoothed.streams(seed, "attack/auto/noise", images.ids)
+    defender, seed = evaluation.defender, evaluation.settings.seed
+    if not isinstance(defender, SmoothedDefender):
+        raise InputError('eot_samples="auto" needs a smoothed classifier; give a number of draws')
+    first = evaluation.select(list(range(min(_AUTO_IMAGES, len(evaluation.images)))))
+    points = first.candidates(Plan("pilot", "PGD-5, EOT 16", "pgd", "fresh", 16, 5, 0.25)).adversarial
+    x, y = points.to(defender.execution.device), first.images.y.to(defender.execution.device)
+    generators = defender.smoothed.streams(seed, "attack/auto/noise", first.images.ids)
     statistics = gradient_statistics(defender.smoothed, x, y, cross_entropy, generators)
     needed = float(statistics.draws_for(_AUTO_COSINE).median())
     draws, most = _AUTO_RANGE
     while draws < min(most, needed):
         draws *= 2
-    return draws
+    return replace(plan, eot_samples=draws, label=f"{plan.label}, EOT {draws} (auto)")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from rush.attacks.gradient import seeded
 from rush.attacks.losses import Loss, named_loss
-from rush.attacks.threat import ThreatModel, norms
+from rush.attacks.threat import ORDERS, ThreatModel, norms
 from rush.choices import Decision
 from rush.data.checks import Images, LabelledPixels, check_class_indices, kind_of, labelled_pixels
 from rush.errors import InputError, ModelError
 from rush.evaluation.candidates import Candidates, attack_of, start_of
 from rush.evaluation.groups import made_by, read_group, write_group
-from rush.evaluation.model import CHOICE_VOTES, Defender, Model, PlainDefender, RandomDefender, SmoothedDefender, defend
+from rush.evaluation.model import CHOICE_VOTES, Defender, Model, defend
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, VerdictSettings
@@ -102,11 +102,9 @@ class Evaluation:
 
     def check_reachable(self, plan: Attacker | None = None) -> None:
         """Raise InputError when a verdict on the points of ``plan`` can never be given; a suite shares the level."""
-        if isinstance(self.defender, PlainDefender):
-            return
-        decision = self.defender.decision if isinstance(self.defender, RandomDefender) else None
-        shares = len(plan.plans) if isinstance(plan, Suite) and not self.defender.single else 1
-        self.settings.check_reachable(decision, shares)
+        if self.defender.kind == "random":
+            shares = len(plan.plans) if isinstance(plan, Suite) and not self.defender.single else 1
+            self.settings.check_reachable(self.defender.decision, shares)
 
     def run(self, plan: Attacker, resume: Path | None = None) -> AttackResult:
         """Attack all images by ``plan`` and judge the points.
@@ -210,9 +208,7 @@ class Evaluation:
             labels=images.y.numpy(),
             ids=images.ids,
             **vars(verdicts),
-            linf=norms(adversarial, images.x, "linf").numpy(),
-            l2=norms(adversarial, images.x, "l2").numpy(),
-            l1=norms(adversarial, images.x, "l1").numpy(),
+            **{norm: norms(adversarial, images.x, norm).numpy() for norm in ORDERS},
             passes=np.full(len(images), candidates.passes),
             forward_passes=np.full(len(images), candidates.forward_passes),
             attacker=np.zeros(len(images), np.int64),
@@ -265,7 +261,6 @@ class Evaluation:
 
 def _check_outputs(defender: Defender, pixels: LabelledPixels, declared: bool) -> None:
     """Check the model's logits on the first image, which tell a module's number of classes, and inspect the model."""
-    assert isinstance(defender, PlainDefender | SmoothedDefender | RandomDefender)
     with torch.no_grad():
         logits = check_logits(defender.execution.logits(defender.model, pixels.x[:1]), 1, defender.num_classes or None)
     defender.num_classes = logits.shape[1]

@@ -32,14 +32,13 @@ def write_group(path: Path, result: AttackResult, images: LabelledPixels, origin
     Args:
         origin: whatever decides the result beside images, plan, threat and level, e.g. ``made_by``.
     """
-    arrays = {name: getattr(result, name) for name in ARRAYS}
     write_arrays(
         path,
         adversarial=result.adversarial.numpy(),
         ids=np.array(result.ids),
         images=np.array(_digest(images)),
         conditions=np.array(_conditions(result.plan, result.threat, result.level, origin)),
-        **arrays,
+        **{name: getattr(result, name) for name in ARRAYS},
     )
 
 

@@ -95,30 +95,15 @@ def epsilon_text(norm: Norm, epsilon: float) -> str:
 
 
 def _strong(config: AttackConfig, num_classes: int) -> Iterator[Plan | Suite]:
-    steps, draws, restarts, queries = (
-        config.strong_steps,
-        config.strong_eot_samples,
-        config.strong_restarts,
-        config.queries,
-    )
-    ranks = target_ranks(num_classes, most=3)
-    mean = f"EOT {draws}"
-    yield Plan("apgd", f"APGD-{steps}, cross-entropy of the mean, {mean}", "apgd", "fresh", draws, steps)
-    yield Plan("apgd-margin", f"APGD-{steps}, margin of the mean, {mean}", "apgd", "fresh", draws, steps, loss="margin")
-    yield Plan(
-        "apgd-targets",
-        f"APGD-{steps}, targets 1 to {len(ranks)}, {mean}",
-        "apgd",
-        "fresh",
-        draws,
-        steps,
-        loss="margin",
-        targets=ranks,
-    )
-    label = f"APGD-{steps}, margin of the mean, {mean}, {restarts} restarts"
-    yield Plan("apgd-restarts", label, "apgd", "fresh", draws, steps, restarts=restarts, loss="margin")
-    label = f"Square, {queries:,} queries of 8 draws"
-    yield Plan("square", label, "square", "fresh", 8, queries, loss="margin", start="clean")
+    steps, mean, ranks = config.strong_steps, f"EOT {config.strong_eot_samples}", target_ranks(num_classes, most=3)
+    apgd = partial(Plan, method="apgd", eot_samples=config.strong_eot_samples, steps=steps)
+    yield apgd("apgd", f"APGD-{steps}, cross-entropy of the mean, {mean}")
+    yield apgd("apgd-margin", f"APGD-{steps}, margin of the mean, {mean}", loss="margin")
+    yield apgd("apgd-targets", f"APGD-{steps}, targets 1 to {len(ranks)}, {mean}", loss="margin", targets=ranks)
+    label = f"APGD-{steps}, margin of the mean, {mean}, {config.strong_restarts} restarts"
+    yield apgd("apgd-restarts", label, restarts=config.strong_restarts, loss="margin")
+    label = f"Square, {config.queries:,} queries of 8 draws"
+    yield Plan("square", label, "square", "fresh", 8, config.queries, loss="margin", start="clean")
     yield worst_case("random", num_classes)
 
 

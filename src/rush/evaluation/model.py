@@ -4,9 +4,10 @@ An attacker gets log-probabilities. The verdict gets votes, or probabilities, of
 choice among an attacker's candidates gets votes of a third stream.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Protocol, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from rush.evaluation.verdict import (
     judge_means,
     judge_single,
     judge_votes,
+    votes_of,
 )
 from rush.runtime.execution import Execution, check_eval_mode, device_of
 from rush.runtime.randomness import stream
@@ -52,56 +54,71 @@ _FEW = 16  # images on which a module without noise of its own is inspected
 _MEAN_DRAWS, _STANDARD_ERRORS = 128, 8
 
 
-class Defender(Protocol):
+class Defender(ABC):
     """The model under evaluation.
 
     Attributes:
         kind: "plain" for a deterministic model, "random" for one that draws.
+        model: the network.
         execution: where and in what precision it runs.
         num_classes: number of classes, K, 0 while unknown.
+        surrogate: network whose derivative stands in for the model's.
         transferable: whether a random model has a base network without noise, which an attacker may climb.
+        decision: what a stochastic network is used for.
         single: whether a random model is used with one draw, so that no verdict on a point is final.
         eight_bit: whether it takes 8-bit images only, to which attacked points are rounded.
     """
 
     kind: Kind
-    execution: Execution
-    num_classes: int
-    transferable: bool
-    single: bool
-    eight_bit: bool
+    transferable, single, eight_bit = False, False, False
+    decision: Decision | None = None
 
+    def __init__(self, model: nn.Module, execution: Execution, num_classes: int, surrogate: nn.Module | None) -> None:
+        self.model, self.execution, self.num_classes, self.surrogate = model, execution, num_classes, surrogate
+        self._watch: Watch | None = None
+
+    @abstractmethod
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         """Return what the attacker of ``plan`` sees of the images ``x`` (B, C, H, W); draws are named by ``name``."""
-        ...
 
+    @abstractmethod
     def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
         """Return verdicts on points, each false with probability <= ``settings.level``; ``purpose`` names the draws."""
-        ...
 
+    @abstractmethod
     def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
         """Return the margin (N,) of the best other class over the label, on draws that all points of an image share."""
-        ...
 
+    @abstractmethod
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
         """Return the classes (N, K - 1) other than the label, the most probable one first."""
-        ...
 
+    @abstractmethod
     def inspect(self, x: Tensor, declared: bool) -> None:
         """Raise ModelError unless the model is a function of one image, and of its draws, on the images ``x``.
 
         Args:
             declared: refuse a random model that is not declared to be one.
         """
-        ...
 
     def recheck(self) -> None:
         """Raise ModelError unless the model is still what it was when inspected; ends an evaluation."""
-        ...
+        if self._watch is not None:
+            self._watch.conclude()
 
     def fingerprint(self) -> str:
         """Return 64 hex digits that change with weights, noise, execution, decision and surrogate."""
-        ...
+        modules = {"model": self.model} | ({} if self.surrogate is None else {"surrogate": self.surrogate})
+        facts = {"defender": type(self).__name__, "execution": self.execution, "classes": self.num_classes}
+        return fingerprint_of(modules, facts | self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        """Return what else decides the answers, for ``fingerprint``."""
+        return {}
+
+    def _seen(self, log_probs: LogProbs) -> LogProbs:
+        """Return ``log_probs`` with the surrogate's derivative, where there is a surrogate."""
+        return log_probs if self.surrogate is None else with_surrogate(log_probs, plain(self.surrogate, self.execution))
 
 
 def defend(
@@ -141,33 +158,7 @@ def defend(
     return RandomDefender(model, num_classes or 0, decision, surrogate)
 
 
-class _Defender:
-    """The part that all kinds of defenders share: the network, its execution and its surrogate."""
-
-    transferable, single, eight_bit = False, False, False
-
-    def __init__(self, model: nn.Module, execution: Execution, num_classes: int, surrogate: nn.Module | None) -> None:
-        self.model, self.execution, self.num_classes, self.surrogate = model, execution, num_classes, surrogate
-        self._watch: Watch | None = None
-
-    def recheck(self) -> None:
-        if self._watch is not None:
-            self._watch.conclude()
-
-    def fingerprint(self) -> str:
-        return self._fingerprint()
-
-    def _fingerprint(self, **facts: object) -> str:
-        modules = {"model": self.model} | ({} if self.surrogate is None else {"surrogate": self.surrogate})
-        facts |= {"defender": type(self).__name__, "execution": self.execution, "classes": self.num_classes}
-        return fingerprint_of(modules, facts)
-
-    def _seen(self, log_probs: LogProbs) -> LogProbs:
-        """Return ``log_probs`` with the surrogate's derivative, where there is a surrogate."""
-        return log_probs if self.surrogate is None else with_surrogate(log_probs, plain(self.surrogate, self.execution))
-
-
-class PlainDefender(_Defender):
+class PlainDefender(Defender):
     """A deterministic network, judged by its class at the point."""
 
     kind: Kind = "plain"
@@ -176,7 +167,9 @@ class PlainDefender(_Defender):
         super().__init__(model, Execution(device=device_of(model)), num_classes, surrogate)
 
     def inspect(self, x: Tensor, declared: bool) -> None:
-        random = _calls_differ(self.model, self.execution, x)
+        with torch.no_grad():
+            calls = [check_logits(self.execution.logits(self.model, _few(x)), _FEW) for _ in range(2)]
+        random = _unlike(*calls)
         if random and declared:
             raise ModelError(
                 "the model gives other outputs for the same images from call to call, so it is random; say what it is "
@@ -202,7 +195,7 @@ class PlainDefender(_Defender):
         return _others(plain_logits(self.model, self.execution, images.x), images.y)
 
 
-class SmoothedDefender(_Defender):
+class SmoothedDefender(Defender):
     """A smoothed classifier, judged by votes under its noise.
 
     The noise of a verdict comes from ``stream(seed, "challenger/<purpose>", id, hash)`` and ``stream(seed,
@@ -227,8 +220,8 @@ class SmoothedDefender(_Defender):
     def recheck(self) -> None:
         self.smoothed.recheck()
 
-    def fingerprint(self) -> str:
-        return self._fingerprint(noise=self.smoothed.noise)
+    def _facts(self) -> dict[str, object]:
+        return {"noise": self.smoothed.noise}
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         if plan.gradient == "transfer":
@@ -267,7 +260,7 @@ class SmoothedDefender(_Defender):
         return _others(torch.cat(log_probs).cpu(), images.y)
 
 
-class RandomDefender(_Defender):
+class RandomDefender(Defender):
     """A stochastic network, which draws from the process's generators at every call.
 
     Every draw is a call of its own, so that draws of one image are independent even where the network draws once for
@@ -283,8 +276,8 @@ class RandomDefender(_Defender):
     def inspect(self, x: Tensor, declared: bool) -> None:  # noqa: ARG002
         self._watch = _watch(self.model, self.execution, x, random=True)
 
-    def fingerprint(self) -> str:
-        return self._fingerprint(decision=self.decision)
+    def _facts(self) -> dict[str, object]:
+        return {"decision": self.decision}
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
         generator = stream(seed, f"{name}/noise", ids[0])
@@ -301,20 +294,20 @@ class RandomDefender(_Defender):
             return self._probabilities(points.x[rows], number, generator)
 
         def count(rows: list[int], number: int) -> NDArray[np.int64]:
-            blocks = [_votes(draw(rows, min(BLOCK, number - first))) for first in range(0, number, BLOCK)]
+            blocks = [votes_of(draw(rows, min(BLOCK, number - first))) for first in range(0, number, BLOCK)]
             return np.sum(blocks, axis=0)
 
         if self.decision == "mean":
             return judge_means(draw, challenging, y, settings.level, settings.max_votes)
         if self.single:
             return judge_single(count([*range(len(y))], settings.max_votes), challenging.shape[1], y, settings.level)
-        return judge_votes(count, _votes(challenging), y, settings.level, settings.max_votes)
+        return judge_votes(count, votes_of(challenging), y, settings.level, settings.max_votes)
 
     def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
         probabilities = self._probabilities(points.x, CHOICE_VOTES, stream(seed, purpose, points.ids[0]))
         means = probabilities.mean(1)
         # scored by what the model is used for; the means decide between equal votes
-        scores = means if self.decision == "mean" else _votes(probabilities) + means
+        scores = means if self.decision == "mean" else votes_of(probabilities) + means
         return margin(torch.from_numpy(scores).float(), points.y)
 
     def ranking(self, images: LabelledPixels, seed: int) -> Tensor:
@@ -329,12 +322,6 @@ class RandomDefender(_Defender):
                 logits = torch.cat([self.execution.logits(self.model, part) for part in x.split(self.execution.tile)])
                 probabilities.append(F.softmax(check_logits(logits, len(x)).double(), dim=1).cpu())
         return torch.stack(probabilities, 1).numpy()
-
-
-@torch.no_grad()
-def _calls_differ(model: nn.Module, execution: Execution, x: Tensor) -> bool:
-    """Return whether two calls on some of the images ``x`` differ by more than 0.1 % of the logits' spread."""
-    return _unlike(*(check_logits(execution.logits(model, _few(x)), _FEW) for _ in range(2)))
 
 
 @torch.no_grad()
@@ -401,9 +388,3 @@ def plain_logits(model: nn.Module, execution: Execution, x: Tensor) -> Tensor:
 def _others(scores: Tensor, y: Tensor) -> Tensor:
     """Return the classes (N, K - 1) other than the label ``y``, sorted by falling score (N, K)."""
     return scores.scatter(1, y[:, None], -torch.inf).argsort(stable=True, dim=1, descending=True)[:, :-1]
-
-
-def _votes(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the votes (N, K) of draws with class probabilities (N, draws, K)."""
-    classes = np.arange(probabilities.shape[2])
-    return (probabilities.argmax(2)[:, :, None] == classes).sum(1).astype(np.int64)

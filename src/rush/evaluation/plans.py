@@ -6,6 +6,7 @@ The fields of ``Plan`` and ``Suite`` and their order are part of the files of un
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from rush.attacks.losses import LossName
@@ -117,15 +118,11 @@ def _random_plans(num_classes: int, transferable: bool) -> Iterator[Plan]:
         yield Plan("transfer", "noise-free base network, transferred", "apgd", "transfer", steps=20)
     yield Plan("pgd", "PGD-20, EOT 4", "pgd", "fresh", 4, 20, 0.25)
     yield Plan("apgd-ce", "APGD-50, cross-entropy of the mean, EOT 16", "apgd", "fresh", 16, 50)
-    yield Plan("apgd-margin", "APGD-50, margin of the mean, EOT 16", "apgd", "fresh", 16, 50, loss="margin")
-    ranks = target_ranks(num_classes, most=3)
-    yield Plan(
-        "apgd-t", f"APGD-25, targets 1 to {len(ranks)}, EOT 16", "apgd", "fresh", 16, 25, loss="margin", targets=ranks
-    )
+    margin, ranks = partial(Plan, method="apgd", loss="margin"), target_ranks(num_classes, most=3)
+    yield margin("apgd-margin", "APGD-50, margin of the mean, EOT 16", eot_samples=16, steps=50)
+    yield margin("apgd-t", f"APGD-25, targets 1 to {len(ranks)}, EOT 16", eot_samples=16, steps=25, targets=ranks)
     yield Plan("square", "Square, 250 queries of 8 draws", "square", "fresh", 8, 250, loss="margin", start="clean")
-    yield Plan(
-        "refine", "APGD-16 from the best point, margin, EOT 64", "apgd", "fresh", 64, 16, loss="margin", start="best"
-    )
+    yield margin("refine", "APGD-16 from the best point, margin, EOT 64", eot_samples=64, steps=16, start="best")
 
 
 def scaled(suite: Suite, factor: int) -> Suite:

@@ -185,17 +185,17 @@ def judge_means(
         if not rows.size:
             break
         p = draw(rows.tolist(), min(BLOCK, max_votes - before))  # (R, n, K)
-        draws = np.arange(len(rows))[:, None], np.arange(p.shape[1])[None]
-        p_label = p[(*draws, y[rows, None])]  # (R, n)
-        p_challenger = p[(*draws, challenger[rows, None])]
-        counts[rows] += (p.argmax(2)[:, :, None] == np.arange(num_classes)).sum(1)
+        p_label, p_challenger = (
+            np.take_along_axis(p, classes[rows, None, None], axis=2)[:, :, 0] for classes in (y, challenger)
+        )  # (R, n)
+        counts[rows] += votes_of(p)
         against[rows] += _log_products(p_challenger - p_label)
         in_favour[rows] += _log_products(p_label[:, :, None] - p)
         evidence = _log_mean(in_favour[rows])  # (R, K)
         evidence[np.arange(len(rows)), y[rows]] = np.inf  # the label need not beat itself
         held = evidence.min(1) >= threshold
         broken = _log_mean(against[rows]) >= threshold
-        verdict[rows] = np.where(broken, BROKEN, np.where(held, HELD, UNDECIDED))
+        verdict[rows] = _verdicts(broken, held)
     return Verdicts(verdict, challenger, counts, counts.sum(1) + challenging.shape[1])
 
 
@@ -212,8 +212,7 @@ def judge_single(counts: NDArray[np.int64], challenging_draws: int, y: NDArray[n
     right = counts[np.arange(len(y)), y]
     wrong = counts.sum(1) - right
     broken, held = sign_test(wrong, right) <= level, sign_test(right, wrong) <= level
-    verdict = np.where(broken, BROKEN, np.where(held, HELD, UNDECIDED)).astype(np.uint8)
-    return Verdicts(verdict, _best_other(counts, y), counts, counts.sum(1) + challenging_draws)
+    return Verdicts(_verdicts(broken, held), _best_other(counts, y), counts, counts.sum(1) + challenging_draws)
 
 
 def judge_deterministic(logits: Tensor, y: Tensor) -> Verdicts:
@@ -228,6 +227,12 @@ def judge_deterministic(logits: Tensor, y: Tensor) -> Verdicts:
     verdict = torch.where(top == y, HELD, BROKEN).to(torch.uint8)
     votes = torch.nn.functional.one_hot(top, logits.shape[1])
     return Verdicts(verdict.numpy(), others.numpy(), votes.numpy(), np.ones(len(y), np.int64))
+
+
+def votes_of(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the votes (N, K) of draws with class probabilities (N, draws, K)."""
+    classes = np.arange(probabilities.shape[2])
+    return (probabilities.argmax(2)[:, :, None] == classes).sum(1).astype(np.int64)
 
 
 def _best_other(scores: NDArray[np.generic], y: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -258,4 +263,8 @@ def _verdict_of(
     p_values = sign_test(label_votes[:, None], counts)  # (N, K)
     p_values[rows, y] = 0.0  # the label need not beat itself
     held = p_values.max(1) <= level
+    return _verdicts(broken, held)
+
+
+def _verdicts(broken: NDArray[np.bool_], held: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.where(broken, BROKEN, np.where(held, HELD, UNDECIDED)).astype(np.uint8)

@@ -31,7 +31,7 @@ class _Part(BaseModel):
 
 
 class _Classifier(_Part):
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     encoder: Annotated[str, Field(max_length=100)]
     width: Annotated[int, Field(ge=1, le=1024)]

@@ -8,9 +8,8 @@ from torch.nn import functional as F
 
 from rush.choices import EncoderName, Stem
 from rush.errors import ConfigError
-from rush.models.preact import PreActResNet
+from rush.models.preact import PreActResNet, wide_resnet
 from rush.models.resnet import BasicBlock, Bottleneck, ResNet
-from rush.models.wideresnet import wide_resnet
 
 _RESNETS: dict[str, tuple[tuple[int, int, int, int], type[BasicBlock] | type[Bottleneck]]] = {
     "resnet18": ((2, 2, 2, 2), BasicBlock),
@@ -56,17 +55,13 @@ def build_encoder(name: EncoderName, width: int, in_channels: int, stem: Stem = 
     """
     if stem not in get_args(Stem):
         raise ConfigError(f"unknown stem {stem!r}; allowed: {', '.join(get_args(Stem))}")
+    if name not in get_args(EncoderName):
+        raise ConfigError(f"unknown encoder {name!r}; allowed: {', '.join(get_args(EncoderName))}")
     if name in _RESNETS:
         blocks, block = _RESNETS[name]
         return ResNet(blocks, width, in_channels, stem, block)
-    if name not in get_args(EncoderName):
-        raise ConfigError(f"unknown encoder {name!r}; allowed: {', '.join(get_args(EncoderName))}")
     if stem != "small":
         raise ConfigError(f"encoder {name!r} has no {stem!r} stem, only 'small'; one of {', '.join(_RESNETS)} has both")
-    return _small_stem_only(name, width, in_channels)
-
-
-def _small_stem_only(name: EncoderName, width: int, in_channels: int) -> nn.Module:
     if name == "small":
         return SmallEncoder(width, in_channels)
     if name == "preactresnet18":

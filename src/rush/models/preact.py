@@ -1,10 +1,12 @@
-"""Pre-activation residual networks (He et al. 2016b) for small images, with a width factor."""
+"""Pre-activation residual networks (He et al. 2016b) and wide ones (Zagoruyko and Komodakis 2016) for small images."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.models.resnet import residual_stages
+
+_WIDE_STEM_CHANNELS = 16
 
 
 class PreActBlock(nn.Module):
@@ -55,3 +57,19 @@ class PreActResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm(self.stages(self.stem(x))))
         return torch.flatten(F.adaptive_avg_pool2d(out, 1), 1)
+
+
+def wide_resnet(depth: int, width: int, in_channels: int) -> PreActResNet:
+    """Build a wide residual network of three stages: normalized images (B, C, H, W) -> representations (B, 4 * width).
+
+    See Zagoruyko and Komodakis 2016. The stem has the paper's 16 channels at every width. There is no dropout.
+
+    Args:
+        depth: number of convolutions, 6 n + 4: n blocks of two in each of three stages, the stem and, counted as in the
+            paper, the three 1x1 shortcuts.
+        width: number of channels of the first stage, 16 times the paper's widening factor k: 160 with depth 28 is
+            WRN-28-10.
+        in_channels: number of channels of the images.
+    """
+    repeats = (depth - 4) // 6
+    return PreActResNet((repeats, repeats, repeats), width, in_channels, _WIDE_STEM_CHANNELS)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rush.choices import EncoderName, Stem
-from rush.data.kind import ImageKind, checked_shape
+from rush.data.kind import ImageKind
 from rush.data.readers.entries import describe_kind
 from rush.errors import ConfigError, RunError
 from rush.models.classifier import Classifier, Normalize
@@ -179,7 +179,7 @@ def load_plain(folder: Path, device: str) -> Classifier:
     if not _is_plain(description):
         raise RunError(f"{folder} holds a smoothed classifier; use rush.load")
     classifier = _load_classifier(folder, description)
-    classifier.kind = ImageKind(checked_shape(description["image_shape"]), tuple(description["classes"]))
+    classifier.kind = ImageKind(tuple(description["image_shape"]), tuple(description["classes"]))
     plain_execution(device).place(classifier)
     return classifier.eval()
 
@@ -210,7 +210,7 @@ def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
 
 
 def _is_plain(description: Mapping[str, Any]) -> bool:
-    return bool(description["noise"]["name"] == NO_NOISE)
+    return description["noise"]["name"] == NO_NOISE
 
 
 def _load_classifier(folder: Path, description: Mapping[str, Any]) -> Classifier:
@@ -280,8 +280,7 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
 def image_form(folder: str | PathLike[str]) -> ImageForm:
     """Return the form of the images that the model in ``folder`` was trained on, not resized unless recorded."""
     description = read_description(_model_folder(folder))
-    channels, height, width = description["image_shape"]
-    return ImageForm((channels, height, width), description["resized"])
+    return ImageForm(tuple(description["image_shape"]), description["resized"])
 
 
 def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:

@@ -58,7 +58,9 @@ class RunFolder:
         """
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --out")
-        if path.is_dir() and not (path / "recipe.json").exists() and any(map(_not_ours, path.iterdir())):
+        # An interrupted first write of the recipe leaves nothing but its partial file.
+        used = path.is_dir() and any(entry.name != ".recipe.json.partial" for entry in path.iterdir())
+        if used and not (path / "recipe.json").exists():
             raise RunError(
                 f"{path} is not empty and holds no recipe.json, so it is not a run folder; give another --out"
             )
@@ -122,7 +124,11 @@ class RunFolder:
         values, budget = _deciding_values(self.recipe), self.budget(stage)
         if budget is not None:
             values[stage] |= {"epochs": None, "minutes": budget["minutes"]}
-        return _sections_until(values, stage)
+        for training in TRAININGS:
+            if values[training]["minutes"] is None:
+                del values[training]["minutes"]  # so that checkpoints of versions without the field fit
+        names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_SECTIONS[earlier]]
+        return json.dumps({name: values[name] for name in names}, sort_keys=True)
 
     def budget(self, stage: Stage) -> dict[str, Any] | None:
         """Return the minutes of a training stage, the ``epochs`` that fit into them by its trial, and its figures.
@@ -255,11 +261,6 @@ class RunFolder:
         return has_traces or self.finished(stage) is not None or self.budget(stage) is not None
 
 
-def _not_ours(entry: Path) -> bool:
-    """Return whether ``entry`` is anything but the rest of an interrupted first ``write_atomically``."""
-    return entry.name != ".recipe.json.partial"
-
-
 def _read_object(file: Path, kind: str) -> dict[str, Any]:
     """Return the JSON object in ``file``. Raises: RunError if it is damaged or has a newer format."""
     return dict(Record.read(file, "restore it or start again in another folder", kind).fields)
@@ -348,14 +349,6 @@ def _settled(recipe: Recipe, path: Path, stages: Iterable[Stage] = TRAININGS) ->
             )
         recipe = with_epochs(recipe, stage, epochs)
     return recipe
-
-
-def _sections_until(values: dict[str, Any], stage: Stage) -> str:
-    names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_SECTIONS[earlier]]
-    for training in TRAININGS:
-        if values[training]["minutes"] is None:
-            del values[training]["minutes"]  # so that checkpoints of versions without the field fit
-    return json.dumps({name: values[name] for name in names}, sort_keys=True)
 
 
 def _deciding_values(recipe: Recipe) -> dict[str, Any]:

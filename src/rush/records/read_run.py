@@ -1,8 +1,9 @@
 """Values of a whole run, read from its folder for report and comparison."""
 
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -241,10 +242,7 @@ def _read_certificates(folder: Path, stage: StageRecord) -> tuple[list[int], Cer
         raise damaged(file, "it holds no images", remedy)
     certificates = read[1]
     derived = {
-        **{
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(certificates.rule).items()
-        },
+        **json.loads(certificates.rule.to_json()),
         "images": len(certificates),
         "undecided": int((certificates.outcome == UNDECIDED).sum()),
         "forward_passes_per_image": float(certificates.num_samples.mean()),

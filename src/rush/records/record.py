@@ -1,7 +1,6 @@
 """JSON objects in a run folder: format numbers, and errors that name file, field and remedy."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, TypeVar
 
 from rush.errors import RunError
 from rush.runtime.lines import read_object
+from rush.runtime.numbers import as_real
 
 # The newest format of each kind of file that this version reads, and the one that it writes. Files without a number
 # predate these numbers and are read as format 1. ``audit.json`` has its own, ``auditing.report.FORMAT``.
@@ -73,7 +73,7 @@ class Record:
     def number(self, key: str) -> float:
         """Return the finite number ``key``."""
         value = self.fields.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        if value is None or as_real(value) is None:
             raise self.damaged(f"{key!r} must be a finite number, got {value!r}")
         return value
 

@@ -30,6 +30,7 @@ from rush.reporting.wording import (
     share,
     threat_text,
 )
+from rush.runtime.numbers import as_real
 from rush.statistics import Interval, paired_difference
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -89,14 +90,6 @@ class Comparison:
     radii: tuple[float, ...]
     radius: float
     pairs: tuple[Paired, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Ecdf:
-    """An empirical distribution: ascending ``values`` (M,), and ``shares`` (M,) of the data that are at most these."""
-
-    values: np.ndarray
-    shares: np.ndarray
 
 
 def compare(
@@ -197,10 +190,11 @@ def class_accuracies(certificates: Certificates, radius: float) -> dict[int, Int
     }
 
 
-def probability_ecdf(certificates: Certificates) -> Ecdf:
-    """Return the distribution of ``p_lower`` over the images that do not abstain."""
-    values, counts = np.unique(certificates.p_lower[~certificates.abstained], return_counts=True)
-    return Ecdf(values, counts.cumsum() / max(1, counts.sum()))
+def probability_quantile(certificates: Certificates, level: float) -> float | None:
+    """Return the quantile of ``p_lower`` over the images that do not abstain, one of their values, None without any."""
+    values = certificates.p_lower[~certificates.abstained]
+    # Rounding of level * n must not select the value after the quantile.
+    return float(np.quantile(values, level - 1e-12, method="inverted_cdf")) if len(values) else None
 
 
 def grid_acr(certificates: Certificates, radii: Sequence[float]) -> float:
@@ -212,8 +206,7 @@ def grid_acr(certificates: Certificates, radii: Sequence[float]) -> float:
 
 def _with_different_names(logs: Sequence[CertificateTable]) -> tuple[CertificateTable, ...]:
     """Return the logs with different names: their paths where names are equal, with numbers where paths are equal."""
-    names = Counter(log.name for log in logs)
-    longer = [log.name if names[log.name] == 1 else str(log.path) for log in logs]
+    longer = _names_or_paths([log.name for log in logs], [log.path for log in logs])
     numbered = [name if longer.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(longer, start=1)]
     return tuple(replace(log, name=name) for log, name in zip(logs, numbered, strict=True))
 
@@ -234,7 +227,7 @@ def _default_radius(logs: Sequence[CertificateTable]) -> float:
 
 def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
     for radius in radii:
-        if isinstance(radius, bool) or not isinstance(radius, int | float) or not 0 <= radius < math.inf:
+        if (number := as_real(radius)) is None or number < 0:
             raise ConfigError(f"a radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
     if not radii:
         raise ConfigError("no radius was given; give at least one, or omit the option")
@@ -284,48 +277,30 @@ def _pixels(log: CertificateTable, rows: np.ndarray) -> list[str] | None:
     return None if pixels is None else [pixels[row] for row in rows.tolist()]
 
 
-_Matched = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # rows of both logs, and notes
-
-
-def _same_images(first: CertificateTable, second: CertificateTable, assume: bool) -> _Matched | str:
+def _same_images(
+    first: CertificateTable, second: CertificateTable, assume: bool
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | str:
     """Return the rows of both logs that show the same images, with notes, or the reason why there are none."""
-    if first.dataset is not None and second.dataset is not None:
-        if first.dataset != second.dataset:
-            return "they are from different data: the fingerprints of the test images differ"
-        return _matched_by_id(first, second)
-    if not assume:
-        unnamed = " and ".join(log.name for log in (first, second) if log.dataset is None)
-        return f"nothing shows that the images are the same: no data-set fingerprint in {unnamed}"
-    return _matched_by_idx(first, second)
-
-
-def _matched_by_id(first: CertificateTable, second: CertificateTable) -> _Matched | str:
-    common, first_rows, second_rows = np.intersect1d(
-        first.certificates.ids, second.certificates.ids, return_indices=True
-    )
-    if not len(common) == len(first) == len(second):
+    unnamed = [log.name for log in (first, second) if log.dataset is None]
+    if not unnamed and first.dataset != second.dataset:
+        return "they are from different data: the fingerprints of the test images differ"
+    if unnamed and not assume:
+        return f"nothing shows that the images are the same: no data-set fingerprint in {' and '.join(unnamed)}"
+    keys = (first.idx, second.idx) if unnamed else (first.certificates.ids, second.certificates.ids)
+    common, first_rows, second_rows = np.intersect1d(*keys, return_indices=True)
+    if not unnamed and not len(common) == len(first) == len(second):
         return (
             f"they hold different images of the same data: {len(first):,} and {len(second):,}, {len(common):,} in "
             "both; certify the same images"
         )
-    return _with_equal_labels(first, second, (first_rows, second_rows, ()))
-
-
-def _matched_by_idx(first: CertificateTable, second: CertificateTable) -> _Matched | str:
-    common, first_rows, second_rows = np.intersect1d(first.idx, second.idx, return_indices=True)
     if not len(common):
         return "no idx is in both logs"
-    note = f"same images assumed: matched by idx, {len(common):,} in both of {len(first):,} and {len(second):,}"
-    return _with_equal_labels(first, second, (first_rows, second_rows, (note,)))
-
-
-def _with_equal_labels(first: CertificateTable, second: CertificateTable, matched: _Matched) -> _Matched | str:
-    first_rows, second_rows, _ = matched
     unequal = np.flatnonzero(first.certificates.labels[first_rows] != second.certificates.labels[second_rows])
     if unequal.size:
         idx = first.idx[first_rows][unequal].min()
         return f"they are not the same images: {unequal.size:,} labels differ, the first at idx {idx}"
-    return matched
+    assumed = f"same images assumed: matched by idx, {len(common):,} in both of {len(first):,} and {len(second):,}"
+    return first_rows, second_rows, (assumed,) if unnamed else ()
 
 
 def _differing_conditions(first: CertificateTable, second: CertificateTable) -> tuple[str, ...]:
@@ -364,20 +339,16 @@ def _log_table(comparison: Comparison, title: str, corner: str, rows: Sequence[R
 
 
 def _conditions_table(comparison: Comparison) -> Table:
-    return _log_table(
-        comparison,
-        "Conditions",
-        "",
-        [
-            ("sigma", lambda log: f"{log.rule.sigma:g}"),
-            ("method", lambda log: _method_text(log.rule)),
-            ("level", lambda log: _level_text(log.rule)),
-            ("N", lambda log: f"{log.rule.num_estimation:,}" + (" at most" if log.rule.method == "sequential" else "")),
-            ("images", lambda log: f"{len(log):,}"),
-            ("copies of another image, not counted", _copies_text),
-            ("data set", lambda log: "not stated" if log.dataset is None else log.dataset[:12]),
-        ],
-    )
+    rows: list[Row[CertificateTable]] = [
+        ("sigma", lambda log: f"{log.rule.sigma:g}"),
+        ("method", lambda log: _method_text(log.rule)),
+        ("level", lambda log: _level_text(log.rule)),
+        ("N", lambda log: f"{log.rule.num_estimation:,}" + (" at most" if _stops_early(log) else "")),
+        ("images", lambda log: f"{len(log):,}"),
+        ("copies of another image, not counted", _copies_text),
+        ("data set", lambda log: "not stated" if log.dataset is None else log.dataset[:12]),
+    ]
+    return _log_table(comparison, "Conditions", "", rows)
 
 
 def _copies_text(log: CertificateTable) -> str:
@@ -396,20 +367,16 @@ def _accuracy_table(comparison: Comparison) -> Table:
 
 
 def _summary_table(comparison: Comparison) -> Table:
-    return _log_table(
-        comparison,
-        "Summary",
-        "",
-        [
-            ("ACR", lambda log: _NONE if log.rule.radii else _acr_text(log, log.certificates.acr)),
-            *_grid_rows(comparison.logs),
-            ("abstained", lambda log: share(log.certificates.share(log.certificates.abstained))),
-            ("correct at the largest radius", _ceiling_text),
-            *([("undecided at the largest N", _undecided_text)] if any(map(_stops_early, comparison.logs)) else []),
-            ("samples per image, mean", _samples_text),
-            ("seconds per image, mean", lambda log: f"{log.certificates.seconds.mean():.3g}"),
-        ],
-    )
+    rows: list[Row[CertificateTable]] = [
+        ("ACR", lambda log: _NONE if log.rule.radii else _acr_text(log, log.certificates.acr)),
+        *_grid_rows(comparison.logs),
+        ("abstained", lambda log: share(log.certificates.share(log.certificates.abstained))),
+        ("correct at the largest radius", _ceiling_text),
+        *([("undecided at the largest N", _undecided_text)] if any(map(_stops_early, comparison.logs)) else []),
+        ("samples per image, mean", _samples_text),
+        ("seconds per image, mean", lambda log: f"{log.certificates.seconds.mean():.3g}"),
+    ]
+    return _log_table(comparison, "Summary", "", rows)
 
 
 def _acr_text(log: CertificateTable, acr: float) -> str:
@@ -481,10 +448,8 @@ def _class_table(comparison: Comparison) -> Table:
 
 def _probability_table(comparison: Comparison) -> Table:
     def quantile(level: float, log: CertificateTable) -> str:
-        ecdf = probability_ecdf(log.certificates)
-        if not len(ecdf.values):
-            return _NONE
-        return f"{ecdf.values[np.argmax(ecdf.shares >= level - 1e-12)]:.5f}"
+        value = probability_quantile(log.certificates, level)
+        return _NONE if value is None else f"{value:.5f}"
 
     def at_ceiling(log: CertificateTable) -> str:
         predicted = int((~log.certificates.abstained).sum())
@@ -604,5 +569,9 @@ def training_tables(runs: Sequence[RunResults]) -> list[Table]:
 
 def run_names(runs: Sequence[RunResults]) -> list[str]:
     """Return the names of the folders, or their paths where names are equal."""
-    names = [run.folder.resolve().name for run in runs]
-    return [name if Counter(names)[name] == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
+    return _names_or_paths([run.folder.resolve().name for run in runs], [run.folder for run in runs])
+
+
+def _names_or_paths(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    counts = Counter(names)
+    return [name if counts[name] == 1 else str(path) for name, path in zip(names, paths, strict=True)]

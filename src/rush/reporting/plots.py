@@ -5,7 +5,7 @@ import math
 import re
 import textwrap
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -55,13 +55,7 @@ def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str
     accuracy = certificates.accuracy_interval(at)
     where = "σ/2" if at == certificates.sigma / 2 else f"ℓ2 {radius_text(at)}"
     axes.plot([at], [accuracy.estimate], "o", color=_INK, markersize=5)
-    axes.annotate(
-        f"{percent(accuracy.estimate)} at {where}",
-        (at, accuracy.estimate),
-        xytext=(7, 6),
-        textcoords="offset points",
-        color=_INK,
-    )
+    _label(axes, f"{percent(accuracy.estimate)} at {where}", (at, accuracy.estimate), (7, 6), color=_INK)
     last = "end of the grid" if certificates.rule.radii else f"ceiling, N = {certificates.num_estimation:,}"
     _radius_mark(axes, certificates.largest_radius, last, end)
     if ladder is not None and ladder.covering_radius < end:
@@ -108,10 +102,9 @@ def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form:
     figure, axes = _figure(form, height=3.3)
     x = [point.epsilon for point in points]
     shares = [point.accuracy for point in points]
-    estimates = [share.estimate for share in shares]
     axes.set_xscale("log")
     axes.fill_between(x, [s.low for s in shares], [s.high for s in shares], color=_ATTACK, alpha=0.15, linewidth=0)
-    axes.plot(x, estimates, color=_ATTACK, linewidth=1.8, marker="o", markersize=5, clip_on=False)
+    axes.plot(x, [s.estimate for s in shares], color=_ATTACK, linewidth=1.8, marker="o", markersize=5, clip_on=False)
     held = [(point.epsilon, point.accuracy_lower.estimate) for point in points if point.undecided]
     for place, low in held:
         axes.plot([place], [low], "o", markerfacecolor="none", markeredgecolor=_ATTACK, markersize=5, clip_on=False)
@@ -119,15 +112,9 @@ def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form:
         axes.plot(x, [floor.estimate for floor in floors], "s", color=_PROOF, markersize=4, clip_on=False)
     axes.axvline(ladder.epsilon, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     nearest = min(points, key=lambda point: abs(math.log(point.epsilon / ladder.epsilon)))
-    foot = nearest.accuracy.estimate > 0.7  # the curve is near the top
-    axes.annotate(
-        threat_text(ladder),
-        (ladder.epsilon, 0 if foot else 1),
-        xytext=(4, 5 if foot else -3),
-        textcoords="offset points",
-        va="bottom" if foot else "top",
-        color=_MUTED,
-    )
+    near_top = nearest.accuracy.estimate > 0.7
+    end, offset, side = (0, 5, "bottom") if near_top else (1, -3, "top")
+    _label(axes, threat_text(ladder), (ladder.epsilon, end), (4, offset), va=side, color=_MUTED)
     axes.set(ylim=(0, 1), xlabel="ε, pixels in [0, 1], logarithmic", ylabel="accuracy")
     _epsilon_ticks(axes, points, most=11 if form == "wide" else 6)
     _percent_ticks(axes.yaxis)
@@ -137,28 +124,18 @@ def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form:
 
 def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Format) -> Markup:
     """Draw the mean loss of one stage by epoch, without epochs whose loss is not finite."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = _figure(form, height=2.5)
     shown = [epoch for epoch in epochs if np.isfinite(epoch.loss)]
-    axes.plot(
-        [epoch.number for epoch in shown],
-        [epoch.loss for epoch in shown],
-        color=_INK,
-        linewidth=1.6,
-        marker="o",
-        markersize=2.5,
-    )
-    axes.set(xlabel="epoch", ylabel="loss", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    numbers, losses = [epoch.number for epoch in shown], [epoch.loss for epoch in shown]
+    axes.plot(numbers, losses, color=_INK, linewidth=1.6, marker="o", markersize=2.5)
+    axes.set(ylabel="loss", title=title)
+    _epoch_ticks(axes)
     ends = f": {shown[0].loss:.3g} to {shown[-1].loss:.3g} in {len(shown)} epochs" if shown else ""
     return _svg(figure, name, f"{title}{ends}")
 
 
 def watched_curve(watched: tuple[Watched, ...], title: str, name: str, form: Format) -> Markup:
     """Draw live figures by epoch: one colour per kind, dashed if the images are noisy."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = _figure(form, height=2.5)
     names = list(dict.fromkeys(figure_name for epoch in watched for figure_name in epoch.figures))
     kinds = list(dict.fromkeys(figure_name.removesuffix("_noisy") for figure_name in names))
@@ -171,8 +148,8 @@ def watched_curve(watched: tuple[Watched, ...], title: str, name: str, form: For
         epochs, shares = zip(*shown, strict=True)
         axes.plot(epochs, shares, style, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
         ends.append(f"{label}: {percent(shown[-1][1])}")
-    axes.set(ylim=(0, 1), xlabel="epoch", ylabel="accuracy", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set(ylim=(0, 1), ylabel="accuracy", title=title)
+    _epoch_ticks(axes)
     _percent_ticks(axes.yaxis)
     axes.legend(frameon=False, fontsize=axes.xaxis.label.get_fontsize(), labelcolor=_MUTED, loc="best")
     return _svg(figure, name, f"{title}, after the last epoch: {'; '.join(ends)}")
@@ -195,7 +172,12 @@ def _radius_mark(axes: "Axes", radius: float, text: str, end: float, line: int =
     axes.axvline(radius, color=_MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
     below = -3 - 14 * line
     offset, side = ((-4, below), "right") if right else ((4, below), "left")
-    axes.annotate(text, (radius, 1), xytext=offset, textcoords="offset points", ha=side, va="top", color=_MUTED)
+    _label(axes, text, (radius, 1), offset, ha=side, va="top", color=_MUTED)
+
+
+def _label(axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
+    """Write ``text`` at ``offset`` points from the place ``at``."""
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", **style)
 
 
 def _ladder_mark(axes: "Axes", place: int, accuracy: Interval, held: Interval | None, colour: str) -> None:
@@ -209,15 +191,15 @@ def _ladder_mark(axes: "Axes", place: int, accuracy: Interval, held: Interval | 
     anchor, offset, side = (accuracy.high, 5, "left") if right else (accuracy.low, -5, "right")
     if held is not None and not right:
         anchor = min(anchor, held.estimate - 0.01)
-    axes.annotate(
-        percent(accuracy.estimate),
-        (anchor, place),
-        xytext=(offset, 0),
-        textcoords="offset points",
-        ha=side,
-        va="center",
-        color=colour,
-    )
+    _label(axes, percent(accuracy.estimate), (anchor, place), (offset, 0), ha=side, va="center", color=colour)
+
+
+def _epoch_ticks(axes: "Axes") -> None:
+    """Name the x axis after epochs, with ticks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
 def _epsilon_ticks(axes: "Axes", points: tuple[CurvePoint, ...], most: int) -> None:

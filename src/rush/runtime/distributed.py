@@ -95,7 +95,8 @@ def gather(x: Tensor) -> Tensor:
     Returns:
         (world_size * B, ...).
 
-    Cost: one all-gather forward, one all-reduce backward.
+    Cost:
+        One all-gather forward, one all-reduce backward.
     """
     return _Gather.apply(x) if world_size() > 1 else x
 

@@ -64,7 +64,8 @@ def least_whole(suffices: Callable[[int], bool], start: int = 1) -> int | None:
         suffices: must be monotone: once true, it stays true.
         start: where the search begins.
 
-    Cost: O(log n) calls of ``suffices``.
+    Cost:
+        O(log n) calls of ``suffices``.
     """
     step, high = 1, start
     while not suffices(high):

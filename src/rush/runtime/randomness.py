@@ -56,7 +56,8 @@ def seeded_init(module: nn.Module, generator: torch.Generator) -> nn.Module:
     Convolutions are Kaiming normal with fan out (He et al. 2015). Linear layers are uniform in +-1/sqrt(fan in), which
     is torch's default. Normalization layers start as the identity.
 
-    Random: draws from ``generator`` (on the CPU), layer by layer in the order of their names.
+    Random:
+        Draws from ``generator`` (on the CPU), layer by layer in the order of their names.
     """
     for _, layer in sorted(module.named_modules()):
         if isinstance(layer, nn.Conv2d):
@@ -67,10 +68,7 @@ def seeded_init(module: nn.Module, generator: torch.Generator) -> nn.Module:
             if layer.bias is not None:
                 nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
         elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.reset_running_stats()
-            if layer.affine:
-                nn.init.ones_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            layer.reset_parameters()
     return module
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rush.errors import ConfigError
 
-_TURN_OFF = 'set execution.compile_training = "none"'
+TURN_OFF = 'set execution.compile_training = "none"'
+"""The remedy where a step cannot be captured."""
 
 
 def scheduled(function: Callable[[float], float], epoch: float) -> float | Tensor:
@@ -23,17 +24,14 @@ def scheduled(function: Callable[[float], float], epoch: float) -> float | Tenso
 class FollowedEpoch(float):
     """The epoch of a captured step: ``follow`` gives tensors that depend on it, and using it as a number raises."""
 
-    closed: bool
-    _device: str
-    _values: list[tuple[Callable[[float], float], Tensor]]
-    _next: int
-    _now: float
+    def __new__(cls, _device: str) -> "FollowedEpoch":
+        return super().__new__(cls)
 
-    def __new__(cls, device: str) -> "FollowedEpoch":
-        epoch = super().__new__(cls, 0.0)
-        epoch.closed, epoch._device, epoch._values = False, device, []
-        epoch._next, epoch._now = 0, 0.0
-        return epoch
+    def __init__(self, device: str) -> None:
+        self.closed = False
+        self._device = device
+        self._values: list[tuple[Callable[[float], float], Tensor]] = []
+        self._next, self._now = 0, 0.0
 
     def fill(self, epoch: float) -> None:
         """Write the values at ``epoch`` into all tensors, and let the next step start at the first of them."""
@@ -45,7 +43,7 @@ class FollowedEpoch(float):
         """Return the tensor of the next number, in the order in which the step requests them."""
         if self._next == len(self._values):
             if self.closed:
-                raise ConfigError(f"the training step requests different numbers than before; {_TURN_OFF}")
+                raise ConfigError(f"the training step requests different numbers than before; {TURN_OFF}")
             value = torch.full((), function(self._now), dtype=torch.float64, device=self._device)
             self._values.append((function, value))
         self._next += 1
@@ -54,7 +52,7 @@ class FollowedEpoch(float):
     def _refuse(self, *_: Any) -> NoReturn:
         raise ConfigError(
             "the operations of the training step depend on the epoch, so that one capture cannot serve all epochs; "
-            f"{_TURN_OFF}, or obtain the number from rush.runtime.schedules.scheduled"
+            f"{TURN_OFF}, or obtain the number from rush.runtime.schedules.scheduled"
         )
 
     __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _refuse

@@ -37,7 +37,12 @@ def synchronised(module: nn.Module) -> nn.Module:
         return module
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, _Synchronised | nn.SyncBatchNorm):
-            layer.__class__ = _counterpart(name, layer)
+            if type(layer) not in _COUNTERPARTS:
+                raise ModelError(
+                    f"layer {name!r} is a {type(layer).__name__}, whose statistics cannot be shared between processes; "
+                    f"use one of {', '.join(f'nn.{plain.__name__}' for plain in _COUNTERPARTS)}, or one process"
+                )
+            layer.__class__ = _COUNTERPARTS[type(layer)]
             layer.__module__ = nn.__name__  # torch.fx traces layers of torch.nn as one node, which can be folded
     return module
 
@@ -50,16 +55,6 @@ def desynchronised(module: nn.Module) -> nn.Module:
             layer.__class__ = plain_types[type(layer)]
             del layer.__module__
     return module
-
-
-def _counterpart(name: str, layer: _BatchNorm) -> "type[_Synchronised]":
-    try:
-        return _COUNTERPARTS[type(layer)]
-    except KeyError:
-        raise ModelError(
-            f"layer {name!r} is a {type(layer).__name__}, whose statistics cannot be shared between processes; "
-            f"use one of {', '.join(f'nn.{plain.__name__}' for plain in _COUNTERPARTS)}, or one process"
-        ) from None
 
 
 class _Synchronised(_BatchNorm):

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rush.errors import CheckpointError, ConfigError, ModelError
+from rush.errors import ConfigError
 
 
 class WeightAverage:
@@ -35,14 +35,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Add the current weights of ``module`` to the average.
-
-        Raises:
-            ModelError: they are those of another network.
-        """
+        """Add the current weights of ``module`` to the average."""
         now = module.state_dict()
-        if now.keys() != self._average.keys():
-            raise ModelError(f"the weight average is of another network: {_difference(self._average, now)}")
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         weighed = [name for name, tensor in self._average.items() if tensor.is_floating_point()]
         counted = [name for name, tensor in self._average.items() if not tensor.is_floating_point()]
@@ -53,15 +47,8 @@ class WeightAverage:
         self.updates += 1
 
     def copy_into(self, module: nn.Module) -> None:
-        """Copy the averaged weights into ``module``.
-
-        Raises:
-            ModelError: it is another network.
-        """
-        try:
-            module.load_state_dict(self._average)
-        except RuntimeError as error:
-            raise ModelError(f"the weight average is of another network: {error}") from error
+        """Copy the averaged weights into ``module``."""
+        module.load_state_dict(self._average)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates and the averaged tensors themselves, not copies."""
@@ -69,30 +56,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load ``state`` in place, on the device of the average.
-
-        Raises:
-            CheckpointError: ``state`` is that of another network, or damaged. The average is then as it was.
-        """
-        try:
-            updates, average = int(state["updates"]), dict(state["average"])
-            shapes = {name: tensor.shape for name, tensor in average.items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the saved weight average is damaged ({type(error).__name__}: {error})") from error
-        if shapes != {name: tensor.shape for name, tensor in self._average.items()}:
-            raise CheckpointError(
-                f"the saved weight average is of another network: {_difference(self._average, average)}; start the "
-                "stage again in another --out folder"
-            )
+        """Load the state of an average of the same network in place, on the device of this average."""
         for name, tensor in self._average.items():
-            tensor.copy_(average[name])
-        self.updates = updates
-
-
-def _difference(average: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
-    """Return the first names that only one of the two has, or the first tensor of a different shape."""
-    missing, extra = sorted(average.keys() - other.keys()), sorted(other.keys() - average.keys())
-    if missing or extra:
-        return f"missing {missing[:3]}, not expected {extra[:3]}"
-    name = next((name for name in average if average[name].shape != other[name].shape), "")
-    return f"{name} has shape {tuple(other[name].shape)}, expected {tuple(average[name].shape)}" if name else "none"
+            tensor.copy_(state["average"][name])
+        self.updates = int(state["updates"])

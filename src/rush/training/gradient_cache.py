@@ -53,7 +53,7 @@ def cached_backward(
     projections = [torch.cat(rows).requires_grad_() for rows in zip(*parts, strict=True)]
     value = loss(*projections)
     value.backward()
-    gradients = _micro_batches([_gradient(z) for z in projections], micro_batch)
+    gradients = _micro_batches([torch.zeros_like(z) if z.grad is None else z.grad for z in projections], micro_batch)
     for piece, gradient in zip(pieces, gradients, strict=True):
         z = encode(torch.cat(piece))
         if z.requires_grad:  # not where every parameter is frozen
@@ -70,10 +70,6 @@ def _micro_batches(tensors: Sequence[Tensor], micro_batch: int) -> list[tuple[Te
         raise InputError(f"micro_batch must be >= 1, got {micro_batch!r}")
     pieces = -(-rows.pop() // micro_batch)
     return list(zip(*(tensor.tensor_split(pieces) for tensor in tensors), strict=True))
-
-
-def _gradient(z: Tensor) -> Tensor:
-    return torch.zeros_like(z) if z.grad is None else z.grad
 
 
 @contextmanager

@@ -8,7 +8,6 @@ nothing is captured and a replay runs the step, on the same static memory.
 
 import gc
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +15,9 @@ from torch import Tensor
 from rush.data.batches import Batch
 from rush.errors import ConfigError, RushError
 from rush.runtime.lines import one_line
-from rush.runtime.schedules import FollowedEpoch
+from rush.runtime.schedules import TURN_OFF, FollowedEpoch
 
 WARM_UP = 2  # plain steps before the capture, after which the libraries are loaded and the optimizer has its state
-_TURN_OFF = 'set execution.compile_training = "none"'
 
 
 class CapturedStep:
@@ -37,9 +35,10 @@ class CapturedStep:
         device: str,
         prepare: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        self._step, self._device, self._prepare = step, device, prepare
+        self._step, self._prepare = step, prepare
         self._generator = torch.Generator(device=device)
-        self._recorder = self._new_recorder()
+        on_cuda = torch.device(device).type == "cuda"
+        self._recorder: _CudaGraph | _Rerun = _CudaGraph(device, self._generator) if on_cuda else _Rerun()
         self._batch: Batch | None = None
         self._epoch = FollowedEpoch(device)
         self._plain_steps, self._captured = 0, False
@@ -58,22 +57,12 @@ class CapturedStep:
         self._fill(batch)
         self._epoch.fill(epoch)
         reseed(self._generator)
-        if not self._captured and self._plain_steps < WARM_UP:
+        if self._plain_steps < WARM_UP:
             self._plain_steps += 1
             return self._recorder.plain(self._run)
         if not self._captured:
             self._capture()
         return self._recorder.replay()
-
-    def reset(self) -> None:
-        """Discard the capture, after its memory has been replaced, e.g. by the state of a checkpoint."""
-        self._plain_steps, self._captured = 0, False
-        self._epoch = FollowedEpoch(self._device)
-        self._recorder = self._new_recorder()
-
-    def _new_recorder(self) -> "_Recorder":
-        kind = torch.device(self._device).type
-        return _CudaGraph(self._device, self._generator) if kind == "cuda" else _Rerun()
 
     def _run(self) -> Tensor:
         assert self._batch is not None
@@ -85,7 +74,7 @@ class CapturedStep:
             self._batch = Batch(torch.empty_like(batch.images), labels)
         if batch.images.shape != self._batch.images.shape:
             shape, expected = tuple(batch.images.shape), tuple(self._batch.images.shape)
-            raise ConfigError(f"a captured step takes batches of shape {expected}, got {shape}; {_TURN_OFF}")
+            raise ConfigError(f"a captured step takes batches of shape {expected}, got {shape}; {TURN_OFF}")
         self._batch.images.copy_(batch.images)
         if batch.labels is not None and self._batch.labels is not None:
             self._batch.labels.copy_(batch.labels)
@@ -99,37 +88,26 @@ class CapturedStep:
             raise
         except Exception as error:  # whatever the step does that a graph cannot hold
             raise ConfigError(
-                f"the training step cannot be captured as a CUDA graph ({one_line(error)}); {_TURN_OFF}"
+                f"the training step cannot be captured as a CUDA graph ({one_line(error)}); {TURN_OFF}"
             ) from error
         finally:
             self._prepare(False)
         self._captured = True
 
 
-class _Recorder(Protocol):
-    def plain(self, function: Callable[[], Tensor]) -> Tensor:
-        """Return ``function()``, run as a preparation of the capture."""
-        ...
-
-    def record(self, function: Callable[[], Tensor]) -> None:
-        """Record ``function`` without running it."""
-        ...
-
-    def replay(self) -> Tensor:
-        """Run the recorded function and return its result."""
-        ...
-
-
 class _Rerun:
     """Recorder that stores the function itself."""
 
     def plain(self, function: Callable[[], Tensor]) -> Tensor:
+        """Return ``function()``, run as a preparation of the capture."""
         return function()
 
     def record(self, function: Callable[[], Tensor]) -> None:
+        """Record ``function`` without running it."""
         self._function = function
 
     def replay(self) -> Tensor:
+        """Run the recorded function and return its result."""
         return self._function()
 
 

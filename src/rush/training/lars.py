@@ -1,7 +1,7 @@
 """LARS: stochastic gradient descent whose step is scaled layer by layer, for large batches (You et al. 2017)."""
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +59,7 @@ class LARS(torch.optim.Optimizer):
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Call ``closure``, if any, take one step along the current gradients, and return the result of ``closure``."""
         loss = None
         if closure is not None:

@@ -4,8 +4,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +31,12 @@ from rush.training.optim import build_optimizer, cosine_factor, rate_tensor, rep
 
 Monitor: TypeAlias = Callable[[int], dict[str, Any]]
 """Function from an epoch to live figures."""
+Step: TypeAlias = Callable[[Batch, float, torch.Generator], Tensor]
+"""Function from the rows of this process, the epochs done so far (for schedules) and a generator, from which all of its
+randomness comes, to their mean loss without graph. It adds the gradients of this loss to the parameters' ``grad``."""
 
 _INSPECTED_STEPS = 32  # losses are inspected at this interval, and as many steps late, so that nothing waits for them
 _MOST_SKIPPED = 10  # batches of a run; more of them mean that the training itself diverges
-
-
-class Step(Protocol):
-    """One training step on the rows of this process. All randomness comes from ``generator``."""
-
-    def __call__(self, batch: Batch, epoch: float, generator: torch.Generator, /) -> Tensor:
-        """Add the gradients of the mean loss of these rows to the parameters' ``grad``.
-
-        Args:
-            epoch: epochs done so far, for schedules.
-
-        Returns:
-            The loss, without graph.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -183,7 +171,7 @@ class TrainingRun:
         self.number = 0  # steps done, those that were skipped included
         self.stopping: Tensor | None = None  # (), share of the processes asked to stop, as of the last step
         self.losses = Losses(self.per_epoch)  # of the current epoch, on the device
-        self.epoch_began = Cost(**self.meter.cost.as_dict())
+        self.epoch_began = replace(self.meter.cost)
         self.skipped: set[int] = set()  # numbers of the steps whose batches are omitted
         self.saved_at = time.monotonic()
         self.kept_at = self.saving_seconds = 0.0  # by the clock that waits for the device
@@ -320,7 +308,8 @@ class TrainingRun:
     def _one_step(self, batch: Batch, stop: StopRequest) -> None:
         """Train on one batch, and share with the other processes whether this one was asked to stop."""
         epoch = self.number / self.per_epoch
-        names: tuple[str | int, ...] = ("step", self.number, *_process_name())
+        process = (rank(),) if world_size() > 1 else ()
+        names = ("step", self.number, *process)
         self.stopping = None
         self._set_learning_rate()
         with memory_for(f"{self.name}, step {self.number + 1:,}", _memory_fields(self.name)):
@@ -441,7 +430,7 @@ class TrainingRun:
             images_per_second=images / cost.seconds,
             peak_memory=peak_memory(self.device),
             processes=world_size(),
-            **cost.as_dict(),
+            **asdict(cost),
         )
         figures = self._monitored(epoch) if epoch % self.schedule.monitor_epochs == 0 or epoch == self.epochs else {}
         if figures:
@@ -509,8 +498,8 @@ class TrainingRun:
             "optimizer": self._optimizer_state(),
             "average": self.average.state_dict() if self.average else {},
             "losses": self.losses.values().clone(),
-            "cost": self.meter.read().as_dict(),
-            "epoch_began": self.epoch_began.as_dict(),
+            "cost": asdict(self.meter.read()),
+            "epoch_began": asdict(self.epoch_began),
             "skipped": sorted(self.skipped),
         }
 
@@ -524,8 +513,7 @@ class TrainingRun:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.graph is not None:
-            self.rate_tensor = rate_tensor(self.optimizer, self.device)
-            self.graph.reset()
+            self.graph = self._capturing()  # the loaded state of the optimizer lies elsewhere
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.number = int(state["number"])
@@ -540,11 +528,6 @@ def _memory_fields(name: str) -> str:
     """Return the field to lower where a training step does not fit into memory."""
     cached = " or, with the objective simclr, set pretrain.micro_batch to a part of it" if name == "pretrain" else ""
     return f"{name}.batch_size{cached}"
-
-
-def _process_name() -> tuple[int, ...]:
-    """Return the part of a stream's name that tells processes apart: empty for a single process."""
-    return (rank(),) if world_size() > 1 else ()
 
 
 @contextmanager

@@ -23,9 +23,6 @@ class Losses:
         self._coming: HostCopy | None = None
         self._first = 0  # position in the epoch of the first loss that is on its way
 
-    def __len__(self) -> int:
-        return self._count
-
     def add(self, loss: Tensor) -> None:
         """Store a copy of the scalar ``loss`` of the next step."""
         if not self._count:
@@ -34,7 +31,7 @@ class Losses:
         self._count += 1
 
     def values(self) -> Tensor:
-        """Return the losses so far, (len(self),), on their device."""
+        """Return the losses so far, (n,), on their device."""
         return self._losses[: self._count]
 
     def exchange(self, flag: Tensor) -> tuple[int, Tensor, Tensor] | None:

@@ -5,9 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +32,6 @@ class Cost:
     seconds: float = 0.0
     joules: float | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def minus(self, earlier: "Cost") -> "Cost":
         """Return the cost since ``earlier``. Joules are None unless both have them."""
         joules = None if self.joules is None or earlier.joules is None else self.joules - earlier.joules
@@ -57,7 +53,8 @@ class Meter:
 
     def __init__(self, *networks: nn.Module, device: str = "cpu") -> None:
         self._networks, self.device = networks, device
-        self._read_energy = _energy_reader(device)
+        on_cuda = torch.device(device).type == "cuda"
+        self._read_energy = _accelerator_energy(device) if on_cuda else _processor_energy()
         self._since, self._energy = time.perf_counter(), 0.0
         self.cost = Cost(joules=0.0 if self._read_energy else None)
 
@@ -87,7 +84,7 @@ class Meter:
             energy = self._read_energy()
             self.cost.joules += max(0.0, energy - self._energy)  # the processor's counter wraps around
             self._energy = energy
-        return Cost(**self.cost.as_dict())
+        return replace(self.cost)
 
     def _count(self, network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0]
@@ -109,12 +106,8 @@ def peak_memory(device: str) -> int | None:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def _energy_reader(device: str) -> Callable[[], float] | None:
-    """Return a reader of the joules used by the device since an arbitrary start, or None if it has no counter."""
-    return _accelerator_energy(device) if torch.device(device).type == "cuda" else _processor_energy()
-
-
 def _accelerator_energy(device: str) -> Callable[[], float] | None:
+    """Return a reader of the joules used by the device since an arbitrary start, or None if it has no counter."""
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()

@@ -110,10 +110,9 @@ def encoder_figures(
     assert held_out.labels is not None
     figures = {}
     for suffix, added in _conditions(noise):
-        generators = [stream(seed, "probe", part, device=execution.device) for part in ("bank", "held out")]
         bank_features, queries = (
-            representations(images, represent, execution, added, generator)
-            for images, generator in zip((bank, held_out), generators, strict=True)
+            representations(images, represent, execution, added, stream(seed, "probe", part, device=execution.device))
+            for images, part in ((bank, "bank"), (held_out, "held out"))
         )
         labels, truth = bank.labels.to(queries.device), held_out.labels.to(queries.device)
         figures[f"knn{suffix}"] = knn_correct(bank_features, labels, queries, truth, neighbours) / len(held_out)

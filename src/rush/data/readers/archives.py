@@ -1,13 +1,12 @@
 """Official archives and their extracted folders: located or downloaded, hash-checked, read without extraction."""
 
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
 from rush.data.readers.damage import name_damage
-from rush.data.readers.download import fetch
 from rush.errors import DataError
 
 _MOST_TEXT = 1 << 20  # bytes
@@ -25,43 +24,31 @@ class Archive:
     url: str
     md5: str
 
+    @property
+    def remedy(self) -> str:
+        """Advice of error texts on a damaged archive or one of its files."""
+        return f"delete it and get it again from {self.url}"
 
-def locate(archives: Sequence[Archive], root: Path, name: str) -> tuple[Archive, Path] | None:
-    """Return the first archive, or else the first extracted folder, in ``root`` or ``root``/``name``, None without any.
 
-    ``root`` may also be the extracted folder itself. Archives are hash-checked. Folders are not: their readers check
-    sizes.
+def locate(archives: Collection[Archive], roots: Iterable[Path], name: str) -> tuple[Archive, Path] | None:
+    """Return the first archive, or else the first extracted folder, in the first of ``roots`` that holds any.
+
+    A root holds what lies in it or in its sub-folder ``name``, and may also be the extracted folder itself. Archives
+    are hash-checked. Folders are not: their readers check sizes. Returns None without any.
 
     Raises:
         DataError: an archive has a wrong hash.
     """
-    for base in (root, root / name):
+    for base in (base for root in roots for base in (root, root / name)):
         for archive in archives:
             if (base / archive.file).is_file():
-                return archive, verified(archive, base / archive.file)
+                _check_hash(archive, base / archive.file)
+                return archive, base / archive.file
         for archive in archives:
             for folder in (base / archive.folder, base):
                 if folder.name == archive.folder and folder.is_dir():
                     return archive, folder
     return None
-
-
-def download_archive(archive: Archive, root: Path) -> Path:
-    """Download ``archive`` to ``root`` and return its path, or raise DataError as ``fetch``."""
-    return fetch(archive.url, f"md5:{archive.md5}", root / archive.file)
-
-
-def verified(archive: Archive, path: Path) -> Path:
-    """Return ``path``, or raise DataError with both hashes unless its MD5 is the published one."""
-    import pooch
-
-    md5 = pooch.file_hash(str(path), alg="md5")
-    if md5 != archive.md5:
-        raise DataError(
-            f"{path} has MD5 {md5}, the official file has {archive.md5}: it is truncated or altered; "
-            f"delete it and run again to download it, or get it from {archive.url}"
-        )
-    return path
 
 
 def read_members(archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]) -> dict[str, Parsed]:
@@ -72,8 +59,8 @@ def read_members(archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]
     Raises:
         DataError: the file, which is named, is damaged, or a member is missing.
     """
-    with name_damage(f"{path} is damaged or truncated", f"delete it and get it again from {archive.url}"):
-        contents = (_from_folder if path.is_dir() else _from_tar)(archive, path, parsers)
+    with name_damage(f"{path} is damaged or truncated", archive.remedy):
+        contents = _from_folder(path, parsers) if path.is_dir() else _from_tar(archive, path, parsers)
     missing = [member for member in parsers if member not in contents]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; get it again from {archive.url}")
@@ -88,7 +75,19 @@ def read_words(file: IO[bytes]) -> list[str]:
     return content.removeprefix(b"\xef\xbb\xbf").decode("latin1").split()
 
 
-def _from_folder(_archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]) -> dict[str, Parsed]:
+def _check_hash(archive: Archive, path: Path) -> None:
+    """Raise DataError with both hashes unless the MD5 of the file at ``path`` is the published one."""
+    import pooch
+
+    md5 = pooch.file_hash(str(path), alg="md5")
+    if md5 != archive.md5:
+        raise DataError(
+            f"{path} has MD5 {md5}, the official file has {archive.md5}: it is truncated or altered; "
+            f"delete it and run again to download it, or get it from {archive.url}"
+        )
+
+
+def _from_folder(path: Path, parsers: dict[str, Parse[Parsed]]) -> dict[str, Parsed]:
     contents: dict[str, Parsed] = {}
     for member, parse in parsers.items():
         if (path / member).is_file():

@@ -14,6 +14,7 @@ from rush.data.images import ImageSet, numbered_ids
 from rush.data.labels import check_class_names, check_labels
 from rush.data.readers.archives import Archive, Parse, read_members, read_words
 from rush.data.readers.pickles import read_plain_pickle
+from rush.data.readers.resizing import resize_images
 from rush.errors import DataError
 
 SHAPE = (3, 32, 32)
@@ -70,20 +71,22 @@ def cifar100_versions() -> tuple[CifarVersion, ...]:
     )
 
 
-def read_cifar(name: str, version: CifarVersion, path: Path, split: str) -> ImageSet:
+def read_cifar(name: str, version: CifarVersion, path: Path, split: str, size: int | None = None) -> ImageSet:
     """Read ``split`` from ``path``, an archive or extracted folder of ``version``; ids are the official positions.
+
+    The images are resampled to ``size`` x ``size`` pixels unless it is None.
 
     Raises:
         DataError: a file, which is named, is missing, damaged, of a wrong size or mislabelled.
     """
     files = version.files[split]
-    read_names = _read_pickled_names if version.names_key else _read_listed_names
     read_images = _read_pickled if version.labels_key else _read_binary
     parsers: dict[str, Parse[Any]] = {file: partial(read_images, version, version.rows[split]) for file in files}
-    contents = read_members(version.archive, path, parsers | {version.names_file: partial(read_names, version)})
+    contents = read_members(version.archive, path, parsers | {version.names_file: partial(_read_names, version)})
     images = torch.from_numpy(np.concatenate([contents[file][0] for file in files]).reshape(-1, *SHAPE))
     labels = torch.cat([contents[file][1] for file in files])
-    return ImageSet(images, labels, contents[version.names_file], numbered_ids(split, len(images)), name, split)
+    classes = contents[version.names_file]
+    return ImageSet(resize_images(images, size), labels, classes, numbered_ids(split, len(images)), name, split)
 
 
 def _read_pickled(version: CifarVersion, rows: int, file: IO[bytes], where: str) -> tuple[np.ndarray, torch.Tensor]:
@@ -92,10 +95,12 @@ def _read_pickled(version: CifarVersion, rows: int, file: IO[bytes], where: str)
     if not isinstance(pixels, np.ndarray) or not _is_list_of(labels, int):
         raise DataError(
             f"{where} has the keys {sorted(content)[:20]}, needs an array 'data' and integers '{version.labels_key}'; "
-            f"{_again(version)}"
+            f"{version.archive.remedy}"
         )
     if pixels.shape != (rows, _PIXELS):
-        raise DataError(f"{where} holds pixels of shape {pixels.shape}, expected {(rows, _PIXELS)}; {_again(version)}")
+        raise DataError(
+            f"{where} holds pixels of shape {pixels.shape}, expected {(rows, _PIXELS)}; {version.archive.remedy}"
+        )
     return pixels, check_labels(np.asarray(labels), rows, version.num_classes, where)
 
 
@@ -105,36 +110,24 @@ def _read_binary(version: CifarVersion, rows: int, file: IO[bytes], where: str) 
     if len(content) != rows * record:
         size = f"more than {rows * record}" if len(content) > rows * record else len(content)
         raise DataError(
-            f"{where} has {size} bytes, expected {rows * record} ({rows} records of {record}); {_again(version)}"
+            f"{where} has {size} bytes, expected {rows * record} ({rows} records of {record}); {version.archive.remedy}"
         )
     table = np.frombuffer(content, np.uint8).reshape(rows, record)
     labels = check_labels(table[:, version.label_bytes - 1], rows, version.num_classes, where)
     return table[:, version.label_bytes :], labels
 
 
-def _read_pickled_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
-    names = read_plain_pickle(file, where).get(version.names_key)
-    if names is not None and _is_list_of(names, bytes):
+def _read_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
+    names: Any = read_plain_pickle(file, where).get(version.names_key) if version.names_key else read_words(file)
+    if _is_list_of(names, bytes):
         names = [name.decode("latin1") for name in names]
-    return _checked_names(version, names, where)
-
-
-def _read_listed_names(version: CifarVersion, file: IO[bytes], where: str) -> tuple[str, ...]:
-    return _checked_names(version, read_words(file), where)
-
-
-def _checked_names(version: CifarVersion, names: Any, where: str) -> tuple[str, ...]:
     if not _is_list_of(names, str) or len(names) != version.num_classes:
         raise DataError(
             f"{where} names the classes {reprlib.repr(names)}, expected {version.num_classes} of them; "
-            f"{_again(version)}"
+            f"{version.archive.remedy}"
         )
     return check_class_names(names, where)
 
 
 def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
-
-
-def _again(version: CifarVersion) -> str:
-    return f"delete it and get it again from {version.archive.url}"

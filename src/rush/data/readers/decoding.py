@@ -62,30 +62,24 @@ def decode_images(encoded: Iterable[Encoded], total: int, size: int | None = Non
     """Decode all images, by several threads, into one tensor.
 
     Args:
-        encoded: the images; each is decoded by ``decode``.
-        total: number of images, N.
+        encoded: the images, at least one; each is decoded by ``decode``.
+        total: their number, N.
         size: H = W, in pixels. None: as stored.
 
     Returns:
         uint8 (N, C, H, W), in order. C is 1 if all images are greyscale, else 3, greyscale ones being repeated.
 
     Raises:
-        DataError: as ``decode``; or an image has a different size from the first; or there are fewer than N.
+        DataError: as ``decode``; or an image has a different size from the first; or memory does not hold the N.
     """
-    images: np.ndarray | None = None
-    first = ""
-    for row, (where, image) in enumerate(_decoded(iter(encoded), size)):
-        if images is None:
-            images, first = _allocated((total, *image.shape), where), where
+    decoded = _decoded(iter(encoded), size)
+    first, image = next(decoded)
+    images = _allocated((total, *image.shape), first)
+    images[0] = image
+    for row, (where, image) in zip(range(1, total), decoded, strict=True):
         if len(image) > images.shape[1]:  # the first image in colour
             images = np.repeat(images, len(image), axis=1)
         images[row] = Form((images.shape[1], *images.shape[2:]), first).fit(image, where)
-    if images is None:
-        raise DataError("the set is empty; give at least one image")
-    if row + 1 < total:
-        raise DataError(
-            f"{row + 1} of {total} images were read, the last is {where}; the files after it are damaged: replace them"
-        )
     return torch.from_numpy(images)
 
 

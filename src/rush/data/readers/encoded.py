@@ -13,7 +13,6 @@ import torch
 from rush.data.images import ImageSet, common_classes, unique_ids
 from rush.data.indexing import split_rows
 from rush.data.readers.decoding import Encoded, decode_images
-from rush.data.readers.resizing import check_size
 from rush.errors import DataError
 
 
@@ -141,8 +140,6 @@ def decode_all(encoded: EncodedImages, size: int | None = None) -> ImageSet:
 
     Raises:
         DataError: an image, which is named, cannot be decoded, or has a different size from the first.
-        InputError: a wrong ``size``.
     """
-    check_size(size)
     images = decode_images(encoded.read(np.arange(len(encoded))), len(encoded), size)
     return ImageSet(images, encoded.labels, encoded.classes, encoded.ids(), encoded.name, encoded.split)

@@ -53,12 +53,12 @@ def warn_of_omitted(folder: Path, omitted: Sequence[Path], what: str) -> None:
         return
     counts = Counter(path.suffix.lower() or "no suffix" for path in omitted)
     listed = ", ".join(f"{count} with {suffix}" for suffix, count in counts.most_common(8))
-    text = (
+    warnings.warn(
         f"{folder}: {len(omitted)} entries are omitted because they are not {what} ({listed}), the first is "
-        f"{omitted[0]}; "
-        "remove them, or convert what should be read"
+        f"{omitted[0]}; remove them, or convert what should be read",
+        DataWarning,
+        stacklevel=2,
     )
-    warnings.warn(text, DataWarning, stacklevel=2)
 
 
 def describe_kind(path: Path) -> str:

@@ -95,7 +95,8 @@ def open_shards(folders: Sequence[Path], split: str, name: str) -> ParquetImages
             layout, or another split names different classes.
     """
     for folder in folders:
-        _warn_of_strays(folder)
+        strays = [Path(entry.path) for entry in list_entries(folder) if not entry.name.endswith(".parquet")]
+        warn_of_omitted(folder, strays, "parquet shards")
     shards = tuple(_open_shard(path) for path in find_shards(folders, split))
     for shard in shards:
         if (shard.label, shard.classes) != (shards[0].label, shards[0].classes):
@@ -118,9 +119,9 @@ def _other_shards(folders: Sequence[Path], shards: Sequence["_Shard"]) -> Iterat
 
     An unreadable one is skipped; loading its own split names it.
     """
-    visited = {shards[0].path.name.partition("-")[0].removesuffix(".parquet")}
+    visited = {_split_of(shards[0].path)}
     for path in sorted(set(_glob(folders)) - {shard.path for shard in shards}, key=lambda path: (path.name, path)):
-        split = path.name.partition("-")[0].removesuffix(".parquet")
+        split = _split_of(path)
         if shards[0].classes and split in visited:
             continue
         visited.add(split)
@@ -153,7 +154,7 @@ def find_shards(folders: Sequence[Path], split: str) -> list[Path]:
         raise _mixed(folders, [single[0], numbered[0]])
     shards = numbered or single
     if not shards:
-        splits = sorted({re.split(r"[-.]", path.name)[0] for path in _glob(folders)})
+        splits = sorted(set(map(_split_of, _glob(folders))))
         raise DataError(
             f"{joined_names(folders)}: no shard {split}-*.parquet, only of {', '.join(splits)}; "
             "give one of these splits or add the shard"
@@ -191,14 +192,14 @@ def _glob(folders: Sequence[Path], prefix: str = "") -> list[Path]:
     return [path for folder in folders for path in folder.glob("*.parquet") if path.name.startswith(prefix)]
 
 
+def _split_of(path: Path) -> str:
+    """Return the split that the name of a shard begins with."""
+    return path.stem.partition("-")[0]
+
+
 def _by_numbers(path: Path) -> tuple[list[str | int], str]:
     """Return a sort key that orders numbers in a file name by value and ignores the folder."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)], path.name
-
-
-def _warn_of_strays(folder: Path) -> None:
-    strays = [Path(entry.path) for entry in list_entries(folder) if not entry.name.endswith(".parquet")]
-    warn_of_omitted(folder, strays, "parquet shards")
 
 
 @dataclass(frozen=True)

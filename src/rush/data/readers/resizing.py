@@ -14,17 +14,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def fit_square(image: "Image.Image", size: int) -> "Image.Image":
-    """Resample the central square of ``image`` (mode L or RGB), as wide as its shorter side, to ``size`` x ``size``.
-
-    The filter is Pillow's bilinear one, antialiased and rounded to 8 bits. An image of this size is returned unchanged,
-    and a smaller one is enlarged.
-    """
-    return fit_image(image, size, size)
-
-
 def fit_image(image: "Image.Image", width: int, height: int) -> "Image.Image":
-    """Resample the largest central part of ``image`` with the proportions of ``width`` x ``height`` to this size."""
+    """Resample the largest central part of ``image`` with the proportions of ``width`` x ``height`` to this size.
+
+    The filter is Pillow's bilinear one, antialiased and rounded to 8 bits. An image (mode L or RGB) of this size is
+    returned unchanged, and a smaller one is enlarged.
+    """
     from PIL.Image import Resampling
 
     if image.size == (width, height):
@@ -38,14 +33,10 @@ def fit_image(image: "Image.Image", width: int, height: int) -> "Image.Image":
 
 
 def resize_images(images: torch.Tensor, size: int | None) -> torch.Tensor:
-    """Resample each image of uint8 (N, C, H, W), C in 1, 3, by ``fit_square`` to (N, C, size, size).
+    """Resample each image of uint8 (N, C, H, W), C in 1, 3, by ``fit_image`` to (N, C, size, size).
 
     With ``size`` None, or images of this size, the tensor is returned as it is.
-
-    Raises:
-        InputError: a wrong ``size``.
     """
-    check_size(size)
     if size is None or images.shape[2:] == (size, size):
         return images
     from PIL import Image
@@ -55,7 +46,7 @@ def resize_images(images: torch.Tensor, size: int | None) -> torch.Tensor:
 
     def resize(row: int) -> None:
         source = pixels[row, 0] if len(pixels[row]) == 1 else np.ascontiguousarray(pixels[row].transpose(1, 2, 0))
-        fitted = np.asarray(fit_square(Image.fromarray(source), size))
+        fitted = np.asarray(fit_image(Image.fromarray(source), size, size))
         resized[row] = fitted if fitted.ndim == 2 else fitted.transpose(2, 0, 1)
 
     with ThreadPoolExecutor(num_threads()) as pool:

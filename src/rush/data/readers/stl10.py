@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rush.data.images import ImageSet, numbered_ids
-from rush.data.labels import check_class_names, check_labels
+from rush.data.labels import check_class_names
 from rush.data.readers.archives import Archive, Parse, read_members, read_words
 from rush.data.readers.resizing import resize_images
 from rush.errors import DataError
@@ -71,21 +71,17 @@ def _read_labels(rows: int, file: IO[bytes], where: str) -> torch.Tensor:
         raise _wrong_size(where, len(content) if len(content) < rows else "more", rows)
     if content.min() < 1 or content.max() > _NUM_CLASSES:
         raise DataError(
-            f"{where} holds labels {content.min()}..{content.max()}, allowed are 1..{_NUM_CLASSES}; {_again()}"
+            f"{where} holds labels {content.min()}..{content.max()}, allowed are 1..{_NUM_CLASSES}; {STL10.remedy}"
         )
-    return check_labels(content.astype(np.int64) - 1, rows, _NUM_CLASSES, where)
+    return torch.from_numpy(content.astype(np.int64) - 1)
 
 
 def _read_names(file: IO[bytes], where: str) -> tuple[str, ...]:
     names = check_class_names(read_words(file), where)
     if len(names) != _NUM_CLASSES:
-        raise DataError(f"{where} names {len(names)} classes, expected {_NUM_CLASSES}; {_again()}")
+        raise DataError(f"{where} names {len(names)} classes, expected {_NUM_CLASSES}; {STL10.remedy}")
     return names
 
 
 def _wrong_size(where: str, num_bytes: int | str, expected: int) -> DataError:
-    return DataError(f"{where} has {num_bytes} bytes, expected {expected}; {_again()}")
-
-
-def _again() -> str:
-    return f"delete it and get it again from {STL10.url}"
+    return DataError(f"{where} has {num_bytes} bytes, expected {expected}; {STL10.remedy}")
