@@ -26,7 +26,7 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
         DeviceMemoryError: memory is short. The text names the fields to lower.
         RushError: as the stage.
     """
-    stages = {
+    stages: dict[Stage, Callable[[RunFolder], None]] = {
         "pretrain": run_pretrain,
         "finetune": run_finetune,
         "certify": partial(run_certify, tell=tell),
