@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Literal
 
 AttackMethod = Literal["none", "fgsm", "mifgsm", "pgd", "apgd", "square", "fmn", "random"]
+CertifyBound = Literal["clopper-pearson", "two-classes", "geometric", "beta"]
 CertifyMethod = Literal["clopper-pearson", "sequential"]
 CompileChoice = Literal["auto", "none", "default", "reduce-overhead"]
 CompileMode = Literal["none", "default", "reduce-overhead"]

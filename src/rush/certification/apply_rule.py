@@ -1,12 +1,13 @@
 """From the votes of an image to its certificate: the only place where a rule is applied."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rush.certification.bounds import Certified, certify_counts
-from rush.certification.rule import Rule
+from rush.certification.bounds import Certified, certify_counts, certify_two_classes
+from rush.certification.rule import TWO_CLASSES, Rule
 from rush.certification.sequential import CERTIFIED, UNDECIDED
 from rush.choices import ABSTAIN, BLOCK
 
@@ -37,7 +38,8 @@ class Decider:
     ) -> tuple[Certified, NDArray[np.uint8]]:
         """Return certificates and outcomes (B,) once all votes, (B, K) each, are there."""
         if self._tests is None:
-            certified = certify_counts(selection, estimation, self.rule.sigma, self.rule.image_alpha)
+            certify = certify_two_classes if self.rule.bound == TWO_CLASSES else certify_counts
+            certified = certify(selection, estimation, self.rule.sigma, self.rule.image_alpha)
             if self.rule.radii is not None:
                 certified = _on_grid(certified, selection.argmax(1), self.rule.radii)
             last = 0.0 if self.rule.radii is None else self.rule.radii[-1]
@@ -47,7 +49,7 @@ class Decider:
         radii = np.array([0.0, *self.rule.radii])
         p_lower = np.array([0.0, *(self.rule.null_probability(radius) for radius in self.rule.radii)])
         prediction = np.where(passed > 0, selection.argmax(1), ABSTAIN).astype(np.int64)
-        return Certified(prediction, radii[passed], p_lower[passed]), outcome
+        return Certified(prediction, radii[passed], p_lower[passed], 1 - p_lower[passed]), outcome
 
 
 def follow(
@@ -84,7 +86,11 @@ def follow(
 
 
 def apply_rule(
-    rule: Rule, paths: Sequence[NDArray[np.uint8]], lengths: NDArray[np.int64], selection: NDArray[np.int64]
+    rule: Rule,
+    paths: Sequence[NDArray[np.uint8]],
+    lengths: NDArray[np.int64],
+    selection: NDArray[np.int64],
+    counts: NDArray[np.int64],
 ) -> tuple[Certified, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
     """Certify stored votes under ``rule``, as it would have certified them while they were drawn.
 
@@ -93,21 +99,24 @@ def apply_rule(
         paths: as in ``follow``.
         lengths: as in ``follow``.
         selection: int (B, K), the votes that selected the class of each image.
+        counts: int (B, K), all votes of each path, which the bound with two classes needs in full.
 
     Returns:
         Certificates, outcomes, and successes and trials where each path stops, each of B images.
     """
     passed, outcome, successes, trials = follow(rule, paths, lengths)
-    rows, selected = np.arange(len(selection)), selection.argmax(1)
-    estimation = np.zeros_like(selection)
-    estimation[rows, selected - 1] = trials - successes  # a path does not say which other classes got them
-    estimation[rows, selected] = successes
+    estimation = counts
+    if rule.bound != TWO_CLASSES:
+        rows, selected = np.arange(len(selection)), selection.argmax(1)
+        estimation = np.zeros_like(selection)
+        estimation[rows, selected - 1] = trials - successes  # a path does not say which other classes got them
+        estimation[rows, selected] = successes
     certified, outcome = Decider(rule).conclude(selection, estimation, passed, outcome)
     return certified, outcome, successes, trials
 
 
 def _on_grid(certified: Certified, selected: NDArray[np.int64], radii: tuple[float, ...]) -> Certified:
-    """Round radii down to the grid ``radii``, of which 0 is certified by p_lower > 1/2 alone."""
-    places = np.where(certified.p_lower > 0.5, np.searchsorted(radii, certified.radius, side="right"), 0)
+    """Round radii down to the grid ``radii``, of which 0 is certified where p_lower > p_upper."""
+    places = np.where(certified.p_lower > certified.p_upper, np.searchsorted(radii, certified.radius, side="right"), 0)
     prediction = np.where(places > 0, selected, ABSTAIN).astype(np.int64)
-    return Certified(prediction, np.array([0.0, *radii])[places], certified.p_lower)
+    return replace(certified, prediction=prediction, radius=np.array([0.0, *radii])[places])

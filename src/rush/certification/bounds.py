@@ -8,6 +8,14 @@ Certification draws two independent sets of votes. The first only selects A. On 
 Binomial(num_estimation, p_A) given A, so the Clopper-Pearson bound holds with probability >= 1 - alpha whatever A the
 first set selected. Hence, for each image, P(a radius is certified that is too large, or for a class other than g(x))
 <= alpha. Where p_lower <= 1/2 nothing is certified: ABSTAIN, radius 0.
+
+With two classes. If p_A >= p_lower > p_upper >= p_c for every other class c, then g(x + delta) = A for every delta with
+||delta||_2 < sigma / 2 (Phi^-1(p_lower) - Phi^-1(p_upper)) (the same theorem in full). The second set also bounds the
+others: let m be the largest count of a class other than A, and U(m) the Clopper-Pearson upper bound at alpha / 2 for m
+of num_estimation. Let B be the most probable class other than A, which does not depend on the second set. Its count is
+at most m, and U increases with the count, so that P(U(m) < p_B) <= P(U(count of B) < p_B) <= alpha / 2: no factor for
+the number of classes. With p_lower at alpha / 2 too, both bounds hold with probability >= 1 - alpha, and p_upper =
+min(U(m), 1 - p_lower).
 """
 
 from dataclasses import dataclass
@@ -16,10 +24,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from rush.choices import ABSTAIN
+from rush.choices import ABSTAIN, TOTAL_VARIATION
 from rush.statistics import SAFETY, lower_bound
 
 RADIUS_DIGITS = 6
+_QUANTILES = 1e-12  # more than the error of the difference of two normal quantiles
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,13 @@ class Certified:
         prediction: int64 (N,), ABSTAIN where nothing is certified.
         radius: float64 (N,) in pixel units, 0.0 where nothing is certified.
         p_lower: float64 (N,), lower bound on the probability of the selected class.
+        p_upper: float64 (N,), upper bound on the probability of every other class.
     """
 
     prediction: NDArray[np.int64]
     radius: NDArray[np.float64]
     p_lower: NDArray[np.float64]
+    p_upper: NDArray[np.float64]
 
 
 def certify_counts(
@@ -52,7 +63,29 @@ def certify_counts(
     successes = np.take_along_axis(estimation, selected[:, None], 1)[:, 0]
     p_lower = lower_bound(successes, estimation.sum(1), alpha)
     radius = certified_radius(p_lower, sigma)
-    return Certified(np.where(radius > 0, selected, ABSTAIN).astype(np.int64), radius, p_lower)
+    return Certified(np.where(radius > 0, selected, ABSTAIN).astype(np.int64), radius, p_lower, 1 - p_lower)
+
+
+def certify_two_classes(
+    selection: NDArray[np.int64], estimation: NDArray[np.int64], sigma: float, alpha: float
+) -> Certified:
+    """Certify as ``certify_counts``, by the bound with two classes in this module's docstring.
+
+    It is never worse than 1 - p_lower for the other classes, but p_lower is bounded at alpha / 2. It pays where the
+    votes against the selected class are spread over many others.
+    """
+    selected, rows = selection.argmax(1), np.arange(len(selection))
+    trials = estimation.sum(1)
+    others = estimation.copy()
+    others[rows, selected] = 0
+    p_lower = np.maximum(lower_bound(estimation[rows, selected], trials, alpha / 2) - TOTAL_VARIATION, 0.0)
+    most = 1 - lower_bound(trials - others.max(1), trials, alpha / 2) + TOTAL_VARIATION
+    p_upper = np.minimum(most, 1 - p_lower)
+    with np.errstate(invalid="ignore"):
+        gap = special.ndtri(p_lower) - special.ndtri(np.minimum(p_upper, 1.0))
+    exact = sigma / 2 * (gap * (1 - SAFETY) - _QUANTILES)
+    radius = np.where(p_lower > p_upper, np.maximum(_rounded_down(exact), 0.0), 0.0)
+    return Certified(np.where(radius > 0, selected, ABSTAIN).astype(np.int64), radius, p_lower, p_upper)
 
 
 def certified_radius(p_lower: ArrayLike, sigma: float) -> NDArray[np.float64]:
@@ -63,10 +96,14 @@ def certified_radius(p_lower: ArrayLike, sigma: float) -> NDArray[np.float64]:
     """
     p = np.asarray(p_lower, np.float64)
     exact = sigma * special.ndtri(np.clip(p, 0.5, 1.0)) * (1 - SAFETY)
-    scale = 10.0**RADIUS_DIGITS
-    return np.where(p > 0.5, np.floor(exact * scale) / scale, 0.0)
+    return np.where(p > 0.5, _rounded_down(exact), 0.0)
 
 
 def largest_radius(num_estimation: int, sigma: float, alpha: float) -> float:
     """Return the radius that ``num_estimation`` votes certify when all of them agree, the largest one possible."""
     return float(certified_radius(lower_bound(num_estimation, num_estimation, alpha), sigma))
+
+
+def _rounded_down(radius: NDArray[np.float64]) -> NDArray[np.float64]:
+    scale = 10.0**RADIUS_DIGITS
+    return np.asarray(np.floor(radius * scale) / scale)

@@ -20,7 +20,7 @@ from rush.certification.apply_rule import Decider
 from rush.certification.bounds import Certified
 from rush.certification.certificates import Certificates, join_certificates
 from rush.certification.rule import Rule, make_rule
-from rush.choices import BLOCK, CertifyMethod, Level
+from rush.choices import BLOCK, CertifyBound, CertifyMethod, Level
 from rush.data.checks import Images, LabelledPixels, labelled_pixels, pixel_ids
 from rush.recipe.schema import CertifyConfig
 from rush.runtime.distributed import gather_objects, rank, world_size
@@ -46,6 +46,7 @@ def certify(
     futility: float = _DEFAULTS.futility,
     seed: int = 0,
     in_flight: int | None = None,
+    bound: CertifyBound | None = None,
 ) -> Certificates:
     """Certify images: a class and an l2 radius within which the smoothed classifier provably predicts it.
 
@@ -66,6 +67,10 @@ def certify(
         futility: probability that ``sequential`` gives up a radius that could be certified. It is never unsound.
         seed: of the noise.
         in_flight: number of images sampled at once; changes no result.
+        bound: None for the first bound of the method. ``clopper-pearson``: ``clopper-pearson`` bounds all other classes
+            by 1 - p_lower. ``two-classes`` also bounds the class with the next most votes (``certification.bounds``),
+            which pays where there are many classes. It must be chosen before the votes are seen. ``sequential``:
+            ``geometric`` or ``beta``.
 
     Returns:
         Certificates of all images, in their order.
@@ -95,6 +100,7 @@ def certify(
     smoothed.noise.check(pixels.x)
     rule = make_rule(
         noise=smoothed.noise.name,
+        bound=bound,
         sigma=smoothed.sigma,
         method=method,
         alpha=alpha,

@@ -8,7 +8,7 @@ import numpy as np
 
 from rush.certification.apply_rule import apply_rule
 from rush.certification.certificates import UNKNOWN, Certificates
-from rush.certification.rule import CLOPPER_PEARSON, make_rule, within_reach
+from rush.certification.rule import FIXED, TWO_CLASSES, make_rule, within_reach
 from rush.choices import BLOCK, Level
 from rush.errors import InputError
 from rush.runtime.numbers import as_whole
@@ -34,7 +34,8 @@ def recompute(
     Args:
         certificates: with their votes.
         alpha: level; None, here and below, keeps the old value.
-        bound: ``clopper-pearson``, or an anytime-valid one (``geometric``, ``beta``), which makes the rule sequential.
+        bound: ``clopper-pearson`` or ``two-classes``, or an anytime-valid one (``geometric``, ``beta``), which makes
+            the rule sequential.
         num_estimation: number of votes to use, the first ones of each path; a multiple of 100.
         radii: grid of radii, in pixel units.
         level: ``image`` or ``family``.
@@ -47,7 +48,7 @@ def recompute(
     given = {"alpha": alpha, "bound": bound, "num_estimation": num_estimation, "level": level, "futility": futility}
     new: dict[str, Any] = {**asdict(old), **{name: value for name, value in given.items() if value is not None}}
     num_votes = as_whole(new["num_estimation"])
-    if old.method == "sequential" and new["bound"] == CLOPPER_PEARSON:
+    if old.method == "sequential" and new["bound"] in FIXED:
         raise InputError(
             "these votes come from a sequential run: their number depends on the votes themselves, and a "
             "Clopper-Pearson bound holds only for a number fixed beforehand; give an anytime-valid bound (geometric or "
@@ -64,7 +65,13 @@ def recompute(
         raise InputError(
             f"votes are stored by blocks of {BLOCK}, so num_estimation must be a multiple of it, got {num_votes}"
         )
-    method = "clopper-pearson" if new["bound"] == CLOPPER_PEARSON else "sequential"
+    unknown = num_votes != old.num_estimation or (certificates.counts == UNKNOWN).any()
+    if new["bound"] == TWO_CLASSES and unknown:
+        raise InputError(
+            f"the bound {TWO_CLASSES!r} needs the votes for every class, but blocks hold those for the selected class "
+            "alone; give it all votes of a run with a fixed number of samples"
+        )
+    method = "clopper-pearson" if new["bound"] in FIXED else "sequential"
     rule = make_rule(**{**new, "method": method, "radii": radii})
     if radii is None and old.radii is not None:  # the old grid, as far as the new rule reaches
         kept = tuple(filter(within_reach(rule), old.radii))
@@ -75,7 +82,9 @@ def recompute(
             )
         rule = replace(rule, radii=kept)
     drawn = certificates.num_samples - old.num_selection
-    certified, outcome, successes, trials = apply_rule(rule, certificates.blocks, drawn, certificates.selection)
+    certified, outcome, successes, trials = apply_rule(
+        rule, certificates.blocks, drawn, certificates.selection, certificates.counts
+    )
     blocks = tuple(path[: -(-int(used) // BLOCK)] for path, used in zip(certificates.blocks, trials, strict=True))
     counts = np.where((trials < drawn)[:, None], UNKNOWN, certificates.counts)
     counts[np.arange(len(counts)), certificates.selected] = successes

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
+import numpy as np
 from scipy import special
 
-from rush.certification.bounds import RADIUS_DIGITS, largest_radius
+from rush.certification.bounds import RADIUS_DIGITS, certify_two_classes, largest_radius
 from rush.certification.sequential import FixedSequence, reachable
 from rush.choices import TOTAL_VARIATION, CertifyMethod, Level, NoiseName, SequentialBound
 from rush.errors import InputError
 from rush.runtime.numbers import as_real, least_whole, positive_integer, probability, sigma_of
 
-CLOPPER_PEARSON = "clopper-pearson"
+CLOPPER_PEARSON, TWO_CLASSES = FIXED = ("clopper-pearson", "two-classes")
+"""Bounds of a number of votes that is fixed beforehand (``certification.bounds``)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,15 @@ class Rule:
         """The largest radius that an image can be certified at under this rule."""
         if self.radii is not None:
             return self.radii[-1]
-        return largest_radius(self.num_estimation, self.sigma, self.image_alpha)
+        return self.radius_of_all_votes
+
+    @property
+    def radius_of_all_votes(self) -> float:
+        """The radius that a fixed number of votes certifies when all of them agree, any grid aside."""
+        if self.bound == CLOPPER_PEARSON:
+            return largest_radius(self.num_estimation, self.sigma, self.image_alpha)
+        agreeing = np.array([[self.num_estimation, 0]])
+        return float(certify_two_classes(agreeing, agreeing, self.sigma, self.image_alpha).radius[0])
 
     @property
     def statement(self) -> str:
@@ -134,7 +144,7 @@ def make_rule(
     Raises:
         InputError: an argument is not allowed, or no radius could be certified.
     """
-    bounds: dict[str, tuple[str, ...]] = {CLOPPER_PEARSON: (CLOPPER_PEARSON,), "sequential": get_args(SequentialBound)}
+    bounds: dict[str, tuple[str, ...]] = {"clopper-pearson": FIXED, "sequential": get_args(SequentialBound)}
     _check_one_of("method", method, get_args(CertifyMethod))
     _check_one_of("level", level, get_args(Level))
     _check_one_of("noise", noise, get_args(NoiseName))
@@ -157,7 +167,7 @@ def make_rule(
     within = within_reach(free)
     if radii is not None:
         return replace(free, radii=_checked_grid(radii, within, free))
-    return free if method == CLOPPER_PEARSON else replace(free, radii=_default_grid(free, within))
+    return free if method == "clopper-pearson" else replace(free, radii=_default_grid(free, within))
 
 
 def null_probability(radius: float, sigma: float) -> float:
@@ -167,8 +177,8 @@ def null_probability(radius: float, sigma: float) -> float:
 
 def within_reach(rule: Rule) -> Callable[[float], bool]:
     """Return a predicate: is a radius certified if all ``rule.num_estimation`` votes agree? The grid is ignored."""
-    if rule.bound == CLOPPER_PEARSON:
-        ceiling = largest_radius(rule.num_estimation, rule.sigma, rule.image_alpha)
+    if rule.bound in FIXED:
+        ceiling = rule.radius_of_all_votes
         return lambda radius: radius <= ceiling
     return lambda radius: reachable(
         rule.bound,  # type: ignore[arg-type]
@@ -206,8 +216,8 @@ def reach(rule: Rule) -> str:
 
 def _certifies_something(rule: Rule) -> bool:
     """Return whether all ``rule.num_estimation`` votes certify a radius if they agree. The grid is ignored."""
-    if rule.bound == CLOPPER_PEARSON:
-        return largest_radius(rule.num_estimation, rule.sigma, rule.image_alpha) > 0
+    if rule.bound in FIXED:
+        return rule.radius_of_all_votes > 0
     return within_reach(rule)(0.0)
 
 

@@ -100,6 +100,7 @@ def run_rule(config: CertifyConfig, smoothing: SmoothingConfig, num_images: int)
         num_estimation=config.num_estimation,
         radii=config.radii,
         futility=config.futility,
+        bound=config.bound,
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from rush.choices import (
+    CertifyBound,
     CertifyMethod,
     CompileChoice,
     EncoderName,
@@ -496,6 +497,7 @@ class CertifyConfig(Section):
     Attributes:
         images: number of images, the first of a seeded order of the test split. None certifies all.
         radii: the grid, in pixel units. None allows any radius or, with the sequential method, multiples of sigma / 2.
+        bound: None for the first bound of the method. "two-classes" pays where there are many classes.
     """
 
     images: Count | None = None
@@ -506,6 +508,7 @@ class CertifyConfig(Section):
     radii: tuple[NonNegative, ...] | None = None
     level: Level = "image"
     futility: Probability = 0.01
+    bound: CertifyBound | None = None
 
     @model_validator(mode="after")
     def _can_certify(self) -> Self:

@@ -140,7 +140,7 @@ def _certificates(table: Table) -> Certificates:
     _check_votes(table, rule, counts, selection, drawn, labels)
     selected = selection.argmax(1).astype(np.int64)
     blocks = _blocks(table, drawn, counts[np.arange(len(counts)), selected])
-    certified, outcome, _, trials = apply_rule(rule, blocks, drawn, selection)
+    certified, outcome, _, trials = apply_rule(rule, blocks, drawn, selection, counts)
     table.check(trials == drawn, "votes were drawn after its rule had decided")
     derived = Certificates(
         prediction=certified.prediction,

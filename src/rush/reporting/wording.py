@@ -151,10 +151,11 @@ def copies_text(certificates: Certificates) -> str:
 
 
 def method_text(certificates: Certificates) -> str:
-    """Return the method, the name of its test martingale if it has one, and the grid if there is one."""
-    name = _METHOD_SIGNS[certificates.rule.method]
-    test = f" ({certificates.rule.bound})" if certificates.rule.method == "sequential" else ""
-    return f"{name}{test}{', ' if certificates.rule.radii else ''}{grid_text(certificates)}"
+    """Return the method, its bound if that has another name, and the grid if there is one."""
+    rule = certificates.rule
+    name = _METHOD_SIGNS[rule.method]
+    test = f" ({rule.bound})" if rule.bound != rule.method else ""
+    return f"{name}{test}{', ' if rule.radii else ''}{grid_text(certificates)}"
 
 
 def headline_radius(certificates: Certificates) -> float:
