@@ -389,6 +389,21 @@ def test_a_surrogate_gives_the_derivative_and_the_model_the_value() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
+def test_a_stochastic_surrogate_draws_from_the_seed_of_the_attack() -> None:
+    """It draws from the process's generators, whose state differs between the two calls."""
+    plane, x, y = _plane_and_images()
+    surrogate = NoisyHalfSpace(plane.weight.detach(), plane.bias, 5.0)
+    threat = ThreatModel("l2", 0.5)
+    points = []
+    for state in (0, 1):
+        torch.manual_seed(state)
+        points.append(rush.attack(Quantised(plane), (x, y), threat, "pgd", steps=3, surrogate=surrogate).adversarial)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(state)))
+    assert torch.equal(*points)
+    other = rush.attack(Quantised(plane), (x, y), threat, "pgd", steps=3, surrogate=surrogate, seed=1).adversarial
+    assert not torch.equal(other, points[0])
+
+
 @pytest.mark.parametrize("kind", ["plain", "smoothed", "drawing"])
 def test_a_quantised_model_is_broken_through_a_surrogate_and_not_without(kind: str) -> None:
     """At twice the distance of the plane; rounding alone moves no point by more than a share of it. On random models

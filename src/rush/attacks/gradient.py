@@ -50,6 +50,20 @@ def plain(model: nn.Module, execution: Execution) -> LogProbs:
     return lambda x: F.log_softmax(execution.logits(model, x), dim=1)
 
 
+def seeded_plain(model: nn.Module, execution: Execution, generator: torch.Generator) -> LogProbs:
+    """Return ``plain`` of a network that may be stochastic.
+
+    Random: the process's generators are seeded from ``generator`` (on the CPU) before each call and restored
+    afterwards.
+    """
+
+    def at(x: Tensor, seed: int) -> Tensor:
+        with seeded(seed):
+            return F.log_softmax(execution.logits(model, x), dim=1)
+
+    return _Redrawn(lambda _: draw_seed(generator), at)
+
+
 def fresh_noise(
     smoothed: SmoothedClassifier, eot_samples: int, generators: Sequence[torch.Generator], antithetic: bool = True
 ) -> LogProbs:

@@ -24,6 +24,7 @@ from rush.attacks.gradient import (
     pinned,
     plain,
     seeded,
+    seeded_plain,
     with_surrogate,
 )
 from rush.attacks.losses import margin
@@ -116,9 +117,12 @@ class Defender(ABC):
         """Return what else decides the answers, for ``fingerprint``."""
         return {}
 
-    def _seen(self, log_probs: LogProbs) -> LogProbs:
+    def _seen(self, log_probs: LogProbs, seed: int, name: str, ids: Sequence[str]) -> LogProbs:
         """Return ``log_probs`` with the surrogate's derivative, where there is a surrogate."""
-        return log_probs if self.surrogate is None else with_surrogate(log_probs, plain(self.surrogate, self.execution))
+        if self.surrogate is None:
+            return log_probs
+        generator = stream(seed, f"{name}/surrogate", ids[0])  # the surrogate may be stochastic
+        return with_surrogate(log_probs, seeded_plain(self.surrogate, self.execution, generator))
 
 
 def defend(
@@ -179,7 +183,7 @@ class PlainDefender(Defender):
         self._watch = _watch(self.model, self.execution, x, random)
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
-        return self._seen(plain(self.model, self.execution))
+        return self._seen(plain(self.model, self.execution), seed, name, ids)
 
     def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:  # noqa: ARG002
         logits = plain_logits(self.model, self.execution, points.x)
@@ -225,11 +229,11 @@ class SmoothedDefender(Defender):
 
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
         if plan.gradient == "transfer":
-            return self._seen(plain(self.model, self.execution))
+            return self._seen(plain(self.model, self.execution), seed, name, ids)
         generators = self.smoothed.streams(seed, f"{name}/noise", ids)
         if plan.gradient == "frozen":
-            return self._seen(frozen_noise(self.smoothed, x, plan.eot_samples, generators))
-        return self._seen(fresh_noise(self.smoothed, plan.eot_samples, generators))
+            return self._seen(frozen_noise(self.smoothed, x, plan.eot_samples, generators), seed, name, ids)
+        return self._seen(fresh_noise(self.smoothed, plan.eot_samples, generators), seed, name, ids)
 
     def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
         """Return the verdicts on points, see ``Defender.judge``.
@@ -282,7 +286,7 @@ class RandomDefender(Defender):
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:  # noqa: ARG002
         generator = stream(seed, f"{name}/noise", ids[0])
         fresh = fresh_draws(self.model, self.execution, max(1, plan.eot_samples), generator)
-        return self._seen(pinned(fresh) if plan.gradient == "frozen" else fresh)
+        return self._seen(pinned(fresh) if plan.gradient == "frozen" else fresh, seed, name, ids)
 
     def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
         y, names = points.y.numpy(), (points.ids[0], *pixel_ids(points.x))
