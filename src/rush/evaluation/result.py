@@ -91,7 +91,7 @@ class AttackResult:
         With ``single`` it is the mean probability that one draw of the model is right at the attacked point, estimated
         without bias by the judging votes.
         """
-        return float(self.right.mean()) if self.single else 1 - float(self.broken.mean())
+        return float(self.right.mean() if self.single else (~self.broken).mean())
 
     @property
     def robust_accuracy_lower(self) -> float:
