@@ -90,7 +90,7 @@ def apply_rule(
     paths: Sequence[NDArray[np.uint8]],
     lengths: NDArray[np.int64],
     selection: NDArray[np.int64],
-    counts: NDArray[np.int64],
+    counts: NDArray[np.int64] | None = None,
 ) -> tuple[Certified, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
     """Certify stored votes under ``rule``, as it would have certified them while they were drawn.
 
@@ -99,14 +99,16 @@ def apply_rule(
         paths: as in ``follow``.
         lengths: as in ``follow``.
         selection: int (B, K), the votes that selected the class of each image.
-        counts: int (B, K), all votes of each path, which the bound with two classes needs in full.
+        counts: int (B, K), all votes of each path, which only the bound with two classes needs.
 
     Returns:
         Certificates, outcomes, and successes and trials where each path stops, each of B images.
     """
     passed, outcome, successes, trials = follow(rule, paths, lengths)
-    estimation = counts
-    if rule.bound != TWO_CLASSES:
+    if rule.bound == TWO_CLASSES:
+        assert counts is not None
+        estimation = counts
+    else:
         rows, selected = np.arange(len(selection)), selection.argmax(1)
         estimation = np.zeros_like(selection)
         estimation[rows, selected - 1] = trials - successes  # a path does not say which other classes got them

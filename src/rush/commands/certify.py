@@ -91,6 +91,7 @@ def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
     copies = copies_text(certificates)
     return [
         ("method, bound", f"{rule.method}, {rule.bound}", ""),
+        ("noise", f"{rule.noise}, sigma {rule.sigma:g}", ""),
         ("samples per image", samples, ""),
         *([("copies", copies, "")] if copies else []),
         *(

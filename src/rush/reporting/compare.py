@@ -307,6 +307,7 @@ def _differing_conditions(first: CertificateTable, second: CertificateTable) -> 
     """Return the conditions besides the model that may explain a difference."""
     texts = [
         ("sigma", *(f"{log.rule.sigma:g}" for log in (first, second))),
+        ("noise", first.rule.noise, second.rule.noise),
         ("N", *(f"{log.rule.num_estimation:,}" for log in (first, second))),
         ("level", *(_level_text(log.rule) for log in (first, second))),
         ("method", first.rule.method, second.rule.method),
@@ -341,6 +342,7 @@ def _log_table(comparison: Comparison, title: str, corner: str, rows: Sequence[R
 def _conditions_table(comparison: Comparison) -> Table:
     rows: list[Row[CertificateTable]] = [
         ("sigma", lambda log: f"{log.rule.sigma:g}"),
+        ("noise", lambda log: log.rule.noise),
         ("method", lambda log: _method_text(log.rule)),
         ("level", lambda log: _level_text(log.rule)),
         ("N", lambda log: f"{log.rule.num_estimation:,}" + (" at most" if _stops_early(log) else "")),
@@ -526,7 +528,9 @@ def _attacked_table(attacked: Sequence[tuple[str, _Attacked]]) -> Table:
 
 def _sigma_text(run: RunResults) -> str:
     sigma = run.setting("smoothing", "sigma")
-    return "none, not smoothed" if run.plain else _NONE if sigma is None else f"{sigma:g}"
+    if run.plain or sigma is None:
+        return "none, not smoothed" if run.plain else _NONE
+    return f"{sigma:g}, {run.setting('smoothing', 'noise') or 'gaussian'}"
 
 
 def _rung_text(label: str, run: _Attacked) -> str:
