@@ -15,7 +15,7 @@ FinetuneMode = Literal["linear", "full", "linear-then-full"]
 FinetuneObjective = Literal["standard", "gaussian", "consistency", "smoothadv", "cat-rs", "pgd-at", "trades"]
 Gradient = Literal["fresh", "frozen", "transfer"]
 Level = Literal["image", "family"]
-NoiseName = Literal["gaussian", "discrete"]
+NoiseName = Literal["gaussian", "discrete", "uniform", "laplace"]
 NoisyViewsOption = Literal["none", "one", "both"]
 Norm = Literal["linf", "l2", "l1"]
 OnNonfinite = Literal["stop", "skip"]
@@ -33,6 +33,9 @@ Verdict = Literal["broken", "held", "undecided"]
 ABSTAIN = -1  # the prediction where the votes do not decide
 BLOCK = 100  # noise samples drawn together; votes are stored per block
 TOTAL_VARIATION = 2e-11  # largest one between drawn and exact noise that bounds on probabilities leave room for
+
+CERTIFIED_NORM: dict[NoiseName, Norm] = {"gaussian": "l2", "discrete": "l2", "uniform": "l1", "laplace": "l1"}
+"""Norm of the ball that a certificate under each noise covers."""
 
 VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack", "audit")

@@ -11,7 +11,7 @@ from scipy import special
 
 from rush.certification.bounds import RADIUS_DIGITS, certify_two_classes, largest_radius
 from rush.certification.sequential import FixedSequence, reachable
-from rush.choices import TOTAL_VARIATION, CertifyMethod, Level, NoiseName, SequentialBound
+from rush.choices import CERTIFIED_NORM, TOTAL_VARIATION, CertifyMethod, Level, NoiseName, Norm, SequentialBound
 from rush.errors import InputError
 from rush.runtime.numbers import as_real, least_whole, positive_integer, probability, sigma_of
 
@@ -49,6 +49,11 @@ class Rule:
     radii: tuple[float, ...] | None
     futility: float
     noise: NoiseName = "gaussian"
+
+    @property
+    def norm(self) -> Norm:
+        """Norm in which the certified radii are."""
+        return CERTIFIED_NORM[self.noise]
 
     @property
     def image_alpha(self) -> float:
