@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rush.runtime.randomness import stream
     from rush.smoothing.classifier import SmoothedClassifier
     from rush.smoothing.discrete import DiscreteGaussian
-    from rush.smoothing.noise import Gaussian
+    from rush.smoothing.noise import Gaussian, Laplace, Uniform
 
 __version__ = "0.1.0"
 
@@ -25,8 +25,10 @@ _HOMES = {
     "DiscreteGaussian": "rush.smoothing.discrete",
     "Gaussian": "rush.smoothing.noise",
     "ImageSet": "rush.data.images",
+    "Laplace": "rush.smoothing.noise",
     "SmoothedClassifier": "rush.smoothing.classifier",
     "ThreatModel": "rush.attacks.threat",
+    "Uniform": "rush.smoothing.noise",
     "attack": "rush.evaluation.attack",
     "audit": "rush.auditing.audit",
     "certify": "rush.certification.certify",
@@ -40,8 +42,10 @@ __all__ = [
     "DiscreteGaussian",
     "Gaussian",
     "ImageSet",
+    "Laplace",
     "SmoothedClassifier",
     "ThreatModel",
+    "Uniform",
     "attack",
     "audit",
     "certify",

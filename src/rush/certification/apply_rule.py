@@ -38,8 +38,11 @@ class Decider:
     ) -> tuple[Certified, NDArray[np.uint8]]:
         """Return certificates and outcomes (B,) once all votes, (B, K) each, are there."""
         if self._tests is None:
-            certify = certify_two_classes if self.rule.bound == TWO_CLASSES else certify_counts
-            certified = certify(selection, estimation, self.rule.sigma, self.rule.image_alpha)
+            sigma, alpha = self.rule.sigma, self.rule.image_alpha
+            if self.rule.bound == TWO_CLASSES:
+                certified = certify_two_classes(selection, estimation, sigma, alpha)
+            else:
+                certified = certify_counts(selection, estimation, sigma, alpha, self.rule.noise)
             if self.rule.radii is not None:
                 certified = _on_grid(certified, selection.argmax(1), self.rule.radii)
             last = 0.0 if self.rule.radii is None else self.rule.radii[-1]

@@ -16,19 +16,52 @@ of num_estimation. Let B be the most probable class other than A, which does not
 at most m, and U increases with the count, so that P(U(m) < p_B) <= P(U(count of B) < p_B) <= alpha / 2: no factor for
 the number of classes. With p_lower at alpha / 2 too, both bounds hold with probability >= 1 - alpha, and p_upper =
 min(U(m), 1 - p_lower).
+
+Other noises, of standard deviation sigma in every pixel, certify in l1 (Yang et al. 2020). Uniform noise on [-lambda,
+lambda], lambda = sigma sqrt 3, certifies every ||delta||_1 < 2 lambda (p_lower - 1/2). Laplace noise of scale lambda =
+sigma / sqrt 2 certifies every ||delta||_1 < -lambda log(2 (1 - p_lower)). Both are tight for a classifier of one pixel.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from rush.choices import ABSTAIN, TOTAL_VARIATION
+from rush.choices import ABSTAIN, TOTAL_VARIATION, NoiseName
 from rush.statistics import SAFETY, lower_bound
 
 RADIUS_DIGITS = 6
 _QUANTILES = 1e-12  # more than the error of the difference of two normal quantiles
+
+
+class Law(NamedTuple):
+    """How radii follow from class probabilities under one noise.
+
+    Attributes:
+        radius: (p, sigma) -> the radius that a class probability p >= 1/2 certifies.
+        probability: (radius, sigma) -> the p that certifies ``radius``, its inverse.
+    """
+
+    radius: Callable[[NDArray[np.float64], float], NDArray[np.float64]]
+    probability: Callable[[float, float], float]
+
+
+LAWS: dict[NoiseName, Law] = {
+    "gaussian": Law(lambda p, sigma: sigma * special.ndtri(p), lambda radius, sigma: special.ndtr(radius / sigma)),
+    "uniform": Law(
+        lambda p, sigma: 2 * math.sqrt(3) * sigma * (p - 0.5),
+        lambda radius, sigma: 0.5 + radius / (2 * math.sqrt(3) * sigma),
+    ),
+    "laplace": Law(
+        lambda p, sigma: -sigma / math.sqrt(2) * np.log(2 * (1 - p)),
+        lambda radius, sigma: 1 - math.exp(-radius * math.sqrt(2) / sigma) / 2,
+    ),
+}
+LAWS["discrete"] = LAWS["gaussian"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +82,11 @@ class Certified:
 
 
 def certify_counts(
-    selection: NDArray[np.int64], estimation: NDArray[np.int64], sigma: float, alpha: float
+    selection: NDArray[np.int64],
+    estimation: NDArray[np.int64],
+    sigma: float,
+    alpha: float,
+    noise: NoiseName = "gaussian",
 ) -> Certified:
     """Certify a fixed number of votes per image by the theorem in this module's docstring.
 
@@ -58,11 +95,12 @@ def certify_counts(
         estimation: int (N, K), votes that bound its probability, independent of ``selection``.
         sigma: standard deviation of the noise, in pixel units.
         alpha: probability that the certificate of an image is false.
+        noise: name of the noise.
     """
     selected = selection.argmax(1)
     successes = np.take_along_axis(estimation, selected[:, None], 1)[:, 0]
     p_lower = lower_bound(successes, estimation.sum(1), alpha)
-    radius = certified_radius(p_lower, sigma)
+    radius = certified_radius(p_lower, sigma, noise)
     return Certified(np.where(radius > 0, selected, ABSTAIN).astype(np.int64), radius, p_lower, 1 - p_lower)
 
 
@@ -88,20 +126,31 @@ def certify_two_classes(
     return Certified(np.where(radius > 0, selected, ABSTAIN).astype(np.int64), radius, p_lower, p_upper)
 
 
-def certified_radius(p_lower: ArrayLike, sigma: float) -> NDArray[np.float64]:
-    """Return sigma * Phi^-1(p_lower) where p_lower > 1/2, else 0, in pixel units, rounded toward zero to six decimals.
+def certified_radius(p_lower: ArrayLike, sigma: float, noise: NoiseName = "gaussian") -> NDArray[np.float64]:
+    """Return the radius that p_lower > 1/2 certifies, else 0, in pixel units, rounded toward zero to six decimals.
 
-    Before rounding, the radius is multiplied by 1 - 1e-10. That is far more than the error of the normal quantile, so
-    the radius, and its text in a table, never exceeds the true value.
+    Under Gaussian noise it is sigma * Phi^-1(p_lower). Before rounding, the radius is multiplied by 1 - 1e-10. That is
+    far more than the error of the quantile, so the radius, and its text in a table, never exceeds the true value.
     """
     p = np.asarray(p_lower, np.float64)
-    exact = sigma * special.ndtri(np.clip(p, 0.5, 1.0)) * (1 - SAFETY)
+    with np.errstate(divide="ignore"):
+        exact = LAWS[noise].radius(np.clip(p, 0.5, 1.0), sigma) * (1 - SAFETY)
     return np.where(p > 0.5, _rounded_down(exact), 0.0)
 
 
-def largest_radius(num_estimation: int, sigma: float, alpha: float) -> float:
+def largest_radius(num_estimation: int, sigma: float, alpha: float, noise: NoiseName = "gaussian") -> float:
     """Return the radius that ``num_estimation`` votes certify when all of them agree, the largest one possible."""
-    return float(certified_radius(lower_bound(num_estimation, num_estimation, alpha), sigma))
+    return float(certified_radius(lower_bound(num_estimation, num_estimation, alpha), sigma, noise))
+
+
+def uniform_linf_radius(p_lower: float, sigma: float, values: int) -> float:
+    """Return the l-inf radius that p_lower > 1/2 certifies under uniform noise on images of ``values`` pixel values.
+
+    2 lambda (1 - (3/2 - p_lower)^(1 / values)), lambda = sigma sqrt 3 (Yang et al. 2020); 0 for p_lower <= 1/2.
+    """
+    if p_lower <= 0.5:
+        return 0.0
+    return -2 * math.sqrt(3) * sigma * math.expm1(math.log(1.5 - p_lower) / values) * (1 - SAFETY)
 
 
 def _rounded_down(radius: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 import numpy as np
-from scipy import special
 
-from rush.certification.bounds import RADIUS_DIGITS, certify_two_classes, largest_radius
+from rush.certification.bounds import LAWS, RADIUS_DIGITS, certify_two_classes, largest_radius
 from rush.certification.sequential import FixedSequence, reachable
 from rush.choices import CERTIFIED_NORM, TOTAL_VARIATION, CertifyMethod, Level, NoiseName, Norm, SequentialBound
 from rush.errors import InputError
@@ -76,7 +75,7 @@ class Rule:
     def radius_of_all_votes(self) -> float:
         """The radius that a fixed number of votes certifies when all of them agree, any grid aside."""
         if self.bound == CLOPPER_PEARSON:
-            return largest_radius(self.num_estimation, self.sigma, self.image_alpha)
+            return largest_radius(self.num_estimation, self.sigma, self.image_alpha, self.noise)
         agreeing = np.array([[self.num_estimation, 0]])
         return float(certify_two_classes(agreeing, agreeing, self.sigma, self.image_alpha).radius[0])
 
@@ -90,11 +89,11 @@ class Rule:
     def null_probability(self, radius: float) -> float:
         """Return the probability that a class must be proven to exceed for ``radius`` to be certified.
 
-        It is Phi(radius / sigma), rounded up. Under discrete noise, votes follow the drawn noise and the theorem speaks
-        of the exact one, in which a class may be less probable by ``TOTAL_VARIATION``.
+        Under Gaussian noise it is Phi(radius / sigma), rounded up. Under discrete noise, votes follow the drawn noise
+        and the theorem speaks of the exact one, in which a class may be less probable by ``TOTAL_VARIATION``.
         """
-        exact = null_probability(radius, self.sigma)
-        return exact if self.noise == "gaussian" else exact + TOTAL_VARIATION
+        exact = null_probability(radius, self.sigma, self.noise)
+        return exact + TOTAL_VARIATION if self.noise == "discrete" else exact
 
     def tests(self) -> FixedSequence:
         """The tests of a sequential rule."""
@@ -155,6 +154,8 @@ def make_rule(
     _check_one_of("noise", noise, get_args(NoiseName))
     bound = bounds[method][0] if bound is None else bound
     _check_one_of(f"bound of method {method!r}", bound, bounds[method])
+    if bound == TWO_CLASSES and CERTIFIED_NORM[noise] != "l2":  # type: ignore[index]
+        raise InputError(f"the bound {TWO_CLASSES!r} is for Gaussian noise, got noise {noise!r}; omit it")
     free = Rule(
         num_selection=positive_integer("num_selection", num_selection),
         num_estimation=positive_integer("num_estimation", num_estimation),
@@ -175,9 +176,9 @@ def make_rule(
     return free if method == "clopper-pearson" else replace(free, radii=_default_grid(free, within))
 
 
-def null_probability(radius: float, sigma: float) -> float:
-    """Return Phi(radius / sigma), rounded up. A class probability proven to exceed it certifies ``radius``."""
-    return float(special.ndtr(radius / sigma * (1 + 1e-12)) + 1e-14)
+def null_probability(radius: float, sigma: float, noise: NoiseName = "gaussian") -> float:
+    """Return the class probability that certifies ``radius``, under Gaussian noise Phi(radius / sigma), rounded up."""
+    return float(LAWS[noise].probability(radius * (1 + 1e-12), sigma) + 1e-14)
 
 
 def within_reach(rule: Rule) -> Callable[[float], bool]:
