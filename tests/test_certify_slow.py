@@ -59,3 +59,34 @@ def test_memory_grows_by_the_certificates_alone(method: str) -> None:
     """Measured: 2 to 3 KiB an image, its certificate in pieces. The generators alone are 5 KiB an image and go."""
     assert growth(method, 30, 200) < 2
     assert growth(method, 6000, 200) < 6000 * 6 / 1024
+
+
+LARGE = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+import rush
+from rush.runtime.execution import Execution
+from rush.runtime.randomness import stream
+from rush.smoothing.noise import make_noise
+
+layers = torch.nn.Conv2d(3, 4, 7, 8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+network = torch.nn.Sequential(*layers, torch.nn.Linear(4, 10)).eval()
+x = torch.randint(0, 256, (2, 3, 224, 224), generator=stream(0, "x")) / 255
+noise = make_noise({noise!r}, 0.5)
+smoothed = rush.SmoothedClassifier(network, noise=noise, num_classes=10, execution=Execution(tile=32))
+rush.certify(smoothed, (x, torch.zeros(2, dtype=torch.int64)), num_estimation={votes})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+def test_memory_at_224_pixels_does_not_grow_with_the_votes(noise: str) -> None:
+    """A hundred copies of such an image take 60 MB, 10,000 would take 6 GB."""
+    peaks = []
+    for votes in (100, 10_000):
+        code = LARGE.format(tests=str(Path(__file__).parent), noise=noise, votes=votes)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=280)
+        peaks.append(float(done.stdout))
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)

@@ -255,8 +255,8 @@ def test_a_rule_says_its_noise_and_older_rules_mean_gaussian() -> None:
     assert Rule.from_json(drawn.to_json()) == drawn != gaussian
     assert Rule.from_json(gaussian.to_json().replace(',"noise":"gaussian"', "")) == gaussian
     assert drawn.null_probability(0.25) == gaussian.null_probability(0.25) + TOTAL_VARIATION
-    with pytest.raises(InputError, match="unknown noise 'laplace'; allowed: gaussian, discrete"):
-        make_rule(**given, noise="laplace")
+    with pytest.raises(InputError, match="unknown noise 'cauchy'; allowed: gaussian, discrete"):
+        make_rule(**given, noise="cauchy")
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ _WORK = 256  # bits behind the point in which the thresholds are computed
 _PI_DIGITS = 101
 _PI = 314159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798
 _OPEN = -(2**15)  # in ``by_cell``: less the index of the first threshold in the cell
+_PART = 1 << 20  # values drawn together on a CPU, which bounds the memory of large images
 _LARGEST_Z, _TAIL = 10, 1 << 44  # 1 - Phi(10) < 2^-76
 _LARGEST_SIGMA = 14  # so that noise stays above _OPEN
 
@@ -99,7 +100,9 @@ class DiscreteGaussian:
         """Fill ``out``, float32 on the generator's device, with round(255 e) for e ~ N(0, sigma^2), and return it."""
         thresholds = _thresholds(self.sigma, generator.device)
         if generator.device.type == "cpu":
-            return thresholds.fill_by_cell(out, generator)
+            for part in out.view(-1).split(_PART):
+                thresholds.fill_by_cell(part, generator)
+            return out
         high, low = (_uniform(out.numel(), bits, generator) for bits in (_HIGH, _LOW))
         return out.copy_(thresholds.count(high, low).view(out.shape))
 
@@ -149,12 +152,10 @@ class _Thresholds:
         below = torch.bucketize(high, self.high)  # strictly
         return (below + self._reached(below, high, low) - self.largest).to(torch.float32)
 
-    def fill_by_cell(self, out: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill ``out`` with noise. Where 16 bits of a uniform do not decide, the others are drawn, too."""
-        size = out.numel()
-        words = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        cells = words.view(torch.int16)[:size].to(torch.int32).bitwise_and_(2**_CELL - 1)
-        noise = out.view(-1)
+    def fill_by_cell(self, noise: Tensor, generator: torch.Generator) -> None:
+        """Fill ``noise``, float32 (N,). Where 16 bits of a uniform do not decide, the others are drawn, too."""
+        words = torch.empty(-(-len(noise) // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        cells = words.view(torch.int16)[: len(noise)].to(torch.int32).bitwise_and_(2**_CELL - 1)
         torch.index_select(self.by_cell, 0, cells, out=noise)
         undecided = torch.from_numpy(np.flatnonzero(noise.numpy() <= _OPEN))
         first = (_OPEN - noise[undecided]).long()  # threshold in the cell
@@ -166,7 +167,6 @@ class _Thresholds:
         further = self._reached(reached, high, low).nonzero()[:, 0]  # in the tails a cell has several thresholds
         drawn[further] = self.count(high[further], low[further])
         noise[undecided] = drawn
-        return out
 
     def _reached(self, index: Tensor, high: Tensor, low: Tensor) -> Tensor:
         """Return whether the thresholds at ``index`` are at or below the uniforms, bool."""
