@@ -28,7 +28,7 @@ def values() -> dict[str, Any]:
         ("pretrain.epoch=3", r"pretrain\.epoch: unknown key, did you mean 'epochs'\?; allowed: adversary, batch_size,"),
         ("sede=3", r"sede: unknown key, did you mean 'seed'\?; allowed: attack, audit, certify, data,"),
         ("pretrain.views.jiter=0.1", r"pretrain\.views\.jiter: unknown key, did you mean 'jitter'\?"),
-        ("certify.zzz=1", r"certify\.zzz: unknown key; allowed: alpha, futility, images, level, method, num_"),
+        ("certify.zzz=1", r"certify\.zzz: unknown key; allowed: alpha, bound, futility, images, level, method, num_"),
         ("certify.alpha=0.5", r"certify\.alpha: .*less than 0\.5 \(given: 0\.5\)"),
         ("certify.alpha=0", r"certify\.alpha: .*greater than 0"),
         ("certify.num_estimation=0", r"certify\.num_estimation: .*\(given: 0\)"),
@@ -235,6 +235,7 @@ def test_the_json_of_a_recipe_is_the_recipe_with_every_default_written_out(tmp_p
         "radii": None,
         "level": "image",
         "futility": 0.01,
+        "bound": None,
     }
     assert written["execution"]["compile"] == "auto"
     assert written["pretrain"]["views"]["blur_sigma"] == [0.1, 2.0]

@@ -161,8 +161,9 @@ class ModelConfig(Section):
 class SmoothingConfig(Section):
     """Smoothing noise, and its standard deviation in [0, 1] pixel units.
 
-    Under "discrete" noise, multiples of 1/255, certificates hold in floating point too (``smoothing.discrete``), and
-    attacked points are rounded to 8-bit images.
+    Under "discrete" noise, Gaussian noise rounded to multiples of 1/255, certificates hold in floating point too
+    (``smoothing.discrete``), and attacked points are rounded to 8-bit images. "gaussian" is drawn in float32. Both
+    certify in l2, "uniform" and "laplace" in l1.
 
     With sigma = 0 there is no noise. The classifier itself is used and attacked, and nothing is certified. The ladder
     is the one of deterministic networks, whose attackers have fixed budgets. Of the recipe's budgets, attack.steps
@@ -170,7 +171,7 @@ class SmoothingConfig(Section):
     """
 
     sigma: NonNegative
-    noise: NoiseName = "gaussian"
+    noise: NoiseName = "discrete"
 
 
 class ExecutionConfig(Section):
