@@ -85,6 +85,7 @@ def log_of(
     rule: dict[str, Any] = {
         "sigma": 0.5, "method": "clopper-pearson", "bound": "clopper-pearson", "alpha": 0.001, "level": "image",
         "num_images": len(radius), "num_selection": 100, "num_estimation": 100_000, "radii": None, "futility": 0.001,
+        "noise": "gaussian",
     }  # fmt: skip
     rule |= {key: changes.pop(key) for key in list(changes) if key in rule}
     stored: dict[str, Any] = {

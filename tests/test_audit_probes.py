@@ -237,6 +237,18 @@ def test_a_suites_attacks_are_named() -> None:
     assert "PGD-20" in finding.evidence
 
 
+def test_certificates_in_l1_are_compared_in_l1() -> None:
+    """An l1 attack at 1.2 times the distance: it breaks l1 radii of 1.3 times that distance, and none in l2 of 0.5."""
+    smoothed = _smoothed()
+    certificates = rush.certify(smoothed, (X, Y), num_estimation=10_000)
+    distance = np.abs(square_half_space().scores(X)) / 0.5
+    threat, plan = ThreatModel("l1", torch.from_numpy(1.2 * distance).float()), replace(EOT, eot_samples=4)
+    for share, status in ((1.3, "failed"), (0.9, "passed")):
+        rule = replace(certificates.rule, noise="laplace")
+        given = replace(certificates, radius=share * distance, rule=rule)
+        assert _probed("certificates", _case(smoothed, plan, threat=threat, certificates=given)).status == status
+
+
 def test_certificates_above_the_attack_are_found() -> None:
     """Radii 1.5 times too large, and an attack in l2 at 1.2 times the distances."""
     smoothed = _smoothed()

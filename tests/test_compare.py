@@ -32,6 +32,7 @@ from stored import log_of, rule_of, stored_certificates
 LOGS = Path(__file__).parents[2] / "shared" / "data" / "logs"
 RESULTS = Path(__file__).parents[1] / "results" / "cifar10-small"
 needs_logs = pytest.mark.skipif(not LOGS.is_dir(), reason="needs the public logs beside the project")
+NOISES = ("gaussian", "discrete", "uniform", "laplace")
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 
 
@@ -65,6 +66,31 @@ def test_accuracies_and_default_radii() -> None:
     assert compare([one], radii=[0.5, 0.1, 0.5]).radii == (0.1, 0.5)
     assert compare([log_of([0.0], prediction=[-1])]).radii == (0.0,)
     assert compare([log_of([25.0], sigma=100.0)]).radii[:3] == (0.0, 1.0, 2.0)
+
+
+def test_radii_in_different_norms_are_not_set_side_by_side() -> None:
+    """Every figure of a radius has a table per norm, and a pair is refused although its images are the same."""
+    logs = [log_of([0.3, 0.6], name=name, noise=noise) for name, noise in zip("abcd", NOISES, strict=True)]
+    logs = [replace(log, published=False, dataset="f00d") for log in logs]
+    comparison = compare(logs)
+    assert [pair.refused for pair in comparison.pairs] == [None, *["their radii are in different norms: ℓ2 and ℓ1"] * 2]
+    tables = comparison_tables(comparison)
+    assert cells(tables, "Conditions")["norm of the radii"] == ("ℓ2", "ℓ2", "ℓ1", "ℓ1")
+    for title in ("Certified accuracy by {} radius", "Certified accuracy by class at {} radius", "Summary, {} radii"):
+        assert table(tables, title.format("ℓ2"))[1][1:] == ("a", "b")
+        assert table(tables, title.format("ℓ1"))[1][1:] == ("c", "d")
+    assert len(table(tables, "Paired tests refused")[2]) == 2
+    assert "noise differs: gaussian vs. discrete" in [row[1] for row in table(tables, "Paired tests: notes")[2]]
+
+
+def test_logs_of_one_norm_have_one_table_of_each_kind() -> None:
+    logs = [replace(log_of([0.3], name=name, noise="laplace"), published=False) for name in "ab"]
+    tables = comparison_tables(compare(logs, assume_same_images=True))
+    assert not [title for title, *_ in tables if "ℓ2" in title]
+    assert table(tables, "Certified accuracy by ℓ1")[1][1:] == ("a", "b")
+    assert table(tables, "Summary")[0] == "Summary"
+    assert "norm of the radii" not in cells(tables, "Conditions")
+    assert [row[0] for row in table(tables, "a minus b")[2]] == ["0", "0.25"]
 
 
 @pytest.mark.parametrize("radii", [[-0.1], [float("nan")], [float("inf")], [], [True]])

@@ -265,6 +265,16 @@ def test_the_ceiling_is_the_radius_of_votes_that_all_agree(number: int, largest:
     assert family.rule.largest_radius == largest_radius(number, 1.0, 0.001 / 50)
 
 
+def test_one_vote_less_is_below_the_ceiling_of_a_log_of_our_own() -> None:
+    """Under uniform noise it may cost less than a ten-thousandth of the radius."""
+    top = log_of([0.1]).rule.largest_radius
+    radii = [top, top - 1e-6]
+    assert log_of(radii, published=False).at_ceiling.tolist() == [True, False]
+    assert log_of(radii).at_ceiling.tolist() == [True, True]
+    stored = stored_certificates(rule_of(), [1000, 999], [0, 0], [0, 0])
+    assert CertificateTable("a", Path("a"), np.arange(2), stored).at_ceiling.tolist() == [True, False]
+
+
 def test_radii_beyond_the_ceiling_are_found_and_rounding_is_told_apart_from_wrong_conditions() -> None:
     half = np.full(4, 0.005)
     assert named(log_of([1.9, 1.905728, 0.0, 1.2])).get("beyond-ceiling") is None

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +18,12 @@ import rush.certification.certify
 import rush.data.splits
 import rush.evaluation.evaluation
 import rush.pipeline.train
-from rush.choices import STAGES, Stage
+from rush.choices import STAGES, NoiseName, Stage
 from rush.data.images import ImageSet
 from rush.data.sources import load_images
 from rush.errors import CheckpointError, ConfigError, DataError, RunError
+from rush.evaluation.evaluation import Evaluation
+from rush.pipeline.attack import AttackSession
 from rush.pipeline.context import StageContext
 from rush.pipeline.stages import run_stage
 from rush.recipe.load import load_recipe
@@ -304,6 +307,18 @@ def test_certified_and_attacked_images_are_the_same_when_their_numbers_differ(tm
     assert len(set(certified)) == 20
     test = load_images("digits", "test")
     assert [test.ids[int(fields[1])] for fields in attacked if fields[0] == "clean"] == certified[:5]
+
+
+@pytest.mark.parametrize(("noise", "norm"), [("gaussian", "l2"), ("laplace", "l1")])
+def test_certified_balls_are_attacked_in_their_norm(
+    noise: NoiseName, norm: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = AttackSession.of(StageContext.of(RunFolder.open(tiny_run)))
+    certificates = session.certificates()
+    assert certificates is not None
+    monkeypatch.setattr(Evaluation, "run", lambda evaluation, plan, _: (evaluation.threat.norm, plan.label))
+    attacked = session.inside_certified_balls(replace(certificates, rule=replace(certificates.rule, noise=noise)))
+    assert attacked == [(norm, f"{norm} at 0.99 of the certified radius")]
 
 
 # Labels

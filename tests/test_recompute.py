@@ -18,7 +18,7 @@ from rush.data.checks import labelled_pixels
 from rush.errors import InputError
 from rush.records.certificates import read_certificates, write_certificates
 from rush.smoothing.classifier import ABSTAIN
-from stored import rule_of
+from stored import rule_of, stored_certificates
 
 X, Y = pixel_images(40)
 RADII = tuple(0.05 * step for step in range(10))
@@ -258,6 +258,15 @@ def test_the_command_reads_a_run_folder_and_leaves_it_as_it_is(call: Call, tiny_
     assert result is not None
     assert f"{recompute(result[1], alpha=0.05).acr:.4f}" in done.stdout
     assert {file: file.stat().st_mtime_ns for file in tiny_run.rglob("*")} == before
+
+
+def test_the_command_names_the_norm_of_the_radii(call: Call, tmp_path: Path) -> None:
+    certificates = stored_certificates(rule_of(noise="laplace"), [1000, 900], [0, 1], [0, 1])
+    write_certificates(tmp_path / "l1.tsv", certificates, [0, 1])
+    done = call("certify", tmp_path / "l1.tsv", "--recompute")
+    assert done.returncode == 0, done
+    assert "l1 radius 0.25 " in done.stdout
+    assert "l2" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,10 +29,11 @@ from rush.auditing.report import Finding as AuditFinding
 from rush.certification.certificates import Certificates
 from rush.choices import STAGES
 from rush.errors import RunError
+from rush.records.attacks import read_attacks
 from rush.records.certificates import write_certificates as write_table
 from rush.records.ladder import Ladder
-from rush.records.read_run import Watched, read_run
-from rush.records.record import FORMATS
+from rush.records.read_run import RunResults, Watched, read_run
+from rush.records.record import FORMATS, Record
 from rush.reporting.costs import TrainingCost, training_cost, training_sentence
 from rush.reporting.page import render, write_report
 from rush.reporting.plots import certified_curve, epsilon_curve
@@ -968,6 +969,92 @@ def test_flattery_is_measured_by_the_worst_case_even_where_one_attacker_broke_mo
     assert "compared with “worst case of 4 attackers”, under which accuracy is 25.0 %." in text
 
 
+def in_l1(certificates: Certificates) -> Certificates:
+    """The certificates with radii in l1, by the noise of their rule."""
+    return replace(certificates, rule=replace(certificates.rule, noise="laplace"))
+
+
+def run_in_l1(folder: Path) -> RunResults:
+    results = read_run(folder)
+    assert results.certificates is not None
+    return replace(results, certificates=in_l1(results.certificates))
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "around", "inside"),
+    [("linf", 0.03, 1.92, 0.03), ("l2", 0.5, 4.0, 0.5), ("l1", 4.0, 4.0, 4.0)],
+)
+def test_l1_balls_around_and_inside_the_threat(
+    run: Path, norm: str, epsilon: float, around: float, inside: float
+) -> None:
+    """64 pixels: corner of the cube at 64 epsilon, farthest point of the ball at 8."""
+    edit_json(run / "stages" / "attack.json", threat={"norm": norm, "epsilon": epsilon, "epsilon_text": f"{epsilon}"})
+    ladder = ladder_of(run)
+    assert (ladder.covering_radius("l1"), ladder.inner_radius("l1")) == pytest.approx((around, inside), abs=1e-12)
+    text = Page(render(run_in_l1(run))).text
+    assert f"The ball around the threat has ℓ1 radius {around:.3g}, the one inside it {inside:.3g}." in text
+    assert ("proves less than the threat requires" in text) == (norm != "l1")
+
+
+def test_the_floor_is_the_accuracy_at_the_ball_of_the_certificates_norm(full: Path) -> None:
+    """The l1 ball around l-inf epsilon has radius 64 epsilon: 1.0 at the first of the curve, beyond all radii."""
+    edit_json(full / "stages" / "attack.json", threat={"norm": "linf", "epsilon": 0.5 / 255, "epsilon_text": "1/510"})
+    results = run_in_l1(full)
+    proved = share(share_interval(25, 40))  # 64 x 0.5/255 = 0.1255 has 25 attacked images certified beyond
+    assert dict(summary_rows(results))["certified floor at ℓ∞ 1/510"].startswith(proved)
+    page = Page(render(results))
+    assert [row[3] for row in page.table("grown").values()] == [share(share_interval(0, 40))] * 4
+    (floor,) = [(name, row) for name, row in page.table("steps").items() if name.startswith("certificate")]
+    assert floor[0].startswith("certificate: floor for any attack ℓ1 0.125 covers ℓ∞ 1/510, true share ≥ ")
+    assert floor[1][0] == proved
+
+
+def test_an_l1_run_names_no_other_norm_of_its_certificates(full: Path) -> None:
+    results = run_in_l1(full)
+    page = Page(render(results))
+    assert "ℓ2" not in page.text
+    assert not [label for label in page.labels if "ℓ2" in label]
+    assert "Within ℓ1 0.25 (σ/2), it is proved right" in page.text
+    assert "images certified with the right class were also attacked in ℓ1 at 0.99" in page.text
+    assert "ℓ1 radius, pixels in [0, 1]" in page.text
+    assert page.tables["certified"][0][0] == "ℓ1 radius"
+    rows = dict(summary_rows(results))
+    assert [name for name in rows if name.startswith("certified at")] == ["certified at ℓ1 0", "certified at ℓ1 0.25"]
+
+
+@pytest.mark.parametrize(("noise", "norm"), [(None, "ℓ2"), ("discrete", "ℓ2"), ("uniform", "ℓ1"), (["?"], "ℓ2")])
+def test_before_there_are_certificates_the_recipe_says_their_norm(run: Path, noise: object, norm: str) -> None:
+    edit_json(run / "recipe.json", smoothing={"sigma": SIGMA, "noise": noise})
+    (run / "stages" / "certify.json").unlink()
+    assert f"were also attacked in {norm} at 0.99" in page_of(run).text
+
+
+def add_l1(folder: Path, sizes: dict[int, float]) -> None:
+    """Add the column l1 to attacks.tsv: within no radius, unless given for a sandwich's image."""
+    header, *lines = (folder / "attacks.tsv").read_text().splitlines()
+    cells = [line.split("\t") for line in lines]
+    added = [sizes.get(int(cell[1]), 99) if cell[0] == "sandwich" else 99 for cell in cells]
+    table = [f"{header}\tl1", *(f"{line}\t{size}" for line, size in zip(lines, added, strict=True))]
+    (folder / "attacks.tsv").write_text("\n".join(table) + "\n")
+
+
+def test_violations_of_l1_certificates_are_found_by_their_l1_changes(run: Path) -> None:
+    """All four are within their l2 radius, two of them within their l1 radius."""
+    certificates, file = certificates_of(run), run / "stages" / "attack.json"
+    for image in (4, 5, 6, 7):
+        set_verdict(run, "sandwich", image, "broken")
+    record = Record.read(file, "attack again")
+    with pytest.raises(
+        RunError, match=r"attacks\.tsv, line 1: the certificates are in l1.* no column l1.*attack again"
+    ):
+        read_attacks(run, record, range(CERTIFIED), in_l1(certificates))
+    add_l1(run, {4: 99, 5: 0.3, 6: 99, 7: certificates.radius[7]})
+    ladder = read_attacks(run, record, range(CERTIFIED), in_l1(certificates))
+    assert ladder.sandwich.violations == ("img-5", "img-7")
+    ladder = read_attacks(run, record, range(CERTIFIED), certificates)
+    assert ladder.sandwich.violations == ("img-4", "img-5", "img-6", "img-7")
+
+
 @pytest.mark.parametrize(
     ("norm", "epsilon", "around", "inside", "grey"),
     [("linf", 0.03, 0.24, 0.03, 0.5), ("l2", 0.5, 0.5, 0.5, 4.0), ("l1", 4.0, 4.0, 0.5, 32.0)],
@@ -978,7 +1065,7 @@ def test_balls_around_and_inside_the_threat(
     """64 pixels: corner and face of the cube at 8 and 1 epsilon, of the cross-polytope at 1 and 1/8."""
     edit_json(run / "stages" / "attack.json", threat={"norm": norm, "epsilon": epsilon, "epsilon_text": f"{epsilon}"})
     ladder = ladder_of(run)
-    radii = (ladder.covering_radius, ladder.inner_radius, ladder.grey_epsilon)
+    radii = (ladder.covering_radius("l2"), ladder.inner_radius("l2"), ladder.grey_epsilon)
     assert radii == pytest.approx((around, inside, grey), abs=1e-12)
     text = page_of(run).text
     assert f"The ball around the threat has ℓ2 radius {around:.3g}, the one inside it {inside:.3g}." in text

@@ -141,6 +141,42 @@ def test_only_broken_points_within_the_radius_of_a_right_certificate_are_violati
     assert checked > 0 or sandwich.allowed == 0
 
 
+def in_l1(certificates: Certificates, radius: NDArray[np.float64] | None = None) -> Certificates:
+    """The certificates with radii in l1, by the noise of their rule."""
+    radius = certificates.radius if radius is None else radius
+    return replace(certificates, radius=radius, rule=replace(certificates.rule, noise="laplace"))
+
+
+def test_points_are_compared_with_the_radius_in_the_norm_of_the_certificates(crafted: Certificates) -> None:
+    """Each image has a point within its radius in one norm alone."""
+    result = replace(_result("abe", [BROKEN] * 3, [0.29, 0.11, 0.21]), l1=np.array([0.31, 0.09, 0.2]))
+    assert check_sandwich(crafted, [result], LEVEL).violations == ("a",)
+    assert check_sandwich(in_l1(crafted), [result], LEVEL).violations == ("b", "e")
+
+
+def test_the_attack_has_the_norm_of_the_certificates(crafted: Certificates) -> None:
+    for certificates, norm in ((crafted, "l2"), (in_l1(crafted), "l1")):
+        threat = sandwich_threat(certificates, ["a", "b"])
+        assert threat.norm == norm
+        np.testing.assert_allclose(threat.epsilon, [0.297, 0.099])
+    assert sandwich_plan(10).label == "l2 at 0.99 of the certified radius"
+    assert sandwich_plan(10, norm="l1") == replace(sandwich_plan(10), label="l1 at 0.99 of the certified radius")
+
+
+@pytest.mark.parametrize("share", [0.95, 1.1])
+def test_l1_radii_on_either_side_of_the_l1_distance_are_told_apart(
+    share: float, certified: tuple[Tensor, Tensor, Certificates]
+) -> None:
+    """All weights of the plane are 1/2, so that it is twice as far in l1 as in l2."""
+    x, y, certificates = certified
+    certificates = in_l1(certificates, share * 2 * np.abs(square_half_space().margins(x)))
+    result = _attacked(x, y, certificates)
+    np.testing.assert_allclose(result.l1, SHARE_OF_RADIUS * certificates.radius, rtol=1e-3)  # the attack went there
+    sandwich = check_sandwich(certificates, [result], LEVEL)
+    assert sandwich.checked == 60
+    assert len(sandwich.violations) > 50 if share > 1 else not sandwich.violations
+
+
 def test_as_many_violations_as_chance_explains_pass_and_one_more_does_not() -> None:
     Sandwich(1000, ("a", "b"), 2).require()
     with pytest.raises(SandwichError, match=r"3 of 1000 .* at most 2 can be chance: a, b, c"):

@@ -852,6 +852,13 @@ def test_a_rule_says_the_least_votes_that_certify(method: str, least: tuple[int,
     assert [fewest_for(rule, factor * rule.sigma) for factor in (1, 2, 40)] == [least[1], least[2], None]
 
 
+@pytest.mark.parametrize(
+    ("noise", "norm"), [("gaussian", "l2"), ("discrete", "l2"), ("uniform", "l1"), ("laplace", "l1")]
+)
+def test_a_rule_says_in_which_norm_it_certifies(noise: str, norm: str) -> None:
+    assert f"all agree certify an {norm} radius of at most " in reach(rule_of(noise=noise))
+
+
 @pytest.mark.parametrize("sigma", [0.12, 0.25, 1 / 3, 0.5, 1.0])
 def test_no_null_probability_is_below_the_exact_one(sigma: float) -> None:
     """Against 40 digits, for the radius as a float and as the text of six decimals; above it by less than 1e-11."""

@@ -215,7 +215,7 @@ def reach(rule: Rule) -> str:
         if fewest is not None:
             sizes.append(f"{fewest:,} for {name}")
     return (
-        f"{rule.num_estimation:,} votes per image that all agree certify an l2 radius of at most "
+        f"{rule.num_estimation:,} votes per image that all agree certify an {rule.norm} radius of at most "
         f"{_largest(within_reach(rule)):.6f}; the least number of votes is {', '.join(sizes)}"
     )
 

@@ -95,7 +95,11 @@ def _rows(certificates: Certificates) -> list[tuple[str, str, str]]:
         ("samples per image", samples, ""),
         *([("copies", copies, "")] if copies else []),
         *(
-            (f"l2 radius {radius:g}", share(certificates.accuracy_interval(radius)), lower_text(certificates, radius))
+            (
+                f"{rule.norm} radius {radius:g}",
+                share(certificates.accuracy_interval(radius)),
+                lower_text(certificates, radius),
+            )
             for radius in certificates.table_radii
         ),
         (certificates.acr_name, f"{certificates.acr:.4f}", ""),

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rush.attacks.threat import ThreatModel
+from rush.choices import Norm
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
 from rush.statistics import Interval, share_interval
@@ -123,6 +124,10 @@ class AttackResult:
             "forward_passes_per_image": float(self.forward_passes.mean()),
             "votes_per_image": float(self.votes.mean()),
         }
+
+    def size(self, norm: Norm) -> NDArray[np.float64]:
+        """Return the sizes (N,) of the change in ``norm``."""
+        return {"linf": self.linf, "l2": self.l2, "l1": self.l1}[norm]
 
     def select(self, rows: list[int]) -> "AttackResult":
         """Return the results of the images at these positions."""

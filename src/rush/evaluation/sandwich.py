@@ -1,10 +1,10 @@
 """The sandwich: no point inside a certified ball may be broken.
 
-Every image that is certified with its label's class is attacked in l2 at 0.99 of its own radius, so that the check has
-power. Every other broken point of the run whose l2 change is within the radius counts as well. A violation is an error
-of the certificate (probability <= the level of a single one) or of a verdict (probability <= the verdicts' level). For
-n images their number is therefore stochastically at most Binomial(n, the sum of the two). More than its 1 - 1e-6
-quantile is an error of the software or of the model's use.
+Every image that is certified with its label's class is attacked at 0.99 of its own radius, in the norm of the
+certificates, so that the check has power. Every other broken point of the run that lies within the radius, in that
+norm, counts as well. A violation is an error of the certificate (probability <= the level of a single one) or of a
+verdict (probability <= the verdicts' level). For n images their number is therefore stochastically at most Binomial(n,
+the sum of the two). More than its 1 - 1e-6 quantile is an error of the software or of the model's use.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import torch
 
 from rush.attacks.threat import ThreatModel
 from rush.certification.certificates import Certificates
+from rush.choices import Norm
 from rush.errors import SandwichError
 from rush.evaluation.plans import Plan
 from rush.evaluation.result import AttackResult
@@ -47,9 +48,12 @@ class Sandwich:
             )
 
 
-def sandwich_plan(steps: int, eot_samples: int = 16) -> Plan:
-    """Return PGD with ``steps`` steps of 2.5 / ``steps`` of the ball's radius, ``eot_samples`` fresh draws each."""
-    return Plan("sandwich", "l2 at 0.99 of the certified radius", "pgd", "fresh", eot_samples, steps, 2.5 / steps)
+def sandwich_plan(steps: int, eot_samples: int = 16, norm: Norm = "l2") -> Plan:
+    """Return PGD with ``steps`` steps of 2.5 / ``steps`` of the ball's radius, ``eot_samples`` fresh draws each.
+
+    ``norm`` is that of the certificates, by which the plan is labelled.
+    """
+    return Plan("sandwich", f"{norm} at 0.99 of the certified radius", "pgd", "fresh", eot_samples, steps, 2.5 / steps)
 
 
 def sandwich_positions(certificates: Certificates, ids: Sequence[str]) -> list[int]:
@@ -59,9 +63,9 @@ def sandwich_positions(certificates: Certificates, ids: Sequence[str]) -> list[i
 
 
 def sandwich_threat(certificates: Certificates, ids: Sequence[str]) -> ThreatModel:
-    """Return the l2 balls of 0.99 of the certified radius around the images ``ids``."""
+    """Return the balls of 0.99 of the certified radius around the images ``ids``, in the norm of the certificates."""
     radii = dict(zip(certificates.ids, certificates.radius, strict=True))
-    return ThreatModel("l2", torch.tensor([SHARE_OF_RADIUS * radii[image_id] for image_id in ids]))
+    return ThreatModel(certificates.rule.norm, torch.tensor([SHARE_OF_RADIUS * radii[image_id] for image_id in ids]))
 
 
 def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], verdict_level: float) -> Sandwich:
@@ -72,13 +76,13 @@ def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], 
         results: of one model, each by another attacker.
         verdict_level: probability that any verdict on one image is false, over all of ``results``.
     """
-    radii = _correct_radii(certificates)
+    radii, norm = _correct_radii(certificates), certificates.rule.norm
     attacked = {image_id for result in results for image_id in result.ids if image_id in radii}
     broken = {
         image_id
         for result in results
-        for image_id, l2 in zip(np.array(result.ids)[result.broken], result.l2[result.broken], strict=True)
-        if image_id in radii and l2 <= radii[image_id]
+        for image_id, size in zip(np.array(result.ids)[result.broken], result.size(norm)[result.broken], strict=True)
+        if image_id in radii and size <= radii[image_id]
     }
     allowed = most_by_chance(len(attacked), certificates.rule.image_alpha + verdict_level)
     return Sandwich(len(attacked), tuple(sorted(map(str, broken))), allowed)

@@ -201,7 +201,7 @@ class AttackSession:
             return []
         certified = self.evaluation.select(positions)
         inside = replace(certified, threat=sandwich_threat(certificates, certified.images.ids))
-        return [inside.run(sandwich_plan(self.config.steps), self.parts)]
+        return [inside.run(sandwich_plan(self.config.steps, norm=certificates.rule.norm), self.parts)]
 
     def rung(self, name: str | None, rows: list[int]) -> AttackResult | None:
         """Return the result of the ladder's rung of this name on the images at ``rows``, or None without a name.

@@ -107,8 +107,8 @@ def read_attacks(folder: Path, record: Record, indices: Sequence[int], certifica
         raise record.damaged(f"'rungs' must begin with the one without attack, got {settings[0]['name']!r}")
     for rung in settings:
         record.at(rung).check_numbers(_RUNG_FIELDS)
-    rungs, inside = _read_rungs(folder / TABLE, settings, record.remedy)
     proof = _Proof.of(indices, certificates)
+    rungs, inside = _read_rungs(folder / TABLE, settings, proof.norm, record.remedy)
     pictures = _pictures(folder, rungs[0], proof, record.remedy)
     rungs = tuple(replace(rung, pictures=pictures) for rung in rungs)
     for rung in rungs:
@@ -176,12 +176,14 @@ class _Proof:
         pixels: hash of the pixels, if these are known.
         radii: of the images that are certified with the correct class and a positive radius.
         image_alpha: level of each certificate, None without certificates.
+        norm: in which the radii are, l2 without certificates.
     """
 
     images: Mapping[int, tuple[int, str]]
     pixels: Mapping[int, str]
     radii: Mapping[int, float]
     image_alpha: float | None
+    norm: Norm = "l2"
 
     @classmethod
     def of(cls, indices: Sequence[int], certificates: Certificates | None) -> "_Proof":
@@ -194,6 +196,7 @@ class _Proof:
             pixels=dict(zip(indices, certificates.pixels or (), strict=False)),
             radii={index: radius for index, radius, correct in rows if correct and radius > 0},
             image_alpha=certificates.rule.image_alpha,
+            norm=certificates.rule.norm,
         )
 
     def check_labels(self, rung: Rung, file: Path, remedy: str) -> None:
@@ -206,8 +209,8 @@ class _Proof:
 
     def violations(self, rung: Rung) -> list[str]:
         """Return the images that are broken within their certified radius."""
-        rows = zip(rung.idx.tolist(), rung.ids.tolist(), rung.broken, rung.l2, strict=True)
-        return [image_id for index, image_id, broken, l2 in rows if broken and l2 <= self.radii.get(index, -1.0)]
+        rows = zip(rung.idx.tolist(), rung.ids.tolist(), rung.broken, rung.size, strict=True)
+        return [image_id for index, image_id, broken, size in rows if broken and size <= self.radii.get(index, -1.0)]
 
 
 def _pictures(folder: Path, rung: Rung, proof: _Proof, remedy: str) -> np.ndarray | None:
@@ -272,18 +275,25 @@ def _is_named(rung: Any) -> bool:
     return isinstance(rung, dict) and re.fullmatch(r"\w[\w.+-]*", str(rung.get("name"))) is not None
 
 
-def _read_rungs(file: Path, settings: list[dict[str, Any]], remedy: str) -> tuple[tuple[Rung, ...], tuple[Rung, ...]]:
-    """Return the rungs of the ladder, all on the same images, and the sandwich's attack if there is one."""
+def _read_rungs(
+    file: Path, settings: list[dict[str, Any]], norm: Norm, remedy: str
+) -> tuple[tuple[Rung, ...], tuple[Rung, ...]]:
+    """Return the rungs of the ladder, all on the same images, and the sandwich's attack if there is one.
+
+    ``norm`` is that of the certificates. Older tables hold no l1 changes, and then l1 certificates cannot be checked.
+    """
     table = Table.parse(file, read_file(file, read_lines, remedy) or [""], f". Remedy: {remedy}.")
     table.check_format(FORMATS[TABLE])
     if tuple(table.cells)[: len(_READ)] != _READ:
         table.refuse(-1, f"the table must open with the tab-separated columns {' '.join(_READ)}")
+    if norm not in table.cells:
+        table.refuse(-1, f"the certificates are in {norm}, and the table has no column {norm} to compare with them")
     names = [rung["name"] for rung in settings]
     for row, (name, verdict) in enumerate(zip(table.cells["rung"], table.cells["verdict"], strict=True)):
         if name not in (*names, SANDWICH) or verdict not in VERDICTS:
             table.refuse(row, f"unknown rung {name[:60]!r} or verdict {verdict[:60]!r}")
     arrays: dict[str, np.ndarray] = {name: table.whole(name) for name in ("idx", "label", "challenger")}
-    arrays |= {"l2": table.real("l2"), **{name: np.array(table.cells[name]) for name in ("rung", "verdict")}}
+    arrays |= {"size": table.real(norm), **{name: np.array(table.cells[name]) for name in ("rung", "verdict")}}
     arrays["id"] = np.array([unescape(text) for text in table.cells["id"]])
     _check_verdicts(table, arrays)
     rungs = tuple(_rung(arrays, fields) for fields in settings)
@@ -319,7 +329,7 @@ def _rung(arrays: _Arrays, fields: Mapping[str, Any]) -> Rung:
         labels=arrays["label"][rows],
         broken=arrays["verdict"][rows] == "broken",
         held=arrays["verdict"][rows] == "held",
-        l2=arrays["l2"][rows],
+        size=arrays["size"][rows],
         challenger=arrays["challenger"][rows],
     )
 

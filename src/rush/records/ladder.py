@@ -12,6 +12,7 @@ from rush.choices import Norm
 from rush.statistics import Interval, paired_difference, share_interval
 
 SANDWICH = "sandwich"  # the rung of the attacks inside certified balls
+_TWICE_INVERSE: Mapping[Norm, int] = {"linf": 0, "l2": 1, "l1": 2}  # 2 / p of the norm l-p
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class Rung:
     Accuracies count each picture once, by the worst of its copies.
 
     Attributes:
+        size: of the change, in the norm of the run's certificates, in l2 if it has none.
         pictures: text that is equal for copies of one picture, None if copies are not known.
     """
 
@@ -32,7 +34,7 @@ class Rung:
     labels: np.ndarray
     broken: np.ndarray
     held: np.ndarray
-    l2: np.ndarray
+    size: np.ndarray
     challenger: np.ndarray
     pictures: np.ndarray | None = None
 
@@ -218,22 +220,30 @@ class Ladder:
         """Share of images that no rung of the ladder broke."""
         return self.clean.share(self.standing)
 
-    def around(self, epsilon: float) -> float:
-        """Return the radius of the smallest l2 ball that contains the threat's ball of radius ``epsilon``.
+    def around(self, epsilon: float, norm: Norm) -> float:
+        """Return the radius of the smallest ball of ``norm`` that contains the threat's ball of radius ``epsilon``.
 
-        For l-inf it is the distance of a corner, epsilon * sqrt(C*H*W), and for l2 and l1 epsilon.
+        For a threat in l-p and a ball in l-q it is epsilon * (C*H*W)^(1/q - 1/p) where q < p, and else epsilon. In l2
+        the l-inf ball's corner is at the distance epsilon * sqrt(C*H*W). In l1 the l-inf ball's corner is at epsilon *
+        C*H*W, and the farthest points of the l2 ball are at epsilon * sqrt(C*H*W).
         """
-        return epsilon * math.sqrt(math.prod(self.shape)) if self.norm == "linf" else epsilon
+        return epsilon * self._stretch(norm, self.norm)
 
-    @property
-    def covering_radius(self) -> float:
-        """Radius of the smallest l2 ball that contains the threat."""
-        return self.around(self.epsilon)
+    def covering_radius(self, norm: Norm) -> float:
+        """Return the radius of the smallest ball of ``norm`` that contains the threat."""
+        return self.around(self.epsilon, norm)
 
-    @property
-    def inner_radius(self) -> float:
-        """Radius of the largest l2 ball inside the threat: for l1 the distance of a face, epsilon / sqrt(C*H*W)."""
-        return self.epsilon / math.sqrt(math.prod(self.shape)) if self.norm == "l1" else self.epsilon
+    def inner_radius(self, norm: Norm) -> float:
+        """Return the radius of the largest ball of ``norm`` inside the threat.
+
+        In l2 it is the distance of an l1 ball's face, epsilon / sqrt(C*H*W). Each l1 ball of radius epsilon is inside
+        the l2 and the l-inf ball of that radius.
+        """
+        return self.epsilon / self._stretch(self.norm, norm)
+
+    def _stretch(self, norm: Norm, other: Norm) -> float:
+        """Return the largest ratio, at least 1, of a change's ``norm`` to its ``other`` norm."""
+        return math.sqrt(math.prod(self.shape) ** max(0, _TWICE_INVERSE[norm] - _TWICE_INVERSE[other]))
 
     @property
     def grey_epsilon(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rush.auditing.report import AuditReport
 from rush.certification.certificates import Certificates
 from rush.certification.sequential import UNDECIDED
-from rush.choices import STAGES, Stage
+from rush.choices import CERTIFIED_NORM, STAGES, Norm, Stage
 from rush.errors import RunError
 from rush.records.attacks import read_attacks, read_samples
 from rush.records.audit import read_audit
@@ -105,6 +105,14 @@ class RunResults:
         attacked = set(self.ladder.clean.ids.tolist())
         rows = [row for row, image_id in enumerate(self.certificates.ids) if image_id in attacked]
         return self.certificates.select(rows) if len(rows) == len(attacked) else self.certificates
+
+    @property
+    def certified_norm(self) -> Norm:
+        """Norm of the run's certificates: by their rule, or by the recipe's noise as long as there are none."""
+        if self.certificates is not None:
+            return self.certificates.rule.norm
+        stated = self.setting("smoothing", "noise")
+        return next((norm for noise, norm in CERTIFIED_NORM.items() if noise == stated), "l2")
 
     def setting(self, *keys: str) -> Any:
         """Return the recipe's entry at ``keys``, None if there is none."""

@@ -21,6 +21,7 @@ from rush.records.read_run import RunResults, read_run, test_fingerprint
 from rush.reporting.costs import TrainingCost, passes_of, training_cost
 from rush.reporting.doubts import doubts
 from rush.reporting.wording import (
+    NORM_SIGNS,
     NOT_CERTIFIED,
     energy_text,
     memory_text,
@@ -103,7 +104,8 @@ def compare(
     A pair needs the same images. Different data-set fingerprints refuse it. If they agree, images are matched by id,
     and both logs must hold the same ids, because the missing images might be harder than the others. If a fingerprint
     is missing, the pair is refused unless ``assume_same_images``. Then the images that both logs hold are matched by
-    idx, the pair is refused if a label differs, and the notes state the assumption.
+    idx, the pair is refused if a label differs, and the notes state the assumption. A pair whose radii are in different
+    norms is always refused.
 
     Args:
         logs: at least one.
@@ -160,17 +162,32 @@ def compare_command(
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Return a comparison as texts: conditions, accuracies, summary, classes, probabilities, pairs, findings."""
+    """Return a comparison as texts: conditions, accuracies, summary, classes, probabilities, pairs, findings.
+
+    Accuracies and average radii have a table for each norm of the radii, with the logs of that norm.
+    """
+    parts = _by_norm(comparison)
     tables = [
         _conditions_table(comparison),
-        _accuracy_table(comparison),
-        _summary_table(comparison),
-        _class_table(comparison),
+        *map(_accuracy_table, parts),
+        *(_summary_table(part, "Summary" if len(parts) == 1 else f"Summary, {_norm(part)} radii") for part in parts),
+        *map(_class_table, parts),
         _probability_table(comparison),
         *_pair_tables(comparison),
         _findings_table(comparison),
     ]
     return [table for table in tables if table[2]]
+
+
+def _by_norm(comparison: Comparison) -> list[Comparison]:
+    """Return the comparison split by the norm of the radii, in the order in which the norms occur."""
+    norms = dict.fromkeys(log.rule.norm for log in comparison.logs)
+    return [replace(comparison, logs=tuple(log for log in comparison.logs if log.rule.norm == norm)) for norm in norms]
+
+
+def _norm(part: Comparison) -> str:
+    """Return the sign of the norm of a part that ``_by_norm`` made."""
+    return NORM_SIGNS[part.logs[0].rule.norm]
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
@@ -247,7 +264,7 @@ def _sigma_of_each(paths: Sequence[Path], sigma: Sequence[float] | None) -> list
 def _paired(
     first: CertificateTable, second: CertificateTable, radii: tuple[float, ...], assume_same_images: bool
 ) -> Paired:
-    matched = _same_images(first, second, assume_same_images)
+    matched = _different_norms(first, second) or _same_images(first, second, assume_same_images)
     if isinstance(matched, str):
         return Paired(first.name, second.name, matched, 0, False, (), ())
     first_rows, second_rows, notes = matched
@@ -275,6 +292,14 @@ def _pixels(log: CertificateTable, rows: np.ndarray) -> list[str] | None:
     """Return the pictures of the images in ``rows``, None if the log does not identify them."""
     pixels = log.certificates.pixels
     return None if pixels is None else [pixels[row] for row in rows.tolist()]
+
+
+def _different_norms(first: CertificateTable, second: CertificateTable) -> str | None:
+    """Return the reason why radii in different norms are not paired, None if the norms agree."""
+    norms = [log.rule.norm for log in (first, second)]
+    if norms[0] == norms[1]:
+        return None
+    return f"their radii are in different norms: {' and '.join(NORM_SIGNS[norm] for norm in norms)}"
 
 
 def _same_images(
@@ -343,6 +368,7 @@ def _conditions_table(comparison: Comparison) -> Table:
     rows: list[Row[CertificateTable]] = [
         ("sigma", lambda log: f"{log.rule.sigma:g}"),
         ("noise", lambda log: log.rule.noise),
+        *([("norm of the radii", _norm_text)] if len(_by_norm(comparison)) > 1 else []),
         ("method", lambda log: _method_text(log.rule)),
         ("level", lambda log: _level_text(log.rule)),
         ("N", lambda log: f"{log.rule.num_estimation:,}" + (" at most" if _stops_early(log) else "")),
@@ -351,6 +377,10 @@ def _conditions_table(comparison: Comparison) -> Table:
         ("data set", lambda log: "not stated" if log.dataset is None else log.dataset[:12]),
     ]
     return _log_table(comparison, "Conditions", "", rows)
+
+
+def _norm_text(log: CertificateTable) -> str:
+    return NORM_SIGNS[log.rule.norm]
 
 
 def _copies_text(log: CertificateTable) -> str:
@@ -364,11 +394,12 @@ def _accuracy_table(comparison: Comparison) -> Table:
         return share(log.certificates.accuracy_interval(radius)) + _star(log, radius)
 
     rows = [(f"{radius:g}", partial(cell, radius)) for radius in comparison.radii]
-    title = "Certified accuracy by ℓ2 radius, exact 95 % intervals" + _star_note(comparison.logs, comparison.radii)
+    note = _star_note(comparison.logs, comparison.radii)
+    title = f"Certified accuracy by {_norm(comparison)} radius, exact 95 % intervals{note}"
     return _log_table(comparison, title, "radius", rows)
 
 
-def _summary_table(comparison: Comparison) -> Table:
+def _summary_table(comparison: Comparison, title: str) -> Table:
     rows: list[Row[CertificateTable]] = [
         ("ACR", lambda log: _NONE if log.rule.radii else _acr_text(log, log.certificates.acr)),
         *_grid_rows(comparison.logs),
@@ -378,7 +409,7 @@ def _summary_table(comparison: Comparison) -> Table:
         ("samples per image, mean", _samples_text),
         ("seconds per image, mean", lambda log: f"{log.certificates.seconds.mean():.3g}"),
     ]
-    return _log_table(comparison, "Summary", "", rows)
+    return _log_table(comparison, title, "", rows)
 
 
 def _acr_text(log: CertificateTable, acr: float) -> str:
@@ -444,7 +475,7 @@ def _class_table(comparison: Comparison) -> Table:
 
     rows: list[Row[CertificateTable]] = [("worst", worst), *((f"{label}", partial(cell, label)) for label in labels)]
     note = _star_note(comparison.logs, [comparison.radius])
-    title = f"Certified accuracy by class at ℓ2 radius {comparison.radius:g}{note}"
+    title = f"Certified accuracy by class at {_norm(comparison)} radius {comparison.radius:g}{note}"
     return _log_table(comparison, title, "class", rows)
 
 

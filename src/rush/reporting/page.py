@@ -132,6 +132,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "run": results,
         "certificates": certificates,
         "rule": certificates.rule if certificates else None,
+        "norm": wording.NORM_SIGNS[results.certified_norm],
         "headline": wording.headline_radius(certificates) if certificates else 0.0,
         "ladder": ladder,
         "floor": floor,
@@ -165,9 +166,11 @@ def _context(results: RunResults) -> Mapping[str, Any]:
 
 
 def _floor(results: RunResults) -> Interval | None:
-    """Return certified accuracy at the smallest l2 ball around the threat, below which no attack within it gets."""
+    """Return certified accuracy at the smallest ball around the threat, below which no attack within it gets."""
     proved, ladder = results.threat_certificates, results.ladder
-    return None if proved is None or ladder is None else proved.accuracy_interval(ladder.covering_radius)
+    if proved is None or ladder is None:
+        return None
+    return proved.accuracy_interval(ladder.covering_radius(proved.rule.norm))
 
 
 def _floors(results: RunResults) -> tuple[Interval, ...]:
@@ -175,7 +178,8 @@ def _floors(results: RunResults) -> tuple[Interval, ...]:
     proved, ladder = results.threat_certificates, results.ladder
     if proved is None or ladder is None or ladder.curve is None:
         return ()
-    return tuple(proved.accuracy_interval(ladder.around(point.epsilon)) for point in ladder.curve.points)
+    radii = [ladder.around(point.epsilon, proved.rule.norm) for point in ladder.curve.points]
+    return tuple(proved.accuracy_interval(radius) for radius in radii)
 
 
 def _bar(ladder: Ladder, floor: Interval) -> Bar:

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from rush.certification.certificates import Certificates
 from rush.records.ladder import CurvePoint, Ladder
 from rush.records.read_run import Epoch, Watched
-from rush.reporting.wording import headline_radius, percent, radius_text, threat_text
+from rush.reporting.wording import NORM_SIGNS, headline_radius, percent, radius_text, threat_text
 from rush.statistics import Interval
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _POINTS = 400  # more steps than pixels would not be visible
 
 
 def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str, form: Format) -> Markup:
-    """Draw certified accuracy over the l2 radius with its pointwise 95 % band, headline radius, threat and ceiling.
+    """Draw certified accuracy over the radius with its pointwise 95 % band, headline radius, threat and ceiling.
 
     With a grid, its radii are dots, the steps between them are the accuracy at the larger, and the curve ends with it.
     """
@@ -51,16 +51,18 @@ def certified_curve(certificates: Certificates, ladder: Ladder | None, name: str
     if certificates.rule.radii is not None:
         tested = [certificates.accuracy_interval(radius).estimate for radius in certificates.rule.radii]
         axes.plot(certificates.rule.radii, tested, "o", color=_PROOF, markersize=4, clip_on=False)
+    norm = certificates.rule.norm
     at = headline_radius(certificates)
     accuracy = certificates.accuracy_interval(at)
-    where = "σ/2" if at == certificates.sigma / 2 else f"ℓ2 {radius_text(at)}"
+    where = "σ/2" if at == certificates.sigma / 2 else f"{NORM_SIGNS[norm]} {radius_text(at)}"
     axes.plot([at], [accuracy.estimate], "o", color=_INK, markersize=5)
     _label(axes, f"{percent(accuracy.estimate)} at {where}", (at, accuracy.estimate), (7, 6), color=_INK)
     last = "end of the grid" if certificates.rule.radii else f"ceiling, N = {certificates.num_estimation:,}"
     _radius_mark(axes, certificates.largest_radius, last, end)
-    if ladder is not None and ladder.covering_radius < end:
-        _radius_mark(axes, ladder.covering_radius, f"covers {threat_text(ladder)}", end, line=1)
-    axes.set(xlim=(0, end), ylim=(0, 1), xlabel="ℓ2 radius, pixels in [0, 1]", ylabel="certified accuracy")
+    if ladder is not None and ladder.covering_radius(norm) < end:
+        _radius_mark(axes, ladder.covering_radius(norm), f"covers {threat_text(ladder)}", end, line=1)
+    unit = f"{NORM_SIGNS[norm]} radius, pixels in [0, 1]"
+    axes.set(xlim=(0, end), ylim=(0, 1), xlabel=unit, ylabel="certified accuracy")
     _percent_ticks(axes.yaxis)
     ends = f"{percent(shares[0].estimate)} at 0, {percent(accuracy.estimate)} at {where}"
     return _svg(figure, name, f"Certified accuracy over the radius: {ends}")

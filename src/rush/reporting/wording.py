@@ -118,13 +118,15 @@ def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     for radius in dict.fromkeys((certificates.table_radii[0], headline_radius(certificates))):
         shares = (certificates.other_shares(radius) or {}).items()
         others = "".join(f", {name} {percent(interval.estimate)}" for name, interval in shares)
-        yield f"certified at ℓ2 {radius_text(radius)}", _certified_text(certificates, radius) + others
+        sign = NORM_SIGNS[certificates.rule.norm]
+        yield f"certified at {sign} {radius_text(radius)}", _certified_text(certificates, radius) + others
     if copies_text(certificates):
         yield "copies of a picture", copies_text(certificates)
     yield certificates.acr_name, acr_text(certificates)
     proved = results.threat_certificates
     if ladder is not None and proved is not None:
-        yield f"certified floor at {threat_text(ladder)}", _certified_text(proved, ladder.covering_radius)
+        radius = ladder.covering_radius(proved.rule.norm)
+        yield f"certified floor at {threat_text(ladder)}", _certified_text(proved, radius)
     yield "true ≥", "of the data's distribution, with 95 % confidence over images and noise together"
 
 
@@ -330,7 +332,7 @@ def own_rows(results: RunResults) -> list[tuple[str, ...]]:
     rungs = [rung for rung in (ladder.flattering, ladder.strongest) if rung is not None]
     rows = [("This run", share(rung.accuracy), rung.label) for rung in rungs]
     if proved is not None:
-        floor = share(proved.accuracy_interval(ladder.covering_radius))
+        floor = share(proved.accuracy_interval(ladder.covering_radius(proved.rule.norm)))
         rows.append(("This run, certificate", f"≥ {floor}", "any attack"))
     clean, threat = share(ladder.clean.accuracy), threat_text(ladder)
     conditions = str(results.setting("data", "name") or "–"), model_text(results)
