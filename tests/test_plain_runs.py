@@ -238,7 +238,7 @@ def test_runs_with_and_without_certificates_are_compared(plain_run: Path, tmp_pa
     header, rows = next(table for title, table in tables.items() if title.startswith("Accuracy under attack"))
     assert header == ("", "again", "cifar10-small", "run")
     cells = {row[0]: row[1:] for row in rows}
-    assert cells["sigma"] == ("none, not smoothed", "0.25", "none, not smoothed")
+    assert cells["sigma"] == ("none, not smoothed", "0.25, gaussian", "none, not smoothed")
     assert cells["images"] == ("20", "200", "20")
     assert cells["PGD-20"][0] == cells["PGD-20"][2] != "–" == cells["PGD-20"][1]
     first, other, third = cells["the same minus that of again, paired"]
@@ -294,6 +294,8 @@ def test_a_model_folder_says_whether_it_is_smoothed(plain_run: Path, tmp_path: P
     with pytest.raises(RunError, match="holds a smoothed classifier"):
         load_plain(SMOOTHED / "model", "cpu")
     folder = shutil.copytree(plain_run / "model", tmp_path / "model")
-    (folder / "model.json").write_text(json.dumps(description | {"noise": {"name": "laplace"}}))
-    with pytest.raises(RunError, match="has noise 'laplace', this version supports gaussian and none; update"):
+    (folder / "model.json").write_text(json.dumps(description | {"noise": {"name": "cauchy"}}))
+    with pytest.raises(
+        RunError, match="has noise 'cauchy', this version supports gaussian, discrete, uniform, laplace, none; "
+    ):
         rush.load(folder, device="cpu")

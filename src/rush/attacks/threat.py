@@ -62,8 +62,8 @@ class ThreatModel:
     def on_grid(self, adversarial: Tensor, x: Tensor) -> Tensor:
         """Return 8-bit images (B, C, H, W) close to the points, within the ball around the 8-bit images ``x``.
 
-        Every pixel is rounded to the nearest multiple of 1/255. Where that leaves the ball, pixels that it has moved
-        away from the image are rounded towards it instead, those first for which that makes the least difference.
+        Every pixel is rounded to the nearest multiple of 1/255. Where the result is outside the ball, pixels that were
+        moved away from the image are rounded towards it instead, those first for which that makes the least difference.
         """
         levels = (255 * x.double()).round()
         change = 255 * adversarial.double() - levels

@@ -39,7 +39,7 @@ _QUANTILES = 1e-12  # more than the error of the difference of two normal quanti
 
 
 class Law(NamedTuple):
-    """How radii follow from class probabilities under one noise.
+    """The relation of radii and class probabilities under one noise.
 
     Attributes:
         radius: (p, sigma) -> the radius that a class probability p >= 1/2 certifies.

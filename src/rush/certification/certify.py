@@ -48,7 +48,9 @@ def certify(
     in_flight: int | None = None,
     bound: CertifyBound | None = None,
 ) -> Certificates:
-    """Certify images: a class and an l2 radius within which the smoothed classifier provably predicts it.
+    """Certify images: a class and a radius within which the smoothed classifier provably predicts it.
+
+    The radius is in l2 under Gaussian and discrete noise, and in l1 under uniform and Laplace noise.
 
     With torch.distributed initialised the images are shared among the processes, and each returns all certificates.
 
