@@ -32,7 +32,7 @@ from rush.evaluation.sandwich import check_sandwich, sandwich_plan, sandwich_pos
 from rush.evaluation.verdict import VerdictSettings
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_weights
-from rush.pipeline.context import noise_of
+from rush.pipeline.context import training_noise
 from rush.pipeline.train import new_classifier, spec_of
 from rush.recipe.load import build_recipe
 from rush.recipe.schema import Recipe, Schedule
@@ -404,7 +404,7 @@ def _finetuned(
         config = config.replace(epochs=epochs, minutes=None)
     with _budgeted():
         settings = training_settings(recipe, bench.execution, events)
-        finetune(images, classifier, config, settings, noise=noise_of(recipe))
+        finetune(images, classifier, config, settings, noise=training_noise(recipe))
     save_weights(classifier, bench.weights(name))
     if name == f"noise-{MAIN_SIGMA:g}":
         bench.store.keep_weights(name, classifier)

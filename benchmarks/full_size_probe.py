@@ -24,7 +24,7 @@ from rush.data.batches import Resident
 from rush.data.images import ImageSet
 from rush.errors import RushError
 from rush.models.classifier import Classifier
-from rush.pipeline.context import noise_of
+from rush.pipeline.context import training_noise
 from rush.pipeline.train import new_classifier, spec_of
 from rush.recipe.load import load_recipe
 from rush.recipe.schema import Recipe
@@ -288,7 +288,7 @@ def _finetuning(probe: Probe) -> float:
             _classifier(recipe),
             recipe.finetune.replace(**_TWO_EPOCHS),
             training_settings(recipe, probe.execution, events),
-            noise=noise_of(recipe),
+            noise=training_noise(recipe),
         )
         return events.epochs
 

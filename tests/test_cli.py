@@ -248,9 +248,10 @@ def test_a_run_says_its_stages_on_standard_error_and_its_report_on_standard_outp
     assert (folder / "report.html").stat().st_size > 10_000
     lines = done.stderr.splitlines()
     assert [line for line in lines if line.endswith("...")] == [f"{stage} ..." for stage in STAGES]
-    assert len(lines) == 10
-    for line in lines[1::2]:
-        assert line.endswith(" s")
+    reach = [line for line in lines if "votes per image that all agree" in line]
+    assert [lines.index(line) for line in reach] == [lines.index("certify ...") + 1]
+    assert sum(line.endswith(" s") for line in lines) == 5
+    assert len(lines) == 11
     for text in (done.stdout, done.stderr):
         assert "\x1b" not in text
         assert "\r" not in text

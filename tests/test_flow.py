@@ -16,7 +16,7 @@ SOURCE = Path(rush.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "choices", "runtime", "recipe"),
     ("data", "statistics"),
-    ("models", "smoothing.noise"),
+    ("models", "smoothing.noise", "smoothing.discrete"),
     ("smoothing", "models.storage"),  # saved models are smoothed classifiers
     ("training",),
     ("certification",),

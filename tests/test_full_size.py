@@ -32,7 +32,7 @@ from rush.evaluation.model import defend
 from rush.evaluation.verdict import VerdictSettings
 from rush.models.classifier import Represent
 from rush.models.storage import load_weights
-from rush.pipeline.context import noise_of
+from rush.pipeline.context import training_noise
 from rush.pipeline.train import new_classifier, spec_of
 from rush.recipe.load import load_recipe
 from rush.records.certificates import read_certificates
@@ -181,7 +181,7 @@ def test_fine_tuning_is_that_of_the_library_on_the_pre_trained_encoder(finished:
     load_weights(classifier, bench.weights("encoder"))
     config = recipe.finetune.replace(epochs=finished.sizes.epochs)
     settings = TrainingSettings(seed=recipe.seed, execution=decide_execution("cpu", "float32", 16))
-    finetune(labelled, classifier, config, settings, noise=noise_of(recipe))
+    finetune(labelled, classifier, config, settings, noise=training_noise(recipe))
     assert_weights(classifier, bench.weights("tenth-0.25"))
 
 

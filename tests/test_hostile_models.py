@@ -82,7 +82,7 @@ CHANGES = [
     *(("classes", value) for value in (["a"], 3, list(range(10)))),
     *(("resized", value) for value in ("yes", 1, None)),
     *(("format", value) for value in (2, "1", None, HUGE, True, [1], 1.5)),
-    *(("noise.name", value) for value in ("laplace", None, ["gaussian"], {}, 3, "none")),
+    *(("noise.name", value) for value in ("cauchy", None, ["gaussian"], {}, 3, "none")),
     *((place, ...) for place in ("format", "noise", "noise.name", "noise.sigma")),
     *((place, ...) for place in ("classifier", "classifier.std", "classifier.width")),
     *((place, ...) for place in ("execution", "execution.tile", "execution.precision", "image_shape")),

@@ -20,7 +20,7 @@ from rush.data.sources import load_images
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
-from rush.pipeline.context import noise_of
+from rush.pipeline.context import training_noise
 from rush.recipe.schema import Recipe
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
@@ -134,7 +134,7 @@ def test_no_step_of_fine_tuning_waits(
             classifier(),
             recipe.finetune,
             TrainingSettings(seed=0, execution=meta, log=refused),
-            noise=noise_of(recipe),
+            noise=training_noise(recipe),
         ),
     )
     assert found == []

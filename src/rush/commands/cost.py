@@ -18,7 +18,7 @@ from rush.data.images import ImageSet
 from rush.data.sources import NUM_CLASSES, SHAPES, SPLITS, load_images
 from rush.errors import ConfigError, Interrupted, RushError
 from rush.models.classifier import Classifier
-from rush.pipeline.context import noise_of
+from rush.pipeline.context import training_noise
 from rush.pipeline.preconditions import labelled_count
 from rush.pipeline.train import new_classifier, spec_of
 from rush.recipe.schema import FinetuneConfig, Recipe, Schedule
@@ -332,7 +332,7 @@ class _Trial:
             self._classifier(images),
             config.replace(epochs=4 if config.mode == "linear-then-full" else 2, head_epochs=2, **_TRIAL),
             self._settings(epochs),
-            noise=noise_of(self.recipe),
+            noise=training_noise(self.recipe),
         )
         objective = config.objective if config.mode == "full" else f"{config.objective} ({config.mode})"
         return self._extrapolated("finetune", objective, config, self.size.finetune, epochs)

@@ -14,7 +14,8 @@ from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import in_turn, rank
 from rush.runtime.execution import Execution, decide_execution
-from rush.smoothing.noise import Noise, make_noise
+from rush.smoothing.discrete import DiscreteGaussian
+from rush.smoothing.noise import Gaussian, Noise, RealNoise, make_noise
 from rush.training.budget import Budget
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.loop import CheckpointPolicy, Monitor, TrainingSettings
@@ -49,7 +50,7 @@ class StageContext:
     @property
     def noise(self) -> Noise | None:
         """The smoothing noise, or None for a classifier that is not smoothed."""
-        return noise_of(self.recipe)
+        return smoothing_noise(self.recipe)
 
     def log(self, event: str, **values: Any) -> None:
         """Write one event of the run, in the first process."""
@@ -84,7 +85,16 @@ class StageContext:
         in_turn(lambda: self.run.settle(stage, budget.figures()))
 
 
-def noise_of(recipe: Recipe) -> Noise | None:
-    """Return the smoothing noise of the recipe, or None if its sigma is 0."""
+def smoothing_noise(recipe: Recipe) -> Noise | None:
+    """Return the noise of the smoothed classifier, or None if its sigma is 0."""
     smoothing = recipe.smoothing
     return make_noise(smoothing.noise, smoothing.sigma) if smoothing.sigma > 0 else None
+
+
+def training_noise(recipe: Recipe) -> RealNoise | None:
+    """Return the noise under which the recipe trains, or None if its sigma is 0.
+
+    It is real-valued. A network trained under discrete noise would hardly differ, and no guarantee rests on training.
+    """
+    noise = smoothing_noise(recipe)
+    return Gaussian(noise.sigma) if isinstance(noise, DiscreteGaussian) else noise

@@ -12,7 +12,7 @@ from rush.data.streaming import Stream
 from rush.errors import DataError
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
-from rush.pipeline.context import StageContext
+from rush.pipeline.context import StageContext, training_noise
 from rush.pipeline.preconditions import check_after_training, check_before_training, labelled_count
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
@@ -63,7 +63,7 @@ def run_finetune(run: RunFolder) -> None:
     classifier = new_classifier(spec, recipe.seed)
     load_weights(classifier.encoder, run.path / ENCODER)
     settings = context.training("finetune", _watch_classifier(context, classifier))
-    finetune(labelled, classifier, config, settings, noise=context.noise)
+    finetune(labelled, classifier, config, settings, noise=training_noise(context.recipe))
     if rank() == 0:
         forward = _save_model(context, classifier, spec, train)
         figures = {**_training_figures(run, "finetune", len(labelled)), "objective": config.objective}
@@ -146,7 +146,7 @@ def _watch_encoder(context: StageContext, classifier: Classifier) -> Monitor | N
         represent,
         bank,
         held_out,
-        context.noise,
+        training_noise(context.recipe),
         context.execution,
         neighbours=config.knn_neighbours,
         seed=context.recipe.seed,
@@ -158,7 +158,8 @@ def _watch_classifier(context: StageContext, classifier: Classifier) -> Monitor 
     held_out = context.splits.held_out
     if held_out is None:
         return None
-    return lambda _: classifier_figures(classifier, held_out, context.noise, context.execution, context.recipe.seed)
+    noise, seed = training_noise(context.recipe), context.recipe.seed
+    return lambda _: classifier_figures(classifier, held_out, noise, context.execution, seed)
 
 
 def _knn_accuracy(

@@ -163,7 +163,7 @@ class SmoothingConfig(Section):
 
     Under "discrete" noise, Gaussian noise rounded to multiples of 1/255, certificates hold in floating point too
     (``smoothing.discrete``), and attacked points are rounded to 8-bit images. "gaussian" is drawn in float32. Both
-    certify in l2, "uniform" and "laplace" in l1.
+    certify in l2, "uniform" and "laplace" in l1. Training under "discrete" draws real-valued noise.
 
     With sigma = 0 there is no noise. The classifier itself is used and attacked, and nothing is certified. The ladder
     is the one of deterministic networks, whose attackers have fixed budgets. Of the recipe's budgets, attack.steps

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rush.errors import InputError
-from rush.smoothing.noise import Noise
+from rush.smoothing.noise import RealNoise
 from rush.training.ascent import l2_ascent, l2_norms, signed_ascent
 
 Logits: TypeAlias = Callable[[Tensor], Tensor]
@@ -41,12 +41,12 @@ class Examples:
     evaluated: Logits
     x: Tensor
     y: Tensor
-    smoothing: Noise | None
+    smoothing: RealNoise | None
     generator: torch.Generator
     epoch: float = 0.0
 
     @property
-    def noise(self) -> Noise:
+    def noise(self) -> RealNoise:
         """The noise to train under.
 
         Raises:
