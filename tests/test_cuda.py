@@ -28,8 +28,10 @@ from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.runtime.transfer import HostCopy, sent
 from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.discrete import DiscreteGaussian
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.loop import TrainingRun
+from test_discrete import chi_square
 from test_graphs import VARIANTS
 from tiny import differing, results, results_of_training, run_tiny, tiny, write_tiny
 
@@ -227,6 +229,16 @@ def test_votes_of_the_compiled_forward_are_those_of_the_eager_one(device: str, d
 def smoothed_on(device: str, mode: CompileMode, network: nn.Module) -> SmoothedClassifier:
     execution = Execution(device, compile_mode=mode).configure()
     return SmoothedClassifier(execution.place(network), 0.25, 10, execution=execution, image_shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_discrete_noise_has_its_exact_probabilities_and_every_sum_is_one_float(device: str) -> None:
+    noise, generator = DiscreteGaussian(0.25), stream(0, "draws", device=device)
+    drawn = noise.integers(torch.empty(2_000_000, device=device), generator).cpu().long().numpy()
+    assert chi_square(drawn, 0.25) > 1e-6
+    pixels = (torch.arange(256).repeat(12).view(3, 32, 32) / 255).to(device)
+    noisy = noise.add(pixels, torch.empty(100, 3, 32, 32, device=device), generator)
+    assert len(noisy.unique()) == len((255 * noisy.double()).round().unique())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -14,7 +14,7 @@ from rush.attacks.gradient import fresh_noise
 from rush.attacks.losses import cross_entropy, dlr, margin
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
-from rush.choices import Norm
+from rush.choices import NoiseName, Norm
 from rush.data.batches import Resident
 from rush.data.sources import load_images
 from rush.models.classifier import Classifier, Normalize
@@ -28,7 +28,7 @@ from rush.runtime.transfer import HostCopy, sent
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import Sentinel
-from rush.smoothing.noise import Gaussian
+from rush.smoothing.noise import make_noise
 from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.training.finetune import finetune
 from rush.training.loop import TrainingRun, TrainingSettings
@@ -166,12 +166,13 @@ def test_no_step_of_an_attack_waits(
     assert mode.operations > 1000
 
 
-def test_no_tile_of_a_certification_waits(meta: Execution) -> None:
+@pytest.mark.parametrize("noise", ["gaussian", "discrete", "uniform"])  # the meta device draws no exponentials
+def test_no_tile_of_a_certification_waits(noise: NoiseName, meta: Execution) -> None:
     """Once the classifier has been inspected, and but for the tile that is asked again now and then."""
     own = replace(meta, tile=64)
     forward = Forward(smoothed(own).classifier, own, 10)
     forward._watch = SimpleNamespace(shape=(64, 3, 8, 8), observe=lambda *_: None)  # type: ignore[assignment]
-    voter = VoteCounter(forward, Gaussian(0.25), 10, own)
+    voter = VoteCounter(forward, make_noise(noise, 0.25), 10, own)
     pixels = torch.empty(3, 3, 8, 8, device="meta")
     voter._noisy(VoteRequest(pixels[0], MetaGenerator()))
     sentinel = object.__new__(Sentinel)
