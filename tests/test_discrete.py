@@ -119,6 +119,7 @@ def test_draws_have_the_exact_probabilities(draw: object, sigma: float) -> None:
     assert callable(draw)
     drawn = draw(sigma, 2_000_000)
     assert chi_square(drawn, sigma) > 1e-6
+    assert np.abs(drawn).max() < 6.5 * 255 * sigma + 1  # odds of a larger one: 2e-4; in the tails many bits decide
     assert chi_square(drawn, sigma * 1.02) < 1e-6  # two percent less noise would be noticed
     assert chi_square(drawn[drawn != 3], sigma) < 1e-6  # and a value that is never drawn
 
