@@ -420,7 +420,7 @@ PICTURES: dict[str, tuple[Callable[[Path], Path], str]] = {
         written("x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n"),
         "cannot be read as an image",
     ),
-    "text": (written("x.png", b"no image"), "cannot be read as an image"),
+    "text": (written("x.png", b"not an image"), "cannot be read as an image"),
     "nothing": (written("x.png", b""), "cannot be read as an image"),
     "a truncated JPEG": (at("x.jpg", truncated), "cannot be decoded"),
     "a truncated PNG": (at("x.png", truncated), "cannot be decoded"),

@@ -28,7 +28,7 @@ from rush.training.meter import Meter
 from rush.training.pretrain import pretrain
 
 Disturb = Callable[[int, Tensor], Tensor]
-"""Function from the number of a step and its loss to the loss that it goes on with."""
+"""Function from the number of a step and its loss to the loss that the training continues with."""
 View = Callable[[Tensor, Views, torch.Generator], Tensor]
 
 SCHEDULE = Schedule(

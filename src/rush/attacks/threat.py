@@ -14,6 +14,7 @@ from rush.choices import Norm
 from rush.errors import InputError
 from rush.runtime.numbers import as_real
 from rush.runtime.transfer import sent
+from rush.smoothing.discrete import LEVELS
 
 ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 GRID_TOLERANCE = 1e-4  # in steps of 1/255: the error of an epsilon such as 8/255 in float32
@@ -65,11 +66,11 @@ class ThreatModel:
         Every pixel is rounded to the nearest multiple of 1/255. Where the result is outside the ball, pixels that were
         moved away from the image are rounded towards it instead, those first for which that makes the least difference.
         """
-        levels = (255 * x.double()).round()
-        change = 255 * adversarial.double() - levels
+        levels = (LEVELS * x.double()).round()
+        change = LEVELS * adversarial.double() - levels
         rounded = change.round()
-        moved = _within(rounded, change, self.norm, 255 * self.radius(rounded) + GRID_TOLERANCE)
-        return ((levels + moved) / 255).to(adversarial.dtype)
+        moved = _within(rounded, change, self.norm, LEVELS * self.radius(rounded) + GRID_TOLERANCE)
+        return ((levels + moved) / LEVELS).to(adversarial.dtype)
 
     def step(self, gradient: Tensor, share: float | Tensor, at: Tensor, density: float | Tensor = L1_DENSITY) -> Tensor:
         """Return the step (B, C, H, W) from the points ``at`` along the steepest ascent, 0 where the gradient is 0.

@@ -35,6 +35,7 @@ from rush.choices import ABSTAIN, TOTAL_VARIATION, NoiseName
 from rush.statistics import SAFETY, lower_bound
 
 RADIUS_DIGITS = 6
+_UNIFORM_WIDTH = 2 * math.sqrt(3)  # of the interval of uniform noise, for sigma = 1
 _QUANTILES = 1e-12  # more than the error of the difference of two normal quantiles
 
 
@@ -53,8 +54,8 @@ class Law(NamedTuple):
 LAWS: dict[NoiseName, Law] = {
     "gaussian": Law(lambda p, sigma: sigma * special.ndtri(p), lambda radius, sigma: special.ndtr(radius / sigma)),
     "uniform": Law(
-        lambda p, sigma: 2 * math.sqrt(3) * sigma * (p - 0.5),
-        lambda radius, sigma: 0.5 + radius / (2 * math.sqrt(3) * sigma),
+        lambda p, sigma: _UNIFORM_WIDTH * sigma * (p - 0.5),
+        lambda radius, sigma: 0.5 + radius / (_UNIFORM_WIDTH * sigma),
     ),
     "laplace": Law(
         lambda p, sigma: -sigma / math.sqrt(2) * np.log(2 * (1 - p)),
@@ -119,8 +120,7 @@ def certify_two_classes(
     p_lower = np.maximum(lower_bound(estimation[rows, selected], trials, alpha / 2) - TOTAL_VARIATION, 0.0)
     most = 1 - lower_bound(trials - others.max(1), trials, alpha / 2) + TOTAL_VARIATION
     p_upper = np.minimum(most, 1 - p_lower)
-    with np.errstate(invalid="ignore"):
-        gap = special.ndtri(p_lower) - special.ndtri(np.minimum(p_upper, 1.0))
+    gap = special.ndtri(p_lower) - special.ndtri(p_upper)
     exact = sigma / 2 * (gap * (1 - SAFETY) - _QUANTILES)
     radius = np.where(p_lower > p_upper, np.maximum(_rounded_down(exact), 0.0), 0.0)
     return Certified(np.where(radius > 0, selected, ABSTAIN).astype(np.int64), radius, p_lower, p_upper)
@@ -150,7 +150,7 @@ def uniform_linf_radius(p_lower: float, sigma: float, values: int) -> float:
     """
     if p_lower <= 0.5:
         return 0.0
-    return -2 * math.sqrt(3) * sigma * math.expm1(math.log(1.5 - p_lower) / values) * (1 - SAFETY)
+    return -_UNIFORM_WIDTH * sigma * math.expm1(math.log(1.5 - p_lower) / values) * (1 - SAFETY)
 
 
 def _rounded_down(radius: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -46,7 +46,7 @@ def certify(
     futility: float = _DEFAULTS.futility,
     seed: int = 0,
     in_flight: int | None = None,
-    bound: CertifyBound | None = None,
+    bound: CertifyBound | None = _DEFAULTS.bound,
 ) -> Certificates:
     """Certify images: a class and a radius within which the smoothed classifier provably predicts it.
 
