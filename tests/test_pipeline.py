@@ -5,9 +5,11 @@ import json
 import os
 import random
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,6 +32,21 @@ from rush.recipe.load import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.randomness import stream
 from tiny import TINY, differing, part_of, results, run_tiny, tiny, without_time
+
+
+def test_every_process_looks_before_any_may_finish_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that found the stage finished by another one would miss the barriers within it."""
+    order: list[str] = []
+    run = SimpleNamespace(
+        path=Path("run"),
+        finished=lambda _: order.append("looked"),
+        alone=nullcontext,
+        require=lambda _: {"seconds": 0.0},
+    )
+    monkeypatch.setattr("rush.pipeline.stages.barrier", lambda: order.append("waited"))
+    monkeypatch.setattr("rush.pipeline.stages.run_attack", lambda _: order.append("ran"))
+    run_stage(run, "attack")  # type: ignore[arg-type]
+    assert order == ["looked", "looked", "waited", "ran"]
 
 
 def test_the_same_recipe_and_seed_give_the_same_bits(tiny_run: Path, tmp_path: Path) -> None:

@@ -50,7 +50,6 @@ def run_certify(run: RunFolder, tell: Callable[[str], None] = lambda _: None) ->
     context = StageContext.of(run)
     if context.noise is None:
         context.begin("certify")
-        barrier()  # before it is finished every process has found it unfinished, and is here
         if rank() == 0:
             run.finish("certify", seconds=0.0, images=0, certified=False, reason=NOT_SMOOTHED)
         barrier()

@@ -10,7 +10,7 @@ from rush.pipeline.attack import run_attack, run_audit
 from rush.pipeline.certify import run_certify
 from rush.pipeline.train import run_finetune, run_pretrain
 from rush.records.folder import RunFolder
-from rush.runtime.distributed import rank, world_size
+from rush.runtime.distributed import barrier, rank, world_size
 from rush.runtime.memory import JUDGED, memory_for
 
 
@@ -40,6 +40,8 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
         raise RunError(f"stage {stage} runs in one process; start `rush {stage} {run.path}` without torchrun")
     tell(f"{stage} ...")
     with memory_for(stage, JUDGED), run.alone() if rank() == 0 else nullcontext():
-        if not run.finished(stage):  # by a process that held the lock until now
+        finished = run.finished(stage)  # by a process that held the lock until now
+        barrier()  # no process begins, and may finish the stage, before all of them have looked
+        if not finished:
             stages[stage](run)
     tell(f"{stage}: {run.require(stage)['seconds']:.0f} s")
