@@ -33,7 +33,7 @@ def values() -> dict[str, Any]:
         ("certify.alpha=0", r"certify\.alpha: .*greater than 0"),
         ("certify.num_estimation=0", r"certify\.num_estimation: .*\(given: 0\)"),
         ("certify.num_estimation=9", r"certify: num_estimation must be at least 10 to certify .* alpha = 0\.001"),
-        ("certify.method=wald", r"certify\.method: .*'clopper-pearson' or 'sequential' \(given: 'wald'\)"),
+        ("certify.method=wald", r"certify\.method: .*'clopper-pearson', 'sequential' or 'exact' \(given: 'wald'\)"),
         ("certify.level=run", r"certify\.level: .*'image' or 'family' \(given: 'run'\)"),
         ("certify.futility=0.5", r"certify\.futility: .*less than 0\.5 \(given: 0\.5\)"),
         ("certify.futility=0", r"certify\.futility: .*greater than 0"),
@@ -323,7 +323,8 @@ def test_a_certification_has_the_defaults_of_a_recipe() -> None:
     signature = inspect.signature(rush.certify).parameters
     defaults = {name: parameter.default for name, parameter in signature.items()}
     assert (defaults["num_selection"], defaults["num_estimation"], defaults["alpha"]) == (100, 100_000, 0.001)
-    assert CertifyConfig().model_dump(exclude={"images"}).items() <= defaults.items()
+    assert CertifyConfig().model_dump(exclude={"images", "method"}).items() <= defaults.items()
+    assert defaults["method"] is None  # that of a recipe, but for splitting noise
 
 
 def test_a_section_that_is_built_in_code_is_refused_like_one_of_a_recipe() -> None:

@@ -16,7 +16,7 @@ SOURCE = Path(rush.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "choices", "runtime", "recipe"),
     ("data", "statistics"),
-    ("models", "smoothing.noise", "smoothing.discrete"),
+    ("models", "smoothing.base", "smoothing.noise", "smoothing.discrete", "smoothing.splitting"),
     ("smoothing", "models.storage"),  # saved models are smoothed classifiers
     ("training",),
     ("certification",),

@@ -15,7 +15,7 @@ from certifying import METHODS
 from exact_models import HalfSpace
 from rush.certification.bounds import LAWS, certified_radius, certify_counts, uniform_linf_radius
 from rush.certification.rule import make_rule, null_probability
-from rush.choices import CERTIFIED_NORM, NoiseName
+from rush.choices import NoiseName
 from rush.errors import InputError
 from rush.models.storage import load_smoothed
 from rush.runtime.randomness import stream
@@ -62,7 +62,7 @@ def test_the_linf_radius_of_uniform_noise_is_that_of_a_shifted_cube() -> None:
     assert uniform_linf_radius(0.5, SIGMA, 12) == 0
 
 
-@pytest.mark.parametrize("noise", CERTIFIED_NORM)
+@pytest.mark.parametrize("noise", LAWS)
 def test_probability_and_radius_are_inverse_and_rounded_to_the_safe_side(noise: NoiseName) -> None:
     for radius in np.linspace(0.001, 0.8, 50):
         p = null_probability(radius, SIGMA, noise)

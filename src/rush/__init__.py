@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rush.smoothing.classifier import SmoothedClassifier
     from rush.smoothing.discrete import DiscreteGaussian
     from rush.smoothing.noise import Gaussian, Laplace, Uniform
+    from rush.smoothing.splitting import Splitting
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "ImageSet": "rush.data.images",
     "Laplace": "rush.smoothing.noise",
     "SmoothedClassifier": "rush.smoothing.classifier",
+    "Splitting": "rush.smoothing.splitting",
     "ThreatModel": "rush.attacks.threat",
     "Uniform": "rush.smoothing.noise",
     "attack": "rush.evaluation.attack",
@@ -44,6 +46,7 @@ __all__ = [
     "ImageSet",
     "Laplace",
     "SmoothedClassifier",
+    "Splitting",
     "ThreatModel",
     "Uniform",
     "attack",

@@ -6,7 +6,7 @@ from typing import Literal
 
 AttackMethod = Literal["none", "fgsm", "mifgsm", "pgd", "apgd", "square", "fmn", "random"]
 CertifyBound = Literal["clopper-pearson", "two-classes", "geometric", "beta"]
-CertifyMethod = Literal["clopper-pearson", "sequential"]
+CertifyMethod = Literal["clopper-pearson", "sequential", "exact"]
 CompileChoice = Literal["auto", "none", "default", "reduce-overhead"]
 CompileMode = Literal["none", "default", "reduce-overhead"]
 Decision = Literal["vote", "mean", "single"]
@@ -15,7 +15,7 @@ FinetuneMode = Literal["linear", "full", "linear-then-full"]
 FinetuneObjective = Literal["standard", "gaussian", "consistency", "smoothadv", "cat-rs", "pgd-at", "trades"]
 Gradient = Literal["fresh", "frozen", "transfer"]
 Level = Literal["image", "family"]
-NoiseName = Literal["gaussian", "discrete", "uniform", "laplace"]
+NoiseName = Literal["gaussian", "discrete", "uniform", "laplace", "splitting"]
 NoisyViewsOption = Literal["none", "one", "both"]
 Norm = Literal["linf", "l2", "l1"]
 OnNonfinite = Literal["stop", "skip"]
@@ -31,10 +31,17 @@ TrainingCompile = Literal["none", "default", "reduce-overhead", "graph"]
 Verdict = Literal["broken", "held", "undecided"]
 
 ABSTAIN = -1  # the prediction where the votes do not decide
+LEVELS = 255  # steps of an 8-bit pixel from 0 to 1
 BLOCK = 100  # noise samples drawn together; votes are stored per block
 TOTAL_VARIATION = 2e-11  # largest one between drawn and exact noise that bounds on probabilities leave room for
 
-CERTIFIED_NORM: dict[NoiseName, Norm] = {"gaussian": "l2", "discrete": "l2", "uniform": "l1", "laplace": "l1"}
+CERTIFIED_NORM: dict[NoiseName, Norm] = {
+    "gaussian": "l2",
+    "discrete": "l2",
+    "uniform": "l1",
+    "laplace": "l1",
+    "splitting": "l1",
+}
 """Norm of the ball that a certificate under each noise covers."""
 
 VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
@@ -48,6 +55,11 @@ def parse_fraction(text: str | float) -> float:
         return float(Fraction(text)) if isinstance(text, str) else float(text)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{text!r} is not a number or a fraction such as 8/255") from None
+
+
+def splitting_draws(sigma: float) -> int:
+    """Return the number of draws of splitting noise of deviation ``sigma`` (``smoothing.splitting``)."""
+    return int(2 * math.sqrt(3) * sigma * LEVELS)
 
 
 def fewest_samples(alpha: float) -> int:

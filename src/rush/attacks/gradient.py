@@ -73,13 +73,14 @@ def fresh_noise(
         smoothed: the smoothed classifier.
         eot_samples: number of draws per image and call.
         generators: one per image.
-        antithetic: draw pairs z and -z where ``eot_samples`` is even. The noise is symmetric, so the expectation is the
+        antithetic: draw pairs z and -z where the noise is symmetric and ``eot_samples`` even. The expectation is the
             same, and terms linear in the noise cancel: fewer draws give an equally good gradient
             (``benchmarks/attacks.py gradient``).
 
     Cost: B x eot_samples passes per call.
     """
-    logits, in_pairs = smoothed.differentiable(), antithetic and eot_samples % 2 == 0
+    logits = smoothed.differentiable()
+    in_pairs = antithetic and smoothed.noise.symmetric and eot_samples % 2 == 0
     half = eot_samples // 2 if in_pairs else eot_samples
 
     def draw(x: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def fresh_noise(
         return noise.to(x.device)
 
     def at(x: Tensor, noise: Tensor) -> Tensor:
-        return mean_log_softmax(logits((x[:, None] + noise).flatten(0, 1)), len(x))
+        return mean_log_softmax(logits(smoothed.noise.noisy(x[:, None], noise).flatten(0, 1)), len(x))
 
     return _Redrawn(draw, at)
 
@@ -197,7 +198,7 @@ def gradient_statistics(
     logits, shares = smoothed.differentiable(), []
     for row in range(len(x)):
         noise = smoothed.sample_noise(x[row : row + 1], draws, generators[row : row + 1]).to(x.device)
-        noisy = (x[row : row + 1, None] + noise).flatten(0, 1).requires_grad_(True)  # (draws, C, H, W)
+        noisy = smoothed.noise.noisy(x[row : row + 1, None], noise).flatten(0, 1).requires_grad_(True)
         with torch.enable_grad():
             value = loss(mean_log_softmax(logits(noisy), 1), y[row : row + 1]).sum()
             with foreign_call(noisy):

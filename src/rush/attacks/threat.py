@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from rush.attacks.l1 import project_l1, room_towards, sparse_step
-from rush.choices import Norm
+from rush.choices import LEVELS, Norm
 from rush.errors import InputError
 from rush.runtime.numbers import as_real
 from rush.runtime.transfer import sent
-from rush.smoothing.discrete import LEVELS
 
 ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 GRID_TOLERANCE = 1e-4  # in steps of 1/255: the error of an epsilon such as 8/255 in float32

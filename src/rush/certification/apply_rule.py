@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rush.certification.bounds import Certified, certify_counts, certify_two_classes
-from rush.certification.rule import TWO_CLASSES, Rule
+from rush.certification.bounds import Certified, certify_all_draws, certify_counts, certify_two_classes
+from rush.certification.rule import EXACT, TWO_CLASSES, Rule
 from rush.certification.sequential import CERTIFIED, UNDECIDED
 from rush.choices import ABSTAIN, BLOCK
 
@@ -37,6 +37,8 @@ class Decider:
         outcome: NDArray[np.uint8],
     ) -> tuple[Certified, NDArray[np.uint8]]:
         """Return certificates and outcomes (B,) once all votes, (B, K) each, are there."""
+        if self.rule.exact:
+            return certify_all_draws(estimation), np.full(len(estimation), CERTIFIED, np.uint8)
         if self._tests is None:
             sigma, alpha = self.rule.sigma, self.rule.image_alpha
             if self.rule.bound == TWO_CLASSES:
@@ -102,13 +104,13 @@ def apply_rule(
         paths: as in ``follow``.
         lengths: as in ``follow``.
         selection: int (B, K), the votes that selected the class of each image.
-        counts: int (B, K), all votes of each path, which only the bound with two classes needs.
+        counts: int (B, K), all votes of each path, which only the bound with two classes and exact ones need.
 
     Returns:
         Certificates, outcomes, and successes and trials where each path stops, each of B images.
     """
     passed, outcome, successes, trials = follow(rule, paths, lengths)
-    if rule.bound == TWO_CLASSES:
+    if rule.bound in (TWO_CLASSES, EXACT):
         assert counts is not None
         estimation = counts
     else:

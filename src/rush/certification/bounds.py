@@ -20,6 +20,9 @@ min(U(m), 1 - p_lower).
 Other noises, of standard deviation sigma in every pixel, certify in l1 (Yang et al. 2020). Uniform noise on [-lambda,
 lambda], lambda = sigma sqrt 3, certifies every ||delta||_1 < 2 lambda (p_lower - 1/2). Laplace noise of scale lambda =
 sigma / sqrt 2 certifies every ||delta||_1 < -lambda log(2 (1 - p_lower)). Both are tight for a classifier of one pixel.
+
+Splitting noise has finitely many draws, all of which vote. A step of 1/255 of one pixel changes at most one vote
+(``smoothing.splitting``), so that certificates follow from the votes without any bound on probabilities.
 """
 
 import math
@@ -31,7 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from rush.choices import ABSTAIN, TOTAL_VARIATION, NoiseName
+from rush.choices import ABSTAIN, LEVELS, TOTAL_VARIATION, NoiseName
 from rush.statistics import SAFETY, lower_bound
 
 RADIUS_DIGITS = 6
@@ -124,6 +127,28 @@ def certify_two_classes(
     exact = sigma / 2 * (gap * (1 - SAFETY) - _QUANTILES)
     radius = np.where(p_lower > p_upper, np.maximum(_rounded_down(exact), 0.0), 0.0)
     return Certified(np.where(radius > 0, selected, ABSTAIN).astype(np.int64), radius, p_lower, p_upper)
+
+
+def certify_all_draws(votes: NDArray[np.int64]) -> Certified:
+    """Certify the votes of all draws of splitting noise: exact, in l1 and for 8-bit images.
+
+    The radius is the minimum over the other classes c of floor((n_A - n_c - [c < A]) / 2) / 255, rounded toward zero to
+    six decimals (Levine and Feizi 2021, with the tie of the lower class).
+
+    Args:
+        votes: int (N, K), votes of all L draws. Class A of the most votes, the lowest of several, is certified.
+
+    Returns:
+        Certificates without abstentions. The bounds on probabilities are the shares of A and of the next class.
+    """
+    selected, rows = votes.argmax(1), np.arange(len(votes))
+    own, others = votes[rows, selected], votes.copy()
+    others[rows, selected] = -1
+    ahead = own[:, None] - others - (np.arange(votes.shape[1]) < selected[:, None])
+    ahead[rows, selected] = np.iinfo(np.int64).max
+    radius = (ahead.min(1) // 2) * 10**RADIUS_DIGITS // LEVELS / 10**RADIUS_DIGITS
+    total = votes.sum(1)
+    return Certified(selected.astype(np.int64), radius, own / total, others.max(1) / total)
 
 
 def certified_radius(p_lower: ArrayLike, sigma: float, noise: NoiseName = "gaussian") -> NDArray[np.float64]:

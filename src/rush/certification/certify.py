@@ -19,6 +19,7 @@ from torch import Tensor
 from rush.certification.apply_rule import Decider
 from rush.certification.bounds import Certified
 from rush.certification.certificates import Certificates, join_certificates
+from rush.certification.exact import certify_all
 from rush.certification.rule import Rule, make_rule
 from rush.choices import BLOCK, CertifyBound, CertifyMethod, Level
 from rush.data.checks import Images, LabelledPixels, labelled_pixels, pixel_ids
@@ -37,7 +38,7 @@ _ROUND_TILES = 25  # tiles launched together before anything is read back
 def certify(
     smoothed: SmoothedClassifier,
     images: Images,
-    method: CertifyMethod = _DEFAULTS.method,
+    method: CertifyMethod | None = None,
     num_selection: int = _DEFAULTS.num_selection,
     num_estimation: int = _DEFAULTS.num_estimation,
     alpha: float = _DEFAULTS.alpha,
@@ -50,7 +51,7 @@ def certify(
 ) -> Certificates:
     """Certify images: a class and a radius within which the smoothed classifier provably predicts it.
 
-    The radius is in l2 under Gaussian and discrete noise, and in l1 under uniform and Laplace noise.
+    The radius is in l2 under Gaussian and discrete noise, and in l1 under uniform, Laplace and splitting noise.
 
     With torch.distributed initialised the images are shared among the processes, and each returns all certificates.
 
@@ -59,6 +60,8 @@ def certify(
         images: an ImageSet with labels, or a pair (float images (N, C, H, W) in [0, 1], labels (N,)).
         method: ``clopper-pearson`` draws ``num_estimation`` samples per image (Cohen et al. 2019, algorithm CERTIFY).
             ``sequential`` draws until the radii are decided, at most ``num_estimation`` (``certification.sequential``).
+            ``exact`` is for splitting noise: all draws vote, and no argument below matters. None: ``exact`` for
+            splitting noise, and ``clopper-pearson`` for any other.
         num_selection: samples per image that select the class. They are used for nothing else.
         num_estimation: samples per image that bound its probability.
         alpha: probability of a false certificate.
@@ -138,6 +141,13 @@ def certify_each(
     """
     if in_flight is not None:
         in_flight = positive_integer("in_flight", in_flight)
+    if rule.exact:
+        with progress("certify", len(positions)) as advance:
+            for position, certificate in certify_all(smoothed, pixels, rule, positions):
+                yield position, certificate
+                advance(1)
+        smoothed.recheck()
+        return
     capacity = max(1, _ROUND_TILES * smoothed.execution.tile // BLOCK)
     decider = Decider(rule)
     engine = _Engine(smoothed, decider, capacity)

@@ -45,6 +45,8 @@ def recompute(
         InputError: the result would not be valid, or the votes do not suffice.
     """
     old = certificates.rule
+    if old.exact:
+        raise InputError("these certificates are exact, from all draws of splitting noise: no other rule says more")
     given = {"alpha": alpha, "bound": bound, "num_estimation": num_estimation, "level": level, "futility": futility}
     new: dict[str, Any] = {**asdict(old), **{name: value for name, value in given.items() if value is not None}}
     num_votes = as_whole(new["num_estimation"])

@@ -4,18 +4,29 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 
 from rush.certification.bounds import LAWS, RADIUS_DIGITS, certify_two_classes, largest_radius
 from rush.certification.sequential import FixedSequence, reachable
-from rush.choices import CERTIFIED_NORM, TOTAL_VARIATION, CertifyMethod, Level, NoiseName, Norm, SequentialBound
+from rush.choices import (
+    CERTIFIED_NORM,
+    LEVELS,
+    TOTAL_VARIATION,
+    CertifyMethod,
+    Level,
+    NoiseName,
+    Norm,
+    SequentialBound,
+    splitting_draws,
+)
 from rush.errors import InputError
 from rush.runtime.numbers import as_real, least_whole, positive_integer, probability, sigma_of
 
 CLOPPER_PEARSON, TWO_CLASSES = FIXED = ("clopper-pearson", "two-classes")
 """Bounds of a number of votes that is fixed beforehand (``certification.bounds``)."""
+EXACT: Final = "exact"  # method and bound of splitting noise, all of whose draws vote
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Rule:
     Attributes:
         sigma: standard deviation of the noise, in pixel units.
         method: ``clopper-pearson`` draws ``num_estimation`` votes per image. ``sequential`` draws until it decides, at
-            most that number.
+            most that number. ``exact`` takes all draws of splitting noise: alpha, num_selection and futility are 0.
         bound: name of the bound or test martingale.
         alpha: probability of a false certificate.
         level: ``image`` applies alpha to each certificate, ``family`` to all ``num_images`` jointly.
@@ -55,6 +66,11 @@ class Rule:
         return CERTIFIED_NORM[self.noise]
 
     @property
+    def exact(self) -> bool:
+        """Whether all draws of the noise vote, so that nothing is left to chance."""
+        return self.bound == EXACT
+
+    @property
     def image_alpha(self) -> float:
         """Level of each single certificate: alpha, or alpha / num_images for the family (Bonferroni)."""
         return self.alpha if self.level == "image" else self.alpha / self.num_images
@@ -69,7 +85,7 @@ class Rule:
         """The largest radius that an image can be certified at under this rule."""
         if self.radii is not None:
             return self.radii[-1]
-        return self.radius_of_all_votes
+        return self.num_estimation // 2 / LEVELS if self.exact else self.radius_of_all_votes
 
     @property
     def radius_of_all_votes(self) -> float:
@@ -82,6 +98,8 @@ class Rule:
     @property
     def statement(self) -> str:
         """A clause that says whether alpha covers each certificate or all of them jointly."""
+        if self.exact:
+            return "every certificate is exact: all draws of the noise vote, and no probability of error is left"
         if self.level == "image":
             return f"each certificate by itself is false with probability at most {self.alpha:g}"
         return f"all {self.num_images:,} certificates hold together with probability at least {1 - self.alpha:g}"
@@ -129,7 +147,7 @@ class Rule:
 def make_rule(
     *,
     sigma: float,
-    method: str,
+    method: str | None,
     alpha: float,
     level: str,
     num_images: int,
@@ -143,13 +161,23 @@ def make_rule(
     """Return a validated rule, whose fields are the arguments.
 
     Radii are rounded up to six decimals. A sequential rule without ``radii`` gets 0 and the multiples of sigma / 2
-    within reach. Without ``bound`` the first one of the method is used.
+    within reach. Without ``bound`` the first one of the method is used. Without ``method`` it is ``exact`` for
+    splitting noise, for which only sigma and num_images matter, and ``clopper-pearson`` for any other.
 
     Raises:
         InputError: an argument is not allowed, or no radius could be certified.
     """
     bounds: dict[str, tuple[str, ...]] = {"clopper-pearson": FIXED, "sequential": get_args(SequentialBound)}
+    exact = noise == "splitting"
+    method = method or (EXACT if exact else CLOPPER_PEARSON)
     _check_one_of("method", method, get_args(CertifyMethod))
+    if exact != (method == EXACT):
+        raise InputError(
+            f"method {EXACT!r} is for splitting noise and no other is, got method {method!r} and noise {noise!r}; omit "
+            "the method"
+        )
+    if exact:
+        return _exact_rule(sigma, num_images)
     _check_one_of("level", level, get_args(Level))
     _check_one_of("noise", noise, get_args(NoiseName))
     bound = bounds[method][0] if bound is None else bound
@@ -174,6 +202,11 @@ def make_rule(
     if radii is not None:
         return replace(free, radii=_checked_grid(radii, within, free))
     return free if method == "clopper-pearson" else replace(free, radii=_default_grid(free, within))
+
+
+def _exact_rule(sigma: float, num_images: int) -> Rule:
+    sigma, num_images = sigma_of(sigma), positive_integer("num_images", num_images)
+    return Rule(sigma, EXACT, EXACT, 0.0, "image", num_images, 0, splitting_draws(sigma), None, 0.0, "splitting")
 
 
 def null_probability(radius: float, sigma: float, noise: NoiseName = "gaussian") -> float:
@@ -209,6 +242,11 @@ def fewest_for(rule: Rule, radius: float) -> int | None:
 
 def reach(rule: Rule) -> str:
     """Return a sentence that says, before any vote is drawn, what ``rule`` can certify if all votes agree."""
+    if rule.exact:
+        return (
+            f"all {rule.num_estimation:,} draws of splitting noise vote, which certifies the exact {rule.norm} radius, "
+            f"at most {rule.largest_radius:.6f}"
+        )
     sizes = [f"{fewest_estimation(rule)} for any radius"]
     for name, radius in (("sigma", rule.sigma), ("2 sigma", 2 * rule.sigma)):
         fewest = fewest_for(rule, _six_decimals(radius))

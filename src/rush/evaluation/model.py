@@ -36,6 +36,7 @@ from rush.evaluation.verdict import (
     Verdicts,
     VerdictSettings,
     judge_deterministic,
+    judge_exactly,
     judge_means,
     judge_single,
     judge_votes,
@@ -46,6 +47,7 @@ from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.fingerprint import fingerprint_of
 from rush.smoothing.inspection import Watch, check_logits, check_structure, compare_calls, with_others_replaced
+from rush.smoothing.splitting import Splitting
 
 Model: TypeAlias = nn.Module | SmoothedClassifier
 
@@ -68,10 +70,11 @@ class Defender(ABC):
         decision: what a stochastic network is used for.
         single: whether a random model is used with one draw, so that no verdict on a point is final.
         eight_bit: whether it takes 8-bit images only, to which attacked points are rounded.
+        exact: whether a random model's verdicts are exact, because all of its draws vote.
     """
 
     kind: Kind
-    transferable, single, eight_bit = False, False, False
+    transferable, single, eight_bit, exact = False, False, False, False
     decision: Decision | None = None
 
     def __init__(self, model: nn.Module, execution: Execution, num_classes: int, surrogate: nn.Module | None) -> None:
@@ -154,7 +157,7 @@ def defend(
     if isinstance(model, SmoothedClassifier):
         if decision is not None:
             raise InputError(f"decision={decision!r} is for stochastic modules; omit it for a smoothed classifier")
-        return SmoothedDefender(model, surrogate)
+        return (ExactDefender if isinstance(model.noise, Splitting) else SmoothedDefender)(model, surrogate)
     if decision is None:
         return PlainDefender(model, num_classes or 0, surrogate)
     if decision not in get_args(Decision):
@@ -212,7 +215,7 @@ class SmoothedDefender(Defender):
 
     def __init__(self, smoothed: SmoothedClassifier, surrogate: nn.Module | None) -> None:
         super().__init__(smoothed.classifier, smoothed.execution, smoothed.num_classes, surrogate)
-        self.smoothed, self.eight_bit = smoothed, smoothed.noise.name == "discrete"
+        self.smoothed, self.eight_bit = smoothed, smoothed.noise.eight_bit
 
     def inspect(self, x: Tensor, declared: bool) -> None:  # noqa: ARG002
         """Check the images and count a tile of votes, the first of which are inspected, before anything is attacked."""
@@ -262,6 +265,19 @@ class SmoothedDefender(Defender):
                 for row, generator in enumerate(generators)
             ]
         return _others(torch.cat(log_probs).cpu(), images.y)
+
+
+class ExactDefender(SmoothedDefender):
+    """A classifier smoothed by splitting noise, judged by the votes of all draws: every verdict is exact."""
+
+    exact = True
+
+    def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:  # noqa: ARG002
+        """Return the verdicts on points, see ``Defender.judge``.
+
+        Cost: ``num_draws`` forward passes per point.
+        """
+        return judge_exactly(self.smoothed.all_votes(points.x).sum(1).numpy(), points.y.numpy())
 
 
 class RandomDefender(Defender):

@@ -10,12 +10,11 @@ the sum of the two). More than its 1 - 1e-6 quantile is an error of the software
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from rush.attacks.threat import ThreatModel
 from rush.certification.certificates import Certificates
-from rush.choices import Norm
+from rush.choices import LEVELS, Norm
 from rush.errors import SandwichError
 from rush.evaluation.plans import Plan
 from rush.evaluation.result import AttackResult
@@ -76,16 +75,18 @@ def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], 
         results: of one model, each by another attacker.
         verdict_level: probability that any verdict on one image is false, over all of ``results``.
     """
-    radii, norm = _correct_radii(certificates), certificates.rule.norm
+    radii, rule = _correct_radii(certificates), certificates.rule
+    # Exact certificates cover points on the grid up to the radius itself, which is printed rounded down.
+    slack, level = (0.5 / LEVELS, 0.0) if rule.exact else (0.0, rule.image_alpha + verdict_level)
     attacked = {image_id for result in results for image_id in result.ids if image_id in radii}
     broken = {
         image_id
         for result in results
-        for image_id, size in zip(np.array(result.ids)[result.broken], result.size(norm)[result.broken], strict=True)
-        if image_id in radii and size <= radii[image_id]
+        for image_id, size, wrong in zip(result.ids, result.size(rule.norm), result.broken, strict=True)
+        if wrong and image_id in radii and size <= radii[image_id] + slack
     }
-    allowed = most_by_chance(len(attacked), certificates.rule.image_alpha + verdict_level)
-    return Sandwich(len(attacked), tuple(sorted(map(str, broken))), allowed)
+    allowed = most_by_chance(len(attacked), level)
+    return Sandwich(len(attacked), tuple(sorted(broken)), allowed)
 
 
 def _correct_radii(certificates: Certificates) -> dict[str, float]:

@@ -229,6 +229,12 @@ def judge_deterministic(logits: Tensor, y: Tensor) -> Verdicts:
     return Verdicts(verdict.numpy(), others.numpy(), votes.numpy(), np.ones(len(y), np.int64))
 
 
+def judge_exactly(counts: NDArray[np.int64], y: NDArray[np.int64]) -> Verdicts:
+    """Judge N points by the votes ``counts`` (N, K) of all draws: broken exactly where the label has not won."""
+    verdict = np.where(counts.argmax(1) == y, HELD, BROKEN).astype(np.uint8)
+    return Verdicts(verdict, _best_other(counts, y), counts, counts.sum(1))
+
+
 def votes_of(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the votes (N, K) of draws with class probabilities (N, draws, K)."""
     classes = np.arange(probabilities.shape[2])

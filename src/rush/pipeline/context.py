@@ -15,7 +15,7 @@ from rush.records.folder import RunFolder
 from rush.runtime.distributed import in_turn, rank
 from rush.runtime.execution import Execution, decide_execution
 from rush.smoothing.discrete import DiscreteGaussian
-from rush.smoothing.noise import Gaussian, Noise, RealNoise, make_noise
+from rush.smoothing.noise import Gaussian, Noise, make_noise
 from rush.training.budget import Budget
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.loop import CheckpointPolicy, Monitor, TrainingSettings
@@ -91,10 +91,10 @@ def smoothing_noise(recipe: Recipe) -> Noise | None:
     return make_noise(smoothing.noise, smoothing.sigma) if smoothing.sigma > 0 else None
 
 
-def training_noise(recipe: Recipe) -> RealNoise | None:
+def training_noise(recipe: Recipe) -> Noise | None:
     """Return the noise under which the recipe trains, or None if its sigma is 0.
 
-    It is real-valued. A network trained under discrete noise would hardly differ, and no guarantee rests on training.
+    In place of discrete noise it is real-valued: the network would hardly differ, and no guarantee rests on training.
     """
     noise = smoothing_noise(recipe)
     return Gaussian(noise.sigma) if isinstance(noise, DiscreteGaussian) else noise

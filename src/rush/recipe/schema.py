@@ -163,7 +163,8 @@ class SmoothingConfig(Section):
 
     Under "discrete" noise, Gaussian noise rounded to multiples of 1/255, certificates hold in floating point too
     (``smoothing.discrete``), and attacked points are rounded to 8-bit images. "gaussian" is drawn in float32. Both
-    certify in l2, "uniform" and "laplace" in l1. Training under "discrete" draws real-valued noise.
+    certify in l2, "uniform" and "laplace" in l1. Training under "discrete" draws real-valued noise. "splitting" noise
+    has finitely many draws, all of which vote: its l1 certificates are exact (``smoothing.splitting``).
 
     With sigma = 0 there is no noise. The classifier itself is used and attacked, and nothing is certified. The ladder
     is the one of deterministic networks, whose attackers have fixed budgets. Of the recipe's budgets, attack.steps
@@ -498,6 +499,7 @@ class CertifyConfig(Section):
     Attributes:
         images: number of images, the first of a seeded order of the test split. None certifies all.
         radii: the grid, in pixel units. None allows any radius or, with the sequential method, multiples of sigma / 2.
+        method: "exact" for splitting noise, with which the fields below do not matter.
         bound: None for the first bound of the method. "two-classes" pays where there are many classes.
     """
 
@@ -600,6 +602,18 @@ class Recipe(Section):
                 f"under it; set smoothing.sigma above 0, e.g. 0.25, or finetune.objective to one of "
                 f"{', '.join(WITHOUT_NOISE)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _exact_for_splitting_noise(self) -> Self:
+        noise, method = self.smoothing.noise, self.certify.method
+        if self.smoothing.sigma > 0 and (noise == "splitting") != (method == "exact"):
+            raise ValueError(
+                f"smoothing.noise = {noise} is not certified by certify.method = {method}; splitting noise has the "
+                "method exact, which no other noise has"
+            )
+        if noise == "splitting" and self.finetune.objective == "cat-rs":
+            raise ValueError("finetune.objective = cat-rs climbs added noise, and smoothing.noise = splitting is not")
         return self
 
     @model_validator(mode="after")

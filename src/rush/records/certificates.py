@@ -185,11 +185,11 @@ def _check_votes(
     wrong_sum = (counts.min(1) > UNKNOWN) & (counts.sum(1) != drawn)
     possible = (drawn > 0) & (drawn <= rule.num_estimation) & (counts.min(1) >= UNKNOWN) & ~wrong_sum
     table.check(possible, "its votes do not add up to num_samples, or exceed the rule's")
-    if rule.method == "clopper-pearson":
+    if rule.method != "sequential":
         complete = drawn == rule.num_estimation
         votes = drawn[int(np.argmin(complete))]
         table.check(complete, f"it has {votes} votes instead of num_estimation = {rule.num_estimation}")
-    selects = (selection.min(1) >= 0) & (selection.sum(1) == rule.num_selection)
+    selects = (selection.min(1) >= 0) & (selection.sum(1) == (drawn if rule.exact else rule.num_selection))
     same_classes = counts.shape[1] == selection.shape[1]
     table.check(selects & same_classes, f"its votes do not add up to num_selection = {rule.num_selection}")
     table.check((labels >= 0) & (labels < counts.shape[1]), "its label is not one of the classes that were voted for")

@@ -15,11 +15,12 @@ from rush.models.classifier import Classifier
 from rush.runtime.execution import Execution, check_eval_mode, decide_execution, device_of
 from rush.runtime.numbers import as_whole, positive_integer, probability
 from rush.runtime.randomness import stream
+from rush.smoothing.base import Draws
 from rush.smoothing.channels import copied_planes
 from rush.smoothing.fingerprint import fingerprint_of
 from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import check_logits
-from rush.smoothing.noise import Gaussian, Noise
+from rush.smoothing.noise import Gaussian, Noise, Splitting
 from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.statistics import fewest_votes, sign_test
 
@@ -38,7 +39,8 @@ class SmoothedClassifier:
         sigma: standard deviation of Gaussian noise, in pixel units.
         num_classes: K, at least 2.
         noise: in place of ``sigma``, which means ``rush.Gaussian(sigma)``. Under ``rush.DiscreteGaussian(sigma)`` every
-            judged image must be an 8-bit image, and certificates hold in floating point, too.
+            judged image must be an 8-bit image, and certificates hold in floating point, too. So it is under
+            ``rush.Splitting(sigma)``, whose certificates are exact.
         execution: where and how f runs. None: in float32, on the device of its parameters. "auto": on the best device,
             to which f is moved, in bfloat16 where the processor computes in it, with BatchNorm folded.
         classes: names of the classes, in the order of the logits. By default those that f was trained on, if known.
@@ -173,6 +175,14 @@ class SmoothedClassifier:
         self.answered(x.shape[1:])
         return votes.view(len(x), blocks, self.num_classes)
 
+    def all_votes(self, x: Tensor) -> Tensor:
+        """Count the votes of all draws of splitting noise on each image, in blocks of 100, as ``vote_blocks``.
+
+        Cost: B x ``noise.num_draws`` forward passes.
+        """
+        assert isinstance(self.noise, Splitting)
+        return self.vote_blocks(x, self.noise.num_draws, [Draws() for _ in x])
+
     def counts(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Count the votes of ``num_samples`` noisy copies of each image, int64 (B, K), see ``vote_blocks``."""
         return self.vote_blocks(x, num_samples, generators).sum(1)
@@ -181,7 +191,8 @@ class SmoothedClassifier:
         """Predict the class of each image with ``num_samples`` votes.
 
         P(the result is neither g(x) nor ABSTAIN) <= alpha for each image, by the two-sided binomial test between the
-        two classes with the most votes (Cohen et al. 2019, proposition 2).
+        two classes with the most votes (Cohen et al. 2019, proposition 2). Under splitting noise all draws vote: the
+        result is g(x), and only ``x`` matters.
 
         Args:
             x: images (B, C, H, W) in [0, 1].
@@ -199,6 +210,10 @@ class SmoothedClassifier:
         Random: ``stream(seed, "predict", hash of the pixels)`` for each image.
         """
         x, num_samples = check_pixels(x), positive_integer("num_samples", num_samples)
+        if isinstance(self.noise, Splitting):
+            exact = self.all_votes(x).sum(1).argmax(1)
+            self.recheck()
+            return exact
         alpha = probability("alpha", alpha)
         fewest = fewest_votes(alpha / 2)
         if num_samples < fewest:
@@ -248,7 +263,7 @@ class SmoothedClassifier:
         """
         check_eval_mode(self.classifier)
         self.check_shape(x.shape[1:])
-        noisy = (x[:, None] + noise.to(x.device)).flatten(0, 1)
+        noisy = self.noise.noisy(x[:, None], noise.to(x.device)).flatten(0, 1)
         noisy_logits = (logits or self._logits)(noisy)
         self.answered(x.shape[1:])
         return mean_log_softmax(noisy_logits, len(x))

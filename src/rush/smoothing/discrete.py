@@ -32,13 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rush.choices import TOTAL_VARIATION, NoiseName
+from rush.choices import LEVELS, TOTAL_VARIATION, NoiseName
 from rush.data.checks import ROUNDING
 from rush.errors import InputError
-from rush.runtime.numbers import sigma_of
-
-LEVELS = 255
-"""Steps of an 8-bit pixel from 0 to 1."""
+from rush.smoothing.base import Noise
 
 _HIGH, _LOW, _CELL = 60, 60, 16  # bits of the two words of a uniform, and of the part by which most draws are decided
 _WORK = 256  # bits behind the point in which the thresholds are computed
@@ -51,7 +48,7 @@ _LARGEST_SIGMA = 14  # so that noise stays above _OPEN
 
 
 @dataclass(frozen=True)
-class DiscreteGaussian:
+class DiscreteGaussian(Noise):
     """Gaussian noise of standard deviation ``sigma`` > 0 in [0, 1] pixel units, rounded to multiples of 1/255.
 
     Images under it are 8-bit images: every pixel is a multiple of 1/255, up to the rounding of float32.
@@ -61,10 +58,10 @@ class DiscreteGaussian:
     """
 
     name: ClassVar[NoiseName] = "discrete"
-    sigma: float
+    eight_bit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma", sigma_of(self.sigma))
+        super().__post_init__()
         if self.sigma > _LARGEST_SIGMA:
             raise InputError(
                 f"sigma of discrete noise must be at most {_LARGEST_SIGMA} in [0, 1] pixel units, got {self.sigma:g}"
@@ -81,16 +78,11 @@ class DiscreteGaussian:
                 "bounds leave room for; give smaller images or a smaller sigma"
             )
 
-    def sample(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
-        """Draw noise of ``shape``, float32 multiples of 1/255 on the generator's device."""
-        return self.fill(torch.empty(shape, dtype=torch.float32, device=generator.device), generator)
-
     def fill(self, out: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill ``out``, float32 on the generator's device, with the noise that ``sample`` draws, and return it."""
         return self.integers(out, generator).div_(LEVELS)
 
     def add(self, pixels: Tensor, out: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill ``out`` (B, C, H, W) with noisy copies of ``pixels`` (C, H, W), which ``check`` has passed; return it.
+        """Fill ``out`` as ``Noise.add``.
 
         Pixels and noise are added as integers, which float32 holds exactly, and every sum is divided by 255 once.
         """
@@ -121,7 +113,7 @@ def levels_of(x: Tensor) -> Tensor:
     distance = float((x * LEVELS - levels).abs().max()) / LEVELS if x.numel() else 0.0
     if not distance <= ROUNDING:
         raise InputError(
-            "discrete noise needs 8-bit images, whose pixels are multiples of 1/255, got one that is "
+            "this noise needs 8-bit images, whose pixels are multiples of 1/255, got one that is "
             f"{distance:.2g} away from the nearest; round the images, x.mul(255).round().div(255), or smooth with "
             "real-valued noise, rush.Gaussian"
         )

@@ -1,45 +1,26 @@
 """Smoothing noise, one object for training, certification, prediction and attacks."""
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rush.choices import NoiseName
-from rush.runtime.numbers import sigma_of
+from rush.smoothing.base import Noise
 from rush.smoothing.discrete import DiscreteGaussian
+from rush.smoothing.splitting import Splitting
+
+__all__ = ["DiscreteGaussian", "Gaussian", "Laplace", "Noise", "RealNoise", "Splitting", "Uniform", "make_noise"]
 
 
 @dataclass(frozen=True)
-class RealNoise(ABC):
-    """Independent noise of standard deviation ``sigma`` > 0 in every pixel, in [0, 1] pixel units, never clipped.
+class RealNoise(Noise):
+    """Independent real-valued noise in every pixel, never clipped.
 
     It is drawn and added in float32. Certificates under it hold up to that rounding, see ``DiscreteGaussian``.
     """
-
-    name: ClassVar[NoiseName]
-    sigma: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma", sigma_of(self.sigma))
-
-    def check(self, x: Tensor) -> None:  # noqa: B027 - most noises need no more
-        """Accept any images: real-valued noise needs no grid."""
-
-    @abstractmethod
-    def fill(self, out: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill ``out``, float32 on the generator's device, with the noise that ``sample`` draws, and return it."""
-
-    def sample(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
-        """Draw noise of ``shape``, float32 on the generator's device."""
-        return self.fill(torch.empty(shape, dtype=torch.float32, device=generator.device), generator)
-
-    def add(self, pixels: Tensor, out: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill ``out`` (B, C, H, W) with noisy copies of ``pixels`` (C, H, W), and return it."""
-        return self.fill(out, generator).add_(pixels)
 
 
 @dataclass(frozen=True)
@@ -75,9 +56,9 @@ class Laplace(RealNoise):
         return out.mul_(signs.mul_(2).sub_(1))
 
 
-Noise: TypeAlias = RealNoise | DiscreteGaussian
-
-_NOISES: dict[NoiseName, type[Noise]] = {noise.name: noise for noise in (Gaussian, DiscreteGaussian, Uniform, Laplace)}
+_NOISES: dict[NoiseName, type[Noise]] = {
+    noise.name: noise for noise in (Gaussian, DiscreteGaussian, Uniform, Laplace, Splitting)
+}
 
 
 def make_noise(name: NoiseName, sigma: float) -> Noise:

@@ -19,7 +19,7 @@ from rush.runtime.distributed import rank, world_size
 from rush.runtime.execution import compiled
 from rush.runtime.schedules import scheduled
 from rush.runtime.sync_norm import desynchronised, synchronised
-from rush.smoothing.noise import RealNoise
+from rush.smoothing.noise import Noise
 from rush.training.loop import TrainingSettings
 from rush.training.modes import evaluation_mode
 from rush.training.supervised import Examples, cat_rs, consistency, gaussian, pgd_at, smoothadv, standard, trades
@@ -53,7 +53,7 @@ def finetune(
     config: FinetuneConfig,
     settings: TrainingSettings,
     *,
-    noise: RealNoise | None,
+    noise: Noise | None,
 ) -> None:
     """Train ``classifier`` in place by the objective of ``config``, and leave it in evaluation mode.
 

@@ -7,14 +7,14 @@ from torch.nn import functional as F
 from rush.data.images import ImageSet
 from rush.runtime.execution import Execution, without_tf32
 from rush.runtime.randomness import stream
-from rush.smoothing.noise import RealNoise
+from rush.smoothing.noise import Noise
 
 
 def representations(
     images: ImageSet,
     represent: nn.Module,
     execution: Execution,
-    noise: RealNoise | None = None,
+    noise: Noise | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return the float32 representations (N, D) of all images by ``represent``, a module in evaluation mode.
@@ -26,7 +26,7 @@ def representations(
     for start in range(0, len(images), execution.tile):
         x = images.pixels(slice(start, start + execution.tile), execution.device)
         if noise is not None and generator is not None:
-            x = x + noise.sample(x.shape, generator)
+            x = noise.noisy(x, noise.sample(x.shape, generator))
         parts.append(execution.tiled_logits(represent, x))
     return torch.cat(parts)
 
@@ -95,7 +95,7 @@ def encoder_figures(
     represent: nn.Module,
     bank: ImageSet,
     held_out: ImageSet,
-    noise: RealNoise | None,
+    noise: Noise | None,
     execution: Execution,
     *,
     neighbours: int,
@@ -121,7 +121,7 @@ def encoder_figures(
 
 
 def classifier_figures(
-    classifier: nn.Module, held_out: ImageSet, noise: RealNoise | None, execution: Execution, seed: int
+    classifier: nn.Module, held_out: ImageSet, noise: Noise | None, execution: Execution, seed: int
 ) -> dict[str, float]:
     """Return the "accuracy" of the classifier on ``held_out``, and "accuracy_noisy" with one draw of ``noise``."""
     assert held_out.labels is not None
@@ -134,6 +134,6 @@ def classifier_figures(
     return figures
 
 
-def _conditions(noise: RealNoise | None) -> list[tuple[str, RealNoise | None]]:
+def _conditions(noise: Noise | None) -> list[tuple[str, Noise | None]]:
     """Return the suffix and the noise of each set of figures, first those of clean images."""
     return [("", None), *([("_noisy", noise)] if noise is not None else [])]

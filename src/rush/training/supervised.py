@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rush.errors import InputError
-from rush.smoothing.noise import RealNoise
+from rush.smoothing.noise import Noise
 from rush.training.ascent import l2_ascent, l2_norms, signed_ascent
 
 Logits: TypeAlias = Callable[[Tensor], Tensor]
@@ -41,12 +41,12 @@ class Examples:
     evaluated: Logits
     x: Tensor
     y: Tensor
-    smoothing: RealNoise | None
+    smoothing: Noise | None
     generator: torch.Generator
     epoch: float = 0.0
 
     @property
-    def noise(self) -> RealNoise:
+    def noise(self) -> Noise:
         """The noise to train under.
 
         Raises:
@@ -82,8 +82,8 @@ def gaussian(examples: Examples) -> Tensor:
     Cost:
         1 pass per image.
     """
-    x = examples.x
-    return F.cross_entropy(examples.logits(x + examples.noise.sample(x.shape, examples.generator)), examples.y)
+    x, noise = examples.x, examples.noise
+    return F.cross_entropy(examples.logits(noise.noisy(x, noise.sample(x.shape, examples.generator))), examples.y)
 
 
 def consistency(examples: Examples, *, draws: int, weight: float, entropy_weight: float) -> Tensor:
@@ -107,7 +107,7 @@ def consistency(examples: Examples, *, draws: int, weight: float, entropy_weight
         ``draws`` passes per image.
     """
     _check(draws=draws)
-    log_probs = _log_probs(examples.logits, examples.x, examples.draw(draws))
+    log_probs = _log_probs(examples, examples.logits, examples.x, examples.draw(draws))
     log_mean = _log_mean(log_probs)
     entropy = -(log_mean.exp() * log_mean).sum(1)
     regularizer = weight * _divergence(log_mean, log_probs).mean(0) + entropy_weight * entropy
@@ -141,10 +141,10 @@ def smoothadv(examples: Examples, *, draws: int, epsilon: float | Tensor, steps:
     drawn, y = examples.draw(draws), examples.y
 
     def smoothed_loss(images: Tensor) -> Tensor:
-        return F.nll_loss(_log_mean(_log_probs(examples.evaluated, images, drawn)), y, reduction="sum")
+        return F.nll_loss(_log_mean(_log_probs(examples, examples.evaluated, images, drawn)), y, reduction="sum")
 
     adversarial = l2_ascent(smoothed_loss, examples.x, epsilon, steps, lambda images: images.clamp(0.0, 1.0))
-    return _cross_entropies(_log_probs(examples.logits, adversarial, drawn), y).mean()
+    return _cross_entropies(_log_probs(examples, examples.logits, adversarial, drawn), y).mean()
 
 
 def cat_rs(examples: Examples, *, draws: int, epsilon: float, steps: int, weight: float) -> Tensor:
@@ -178,7 +178,7 @@ def cat_rs(examples: Examples, *, draws: int, epsilon: float, steps: int, weight
     """
     _check(draws=draws, steps=steps, epsilon=epsilon)
     x, y, drawn = examples.x, examples.y, examples.draw(draws)
-    log_probs = _log_probs(examples.logits, x, drawn)
+    log_probs = _log_probs(examples, examples.logits, x, drawn)
     count = _confidence((log_probs.argmax(2) == y).sum(0), draws, examples.generator).clamp(min=1)
     ordered = _cross_entropies(log_probs, y).sort(0).values
     among = torch.arange(draws, device=x.device)[:, None] < count
@@ -188,10 +188,10 @@ def cat_rs(examples: Examples, *, draws: int, epsilon: float, steps: int, weight
     origin = drawn.flatten(0, 1)
 
     def divergence(flat: Tensor) -> Tensor:
-        return _divergence(target, _log_probs(examples.evaluated, x, flat.view_as(drawn))).sum()
+        return _divergence(target, _log_probs(examples, examples.evaluated, x, flat.view_as(drawn))).sum()
 
     worst = l2_ascent(divergence, origin, epsilon, steps, lambda noise: _with_moments_of(origin, noise)).view_as(drawn)
-    high = _divergence(target, _log_probs(examples.logits, x, worst)).amax(0)
+    high = _divergence(target, _log_probs(examples, examples.logits, x, worst)).amax(0)
     return (low + weight * torch.where(count == draws, high, 0.0)).mean()
 
 
@@ -261,9 +261,9 @@ def _with_moments_of(origin: Tensor, noise: Tensor) -> Tensor:
     return mean + centred * (l2_norms(origin - mean) / l2_norms(centred))
 
 
-def _log_probs(logits: Logits, x: Tensor, drawn: Tensor) -> Tensor:
+def _log_probs(examples: Examples, logits: Logits, x: Tensor, drawn: Tensor) -> Tensor:
     """Return the log-probabilities (draws, B, K) of the images under each of the draws (draws, B, C, H, W)."""
-    return logits((x + drawn).flatten(0, 1)).log_softmax(1).unflatten(0, drawn.shape[:2])
+    return logits(examples.noise.noisy(x, drawn).flatten(0, 1)).log_softmax(1).unflatten(0, drawn.shape[:2])
 
 
 def _log_mean(log_probs: Tensor) -> Tensor:
