@@ -144,7 +144,7 @@ def test_an_attack_in_l1_breaks_beyond_the_plane_and_not_within(noise: NoiseName
         assert (result.broken == broken).all()
 
 
-@pytest.mark.parametrize("noise", ["discrete", *L1])
+@pytest.mark.parametrize("noise", ["discrete", "splitting", *L1])
 def test_a_model_is_loaded_with_its_noise(noise: NoiseName, tmp_path: Any) -> None:
     from rush.models.storage import ClassifierSpec, save_smoothed
     from rush.runtime.execution import Execution

@@ -100,8 +100,8 @@ def _like(defender: Defender, network: nn.Module, sigma: float) -> Defender:
             network = Changed(network, lambda x: x + sigma * torch.randn_like(x))
         made = RandomDefender(network, defender.num_classes, "mean", None)
     elif isinstance(defender, SmoothedDefender) or sigma:
-        defended = defender.smoothed.noise.sigma if isinstance(defender, SmoothedDefender) else 0.0
-        noise = Gaussian((defended**2 + sigma**2) ** 0.5)
+        own = defender.smoothed.noise if isinstance(defender, SmoothedDefender) else None
+        noise = own if own is not None and not sigma else Gaussian(((own.sigma if own else 0.0) ** 2 + sigma**2) ** 0.5)
         smoothed = SmoothedClassifier(network, noise=noise, num_classes=defender.num_classes, execution=execution)
         return SmoothedDefender(smoothed, None)
     else:

@@ -23,6 +23,7 @@ from rush.choices import (
 )
 from rush.errors import InputError
 from rush.runtime.numbers import as_real, least_whole, positive_integer, probability, sigma_of
+from rush.statistics import most_by_chance
 
 CLOPPER_PEARSON, TWO_CLASSES = FIXED = ("clopper-pearson", "two-classes")
 """Bounds of a number of votes that is fixed beforehand (``certification.bounds``)."""
@@ -103,6 +104,21 @@ class Rule:
         if self.level == "image":
             return f"each certificate by itself is false with probability at most {self.alpha:g}"
         return f"all {self.num_images:,} certificates hold together with probability at least {1 - self.alpha:g}"
+
+    @property
+    def slack(self) -> float:
+        """Distance beyond a printed radius that a certificate still covers.
+
+        Exact certificates cover 8-bit images up to the radius itself, which is printed rounded down.
+        """
+        return 0.5 / LEVELS if self.exact else 0.0
+
+    def allowed_violations(self, images: int, verdict_level: float) -> int:
+        """Return the largest number of certified ``images`` that chance explains to be judged broken in their balls.
+
+        ``verdict_level`` is the probability of a false verdict per image. Under an exact rule verdicts are exact, too.
+        """
+        return most_by_chance(images, 0.0 if self.exact else self.image_alpha + verdict_level)
 
     def null_probability(self, radius: float) -> float:
         """Return the probability that a class must be proven to exceed for ``radius`` to be certified.

@@ -14,11 +14,10 @@ import torch
 
 from rush.attacks.threat import ThreatModel
 from rush.certification.certificates import Certificates
-from rush.choices import LEVELS, Norm
+from rush.choices import Norm
 from rush.errors import SandwichError
 from rush.evaluation.plans import Plan
 from rush.evaluation.result import AttackResult
-from rush.statistics import most_by_chance
 
 SHARE_OF_RADIUS = 0.99
 
@@ -76,16 +75,14 @@ def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], 
         verdict_level: probability that any verdict on one image is false, over all of ``results``.
     """
     radii, rule = _correct_radii(certificates), certificates.rule
-    # Exact certificates cover points on the grid up to the radius itself, which is printed rounded down.
-    slack, level = (0.5 / LEVELS, 0.0) if rule.exact else (0.0, rule.image_alpha + verdict_level)
     attacked = {image_id for result in results for image_id in result.ids if image_id in radii}
     broken = {
         image_id
         for result in results
         for image_id, size, wrong in zip(result.ids, result.size(rule.norm), result.broken, strict=True)
-        if wrong and image_id in radii and size <= radii[image_id] + slack
+        if wrong and image_id in radii and size <= radii[image_id] + rule.slack
     }
-    allowed = most_by_chance(len(attacked), level)
+    allowed = rule.allowed_violations(len(attacked), verdict_level)
     return Sandwich(len(attacked), tuple(sorted(broken)), allowed)
 
 

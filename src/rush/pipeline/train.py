@@ -12,6 +12,7 @@ from rush.data.streaming import Stream
 from rush.errors import DataError
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
+from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext, training_noise
 from rush.pipeline.preconditions import check_after_training, check_before_training, labelled_count
 from rush.recipe.schema import Recipe
@@ -129,8 +130,9 @@ def _choose_forward(context: StageContext, classifier: Classifier, train: ImageS
     if mode != "auto":
         return replace(execution, compile_mode=mode), {"compile_mode": mode}
     images = config.images or len(context.splits.test)
-    share = _SEQUENTIAL_SHARE if config.method == "sequential" else 1.0
-    passes = int(images * (config.num_selection + share * config.num_estimation))
+    rule = run_rule(config, context.recipe.smoothing, images)
+    share = _SEQUENTIAL_SHARE if rule.method == "sequential" else 1.0
+    passes = int(images * (rule.num_selection + share * rule.num_estimation))
     placed = execution.place(classifier).eval()
     chosen, trial = try_forwards(placed, execution, train.images.shape[1:], train.num_classes, passes)
     return chosen, {"compile_mode": chosen.compile_mode, **trial}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from rush.certification.certificates import Certificates
+from rush.certification.rule import Rule
 from rush.choices import VERDICTS, Norm
 from rush.errors import RunError
 from rush.records.ladder import SANDWICH, CurvePoint, EpsilonCurve, Ladder, Rung, Sample, SandwichFigures
@@ -19,7 +20,6 @@ from rush.records.record import FORMATS, Record, damaged, read_file
 from rush.records.tsv import Table
 from rush.runtime.files import write_arrays, write_text
 from rush.runtime.lines import escape, printable, read_lines, unescape
-from rush.statistics import most_by_chance
 
 if TYPE_CHECKING:
     from rush.data.checks import LabelledPixels
@@ -175,15 +175,18 @@ class _Proof:
         images: label and id.
         pixels: hash of the pixels, if these are known.
         radii: of the images that are certified with the correct class and a positive radius.
-        image_alpha: level of each certificate, None without certificates.
-        norm: in which the radii are, l2 without certificates.
+        rule: of the certificates, None without them.
     """
 
     images: Mapping[int, tuple[int, str]]
     pixels: Mapping[int, str]
     radii: Mapping[int, float]
-    image_alpha: float | None
-    norm: Norm = "l2"
+    rule: Rule | None
+
+    @property
+    def norm(self) -> Norm:
+        """Norm of the radii, l2 without certificates."""
+        return "l2" if self.rule is None else self.rule.norm
 
     @classmethod
     def of(cls, indices: Sequence[int], certificates: Certificates | None) -> "_Proof":
@@ -195,8 +198,7 @@ class _Proof:
             images=dict(zip(indices, images, strict=True)),
             pixels=dict(zip(indices, certificates.pixels or (), strict=False)),
             radii={index: radius for index, radius, correct in rows if correct and radius > 0},
-            image_alpha=certificates.rule.image_alpha,
-            norm=certificates.rule.norm,
+            rule=certificates.rule,
         )
 
     def check_labels(self, rung: Rung, file: Path, remedy: str) -> None:
@@ -209,8 +211,14 @@ class _Proof:
 
     def violations(self, rung: Rung) -> list[str]:
         """Return the images that are broken within their certified radius."""
-        rows = zip(rung.idx.tolist(), rung.ids.tolist(), rung.broken, rung.size, strict=True)
-        return [image_id for index, image_id, broken, size in rows if broken and size <= self.radii.get(index, -1.0)]
+        if self.rule is None:
+            return []
+        rows, slack = zip(rung.idx.tolist(), rung.ids.tolist(), rung.broken, rung.size, strict=True), self.rule.slack
+        return [
+            image_id
+            for index, image_id, broken, size in rows
+            if broken and index in self.radii and size <= self.radii[index] + slack
+        ]
 
 
 def _pictures(folder: Path, rung: Rung, proof: _Proof, remedy: str) -> np.ndarray | None:
@@ -346,9 +354,9 @@ def _read_sandwich(record: Record, attacks: tuple[Rung, ...], proof: _Proof) -> 
     violations = {str(name) for name in fields["violations"]}
     violations |= {name for attack in attacks for name in proof.violations(attack)}
     checked, allowed = (record.at(fields).count(name) for name in ("checked", "allowed"))
-    if proof.image_alpha is not None:
+    if proof.rule is not None:
         proved = len({index for attack in attacks for index in attack.idx.tolist()} & proof.radii.keys())
-        derived = proved, most_by_chance(proved, proof.image_alpha + alpha)
+        derived = proved, proof.rule.allowed_violations(proved, alpha)
         if (checked, allowed) != derived:
             message = f"the sandwich has {checked} images checked and {allowed} allowed, by the tables and levels "
             raise record.damaged(f"{message}{derived[0]} and {derived[1]}")

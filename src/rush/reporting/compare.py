@@ -422,6 +422,8 @@ def _method_text(rule: Rule) -> str:
 
 def _level_text(rule: Rule) -> str:
     """Return what alpha covers: each certificate, or all of them jointly."""
+    if rule.exact:
+        return "exact"
     if rule.level == "image":
         return f"each image separately, alpha = {rule.alpha:g}"
     return f"all {rule.num_images:,} images jointly, alpha = {rule.alpha:g}"

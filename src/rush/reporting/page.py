@@ -92,6 +92,7 @@ def render(results: RunResults) -> str:
         "duration": wording.duration,
         "figure": wording.figure_text,
         "lower": wording.lower_text,
+        "level": wording.level_text,
         "method": wording.method_text,
         "percent": wording.percent,
         "points": wording.points,

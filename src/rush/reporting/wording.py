@@ -17,7 +17,11 @@ NOT_CERTIFIED = (
     "the classifier is used without smoothing noise, which certificates need; its accuracy under attack is an upper "
     "bound, and nothing is proved"
 )
-_METHOD_SIGNS: Mapping[CertifyMethod, str] = {"clopper-pearson": "Clopper–Pearson", "sequential": "Sequential"}
+_METHOD_SIGNS: Mapping[CertifyMethod, str] = {
+    "clopper-pearson": "Clopper–Pearson",
+    "sequential": "Sequential",
+    "exact": "Exact count",
+}
 _STATUSES = ("failed", "undecided", "passed", "skipped")  # in the order of their urgency
 _LISTED = 8  # of a longer grid only the ends are printed
 _NOT_DONE: Mapping[Stage, str] = {
@@ -113,7 +117,7 @@ def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
     if certificates is None:
         return
     yield "certified by", method_text(certificates)
-    yield "level", f"{certificates.rule.statement}, over the noise"
+    yield "level", level_text(certificates)
     yield "samples per image", samples_text(certificates)
     for radius in dict.fromkeys((certificates.table_radii[0], headline_radius(certificates))):
         shares = (certificates.other_shares(radius) or {}).items()
@@ -152,6 +156,12 @@ def copies_text(certificates: Certificates) -> str:
     return f"{number}: each picture is counted once, as certified only if all of its copies are" if copies else ""
 
 
+def level_text(certificates: Certificates) -> str:
+    """Return what the certificates claim, over which randomness."""
+    rule = certificates.rule
+    return rule.statement if rule.exact else f"{rule.statement}, over the draws of the noise"
+
+
 def method_text(certificates: Certificates) -> str:
     """Return the method, its bound if that has another name, and the grid if there is one."""
     rule = certificates.rule
@@ -179,6 +189,8 @@ def grid_text(certificates: Certificates) -> str:
 def samples_text(certificates: Certificates) -> str:
     """Return the number of samples per image, those for selection included. A sequential run has a mean and a cap."""
     most = f"{certificates.rule.num_samples:,}"
+    if certificates.rule.exact:
+        return f"{most}, all draws of the noise"
     if certificates.rule.method == "sequential":
         most = f"{certificates.num_samples.mean():,.0f} on average, at most {most}"
     return f"{most}, {certificates.num_selection:,} of them to select the class"

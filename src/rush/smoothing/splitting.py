@@ -87,14 +87,20 @@ class Splitting(Noise):
         return out.copy_(self._middle((pixels * LEVELS).round(), self.fill(out, generator)))
 
     def noisy(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Return ``images`` under the split points ``drawn``, with the derivative of the identity.
+        """Return ``images`` under the split points ``drawn``, with the derivative of the mean over all draws.
 
-        The derivative itself is 0. In the mean over the draws, the noisy image is linear in a pixel.
+        The derivative of a single draw is 0. In the mean, a noisy pixel grows with the pixel by ``slope``.
         """
         images = images.expand(drawn.shape)
         if torch.is_grad_enabled() and images.requires_grad:
             return _Straight.apply(images, drawn, self)
         return self._middle(images * LEVELS, drawn)
+
+    @property
+    def slope(self) -> float:
+        """Growth of the mean noisy pixel while the pixel grows from 0 to 1."""
+        length = self.num_draws / LEVELS
+        return 1 - length / 2 if length < 1 else 1 / (2 * length)
 
     def _middle(self, levels: Tensor, point: Tensor) -> Tensor:
         """Return the middle of the part of each pixel in [0, 1], for pixels ``levels`` in steps of 1/255."""
@@ -106,12 +112,13 @@ class Splitting(Noise):
 
 class _Straight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, images: Tensor, drawn: Tensor, noise: Splitting) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, images: Tensor, drawn: Tensor, noise: Splitting) -> Tensor:
+        ctx.slope = noise.slope
         return noise._middle(images * LEVELS, drawn)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG004
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.slope * gradient, None, None
 
 
 @lru_cache(maxsize=16)
