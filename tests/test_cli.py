@@ -20,13 +20,12 @@ import torch
 from PIL import Image
 
 from commands import COMMAND, ENVIRONMENT, TWO_PROCESSES, Call, refusal, rush
-from rush.choices import STAGES
 from rush.commands.app import COMMANDS
 from rush.data.sources import load_images
 from rush.models.storage import load
 from rush.records.folder import RunFolder
 from rush.training.checkpoint import TrainingCheckpoint
-from tiny import differing, part_of, results, without_time, write_tiny
+from tiny import EVERY_RUN, differing, part_of, results, without_time, write_tiny
 
 
 def modules_after(*arguments: str) -> set[str]:
@@ -64,7 +63,19 @@ def test_help_and_refused_recipes_do_not_wait_for_torch(arguments: tuple[str, ..
 def test_help_names_every_command_of_the_flow_and_the_traceback() -> None:
     text = rush("--help").stdout
     lines = [line.strip("│ ").split() for line in text.splitlines()]
-    for command in ("run", *STAGES, "report", "ladder", "verdict", "predict", "compare", "cost", "recipes", "info"):
+    for command in (
+        "run",
+        *EVERY_RUN,
+        "teach",
+        "report",
+        "ladder",
+        "verdict",
+        "predict",
+        "compare",
+        "cost",
+        "recipes",
+        "info",
+    ):
         assert any(words[:1] == [command] and len(words) > 4 for words in lines), f"{command} is not described"
     assert "--traceback" in text
 
@@ -247,7 +258,7 @@ def test_a_run_says_its_stages_on_standard_error_and_its_report_on_standard_outp
     assert f"report: {folder}/report.html" in done.stdout
     assert (folder / "report.html").stat().st_size > 10_000
     lines = done.stderr.splitlines()
-    assert [line for line in lines if line.endswith("...")] == [f"{stage} ..." for stage in STAGES]
+    assert [line for line in lines if line.endswith("...")] == [f"{stage} ..." for stage in EVERY_RUN]
     reach = [line for line in lines if "votes per image that all agree" in line]
     assert [lines.index(line) for line in reach] == [lines.index("certify ...") + 1]
     assert sum(line.endswith(" s") for line in lines) == 5
@@ -274,7 +285,7 @@ def test_a_finished_run_is_kept_and_reported_again(call: Call, finished: Finishe
     folder, first = finished
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     again = call("run", folder)
-    assert again.stderr.splitlines() == [f"{stage}: already finished, skipping" for stage in STAGES]
+    assert again.stderr.splitlines() == [f"{stage}: already finished, skipping" for stage in EVERY_RUN]
     assert again.stdout == first.stdout
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
 
@@ -291,7 +302,7 @@ def test_info_tells_state_and_figures(call: Call, tiny_run: Path, tmp_path: Path
     half = part_of(tiny_run, tmp_path / "half", "attack").path
     rows = [line.split("│") for line in call("info", half).stdout.splitlines()]
     states = {cells[0].strip(): cells[1].strip() for cells in rows if len(cells) == 2}
-    assert [states[stage] for stage in STAGES[:4]] == ["finished"] * 3 + ["not finished"]
+    assert [states[stage] for stage in EVERY_RUN[:4]] == ["finished"] * 3 + ["not finished"]
     assert states["ACR"].endswith("(N = 200)")
 
 
@@ -388,7 +399,7 @@ def test_two_processes_do_all_stages_that_can_be_shared(tmp_path: Path) -> None:
     done = rush("run", write_tiny(tmp_path), "--out", out, command=TWO_PROCESSES)
     assert done.returncode == 0, done.stderr
     assert "audit and report run in one process" in done.stderr
-    finished = {stage: json.loads((out / f"stages/{stage}.json").read_text()) for stage in STAGES[:-1]}
+    finished = {stage: json.loads((out / f"stages/{stage}.json").read_text()) for stage in EVERY_RUN[:-1]}
     assert [figures["processes"] for figures in finished.values()] == [2, 2, 2, 2]
     # every event once, and the passes of both processes
     epochs = RunFolder.open(out).events("epoch", "pretrain")

@@ -20,7 +20,7 @@ import rush.certification.certify
 import rush.data.splits
 import rush.evaluation.evaluation
 import rush.pipeline.train
-from rush.choices import STAGES, NoiseName, Stage
+from rush.choices import NoiseName, Stage
 from rush.data.images import ImageSet
 from rush.data.sources import load_images
 from rush.errors import CheckpointError, ConfigError, DataError, RunError
@@ -31,7 +31,7 @@ from rush.pipeline.stages import run_stage
 from rush.recipe.load import load_recipe
 from rush.records.folder import RunFolder
 from rush.runtime.randomness import stream
-from tiny import TINY, differing, part_of, results, run_tiny, tiny, without_time
+from tiny import EVERY_RUN, TINY, differing, part_of, results, run_tiny, tiny, without_time
 
 
 def test_every_process_looks_before_any_may_finish_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def times(folder: Path) -> dict[str, int]:
 
 def test_a_finished_run_is_left_as_it_is(tiny_run: Path) -> None:
     before, recipe = times(tiny_run), (tiny_run / "recipe.json").read_bytes()
-    for stage in STAGES:
+    for stage in EVERY_RUN:
         run_stage(RunFolder.create(tiny_run, RunFolder.open(tiny_run).recipe), stage)
     assert times(tiny_run) == before
     assert (tiny_run / "recipe.json").read_bytes() == recipe
@@ -95,7 +95,7 @@ def test_a_run_leaves_the_files_of_the_contract_and_no_others(tiny_run: Path) ->
         "attacks.tsv",
         "attacks/images.npz",
         "audit.json",
-        *(f"stages/{stage}.json" for stage in STAGES),
+        *(f"stages/{stage}.json" for stage in EVERY_RUN),
         *(f"attacks/{rung}.npz" for rung in rungs),
         *(f"attacks/parts/{rung}-0000.npz" for rung in (*rungs, *(f"curve-{number}" for number in range(7)))),
     }
@@ -171,7 +171,7 @@ def undisturbed(processes: ForkServerContext, tmp_path_factory: pytest.TempPathF
     """Results of the run with small groups that nobody killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run = RunFolder.create(folder / "run", tiny(folder, *GROUPED))
-    for stage in STAGES:
+    for stage in EVERY_RUN:
         assert attempt(processes, run.path, stage, None)
     return results(run.path)
 
@@ -181,8 +181,8 @@ def check_killed(
 ) -> dict[Stage, int]:
     """Run all stages in ``folder``, each killed ``kills`` times or as often as it lasts; returns the kills."""
     run, chance = RunFolder.create(folder / "run", tiny(folder, *GROUPED)), random.Random(seed)
-    happened = dict.fromkeys(STAGES, 0)
-    for stage in STAGES:
+    happened = dict.fromkeys(EVERY_RUN, 0)
+    for stage in EVERY_RUN:
         ways = itertools.cycle([*chance.sample(["before", "after", "timer"], 3), "renamed"])
         while happened[stage] < kills:
             # an attempt writes recipe, provenance (twice in pretrain) and the log before its first result
@@ -426,7 +426,7 @@ def test_fine_tuning_without_labels_is_refused(tiny_run: Path, tmp_path: Path, m
 
 def test_the_figures_of_the_stages_are_those_of_the_recipe(tiny_run: Path) -> None:
     run = RunFolder.open(tiny_run)
-    pretrain, finetune, certify, attack, audit = (run.require(stage) for stage in STAGES)
+    pretrain, finetune, certify, attack, audit = (run.require(stage) for stage in EVERY_RUN)
     # two views in each of two epochs of ten whole batches
     assert (pretrain["epochs"], pretrain["images"]) == (2, 1397)
     assert pretrain["passes_per_image"] * 1397 == pytest.approx(2 * 2 * 10 * 128)

@@ -27,7 +27,6 @@ from rush.auditing.findings import LARGE_EPSILON_HELD
 from rush.auditing.report import FORMAT, AuditReport
 from rush.auditing.report import Finding as AuditFinding
 from rush.certification.certificates import Certificates
-from rush.choices import STAGES
 from rush.errors import RunError
 from rush.records.attacks import read_attacks
 from rush.records.certificates import write_certificates as write_table
@@ -50,6 +49,7 @@ from rush.reporting.wording import (
 )
 from rush.statistics import paired_difference, share_interval
 from stored import rule_of, stored_certificates, votes_for
+from tiny import EVERY_RUN
 
 KEPT = Path(rush.__file__).parents[2] / "results" / "cifar10-small"
 GRID = (0.0, 0.25, 0.5)
@@ -428,7 +428,10 @@ def test_summary_rows_are_the_counts_in_the_files(run: Path) -> None:
     assert rows["clean accuracy"] == f"{share(share_interval(36, 40))} (n = 40)"
     assert rows[f"attacked, ℓ∞ 8/255, {LABELS['eot-16']}"] == f"{share(share_interval(12, 40))} (n = 40)"
     assert rows["certified by"] == "Clopper–Pearson"
-    assert rows["level"] == "each certificate by itself is false with probability at most 0.001, over the draws of the noise"
+    assert (
+        rows["level"]
+        == "each certificate by itself is false with probability at most 0.001, over the draws of the noise"
+    )
     assert rows["samples per image"] == "1,100, 100 of them to select the class"
     assert rows["certified at ℓ2 0"] == f"{share(share_interval(35, 60))} (n = 60), true ≥ {true_share(35, 60, 0.001)}"
     at_half = f"{share(share_interval(10, 60))} (n = 60), true ≥ {true_share(10, 60, 0.001)}"
@@ -575,7 +578,10 @@ def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Pat
     """Every figure is the count that the fixture wrote; nothing of a fixed number of samples is left in the rows."""
     rows = summary_of(make_sequential(run))
     assert rows["certified by"] == "Sequential (geometric), grid 0 / 0.25 / 0.5"
-    assert rows["level"] == "all 60 certificates hold together with probability at least 0.999, over the draws of the noise"
+    assert (
+        rows["level"]
+        == "all 60 certificates hold together with probability at least 0.999, over the draws of the noise"
+    )
     assert rows["samples per image"] == "840 on average, at most 1,100, 100 of them to select the class"
     level = 0.001 / 60
     assert rows["certified at ℓ2 0"] == (
@@ -879,7 +885,7 @@ def test_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     write_json(tmp_path / "recipe.json", recipe("begun"))
     page = page_of(tmp_path, drawn=True)
     assert "Nothing has been measured yet" in page.text
-    assert len(summary_rows(read_run(tmp_path))) == len(STAGES)
+    assert len(summary_rows(read_run(tmp_path))) == len(EVERY_RUN)
     assert "svg" not in page.tags
     assert "77.8 %" not in page.text
 
@@ -1221,7 +1227,7 @@ def set_format(file: Path, number: int | None) -> None:
 
 
 TABLES = ("certificates.tsv", "attacks.tsv")
-FORMATTED = ("recipe.json", "provenance.json", "log.jsonl", *TABLES, *(f"stages/{stage}.json" for stage in STAGES))
+FORMATTED = ("recipe.json", "provenance.json", "log.jsonl", *TABLES, *(f"stages/{stage}.json" for stage in EVERY_RUN))
 
 
 @pytest.mark.parametrize("name", [*FORMATTED, "audit.json"])

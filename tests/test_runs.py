@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from rush.choices import STAGES, Stage
+from rush.choices import Stage
 from rush.errors import ConfigError, RunError
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
-from tiny import tiny
+from tiny import EVERY_RUN, tiny
 
 EXECUTION = {"device": "cpu", "precision": "float32", "channels_last": False, "tile": 100, "threads": 1}
 DATA = {"train": {"name": "digits", "images": 1397, "fingerprint": "aa"}}
@@ -40,7 +40,7 @@ FIRST_TRACES: dict[Stage, str] = {
 def begun(tmp_path: Path, stage: Stage) -> RunFolder:
     """A run in which the stages before ``stage`` are finished and it has begun."""
     run = new_run(tmp_path)
-    for own in STAGES[: STAGES.index(stage) + 1]:
+    for own in EVERY_RUN[: EVERY_RUN.index(stage) + 1]:
         trace = run.path / FIRST_TRACES[own]
         trace.parent.mkdir(parents=True, exist_ok=True)
         trace.write_text("first trace")
@@ -66,14 +66,14 @@ FIELDS: list[tuple[str, Stage]] = [
 
 
 @pytest.mark.parametrize(("change", "decides"), FIELDS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY_RUN)
 def test_a_field_may_change_until_the_stage_it_decides_has_begun(
     stage: Stage, change: str, decides: Stage, tmp_path: Path
 ) -> None:
     run = begun(tmp_path, stage)
     before = files(run.path)
     changed = tiny(tmp_path, change)
-    if STAGES.index(decides) > STAGES.index(stage):
+    if EVERY_RUN.index(decides) > EVERY_RUN.index(stage):
         RunFolder.create(run.path, changed)
         assert RunFolder.open(run.path).recipe == changed
         return
@@ -105,18 +105,18 @@ def test_the_place_of_the_data_may_change_at_any_time(tmp_path: Path) -> None:
     run = begun(tmp_path, "attack")
     moved = RunFolder.create(run.path, tiny(tmp_path, f"data.root={tmp_path}"))
     assert RunFolder.open(run.path).recipe.data.root == str(tmp_path)
-    assert [moved.fingerprint(stage) for stage in STAGES] == [run.fingerprint(stage) for stage in STAGES]
+    assert [moved.fingerprint(stage) for stage in EVERY_RUN] == [run.fingerprint(stage) for stage in EVERY_RUN]
     spread = RunFolder.create(run.path, tiny(tmp_path, f'data.root=["{tmp_path}", "elsewhere"]'))
     assert RunFolder.open(run.path).recipe.data.root == (str(tmp_path), "elsewhere")
-    assert [spread.fingerprint(stage) for stage in STAGES] == [run.fingerprint(stage) for stage in STAGES]
+    assert [spread.fingerprint(stage) for stage in EVERY_RUN] == [run.fingerprint(stage) for stage in EVERY_RUN]
 
 
 def test_a_fingerprint_holds_the_fields_of_its_stage_and_of_those_before(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     for change, decides in FIELDS:
         other = RunFolder(run.path, tiny(tmp_path, change))
-        differing = [stage for stage in STAGES if other.fingerprint(stage) != run.fingerprint(stage)]
-        assert differing == list(STAGES[STAGES.index(decides) :]), change
+        differing = [stage for stage in EVERY_RUN if other.fingerprint(stage) != run.fingerprint(stage)]
+        assert differing == list(EVERY_RUN[EVERY_RUN.index(decides) :]), change
 
 
 def test_the_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:

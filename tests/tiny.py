@@ -13,7 +13,9 @@ from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 
 TINY = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+EVERY_RUN = tuple(stage for stage in STAGES if stage != "teach")
 WRITTEN: dict[str, tuple[str, ...]] = {
+    "teach": ("teach",),
     "finetune": ("checkpoints/finetune.pt", "checkpoints/finetune.previous.pt", "model"),
     "certify": ("certificates.tsv",),
     "attack": ("attacks", "attacks.tsv"),
@@ -34,10 +36,10 @@ def write_tiny(folder: Path) -> Path:
     return file
 
 
-def run_tiny(folder: Path, *overrides: str, stages: tuple[Stage, ...] = STAGES) -> RunFolder:
-    """The run of the tiny recipe in ``folder``/run with these stages done."""
+def run_tiny(folder: Path, *overrides: str, stages: tuple[Stage, ...] | None = None) -> RunFolder:
+    """The run of the tiny recipe in ``folder``/run with these stages done, or all that it has."""
     run = RunFolder.create(folder / "run", tiny(folder, *overrides))
-    for stage in stages:
+    for stage in run.recipe.stages if stages is None else stages:
         run_stage(run, stage)
     return run
 

@@ -24,7 +24,7 @@ Precision = Literal["float32", "bfloat16"]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 PretrainObjective = Literal["simclr", "moco", "acl"]
 SequentialBound = Literal["geometric", "beta"]
-Stage = Literal["pretrain", "finetune", "certify", "attack", "audit"]
+Stage = Literal["pretrain", "teach", "finetune", "certify", "attack", "audit"]
 Start = Literal["random", "clean", "best"]
 Stem = Literal["small", "standard"]
 TrainingCompile = Literal["none", "default", "reduce-overhead", "graph"]
@@ -45,7 +45,7 @@ CERTIFIED_NORM: dict[NoiseName, Norm] = {
 """Norm of the ball that a certificate under each noise covers."""
 
 VERDICTS: tuple[Verdict, ...] = ("broken", "held", "undecided")
-STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "certify", "attack", "audit")
+STAGES: tuple[Stage, ...] = ("pretrain", "teach", "finetune", "certify", "attack", "audit")
 TRAININGS: tuple[Stage, ...] = ("pretrain", "finetune")
 
 

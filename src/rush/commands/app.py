@@ -10,6 +10,7 @@ import rush
 COMMANDS = {
     "run": "stages",
     "pretrain": "stages",
+    "teach": "stages",
     "finetune": "stages",
     "certify": "certify",
     "attack": "stages",

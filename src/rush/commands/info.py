@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rush.choices import STAGES, TRAININGS, Stage
+from rush.choices import TRAININGS, Stage
 from rush.commands.run_folders import open_run
 from rush.commands.terminal import print_table
 
@@ -23,7 +23,7 @@ def info(folder: Path) -> None:
     from rush.reporting.wording import summary_rows
 
     run = open_run(folder)
-    states = [(stage, _state(run, stage)) for stage in STAGES]
+    states = [(stage, _state(run, stage)) for stage in run.recipe.stages]
     print_table((f"{run.recipe.name}: {folder}", ""), [*states, *summary_rows(read_run(folder))])
 
 

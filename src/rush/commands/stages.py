@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from rush.choices import STAGES
 from rush.commands.run_folders import (
     Data,
     Overrides,
@@ -37,7 +36,7 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
     check_run(folder)
     shared = several_processes()
     try:
-        for stage in STAGES[:-1] if shared else STAGES:
+        for stage in folder.recipe.stages[:-1] if shared else folder.recipe.stages:
             run_stage(folder, stage, print_once)
     except SandwichError:
         if not shared:
@@ -59,6 +58,18 @@ def pretrain(recipe: str, *, out: Out = None, data: Data = None, overrides: Over
     from rush.pipeline.stages import run_stage
 
     run_stage(folder, "pretrain", print_once)
+
+
+def teach(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
+    """Label the images of a run whose labels are not read, by its pre-trained encoder, for a recipe with teach.rounds.
+
+    Args:
+        folder: Run folder.
+    """
+    target = open_run(folder, data, overrides)
+    from rush.pipeline.stages import run_stage
+
+    run_stage(target, "teach", print_once)
 
 
 def finetune(folder: Path, *, out: Path | None = None, data: Data = None, overrides: Overrides = None) -> None:

@@ -14,7 +14,11 @@ from rush.runtime.transfer import sent
 
 @dataclass(frozen=True)
 class Batch:
-    """Images uint8 (B, C, H, W) and labels int64 (B,) or None, on one device."""
+    """Images uint8 (B, C, H, W) and what they are taught, on one device.
+
+    Labels are int64 (B,), or float32 (B, K): a probability of each class, whose sum is the weight of the image. None
+    without labels.
+    """
 
     images: Tensor
     labels: Tensor | None
@@ -45,11 +49,23 @@ class TrainingImages(Protocol):
 
 
 class Resident:
-    """All images of a data set on the training device, where a batch is selected without waiting for the host."""
+    """All images of a data set on the training device, where a batch is selected without waiting for the host.
 
-    def __init__(self, images: ImageSet, device: torch.device | str = "cpu", rank: int = 0, processes: int = 1) -> None:
+    Args:
+        targets: float32 (N, K), in place of the labels of the images, see ``Batch``.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        processes: int = 1,
+        targets: Tensor | None = None,
+    ) -> None:
+        labels = images.labels if targets is None else targets
         self._images = images.images.to(device)
-        self._labels = None if images.labels is None else images.labels.to(device)
+        self._labels = None if labels is None else labels.to(device)
         self._rank, self._processes = rank, processes
 
     def __len__(self) -> int:

@@ -58,12 +58,16 @@ class Splits:
         return images
 
     def pretraining(self) -> TrainingImages:
-        """Return the source of pre-training: its split without the held-out images and without labels."""
+        """Return the source of pre-training."""
+        return training_source(self.pretraining_images(), self.device, rank(), world_size())
+
+    def pretraining_images(self) -> ImageSet | Stream:
+        """Return the images of pre-training: its split without the held-out images and without labels."""
         split, held_out = self.data.pretrain_split, self.held_out
         images = self.train if split == "train" else self._used(split)
         if split != "train" and held_out is not None:
             images = _without(images, np.concatenate([held_out.ids, np.char.add("train/", held_out.ids)]))
-        return training_source(images.without_labels(), self.device, rank(), world_size())
+        return images.without_labels()
 
     def reference(self, count: int | None = None) -> ImageSet:
         """Return training images in memory, for statistics and nearest neighbours.

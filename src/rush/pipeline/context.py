@@ -62,10 +62,14 @@ class StageContext:
         if rank() == 0:
             self.run.begin(stage)
 
-    def training(self, stage: Stage, monitor: Monitor | None) -> TrainingSettings:
-        """Return the settings of a training stage, which save its state, log, and record its number of epochs."""
+    def training(self, stage: Stage, monitor: Monitor | None, name: str | None = None) -> TrainingSettings:
+        """Return the settings of a training in ``stage``, which save its state, log, and record its number of epochs.
+
+        ``name`` tells several trainings of one stage apart.
+        """
         config = self.recipe.execution
-        checkpoint = TrainingCheckpoint(self.run.path / f"checkpoints/{stage}.pt", self.run.fingerprint(stage))
+        file = self.run.path / f"checkpoints/{name or stage}.pt"
+        checkpoint = TrainingCheckpoint(file, self.run.fingerprint(stage))
         return TrainingSettings(
             self.recipe.seed,
             self.execution,

@@ -94,7 +94,7 @@ def _check_labels(train: ImageSet | Stream, recipe: Recipe) -> None:
             f"finetune.labels_per_class or label_fraction asks for {count} labelled images of the {total} of "
             f"{_named(train)}; give at least one per class, {len(present)}, and at most all"
         )
-    batches_per_epoch(count, recipe.finetune.batch_size)
+    batches_per_epoch(total if recipe.teach.rounds else count, recipe.finetune.batch_size)
 
 
 def labelled_count(config: FinetuneConfig, images: int, classes: int) -> int:

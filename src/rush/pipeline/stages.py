@@ -8,6 +8,7 @@ from rush.choices import Stage
 from rush.errors import RunError
 from rush.pipeline.attack import run_attack, run_audit
 from rush.pipeline.certify import run_certify
+from rush.pipeline.teach import run_teach
 from rush.pipeline.train import run_finetune, run_pretrain
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
@@ -28,6 +29,7 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
     """
     stages: dict[Stage, Callable[[RunFolder], None]] = {
         "pretrain": run_pretrain,
+        "teach": run_teach,
         "finetune": run_finetune,
         "certify": partial(run_certify, tell=tell),
         "attack": run_attack,

@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 
-from rush.choices import Stage
-from rush.data.images import ImageSet, stratified_subset
-from rush.data.streaming import Stream
+from rush.data.images import ImageSet
 from rush.errors import DataError
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
 from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext, training_noise
-from rush.pipeline.preconditions import check_after_training, check_before_training, labelled_count
+from rush.pipeline.labels import Taught, labelled_images
+from rush.pipeline.preconditions import check_after_training, check_before_training
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
@@ -46,28 +45,32 @@ def run_pretrain(run: RunFolder) -> None:
     if rank() == 0:
         knn = _knn_accuracy(classifier, train, test, config.knn_neighbours, execution)
         save_weights(classifier.encoder, run.path / ENCODER)
-        figures = {**_training_figures(run, "pretrain", len(source)), "objective": config.objective}
+        figures = {**training_figures(run, "pretrain", len(source)), "objective": config.objective}
         run.finish("pretrain", **figures, knn_accuracy=knn)
     barrier()
 
 
 def run_finetune(run: RunFolder) -> None:
     """Train the classifier on the pre-trained encoder and save the model, smoothed where the recipe has noise."""
-    run.require("pretrain")
+    for stage in run.recipe.stages[: run.recipe.stages.index("finetune")]:
+        run.require(stage)
     context = StageContext.of(run)
     check_after_training(context)
     recipe, config = context.recipe, context.recipe.finetune
     train = context.splits.reference()
     context.begin("finetune")
-    labelled = _labelled(context.splits.train, recipe)
+    known = Taught.of(context) if recipe.teach.rounds else None
+    labelled = labelled_images(context.splits.train, recipe)
+    trained = labelled if known is None else known.images
     spec = spec_of(recipe, train)
     classifier = new_classifier(spec, recipe.seed)
     load_weights(classifier.encoder, run.path / ENCODER)
     settings = context.training("finetune", _watch_classifier(context, classifier))
-    finetune(labelled, classifier, config, settings, noise=training_noise(context.recipe))
+    targets = None if known is None else known.read(run.path)
+    finetune(trained, classifier, config, settings, noise=training_noise(recipe), targets=targets)
     if rank() == 0:
         forward = _save_model(context, classifier, spec, train)
-        figures = {**_training_figures(run, "finetune", len(labelled)), "objective": config.objective}
+        figures = {**training_figures(run, "finetune", len(trained)), "objective": config.objective}
         run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled), forward=forward)
     barrier()
 
@@ -92,23 +95,6 @@ def _check_separate(train: ImageSet, test: ImageSet) -> None:
             f"{train.name} gives the same {len(train)} images for train and test; nothing measured on them would hold "
             "for new images: give it separate splits (docs/data.md)"
         )
-
-
-def _labelled(train: ImageSet | Stream, recipe: Recipe) -> ImageSet | Stream:
-    """Return the training images whose labels fine-tuning reads: a seeded, stratified subset, or all.
-
-    Raises:
-        DataError: the images have no labels.
-    """
-    if train.labels is None:
-        raise DataError(f"{train.name} (train) has no labels; fine-tuning needs them")
-    count = labelled_count(recipe.finetune, len(train), train.num_classes)
-    if count == len(train):
-        return train
-    generator = stream(recipe.seed, "finetune", "labels")
-    if isinstance(train, ImageSet):
-        return stratified_subset(train, count, generator)
-    return train.holding_out(count, generator)[1]
 
 
 def _save_model(context: StageContext, classifier: Classifier, spec: ClassifierSpec, train: ImageSet) -> dict[str, Any]:
@@ -176,8 +162,8 @@ def _knn_accuracy(
     return {"correct": correct, "total": len(test), "neighbours": neighbours}
 
 
-def _training_figures(run: RunFolder, stage: Stage, images: int) -> dict[str, Any]:
-    """Return the cost of a training stage from the last logged event of each epoch, which may have been repeated."""
+def training_figures(run: RunFolder, stage: str, images: int) -> dict[str, Any]:
+    """Return the cost of a training from the last logged event of each epoch, which may have been repeated."""
     epochs = list({event["epoch"]: event for event in run.events("epoch", stage)}.values())
     seconds = sum(event["seconds"] for event in epochs)
     joules = [event.get("joules") for event in epochs]

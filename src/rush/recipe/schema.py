@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from rush.choices import (
+    STAGES,
     CertifyBound,
     CertifyMethod,
     CompileChoice,
@@ -394,6 +395,30 @@ class PretrainConfig(Schedule):
         return {"noise.ramp_epochs": self.noise.ramp_epochs} if self.noise.views != "none" else {}
 
 
+class TeachConfig(Section):
+    """Teaching (``training.teaching``): the pre-trained encoder labels the images whose labels are not read.
+
+    In the first round a linear classifier on the encoder, fitted to the labelled images, gives every other image a
+    probability of each class. In every further round the teacher is a classifier that was fine-tuned on the labels of
+    the round before. Fine-tuning then trains on all images.
+
+    Attributes:
+        rounds: 0 omits the stage.
+        temperature: p becomes p^(1 / temperature), divided by its sum: below 1 labels are sharper than the teacher is.
+        balance: divide p by the mean of each class over the images first, so that no class is taught more often.
+        confidence: an image weighs (largest p)^confidence. 0 gives all images the same weight.
+        threshold: images whose largest p is below it weigh nothing.
+        draws: noisy copies per image over which a fine-tuned teacher averages.
+    """
+
+    rounds: CountOrZero = 0
+    temperature: Positive = 0.5
+    balance: bool = False
+    confidence: NonNegative = 0.0
+    threshold: Share = 0.0
+    draws: Count = 8
+
+
 class ConsistencyConfig(Section):
     """Consistency regularization (Jeong and Shin 2020).
 
@@ -588,6 +613,7 @@ class Recipe(Section):
     smoothing: SmoothingConfig
     execution: ExecutionConfig = ExecutionConfig()
     pretrain: PretrainConfig
+    teach: TeachConfig = TeachConfig()
     finetune: FinetuneConfig
     certify: CertifyConfig = CertifyConfig()
     attack: AttackConfig = AttackConfig()
@@ -617,6 +643,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _labels_that_can_be_taught(self) -> Self:
+        if self.teach.rounds and self.finetune.objective == "cat-rs":
+            raise ValueError("finetune.objective = cat-rs needs one right class per image, and teach.rounds gives none")
+        return self
+
+    @model_validator(mode="after")
     def _one_step_to_capture(self) -> Self:
         if self.execution.compile_training != "graph":
             return self
@@ -631,6 +663,11 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of a run of this recipe."""
+        return tuple(stage for stage in STAGES if stage != "teach" or self.teach.rounds)
+
     def training(self, stage: Stage) -> Schedule:
         """Return the section of the training ``stage``."""
         return self.pretrain if stage == "pretrain" else self.finetune
@@ -643,7 +680,8 @@ class Recipe(Section):
 # The sections that decide what a stage computes, beside those of the stages before it.
 STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
     "pretrain": ("name", "seed", "data", "model", "execution", "pretrain"),
-    "finetune": ("smoothing", "finetune"),
+    "teach": ("teach", "smoothing", "finetune"),  # which labels are read, and how further teachers are trained
+    "finetune": (),
     "certify": ("certify",),
     "attack": ("attack",),
     "audit": ("audit",),

@@ -2,8 +2,6 @@
 
 import hashlib
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 from rush.certification.certificates import Certificates
 from rush.certification.rule import Rule
 from rush.choices import VERDICTS, Norm
-from rush.errors import RunError
+from rush.records.arrays import read_arrays
 from rush.records.ladder import SANDWICH, CurvePoint, EpsilonCurve, Ladder, Rung, Sample, SandwichFigures
 from rush.records.record import FORMATS, Record, damaged, read_file
 from rush.records.tsv import Table
@@ -143,8 +141,8 @@ def read_samples(folder: Path, ladder: Ladder | None, number: int, remedy: str) 
     if ladder is None or not attacks.is_dir():
         return ()
     rung = ladder.strongest
-    stored = _read_arrays(attacks / "images.npz", ("images", "ids"), remedy)
-    changed = _read_arrays(attacks / f"{rung.name}.npz", ("adversarial", "ids"), remedy)
+    stored = _read_images(attacks / "images.npz", ("images", "ids"), remedy)
+    changed = _read_images(attacks / f"{rung.name}.npz", ("adversarial", "ids"), remedy)
     if changed["adversarial"].shape[1:] != stored["images"].shape[1:]:
         raise damaged(attacks / f"{rung.name}.npz", "its images differ in shape from those in images.npz", remedy)
     rows = np.unique(np.linspace(0, len(rung) - 1, min(number, len(rung))).round().astype(int))
@@ -224,7 +222,7 @@ class _Proof:
 def _pictures(folder: Path, rung: Rung, proof: _Proof, remedy: str) -> np.ndarray | None:
     """Return the hash of each attacked image's pixels, from the stored images, else from the certificates."""
     if (folder / "attacks").is_dir():
-        stored = _read_arrays(folder / "attacks" / "images.npz", ("images", "ids"), remedy)
+        stored = _read_images(folder / "attacks" / "images.npz", ("images", "ids"), remedy)
         hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in stored["images"]]
         by_id = dict(zip(stored["ids"].tolist(), hashes, strict=True))
         return np.array([by_id.get(image_id, f"id {image_id}") for image_id in rung.ids.tolist()])
@@ -275,7 +273,7 @@ def _image_shape(folder: Path, remedy: str) -> tuple[int, int, int]:
     if not (folder / "attacks").is_dir() and model.is_file():
         channels, height, width = Record.read(model, remedy).fields.get("image_shape") or (0, 0, 0)
         return int(channels), int(height), int(width)
-    channels, height, width = _read_arrays(folder / "attacks" / "images.npz", ("images",), remedy)["images"].shape[1:]
+    channels, height, width = _read_images(folder / "attacks" / "images.npz", ("images",), remedy)["images"].shape[1:]
     return channels, height, width
 
 
@@ -369,15 +367,9 @@ def _read_sandwich(record: Record, attacks: tuple[Rung, ...], proof: _Proof) -> 
     )
 
 
-def _read_arrays(file: Path, names: tuple[str, ...], remedy: str) -> dict[str, np.ndarray]:
-    """Return the named arrays of an .npz file, never unpickled; image arrays must be (n, C, H, W)."""
-    if not file.exists():
-        raise RunError(f"{file} is missing. Remedy: {remedy}.")
-    try:
-        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise damaged(file, f"it cannot be read as arrays {', '.join(names)} ({error})", remedy) from error
+def _read_images(file: Path, names: tuple[str, ...], remedy: str) -> dict[str, np.ndarray]:
+    """Return the named arrays of an .npz file, the first of which must be images (n, C, H, W)."""
+    arrays = read_arrays(file, names, remedy)
     if arrays[names[0]].ndim != 4:
         raise damaged(file, f"{names[0]} must be (n, C, H, W), got shape {arrays[names[0]].shape}", remedy)
     return arrays

@@ -128,7 +128,7 @@ class RunFolder:
             if values[training]["minutes"] is None:
                 del values[training]["minutes"]  # so that checkpoints of versions without the field fit
         names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_SECTIONS[earlier]]
-        return json.dumps({name: values[name] for name in names}, sort_keys=True)
+        return json.dumps({name: values[name] for name in names if values[name] != {}}, sort_keys=True)
 
     def budget(self, stage: Stage) -> dict[str, Any] | None:
         """Return the minutes of a training stage, the ``epochs`` that fit into them by its trial, and its figures.
@@ -167,7 +167,7 @@ class RunFolder:
         """Log that an attempt at ``stage`` begins."""
         self.log("started", stage=stage, commit=commit(), **with_format("log.jsonl", {}))
 
-    def events(self, event: str, stage: Stage) -> list[dict[str, Any]]:
+    def events(self, event: str, stage: str) -> list[dict[str, Any]]:
         """Return the logged events of one kind and stage in their order, without a partial last line.
 
         Raises: RunError naming a line that is not an event.
@@ -252,6 +252,7 @@ class RunFolder:
     def _begun(self, stage: Stage) -> bool:
         traces = {
             "pretrain": ("checkpoints/pretrain.pt", "checkpoints/encoder.safetensors"),
+            "teach": ("teach",),
             "finetune": ("checkpoints/finetune.pt", "model/model.json"),
             "certify": ("certificates.tsv", "certificates.parts"),
             "attack": ("attacks",),
@@ -362,6 +363,8 @@ def _deciding_values(recipe: Recipe) -> dict[str, Any]:
     for section, name, earlier in _LATER_FIELDS:
         if values[section][name] == earlier:
             del values[section][name]
+    if not recipe.teach.rounds:
+        values["teach"] = {}
     return values
 
 

@@ -95,7 +95,8 @@ class RunResults:
 
     @property
     def missing(self) -> tuple[Stage, ...]:
-        return tuple(stage for stage in STAGES if stage not in self.stages)
+        taught = bool((self.setting("teach", "rounds")) or 0)
+        return tuple(stage for stage in STAGES if stage not in self.stages and (taught or stage != "teach"))
 
     @property
     def threat_certificates(self) -> Certificates | None:

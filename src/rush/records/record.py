@@ -13,7 +13,7 @@ from rush.runtime.numbers import as_real
 # The newest format of each kind of file that this version reads, and the one that it writes. Files without a number
 # predate these numbers and are read as format 1. ``audit.json`` has its own, ``auditing.report.FORMAT``.
 FORMATS: Mapping[str, int] = {
-    "recipe.json": 2,  # 2: smoothing.noise
+    "recipe.json": 3,  # 2: smoothing.noise; 3: teach
     "provenance.json": 1,
     "stages": 1,
     "log.jsonl": 1,

@@ -26,6 +26,7 @@ _STATUSES = ("failed", "undecided", "passed", "skipped")  # in the order of thei
 _LISTED = 8  # of a longer grid only the ends are printed
 _NOT_DONE: Mapping[Stage, str] = {
     "pretrain": "not pre-trained yet",
+    "teach": "no labels taught yet",
     "finetune": "not fine-tuned yet",
     "certify": "not certified yet",
     "attack": "not attacked yet",

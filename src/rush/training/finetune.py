@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rush.choices import FinetuneObjective
-from rush.data.batches import Batch
+from rush.data.batches import Batch, Resident, TrainingImages
 from rush.data.images import ImageSet
 from rush.data.streaming import Stream, training_source
 from rush.data.views import random_view, unit_float
@@ -54,6 +54,8 @@ def finetune(
     settings: TrainingSettings,
     *,
     noise: Noise | None,
+    targets: Tensor | None = None,
+    name: str = "finetune",
 ) -> None:
     """Train ``classifier`` in place by the objective of ``config``, and leave it in evaluation mode.
 
@@ -66,6 +68,9 @@ def finetune(
         settings: conditions of the run. The compile mode "graph" excludes the mode ``linear-then-full``, whose step
             changes in between.
         noise: None for a classifier that will not be smoothed.
+        targets: what the images, which are then in memory, are taught in place of their labels: float32 (N, K), a
+            probability of each class, whose sum is the weight of the image.
+        name: of the training, which names its random streams.
 
     Raises:
         DataError: the images have no labels.
@@ -79,7 +84,7 @@ def finetune(
     mode, views, objective = config.mode, config.views, objective_of(config)
     execution, compile_mode = settings.execution, settings.compile_mode
     head_epochs = config.head_epochs if mode == "linear-then-full" else 0
-    if images.labels is None:
+    if images.labels is None and targets is None:
         raise DataError(f"{images.name} ({images.split}) has no labels; fine-tuning needs a labelled training split")
     if mode == "linear-then-full" and compile_mode == "graph":
         raise ConfigError(
@@ -107,7 +112,14 @@ def finetune(
         return loss.detach()
 
     with compiled(classifier.encoder, compile_mode):
-        source = training_source(images, execution.device, rank(), world_size())
+        source = _source(images, targets, execution.device)
         counted = [classifier.encoder]
-        settings.training(classifier, step, "finetune", source, config, counted, head_epochs).run()
+        settings.training(classifier, step, name, source, config, counted, head_epochs).run()
     desynchronised(classifier).requires_grad_(True).eval()
+
+
+def _source(images: ImageSet | Stream, targets: Tensor | None, device: str) -> TrainingImages:
+    if targets is None:
+        return training_source(images, device, rank(), world_size())
+    assert isinstance(images, ImageSet)
+    return Resident(images, device, rank(), world_size(), targets)

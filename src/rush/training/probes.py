@@ -49,18 +49,19 @@ def knn_correct(
     return correct
 
 
-def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int, strength: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return weight (K, D) and bias (K,) of a logistic regression on the standardised ``bank`` (N, D).
 
     They are folded so that they apply to representations that are not standardised. The regression minimizes the summed
-    cross-entropy plus half the squared norm of the weights on standardised representations, the default of
-    scikit-learn's ``LogisticRegression``, by L-BFGS (Liu and Nocedal 1989) in float32 on the bank's device. It is a
-    quick progress indicator, not a tuned linear probe.
+    cross-entropy plus half of ``strength`` times the squared norm of the weights on standardised representations, as
+    scikit-learn's ``LogisticRegression`` with C = 1 / ``strength`` does, by L-BFGS (Liu and Nocedal 1989) in float32 on
+    the bank's device.
 
     Args:
         bank: representations (N, D) float32.
         bank_labels: int64 (N,) in 0..K-1, on the same device.
         num_classes: K.
+        strength: of the penalty.
 
     Cost:
         At most 200 steps, each of a few passes over the bank.
@@ -75,7 +76,9 @@ def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[T
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(F.linear(x, weight, bias), bank_labels) + weight.square().sum() / (2 * len(x))
+        value = F.cross_entropy(F.linear(x, weight, bias), bank_labels) + strength * weight.square().sum() / (
+            2 * len(x)
+        )
         value.backward()
         return value
 

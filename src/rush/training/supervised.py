@@ -31,7 +31,7 @@ class Examples:
         logits: the network in training mode, from images (B, C, H, W) to float logits (B, K).
         evaluated: the same weights with BatchNorm in evaluation mode, for attacks.
         x: (B, C, H, W) float in [0, 1], weakly augmented.
-        y: (B,) int64.
+        y: labels, int64 (B,), or float (B, K): a probability of each class, whose sum is the weight of the image.
         smoothing: None where the classifier will not be smoothed.
         generator: of all draws, on the device of ``x``.
         epoch: epochs done so far.
@@ -141,7 +141,7 @@ def smoothadv(examples: Examples, *, draws: int, epsilon: float | Tensor, steps:
     drawn, y = examples.draw(draws), examples.y
 
     def smoothed_loss(images: Tensor) -> Tensor:
-        return F.nll_loss(_log_mean(_log_probs(examples, examples.evaluated, images, drawn)), y, reduction="sum")
+        return _cross_entropies(_log_mean(_log_probs(examples, examples.evaluated, images, drawn))[None], y).sum()
 
     adversarial = l2_ascent(smoothed_loss, examples.x, epsilon, steps, lambda images: images.clamp(0.0, 1.0))
     return _cross_entropies(_log_probs(examples, examples.logits, adversarial, drawn), y).mean()
@@ -272,7 +272,9 @@ def _log_mean(log_probs: Tensor) -> Tensor:
 
 
 def _cross_entropies(log_probs: Tensor, y: Tensor) -> Tensor:
-    """Return -log p[y], (draws, B)."""
+    """Return -log p[y], (draws, B), or -sum of y_c log p[c] for labels y (B, K)."""
+    if y.ndim == 2:
+        return -(y * log_probs).sum(2)
     return -log_probs.gather(2, y.expand(len(log_probs), -1)[..., None])[..., 0]
 
 

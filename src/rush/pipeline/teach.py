@@ -1,0 +1,128 @@
+"""The teaching stage of a run: labels for the images whose labels fine-tuning does not read."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rush.data.images import ImageSet
+from rush.errors import ConfigError
+from rush.models.classifier import Classifier, Represent
+from rush.models.storage import load_weights
+from rush.pipeline.context import StageContext, training_noise
+from rush.pipeline.labels import Taught
+from rush.pipeline.train import ENCODER, new_classifier, spec_of, training_figures
+from rush.records.folder import RunFolder
+from rush.runtime.distributed import barrier, rank
+from rush.runtime.randomness import stream
+from rush.training.finetune import finetune
+from rush.training.probes import linear_probe, representations
+from rush.training.teaching import probe_strength, taught
+
+
+def run_teach(run: RunFolder) -> None:
+    """Label the images of pre-training, and write the labels with the accuracy of every teacher on held-out images.
+
+    Raises:
+        ConfigError: the recipe has no round of teaching, the images are streamed, or the labelled ones are not among
+            them.
+    """
+    run.require("pretrain")
+    if not run.recipe.teach.rounds:
+        raise ConfigError("this recipe teaches nothing: set teach.rounds to 1, or more, in a run of its own")
+    context = StageContext.of(run)
+    known = Taught.of(context)
+    context.begin("teach")
+    started = time.perf_counter()
+    session = _Session(context, known)
+    probabilities, strength = session.probe()
+    targets, rounds = session.targets(probabilities), [session.figures(probabilities)]
+    trained: list[dict[str, Any]] = []
+    for number in range(2, context.recipe.teach.rounds + 1):
+        probabilities = session.student(number, targets)
+        targets = session.targets(probabilities)
+        rounds.append(session.figures(probabilities))
+        trained.append(training_figures(run, f"teach-{number}", len(known.images)))
+    if rank() == 0:
+        known.write(run.path, targets)
+        weights = targets.sum(1)
+        run.finish(
+            "teach",
+            seconds=time.perf_counter() - started,
+            objective="teach",
+            images=len(known.images),
+            labelled_images=len(known.rows),
+            probe_strength=strength,
+            rounds=rounds,
+            weight=float(weights.mean()),
+            passes_per_image=sum(part["passes_per_image"] for part in trained),
+            forward_passes_per_image=1 + sum(part["forward_passes_per_image"] + session.draws for part in trained),
+        )
+    barrier()
+
+
+class _Session:
+    """The teachers of one run, on the images that they label and on those that are held out."""
+
+    def __init__(self, context: StageContext, known: Taught) -> None:
+        self._context, self._known = context, known
+        self._config, self._noise = context.recipe.teach, training_noise(context.recipe)
+        self._held_out = context.splits.held_out
+        self._seed, self._device = context.recipe.seed, context.execution.device
+        self.draws = self._config.draws if self._noise is not None else 1
+        self._sets = [known.images, *([self._held_out] if self._held_out is not None else [])]
+
+    def probe(self) -> tuple[list[Tensor], float]:
+        """Return the probabilities of the linear classifier for each set, and its strength."""
+        known = self._known
+        represent = self._context.execution.place(Represent(self._new())).eval()
+        features = [representations(images, represent, self._context.execution) for images in self._sets]
+        labels, rows = known.labels.to(self._device), known.rows.to(self._device)
+        bank = features[0][rows]
+        strength = probe_strength(bank, labels, known.num_classes, stream(self._seed, "teach", "folds"))
+        weight, bias = linear_probe(bank, labels, known.num_classes, strength)
+        return [F.softmax(F.linear(each, weight, bias), dim=1).cpu() for each in features], strength
+
+    def student(self, number: int, targets: Tensor) -> list[Tensor]:
+        """Train the teacher of round ``number`` on the labels of the round before, and return its probabilities."""
+        context, name = self._context, f"teach-{number}"
+        classifier = self._new()
+        settings = context.training("teach", None, name)
+        finetune(
+            self._known.images,
+            classifier,
+            context.recipe.finetune,
+            settings,
+            noise=self._noise,
+            targets=targets,
+            name=name,
+        )
+        return [self._mean(images, classifier, name) for images in self._sets]
+
+    def targets(self, probabilities: list[Tensor]) -> Tensor:
+        """Return what the images are taught by these probabilities."""
+        return taught(probabilities[0], self._known.labels, self._known.rows, self._config)
+
+    def figures(self, probabilities: list[Tensor]) -> dict[str, Any]:
+        """Return the accuracy of a teacher on the held-out images, None without any."""
+        if self._held_out is None or self._held_out.labels is None:
+            return {"held_out": None}
+        return {"held_out": float((probabilities[1].argmax(1) == self._held_out.labels).double().mean())}
+
+    def _new(self) -> Classifier:
+        """Return the classifier with the pre-trained encoder and its initial head."""
+        context = self._context
+        classifier = new_classifier(spec_of(context.recipe, context.splits.reference()), self._seed)
+        load_weights(classifier.encoder, context.run.path / ENCODER)
+        return classifier
+
+    def _mean(self, images: ImageSet, classifier: Classifier, name: str) -> Tensor:
+        """Return the mean probabilities (N, K) over noisy copies."""
+        generator = stream(self._seed, name, "noise", device=self._device)
+        total = torch.zeros(len(images), self._known.num_classes)
+        for _ in range(self.draws):
+            logits = representations(images, classifier, self._context.execution, self._noise, generator)
+            total += F.softmax(logits, dim=1).cpu()
+        return total / self.draws
