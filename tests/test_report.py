@@ -428,7 +428,8 @@ def test_summary_rows_are_the_counts_in_the_files(run: Path) -> None:
     assert rows["clean accuracy"] == f"{share(share_interval(36, 40))} (n = 40)"
     assert rows[f"attacked, ℓ∞ 8/255, {LABELS['eot-16']}"] == f"{share(share_interval(12, 40))} (n = 40)"
     assert rows["certified by"] == "Clopper–Pearson"
-    assert rows["level"] == "each certificate by itself is false with probability at most 0.001, over the draws of the noise"
+    level = "each certificate by itself is false with probability at most 0.001"
+    assert rows["level"] == f"{level}, over the draws of the noise"
     assert rows["samples per image"] == "1,100, 100 of them to select the class"
     assert rows["certified at ℓ2 0"] == f"{share(share_interval(35, 60))} (n = 60), true ≥ {true_share(35, 60, 0.001)}"
     at_half = f"{share(share_interval(10, 60))} (n = 60), true ≥ {true_share(10, 60, 0.001)}"
@@ -575,7 +576,8 @@ def test_sequential_run_says_method_level_samples_and_what_is_undecided(run: Pat
     """Every figure is the count that the fixture wrote; nothing of a fixed number of samples is left in the rows."""
     rows = summary_of(make_sequential(run))
     assert rows["certified by"] == "Sequential (geometric), grid 0 / 0.25 / 0.5"
-    assert rows["level"] == "all 60 certificates hold together with probability at least 0.999, over the draws of the noise"
+    together = "all 60 certificates hold together with probability at least 0.999"
+    assert rows["level"] == f"{together}, over the draws of the noise"
     assert rows["samples per image"] == "840 on average, at most 1,100, 100 of them to select the class"
     level = 0.001 / 60
     assert rows["certified at ℓ2 0"] == (
