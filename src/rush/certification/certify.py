@@ -138,7 +138,7 @@ def certify_each(
     """
     if in_flight is not None:
         in_flight = positive_integer("in_flight", in_flight)
-    capacity = max(1, _ROUND_TILES * smoothed.execution.tile // BLOCK)
+    capacity = max(1, _ROUND_TILES * smoothed.execution.rows(pixels.x.shape[1:]) // BLOCK)
     decider = Decider(rule)
     engine = _Engine(smoothed, decider, capacity)
     sizes = _cohort_sizes(rule, capacity, in_flight)
