@@ -280,11 +280,11 @@ def engine(arguments: argparse.Namespace) -> None:
         per_image = int(arguments.engine_samples[arguments.widths.index(width)])
         rush.certify(smoothed, data, num_estimation=200)  # compiles and inspects
         forward = Forward(classifier, execution, 10)
-        tile = 0.5 + 0.25 * torch.randn(execution.tile, 3, 32, 32, generator=stream(0, "benchmark", "tile"))
+        tile = 0.5 + 0.25 * torch.randn(arguments.tile, 3, 32, 32, generator=stream(0, "benchmark", "tile"))
         forward(tile)
         bare, certified, products = [], [], []
         for _ in range(arguments.repeats):
-            bare.append(rate(partial(forward, tile), execution.tile, 5.0))
+            bare.append(rate(partial(forward, tile), len(tile), 5.0))
             started = time.perf_counter()
             found = rush.certify(smoothed, data, num_estimation=per_image)
             certified.append(found.num_samples.sum() / (time.perf_counter() - started))
@@ -341,7 +341,7 @@ def votes(arguments: argparse.Namespace) -> None:
         noise = stored.noise.sample((1024, 3, 32, 32), stream(0, "benchmark", "votes", number))
         noisy = images.pixels(slice(number, number + 1)) + noise
         found = {
-            name: torch.cat([forward(part) for part in noisy.split(executions[name].tile)]).argmax(1)
+            name: torch.cat([forward(part) for part in noisy.split(executions[name].rows(noisy.shape[1:]))]).argmax(1)
             for name, forward in forwards.items()
         }
         total += len(noisy)

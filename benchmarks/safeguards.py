@@ -47,13 +47,14 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=1000, help="tiles of the certification whose calls are counted")
     arguments = parser.parse_args()
     smoothed = smoothed_model(arguments.run, compiled=False)
-    x = labelled_pixels(rush.load_images("cifar10", split="test", root=arguments.data)[: smoothed.execution.tile]).x
+    rows = smoothed.execution.rows((3, 32, 32))
+    x = labelled_pixels(rush.load_images("cifar10", split="test", root=arguments.data)[:rows]).x
     y = torch.zeros(len(x), dtype=torch.int64)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     print(f"{smoothed.execution}, {arguments.rounds} rounds")
     tile = x + smoothed.noise.sample(x.shape, stream(0, "tile"))
     forward = Forward(smoothed.classifier, smoothed.execution, smoothed.num_classes)
-    few = x[: smoothed.execution.tile // DRAWS]
+    few = x[: rows // DRAWS]
     draws = fresh_noise(smoothed, DRAWS, [stream(0, "draws", row) for row in range(len(few))])
     network = plain(smoothed.classifier, Execution())
     calls: dict[str, Callable[[], object]] = {
@@ -68,7 +69,6 @@ def main() -> None:
         low, high = median_interval(ratios)
         share = 100 * (float(np.median(ratios)) - 1)
         print(f"{name}: {share:+.1f} % [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]", flush=True)
-    rows = smoothed.execution.tile
     extra = arguments.tiles / (rows - 1) + arguments.tiles / SPACING + 1
     print(f"counted, of {arguments.tiles} tiles: {100 * extra / arguments.tiles:.1f} % more tiles")
 

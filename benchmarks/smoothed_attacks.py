@@ -69,7 +69,7 @@ def gradient(arguments: argparse.Namespace) -> None:
 
 
 def print_rate(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, draws: int, repeats: int) -> None:
-    rows = max(1, smoothed.execution.tile // draws)
+    rows = max(1, smoothed.execution.rows(x.shape[1:]) // draws)
     x, y = x[:rows], y[:rows]
     generators = [stream(0, "benchmark", row) for row in range(rows)]
     seen, logits = fresh_noise(smoothed, draws, generators), smoothed.differentiable()
@@ -178,7 +178,7 @@ def pgdrs(smoothed: SmoothedClassifier, images: ImageSet, epsilon: float) -> Ten
     """The first author's attack as it was published in its second form (noise drawn anew at every step)."""
     x, y = images.pixels(), labels_of(images)
     generators = [stream(0, "benchmark", "pgdrs", str(own)) for own in images.ids]
-    rows = max(1, smoothed.execution.tile // PGDRS_DRAWS)
+    rows = max(1, smoothed.execution.rows(x.shape[1:]) // PGDRS_DRAWS)
     found = []
     for first in range(0, len(x), rows):
         own, labels = x[first : first + rows], y[first : first + rows]

@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
 
@@ -24,7 +23,6 @@ from exact_models import (
     square_half_space,
     square_images,
 )
-from rush.certification.bounds import certify_counts
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
@@ -39,134 +37,6 @@ from rush.smoothing.classifier import ABSTAIN, SmoothedClassifier
 from stored import rule_of
 
 ALPHA, TAIL = 0.05, 1e-6
-
-
-class Coverage:
-    """Certificates of ``square_half_space`` with the exact probability of the class that each one is about."""
-
-    def __init__(self, margins: NDArray[np.float64], num_estimation: int, seed: int) -> None:
-        plane, x = square_half_space(), square_images(margins, seed)
-        smoothed = SmoothedClassifier(plane, SIGMA, 2, execution=Execution(tile=2000))
-        labels = torch.from_numpy((margins > 0).astype(np.int64))
-        self.certificates = rush.certify(smoothed, (x, labels), "clopper-pearson", 20, num_estimation, ALPHA, seed=seed)
-        self.margins = plane.margins(x)
-        self.probability_of_1 = plane.probability(x, SIGMA)
-
-    def above(self, p_lower: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which of these bounds on the probability of the selected class are above the truth."""
-        probability = np.where(self.certificates.selected == 1, self.probability_of_1, 1 - self.probability_of_1)
-        return p_lower > probability
-
-
-def _hard_margins(count: int, num_estimation: int) -> NDArray[np.float64]:
-    """Margins whose probability is a hair below a value that the bound can take, so that it fails at its full level."""
-    k = np.arange(int(0.6 * num_estimation), num_estimation + 1)
-    bounds = np.asarray(stats.beta.ppf(ALPHA, k, num_estimation - k + 1))
-    bounds = bounds[(bounds > 0.55) & (bounds < 0.995)]
-    margins = SIGMA * stats.norm.ppf(np.resize(bounds, count) - 2e-6)
-    return margins * np.where(np.arange(count) % 2, 1, -1)
-
-
-@pytest.fixture(scope="module")
-def coverages() -> list[Coverage]:
-    """21,000 certificates."""
-    sizes = ((14_000, 100), (4_000, 300), (3_000, 1_000))
-    return [Coverage(_hard_margins(count, n), n, seed) for seed, (count, n) in enumerate(sizes)]
-
-
-def most_false(count: int) -> float:
-    """The 1 - 1e-6 quantile of the number of false ones among ``count``, each at the full level."""
-    return float(stats.binom.isf(TAIL, count, ALPHA))
-
-
-def test_bounds_are_above_the_truth_no_more_often_than_alpha(coverages: list[Coverage]) -> None:
-    """``p_lower`` of 21,000 images, whose exact failure probability is just below alpha for each.
-
-    Odds of failing by chance: 4e-6 from above and 1e-6 from below, where too few failures would mean no power.
-    """
-    failed = []
-    for coverage in coverages:
-        above = coverage.above(coverage.certificates.p_lower)
-        assert int(above.sum()) <= most_false(len(above))
-        failed.append(above)
-    pooled = np.concatenate(failed)
-    assert len(pooled) == 21_000
-    assert stats.binom.isf(1 - TAIL, len(pooled), 0.9 * ALPHA) <= pooled.sum() <= most_false(len(pooled))
-
-
-def test_radii_and_classes_are_false_no_more_often_than_alpha(coverages: list[Coverage]) -> None:
-    """A certificate is false when its class is not the smoothed one's or its radius exceeds the distance to the plane;
-    for that its bound must have failed. Odds of failing by chance: 1e-6."""
-    failed, total = 0, 0
-    for coverage in coverages:
-        certificates = coverage.certificates
-        right = (certificates.prediction == 1) == (coverage.margins > 0)
-        certified = certificates.prediction != ABSTAIN
-        false = certified & (~right | (certificates.radius > np.abs(coverage.margins)))
-        assert coverage.above(certificates.p_lower)[false].all()
-        assert certified.mean() > 0.8
-        assert (certificates.radius[~certified] == 0).all()
-        failed, total = failed + int(false.sum()), total + len(certificates)
-    assert failed <= most_false(total)
-
-
-def test_a_bound_at_twice_the_level_is_caught(coverages: list[Coverage]) -> None:
-    """The same votes bounded at 2 alpha, judged by the test for alpha, over all 21,000 images. The expected number of
-    failures is computed here; fewer than the limit by chance: probability < 1e-30."""
-    expected, variance, failed, total = 0.0, 0.0, 0, 0
-    for coverage in coverages:
-        votes, n = coverage.certificates, coverage.certificates.num_estimation
-        p = np.maximum(coverage.probability_of_1, 1 - coverage.probability_of_1)
-        k = np.arange(1, n + 1)
-        fewest = np.searchsorted(stats.beta.ppf(2 * ALPHA, k, n - k + 1), p, side="right") + 1
-        chance = np.asarray(stats.binom.sf(fewest - 1, n, p))
-        assert (chance <= 2 * ALPHA).all()
-        expected, variance = expected + chance.sum(), variance + (chance * (1 - chance)).sum()
-        bounds = certify_counts(votes.selection, votes.counts, SIGMA, 2 * ALPHA)
-        failed, total = failed + int(coverage.above(bounds.p_lower).sum()), total + len(p)
-    assert stats.norm.cdf((most_false(total) - expected) / np.sqrt(variance)) < 1e-30
-    assert failed > most_false(total)
-
-
-def false_at_the_radii(count: int, num_estimation: int, seed: int) -> dict[float, int]:
-    """How many of ``count`` images whose class has exactly the probability Phi(r / sigma) are certified at r, by r; 1/2
-    is that of r = 0, where either class is false."""
-    radii = (0.0, 0.125, 0.25, 0.375, 0.5)
-    x = square_images(np.repeat(radii, count), seed)
-    labels = torch.ones(len(x), dtype=torch.int64)
-    plane = square_half_space()
-    np.testing.assert_array_equal(plane.margins(x), np.repeat(radii, count))
-    smoothed = SmoothedClassifier(plane, SIGMA, 2, execution=Execution(tile=250))
-    found = rush.certify(
-        smoothed, (x, labels), "sequential", 100, num_estimation, ALPHA, radii=radii, futility=0.05, seed=seed
-    )
-    false = (found.prediction != ABSTAIN) & (found.radius >= np.repeat(radii, count))
-    return dict(zip(radii, false.reshape(len(radii), count).sum(1).tolist(), strict=True))
-
-
-# A product of four pixels in float32 may differ by a last bit from row to row of a tile, by the processor.
-last_bit_by_row = pytest.mark.filterwarnings("ignore::rush.errors.NumericsWarning")
-
-
-@last_bit_by_row
-def test_two_thousand_certificates_at_the_radii_are_false_no_more_often_than_alpha() -> None:
-    """400 images at each of five exact null probabilities. Odds of failing by chance: 5e-6; and less than 1e-6 for the
-    lower limit, without which the test would have no power: 0.4 of the level is used, or more."""
-    false = false_at_the_radii(400, num_estimation=1000, seed=0)
-    assert all(count <= most_false(400) for count in false.values())
-    assert stats.binom.isf(1 - TAIL, 2000, 0.4 * ALPHA) <= sum(false.values()) <= most_false(2000)
-
-
-def test_a_class_selected_on_the_votes_that_bound_it_is_caught() -> None:
-    """3,000 images at p = 1/2, where every certificate is false. 82 votes certify with probability 0.0485, so the
-    pipeline passes (odds of failing: 1e-6); the larger of both counts does so with probability 0.0970, and is caught
-    with probability > 1 - 1e-6."""
-    coverage = Coverage(np.zeros(3000), 82, seed=9)
-    votes, most = coverage.certificates, most_false(3000)
-    assert (coverage.probability_of_1 == 0.5).all()
-    assert int((votes.prediction != ABSTAIN).sum()) <= most
-    one_sample = certify_counts(votes.counts, votes.counts, SIGMA, ALPHA)
-    assert int((one_sample.prediction != ABSTAIN).sum()) > most
 
 
 def test_selection_estimation_and_images_share_no_noise() -> None:
@@ -194,19 +64,6 @@ def test_the_radius_is_in_pixel_units_when_the_classifier_normalizes() -> None:
         SmoothedClassifier(normalized, SIGMA, 2), (x, torch.tensor([1])), num_estimation=20_000, alpha=1e-9
     )
     assert 0.27 < certificates.radius[0] <= 0.3
-
-
-def test_p_lower_is_the_level_alpha_quantile_of_the_stored_votes(coverages: list[Coverage]) -> None:
-    votes = coverages[1].certificates
-    count = votes.counts[np.arange(len(votes)), votes.selected]
-    np.testing.assert_allclose(votes.p_lower, stats.beta.ppf(ALPHA, count, 300 - count + 1), rtol=1e-9)
-    certified = votes.radius > 0
-    np.testing.assert_allclose(
-        votes.radius[certified], SIGMA * stats.norm.ppf(votes.p_lower[certified]), rtol=0, atol=1.01e-6
-    )
-    assert (votes.counts.sum(1) == 300).all()
-    assert (votes.selection.sum(1) == 20).all()
-    assert (votes.num_samples == 320).all()
 
 
 @pytest.fixture(scope="module", params=METHODS)

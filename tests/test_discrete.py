@@ -230,25 +230,6 @@ def test_certificates_of_a_known_classifier_never_exceed_its_distance(method: st
     assert (certificates.p_lower <= np.where(certificates.prediction >= 0, exact, 1)).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_estimation", [100, 1000])
-def test_levels_hold_on_exactly_known_probabilities(num_estimation: int) -> None:
-    """2,000 certificates at alpha 0.05 of a class whose exact probability lies just below a value of the bound."""
-    alpha, images = 0.05, 2_000
-    smoothed = rush.SmoothedClassifier(AtLeast(128), noise=DiscreteGaussian(0.25), num_classes=2)
-    level = 192
-    p = float(stats.norm.cdf((level - 127.5) / 63.75))
-    x = torch.full((images, 1, 4, 4), level / 255)
-    x[:, 0, 1:] = torch.randint(0, 256, (images, 3, 4), generator=stream(0, "x")) / 255  # other ids
-    certificates = rush.certify(smoothed, (x, torch.ones(images).long()), num_estimation=num_estimation, alpha=alpha)
-    counts = np.arange(num_estimation + 1)
-    fails = rush.certification.bounds.lower_bound(counts, np.full_like(counts, num_estimation), alpha) > p
-    exact = float(stats.binom.pmf(counts, num_estimation, p)[fails].sum())
-    failures = int((certificates.p_lower > p).sum())
-    assert exact <= alpha
-    assert stats.binom.ppf(1e-6, images, exact) <= failures <= stats.binom.ppf(1 - 1e-6, images, exact)
-
-
 def test_a_rule_says_its_noise_and_older_rules_mean_gaussian() -> None:
     given = {"sigma": 0.25, "method": "sequential", "alpha": 0.001, "level": "image", "num_images": 1}
     given |= {"num_selection": 100, "num_estimation": 10_000, "radii": (0.0, 0.25), "futility": 0.05}

@@ -1,5 +1,6 @@
 """Networks are the published ones, and a saved model comes back to the same bits or is refused, never unpickled."""
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -253,6 +254,16 @@ def test_a_saved_model_gives_the_same_logits_to_the_bit(own: ClassifierSpec, tmp
     assert (loaded.execution.tile, loaded.execution.precision) == (64, "float32")
     assert (loaded.sigma, loaded.num_classes, loaded.classes) == (0.25, 10, tuple("0123456789"))
     assert not loaded.classifier.training
+
+
+def test_a_tile_that_the_images_chose_is_recorded_and_whatever_is_recorded_is_obeyed(tmp_path: Path) -> None:
+    save_smoothed(tmp_path, built(spec()), spec(), Gaussian(0.25), Execution(), (1, 64, 64))
+    description = json.loads((tmp_path / "model.json").read_text())
+    assert description["execution"]["tile"] == rush.load(tmp_path, device="cpu").execution.tile == 64
+    description["execution"]["tile"] = 256
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    for loaded in (rush.load(tmp_path, device="cpu"), load_smoothed(tmp_path, Execution())):
+        assert loaded.execution.tile == 256  # type: ignore[union-attr]
 
 
 def test_the_description_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

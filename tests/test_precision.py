@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from exact_models import Recorder
+from rush.certification.certify import certify
 from rush.choices import EncoderName, Precision
 from rush.errors import ConfigError, ModelError
 from rush.models.classifier import Classifier, Normalize
@@ -70,6 +71,28 @@ def test_the_last_tile_is_filled_and_its_padding_dropped() -> None:
     logits = Execution(tile=4).tiled_logits(recorder, x)
     assert [len(batch) for batch in recorder.inputs] == [4, 4, 4]
     assert torch.equal(logits, x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((1, 8, 8), 256), ((3, 32, 32), 256), ((3, 32, 33), 128), ((3, 64, 64), 64), ((3, 96, 96), 16), ((1, 900, 9), 32)],
+)
+def test_the_rows_of_a_tile_follow_from_the_size_of_the_images_unless_given(
+    shape: tuple[int, int, int], rows: int
+) -> None:
+    """In every batch that is judged: of networks, of votes and of a smoothed classifier whose shape is not known."""
+    assert (Execution().rows(shape), Execution(tile=50).rows(shape)) == (rows, 50)
+    recorder, x = (
+        Recorder(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())),
+        torch.rand((2, *shape), generator=stream(0, "x")),
+    )
+    Execution().tiled_logits(recorder, x)
+    smoothed = SmoothedClassifier(recorder, 0.25, 4 * shape[0])
+    certificates = certify(smoothed, (x, torch.zeros(2, dtype=torch.int64)), num_selection=20, num_estimation=90)
+    assert {len(batch) for batch in recorder.inputs} == {rows}
+    given = SmoothedClassifier(recorder, 0.25, 4 * shape[0], execution=Execution(tile=rows))
+    again = certify(given, (x, torch.zeros(2, dtype=torch.int64)), num_selection=20, num_estimation=90)
+    assert (certificates.counts == again.counts).all()
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32() -> None:
@@ -161,6 +184,7 @@ def test_an_execution_of_fastest_kernels_is_another_one_and_others_keep_the_text
         "Execution(device='cpu', precision='float32', channels_last=False, tile=100, threads=1, folded=False, "
         "compile_mode='none')"
     )
+    assert repr(Execution()) == repr(Execution(tile=256))
     assert repr(replace(usual, deterministic=False)) == f"{repr(usual)[:-1]}, deterministic=False)"
     assert usual.as_dict()["deterministic"] is True
     assert decide_execution("cpu", deterministic=False).as_dict()["deterministic"] is False

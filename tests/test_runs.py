@@ -111,6 +111,26 @@ def test_the_place_of_the_data_may_change_at_any_time(tmp_path: Path) -> None:
     assert [spread.fingerprint(stage) for stage in EVERY_RUN] == [run.fingerprint(stage) for stage in EVERY_RUN]
 
 
+def test_a_begun_run_keeps_its_tile_where_the_recipe_leaves_it_open(tmp_path: Path) -> None:
+    run = begun(tmp_path, "certify")
+    run.record_provenance(EXECUTION, DATA)
+    again = RunFolder.create(run.path, tiny(tmp_path, 'execution.tile="auto"'))
+    assert again.recipe == run.recipe
+    (run.path / "checkpoints/encoder.safetensors").write_bytes(b"encoder")
+    branched = run.branch(tmp_path / "branch", tiny(tmp_path, 'execution.tile="auto"', "finetune.epochs=9"))
+    assert branched.recipe.execution.tile == 100
+    with pytest.raises(RunError, match=r"different values of execution\.tile"):
+        RunFolder.create(run.path, tiny(tmp_path, "execution.tile=256"))
+
+
+def test_a_run_that_leaves_its_tile_open_resumes(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", tiny(tmp_path, 'execution.tile="auto"'))
+    before = [run.fingerprint(stage) for stage in STAGES]
+    run.record_provenance(EXECUTION | {"tile": "auto"}, DATA)
+    again = RunFolder.create(run.path, tiny(tmp_path, 'execution.tile="auto"'))
+    assert (again.recipe, [again.fingerprint(stage) for stage in STAGES]) == (run.recipe, before)
+
+
 def test_a_fingerprint_holds_the_fields_of_its_stage_and_of_those_before(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     for change, decides in FIELDS:

@@ -14,32 +14,18 @@ from test_sequential import (
     HAIR,
     TAIL,
     exactly,
-    false_at_each_null,
-    families_with_a_false_certificate,
     fates,
     known_p_votes,
     mean_votes,
     most,
     null_at,
     published_probabilities,
-    rule_of,
     sample,
     single,
     slow_value,
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.mark.parametrize("cap", [1_000, 2_000, 20_000])
-@pytest.mark.parametrize("alpha", [0.05, 1e-3])
-@pytest.mark.parametrize("bound", BOUNDS)
-def test_no_more_false_certificates_than_alpha_at_any_null(bound: SequentialBound, alpha: float, cap: int) -> None:
-    """100,000 images a hair below each radius of the default grid. Odds of failing by chance: 1e-6 a radius."""
-    rule = rule_of(bound=bound, alpha=alpha, num_estimation=cap, futility=0.05)
-    assert rule.radii is not None
-    assert len(rule.radii) >= 5
-    assert max(false_at_each_null(rule, 100_000, seed=20)) <= most(100_000, alpha)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -78,14 +64,6 @@ def test_levels_looked_at_after_every_vote(bound: SequentialBound) -> None:
         tests = single(null_at(z), bound, 0.05, 20_000)
         every = exactly(tests, null_at(z), 20_000, 1).passed
         assert exactly(tests, null_at(z), 20_000, 100).passed < every <= 0.05
-
-
-@pytest.mark.parametrize(("method", "bound"), [("clopper-pearson", None), ("sequential", None), ("sequential", "beta")])
-def test_all_certificates_of_a_family_hold_together(method: str, bound: str | None) -> None:
-    """20,000 families of 20 images, cap 10,000. Odds of failing by chance: 1e-6."""
-    radii = (0.125, 0.25, 0.375, 0.5, 0.625)
-    rule = rule_of(method=method, bound=bound, level="family", num_estimation=10_000, radii=radii)
-    assert families_with_a_false_certificate(rule, 20_000, seed=22) <= most(20_000, 0.05)
 
 
 def test_one_radius_costs_little_more_than_with_known_probabilities_at_the_usual_cap() -> None:

@@ -27,6 +27,7 @@ SequentialBound = Literal["geometric", "beta"]
 Stage = Literal["pretrain", "teach", "finetune", "certify", "attack", "audit"]
 Start = Literal["random", "clean", "best"]
 Stem = Literal["small", "standard"]
+TileChoice = int | Literal["auto"]
 TrainingCompile = Literal["none", "default", "reduce-overhead", "graph"]
 Verdict = Literal["broken", "held", "undecided"]
 

@@ -137,7 +137,7 @@ class Case:
 
     def views(self, plan: Plan, rows: list[int], name: str) -> Iterator[tuple[list[int], LogProbs, Tensor, Tensor]]:
         """Yield parts of ``rows`` that fill a tile with the draws of ``plan``, as attacks do, and each ``view``."""
-        size = max(1, self.defender.execution.tile // max(1, plan.eot_samples))
+        size = max(1, self.defender.execution.rows(self.pixels.x.shape[1:]) // max(1, plan.eot_samples))
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             yield part, *self.view(plan, part, name)

@@ -105,7 +105,7 @@ class _RandomTilted(_Tilted):
 def _mean_log_probs(defender: Defender, points: LabelledPixels, seed: int, name: str) -> Tensor:
     """Return the log of the mean probabilities (N, K) over 100 fresh draws, on the CPU."""
     log_probs = []
-    size = max(1, defender.execution.tile // _JUDGE.eot_samples)
+    size = max(1, defender.execution.rows(points.x.shape[1:]) // _JUDGE.eot_samples)
     for first in range(0, len(points), size):
         part = points.select(list(range(first, min(first + size, len(points)))))
         x = part.x.to(defender.execution.device)

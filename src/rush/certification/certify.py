@@ -148,7 +148,7 @@ def certify_each(
                 advance(1)
         smoothed.recheck()
         return
-    capacity = max(1, _ROUND_TILES * smoothed.execution.tile // BLOCK)
+    capacity = max(1, _ROUND_TILES * smoothed.execution.rows(pixels.x.shape[1:]) // BLOCK)
     decider = Decider(rule)
     engine = _Engine(smoothed, decider, capacity)
     sizes = _cohort_sizes(rule, capacity, in_flight)

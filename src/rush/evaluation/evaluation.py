@@ -169,7 +169,8 @@ class Evaluation:
         if plan.method == "none":
             advance(len(images))
             return self._most_harmful([images.x], passes, in_suite)
-        size = _batch_size(len(images), self.defender.execution.tile // draws, in_suite)
+        rows_of_tile = self.defender.execution.rows(images.x.shape[1:])
+        size = _batch_size(len(images), rows_of_tile // draws, in_suite)
         batches: list[list[Tensor]] = []
         for first in range(0, len(images), size):
             rows = list(range(first, min(first + size, len(images))))

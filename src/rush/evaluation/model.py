@@ -221,7 +221,7 @@ class SmoothedDefender(Defender):
         """Check the images and count a tile of votes, the first of which are inspected, before anything is attacked."""
         self.smoothed.noise.check(x)
         names = [str(row) for row in range(_FEW)]
-        samples = max(1, self.execution.tile // _FEW)
+        samples = max(1, self.execution.rows(x.shape[1:]) // _FEW)
         self.smoothed.counts(_few(x), samples, self.smoothed.streams(0, "inspection", names))
 
     def recheck(self) -> None:
@@ -339,7 +339,8 @@ class RandomDefender(Defender):
         probabilities = []
         with torch.no_grad(), seeded(draw_seed(generator)):
             for _ in range(draws):
-                logits = torch.cat([self.execution.logits(self.model, part) for part in x.split(self.execution.tile)])
+                parts = x.split(self.execution.rows(x.shape[1:]))
+                logits = torch.cat([self.execution.logits(self.model, part) for part in parts])
                 probabilities.append(F.softmax(check_logits(logits, len(x)).double(), dim=1).cpu())
         return torch.stack(probabilities, 1).numpy()
 

@@ -32,7 +32,7 @@ _TYPES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
-_RECORDED = ("precision", "tile", "folded", "compile_mode")
+_FORWARD = ("tile", "folded", "compile_mode")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ def save_smoothed(
         "format": FORMAT,
         "classifier": asdict(spec),
         "noise": {"name": noise.name, "sigma": noise.sigma} if noise else {"name": NO_NOISE},
-        "execution": {name: getattr(execution, name) for name in _RECORDED},
+        "execution": {name: getattr(execution, name) for name in ("precision", *_FORWARD)}
+        | {"tile": execution.rows(image_shape)},
         "image_shape": list(image_shape),
         "resized": resized,
         "classes": list(spec.classes),
@@ -187,7 +188,7 @@ def load_plain(folder: Path, device: str) -> Classifier:
 def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
     """Return the smoothed classifier in ``folder``, placed by ``execution`` and in evaluation mode.
 
-    Its forward is folded and compiled as recorded with it.
+    Its forward is folded and compiled, and has the tile, as recorded with it.
 
     Raises:
         RunError: A file is missing, damaged or written by a newer version, or the classifier is not smoothed.
@@ -198,7 +199,7 @@ def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
             f"{folder} holds a classifier that is not smoothed (smoothing.sigma = 0); rush.load returns it as it is, "
             "and rush.SmoothedClassifier adds noise to it"
         )
-    execution = replace(execution, **{name: description["execution"][name] for name in ("folded", "compile_mode")})
+    execution = replace(execution, **{name: description["execution"][name] for name in _FORWARD})
     return SmoothedClassifier(
         execution.place(_load_classifier(folder, description)).eval(),
         noise=make_noise(**description["noise"]),
@@ -271,7 +272,7 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
     if _is_plain(description):
         return load_plain(model, decide_execution(device).device)
     recorded = description["execution"]
-    smoothed = load_smoothed(model, decide_execution(device, recorded["precision"], recorded["tile"]))
+    smoothed = load_smoothed(model, decide_execution(device, recorded["precision"]))
     if not compiled:
         smoothed.execution = replace(smoothed.execution, compile_mode="none")
     return smoothed

@@ -35,6 +35,7 @@ from rush.choices import (
     PretrainObjective,
     Stage,
     Stem,
+    TileChoice,
     TrainingCompile,
     fewest_samples,
     parse_fraction,
@@ -73,6 +74,12 @@ def _check_root(value: object) -> object:
     return value
 
 
+def _check_tile(value: object) -> object:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65536):
+        raise ValueError('must be "auto" or a whole number from 1 to 65536')
+    return value
+
+
 def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError(f"must be (least, greatest), got {list(value)}")
@@ -91,6 +98,7 @@ NonNegative = Annotated[Real, Field(ge=0)]
 Probability = Annotated[Real, Field(gt=0, lt=0.5)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_check_ascending)]
 NonNegativeRange = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_check_ascending)]
+Tile = Annotated[TileChoice, BeforeValidator(_check_tile)]
 DataRoot = Annotated[str | tuple[str, ...] | None, BeforeValidator(_check_root)]
 Fraction = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_positive_fraction)]  # e.g. "8/255"
 WITHOUT_NOISE: tuple[FinetuneObjective, ...] = ("standard", "pgd-at", "trades")
@@ -180,7 +188,8 @@ class ExecutionConfig(Section):
     """Device, precision and compilation of networks, and the checkpoints of training.
 
     Attributes:
-        tile: fixed batch size of every certified, predicted or judged sample.
+        tile: fixed batch size of every certified, predicted or judged sample. "auto" chooses it by the images' size
+            (``runtime.execution``). A begun run keeps its own.
         compile: torch.compile for these samples. "auto" tries it where there is much to certify, and uses it if a short
             benchmark finds it faster.
         compile_training: torch.compile for networks in training. "graph" captures the whole step instead, on CUDA.
@@ -192,7 +201,7 @@ class ExecutionConfig(Section):
 
     device: str = "auto"
     precision: PrecisionChoice = "auto"
-    tile: Annotated[Whole, Field(ge=1, le=65536)] = 256
+    tile: Tile = "auto"
     compile: CompileChoice = "auto"
     compile_training: TrainingCompile = "none"
     checkpoint_minutes: Positive = 10.0

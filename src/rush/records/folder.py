@@ -333,10 +333,15 @@ def _budgets(path: Path) -> dict[Stage, dict[str, Any]]:
 
 
 def _settled(recipe: Recipe, path: Path, stages: Iterable[Stage] = TRAININGS) -> Recipe:
-    """Return ``recipe`` with the epochs that those of ``stages`` limited by minutes were begun with in ``path``.
+    """Return ``recipe`` with what it leaves to the run that was begun in ``path``.
 
-    Raises: RunError if one was begun with different minutes.
+    These are the epochs of those of ``stages`` limited by minutes, and the tile, where it is "auto".
+
+    Raises: RunError if a stage was begun with different minutes.
     """
+    tile = _read_provenance(path).get("tile", "auto")
+    if recipe.execution.tile == "auto" != tile:
+        recipe = recipe.replace(execution=recipe.execution.replace(tile=tile))
     for stage in stages:
         minutes = recipe.training(stage).minutes
         budget = None if minutes is None else _budgets(path).get(stage)

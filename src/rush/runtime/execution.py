@@ -1,17 +1,20 @@
 """Device, precision and form of a classifier's forward pass: decided once per run, recorded and enforced."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from rush.choices import CompileMode, Precision, PrecisionChoice, TrainingCompile
+from rush.choices import CompileMode, Precision, PrecisionChoice, TileChoice, TrainingCompile
 from rush.errors import ConfigError, ModelError, RushError
 from rush.runtime.lines import one_line
 from rush.runtime.memory import is_out_of_memory
+
+_SMALLEST_TILE, _LARGEST_TILE = 16, 256  # rows, where the size of the images chooses
+_TILE_PIXELS = 256 * 32 * 32  # positions of a tile, which decide the memory of activations
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Execution:
         device: where tensors live.
         precision: dtype that autocast computes in, where "float32" means no autocast.
         channels_last: memory layout of 4-d tensors.
-        tile: fixed number of rows of every judged batch, the last one padded.
+        tile: fixed number of rows of every judged batch, the last one padded. "auto" chooses it by the images' size
+            (``rows``).
         threads: number of CPU threads when it was decided.
         folded: whether BatchNorm is folded into the convolutions for judged samples.
         compile_mode: mode of torch.compile for judged samples, or "none".
@@ -33,16 +37,31 @@ class Execution:
     device: str = "cpu"
     precision: Precision = "float32"
     channels_last: bool = False
-    tile: int = 256
+    tile: TileChoice = "auto"
     threads: int = 0
     folded: bool = False
     compile_mode: CompileMode = "none"
     deterministic: bool = True
 
     def __repr__(self) -> str:
-        """Return the fields, ``deterministic`` only where it is False, so that older fingerprints stay valid."""
-        names = [field.name for field in fields(self) if field.name != "deterministic" or not self.deterministic]
-        return f"Execution({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+        """Return the fields in the form of older versions, so that their fingerprints stay valid.
+
+        ``deterministic`` is omitted where it is True, and the tile "auto" is 256, the default of these versions.
+        """
+        values = asdict(self) | ({"tile": _LARGEST_TILE} if self.tile == "auto" else {})
+        names = [name for name in values if name != "deterministic" or not self.deterministic]
+        return f"Execution({', '.join(f'{name}={values[name]!r}' for name in names)})"
+
+    def rows(self, shape: Sequence[int]) -> int:
+        """Return the number of rows of a tile of images of ``shape`` (C, H, W).
+
+        It is ``tile`` or, for "auto", the largest power of two in [16, 256] with at most 256 x 32 x 32 positions in
+        the tile, so that memory does not grow with the images: 256 up to 32 x 32, 64 at 64 x 64, 16 from 91 x 91 on.
+        """
+        if self.tile != "auto":
+            return self.tile
+        fitting = _TILE_PIXELS // (shape[-2] * shape[-1])
+        return min(max(1 << fitting.bit_length() >> 1, _SMALLEST_TILE), _LARGEST_TILE)
 
     def configure(self) -> "Execution":
         """Set the flags by which torch chooses CUDA kernels in this process, and return this execution.
@@ -102,16 +121,17 @@ class Execution:
         return logits.to(torch.float32, copy=True)
 
     def tiled_logits(self, classifier: nn.Module, x: Tensor) -> Tensor:
-        """Return logits (B, K) without gradients, computed in tiles of ``tile`` rows.
+        """Return logits (B, K) without gradients, computed in tiles.
 
         The last tile is padded with copies of its first row, so that every call has the same shape.
         """
-        rows = []
+        rows, logits = self.rows(x.shape[1:]), []
         with torch.no_grad():
-            for part in x.split(self.tile):
-                padding = part[:1].expand(self.tile - len(part), *part.shape[1:])
-                rows.append(self.logits(classifier, torch.cat([part, padding]) if len(padding) else part)[: len(part)])
-            return torch.cat(rows)
+            for part in x.split(rows):
+                padding = part[:1].expand(rows - len(part), *part.shape[1:])
+                tile = torch.cat([part, padding]) if len(padding) else part
+                logits.append(self.logits(classifier, tile)[: len(part)])
+            return torch.cat(logits)
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for ``provenance.json``, with torch's version: another version may compute other bits."""
@@ -119,7 +139,7 @@ class Execution:
 
 
 def decide_execution(
-    device: str = "auto", precision: PrecisionChoice = "auto", tile: int = 256, deterministic: bool = True
+    device: str = "auto", precision: PrecisionChoice = "auto", tile: TileChoice = "auto", deterministic: bool = True
 ) -> Execution:
     """Choose the execution for this machine, with BatchNorm folded.
 
@@ -128,7 +148,7 @@ def decide_execution(
     Args:
         device: a device of torch, or "auto" for cuda, else mps, else cpu.
         precision: "auto" for bfloat16 where the processor computes in it natively, else float32.
-        tile: rows of every judged batch.
+        tile: see ``Execution``.
         deterministic: see ``Execution``.
 
     Raises:

@@ -42,7 +42,8 @@ class SmoothedClassifier:
             judged image must be an 8-bit image, and certificates hold in floating point, too. So it is under
             ``rush.Splitting(sigma)``, whose certificates are exact.
         execution: where and how f runs. None: in float32, on the device of its parameters. "auto": on the best device,
-            to which f is moved, in bfloat16 where the processor computes in it, with BatchNorm folded.
+            to which f is moved, in bfloat16 where the processor computes in it, with BatchNorm folded. Both run f on
+            tiles whose number of rows follows from the size of the images (``Execution.rows``).
         classes: names of the classes, in the order of the logits. By default those that f was trained on, if known.
         image_shape: (C, H, W) of the images. By default that which f was trained on, if known. Images of another shape
             are refused. Where no shape is known, the first images fix the number of channels. Grey images are refused

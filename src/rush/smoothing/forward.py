@@ -181,7 +181,7 @@ def try_forwards(
         compilation, and why a form could not be used.
     """
     modes: list[CompileMode] = ["default", "reduce-overhead"] if execution.device.startswith("cuda") else ["default"]
-    tile = torch.full((execution.tile, *shape), 0.5, device=execution.device)
+    tile = torch.full((execution.rows(shape), *shape), 0.5, device=execution.device)
     rates: dict[CompileMode, float] = {"none": _rate(Forward(classifier, execution, num_classes), tile)}
     measured: dict[str, object] = {"forward_passes": forward_passes, "images_per_second": rates}
     best, least = execution, forward_passes / rates["none"]

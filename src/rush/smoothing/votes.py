@@ -45,7 +45,7 @@ class VoteCounter:
     def __init__(self, forward: Forward, noise: Noise, num_classes: int, execution: Execution) -> None:
         self._forward, self._noise, self._num_classes = forward, noise, num_classes
         self._execution, self._device = execution, execution.device
-        self._rows = execution.tile - 1 if execution.tile >= _SENTINEL_TILE else execution.tile  # that vote
+        self._rows = 0  # of the tile that vote
         self._sentinel: Sentinel | None = None
         self._tile = self._block = torch.empty(0)
         self._places = torch.empty(0, dtype=torch.int64)
@@ -81,7 +81,9 @@ class VoteCounter:
         if self._block.shape[1:] != shape:
             self.flush()
             self._block = torch.empty(BLOCK, *shape, device=self._device)
-            self._tile = torch.empty(self._execution.tile, *shape, device=self._device)
+            rows = self._execution.rows(shape)
+            self._rows = rows - 1 if rows >= _SENTINEL_TILE else rows
+            self._tile = torch.empty(rows, *shape, device=self._device)
             self._places = torch.empty(self._rows, dtype=torch.int64, device=self._device)
             self._sentinel = None
         return self._noise.add(request.pixels, self._block, request.generator)
@@ -100,7 +102,7 @@ class VoteCounter:
 
     def _classified(self) -> Tensor:
         """Return the logits of the tile. The first tile of a shape defines the sentinel."""
-        if self._rows == self._execution.tile or self._sentinel is not None:
+        if self._rows == len(self._tile) or self._sentinel is not None:
             return self._forward(self._tile)
         self._tile[-1] = self._tile[0]
         logits = self._forward(self._tile)

@@ -23,8 +23,9 @@ def representations(
         noise: one draw of it from ``generator``, which is on the device, is added to every image.
     """
     parts = []
-    for start in range(0, len(images), execution.tile):
-        x = images.pixels(slice(start, start + execution.tile), execution.device)
+    rows = execution.rows(images.images.shape[1:])
+    for start in range(0, len(images), rows):
+        x = images.pixels(slice(start, start + rows), execution.device)
         if noise is not None and generator is not None:
             x = noise.noisy(x, noise.sample(x.shape, generator))
         parts.append(execution.tiled_logits(represent, x))
