@@ -125,10 +125,10 @@ def test_a_begun_run_keeps_its_tile_where_the_recipe_leaves_it_open(tmp_path: Pa
 
 def test_a_run_that_leaves_its_tile_open_resumes(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", tiny(tmp_path, 'execution.tile="auto"'))
-    before = [run.fingerprint(stage) for stage in STAGES]
+    before = [run.fingerprint(stage) for stage in EVERY_RUN]
     run.record_provenance(EXECUTION | {"tile": "auto"}, DATA)
     again = RunFolder.create(run.path, tiny(tmp_path, 'execution.tile="auto"'))
-    assert (again.recipe, [again.fingerprint(stage) for stage in STAGES]) == (run.recipe, before)
+    assert (again.recipe, [again.fingerprint(stage) for stage in EVERY_RUN]) == (run.recipe, before)
 
 
 def test_a_fingerprint_holds_the_fields_of_its_stage_and_of_those_before(tmp_path: Path) -> None:
