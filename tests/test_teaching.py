@@ -18,6 +18,8 @@ from rush.pipeline.stages import run_stage
 from rush.recipe.schema import TeachConfig
 from rush.records.folder import RunFolder
 from rush.records.read_run import read_run
+from rush.reporting.costs import training_cost
+from rush.reporting.wording import percent, summary_rows
 from rush.runtime.randomness import stream
 from rush.training.probes import linear_probe
 from rush.training.supervised import Examples, consistency, gaussian, smoothadv, standard, trades
@@ -191,3 +193,18 @@ def test_a_recipe_without_teaching_has_nothing_to_teach(tmp_path: Path) -> None:
 def test_an_objective_that_needs_one_right_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cat-rs"):
         tiny(tmp_path, "teach.rounds=1", "finetune.objective=cat-rs")
+
+
+def test_summary_and_costs_tell_what_was_taught(taught_run: Path) -> None:
+    results = read_run(taught_run)
+    rows = dict(summary_rows(results))
+    figures = results.stages["teach"].fields
+    assert rows["labels read"] == f"60 of {figures['images']:,} training images"
+    right = " / ".join(percent(each["held_out"]) for each in figures["rounds"])
+    assert rows["teacher right"] == f"on {right} of 200 held-out images, by rounds"
+    cost = training_cost(results)
+    assert cost is not None
+    assert cost.objectives == "simclr + teach + gaussian"
+    passes = [results.stages[stage].fields["passes_per_image"] for stage in TRAINED]
+    assert cost.passes_per_image == pytest.approx(sum(passes))
+    assert cost.forward_passes_per_image == pytest.approx(1 + 2)  # the probe's, and two draws of the second teacher

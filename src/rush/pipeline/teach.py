@@ -54,6 +54,7 @@ def run_teach(run: RunFolder) -> None:
             objective="teach",
             images=len(known.images),
             labelled_images=len(known.rows),
+            held_out_images=len(context.splits.held_out or ()),
             probe_strength=strength,
             rounds=rounds,
             weight=float(weights.mean()),

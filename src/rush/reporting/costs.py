@@ -27,7 +27,7 @@ class TrainingCost:
 
 
 def training_cost(results: RunResults) -> TrainingCost | None:
-    """Return the costs of pre-training and fine-tuning together, None before both are finished.
+    """Return the costs of pre-training, teaching and fine-tuning together, None before they are finished.
 
     Pre-training of no epochs is not counted.
     """
@@ -35,8 +35,10 @@ def training_cost(results: RunResults) -> TrainingCost | None:
     if len(finished) < len(TRAININGS):
         return None
     trained = [stage for stage in finished if stage.fields.get("epochs") != 0]  # fine-tuning has at least one
-    objectives = [stage.fields.get("objective") for stage in trained]
     memories: list[float] = [stage.fields.get("peak_memory") or 0 for stage in trained]
+    if "teach" in results.stages:
+        trained.insert(-1, results.stages["teach"])
+    objectives = [stage.fields.get("objective") for stage in trained]
     return TrainingCost(
         objectives=" + ".join(map(str, objectives)) if all(objectives) else None,
         passes_per_image=_all_passes(trained, "passes_per_image"),

@@ -107,8 +107,18 @@ def not_done(results: RunResults) -> list[tuple[str, str]]:
 
 def summary_rows(results: RunResults) -> list[tuple[str, str]]:
     """Return a run as lines of name and value, weakest claim first, and the commands of unfinished stages."""
-    rows = [*_certified_rows(results), *_attacked_rows(results), *_audit_rows(results)]
+    rows = [*_certified_rows(results), *_attacked_rows(results), *_audit_rows(results), *_taught_rows(results)]
     return rows + [(what, f"`{command}`") for what, command in not_done(results)]
+
+
+def _taught_rows(results: RunResults) -> Iterator[tuple[str, str]]:
+    if "teach" not in results.stages:
+        return
+    taught = results.stages["teach"].fields
+    yield "labels read", f"{taught['labelled_images']:,} of {taught['images']:,} training images"
+    right = [percent(teacher["held_out"]) for teacher in taught["rounds"] if teacher["held_out"] is not None]
+    if right:
+        yield "teacher right", f"on {' / '.join(right)} of {taught['held_out_images']:,} held-out images, by rounds"
 
 
 def _certified_rows(results: RunResults) -> Iterator[tuple[str, str]]:
