@@ -190,9 +190,12 @@ def test_a_recipe_without_teaching_has_nothing_to_teach(tmp_path: Path) -> None:
         run_stage(run, "teach")
 
 
-def test_an_objective_that_needs_one_right_class_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cat-rs"):
-        tiny(tmp_path, "teach.rounds=1", "finetune.objective=cat-rs")
+@pytest.mark.parametrize(
+    ("field", "text"), [("finetune.objective=cat-rs", "cat-rs"), ("finetune.minutes=1", "give finetune.epochs")]
+)
+def test_trainings_that_cannot_be_taught_are_refused(field: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=text):
+        tiny(tmp_path, "teach.rounds=2", field)
 
 
 def test_summary_and_costs_tell_what_was_taught(taught_run: Path) -> None:

@@ -164,8 +164,9 @@ def data_size(recipe: Recipe) -> DataSize:
     if kept <= 0:
         raise ConfigError(f"data.held_out = {data.held_out} leaves none of {counts['train']} training images; lower it")
     pretraining = sum(kept if part == "train" else counts[part] for part in parts)
+    labelled = labelled_count(recipe.finetune, kept, num_classes)
     return DataSize(
-        (channels, height, width), num_classes, pretraining, labelled_count(recipe.finetune, kept, num_classes)
+        (channels, height, width), num_classes, pretraining, pretraining if recipe.teach.rounds else labelled
     )
 
 
@@ -335,6 +336,9 @@ class _Trial:
             noise=training_noise(self.recipe),
         )
         objective = config.objective if config.mode == "full" else f"{config.objective} ({config.mode})"
+        if self.recipe.teach.rounds > 1:  # every further teacher is fine-tuned as the classifier is
+            objective += f", {self.recipe.teach.rounds} times"
+            config = config.replace(epochs=self.recipe.teach.rounds * (config.epochs or 0) or None)
         return self._extrapolated("finetune", objective, config, self.size.finetune, epochs)
 
     def _settings(self, epochs: list[dict[str, Any]]) -> TrainingSettings:

@@ -655,6 +655,8 @@ class Recipe(Section):
     def _labels_that_can_be_taught(self) -> Self:
         if self.teach.rounds and self.finetune.objective == "cat-rs":
             raise ValueError("finetune.objective = cat-rs needs one right class per image, and teach.rounds gives none")
+        if self.teach.rounds > 1 and self.finetune.minutes is not None:
+            raise ValueError("teach.rounds above 1 trains several classifiers: give finetune.epochs and not minutes")
         return self
 
     @model_validator(mode="after")
