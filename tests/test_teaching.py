@@ -178,10 +178,16 @@ def test_fine_tuning_waits_for_the_teacher(taught_run: Path, tmp_path: Path) -> 
     assert "teach" in read_run(run.path).missing
 
 
-def test_what_was_taught_is_not_changed_afterwards(taught_run: Path) -> None:
-    recipe = tiny(taught_run.parent, *TAUGHT, "teach.temperature=0.7")
+@pytest.mark.parametrize("trace", ["checkpoints/teach-2.pt", "teach"])
+def test_what_is_being_taught_is_not_changed(trace: str, taught_run: Path, tmp_path: Path) -> None:
+    """While a teacher is trained, and once its labels are there."""
+    run = part_of(taught_run, tmp_path / "again", "finetune", "teach", "checkpoints/teach-2.pt")
+    changed = tiny(tmp_path, *TAUGHT, "teach.temperature=0.7")
+    (run.path / trace).mkdir()
     with pytest.raises(RunError, match=r"teach\.temperature"):
-        RunFolder.create(taught_run, recipe)
+        RunFolder.create(run.path, changed)
+    (run.path / trace).rmdir()
+    RunFolder.create(run.path, changed)
 
 
 def test_a_recipe_without_teaching_has_nothing_to_teach(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ class RunFolder:
     def _begun(self, stage: Stage) -> bool:
         traces = {
             "pretrain": ("checkpoints/pretrain.pt", "checkpoints/encoder.safetensors"),
-            "teach": ("teach",),
+            "teach": ("checkpoints/teach-2.pt", "teach"),
             "finetune": ("checkpoints/finetune.pt", "model/model.json"),
             "certify": ("certificates.tsv", "certificates.parts"),
             "attack": ("attacks",),
