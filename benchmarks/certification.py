@@ -94,7 +94,9 @@ def compare_samples(
     print(f"{title}, {what}: fixed N certified {percents((fixed & correct[:, None]).mean(0))}")
     for bound in ("geometric", "beta"):
         rule = sequential_rule(sigma, radii, len(p), bound)
-        passed, outcome, _, trials = follow(rule, list(votes.astype(np.uint8)), np.full(len(p), CAP))
+        passed, outcome, _, trials = follow(
+            rule, list(votes.astype(np.uint8)), np.full(len(p), CAP), np.ones((len(p), 1), int)
+        )
         accuracy = ((passed[:, None] > np.arange(len(radii))) & correct[:, None]).mean(0)
         known = known_p_bound(p, nulls, rule)
         print(

@@ -681,7 +681,7 @@ def test_one_radius_costs_little_more_than_with_known_probabilities() -> None:
     [
         ({"method": "wald"}, "unknown method 'wald'; allowed: clopper-pearson, sequential"),
         ({"level": "set"}, "unknown level 'set'; allowed: image, family"),
-        ({"bound": "wald"}, "unknown bound of method 'sequential' 'wald'; allowed: geometric, beta"),
+        ({"bound": "wald"}, "unknown bound of method 'sequential' 'wald'; allowed: geometric, beta, two-classes"),
         ({"bound": "clopper-pearson"}, "unknown bound of method 'sequential' 'clopper-pearson'; allowed: geometric, "),
         (
             {"method": "clopper-pearson", "bound": "geometric"},
