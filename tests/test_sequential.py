@@ -418,8 +418,8 @@ class Doubled:
     def __init__(self, inner: Evidence) -> None:
         self._inner = inner
 
-    def log_value(self, successes: Floats, trials: Floats) -> Floats:
-        return self._inner.log_value(successes, trials) + np.log(2)
+    def log_value(self, successes: Floats, trials: Floats, rival: Floats | float = 0.0) -> Floats:
+        return self._inner.log_value(successes, trials, rival) + np.log(2)
 
 
 def test_evidence_twice_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,7 +498,7 @@ class Prescribed:
     def __init__(self, value: float) -> None:
         self._value = value
 
-    def log_value(self, successes: Floats, trials: Floats) -> Floats:  # noqa: ARG002
+    def log_value(self, successes: Floats, trials: Floats, rival: Floats | float = 0.0) -> Floats:  # noqa: ARG002
         return np.full(len(successes), self._value)
 
 
