@@ -4,6 +4,7 @@ An image is the probabilities of its classes, the first of which is selected.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -176,21 +177,21 @@ def test_each_certifiable_image_is_in_a_cell_whose_evidence_no_vote_raises_on_av
         (0.75, (Fraction(1, 5), Fraction(3, 10), Fraction(1, 2))),
     ],
 )
-def test_all_paths_of_eight_votes_keep_the_level_in_rational_arithmetic(
+def test_all_paths_of_nine_votes_keep_the_level_in_rational_arithmetic(
     null: float, p: tuple[Fraction, Fraction, Fraction]
 ) -> None:
     """Three classes, of which the second is the more probable one of the others, while evidence is taken at the larger
     count of the two: the mean of the value where a path first crosses, or at its end, is at most 1; the paths that
     cross at most the level, 0.3."""
-    against, stopped, crossed = evidence(TWO, null, 0.3, 8), 0.0, Fraction(0)
-    votes = np.eye(3)[list(itertools.product(range(3), repeat=8))].cumsum(1)  # (paths, 8, 3)
-    k, n, rival = votes[..., 0].ravel(), np.tile(np.arange(1.0, 9), len(votes)), votes[..., 1:].max(2).ravel()
-    values = np.exp(against.log_value(k, n, rival)).reshape(-1, 8)
-    for value, (a, b, c) in zip(values, votes[:, -1].astype(int).tolist(), strict=True):
-        over = np.flatnonzero(value >= 1 / 0.3)
-        weight = p[0] ** a * p[1] ** b * p[2] ** c
-        stopped += float(weight) * value[over[0] if over.size else -1]
-        crossed += weight if over.size else 0
+    votes = np.eye(3)[list(itertools.product(range(3), repeat=9))].cumsum(1)  # (paths, 9, 3)
+    k, n, rival = votes[..., 0].ravel(), np.tile(np.arange(1.0, 10), len(votes)), votes[..., 1:].max(2).ravel()
+    values = np.exp(evidence(TWO, null, 0.3, 9).log_value(k, n, rival)).reshape(-1, 9)
+    over = values >= 1 / 0.3
+    ends = np.where(over.any(1), over.argmax(1), 8)
+    chances = np.prod(np.array(p, float) ** votes[:, -1], axis=1)
+    stopped = float(chances @ values[np.arange(len(values)), ends])
+    crossing_paths = Counter(map(tuple, votes[over.any(1), -1].astype(int).tolist()))
+    crossed = sum(number * p[0] ** a * p[1] ** b * p[2] ** c for (a, b, c), number in crossing_paths.items())
     assert stopped <= 1 + 1e-9
     assert 0 < crossed <= Fraction(0.3)
 
