@@ -44,7 +44,7 @@ from test_sequential import ALPHA, HAIR, critical_counts, crossing, most, null_a
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Rivals = Callable[[Ints, Ints], tuple[Ints, Ints]]
+Rivals = Callable[[Ints, Ints], tuple[Ints, Floats]]
 
 TWO: SequentialBound = "two-classes"
 ZS = (0.0, 0.5, 1.0, 2.0)  # radii in units of sigma
@@ -93,11 +93,13 @@ def sample(
     while open_.size and trials[open_[0]] < cap:
         counts[open_] += rng.multinomial(block, p, len(open_))
         trials[open_] += block
-        shape = (10, *[int(trials[open_[0]]) + 1] * 3)
-        states = passed[open_], counts[open_, 0], *rivals(selection[open_], counts[open_])
-        unique, at = np.unique(np.ravel_multi_index(states, shape), return_inverse=True)
-        before, k, largest, second = np.unravel_index(unique, shape)
-        now = tests.look(before, k, np.full(len(k), trials[open_[0]]), (largest, second))
+        rival, weight = rivals(selection[open_], counts[open_])
+        weights, number = np.unique(weight, return_inverse=True)
+        shape = (10, *[int(trials[open_[0]]) + 1] * 2, len(weights))
+        states = np.ravel_multi_index((passed[open_], counts[open_, 0], rival, number), shape)
+        unique, at = np.unique(states, return_inverse=True)
+        before, k, most_of_rest, number = np.unravel_index(unique, shape)
+        now = tests.look(before, k, np.full(len(k), trials[open_[0]]), (most_of_rest, weights[number]))
         passed[open_], outcome[open_] = (column[at] for column in now)
         open_ = open_[outcome[open_] == UNDECIDED]
     return Sampled(passed, outcome, trials)
@@ -110,7 +112,7 @@ class OfTwo:
         self._tests = tests
 
     def look(self, passed: Ints, successes: Ints, trials: Ints) -> tuple[Ints, NDArray[np.uint8]]:
-        return self._tests.look(passed, successes, trials, (trials - successes, trials - successes))
+        return self._tests.look(passed, successes, trials, (trials - successes, 1))
 
 
 def size_of_two(tests: FixedSequence, p: float, cap: int, block: int) -> tuple[float, float]:
@@ -238,7 +240,7 @@ def test_more_votes_for_the_class_or_fewer_for_the_rival_never_pass_fewer_radii(
     for row, k in enumerate(grid):
         b = grid[grid <= trials - k]
         fresh, n = np.zeros(len(b), np.int64), np.full(len(b), trials)
-        passed[row, : len(b)], outcome = tests.look(fresh, np.full(len(b), k), n, (b, b))
+        passed[row, : len(b)], outcome = tests.look(fresh, np.full(len(b), k), n, (b, 1))
         given_up[row, : len(b)] = (outcome == NOT_CERTIFIABLE) & (passed[row, : len(b)] == 0)
     valid = passed >= 0
     down, right = valid[1:] & valid[:-1], valid[:, 1:] & valid[:, :-1]
@@ -337,7 +339,7 @@ def test_a_class_selected_on_the_votes_that_test_it_is_caught() -> None:
 def test_a_rival_that_is_not_the_largest_is_caught() -> None:
     """The least of the others in its place."""
 
-    def least(selection: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    def least(selection: Ints, counts: Ints) -> tuple[Ints, Floats]:
         return counts[:, 1:].min(1), rivals_of(selection, counts)[1]
 
     p = with_rest(0.4, 0.4, 1)
@@ -353,14 +355,32 @@ def test_giving_up_keeps_its_level(z: float, p: Floats) -> None:
         assert int((found.outcome == NOT_CERTIFIABLE).sum()) <= most(2_000, 0.05)
 
 
-def test_giving_up_by_the_largest_count_is_caught() -> None:
+def test_weights_of_the_other_classes_sum_to_one() -> None:
+    """Whichever of them leads. A class without selection votes has its part of the half that is shared equally."""
+    selection = np.array([[3, 60, 0, 30, 7], [0, 100, 0, 0, 0], [20, 20, 20, 20, 20]])
+    weights = np.zeros((3, 5))
+    for row in range(3):
+        for rival in range(5):
+            counts = np.full((1, 5), 3)
+            counts[0, rival], counts[0, selection[row].argmax()] = 5, 50
+            largest, weight = rivals_of(selection[row : row + 1], counts)
+            if rival != selection[row].argmax():
+                assert largest[0] == 5
+                weights[row, rival] = weight[0]
+    np.testing.assert_allclose(weights.sum(1), 1)
+    np.testing.assert_allclose(weights[0], np.array([3 + 41 / 4, 0, 41 / 4, 30 + 41 / 4, 7 + 41 / 4]) / 81)
+    np.testing.assert_allclose(weights[1], [0.25, 0, 0.25, 0.25, 0.25])
+    assert rivals_of(np.array([[7, 3]]), np.array([[1, 2]]))[1] == 1
+
+
+def test_giving_up_by_the_largest_count_without_its_weight_is_caught() -> None:
     """Of ten classes of 1/10, some other one nearly always leads the selected one."""
 
-    def largest(selection: Ints, counts: Ints) -> tuple[Ints, Ints]:
-        return (rivals_of(selection, counts)[0],) * 2
+    def unweighted(selection: Ints, counts: Ints) -> tuple[Ints, Floats]:
+        return rivals_of(selection, counts)[0], np.ones(len(counts))
 
     p, tests = np.full(10, 0.1), single(0.0, 1e-9, 600, futility=0.05)
-    for rivals, fits in ((rivals_of, True), (largest, False)):
+    for rivals, fits in ((rivals_of, True), (unweighted, False)):
         given_up = sample(tests, p, 2_000, 600, 6, 20, rivals).outcome == NOT_CERTIFIABLE
         assert (int(given_up.sum()) <= most(2_000, 0.05)) == fits
 
@@ -447,6 +467,13 @@ def test_the_engine_recomputing_and_the_table_agree(tmp_path: Path, shorter: dic
     assert_same(read(tmp_path / "new.tsv"), again)
     as_older(tmp_path / "new.tsv")
     assert_same(read(tmp_path / "new.tsv"), again, but="pixels model")
+
+
+def test_the_bound_on_the_class_is_what_its_radius_implies() -> None:
+    found = certified(radii=(0.0, 0.1, 0.2))
+    assert set(found.radius.tolist()) == {0.0, 0.1, 0.2}
+    for prediction, radius, p_lower in zip(found.prediction, found.radius, found.p_lower, strict=True):
+        assert p_lower == (least_probability(float(radius), 0.25, 4) if prediction >= 0 else 0)
 
 
 def test_votes_of_every_class_allow_the_bounds_for_one_too() -> None:

@@ -24,7 +24,7 @@ class Decider:
         passed: NDArray[np.int64],
         successes: NDArray[np.int64],
         trials: NDArray[np.int64],
-        rivals: tuple[ArrayLike, ArrayLike] = (0, 0),
+        rivals: tuple[ArrayLike, ArrayLike] = (0, 1),
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
         """Return the radii passed after another block, the outcome, and whether no more votes are needed, each (B,).
 
@@ -66,16 +66,18 @@ class Decider:
         return Certified(prediction, radii[passed], p_lower[passed], 1 - nulls[passed]), outcome
 
 
-def rivals_of(selection: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return what ``counts`` (B, K) hold against the selected class, (B,) each.
+def rivals_of(selection: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the largest count of another class than the selected one, and the weight of that class, (B,) each.
 
-    The largest count of another class, and that of the class with the second most votes of ``selection`` (B, K).
+    The weights of an image's other classes sum to 1 and depend on ``selection`` (B, K) alone: one half is shared by
+    its votes, the other half equally.
     """
-    first = selection.argmax(1)[:, None]
-    others, candidates = counts.copy(), selection.copy()
-    for votes in (others, candidates):
-        np.put_along_axis(votes, first, -1, 1)
-    return others.max(1), np.take_along_axis(counts, candidates.argmax(1)[:, None], 1)[:, 0]
+    rows, selected, others = np.arange(len(counts)), selection.argmax(1), counts.copy()
+    others[rows, selected] = -1
+    rival = others.argmax(1)
+    rest = selection.sum(1) - selection[rows, selected]
+    weight = (selection[rows, rival] + (rest + 1) / (selection.shape[1] - 1)) / (2 * rest + 1)
+    return others[rows, rival], weight
 
 
 def follow(
@@ -100,7 +102,7 @@ def follow(
     longest = max((len(path) for path in paths), default=0)
     passed, outcome = np.zeros(len(paths), np.int64), np.full(len(paths), UNDECIDED, np.uint8)
     successes, trials = np.zeros(len(paths), np.int64), np.zeros(len(paths), np.int64)
-    rivals: tuple[ArrayLike, ArrayLike] = (0, 0)
+    rivals: tuple[ArrayLike, ArrayLike] = (0, 1)
     selected, counts = selection.argmax(1), np.zeros_like(selection)
     if not rule.needs_every_class:
         votes = np.zeros((len(paths), longest), np.uint8)

@@ -302,7 +302,7 @@ class _Engine:
         passed = np.array([image.passed for image in images], np.int64)
         successes = np.array([image.counts[image.selected] for image in images], np.int64)
         trials = np.array([image.trials for image in images], np.int64)
-        rivals: tuple[ArrayLike, ArrayLike] = (0, 0)
+        rivals: tuple[ArrayLike, ArrayLike] = (0, 1)
         if self._rule.needs_every_class:
             rivals = rivals_of(np.stack([image.selection for image in images]), np.stack([i.counts for i in images]))
         for image, *state in zip(images, *self._decider.look(passed, successes, trials, rivals), strict=True):

@@ -41,12 +41,15 @@ testing). Hence, for each image by itself, P(a radius is certified that is too l
 
 Futility. Sampling also stops when the same construction, mirrored, rejects p >= p_r for the next radius at the level
 ``futility``: "not certifiable". An error there withholds a certificate and never gives a false one, because the proof
-above holds for any rule of stopping. At the cap the next radius is "undecided". With two classes, R >= r implies p_c <=
-b(p_A) for every class c other than A. Let c be the one with the second most selection votes, which does not depend on
-the votes that follow. The region p_c <= b(p_A) is covered by cells: p_A >= p_r, and for p_A between neighbouring points
-of contact of the tangents (the last one and 0) the part below the chord of b, since b is convex. In each cell a mean
-score is at least a number m, against which it has a mirrored mixture. The radius is given up when all cells are
-rejected. The image is in one of them, so that the level is not divided among them.
+above holds for any rule of stopping. At the cap the next radius is "undecided".
+
+With two classes, R >= r implies p_c <= b(p_A) for every class c other than A. This region is covered by cells: p_A >=
+p_r, and for p_A between neighbouring points of contact of the tangents (the last one and 0) the part below the chord of
+b, as b is convex. In each cell the mean score of the chord's slope, with 0 for c, is at least that at the ends of the
+chord, against which it has a mirrored mixture. The radius is given up when all cells are rejected. The image is in one
+of them, so that the level is not divided among them. In this cell the evidence is a supermartingale for every c, and
+so is their mean, with weights that are fixed before these votes. The class with the most of them contributes its own
+evidence times its weight, and only this part is computed.
 """
 
 from collections.abc import Sequence
@@ -224,7 +227,7 @@ class FixedSequence:
         passed: NDArray[np.int64],
         successes: ArrayLike,
         trials: ArrayLike,
-        rivals: tuple[ArrayLike, ArrayLike] = (0, 0),
+        rivals: tuple[ArrayLike, ArrayLike] = (0, 1),
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Apply the tests to B images after another block.
 
@@ -232,8 +235,8 @@ class FixedSequence:
             passed: int (B,), number of nulls passed so far.
             successes: (B,), votes for the selected class so far.
             trials: (B,), votes so far.
-            rivals: for two classes, (B,) each: the largest number of votes for another class so far, and that of the
-                class with the second most selection votes.
+            rivals: for two classes, (B,) each: the largest number of votes for another class so far, and the weight of
+                that class, fixed before these votes. The weights of all other classes sum to 1.
 
         Returns:
             The number of nulls passed now, and the outcome uint8 (B,), an index into ``OUTCOMES``: CERTIFIED if all
@@ -241,7 +244,7 @@ class FixedSequence:
         """
         passed = passed.copy()
         given = (successes, trials, *rivals)
-        k, n, most, second = (np.broadcast_to(np.asarray(v, np.float64), passed.shape) for v in given)
+        k, n, most, weight = (np.broadcast_to(np.asarray(v, np.float64), passed.shape) for v in given)
         given_up = np.zeros(len(passed), bool)
         for number, (against, in_favour) in enumerate(self._tests):
             at = np.flatnonzero((passed == number) & ~given_up)
@@ -249,7 +252,7 @@ class FixedSequence:
                 continue
             rejected = against.log_value(k[at], n[at], most[at]) >= self._threshold
             passed[at[rejected]] += 1
-            futile = in_favour.log_value(k[at], n[at], second[at]) >= self._futile
+            futile = in_favour.log_value(k[at], n[at], most[at]) + np.log(weight[at]) >= self._futile
             given_up[at[~rejected & futile]] = True
         outcome = np.where(passed == len(self._tests), CERTIFIED, np.where(given_up, NOT_CERTIFIABLE, UNDECIDED))
         return passed, outcome.astype(np.uint8)
