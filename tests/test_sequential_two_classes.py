@@ -157,10 +157,20 @@ def test_no_vote_raises_the_evidence_on_average_where_the_radius_is_not_larger(z
     assert largest == pytest.approx(1, abs=3e-3 if z else 1e-8)
 
 
+class Cell:
+    """The evidence against one cell."""
+
+    def __init__(self, cells: Cells, number: int) -> None:
+        self._cells, self._number = cells, number
+
+    def log_value(self, successes: Floats, trials: Floats, rival: Floats | float = 0.0) -> Floats:
+        return self._cells.log_values(successes, trials, rival)[:, self._number]
+
+
 @pytest.mark.parametrize("z", ZS)
 def test_each_certifiable_image_is_in_a_cell_whose_evidence_no_vote_raises_on_average(z: float) -> None:
     """Points below the boundary, those on it included, up to p_A = 1."""
-    cells = Cells(null_at(z), 0.05, 60)._cells
+    cells = [Cell(Cells(null_at(z), 0.05, 60), number) for number in range(7)]
     for p_a in np.linspace(0, 1, 60):
         for share in (1.0, 0.5, 0.0):
             p_b = share * min(rival_at(p_a, z), 1 - p_a)
