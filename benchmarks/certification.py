@@ -160,9 +160,8 @@ def classes(arguments: argparse.Namespace) -> None:
         paths = [rng.multinomial(BLOCK, own, CAP // BLOCK).astype(np.uint8) for own in p]
         compare_classes(f"{number} classes", sigma, selection, paths)
     for bound in ("geometric", "two-classes"):
-        print(
-            f"a look at 1,000 images, seven radii, {bound}: {1e3 * look_seconds(bound):.1f} ms of processor time (median of 50)"
-        )
+        milliseconds = 1e3 * look_seconds(bound)
+        print(f"a look at 1,000 images, seven radii, {bound}: {milliseconds:.1f} ms of processor time (median of 50)")
 
 
 def compare_classes(title: str, sigma: float, selection: NDArray[Any], paths: Sequence[NDArray[np.uint8]]) -> None:
