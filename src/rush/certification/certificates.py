@@ -28,7 +28,8 @@ class Certificates:
         num_samples: int64 (N,), selection and estimation together.
         counts: int64 (N, K), estimation votes. After recertification from the first votes of a path, classes other than
             the selected one are UNKNOWN (-1).
-        blocks: for each image uint8 (B,), the votes for the selected class in each block of 100.
+        blocks: for each image uint8 (B,), the votes for the selected class in each block of 100, or uint8 (B, K), those
+            for every class, if ``rule.needs_every_class``.
         selection: int64 (N, K), selection votes. With the method ``exact`` these are the estimation votes.
         outcome: uint8 (N,), index into ``OUTCOMES``, of the radius after the certified one.
         seconds: float64 (N,).

@@ -72,6 +72,11 @@ class Rule:
         return self.bound == EXACT
 
     @property
+    def needs_every_class(self) -> bool:
+        """Whether it is applied to, and its blocks store, the votes of every class and not of the selected one only."""
+        return self.method == "sequential" and self.bound == TWO_CLASSES
+
+    @property
     def image_alpha(self) -> float:
         """Level of each single certificate: alpha, or alpha / num_images for the family (Bonferroni)."""
         return self.alpha if self.level == "image" else self.alpha / self.num_images
@@ -232,7 +237,7 @@ def null_probability(radius: float, sigma: float, noise: NoiseName = "gaussian")
 
 def within_reach(rule: Rule) -> Callable[[float], bool]:
     """Return a predicate: is a radius certified if all ``rule.num_estimation`` votes agree? The grid is ignored."""
-    if rule.bound in FIXED:
+    if rule.method == "clopper-pearson":
         ceiling = rule.radius_of_all_votes
         return lambda radius: radius <= ceiling
     return lambda radius: reachable(
@@ -276,7 +281,7 @@ def reach(rule: Rule) -> str:
 
 def _certifies_something(rule: Rule) -> bool:
     """Return whether all ``rule.num_estimation`` votes certify a radius if they agree. The grid is ignored."""
-    if rule.bound in FIXED:
+    if rule.method == "clopper-pearson":
         return rule.radius_of_all_votes > 0
     return within_reach(rule)(0.0)
 
