@@ -17,6 +17,11 @@ from rush.smoothing.noise import Noise
 _SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
 
 
+def voting_rows(execution: Execution) -> int:
+    """Return the number of rows of a tile that vote: all, less one for the sentinel in a tile of 16 rows or more."""
+    return execution.tile - 1 if execution.tile >= _SENTINEL_TILE else execution.tile
+
+
 class VoteRequest(NamedTuple):
     """One block of noise on one image.
 
@@ -45,7 +50,7 @@ class VoteCounter:
     def __init__(self, forward: Forward, noise: Noise, num_classes: int, execution: Execution) -> None:
         self._forward, self._noise, self._num_classes = forward, noise, num_classes
         self._execution, self._device = execution, execution.device
-        self._rows = execution.tile - 1 if execution.tile >= _SENTINEL_TILE else execution.tile  # that vote
+        self._rows = voting_rows(execution)
         self._sentinel: Sentinel | None = None
         self._tile = self._block = torch.empty(0)
         self._places = torch.empty(0, dtype=torch.int64)
