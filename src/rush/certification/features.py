@@ -11,11 +11,11 @@ its own level, but no level covers the choice of the best of them by these certi
 
 Same bits. Encoder and head run in the same precision, layout, folding of BatchNorm and tile as the whole network would.
 Features keep the type in which the encoder returns them, bfloat16 for instance. All votes agree with those of
-``certify`` if the outputs of encoder and head for a row are the same bits at every row of a tile, which the inspection
-of every forward measures: ``NumericsWarning`` says that they are not. Two further exceptions: a compiled network is
-another arrangement of the sums than its two parts, and is refused; and where ``folded`` is set and symbolic tracing
-fails for the head but not for the encoder, BatchNorm is folded in the encoder alone. In these cases a vote whose two
-largest logits differ by rounding may change. The certificates hold for the network as executed in two parts.
+``certify`` if the outputs of encoder and head for a row are the same bits at every row of a tile. The inspection of
+every forward measures this and gives a ``NumericsWarning`` otherwise. There are two exceptions. A compiled network may
+sum in another order than its two parts, so a compiled execution is refused. If symbolic tracing fails for the head,
+``folded`` folds BatchNorm in the encoder alone, but not in the whole network. In these cases a vote may change whose
+two largest logits differ by rounding. The certificates then hold for the network as executed in two parts.
 """
 
 import time

@@ -139,7 +139,7 @@ def certify_changed(
     Args:
         certificates: of the old network.
         old: the network that they are of, as it was certified.
-        new: the changed network, with the same noise, classes and device.
+        new: the changed network, with the same noise and classes. The noise is drawn on its device.
         images: those of the certificates, in the same order, with the same labels.
         method: ``clopper-pearson`` draws ``num_pairs`` pairs per image and certifies any radius. ``sequential`` draws
             until the radii are decided, at most ``num_pairs``.
@@ -358,11 +358,6 @@ def _check_networks(certificates: Certificates, old: SmoothedClassifier, new: Sm
             )
         if network.num_classes != classes:
             raise InputError(f"{name} has {network.num_classes} classes, the certificates {classes}; they must agree")
-    if torch.device(old.execution.device) != torch.device(new.execution.device):
-        raise InputError(
-            f"old runs on {old.execution.device} and new on {new.execution.device}, but both must vote on the same "
-            "noise; move them to one device"
-        )
     if certificates.model not in (None, old.fingerprint()):
         raise ModelError(
             "the certificates are not those of old: its weights, noise or execution differ from those that were "
