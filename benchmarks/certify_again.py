@@ -45,11 +45,12 @@ def changed(arguments: argparse.Namespace) -> None:
     print(f"{'':46}votes per image   s per image   certified accuracy (%) at {', '.join(f'{r:g}' for r in RADII)}")
     row("old network", certified_old, 0.0)
     networks = {
-        "bfloat16 weights": rounded_bfloat16(old.classifier),
-        "8-bit weights": rounded_8_bit(old.classifier),
-        f"{arguments.steps} steps of fine-tuning": finetuned(old, arguments.steps),
+        "bfloat16": rounded_bfloat16(old.classifier),
+        "8-bit": rounded_8_bit(old.classifier),
+        "finetuned": finetuned(old, arguments.steps),
     }
-    for title, network in networks.items():
+    for title in arguments.changes:
+        network = networks[title]
         new = rush.SmoothedClassifier(network, noise=old.noise, num_classes=10, execution=old.execution)
         print(title)
         started = time.perf_counter()
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--old-votes", type=int, default=CAP)
     parser.add_argument("--pairs", type=int, nargs="+", default=[300, 1000])
+    parser.add_argument("--changes", nargs="+", default=["bfloat16", "8-bit", "finetuned"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rush
 from certifying import assert_same
-from exact_models import Recorder
+from exact_models import Later, PixelVote, Recorder
 from rush.certification.certificates import Certificates
 from rush.certification.features import NoisyFeatures, cache_gigabytes
 from rush.data.images import ImageSet
@@ -94,6 +94,9 @@ def test_bfloat16_features_are_kept_as_they_are(digits_network: nn.Module, image
         features = drawn(encoder, images, execution=Execution(precision="bfloat16", channels_last=True))
         certificates, expected = features.certify(head, 10), whole(features, head, images)
     assert features.features.dtype == torch.bfloat16
+    recorder = Recorder(head)
+    features.certify(recorder, 10)
+    assert {each.dtype for each in recorder.inputs} == {torch.bfloat16}
     assert features.gigabytes == cache_gigabytes(7, SELECTION + ESTIMATION, features.features.shape[2], 2)
     if caught:  # rows depend on their place in the tile by a last bit
         np.testing.assert_allclose(certificates.counts, expected.counts, atol=10)
@@ -160,8 +163,8 @@ def test_what_cannot_be_cached_is_refused(digits_network: nn.Module, images: Ima
         rush.noisy_features(encoder, images)
     with pytest.raises(InputError, match="max_gigabytes must be a finite number > 0, got 0"):
         drawn(encoder, images, max_gigabytes=0)
-    with pytest.raises(ModelError, match=r"returned torch.float32 of shape \(2, 1, 8, 8\) .* a Flatten"):
-        drawn(nn.Identity().eval(), images)
+    with pytest.raises(ModelError, match=r"returned torch.float32 of shape \(2, 4, 6, 6\) .* a Flatten"):
+        drawn(nn.Conv2d(1, 4, 3).eval(), images)
     with pytest.raises(ModelError, match="training mode"):
         drawn(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), images)
     features = drawn(encoder, images)
@@ -185,6 +188,14 @@ def test_a_changed_encoder_is_noticed(images: ImageSet) -> None:
         features.certify(head, 10)
 
 
+@pytest.mark.parametrize("part", ["encoder", "head"])
+def test_a_part_that_changes_is_noticed_at_the_end(images: ImageSet, part: str) -> None:
+    """In tiles too small for an image that is in each of them."""
+    parts = {"encoder": PixelVote(), "head": PixelVote(), part: Later(1.0)}
+    with pytest.raises(ModelError, match="no longer those that it gave before"):
+        drawn(parts["encoder"], images[:1], num_estimation=100, execution=Execution(tile=9)).certify(parts["head"], 64)
+
+
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
@@ -203,19 +214,6 @@ def test_outputs_give_the_votes_of_the_same_noise(digits_network: nn.Module, ima
     assert sum(rows) == 7 * 130
     counted = torch.stack([each.bincount(minlength=10) for each in torch.cat(classes).split(130)])
     assert counted.tolist() == votes.sum(1).tolist()
-
-
-class Later(nn.Module):
-    """Changes at its tenth call: the inspection makes the first ones."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value, self.calls = value, 0
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x.flatten(1) + (self.value if self.calls >= 10 else 0.0) * torch.arange(4)
 
 
 @pytest.mark.parametrize(("value", "text"), [(1.0, "an image that is in every tile"), (torch.nan, "not finite")])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import rush
 from certifying import SIGMA, pixel_images, pixel_vote
-from exact_models import DOOR_TILES, HalfSpace, PixelVote, Recorder, square_half_space, square_images
+from exact_models import DOOR_TILES, HalfSpace, Later, PixelVote, Recorder, square_half_space, square_images
 from rush.certification.bounds import certified_radius
 from rush.certification.certificates import Certificates
 from rush.certification.incremental import ChangedCertificates, certify_changed, changed_p_lower
@@ -183,8 +183,9 @@ def test_sequential_results_are_those_of_the_tests_on_the_same_pairs(
         assert (found.pairs[row], found.differing[row]) == (drawn, differing)
         assert found.radius[row] == [0.0, *radii][passed[0]]
         assert found.p_lower[row] == [0.0, *nulls][passed[0]]
-        assert (found.prediction[row] == ABSTAIN) == (passed[0] == 0)
+        assert found.prediction[row] == (old.selected[row] if passed[0] else ABSTAIN)
         stopped.add((int(passed[0]), drawn))
+    assert (found.prediction != images[1].numpy())[found.prediction != ABSTAIN].any()
     assert len({passed for passed, _ in stopped}) > 2
     assert len({drawn for _, drawn in stopped}) > 2
 
@@ -283,6 +284,21 @@ def test_other_images_and_networks_are_refused(old: Certificates, images: tuple[
     ):
         with pytest.raises(InputError, match=text):
             certify_changed(old, pixel_vote(), other, images)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_network_that_changes_is_noticed_at_the_end(
+    old: Certificates, images: tuple[Tensor, Tensor], which: int
+) -> None:
+    networks = [PixelVote(), Moved(0.3)]
+    networks[which] = Later(1.0)
+    smoothed = [SmoothedClassifier(each, SIGMA, 4, execution=Execution(tile=9)) for each in networks]
+    rows = [2, 4, 5]
+    with pytest.raises(ModelError, match="no longer those that it gave before"):
+        certify_changed(
+            replace(old.select(rows), model=None), smoothed[0], smoothed[1], (images[0][rows], images[1][rows]),
+            num_pairs=100, alpha_difference=0.4,
+        )  # fmt: skip
 
 
 # --- coverage ---------------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def certify_changed(
     results.
 
     Args:
-        certificates: of the old network.
+        certificates: of the old network. Of the bound ``two-classes``, p_lower alone is used.
         old: the network that they are of, as it was certified.
         new: the changed network, with the same noise and classes. The noise is drawn on its device.
         images: those of the certificates, in the same order, with the same labels.
