@@ -98,10 +98,7 @@ class Certificates:
 
     def certified(self, radius: float = 0.0) -> NDArray[np.bool_]:
         """Return whether each image is certified with the correct class and a radius >= ``radius``, (N,)."""
-        number = as_real(radius)
-        if number is None or number < 0:
-            raise InputError(f"radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
-        return self.correct & (self.radius >= number)
+        return certified_correctly(self.correct, self.radius, radius)
 
     def accuracy(self, radius: float = 0.0) -> float:
         """Return the certified accuracy: the share of images certified correctly with a radius >= ``radius``.
@@ -221,6 +218,14 @@ class Certificates:
         blocks, ids = (tuple(getattr(self, name)[row] for row in rows) for name in ("blocks", "ids"))
         pixels = None if self.pixels is None else tuple(self.pixels[row] for row in rows)
         return replace(self, **arrays, blocks=blocks, ids=ids, pixels=pixels)
+
+
+def certified_correctly(correct: NDArray[np.bool_], certified: NDArray[np.float64], radius: float) -> NDArray[np.bool_]:
+    """Return which images have the ``correct`` class and a ``certified`` radius >= ``radius``, each (N,)."""
+    number = as_real(radius)
+    if number is None or number < 0:
+        raise InputError(f"radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
+    return correct & (certified >= number)
 
 
 def join_certificates(parts: Sequence[Certificates]) -> Certificates:

@@ -172,6 +172,14 @@ def certify_each(
     smoothed.recheck()
 
 
+def noise_streams(smoothed: SmoothedClassifier, seed: int, image_id: str) -> tuple[torch.Generator, torch.Generator]:
+    """Return the generators of the noise that selects the class of an image and of that which bounds it."""
+    selection, estimation = (
+        smoothed.streams(seed, f"certify-{purpose}", [image_id])[0] for purpose in ("selection", "estimation")
+    )
+    return selection, estimation
+
+
 @dataclass(eq=False)
 class _InProgress:
     """An image whose votes are being drawn.
@@ -233,16 +241,13 @@ class _Engine:
     def enter(self, pixels: LabelledPixels, position: int, seed: int) -> _InProgress:
         """Begin with the image at ``position``."""
         image_id, classes = pixels.ids[position], self._smoothed.num_classes
-        selection, estimation = (
-            self._smoothed.streams(seed, f"certify-{purpose}", [image_id])[0] for purpose in ("selection", "estimation")
-        )
         return _InProgress(
             position=position,
             pixels=sent(pixels.x[position].float(), self._smoothed.execution.device),
             label=int(pixels.y[position]),
             image_id=image_id,
             picture=pixel_ids(pixels.x[position][None])[0],
-            generators=(selection, estimation),
+            generators=noise_streams(self._smoothed, seed, image_id),
             selection=np.zeros(classes, np.int64),
             counts=np.zeros(classes, np.int64),
         )

@@ -106,9 +106,13 @@ class Rule:
         """A clause that says whether alpha covers each certificate or all of them jointly."""
         if self.exact:
             return "every certificate is exact: all draws of the noise vote, and no probability of error is left"
+        return self.statement_at(self.alpha)
+
+    def statement_at(self, alpha: float) -> str:
+        """Return ``statement`` for another total level ``alpha``."""
         if self.level == "image":
-            return f"each certificate by itself is false with probability at most {self.alpha:g}"
-        return f"all {self.num_images:,} certificates hold together with probability at least {1 - self.alpha:g}"
+            return f"each certificate by itself is false with probability at most {alpha:g}"
+        return f"all {self.num_images:,} certificates hold together with probability at least {1 - alpha:g}"
 
     @property
     def slack(self) -> float:
@@ -302,7 +306,12 @@ def _default_grid(rule: Rule, within: Callable[[float], bool]) -> tuple[float, .
     return tuple(itertools.takewhile(within, multiples))
 
 
-def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
+def check_grid(radii: Sequence[float]) -> tuple[float, ...]:
+    """Return ``radii`` as a grid: ascending, without duplicates, rounded up to six decimals.
+
+    Raises:
+        InputError: ``radii`` is not a sequence of finite numbers >= 0, or is empty.
+    """
     try:
         values = list(radii)
     except TypeError:
@@ -316,6 +325,11 @@ def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule:
     grid = tuple(sorted({_six_decimals(number) for number in numbers if number is not None}))
     if not grid:
         raise InputError("radii is empty; give at least one radius, or None")
+    return grid
+
+
+def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
+    grid = check_grid(radii)
     if not within(grid[-1]):
         beyond = [radius for radius in grid if not within(radius)]
         raise InputError(
