@@ -63,6 +63,7 @@ def another_head(width: int) -> nn.Module:
         {"bound": "two-classes"},
         {"method": "sequential"},
         {"method": "sequential", "bound": "beta", "radii": (0.1, 0.3)},
+        {"method": "sequential", "bound": "two-classes"},
     ],
 )
 def test_certificates_are_those_of_the_whole_network(
@@ -161,6 +162,8 @@ def test_what_cannot_be_cached_is_refused(digits_network: nn.Module, images: Ima
         drawn(encoder, images, execution=Execution(compile_mode="default"))
     with pytest.raises(InputError, match="give either sigma or noise"):
         rush.noisy_features(encoder, images)
+    with pytest.raises(InputError, match="all draws of splitting noise vote"):
+        rush.noisy_features(encoder, images, noise=rush.Splitting(SIGMA))
     with pytest.raises(InputError, match="max_gigabytes must be a finite number > 0, got 0"):
         drawn(encoder, images, max_gigabytes=0)
     with pytest.raises(ModelError, match=r"returned torch.float32 of shape \(2, 4, 6, 6\) .* a Flatten"):

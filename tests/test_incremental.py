@@ -286,6 +286,14 @@ def test_other_images_and_networks_are_refused(old: Certificates, images: tuple[
             certify_changed(old, pixel_vote(), other, images)
 
 
+def test_exact_certificates_are_refused(images: tuple[Tensor, Tensor]) -> None:
+    smoothed = SmoothedClassifier(PixelVote(), noise=rush.Splitting(SIGMA), num_classes=4)
+    x = (images[0] * 255).round() / 255
+    exact = rush.certify(smoothed, (x, images[1]))
+    with pytest.raises(InputError, match="these certificates are exact"):
+        certify_changed(exact, smoothed, smoothed, (x, images[1]))
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_network_that_changes_is_noticed_at_the_end(
     old: Certificates, images: tuple[Tensor, Tensor], which: int
