@@ -1,6 +1,7 @@
 """What certification costs: samples, wall time against the textbook procedure, and the engine against the bare network.
 
     python benchmarks/certification.py samples --logs LOGS
+    python benchmarks/certification.py classes
     python benchmarks/certification.py time --run results/cifar10-small --data CIFAR10 --logs LOGS
     python benchmarks/certification.py loss --run results/cifar10-small --data CIFAR10
     python benchmarks/certification.py engine
@@ -14,6 +15,9 @@ Sequential against fixed N = 100,000 on the same votes: accuracy, mean samples, 
 min(N, ln(1/level) / KL(p || p_r)); beside it the Bonferroni correction over 1,000, 10,000 and 100,000 samples and the
 truncated beta mixture. What a log cannot tell is assumed: abstained images have p uniform in 0.2 to 0.5, images at the
 ceiling 1 - p exponential with mean 1/N.
+classes: one class against two on simulated votes of 1,000 images, with a fixed N = 100,000 and sequentially, and the
+time of a look. p_A = Phi(u), u uniform in -1.5 to 3.5. The rest falls to one other class, or to 99 others by a
+Dirichlet distribution of parameter 0.2.
 time: wall time an image. The textbook is written plainly below: fixed N, one image at a time, batches of 1,000,
 float32, votes counted on the host.
 loss: certified accuracy of the sequential rule minus that of fixed N on the same votes of real images.
@@ -41,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rush
 from rush.certification.apply_rule import follow
-from rush.certification.bounds import certified_radius
+from rush.certification.bounds import certified_radius, certify_counts, certify_two_classes
 from rush.certification.certificates import Certificates
 from rush.certification.recertify import recompute
 from rush.certification.rule import Rule, make_rule, null_probability
@@ -94,7 +98,9 @@ def compare_samples(
     print(f"{title}, {what}: fixed N certified {percents((fixed & correct[:, None]).mean(0))}")
     for bound in ("geometric", "beta"):
         rule = sequential_rule(sigma, radii, len(p), bound)
-        passed, outcome, _, trials = follow(rule, list(votes.astype(np.uint8)), np.full(len(p), CAP))
+        passed, outcome, _, trials = follow(
+            rule, list(votes.astype(np.uint8)), np.full(len(p), CAP), np.ones((len(p), 1), int)
+        )
         accuracy = ((passed[:, None] > np.arange(len(radii))) & correct[:, None]).mean(0)
         known = known_p_bound(p, nulls, rule)
         print(
@@ -139,6 +145,61 @@ def bonferroni(votes: NDArray[Any], null: float) -> tuple[float, NDArray[np.bool
         used[above | below] = stage
         open_ &= ~(above | below)
     return float(used.mean()), certified
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def classes(arguments: argparse.Namespace) -> None:
+    rng, sigma, count = np.random.default_rng(arguments.seed), 0.5, 1_000
+    p_a = special.ndtr(rng.uniform(-1.5, 3.5, count))
+    for number in (2, 100):
+        rest = rng.dirichlet([0.2] * (number - 1), count) if number > 2 else np.ones((count, 1))
+        p = np.concatenate([p_a[:, None], (1 - p_a)[:, None] * rest], 1)
+        selection = np.stack([rng.multinomial(100, own) for own in p])
+        paths = [rng.multinomial(BLOCK, own, CAP // BLOCK).astype(np.uint8) for own in p]
+        compare_classes(f"{number} classes", sigma, selection, paths)
+    for bound in ("geometric", "two-classes"):
+        milliseconds = 1e3 * look_seconds(bound)
+        print(f"a look at 1,000 images, seven radii, {bound}: {milliseconds:.1f} ms of processor time (median of 50)")
+
+
+def compare_classes(title: str, sigma: float, selection: NDArray[Any], paths: Sequence[NDArray[np.uint8]]) -> None:
+    selected, drawn = selection.argmax(1), np.full(len(paths), CAP)
+    counts = np.stack([path.sum(0, dtype=np.int64) for path in paths])
+    one_class = [path[:, own] for path, own in zip(paths, selected, strict=True)]
+    for radii in ((sigma / 2,), tuple(np.arange(0, 1.76, 0.25))):
+        for name, fixed in (
+            ("clopper-pearson", certify_counts(selection, counts, sigma, ALPHA)),
+            ("two-classes", certify_two_classes(selection, counts, sigma, ALPHA)),
+        ):
+            reached = (fixed.prediction[:, None] >= 0) & (fixed.radius[:, None] >= np.array(radii))
+            print(
+                f"{title}, radii {radii[0]:g} to {radii[-1]:g}, fixed N, {name}: certified {percents(reached.mean(0))}"
+            )
+        for bound, votes in (("geometric", one_class), ("two-classes", paths)):
+            rule = sequential_rule(sigma, radii, len(paths), bound)
+            passed, outcome, _, trials = follow(rule, votes, drawn, selection)
+            reached = passed[:, None] > np.arange(len(radii))
+            print(
+                f"  sequential, {bound:11s} mean {trials.mean():8,.0f}  median {np.median(trials):7,.0f}  certified "
+                f"{percents(reached.mean(0))}  undecided {100 * (outcome == UNDECIDED).mean():.1f} %",
+                flush=True,
+            )
+
+
+def look_seconds(bound: str) -> float:
+    rng = np.random.default_rng(0)
+    tests = sequential_rule(0.5, [0.25 * step for step in range(7)], 1_000, bound).tests()
+    trials, passed = np.full(1_000, 5_000), rng.integers(0, 7, 1_000)
+    successes = rng.binomial(trials, rng.uniform(0.3, 1, 1_000))
+    rivals = (rng.binomial(trials - successes, 0.5),) * 2
+    seconds = []
+    for _ in range(50):
+        started = time.process_time()
+        tests.look(passed, successes, trials, rivals)
+        seconds.append(time.process_time() - started)
+    return statistics.median(seconds)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -380,7 +441,7 @@ def percents(shares: Sequence[float] | NDArray[Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"samples": samples, "time": wall_time, "loss": loss, "engine": engine, "votes": votes}
+    parts = {"samples": samples, "classes": classes, "time": wall_time, "loss": loss, "engine": engine, "votes": votes}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--logs", type=Path, help="folder with the published logs")
     parser.add_argument("--run", type=Path, help="run folder with a trained network of width 16")

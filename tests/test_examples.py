@@ -8,7 +8,10 @@ import pytest
 import rush
 from tiny import run_tiny
 
-WITH_EXAMPLES = ("certify", "load_images", "SmoothedClassifier", "attack", "audit", "load")
+WITH_EXAMPLES = (
+    *("certify", "certify_changed", "noisy_features"),
+    *("load_images", "SmoothedClassifier", "attack", "audit", "load"),
+)
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

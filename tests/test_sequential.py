@@ -355,8 +355,8 @@ class Doubled:
     def __init__(self, inner: Evidence) -> None:
         self._inner = inner
 
-    def log_value(self, successes: Floats, trials: Floats) -> Floats:
-        return self._inner.log_value(successes, trials) + np.log(2)
+    def log_value(self, successes: Floats, trials: Floats, rival: Floats | float = 0.0) -> Floats:
+        return self._inner.log_value(successes, trials, rival) + np.log(2)
 
 
 def test_evidence_twice_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +406,7 @@ class Prescribed:
     def __init__(self, value: float) -> None:
         self._value = value
 
-    def log_value(self, successes: Floats, trials: Floats) -> Floats:  # noqa: ARG002
+    def log_value(self, successes: Floats, trials: Floats, rival: Floats | float = 0.0) -> Floats:  # noqa: ARG002
         return np.full(len(successes), self._value)
 
 
@@ -589,7 +589,7 @@ def test_one_radius_costs_little_more_than_with_known_probabilities() -> None:
     [
         ({"method": "wald"}, "unknown method 'wald'; allowed: clopper-pearson, sequential"),
         ({"level": "set"}, "unknown level 'set'; allowed: image, family"),
-        ({"bound": "wald"}, "unknown bound of method 'sequential' 'wald'; allowed: geometric, beta"),
+        ({"bound": "wald"}, "unknown bound of method 'sequential' 'wald'; allowed: geometric, beta, two-classes"),
         ({"bound": "clopper-pearson"}, "unknown bound of method 'sequential' 'clopper-pearson'; allowed: geometric, "),
         (
             {"method": "clopper-pearson", "bound": "geometric"},

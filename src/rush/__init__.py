@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from rush.attacks.threat import ThreatModel
     from rush.auditing.audit import audit
     from rush.certification.certify import certify
+    from rush.certification.features import noisy_features
+    from rush.certification.incremental import certify_changed
     from rush.choices import ABSTAIN
     from rush.data.images import ImageSet
     from rush.data.sources import load_images
@@ -34,8 +36,10 @@ _HOMES = {
     "attack": "rush.evaluation.attack",
     "audit": "rush.auditing.audit",
     "certify": "rush.certification.certify",
+    "certify_changed": "rush.certification.incremental",
     "load": "rush.models.storage",
     "load_images": "rush.data.sources",
+    "noisy_features": "rush.certification.features",
     "stream": "rush.runtime.randomness",
 }
 
@@ -52,8 +56,10 @@ __all__ = [
     "attack",
     "audit",
     "certify",
+    "certify_changed",
     "load",
     "load_images",
+    "noisy_features",
     "stream",
 ]
 

@@ -1,1 +1,1 @@
-"""Certificates from votes; no torch but in certify."""
+"""Certificates from votes; no torch but in certify, features and incremental, which draw them."""

@@ -28,6 +28,7 @@ Splitting noise has finitely many draws, all of which vote. A step of 1/255 of o
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +167,21 @@ def certified_radius(p_lower: ArrayLike, sigma: float, noise: NoiseName = "gauss
 def largest_radius(num_estimation: int, sigma: float, alpha: float, noise: NoiseName = "gaussian") -> float:
     """Return the radius that ``num_estimation`` votes certify when all of them agree, the largest one possible."""
     return float(certified_radius(lower_bound(num_estimation, num_estimation, alpha), sigma, noise))
+
+
+@cache
+def least_probability(radius: float, sigma: float, num_classes: int) -> float:
+    """Return the smallest probability of a class whose ``radius`` with two classes holds, of ``num_classes`` >= 2.
+
+    The other classes have probability 1 - p in total and at most Phi(Phi^-1(p) - 2 radius / sigma) each. The result is
+    the p at which they reach it together. Rounding cannot raise it.
+    """
+    gap, low, high = 2 * radius / sigma, -40.0, 2 * radius / sigma
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_small = (num_classes - 1) * special.ndtr(middle - gap) < special.ndtr(-middle)
+        low, high = (middle, high) if too_small else (low, middle)
+    return float(special.ndtr(low) * (1 - SAFETY))
 
 
 def uniform_linf_radius(p_lower: float, sigma: float, values: int) -> float:

@@ -28,7 +28,8 @@ class Certificates:
         num_samples: int64 (N,), selection and estimation together.
         counts: int64 (N, K), estimation votes. After recertification from the first votes of a path, classes other than
             the selected one are UNKNOWN (-1).
-        blocks: for each image uint8 (B,), the votes for the selected class in each block of 100.
+        blocks: for each image uint8 (B,), the votes for the selected class in each block of 100, or uint8 (B, K), those
+            for every class, if ``rule.needs_every_class``.
         selection: int64 (N, K), selection votes. With the method ``exact`` these are the estimation votes.
         outcome: uint8 (N,), index into ``OUTCOMES``, of the radius after the certified one.
         seconds: float64 (N,).
@@ -97,10 +98,7 @@ class Certificates:
 
     def certified(self, radius: float = 0.0) -> NDArray[np.bool_]:
         """Return whether each image is certified with the correct class and a radius >= ``radius``, (N,)."""
-        number = as_real(radius)
-        if number is None or number < 0:
-            raise InputError(f"radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
-        return self.correct & (self.radius >= number)
+        return certified_correctly(self.correct, self.radius, radius)
 
     def accuracy(self, radius: float = 0.0) -> float:
         """Return the certified accuracy: the share of images certified correctly with a radius >= ``radius``.
@@ -220,6 +218,14 @@ class Certificates:
         blocks, ids = (tuple(getattr(self, name)[row] for row in rows) for name in ("blocks", "ids"))
         pixels = None if self.pixels is None else tuple(self.pixels[row] for row in rows)
         return replace(self, **arrays, blocks=blocks, ids=ids, pixels=pixels)
+
+
+def certified_correctly(correct: NDArray[np.bool_], certified: NDArray[np.float64], radius: float) -> NDArray[np.bool_]:
+    """Return which images have the ``correct`` class and a ``certified`` radius >= ``radius``, each (N,)."""
+    number = as_real(radius)
+    if number is None or number < 0:
+        raise InputError(f"radius must be a finite number >= 0 in [0, 1] pixel units, got {radius!r}")
+    return correct & (certified >= number)
 
 
 def join_certificates(parts: Sequence[Certificates]) -> Certificates:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rush.certification.apply_rule import Decider
+from rush.certification.apply_rule import Decider, rivals_of
 from rush.certification.bounds import Certified
 from rush.certification.certificates import Certificates, join_certificates
 from rush.certification.exact import certify_all
@@ -75,7 +75,7 @@ def certify(
         bound: None for the first bound of the method. ``clopper-pearson``: ``clopper-pearson`` bounds all other classes
             by 1 - p_lower. ``two-classes`` also bounds the class with the next most votes (``certification.bounds``),
             which pays where there are many classes. It must be chosen before the votes are seen. ``sequential``:
-            ``geometric`` or ``beta``.
+            ``geometric`` or ``beta`` for the selected class alone, or ``two-classes``.
 
     Returns:
         Certificates of all images, in their order.
@@ -172,6 +172,14 @@ def certify_each(
     smoothed.recheck()
 
 
+def noise_streams(smoothed: SmoothedClassifier, seed: int, image_id: str) -> tuple[torch.Generator, torch.Generator]:
+    """Return the generators of the noise that selects the class of an image and of that which bounds it."""
+    selection, estimation = (
+        smoothed.streams(seed, f"certify-{purpose}", [image_id])[0] for purpose in ("selection", "estimation")
+    )
+    return selection, estimation
+
+
 @dataclass(eq=False)
 class _InProgress:
     """An image whose votes are being drawn.
@@ -180,7 +188,8 @@ class _InProgress:
         picture: hash of the pixels.
         generators: of the selection and the estimation noise.
         selection, counts: int64 (K,), selection and estimation votes read so far.
-        blocks: votes for the selected class in each estimation block read so far.
+        blocks: votes in each estimation block read so far, for the selected class or, where the rule needs them, for
+            every class, uint8 (K,).
         issued: estimation votes launched, read or not.
         trials: estimation votes read.
         passed, outcome, done: state of the rule after the last block.
@@ -195,7 +204,7 @@ class _InProgress:
     generators: tuple[torch.Generator, torch.Generator]
     selection: NDArray[np.int64]
     counts: NDArray[np.int64]
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[int | NDArray[np.uint8]] = field(default_factory=list)
     issued: int = 0
     trials: int = 0
     passed: int = 0
@@ -232,16 +241,13 @@ class _Engine:
     def enter(self, pixels: LabelledPixels, position: int, seed: int) -> _InProgress:
         """Begin with the image at ``position``."""
         image_id, classes = pixels.ids[position], self._smoothed.num_classes
-        selection, estimation = (
-            self._smoothed.streams(seed, f"certify-{purpose}", [image_id])[0] for purpose in ("selection", "estimation")
-        )
         return _InProgress(
             position=position,
             pixels=sent(pixels.x[position].float(), self._smoothed.execution.device),
             label=int(pixels.y[position]),
             image_id=image_id,
             picture=pixel_ids(pixels.x[position][None])[0],
-            generators=(selection, estimation),
+            generators=noise_streams(self._smoothed, seed, image_id),
             selection=np.zeros(classes, np.int64),
             counts=np.zeros(classes, np.int64),
         )
@@ -305,13 +311,16 @@ class _Engine:
             return
         for image, block, size in step:
             image.counts += block
-            image.blocks.append(int(block[image.selected]))
+            image.blocks.append(block.astype(np.uint8) if self._rule.needs_every_class else int(block[image.selected]))
             image.trials += size
         images = [image for image, _, _ in step]
         passed = np.array([image.passed for image in images], np.int64)
         successes = np.array([image.counts[image.selected] for image in images], np.int64)
         trials = np.array([image.trials for image in images], np.int64)
-        for image, *state in zip(images, *self._decider.look(passed, successes, trials), strict=True):
+        rivals: tuple[ArrayLike, ArrayLike] = (0, 1)
+        if self._rule.needs_every_class:
+            rivals = rivals_of(np.stack([image.selection for image in images]), np.stack([i.counts for i in images]))
+        for image, *state in zip(images, *self._decider.look(passed, successes, trials, rivals), strict=True):
             image.passed, image.outcome, image.done = int(state[0]), int(state[1]), bool(state[2])
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from rush.certification.apply_rule import apply_rule
 from rush.certification.certificates import UNKNOWN, Certificates
-from rush.certification.rule import FIXED, TWO_CLASSES, make_rule, within_reach
-from rush.choices import BLOCK, Level
+from rush.certification.rule import FIXED, TWO_CLASSES, Rule, make_rule, within_reach
+from rush.choices import BLOCK, CertifyMethod, Level
 from rush.errors import InputError
 from rush.runtime.numbers import as_whole
 
@@ -35,7 +35,8 @@ def recompute(
         certificates: with their votes.
         alpha: level; None, here and below, keeps the old value.
         bound: ``clopper-pearson`` or ``two-classes``, or an anytime-valid one (``geometric``, ``beta``), which makes
-            the rule sequential.
+            the rule sequential. For votes of a sequential run ``two-classes`` is the anytime-valid bound of that name,
+            which needs the blocks that it stores.
         num_estimation: number of votes to use, the first ones of each path; a multiple of 100.
         radii: grid of radii, in pixel units.
         level: ``image`` or ``family``.
@@ -50,7 +51,8 @@ def recompute(
     given = {"alpha": alpha, "bound": bound, "num_estimation": num_estimation, "level": level, "futility": futility}
     new: dict[str, Any] = {**asdict(old), **{name: value for name, value in given.items() if value is not None}}
     num_votes = as_whole(new["num_estimation"])
-    if old.method == "sequential" and new["bound"] in FIXED:
+    method = new["method"] = _method(old, new["bound"])
+    if old.method == "sequential" and method == "clopper-pearson":
         raise InputError(
             "these votes come from a sequential run: their number depends on the votes themselves, and a "
             "Clopper-Pearson bound holds only for a number fixed beforehand; give an anytime-valid bound (geometric or "
@@ -67,14 +69,17 @@ def recompute(
         raise InputError(
             f"votes are stored by blocks of {BLOCK}, so num_estimation must be a multiple of it, got {num_votes}"
         )
-    unknown = num_votes != old.num_estimation or (certificates.counts == UNKNOWN).any()
+    if method == "sequential":
+        unknown = not old.needs_every_class
+    else:
+        unknown = num_votes != old.num_estimation or bool((certificates.counts == UNKNOWN).any())
     if new["bound"] == TWO_CLASSES and unknown:
         raise InputError(
             f"the bound {TWO_CLASSES!r} needs the votes for every class, but blocks hold those for the selected class "
-            "alone; give it all votes of a run with a fixed number of samples"
+            "alone; give it all votes of a run with a fixed number of samples, or those of a sequential run that was "
+            f"certified with bound = {TWO_CLASSES}"
         )
-    method = "clopper-pearson" if new["bound"] in FIXED else "sequential"
-    rule = make_rule(**{**new, "method": method, "radii": radii})
+    rule = make_rule(**{**new, "radii": radii})
     if radii is None and old.radii is not None:  # the old grid, as far as the new rule reaches
         kept = tuple(filter(within_reach(rule), old.radii))
         if not kept:
@@ -83,12 +88,14 @@ def recompute(
                 "larger alpha or more votes"
             )
         rule = replace(rule, radii=kept)
-    drawn = certificates.num_samples - old.num_selection
-    certified, outcome, successes, trials = apply_rule(
-        rule, certificates.blocks, drawn, certificates.selection, certificates.counts
-    )
-    blocks = tuple(path[: -(-int(used) // BLOCK)] for path, used in zip(certificates.blocks, trials, strict=True))
+    drawn, paths = certificates.num_samples - old.num_selection, certificates.blocks
+    if old.needs_every_class and not rule.needs_every_class:
+        paths = tuple(path[:, selected] for path, selected in zip(paths, certificates.selected, strict=True))
+    certified, outcome, successes, trials = apply_rule(rule, paths, drawn, certificates.selection, certificates.counts)
+    blocks = tuple(path[: -(-int(used) // BLOCK)] for path, used in zip(paths, trials, strict=True))
     counts = np.where((trials < drawn)[:, None], UNKNOWN, certificates.counts)
+    if rule.needs_every_class:
+        counts = np.stack([path.sum(0, dtype=np.int64) for path in blocks])
     counts[np.arange(len(counts)), certificates.selected] = successes
     return replace(
         certificates,
@@ -101,3 +108,10 @@ def recompute(
         outcome=outcome,
         rule=rule,
     )
+
+
+def _method(old: Rule, bound: object) -> CertifyMethod:
+    """Return the method of ``bound`` for the votes of ``old``. Both methods have a bound with two classes."""
+    if bound == TWO_CLASSES:
+        return old.method
+    return "clopper-pearson" if bound in FIXED else "sequential"

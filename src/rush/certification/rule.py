@@ -72,6 +72,11 @@ class Rule:
         return self.bound == EXACT
 
     @property
+    def needs_every_class(self) -> bool:
+        """Whether it is applied to, and its blocks store, the votes of every class and not of the selected one only."""
+        return self.method == "sequential" and self.bound == TWO_CLASSES
+
+    @property
     def image_alpha(self) -> float:
         """Level of each single certificate: alpha, or alpha / num_images for the family (Bonferroni)."""
         return self.alpha if self.level == "image" else self.alpha / self.num_images
@@ -101,9 +106,13 @@ class Rule:
         """A clause that says whether alpha covers each certificate or all of them jointly."""
         if self.exact:
             return "every certificate is exact: all draws of the noise vote, and no probability of error is left"
+        return self.statement_at(self.alpha)
+
+    def statement_at(self, alpha: float) -> str:
+        """Return ``statement`` for another total level ``alpha``."""
         if self.level == "image":
-            return f"each certificate by itself is false with probability at most {self.alpha:g}"
-        return f"all {self.num_images:,} certificates hold together with probability at least {1 - self.alpha:g}"
+            return f"each certificate by itself is false with probability at most {alpha:g}"
+        return f"all {self.num_images:,} certificates hold together with probability at least {1 - alpha:g}"
 
     @property
     def slack(self) -> float:
@@ -232,7 +241,7 @@ def null_probability(radius: float, sigma: float, noise: NoiseName = "gaussian")
 
 def within_reach(rule: Rule) -> Callable[[float], bool]:
     """Return a predicate: is a radius certified if all ``rule.num_estimation`` votes agree? The grid is ignored."""
-    if rule.bound in FIXED:
+    if rule.method == "clopper-pearson":
         ceiling = rule.radius_of_all_votes
         return lambda radius: radius <= ceiling
     return lambda radius: reachable(
@@ -276,7 +285,7 @@ def reach(rule: Rule) -> str:
 
 def _certifies_something(rule: Rule) -> bool:
     """Return whether all ``rule.num_estimation`` votes certify a radius if they agree. The grid is ignored."""
-    if rule.bound in FIXED:
+    if rule.method == "clopper-pearson":
         return rule.radius_of_all_votes > 0
     return within_reach(rule)(0.0)
 
@@ -297,7 +306,12 @@ def _default_grid(rule: Rule, within: Callable[[float], bool]) -> tuple[float, .
     return tuple(itertools.takewhile(within, multiples))
 
 
-def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
+def check_grid(radii: Sequence[float]) -> tuple[float, ...]:
+    """Return ``radii`` as a grid: ascending, without duplicates, rounded up to six decimals.
+
+    Raises:
+        InputError: ``radii`` is not a sequence of finite numbers >= 0, or is empty.
+    """
     try:
         values = list(radii)
     except TypeError:
@@ -311,6 +325,11 @@ def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule:
     grid = tuple(sorted({_six_decimals(number) for number in numbers if number is not None}))
     if not grid:
         raise InputError("radii is empty; give at least one radius, or None")
+    return grid
+
+
+def _checked_grid(radii: Sequence[float], within: Callable[[float], bool], rule: Rule) -> tuple[float, ...]:
+    grid = check_grid(radii)
     if not within(grid[-1]):
         beyond = [radius for radius in grid if not within(radius)]
         raise InputError(

@@ -34,8 +34,8 @@ def certify(
         folder: Run folder; for --recompute also a certificates.tsv.
         recompute: Apply the options below to the stored votes. A rule that would not be valid is refused.
         alpha: Probability of a false certificate.
-        bound: clopper-pearson or two-classes (only if the number of samples was fixed), or anytime-valid:
-            geometric, beta.
+        bound: clopper-pearson (only if the number of samples was fixed), two-classes (only with the votes of every
+            class), or anytime-valid: geometric, beta.
         num_estimation: Number of votes to use per image, the first ones.
         radii: Grid of radii, in [0, 1] pixel units; repeatable.
         level: What alpha covers: each certificate (image), or all of them jointly (family).

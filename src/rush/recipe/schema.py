@@ -534,7 +534,7 @@ class CertifyConfig(Section):
         images: number of images, the first of a seeded order of the test split. None certifies all.
         radii: the grid, in pixel units. None allows any radius or, with the sequential method, multiples of sigma / 2.
         method: "exact" for splitting noise, with which the fields below do not matter.
-        bound: None for the first bound of the method. "two-classes" pays where there are many classes.
+        bound: None for the first bound of the method. "two-classes" (both methods) pays where there are many classes.
     """
 
     images: Count | None = None

@@ -50,7 +50,8 @@ def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) 
 
     Radii have six decimals, to which they were rounded toward zero before. ``p_lower`` reads back exactly. Ids are
     escaped if they would break a line. ``blocks`` holds the votes for the selected class by blocks of 100 noise
-    samples: uint8, compressed by zlib, in base64. ``rule`` defines how the votes were drawn and what alpha covers.
+    samples: uint8, compressed by zlib, in base64. Under the sequential bound with two classes it holds those for every
+    class, block after block. ``rule`` defines how the votes were drawn and what alpha covers.
     ``pixels`` is a hash of the image's pixels, and ``model`` is one of the model. ``rule``, ``model`` and ``format``
     are the same in every line.
     """
@@ -139,7 +140,8 @@ def _certificates(table: Table) -> Certificates:
     drawn = samples - rule.num_selection
     _check_votes(table, rule, counts, selection, drawn, labels)
     selected = selection.argmax(1).astype(np.int64)
-    blocks = _blocks(table, drawn, counts[np.arange(len(counts)), selected])
+    stored = counts if rule.needs_every_class else np.take_along_axis(counts, selected[:, None], 1)
+    blocks = _blocks(table, drawn, stored)
     certified, outcome, _, trials = apply_rule(rule, blocks, drawn, selection, counts)
     table.check(trials == drawn, "votes were drawn after its rule had decided")
     derived = Certificates(
@@ -195,16 +197,18 @@ def _check_votes(
     table.check((labels >= 0) & (labels < counts.shape[1]), "its label is not one of the classes that were voted for")
 
 
-def _blocks(table: Table, drawn: NDArray[np.int64], successes: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
-    numbers = -(-drawn // BLOCK)
-    blocks = tuple(table.parsed("blocks", _unpacked, numbers.tolist()))
-    table.check(
-        np.array([block.sum(dtype=np.int64) for block in blocks]) == successes, "blocks do not add up to its counts"
-    )
-    largest, last = (np.array([read(block) for block in blocks]) for read in (np.max, lambda block: block[-1]))
+def _blocks(table: Table, drawn: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
+    """Return the blocks, which add up to ``counts`` (N, classes): (B,) for one class, else (B, classes)."""
+    numbers, classes = -(-drawn // BLOCK), counts.shape[1]
+    flat = table.parsed("blocks", _unpacked, (numbers * classes).tolist())
+    blocks = [votes.reshape(-1, classes) for votes in flat]
+    same = [(votes.sum(0) == count).all() for votes, count in zip(blocks, counts, strict=True)]
+    table.check(np.array(same), "blocks do not add up to its counts")
+    sizes = [votes.sum(1) for votes in blocks]
+    largest, last = (np.array([read(size) for size in sizes]) for read in (np.max, lambda size: size[-1]))
     within = (largest <= BLOCK) & (last <= drawn - (numbers - 1) * BLOCK)
     table.check(within, f"a block holds more than its {BLOCK} votes")
-    return blocks
+    return tuple(flat if classes == 1 else blocks)
 
 
 def _ids(table: Table) -> tuple[str, ...]:
@@ -263,7 +267,7 @@ def _listed_votes(text: str) -> list[int]:
 
 
 def _unpacked(text: str, number: int) -> NDArray[np.uint8]:
-    """Return the votes of ``number`` blocks. No more than these are unpacked."""
+    """Return ``number`` counts of votes. No more than these are unpacked."""
     unpacker = zlib.decompressobj()
     content = unpacker.decompress(base64.b64decode(text, validate=True), number + 1)
     if len(content) != number or not unpacker.eof:

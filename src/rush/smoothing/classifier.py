@@ -1,6 +1,6 @@
 """The smoothed classifier: votes of a base classifier under noise."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,6 +21,7 @@ from rush.smoothing.fingerprint import fingerprint_of
 from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import check_logits
 from rush.smoothing.noise import Gaussian, Noise, Splitting
+from rush.smoothing.outputs import outputs
 from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.statistics import fewest_votes, sign_test
 
@@ -280,6 +281,13 @@ class SmoothedClassifier:
     def vote_counter(self) -> VoteCounter:
         """Return the engine that counts votes, with a new forward if the classifier's weights have changed."""
         return VoteCounter(self._current(), self.noise, self.num_classes, self.execution)
+
+    def outputs(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield noisy images and their logits through the judged forward (``smoothing.outputs``).
+
+        ``recheck`` ends their use.
+        """
+        return outputs(self._current(), parts, self.execution)
 
     def fingerprint(self) -> str:
         """Return 64 hex digits that change with the classifier's weights, the noise and the execution."""

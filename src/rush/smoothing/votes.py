@@ -17,6 +17,11 @@ from rush.smoothing.noise import Noise
 _SENTINEL_TILE = 16  # rows: in a smaller tile one row that does not vote would cost more than it is worth
 
 
+def voting_rows(tile: int) -> int:
+    """Return the rows of a tile that vote: all, less one for the sentinel in a tile of 16 rows or more."""
+    return tile - 1 if tile >= _SENTINEL_TILE else tile
+
+
 class VoteRequest(NamedTuple):
     """One block of noise on one image.
 
@@ -82,7 +87,7 @@ class VoteCounter:
             self.flush()
             self._block = torch.empty(BLOCK, *shape, device=self._device)
             rows = self._execution.rows(shape)
-            self._rows = rows - 1 if rows >= _SENTINEL_TILE else rows
+            self._rows = voting_rows(rows)
             self._tile = torch.empty(rows, *shape, device=self._device)
             self._places = torch.empty(self._rows, dtype=torch.int64, device=self._device)
             self._sentinel = None
