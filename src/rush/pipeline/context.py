@@ -1,5 +1,6 @@
 """The context that every stage of a run shares: folder, recipe, recorded execution and images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from rush.data.splits import Splits
 from rush.data.streaming import Stream
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
+from rush.records.published import progress_text
 from rush.runtime.distributed import in_turn, rank
 from rush.runtime.execution import Execution, decide_execution
 from rush.smoothing.discrete import DiscreteGaussian
@@ -62,11 +64,24 @@ class StageContext:
         if rank() == 0:
             self.run.begin(stage)
 
-    def training(self, stage: Stage, monitor: Monitor | None, name: str | None = None) -> TrainingSettings:
+    def training(
+        self,
+        stage: Stage,
+        monitor: Monitor | None,
+        name: str | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> TrainingSettings:
         """Return the settings of a training in ``stage``, which save its state, log, and record its number of epochs.
 
-        ``name`` tells several trainings of one stage apart.
+        ``name`` tells several trainings of one stage apart. ``tell`` gets the live figures, one line at a time.
         """
+
+        def log(event: str, **values: Any) -> None:
+            self.log(event, **values)
+            if event == "monitor":
+                figures = {key: value for key, value in values.items() if key not in ("stage", "epoch")}
+                tell(progress_text(stage, values["epoch"], figures, self.recipe.data.name))
+
         config = self.recipe.execution
         file = self.run.path / f"checkpoints/{name or stage}.pt"
         checkpoint = TrainingCheckpoint(file, self.run.fingerprint(stage))
@@ -76,7 +91,7 @@ class StageContext:
             config.compile_training,
             CheckpointPolicy(checkpoint, config.checkpoint_minutes, config.on_nonfinite, partial(self._settle, stage)),
             monitor,
-            self.log,
+            log,
         )
 
     def _settle(self, stage: Stage, budget: Budget) -> None:

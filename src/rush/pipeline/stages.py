@@ -19,8 +19,8 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
     """Run one stage by its name, unless it is finished.
 
     Args:
-        tell: Gets one line when the stage begins, one with the time that it took or that it is skipped, and what
-            ``certify`` can certify, before it draws any vote.
+        tell: Gets one line when the stage begins and one with the time that it took or that it is skipped. In between
+            it gets the live figures of a training stage, and what ``certify`` can certify before it draws any vote.
 
     Raises:
         RunError: another process is at work in the folder, or the stage cannot run in several processes.
@@ -28,9 +28,9 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
         RushError: as the stage.
     """
     stages: dict[Stage, Callable[[RunFolder], None]] = {
-        "pretrain": run_pretrain,
+        "pretrain": partial(run_pretrain, tell=tell),
         "teach": run_teach,
-        "finetune": run_finetune,
+        "finetune": partial(run_finetune, tell=tell),
         "certify": partial(run_certify, tell=tell),
         "attack": run_attack,
         "audit": run_audit,

@@ -1,5 +1,6 @@
 """The two training stages of a run, from the fields of the recipe to the files that they write."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ _BANK_IMAGES = 10_000  # for the live figures; the final figure uses all trainin
 _SEQUENTIAL_SHARE = 0.2  # of its cap that a sequential certification draws on average, for the trial of the forward
 
 
-def run_pretrain(run: RunFolder) -> None:
-    """Pre-train the encoder without labels, and measure its kNN accuracy on the test images."""
+def run_pretrain(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> None:
+    """Pre-train the encoder without labels, and measure its kNN accuracy on the test images.
+
+    ``tell`` gets the live figures, one line at a time.
+    """
     context = StageContext.of(run)
     check_before_training(context)
     recipe, config, execution = context.recipe, context.recipe.pretrain, context.execution
@@ -40,7 +44,7 @@ def run_pretrain(run: RunFolder) -> None:
     context.begin("pretrain")
     classifier = new_classifier(spec_of(recipe, train), recipe.seed)
     source = context.splits.pretraining()
-    settings = context.training("pretrain", _watch_encoder(context, classifier))
+    settings = context.training("pretrain", _watch_encoder(context, classifier), tell=tell)
     pretrain(source, classifier.encoder, classifier.normalize, config, settings)
     if rank() == 0:
         knn = _knn_accuracy(classifier, train, test, config.knn_neighbours, execution)
@@ -50,8 +54,11 @@ def run_pretrain(run: RunFolder) -> None:
     barrier()
 
 
-def run_finetune(run: RunFolder) -> None:
-    """Train the classifier on the pre-trained encoder and save the model, smoothed where the recipe has noise."""
+def run_finetune(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> None:
+    """Train the classifier on the pre-trained encoder and save the model, smoothed where the recipe has noise.
+
+    ``tell`` gets the live figures, one line at a time.
+    """
     for stage in run.recipe.stages[: run.recipe.stages.index("finetune")]:
         run.require(stage)
     context = StageContext.of(run)
@@ -65,7 +72,7 @@ def run_finetune(run: RunFolder) -> None:
     spec = spec_of(recipe, train)
     classifier = new_classifier(spec, recipe.seed)
     load_weights(classifier.encoder, run.path / ENCODER)
-    settings = context.training("finetune", _watch_classifier(context, classifier))
+    settings = context.training("finetune", _watch_classifier(context, classifier), tell=tell)
     targets = None if known is None else known.read(run.path)
     finetune(trained, classifier, config, settings, noise=training_noise(recipe), targets=targets)
     if rank() == 0:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from rush.records.ladder import Ladder, Sample
+from rush.records.published import ENCODERS
 from rush.records.read_run import RunResults, read_run, read_run_samples
 from rush.reporting import plots, wording
 from rush.reporting.costs import training_sentence
@@ -203,7 +204,9 @@ def _training_plots(results: RunResults) -> list[Markup]:
     for stage, title in _TRAININGS:
         watched = tuple(epoch for epoch in results.watched if epoch.stage == stage)
         if watched:
-            shown.append(plots.watched_curve(watched, f"{title}, held-out images", f"watched-{stage}", "narrow"))
+            published = ENCODERS.get(results.setting("data", "name"), {}) if stage == "pretrain" else {}
+            name = f"watched-{stage}"
+            shown.append(plots.watched_curve(watched, f"{title}, held-out images", name, "narrow", published))
     return shown
 
 

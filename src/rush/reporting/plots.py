@@ -5,6 +5,7 @@ import math
 import re
 import textwrap
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from markupsafe import Markup, escape
 
 from rush.certification.certificates import Certificates
 from rush.records.ladder import CurvePoint, Ladder
+from rush.records.published import NAMES, PUBLISHED
 from rush.records.read_run import Epoch, Watched
 from rush.reporting.wording import NORM_SIGNS, headline_radius, percent, radius_text, threat_text
 from rush.statistics import Interval
@@ -21,17 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Format = Literal["wide", "narrow"]
+Published = Mapping[str, tuple[tuple[int, float], ...]]  # (epochs, accuracy) by kind
 # Colour in the figure -> variable of the page's style sheet. The colour itself is the fallback.
 _COLOURS = {"#1c2430": "ink", "#5d6876": "muted", "#dde2e8": "rule", "#1f6f8b": "proof", "#b4492d": "attack"}
 _INK, _MUTED, _RULE, _PROOF, _ATTACK = _COLOURS
-_WATCHED = {
-    "knn": "nearest neighbours",
-    "knn_noisy": "nearest neighbours, noisy",
-    "linear": "linear probe",
-    "linear_noisy": "linear probe, noisy",
-    "accuracy": "classifier",
-    "accuracy_noisy": "classifier, noisy",
-}
 _POINTS = 400  # more steps than pixels would not be visible
 
 
@@ -136,8 +131,13 @@ def training_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Forma
     return _svg(figure, name, f"{title}{ends}")
 
 
-def watched_curve(watched: tuple[Watched, ...], title: str, name: str, form: Format) -> Markup:
-    """Draw live figures by epoch: one colour per kind, dashed if the images are noisy."""
+def watched_curve(
+    watched: tuple[Watched, ...], title: str, name: str, form: Format, published: Published | None = None
+) -> Markup:
+    """Draw live figures by epoch: one colour per kind, dashed if the images are noisy.
+
+    Accuracies ``published`` for a kind, at up to twice as many epochs, are hollow squares.
+    """
     figure, axes = _figure(form, height=2.5)
     names = list(dict.fromkeys(figure_name for epoch in watched for figure_name in epoch.figures))
     kinds = list(dict.fromkeys(figure_name.removesuffix("_noisy") for figure_name in names))
@@ -146,10 +146,16 @@ def watched_curve(watched: tuple[Watched, ...], title: str, name: str, form: For
         shown = [(epoch.number, epoch.figures[figure_name]) for epoch in watched if figure_name in epoch.figures]
         colour = (_INK, _PROOF, _ATTACK)[kinds.index(figure_name.removesuffix("_noisy")) % 3]
         style = "--" if figure_name.endswith("_noisy") else "-"
-        label = _WATCHED.get(figure_name, figure_name)
+        label = NAMES.get(figure_name, figure_name)
         epochs, shares = zip(*shown, strict=True)
         axes.plot(epochs, shares, style, color=colour, linewidth=1.6, marker="o", markersize=2.5, label=label)
         ends.append(f"{label}: {percent(shown[-1][1])}")
+        near = [point for point in (published or {}).get(figure_name, ()) if point[0] <= 2 * max(epochs)]
+        if near:
+            axes.plot(
+                *zip(*near, strict=True), "s", color=colour, markerfacecolor="none", label=f"{label}, {PUBLISHED}"
+            )
+            ends += [f"{label}, {PUBLISHED}, {at} epochs: {percent(share)}" for at, share in near]
     axes.set(ylim=(0, 1), ylabel="accuracy", title=title)
     _epoch_ticks(axes)
     _percent_ticks(axes.yaxis)
