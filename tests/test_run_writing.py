@@ -69,7 +69,7 @@ def test_every_file_of_a_run_has_a_format_and_a_newer_one_is_refused(
         assert header.endswith("\tformat")
         assert all(line.endswith(f"\t{newest}") for line in lines)
     values = json.loads((run / name).read_text())
-    newest = 2 if name == "recipe.json" else 1
+    newest = 3 if name == "recipe.json" else 1
     assert values["format"] == newest
     (run / name).write_text(json.dumps({**values, "format": newest + 1}))
     assert f"{name} has format {newest + 1}, this version reads {newest}; read it with" in refusal(call("info", run))

@@ -22,14 +22,13 @@ from ranks import on_ranks
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
 from rush.certification.recertify import recompute
-from rush.choices import STAGES
 from rush.errors import RunError
 from rush.pipeline.certify import CERTIFICATE_PARTS, CERTIFICATES
 from rush.pipeline.stages import run_stage
 from rush.records.certificates import append_certificates, read_certificates, write_certificates
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import rank
-from tiny import run_tiny
+from tiny import EVERY_RUN, run_tiny
 
 WORLD = 2
 
@@ -202,7 +201,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("method", [pytest.param("clopper-pearson", marks=pytest.mark.slow), "sequential"])
 def test_the_stage_under_torchrun_leaves_the_table_of_one_process(method: str, tmp_path: Path) -> None:
     overrides = (f"certify.method={method}", "certify.images=21", "certify.num_estimation=700")
-    alone = run_tiny(tmp_path, *overrides, stages=STAGES[:2])
+    alone = run_tiny(tmp_path, *overrides, stages=EVERY_RUN[:2])
     shutil.copytree(alone.path, tmp_path / "shared")
     run_stage(alone, "certify")
     done = torchrun("certify", tmp_path / "shared")
