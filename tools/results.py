@@ -69,7 +69,7 @@ def certified(folder: Path) -> str:
         for radius in certificates.table_radii
     ]
     conditions = {name: cells[0] for name, cells in by_run(comparison_tables(compare([log]))[0]).items()}
-    header = (f"{NORM_SIGNS[log.rule.norm]} radius", "certified accuracy", "true ≥")
+    header = (f"{NORM_SIGNS[log.rule.norm]} radius", "certified accuracy", "true accuracy ≥, with 95 % confidence")
     return f"{sentence({**facts(run), **conditions, **INTERVALS})}\n\n{table(header, rows)}"
 
 
@@ -79,7 +79,7 @@ def ladder(folder: Path) -> str:
     found, proved = run.ladder, run.threat_certificates
     assert found is not None
     last = found.last_eot
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             rung.label,
             passes_text(rung.spent("passes_per_image"), rung.spent("forward_passes_per_image")),
@@ -90,23 +90,19 @@ def ladder(folder: Path) -> str:
         )
         for rung in found.rungs
     ]
-    width = len(rows[0])
-    rows.append(_filled(("any of these", "", share(found.combined)), width))
+    rows.append(("any of these", "", share(found.combined)))
     if proved is not None:
         radius = found.covering_radius(proved.rule.norm)
         label = f"certificate, {NORM_SIGNS[proved.rule.norm]} {radius:.3g} covers {threat_text(found)}"
-        rows.append(_filled((label, "", share(proved.accuracy_interval(radius))), width))
-    header = ("attacker", "passes per image", "accuracy", "held", "undecided", f"minus that of {last and last.label}")
+        rows.append((label, "", share(proved.accuracy_interval(radius))))
+    header = ["attacker", "passes per image", "accuracy", "held", "undecided"]
+    header += [] if last is None else [f"minus that of {last.label}"]
     conditions = {
         "threat": threat_text(found),
         "images": f"{len(found.clean):,}",
         "verdicts": f"alpha = {found.alpha:g}, at most {found.max_votes:,} votes",
     }
-    return f"{sentence({**facts(run), **conditions, **INTERVALS})}\n\n{table(header[:width], rows)}"
-
-
-def _filled(cells: Sequence[str], width: int) -> tuple[str, ...]:
-    return (*cells, *[""] * (width - len(cells)))
+    return f"{sentence({**facts(run), **conditions, **INTERVALS})}\n\n{table(header, rows)}"
 
 
 def compared(folder: Path) -> str:
@@ -114,13 +110,15 @@ def compared(folder: Path) -> str:
     runs = [run_of(file.parent) for file in folder.glob("*/recipe.json")]
     runs.sort(key=lambda run: (-run.stages["finetune"].fields["labelled_images"], run.folder.name))
     folders = [run.folder for run in runs]
-    conditions, accuracies, *_ = comparison_tables(compare([log_of(path) for path in folders]))
+    logs = [log_of(path) for path in folders]
+    conditions, accuracies, *_ = comparison_tables(compare(logs))
+    sign = NORM_SIGNS[logs[0].rule.norm]
     costs = by_run(training_tables(runs)[0])
     columns = {
         "objectives": costs["objectives"],
         "noisy views": [str(run.setting("pretrain", "noise", "views")) for run in runs],
         "labelled images": [f"{run.stages['finetune'].fields['labelled_images']:,}" for run in runs],
-        **{f"certified at {radius}": cells for radius, cells in by_run(accuracies).items()},
+        **{f"certified at {sign} {radius}": cells for radius, cells in by_run(accuracies).items()},
         "passes per image": costs["passes per image"],
         "hours": costs["hours"],
         **columns_of([facts(run) for run in runs]),
@@ -217,6 +215,7 @@ def section(folder: Path, name: str) -> str:
     for text in sections:
         title, body = text.split("\n\n", 1)
         bodies[title.split()[0].strip("()").lower()] = body
+    # Pages from before that sentence: the noise was always Gaussian.
     noise = "" if "Noise" in conditions else " Noise of certificates and verdicts: gaussian."
     return "\n\n".join(map(wrapped, [conditions + noise, *bodies[name].strip().split("\n\n")]))
 
