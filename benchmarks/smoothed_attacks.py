@@ -268,9 +268,9 @@ def row_of(name: str, result: AttackResult) -> Row:
 
 
 def conditions(arguments: argparse.Namespace, smoothed: SmoothedClassifier) -> Row:
-    threat = threat_of(arguments)
+    attack = recipe(arguments)["attack"]
     level: Row = {"alpha": ALPHA, "most votes": MAX_VOTES, "intervals": "95 %, differences paired"}
-    return {**setting_of(smoothed), "threat": f"{threat.norm} {threat.epsilon:.4g}", **level}
+    return {**setting_of(smoothed), "threat": f"{attack['norm']} {attack['epsilon']}", **level}
 
 
 def threat_of(arguments: argparse.Namespace) -> rush.ThreatModel:
