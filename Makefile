@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints
 # order of their names, in which the longest are not the last.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint results clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rush run digits
@@ -26,6 +26,10 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
+
+# The tables of README.md, docs/ and results/, from the committed records.
+results: $(VENV)/.installed
+	PYTHONPATH=benchmarks $(BIN)/python tools/results.py
 
 clean:
 	rm -rf $(VENV) runs

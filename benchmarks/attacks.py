@@ -43,7 +43,7 @@ from rush.data.images import ImageSet, stratified_subset
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.statistics import paired_difference
-from shared import labels_of, save_arrays
+from shared import Row, benchmark_parser, in_percent, labels_of, printed, record, save_arrays
 
 STEPS = 100
 SLACK = 1e-6  # float32 rounding of a point at the edge of the ball
@@ -199,10 +199,13 @@ def original(network: nn.Module, images: ImageSet, *, attack: str, epsilon: floa
 
 
 def deterministic(arguments: argparse.Namespace) -> None:
+    rows: list[Row] = []
     for case, network, images in cases(arguments):
         theirs = reference_side(arguments, case, network, images)
         ours = our_side(arguments, case, network, images)
-        print_table(case, ours, theirs)
+        rows += comparison(case, ours, theirs)
+    conditions: Row = {"noise": "none, deterministic networks", "norm": "linf", "difference": "95 %, paired"}
+    record(arguments, "attacks-deterministic", rows, conditions)
 
 
 def our_side(arguments: argparse.Namespace, case: str, network: nn.Module, images: ImageSet) -> dict[str, Found]:
@@ -246,20 +249,25 @@ def streams(images: ImageSet, name: str) -> list[torch.Generator]:
     return [stream(0, "benchmark", name, str(own)) for own in images.ids]
 
 
-def print_table(case: str, ours: dict[str, Found], theirs: dict[str, Found]) -> None:
-    clean = next(iter(ours.values())).clean
-    print(
-        f"{case}: {len(clean)} images, clean {100 * clean.mean():.1f} %, Square alone {CASES[case].queries:,} queries"
-    )
+def comparison(case: str, ours: dict[str, Found], theirs: dict[str, Found]) -> list[Row]:
+    rows: list[Row] = []
     for name, own in ours.items():
         other = theirs[their_name(name)]
-        gap = paired_difference(own.standing, other.standing)
-        print(
-            f"  {'worst case' if name == 'standard' else name:16s} ours {100 * own.standing.mean():5.1f} %  "
-            f"theirs {100 * other.standing.mean():5.1f} %  difference {100 * gap.estimate:+.1f} "
-            f"({100 * gap.low:+.1f} to {100 * gap.high:+.1f}) points  ours {own.cost}; theirs {other.cost}",
-            flush=True,
-        )
+        row: Row = {
+            "network": CASES[case].network,
+            "epsilon": f"{255 * CASES[case].epsilon:g}/255",
+            "images": len(own.clean),
+            "clean, %": 100 * float(own.clean.mean()),
+            "attack": {"standard": "worst case / standard"}.get(name, name),
+            "queries of Square alone": CASES[case].queries if "square" in name else None,
+            "ours stands, %": 100 * float(own.standing.mean()),
+            "theirs, %": 100 * float(other.standing.mean()),
+            "difference, points": in_percent(paired_difference(own.standing, other.standing)),
+            "ours": own.cost,
+            "theirs": other.cost,
+        }
+        rows.append(printed(row))
+    return rows
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
@@ -288,7 +296,7 @@ def benchmark_images(data: Path, count: int) -> ImageSet:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parts = {"reference": reference, "deterministic": deterministic}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")

@@ -14,7 +14,6 @@ changes (kornia draws one for each batch), Pillow's 8 bits after every operation
 puts corners on corners.
 """
 
-import argparse
 import math
 import random
 import statistics
@@ -29,6 +28,7 @@ from scipy.stats import ks_2samp
 from rush.data.views import random_view
 from rush.recipe.schema import Views
 from rush.runtime.randomness import stream
+from shared import Row, benchmark_parser, printed, record, spread
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 LOG_RATIO = (math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]))
@@ -180,7 +180,7 @@ def measure(pipelines: dict[str, Pipeline], x: torch.Tensor, repeats: int) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--side", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
@@ -201,12 +201,18 @@ def main() -> None:
     check_same_views({name: candidates[name] for name in ("rush", *others)}, arguments.side)
     times = measure({name: run for name, run in candidates.items() if run is not None}, x, arguments.repeats)
     print(f"SimCLR view of {tuple(x.shape)} uint8, {arguments.threads} thread(s), {arguments.repeats} repeats")
-    print(f"{'pipeline':34s}{'us/image':>10s}{'least':>10s}{'greatest':>10s}{'images/s':>12s}{'x rush':>9s}")
     rush = statistics.median(times["rush"])
+    rows: list[Row] = []
     for name, values in times.items():
-        median = statistics.median(values)
-        spread = f"{min(values):10.1f}{max(values):10.1f}"
-        print(f"{name:34s}{median:10.1f}{spread}{1e6 / median:12,.0f}{median / rush:9.1f}")
+        row: Row = {
+            "pipeline": name,
+            "microseconds per image [least, greatest]": spread(values),
+            "images/s": 1e6 / statistics.median(values),
+            "times rush": statistics.median(values) / rush,
+        }
+        rows.append(printed(row))
+    conditions: Row = {"noise": "none", "images per batch": len(x), "side": arguments.side, "rounds": arguments.repeats}
+    record(arguments, "views", rows, conditions)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.forward import Forward, try_forwards
 from rush.statistics import lower_bound
-from shared import smoothed_model
+from shared import Row, benchmark_parser, printed, record, setting_of, smoothed_model, spread
 
 CAP, ALPHA, BLOCK = 100_000, 0.001, 100
 ONE_RADIUS = (("catrs", 0.25), ("gaussian", 0.25), ("catrs", 0.5), ("gaussian", 0.5), ("catrs", 1.0), ("gaussian", 1.0))
@@ -68,12 +68,14 @@ CURVES = {0.25: np.arange(0, 0.76, 0.25), 0.5: np.arange(0, 1.76, 0.25), 1.0: np
 
 
 def samples(arguments: argparse.Namespace) -> None:
+    rows: list[Row] = []
     for name, sigma in ONE_RADIUS:
         log = read_log(arguments.logs / f"{name}_sigma_{sigma:.3g}{'.0' if sigma == 1 else ''}.tsv").certificates
         p = class_probabilities(log)
         votes = np.random.default_rng(arguments.seed).binomial(BLOCK, p[:, None], (len(p), CAP // BLOCK))
         for radii in ((sigma,), tuple(CURVES[sigma])):
-            compare_samples(f"{name} sigma {sigma:g}", p, log.correct, votes, sigma, radii)
+            rows += compare_samples(f"{name} {sigma:g}", p, log.correct, votes, sigma, radii)
+    record(arguments, "certification-samples", rows, {"noise": "gaussian", "images": len(p), **RULE})
 
 
 def class_probabilities(log: Certificates) -> NDArray[np.float64]:
@@ -91,11 +93,14 @@ def class_probabilities(log: Certificates) -> NDArray[np.float64]:
 
 def compare_samples(
     title: str, p: NDArray[Any], correct: NDArray[np.bool_], votes: NDArray[Any], sigma: float, radii: Sequence[float]
-) -> None:
+) -> list[Row]:
     nulls = np.array([null_probability(radius, sigma) for radius in radii])
     fixed = lower_bound(votes.sum(1), np.full(len(p), CAP), ALPHA)[:, None] > nulls
-    what = f"r = {radii[0]:g}" if len(radii) == 1 else f"curve 0 to {radii[-1]:g}"
-    print(f"{title}, {what}: fixed N certified {percents((fixed & correct[:, None]).mean(0))}")
+    head: Row = {"model, sigma": title, "radii": radii_text(radii)}
+    certified = (fixed & correct[:, None]).mean(0)
+    rows: list[Row] = [
+        printed({**head, "rule": f"fixed N = {CAP:,}", "samples, mean": CAP, "certified, %": percents(certified)})
+    ]
     for bound in ("geometric", "beta"):
         rule = sequential_rule(sigma, radii, len(p), bound)
         passed, outcome, _, trials = follow(
@@ -103,16 +108,31 @@ def compare_samples(
         )
         accuracy = ((passed[:, None] > np.arange(len(radii))) & correct[:, None]).mean(0)
         known = known_p_bound(p, nulls, rule)
-        print(
-            f"  {bound:9s} mean {trials.mean():8,.0f}  median {np.median(trials):7,.0f}  "
-            f"{CAP / trials.mean():5.1f}x fewer  {trials.mean() / known.mean():.3f} x known-p {known.mean():,.0f}  "
-            f"undecided {100 * (outcome == UNDECIDED).mean():.1f} %  "
-            f"loss {percents((fixed & correct[:, None]).mean(0) - accuracy)} points"
-        )
+        row: Row = {
+            **head,
+            "rule": f"sequential, {bound}",
+            "samples, mean": round(trials.mean()),
+            "median": round(float(np.median(trials))),
+            "times fewer": CAP / trials.mean(),
+            "of known p": trials.mean() / known.mean(),
+            "undecided, %": 100 * float((outcome == UNDECIDED).mean()),
+            "certified, %": percents(accuracy),
+            "largest loss, points": 100 * float((certified - accuracy).max()),
+        }
+        rows.append(printed(row))
     if len(radii) == 1:
-        mean, certified = bonferroni(votes, float(nulls[0]))
-        lost = (fixed[:, 0] & correct).mean() - (certified & correct).mean()
-        print(f"  Bonferroni 1k/10k/100k mean {mean:8,.0f}  loss {percents([lost])} points")
+        mean, passed_stage = bonferroni(votes, float(nulls[0]))
+        accuracy = (passed_stage & correct).mean()
+        row = {
+            **head,
+            "rule": "Bonferroni 1k/10k/100k",
+            "samples, mean": round(mean),
+            "times fewer": CAP / mean,
+            "certified, %": percents([accuracy]),
+            "largest loss, points": 100 * float(certified[0] - accuracy),
+        }
+        rows.append(printed(row))
+    return rows
 
 
 def known_p_bound(p: NDArray[Any], nulls: NDArray[Any], rule: Rule) -> NDArray[Any]:
@@ -153,39 +173,53 @@ def bonferroni(votes: NDArray[Any], null: float) -> tuple[float, NDArray[np.bool
 def classes(arguments: argparse.Namespace) -> None:
     rng, sigma, count = np.random.default_rng(arguments.seed), 0.5, 1_000
     p_a = special.ndtr(rng.uniform(-1.5, 3.5, count))
+    rows: list[Row] = []
     for number in (2, 100):
         rest = rng.dirichlet([0.2] * (number - 1), count) if number > 2 else np.ones((count, 1))
         p = np.concatenate([p_a[:, None], (1 - p_a)[:, None] * rest], 1)
         selection = np.stack([rng.multinomial(100, own) for own in p])
         paths = [rng.multinomial(BLOCK, own, CAP // BLOCK).astype(np.uint8) for own in p]
-        compare_classes(f"{number} classes", sigma, selection, paths)
-    for bound in ("geometric", "two-classes"):
-        milliseconds = 1e3 * look_seconds(bound)
-        print(f"a look at 1,000 images, seven radii, {bound}: {milliseconds:.1f} ms of processor time (median of 50)")
+        rows += compare_classes(number, sigma, selection, paths)
+    looks: Row = {
+        f"a look at 1,000 images, seven radii, {bound}, ms of processor time (median of 50)": 1e3 * look_seconds(bound)
+        for bound in ("geometric", "two-classes")
+    }
+    conditions: Row = {"noise": "gaussian", "sigma": sigma, "images": count, **RULE, **printed(looks)}
+    record(arguments, "certification-classes", rows, conditions)
 
 
-def compare_classes(title: str, sigma: float, selection: NDArray[Any], paths: Sequence[NDArray[np.uint8]]) -> None:
+def compare_classes(
+    number: int, sigma: float, selection: NDArray[Any], paths: Sequence[NDArray[np.uint8]]
+) -> list[Row]:
     selected, drawn = selection.argmax(1), np.full(len(paths), CAP)
     counts = np.stack([path.sum(0, dtype=np.int64) for path in paths])
     one_class = [path[:, own] for path, own in zip(paths, selected, strict=True)]
+    rows: list[Row] = []
     for radii in ((sigma / 2,), tuple(np.arange(0, 1.76, 0.25))):
+        head: Row = {"classes": number, "radii": radii_text(radii)}
         for name, fixed in (
             ("clopper-pearson", certify_counts(selection, counts, sigma, ALPHA)),
             ("two-classes", certify_two_classes(selection, counts, sigma, ALPHA)),
         ):
             reached = (fixed.prediction[:, None] >= 0) & (fixed.radius[:, None] >= np.array(radii))
-            print(
-                f"{title}, radii {radii[0]:g} to {radii[-1]:g}, fixed N, {name}: certified {percents(reached.mean(0))}"
+            rule_text = f"fixed N = {CAP:,}, {name}"
+            rows.append(
+                printed({**head, "rule": rule_text, "samples, mean": CAP, "certified, %": percents(reached.mean(0))})
             )
         for bound, votes in (("geometric", one_class), ("two-classes", paths)):
             rule = sequential_rule(sigma, radii, len(paths), bound)
             passed, outcome, _, trials = follow(rule, votes, drawn, selection)
             reached = passed[:, None] > np.arange(len(radii))
-            print(
-                f"  sequential, {bound:11s} mean {trials.mean():8,.0f}  median {np.median(trials):7,.0f}  certified "
-                f"{percents(reached.mean(0))}  undecided {100 * (outcome == UNDECIDED).mean():.1f} %",
-                flush=True,
-            )
+            row: Row = {
+                **head,
+                "rule": f"sequential, {bound}",
+                "samples, mean": round(trials.mean()),
+                "median": round(float(np.median(trials))),
+                "certified, %": percents(reached.mean(0)),
+                "undecided, %": 100 * float((outcome == UNDECIDED).mean()),
+            }
+            rows.append(printed(row))
+    return rows
 
 
 def look_seconds(bound: str) -> float:
@@ -231,8 +265,8 @@ def wall_time(arguments: argparse.Namespace) -> None:
     images = labelled_pixels(real_images(arguments))
     pixels = images.x
     plain = smoothed_model(arguments.run).classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    per_image = textbook_time(plain, pixels, sigma, CAP, arguments.textbook_full)
-    textbook_time(plain, pixels, sigma, arguments.textbook_samples, arguments.textbook_images)
+    per_image, row = textbook_time(plain, pixels, sigma, CAP, arguments.textbook_full)
+    rows = [row, textbook_time(plain, pixels, sigma, arguments.textbook_samples, arguments.textbook_images)[1]]
     log = read_log(arguments.logs / f"catrs_sigma_{sigma:g}.tsv").certificates
     models = {
         "network": ("trained network", stored.classifier, (pixels, images.y)),
@@ -243,34 +277,39 @@ def wall_time(arguments: argparse.Namespace) -> None:
             execution, _ = try_forwards(classifier, stored_execution(), (3, 32, 32), 10, 10_000_000)
             smoothed = rush.SmoothedClassifier(classifier, sigma, 10, execution=execution)
             count = len(images) if what == "one radius" else min(len(images), arguments.curve_images)
-            rows = slice(0, None, len(images) // count)
+            chosen = slice(0, None, len(images) // count)
             started = time.perf_counter()
             found = rush.certify(
-                smoothed, (data[0][rows], data[1][rows]), "sequential", num_estimation=CAP, alpha=ALPHA, radii=radii
+                smoothed, (data[0][chosen], data[1][chosen]), "sequential", num_estimation=CAP, alpha=ALPHA, radii=radii
             )
             elapsed = (time.perf_counter() - started) / len(found)
-            print(
-                f"{title}, {what}, {len(found)} images: {elapsed:.3f} s an image ({execution.compile_mode}, "
-                f"{found.num_samples.mean():,.0f} samples, 100 of them selection, "
-                f"{found.num_samples.mean() / elapsed:,.0f} a second): textbook / this = {per_image / elapsed:.0f}",
-                flush=True,
-            )
+            row = {
+                "votes of": title,
+                "radii": radii_text(radii),
+                "images": len(found),
+                "samples per image, with selection": round(found.num_samples.mean()),
+                "s per image [least, greatest]": elapsed,
+                "textbook / this": per_image / elapsed,
+            }
+            rows.append(printed(row))
+    record(arguments, "certification-time", rows, {**setting_of(stored), **RULE})
 
 
-def textbook_time(network: nn.Module, pixels: Tensor, sigma: float, estimation: int, count: int) -> float:
-    """Mean seconds of the textbook on ``count`` images, printed with its spread."""
+def textbook_time(network: nn.Module, pixels: Tensor, sigma: float, estimation: int, count: int) -> tuple[float, Row]:
+    """Return the mean seconds of the textbook on ``count`` images, and its row."""
     seconds = []
     for number in range(count):
         started = time.perf_counter()
         textbook(network, pixels[number], sigma, 100, estimation)
         seconds.append(time.perf_counter() - started)
-    spread = statistics.stdev(seconds) if count > 1 else 0.0
-    print(
-        f"textbook, N = {estimation:,}, {count} images: mean {statistics.mean(seconds):.2f} s, sd {spread:.2f}, "
-        f"{min(seconds):.2f} to {max(seconds):.2f}",
-        flush=True,
-    )
-    return statistics.mean(seconds)
+    mean = statistics.mean(seconds)
+    row: Row = {
+        "votes of": f"textbook, N = {estimation:,}",
+        "images": count,
+        "samples per image, with selection": estimation + 100,
+        "s per image [least, greatest]": (mean, min(seconds), max(seconds)),
+    }
+    return mean, printed(row)
 
 
 class Margins(nn.Module):
@@ -315,22 +354,29 @@ def loss(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     fixed = rush.certify(smoothed, images, num_estimation=arguments.real_samples, alpha=ALPHA)
     print(f"{len(fixed)} images, N = {arguments.real_samples:,}, {execution}: {time.perf_counter() - started:.0f} s")
-    sigma = stored.sigma
+    sigma, rows = stored.sigma, list[Row]()
     for radii in ((sigma,), tuple(CURVES[sigma]), tuple(np.arange(0, fixed.largest_radius - 0.02, sigma / 2))):
         within = [float(radius) for radius in radii if radius < 0.98 * fixed.largest_radius]
         found = recompute(fixed, bound="geometric", radii=within)
         assert (np.isin(found.prediction, fixed.prediction)).all()
         for radius in found.rule.radii or ():
-            print(
-                f"  radii {[f'{r:g}' for r in radii]} at {radius:g}: fixed {100 * fixed.accuracy(radius):.1f} %, "
-                f"sequential {100 * found.accuracy(radius):.1f} %, mean samples {found.num_samples.mean():,.0f}"
-            )
+            row: Row = {
+                "radii": radii_text(radii),
+                "at": radius,
+                "certified by fixed N, %": 100 * fixed.accuracy(radius),
+                "sequentially, %": 100 * found.accuracy(radius),
+                "samples, mean": round(found.num_samples.mean()),
+            }
+            rows.append(printed(row))
+    conditions: Row = {**setting_of(smoothed), **RULE, "images": len(fixed), "N": arguments.real_samples}
+    record(arguments, "certification-loss", rows, conditions)
 
 
 # --- engine -----------------------------------------------------------------------------------------------------------
 
 
 def engine(arguments: argparse.Namespace) -> None:
+    rows: list[Row] = []
     for width in arguments.widths:
         spec = ClassifierSpec("resnet18", width, 3, (0.5,) * 3, (0.25,) * 3, [str(k) for k in range(10)])
         classifier = seeded_init(spec.build(), stream(0, "benchmark", "weights")).eval()
@@ -355,15 +401,18 @@ def engine(arguments: argparse.Namespace) -> None:
         flops = counter.get_total_flops()
         ratios = [c / b for c, b in zip(certified, bare, strict=True)]
         shares = [b * flops / m for b, m in zip(bare, products, strict=True)]
-        print(
-            f"width {width} ({execution.compile_mode}, {execution.precision}, tile {execution.tile}): bare "
-            f"{statistics.median(bare):,.0f} images/s, certified {statistics.median(certified):,.0f} samples/s, "
-            f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
-            f"{flops / 1e9:.3f} GFLOP an image, forward = {statistics.median(shares):.2f} "
-            f"({min(shares):.2f} to {max(shares):.2f}) of {statistics.median(products) / 1e9:,.0f} GFLOP/s of bfloat16 "
-            "matrix products",
-            flush=True,
-        )
+        row: Row = {
+            "width": width,
+            "bare forward, images/s": statistics.median(bare),
+            "certified, samples/s": statistics.median(certified),
+            "ratio [least, greatest]": spread(ratios),
+            "GFLOP per image": flops / 1e9,
+            "forward / matrix products [least, greatest]": spread(shares),
+            "bfloat16 matrix products, GFLOP/s": statistics.median(products) / 1e9,
+        }
+        rows.append(printed(row))
+    setting: Row = {**setting_of(smoothed), "tile": arguments.tile, "compile": arguments.compile}
+    record(arguments, "certification-engine", rows, {**setting, "rounds": arguments.repeats})
 
 
 def matrix_rate() -> float:
@@ -409,13 +458,18 @@ def votes(arguments: argparse.Namespace) -> None:
         for name in others:
             changed[name] += int((found[name] != found["reference"]).sum())
     print(f"votes of {arguments.vote_images} images, {total:,} samples; reference {reference}")
-    for name, count in changed.items():
-        print(f"  {name}: {count} votes differ, {100 * count / total:.3f} %")
+    rows = [
+        printed({"execution": name, "votes that differ": count, "of all, %": 100 * count / total})
+        for name, count in changed.items()
+    ]
+    conditions: Row = {**setting_of(stored), "images": arguments.vote_images, "samples": total}
+    record(arguments, "certification-votes", rows, conditions)
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 FUTILITY = 0.01
+RULE: Row = {"alpha per image": ALPHA, "futility": FUTILITY, "cap": CAP}
 
 
 def sequential_rule(sigma: float, radii: Sequence[float], count: int, bound: str) -> Rule:
@@ -435,12 +489,16 @@ def real_images(arguments: argparse.Namespace) -> rush.ImageSet:
     return test[torch.randperm(len(test), generator=stream(0, "evaluation", "order"))[: arguments.images].tolist()]
 
 
+def radii_text(radii: Sequence[float]) -> str:
+    return f"{radii[0]:g}" if len(radii) == 1 else f"{radii[0]:g} to {radii[-1]:g} by {radii[1] - radii[0]:g}"
+
+
 def percents(shares: Sequence[float] | NDArray[Any]) -> str:
     return "/".join(f"{100 * share:.2f}" for share in np.atleast_1d(shares))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parts = {"samples": samples, "classes": classes, "time": wall_time, "loss": loss, "engine": engine, "votes": votes}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--logs", type=Path, help="folder with the published logs")

@@ -30,7 +30,7 @@ from rush.certification.recertify import recompute
 from rush.errors import InputError
 from rush.models.classifier import Classifier
 from rush.runtime.randomness import seeded_init, stream
-from shared import labels_of, smoothed_model
+from shared import Row, benchmark_parser, labels_of, printed, record, setting_of, smoothed_model
 
 ALPHA, CAP = 0.001, 10_000
 CAPS = (500, 1000, 1500, 2000, 3000, 4000, 5000, 7000, CAP)
@@ -42,8 +42,7 @@ def changed(arguments: argparse.Namespace) -> None:
     images = rush.load_images("digits", split="test")[: arguments.images]
     certified_old = rush.certify(old, images, num_estimation=arguments.old_votes, alpha=ALPHA / 2)
     print(f"{len(images)} images, sigma {old.sigma:g}, old certificates from {arguments.old_votes:,} votes per image")
-    print(f"{'':46}votes per image   s per image   certified accuracy (%) at {', '.join(f'{r:g}' for r in RADII)}")
-    row("old network", certified_old, 0.0)
+    rows = [row("none", "old network", certified_old)]
     networks = {
         "bfloat16": rounded_bfloat16(old.classifier),
         "8-bit": rounded_8_bit(old.classifier),
@@ -52,39 +51,54 @@ def changed(arguments: argparse.Namespace) -> None:
     for title in arguments.changes:
         network = networks[title]
         new = rush.SmoothedClassifier(network, noise=old.noise, num_classes=10, execution=old.execution)
-        print(title)
         started = time.perf_counter()
         fixed = rush.certify(new, images, num_estimation=CAP, alpha=ALPHA)
-        row(f"by itself, fixed N = {CAP:,}", fixed, time.perf_counter() - started)
+        rows.append(row(title, f"by itself, fixed N = {CAP:,}", fixed, time.perf_counter() - started))
         for grid in (RADII, *((radius,) for radius in RADII[1:])):
             name = "grid" if len(grid) > 1 else f"r = {grid[0]:g}"
             started = time.perf_counter()
             own = rush.certify(new, images, "sequential", num_estimation=CAP, alpha=ALPHA, radii=grid)
-            row(f"by itself, sequential, {name}", own, time.perf_counter() - started, grid)
+            rows.append(row(title, f"by itself, sequential, {name}", own, time.perf_counter() - started, grid))
             started = time.perf_counter()
             again = rush.certify_changed(
                 certified_old, old, new, images, "sequential", CAP, ALPHA / 2, radii=grid, seed=arguments.seed
             )
-            row(f"again, sequential, {name}", again, time.perf_counter() - started, grid)
-            print(
-                f"{'':47}least N {least(fixed, again, grid)}; least sequential {least_sequential(fixed, again, grid)}"
-            )
+            seconds = time.perf_counter() - started
+            equal: Row = {
+                "least N": least(fixed, again, grid),
+                "least sequential": least_sequential(fixed, again, grid),
+            }
+            rows.append(row(title, f"again, sequential, {name}", again, seconds, grid, equal))
         for pairs in arguments.pairs:
             started = time.perf_counter()
             again = rush.certify_changed(
                 certified_old, old, new, images, num_pairs=pairs, alpha_difference=ALPHA / 2, seed=arguments.seed
             )
-            row(f"again, {pairs:,} pairs", again, time.perf_counter() - started)
-            share = again.differing.sum() / again.pairs.sum()
-            print(f"{'':47}least N {least(fixed, again)}; {100 * share:.3f} % of the pairs differ")
+            seconds = time.perf_counter() - started
+            differing = 100 * float(again.differing.sum() / again.pairs.sum())
+            equal = {"least N": least(fixed, again), "pairs that differ, %": differing}
+            rows.append(row(title, f"again, {pairs:,} pairs", again, seconds, RADII, equal))
+    conditions: Row = {**setting_of(old), "images": len(images), "alpha": ALPHA, "cap": CAP}
+    record(arguments, "certify-again", rows, {**conditions, "votes of the old certificates": arguments.old_votes})
 
 
 def row(
-    name: str, certificates: Certificates | ChangedCertificates, seconds: float, radii: Sequence[float] = RADII
-) -> None:
-    accuracies = "  ".join(f"{100 * certificates.accuracy(r):6.2f}" if r in radii else "     -" for r in RADII)
-    count = len(certificates)
-    print(f"  {name:42} {certificates.num_samples.mean():14,.0f} {seconds / count:13.3f}   {accuracies}", flush=True)
+    change: str,
+    name: str,
+    certificates: Certificates | ChangedCertificates,
+    seconds: float | None = None,
+    radii: Sequence[float] = RADII,
+    equal: Row | None = None,
+) -> Row:
+    """Return and print a row, with the fewest votes that certify as much in ``equal``."""
+    head: Row = {
+        "change": change,
+        "procedure": name,
+        "votes per image": round(certificates.num_samples.mean()),
+        "s per image": None if seconds is None else seconds / len(certificates),
+    }
+    accuracies: Row = {f"at {r:g}, %": 100 * certificates.accuracy(r) if r in radii else None for r in RADII}
+    return printed({**head, **accuracies, **(equal or {})})
 
 
 def least(fixed: Certificates, again: ChangedCertificates, radii: Sequence[float] = RADII) -> str:
@@ -154,7 +168,7 @@ def heads(arguments: argparse.Namespace) -> None:
     )
     drawn = time.perf_counter() - started
     width = features.features.shape[2]
-    print(f"{len(images)} images, {CAP:,} votes, {width} features: {features.gigabytes:.2f} GB drawn in {drawn:.1f} s")
+    rows: list[Row] = []
     for title, head in (
         ("its own head", model.classifier.head),
         ("another head", seeded_init(nn.Linear(width, 10), stream(0, "benchmark", "head")).eval()),
@@ -165,14 +179,21 @@ def heads(arguments: argparse.Namespace) -> None:
         whole = rush.certify(features.compose(head, 10), images, num_estimation=CAP)
         end = time.perf_counter()
         same = all(np.array_equal(getattr(cached, name), getattr(whole, name)) for name in ("counts", "radius"))
-        print(
-            f"{title}: cached {middle - started:.2f} s, whole network {end - middle:.2f} s, ratio "
-            f"{(end - middle) / (middle - started):.1f}, same counts and radii: {same}"
-        )
+        row: Row = {
+            "head": title,
+            "cached, s": middle - started,
+            "whole network, s": end - middle,
+            "ratio": (end - middle) / (middle - started),
+            "same counts and radii": "yes" if same else "no",
+        }
+        rows.append(printed(row))
+    cache: Row = {"features": width, "cache, GB": features.gigabytes, "drawn in, s": drawn}
+    conditions: Row = {**setting_of(model), "images": len(images), "votes": CAP}
+    record(arguments, "certify-again-heads", rows, {**conditions, **printed(cache)})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parts = {"changed": changed, "heads": heads}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--run", type=Path, required=True, help="run folder of a network on the digits")

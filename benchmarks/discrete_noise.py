@@ -25,7 +25,7 @@ from rush.data.images import stratified_subset
 from rush.runtime.randomness import stream
 from rush.smoothing.noise import Noise
 from rush.statistics import paired_difference
-from shared import smoothed_model
+from shared import Row, benchmark_parser, in_percent, printed, record, smoothed_model
 
 TURN = 10
 SIGMAS = (0.12, 0.25, 0.5, 1.0)
@@ -33,7 +33,7 @@ SIGMAS = (0.12, 0.25, 0.5, 1.0)
 
 def draws(arguments: argparse.Namespace) -> None:
     pixels, out = torch.randint(0, 256, (3, 32, 32)) / 255, torch.empty(100, 3, 32, 32)
-    generator = stream(0, "draws")
+    generator, rows = stream(0, "draws"), list[Row]()
     for sigma in SIGMAS:
         noises: tuple[Noise, Noise] = (rush.Gaussian(sigma), rush.DiscreteGaussian(sigma))
         for noise in noises:
@@ -41,8 +41,10 @@ def draws(arguments: argparse.Namespace) -> None:
         times = np.array(
             [[seconds_of(noise, pixels, out, generator) for noise in noises] for _ in range(arguments.rounds)]
         )
-        gaussian, discrete = np.median(times, 0) / out.numel() * 1e9
-        print(f"sigma {sigma:g}: Gaussian {gaussian:.2f} ns, discrete {discrete:.2f} ns per value")
+        gaussian, discrete = (np.median(times, 0) / out.numel() * 1e9).tolist()
+        rows.append(printed({"sigma": sigma, "gaussian, ns per value": gaussian, "discrete, ns per value": discrete}))
+    conditions: Row = {"noise": "gaussian and discrete", "values per block": out.numel(), "blocks": arguments.rounds}
+    record(arguments, "discrete-draws", rows, conditions)
 
 
 def seconds_of(noise: Noise, pixels: Tensor, out: Tensor, generator: torch.Generator) -> float:
@@ -67,14 +69,24 @@ def certify(arguments: argparse.Namespace) -> None:
         for noise in (rush.Gaussian(trained.sigma), rush.DiscreteGaussian(trained.sigma))
     ]
     print(f"{execution.device}, {execution.precision}, {torch.get_num_threads()} threads, sigma {trained.sigma:g}")
-    for method in ("clopper-pearson", "sequential"):
-        compare(models, images, method, arguments.num_estimation)
+    methods: tuple[CertifyMethod, ...] = ("clopper-pearson", "sequential")
+    rows = [row for method in methods for row in compare(models, images, method, arguments.num_estimation)]
+    conditions: Row = {
+        "noise": "gaussian and discrete",
+        "sigma": trained.sigma,
+        "images": len(images),
+        "N": arguments.num_estimation,
+        "device": execution.device,
+        "precision": execution.precision,
+        "intervals": "95 %, differences paired",
+    }
+    record(arguments, "discrete-certify", rows, conditions)
 
 
 def compare(
     models: Sequence[rush.SmoothedClassifier], images: rush.ImageSet, method: CertifyMethod, num_estimation: int
-) -> None:
-    """Certify ``images`` with both models in turns, and print the ratio of times and the difference of accuracies."""
+) -> list[Row]:
+    """Certify ``images`` with both models in turns, and return the ratio of times and the differences of accuracy."""
     parts: list[list[Certificates]] = [[], []]
     times = np.zeros((len(images) // TURN, 2))
     for model in models:  # inspection, compilation and thresholds are paid once
@@ -89,21 +101,35 @@ def compare(
     ratio = times[:, 1] / times[:, 0]
     interval = stats.bootstrap((ratio,), np.median, rng=0).confidence_interval
     total = times[:, 1].sum() / times[:, 0].sum()
-    print(
-        f"{method}, {len(gaussian)} images: wall time of discrete / Gaussian {total:.3f} in all, "
-        f"median of {len(ratio)} turns {np.median(ratio):.3f} [{interval.low:.3f}, {interval.high:.3f}]; samples per "
-        f"image {gaussian.num_samples.mean():,.0f} and {discrete.num_samples.mean():,.0f}"
-    )
+    median = float(np.median(ratio))
+    times_row: Row = {
+        "method": method,
+        "figure": f"wall time, discrete / gaussian {total:.3f} in all; median of {len(ratio)} turns",
+        "discrete minus gaussian, or ratio": (median, float(interval.low), float(interval.high)),
+    }
+    samples: Row = {
+        "method": method,
+        "figure": "samples per image",
+        "gaussian": round(gaussian.num_samples.mean()),
+        "discrete": round(discrete.num_samples.mean()),
+    }
+    rows = [printed(times_row), printed(samples)]
     for radius in gaussian.table_radii:
-        difference = paired_difference(discrete.certified(radius), gaussian.certified(radius))
-        print(
-            f"  l2 {radius:g}: {gaussian.accuracy(radius):.1%} and {discrete.accuracy(radius):.1%}, difference "
-            f"{100 * difference.estimate:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] points"
-        )
+        row: Row = {
+            "method": method,
+            "figure": f"certified at l2 {radius:g}, %",
+            "gaussian": 100 * gaussian.accuracy(radius),
+            "discrete": 100 * discrete.accuracy(radius),
+            "discrete minus gaussian, or ratio": in_percent(
+                paired_difference(discrete.certified(radius), gaussian.certified(radius))
+            ),
+        }
+        rows.append(printed(row))
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parts = {"draws": draws, "certify": certify}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--run", type=Path, help="run folder with a trained classifier")

@@ -68,6 +68,7 @@ from rush.training.contrastive import nt_xent
 from rush.training.loop import TrainingSettings
 from rush.training.optim import build_optimizer
 from rush.training.pretrain import channel_statistics, pretrain
+from shared import Row, benchmark_parser, printed, record, spread
 
 WORKERS = 2
 # As in the recipe cifar10-small.
@@ -264,8 +265,8 @@ def synchronize(execution: Execution) -> None:
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def compare(name: str, ours: Turn, other: Turn, target: Target | None, arguments: argparse.Namespace) -> None:
-    """Prints the ratios of rates, ours / other, of turns that follow each other; who begins changes."""
+def compare(name: str, ours: Turn, other: Turn, target: Target | None, arguments: argparse.Namespace) -> Row:
+    """Prints and returns the ratios of rates, ours / other, of turns that follow each other; who begins changes."""
     candidates = (ours, other)
     steps = [enough_steps(turn, arguments.seconds) for turn in candidates]
     rates: list[tuple[float, float]] = []
@@ -275,12 +276,16 @@ def compare(name: str, ours: Turn, other: Turn, target: Target | None, arguments
             found[which] = 2 * arguments.batch * steps[which] / candidates[which](steps[which])
         rates.append((found[0], found[1]))
     ratios = [own / others for own, others in rates]
-    median = statistics.median(ratios)
-    told = "" if target is None else f"  target {target.told}: {'met' if target.met(median) else 'missed'}"
+    reached = target is not None and target.met(statistics.median(ratios))
     own, others = (statistics.median(column) for column in zip(*rates, strict=True))
-    print(
-        f"{name:44s}{own:10,.0f}{others:10,.0f}{median:9.3f} ({min(ratios):.3f} to {max(ratios):.3f}){told}", flush=True
-    )
+    row: Row = {
+        "views/s": name,
+        "ours": own,
+        "other": others,
+        "ratio [least, greatest]": spread(ratios),
+        "target": None if target is None else f"{target.told}, {'met' if reached else 'missed'}",
+    }
+    return printed(row)
 
 
 def enough_steps(turn: Turn, seconds: float) -> int:
@@ -289,31 +294,33 @@ def enough_steps(turn: Turn, seconds: float) -> int:
     return WORKERS * max(1, math.ceil(seconds / turn(WORKERS)))
 
 
-def whole_steps(setting: Setting, arguments: argparse.Namespace) -> None:
+def whole_steps(setting: Setting, arguments: argparse.Namespace) -> list[Row]:
     plain = decide_execution(arguments.device, "float32")
     # Whichever is faster: slicing goes from image to image, which an accelerator would wait for.
     mode = "slice" if torch.device(plain.device).type == "cpu" else "resample"
     ours, kornia = rush_turn(setting, arguments.compile), kornia_pipeline(32, mode)
     loaded = per_image_turn(setting, Trainer(setting, plain).step, plain)
-    compare("(a) one image at a time, float32", ours, loaded, at_least(2), arguments)
+    rows = [compare("(a) one image at a time, float32", ours, loaded, at_least(2), arguments)]
     if kornia is not None:
-        compare("(b) kornia, float32", ours, batched_turn(setting, plain, kornia), above(1), arguments)
+        rows.append(compare("(b) kornia, float32", ours, batched_turn(setting, plain, kornia), above(1), arguments))
         precision = f"kornia, {setting.execution.precision}, our layout"
-        compare(precision, ours, batched_turn(setting, setting.execution, kornia), None, arguments)
-    compare("bare forward and backward", ours, bare_turn(setting), at_least(0.85), arguments)
+        rows.append(compare(precision, ours, batched_turn(setting, setting.execution, kornia), None, arguments))
+    rows.append(compare("bare forward and backward", ours, bare_turn(setting), at_least(0.85), arguments))
     alone = augmentation_turn(setting, rush_views(setting))
-    compare("our augmentation alone (ratio: its share)", ours, alone, below(0.10), arguments)
+    rows.append(compare("our augmentation alone (ratio: its share)", ours, alone, below(0.10), arguments))
+    return rows
 
 
-def augmentation_alone(setting: Setting, arguments: argparse.Namespace) -> None:
-    ours = augmentation_turn(setting, rush_views(setting))
+def augmentation_alone(setting: Setting, arguments: argparse.Namespace) -> list[Row]:
+    ours, rows = augmentation_turn(setting, rush_views(setting)), list[Row]()
     for name, mode in ((SLICED, "slice"), (RESAMPLED, "resample")):
         kornia = kornia_pipeline(32, mode)
         if kornia is not None:
             turn = augmentation_turn(setting, kornia)
-            compare(name, ours, turn, at_least(4), arguments)
+            rows.append(compare(name, ours, turn, at_least(4), arguments))
     loaded = per_image_turn(setting, lambda view_a, view_b: None, decide_execution("cpu"))  # noqa: ARG005
-    compare(f"one image at a time, {WORKERS} workers", ours, loaded, at_least(8), arguments)
+    rows.append(compare(f"one image at a time, {WORKERS} workers", ours, loaded, at_least(8), arguments))
+    return rows
 
 
 def rush_views(setting: Setting) -> Pipeline:
@@ -344,12 +351,8 @@ def print_conditions(setting: Setting, arguments: argparse.Namespace) -> None:
     )
 
 
-def print_head(title: str) -> None:
-    print(f"\n{title:44s}{'ours':>10s}{'other':>10s}    ratio")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch", type=int, default=256)
@@ -376,12 +379,18 @@ def main() -> None:
         },
         32,
     )
-    if arguments.part in ("all", "steps"):
-        print_head("whole steps, views/s")
-        whole_steps(setting, arguments)
-    if arguments.part in ("all", "augmentation"):
-        print_head("augmentation alone, views/s")
-        augmentation_alone(setting, arguments)
+    conditions: Row = {
+        "noise": "none",
+        "network": f"ResNet-18, width {setting.width}",
+        "images per step": setting.batch,
+        "precision of ours": execution.precision,
+        "device": execution.device,
+        "rounds": arguments.rounds,
+    }
+    for part, measure in (("steps", whole_steps), ("augmentation", augmentation_alone)):
+        if arguments.part in ("all", part):
+            print(part)
+            record(arguments, f"pretraining-{part}", measure(setting, arguments), conditions)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ What a copy does not tell is counted: rows of the sentinel, tiles asked for agai
 certification of --tiles tiles.
 """
 
-import argparse
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -34,27 +33,27 @@ from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.smoothing import inspection
 from rush.smoothing.forward import Forward
-from shared import smoothed_model
+from shared import Row, benchmark_parser, printed, record, setting_of, smoothed_model
 
 DRAWS, SPACING = 16, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder of a smoothed classifier")
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
     parser.add_argument("--rounds", type=int, default=101, help="pairs of calls, with and without the safeguards")
     parser.add_argument("--tiles", type=int, default=1000, help="tiles of the certification whose calls are counted")
     arguments = parser.parse_args()
     smoothed = smoothed_model(arguments.run, compiled=False)
-    rows = smoothed.execution.rows((3, 32, 32))
-    x = labelled_pixels(rush.load_images("cifar10", split="test", root=arguments.data)[:rows]).x
+    num_rows = smoothed.execution.rows((3, 32, 32))
+    x = labelled_pixels(rush.load_images("cifar10", split="test", root=arguments.data)[:num_rows]).x
     y = torch.zeros(len(x), dtype=torch.int64)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     print(f"{smoothed.execution}, {arguments.rounds} rounds")
     tile = x + smoothed.noise.sample(x.shape, stream(0, "tile"))
     forward = Forward(smoothed.classifier, smoothed.execution, smoothed.num_classes)
-    few = x[: rows // DRAWS]
+    few = x[: num_rows // DRAWS]
     draws = fresh_noise(smoothed, DRAWS, [stream(0, "draws", row) for row in range(len(few))])
     network = plain(smoothed.classifier, Execution())
     calls: dict[str, Callable[[], object]] = {
@@ -62,18 +61,19 @@ def main() -> None:
         "PGD step, smoothed": lambda: loss_and_gradient(draws, few, y[: len(few)], cross_entropy),
         "PGD step, plain": lambda: loss_and_gradient(network, x[:64], y[:64], cross_entropy),
     }
+    rows: list[Row] = []
     for name, call in calls.items():
         for _ in range(3):
             call()
-        ratios = [ratio(call, first=number % 2 == 0) for number in range(arguments.rounds)]
-        low, high = median_interval(ratios)
-        share = 100 * (float(np.median(ratios)) - 1)
-        print(f"{name}: {share:+.1f} % [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]", flush=True)
-    extra = arguments.tiles / (rows - 1) + arguments.tiles / SPACING + 1
-    print(f"counted, of {arguments.tiles} tiles: {100 * extra / arguments.tiles:.1f} % more tiles")
+        ratios = [time_ratio(call, first=number % 2 == 0) for number in range(arguments.rounds)]
+        more = [100 * (ratio - 1) for ratio in (float(np.median(ratios)), *median_interval(ratios))]
+        rows.append(printed({"call": name, "pairs": len(ratios), "more time, % [95 %]": more}))
+    extra = arguments.tiles / (num_rows - 1) + arguments.tiles / SPACING + 1
+    counted: Row = {f"more tiles of a certification of {arguments.tiles:,}, %": 100 * extra / arguments.tiles}
+    record(arguments, "safeguards", rows, {**setting_of(smoothed), **printed(counted)})
 
 
-def ratio(call: Callable[[], object], first: bool) -> float:
+def time_ratio(call: Callable[[], object], first: bool) -> float:
     """Time with the safeguards over the time without; ``first``: those with come first."""
     seconds = {}
     for guarded in (first, not first):

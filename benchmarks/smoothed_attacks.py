@@ -46,10 +46,22 @@ from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.statistics import paired_difference, share_interval
-from shared import labels_of, save_arrays, smoothed_model
+from shared import (
+    Row,
+    benchmark_parser,
+    in_percent,
+    labels_of,
+    printed,
+    record,
+    save_arrays,
+    setting_of,
+    smoothed_model,
+    spread,
+)
 
 ALPHA, MAX_VOTES = 0.001, 10_000
 PGDRS_STEPS, PGDRS_DRAWS, PGDRS_STEP = 125, 32, 2 / 255
+PASSES = {"PGDRS": f"{PGDRS_STEPS * PGDRS_DRAWS:,}", "AutoAttack rand": "at most 4,000"}
 GROUP = 64
 
 
@@ -59,16 +71,22 @@ GROUP = 64
 def gradient(arguments: argparse.Namespace) -> None:
     smoothed, images = model_and_images(arguments)
     x, y = images.pixels(), labels_of(images)
-    print(f"device {smoothed.execution.device}, {smoothed.execution.precision}, {torch.get_num_threads()} threads")
-    for draws in (1, 4, 16, 64):
-        print_rate(smoothed, x, y, draws, arguments.repeats)
-    for draws in (4, 16, 64):
-        independent, antithetic = (cosines(smoothed, x[:32], y[:32], draws, own) for own in (False, True))
-        told = f"{independent:.3f} for independent ones, {antithetic:.3f} for antithetic ones"
-        print(f"cosine with the expected gradient, {draws} draws: {told}")
+    rows = [printed(rate_of(smoothed, x, y, draws, arguments.repeats)) for draws in (1, 4, 16, 64)]
+    record(arguments, "attacks-gradient-speed", rows, {**setting_of(smoothed), "turns": arguments.repeats})
+    rows = [
+        printed(
+            {
+                "draws": draws,
+                "cosine, independent": cosines(smoothed, x[:32], y[:32], draws, antithetic=False),
+                "cosine, antithetic": cosines(smoothed, x[:32], y[:32], draws, antithetic=True),
+            }
+        )
+        for draws in (4, 16, 64)
+    ]
+    record(arguments, "attacks-gradient-cosine", rows, {**setting_of(smoothed), "images": len(x[:32])})
 
 
-def print_rate(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, draws: int, repeats: int) -> None:
+def rate_of(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, draws: int, repeats: int) -> Row:
     rows = max(1, smoothed.execution.rows(x.shape[1:]) // draws)
     x, y = x[:rows], y[:rows]
     generators = [stream(0, "benchmark", row) for row in range(rows)]
@@ -88,10 +106,11 @@ def print_rate(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, draws: int, r
         first, second = seconds_of(attack), seconds_of(bare)
         ratios.append(second / first)
         rates.append(rows * draws / first)
-    print(
-        f"EOT {draws}: {np.median(rates):,.0f} gradient samples/s, {np.median(ratios):.3f} of bare passes "
-        f"({min(ratios):.3f} to {max(ratios):.3f}, {repeats} turns)"
-    )
+    return {
+        "EOT": draws,
+        "gradient samples/s": float(np.median(rates)),
+        "of bare passes [least, greatest]": spread(ratios),
+    }
 
 
 def seconds_of(work: Callable[[], None], least: float = 2.0) -> float:
@@ -126,15 +145,14 @@ def strength(arguments: argparse.Namespace) -> None:
         "AutoAttack rand": judged(arguments, smoothed, images, "autoattack-rand", autoattack_rand),
         "worst case": evaluated(arguments, smoothed, images, "worst-case"),
     }
-    print_result("no attack", clean)
-    print(f"the {len(images)} images that are not broken without an attack:")
+    rows = [printed(row_of("no attack", clean))]
     for name, result in results.items():
-        print_result(name, result)
-    for name in ("PGDRS", "AutoAttack rand"):
-        gap = paired_difference(~results["worst case"].broken, ~results[name].broken)
-        print(
-            f"worst case minus {name}: {100 * gap.estimate:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points"
-        )
+        gap = paired_difference(~results["worst case"].broken, ~result.broken)
+        row = row_of(name, result)
+        if name != "worst case":  # its points were judged only, which takes no passes
+            row |= {"passes per image": PASSES[name], "worst case minus it, points": in_percent(gap)}
+        rows.append(printed(row))
+    record(arguments, "attacks-smoothed", rows, conditions(arguments, smoothed))
 
 
 def evaluated(
@@ -208,37 +226,51 @@ def tenfold(arguments: argparse.Namespace) -> None:
     smoothed, images = model_and_images(arguments)
     images = images[np.flatnonzero(~evaluated(arguments, smoothed, images, "none").broken)]
     before = evaluated(arguments, smoothed, images, "worst-case")
-    rows = list(range(min(arguments.tenfold or len(before), len(before))))
-    images, before = images[rows], before.select(rows)
+    first = list(range(min(arguments.tenfold or len(before), len(before))))
+    images, before = images[first], before.select(first)
     left = np.flatnonzero(~before.broken)
     suite = scaled(worst_case("random", smoothed.num_classes), 10)
     pixels, settings = labelled_pixels(images[left]), VerdictSettings(ALPHA, MAX_VOTES, seed=1)
     evaluation = Evaluation(defend(smoothed), pixels, threat_of(arguments), settings)
     after = evaluation.run(suite, arguments.cache / "tenfold")
-    print_result("worst case", before)
     standing = ~before.broken
     standing[left[after.broken]] = False
-    gap = paired_difference(~before.broken, standing)
-    print(
-        f"ten times the budget on the {len(left)} images left: accuracy {100 * standing.mean():.1f} %, lower by "
-        f"{100 * gap.estimate:.1f} [{100 * gap.low:.1f}, {100 * gap.high:.1f}] points; "
-        f"{after.passes.mean():,.0f} + {after.forward_passes.mean():,.0f} passes for each of these, "
-        f"{after.seconds.sum():,.0f} s"
-    )
+    rows = [
+        printed(row_of("worst case", before)),
+        printed(
+            {
+                "attacker": f"ten times the budget on the {len(left)} images left",
+                "images": len(before),
+                "accuracy, %": in_percent(share_interval(int(standing.sum()), len(standing))),
+                "passes per image": f"{after.passes.mean():,.0f} + {after.forward_passes.mean():,.0f}",
+                "seconds": float(after.seconds.sum()),
+                "lower by, points": in_percent(paired_difference(~before.broken, standing)),
+            }
+        ),
+    ]
+    record(arguments, "attacks-tenfold", rows, conditions(arguments, smoothed))
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def print_result(name: str, result: AttackResult) -> None:
-    budget, held = result.budget, share_interval(int(result.held.sum()), len(result))
-    print(
-        f"{name:16s} accuracy {100 * result.interval.estimate:.1f} [{100 * result.interval.low:.1f}, "
-        f"{100 * result.interval.high:.1f}] %, held {100 * held.estimate:.1f} %; {budget['passes_per_image']:,.0f} + "
-        f"{budget['forward_passes_per_image']:,.0f} passes and {budget['votes_per_image']:,.0f} votes an image, "
-        f"{result.seconds.sum():,.0f} s",
-        flush=True,
-    )
+def row_of(name: str, result: AttackResult) -> Row:
+    budget = result.budget
+    return {
+        "attacker": name,
+        "images": len(result),
+        "accuracy, %": in_percent(result.interval),
+        "held, %": 100 * float(result.held.mean()),
+        "passes per image": f"{budget['passes_per_image']:,.0f} + {budget['forward_passes_per_image']:,.0f}",
+        "votes per image": budget["votes_per_image"],
+        "seconds": float(result.seconds.sum()),
+    }
+
+
+def conditions(arguments: argparse.Namespace, smoothed: SmoothedClassifier) -> Row:
+    attack = recipe(arguments)["attack"]
+    level: Row = {"alpha": ALPHA, "most votes": MAX_VOTES, "intervals": "95 %, differences paired"}
+    return {**setting_of(smoothed), "threat": f"{attack['norm']} {attack['epsilon']}", **level}
 
 
 def threat_of(arguments: argparse.Namespace) -> rush.ThreatModel:
@@ -260,7 +292,7 @@ def model_and_images(arguments: argparse.Namespace) -> tuple[SmoothedClassifier,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parts = {"gradient": gradient, "strength": strength, "tenfold": tenfold}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--run", type=Path, required=True, help="run folder with the trained classifier")

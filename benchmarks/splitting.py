@@ -7,7 +7,6 @@ uniform noise of the same sigma by both sampling methods with at most --num-esti
 trained under uniform noise, so its accuracies under it are not those of a fair opponent and are not printed.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -18,13 +17,13 @@ import rush
 from rush.choices import CertifyMethod
 from rush.data.images import stratified_subset
 from rush.runtime.randomness import stream
-from shared import smoothed_model
+from shared import Row, benchmark_parser, printed, record, setting_of, smoothed_model
 
 TURN = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder with a classifier under splitting noise")
     parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")
     parser.add_argument("--images", type=int, default=50)
@@ -55,8 +54,17 @@ def main() -> None:
             times[turn, side] = (time.perf_counter() - started) / TURN
             samples[turn, side] = certificates.num_samples.mean()
     print(f"{exact.execution.device}, {exact.execution.precision}, {torch.get_num_threads()} threads, {exact.noise}")
-    for (_, method), seconds, number in zip(sides, np.median(times, 0), samples.mean(0), strict=True):
-        print(f"{method}: {seconds:.3f} s per image (median of {len(times)} turns), {number:,.0f} samples per image")
+    rows: list[Row] = []
+    for (model, method), seconds, number in zip(sides, np.median(times, 0), samples.mean(0), strict=True):
+        row: Row = {
+            "noise": model.noise.name,
+            "method": method,
+            "s per image, median": float(seconds),
+            "samples per image": round(number),
+        }
+        rows.append(printed(row))
+    conditions: Row = {**setting_of(exact), "noise": "by row", "images": len(images), "turns": len(times)}
+    record(arguments, "splitting", rows, conditions)
 
 
 if __name__ == "__main__":

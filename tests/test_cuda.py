@@ -56,7 +56,10 @@ def on(device: str, *overrides: str) -> tuple[str, ...]:
 def test_few_votes_on_the_same_noise_differ_from_those_of_float32_on_the_cpu(
     device: str, precision: Precision, digits_network: nn.Module
 ) -> None:
-    """docs/results.md: of 51,200 votes 0.36 % change between bfloat16 and float32, 0.06 % with another form of one."""
+    """Of 51,200 votes 0.36 % change between bfloat16 and float32, 0.06 % with another form of one.
+
+    Source: docs/results-earlier.md.
+    """
     x = load_images("digits", "test")[:200].pixels()
     noise = 0.25 * torch.randn((50, *x.shape), generator=stream(0, "noise"))
     reference = votes(Execution(), digits_network, x + noise)

@@ -545,7 +545,7 @@ _Attacked = tuple[RunResults, Ladder]
 def _attacked_table(attacked: Sequence[tuple[str, _Attacked]]) -> Table:
     labels = dict.fromkeys(rung.label for _, (_, ladder) in attacked for rung in ladder.rungs)
     rows: list[Row[_Attacked]] = [
-        ("sigma", lambda run: _sigma_text(run[0])),
+        ("sigma", lambda run: noise_text(run[0])),
         ("threat", lambda run: threat_text(run[1])),
         ("images", lambda run: f"{len(run[1].clean):,}"),
         *((label, partial(_rung_text, label)) for label in labels),
@@ -559,7 +559,8 @@ def _attacked_table(attacked: Sequence[tuple[str, _Attacked]]) -> Table:
     )
 
 
-def _sigma_text(run: RunResults) -> str:
+def noise_text(run: RunResults) -> str:
+    """Return sigma and the name of the noise. Runs older than that name had Gaussian noise."""
     sigma = run.setting("smoothing", "sigma")
     if run.plain or sigma is None:
         return "none, not smoothed" if run.plain else _NONE
