@@ -78,6 +78,7 @@ def ladder(folder: Path) -> str:
     run = run_of(folder)
     found, proved = run.ladder, run.threat_certificates
     assert found is not None
+    exact = proved is not None and proved.rule.exact
     last = found.last_eot
     rows: list[tuple[str, ...]] = [
         (
@@ -100,7 +101,7 @@ def ladder(folder: Path) -> str:
     conditions = {
         "threat": threat_text(found),
         "images": f"{len(found.clean):,}",
-        "verdicts": f"alpha = {found.alpha:g}, at most {found.max_votes:,} votes",
+        "verdicts": "exact, by all draws" if exact else f"alpha = {found.alpha:g}, at most {found.max_votes:,} votes",
     }
     return f"{sentence({**facts(run), **conditions, **INTERVALS})}\n\n{table(header, rows)}"
 
