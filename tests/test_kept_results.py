@@ -83,10 +83,11 @@ def test_tables_name_their_conditions() -> None:
         assert "noise" in words, table
         assert "commit" in words, table
         assert any(processor in table for processor in ("AMD EPYC", "Xeon(R)", "H100")), table
+        if table.startswith("benchmarks/"):
+            continue  # a benchmark says which intervals it has, and trains nothing
         assert "interval" in words or " costs -->" in table, table
-        assert "held-out labels" in " ".join(words.split()) or "minutes" in words, (
-            table
-        )  # full-size runs do not record them
+        known = "held-out labels" in " ".join(words.split())
+        assert known or "minutes" in words, table  # full-size runs do not record them
 
 
 def test_a_benchmarks_record_has_its_table() -> None:
