@@ -108,7 +108,11 @@ def test_a_description_that_says_what_cannot_be_is_refused(place: str, value: An
     ("place", "value", "text"),
     [
         ("format", 99, "format 99, this version reads 1; update"),
-        ("noise.name", "cauchy", "noise 'cauchy', this version supports gaussian, "),
+        (
+            "noise.name",
+            "cauchy",
+            "noise 'cauchy', this version supports gaussian, discrete, uniform, laplace, splitting, none; ",
+        ),
         ("classifier.encoder", "vit", r"model\.json: unknown encoder 'vit'"),
         ("classifier.stem", "none", r"model\.json: unknown stem 'none'"),
         ("classifier.stem", "standard", r"model\.json: encoder 'small' has no 'standard' stem"),

@@ -12,7 +12,7 @@ from rush.attacks.straight_through import StraightThrough, straight_through
 from rush.evaluation.model import Defender, PlainDefender, RandomDefender, SmoothedDefender
 from rush.runtime.execution import Execution
 from rush.smoothing.classifier import SmoothedClassifier
-from rush.smoothing.noise import Gaussian
+from rush.smoothing.noise import Gaussian, Noise
 
 
 class Changed(nn.Module):
@@ -100,8 +100,10 @@ def _like(defender: Defender, network: nn.Module, sigma: float) -> Defender:
             network = Changed(network, lambda x: x + sigma * torch.randn_like(x))
         made = RandomDefender(network, defender.num_classes, "mean", None)
     elif isinstance(defender, SmoothedDefender) or sigma:
-        own = defender.smoothed.noise if isinstance(defender, SmoothedDefender) else None
-        noise = own if own is not None and not sigma else Gaussian(((own.sigma if own else 0.0) ** 2 + sigma**2) ** 0.5)
+        defended = defender.smoothed.noise.sigma if isinstance(defender, SmoothedDefender) else 0.0
+        noise: Noise = Gaussian((defended**2 + sigma**2) ** 0.5)
+        if isinstance(defender, SmoothedDefender) and not sigma:
+            noise = defender.smoothed.noise
         smoothed = SmoothedClassifier(network, noise=noise, num_classes=defender.num_classes, execution=execution)
         return SmoothedDefender(smoothed, None)
     else:

@@ -39,7 +39,7 @@ from rush.runtime.execution import Execution, check_eval_mode, device_of, foreig
 from rush.runtime.numbers import as_real, positive_integer
 from rush.runtime.progress import progress
 from rush.smoothing.classifier import SmoothedClassifier
-from rush.smoothing.noise import Gaussian, Noise, Splitting
+from rush.smoothing.noise import Noise, Splitting, noise_of
 from rush.smoothing.outputs import noisy_copies
 
 _DEFAULTS = CertifyConfig()
@@ -98,9 +98,7 @@ def noisy_features(
         >>> bool((certificates.counts == rush.certify(network, images, num_estimation=400).counts).all())
         True
     """
-    if (sigma is None) == (noise is None):
-        raise InputError("give either sigma or noise")
-    noise = noise if noise is not None else Gaussian(sigma)  # type: ignore[arg-type]
+    noise = noise_of(sigma, noise)
     execution = execution or Execution(device=device_of(encoder))
     if execution.compile_mode != "none":
         raise InputError(

@@ -71,6 +71,7 @@ class _Session:
         self._context, self._known = context, known
         self._config, self._noise = context.recipe.teach, training_noise(context.recipe)
         self._held_out = context.splits.held_out
+        self._spec = spec_of(context.recipe, context.splits.reference())  # reads every pixel
         self._seed, self._device = context.recipe.seed, context.execution.device
         self.draws = self._config.draws if self._noise is not None else 1
         self._sets = [known.images, *([self._held_out] if self._held_out is not None else [])]
@@ -114,9 +115,8 @@ class _Session:
 
     def _new(self) -> Classifier:
         """Return the classifier with the pre-trained encoder and its initial head."""
-        context = self._context
-        classifier = new_classifier(spec_of(context.recipe, context.splits.reference()), self._seed)
-        load_weights(classifier.encoder, context.run.path / ENCODER)
+        classifier = new_classifier(self._spec, self._seed)
+        load_weights(classifier.encoder, self._context.run.path / ENCODER)
         return classifier
 
     def _mean(self, images: ImageSet, classifier: Classifier, name: str) -> Tensor:

@@ -67,8 +67,8 @@ def run_finetune(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -
     train = context.splits.reference()
     context.begin("finetune")
     known = Taught.of(context) if recipe.teach.rounds else None
-    labelled = labelled_images(context.splits.train, recipe)
-    trained = labelled if known is None else known.images
+    trained = labelled_images(context.splits.train, recipe) if known is None else known.images
+    labelled = len(trained) if known is None else len(known.rows)
     spec = spec_of(recipe, train)
     classifier = new_classifier(spec, recipe.seed)
     load_weights(classifier.encoder, run.path / ENCODER)
@@ -78,7 +78,7 @@ def run_finetune(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -
     if rank() == 0:
         forward = _save_model(context, classifier, spec, train)
         figures = {**training_figures(run, "finetune", len(trained)), "objective": config.objective}
-        run.finish("finetune", **figures, mode=config.mode, labelled_images=len(labelled), forward=forward)
+        run.finish("finetune", **figures, mode=config.mode, labelled_images=labelled, forward=forward)
     barrier()
 
 

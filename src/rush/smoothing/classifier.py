@@ -20,7 +20,7 @@ from rush.smoothing.channels import copied_planes
 from rush.smoothing.fingerprint import fingerprint_of
 from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import check_logits
-from rush.smoothing.noise import Gaussian, Noise, Splitting
+from rush.smoothing.noise import Noise, Splitting, noise_of
 from rush.smoothing.outputs import outputs
 from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.statistics import fewest_votes, sign_test
@@ -80,8 +80,7 @@ class SmoothedClassifier:
             raise ModelError(
                 f"classifier must be a torch.nn.Module from pixels to logits, got {type(classifier).__name__}"
             )
-        if (sigma is None) == (noise is None):
-            raise InputError("give either sigma or noise")
+        noise = noise_of(sigma, noise)
         whole = as_whole(num_classes)
         if whole is None or whole < 2:
             hint = "; a classifier with a single logit z has two classes: let it return torch.cat([-z, z], 1)"
@@ -91,7 +90,7 @@ class SmoothedClassifier:
         if names is not None and len(names) != whole:
             raise InputError(f"got {len(names)} class names for num_classes = {whole}")
         self.classifier = classifier
-        self.noise: Noise = noise if noise is not None else Gaussian(sigma)  # type: ignore[arg-type]
+        self.noise = noise
         self.num_classes = whole
         self.classes = names if names is not None else tuple(str(k) for k in range(whole))
         self.kind = ImageKind(trained_on.shape if image_shape is None else checked_shape(image_shape), names)

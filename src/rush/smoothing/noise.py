@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 
 from rush.choices import NoiseName
+from rush.errors import InputError
 from rush.smoothing.base import Noise
 from rush.smoothing.discrete import DiscreteGaussian
 from rush.smoothing.splitting import Splitting
 
-__all__ = ["DiscreteGaussian", "Gaussian", "Laplace", "Noise", "RealNoise", "Splitting", "Uniform", "make_noise"]
+__all__ = [
+    "DiscreteGaussian",
+    "Gaussian",
+    "Laplace",
+    "Noise",
+    "RealNoise",
+    "Splitting",
+    "Uniform",
+    "make_noise",
+    "noise_of",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,15 @@ class Laplace(RealNoise):
 _NOISES: dict[NoiseName, type[Noise]] = {
     noise.name: noise for noise in (Gaussian, DiscreteGaussian, Uniform, Laplace, Splitting)
 }
+
+
+def noise_of(sigma: float | None, noise: Noise | None) -> Noise:
+    """Return ``noise``, or Gaussian noise of ``sigma``. Raises: InputError unless exactly one of them is given."""
+    if noise is None and sigma is not None:
+        return Gaussian(sigma)
+    if noise is None or sigma is not None:
+        raise InputError("give either sigma or noise")
+    return noise
 
 
 def make_noise(name: NoiseName, sigma: float) -> Noise:
