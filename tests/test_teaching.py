@@ -1,6 +1,8 @@
 """Teaching: labels from the pre-trained encoder, and the training on them."""
 
 import json
+from functools import partial
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from rush.runtime.randomness import stream
 from rush.training.probes import linear_probe
 from rush.training.supervised import Examples, consistency, gaussian, smoothadv, standard, trades
 from rush.training.teaching import STRENGTHS, _folds, probe_strength, taught
+from ranks import on_ranks
 from tiny import differing, part_of, results_of_training, run_tiny, tiny
 
 TAUGHT = ("teach.rounds=2", "teach.draws=2", "finetune.label_fraction=0.05", "data.held_out=200")
@@ -153,12 +156,47 @@ def test_a_run_without_teaching_has_no_such_stage(tmp_path: Path) -> None:
 
 
 def test_a_killed_teacher_ends_with_the_same_bits(taught_run: Path, tmp_path: Path) -> None:
-    """Its student's checkpoint is that of the last but one epoch."""
+    """Its student's checkpoint is that of the last but one epoch. The first epoch, of the first attempt, took an hour."""
     run = part_of(taught_run, tmp_path / "again", "finetune", "teach")
     (run.path / "checkpoints/teach-2.previous.pt").rename(run.path / "checkpoints/teach-2.pt")
+    log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    first = next(event for event in log if event["event"] == "epoch" and event["stage"] == "teach-2")
+    first["seconds"] = 3600.0
+    (run.path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
     for stage in TRAINED[1:]:
         run_stage(RunFolder.open(run.path), stage)
     assert not differing(results_of_training(taught_run), results_of_training(run.path))
+    assert json.loads((run.path / "stages/teach.json").read_text())["seconds"] > 3600
+
+
+def teach_and_read(folder: Path) -> dict[str, Tensor]:
+    """What a run without this stage is taught in this process, one of several or alone."""
+    run = RunFolder.open(folder)
+    run_stage(run, "teach")
+    with np.load(run.path / TARGETS) as stored:
+        return {"targets": torch.from_numpy(stored["targets"])}
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_teach_as_one(processes: ForkServerContext, taught_run: Path, tmp_path: Path) -> None:
+    """The labels of the probe are the same bits. Students draw other noise, and teach the same images as well."""
+    for rounds in (1, 2):
+        found = {}
+        (tmp_path / f"of-{rounds}").mkdir()
+        for world in (1, 2):
+            lost = ("finetune", "teach", "checkpoints/teach-2.pt", "checkpoints/teach-2.previous.pt")
+            run = part_of(taught_run, tmp_path / f"{rounds}-{world}", *lost)
+            RunFolder.create(run.path, tiny(tmp_path, *TAUGHT, f"teach.rounds={rounds}"))
+            work = partial(teach_and_read, run.path)
+            found[world] = [work()] if world == 1 else on_ranks(processes, work, world, tmp_path / f"of-{rounds}")
+        alone, both = found[1][0]["targets"], [part["targets"] for part in found[2]]
+        assert torch.equal(both[0], both[1])
+        if rounds == 1:
+            assert torch.equal(both[0], alone)
+        assert (both[0].argmax(1) == alone.argmax(1)).double().mean() > 0.6
+        stages = [json.loads((tmp_path / f"{rounds}-{world}/stages/teach.json").read_text()) for world in (1, 2)]
+        assert stages[0]["rounds"][0] == stages[1]["rounds"][0]
+        assert abs(stages[0]["rounds"][-1]["held_out"] - stages[1]["rounds"][-1]["held_out"]) < 0.15
 
 
 def test_labels_of_other_images_and_damaged_ones_are_refused(taught_run: Path, tmp_path: Path) -> None:

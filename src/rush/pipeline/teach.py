@@ -50,7 +50,7 @@ def run_teach(run: RunFolder) -> None:
         weights = targets.sum(1)
         run.finish(
             "teach",
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - started - session.training + sum(part["seconds"] for part in trained),
             objective="teach",
             images=len(known.images),
             labelled_images=len(known.rows),
@@ -65,7 +65,12 @@ def run_teach(run: RunFolder) -> None:
 
 
 class _Session:
-    """The teachers of one run, on the images that they label and on those that are held out."""
+    """The teachers of one run, on the images that they label and on those that are held out.
+
+    Attributes:
+        draws: noisy copies per image over which a fine-tuned teacher averages.
+        training: seconds of this attempt in the training of students. The log has those of all attempts.
+    """
 
     def __init__(self, context: StageContext, known: Taught) -> None:
         self._context, self._known = context, known
@@ -74,6 +79,7 @@ class _Session:
         self._spec = spec_of(context.recipe, context.splits.reference())  # reads every pixel
         self._seed, self._device = context.recipe.seed, context.execution.device
         self.draws = self._config.draws if self._noise is not None else 1
+        self.training = 0.0
         self._sets = [known.images, *([self._held_out] if self._held_out is not None else [])]
 
     def probe(self) -> tuple[list[Tensor], float]:
@@ -92,6 +98,7 @@ class _Session:
         context, name = self._context, f"teach-{number}"
         classifier = self._new()
         settings = context.training("teach", None, name)
+        started = time.perf_counter()
         finetune(
             self._known.images,
             classifier,
@@ -101,6 +108,7 @@ class _Session:
             targets=targets,
             name=name,
         )
+        self.training += time.perf_counter() - started
         return [self._mean(images, classifier, name) for images in self._sets]
 
     def targets(self, probabilities: list[Tensor]) -> Tensor:
