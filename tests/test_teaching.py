@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
+from ranks import on_ranks
 from rush.choices import STAGES, Stage
 from rush.errors import ConfigError, RunError
 from rush.pipeline.labels import TARGETS
@@ -26,7 +27,6 @@ from rush.runtime.randomness import stream
 from rush.training.probes import linear_probe
 from rush.training.supervised import Examples, consistency, gaussian, smoothadv, standard, trades
 from rush.training.teaching import STRENGTHS, _folds, probe_strength, taught
-from ranks import on_ranks
 from tiny import differing, part_of, results_of_training, run_tiny, tiny
 
 TAUGHT = ("teach.rounds=2", "teach.draws=2", "finetune.label_fraction=0.05", "data.held_out=200")
@@ -156,7 +156,7 @@ def test_a_run_without_teaching_has_no_such_stage(tmp_path: Path) -> None:
 
 
 def test_a_killed_teacher_ends_with_the_same_bits(taught_run: Path, tmp_path: Path) -> None:
-    """Its student's checkpoint is that of the last but one epoch. The first epoch, of the first attempt, took an hour."""
+    """Its student stopped after the first epoch, which took an hour."""
     run = part_of(taught_run, tmp_path / "again", "finetune", "teach")
     (run.path / "checkpoints/teach-2.previous.pt").rename(run.path / "checkpoints/teach-2.pt")
     log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
