@@ -34,10 +34,10 @@ from torch import Tensor
 import rush
 from rush.attacks.gradient import fresh_noise, loss_and_gradient
 from rush.attacks.losses import cross_entropy
-from rush.choices import parse_fraction
+from rush.choices import AttackName, parse_fraction
 from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet, stratified_subset
-from rush.evaluation.attack import Method, verdict
+from rush.evaluation.attack import verdict
 from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.model import defend
 from rush.evaluation.plans import scaled, worst_case
@@ -156,7 +156,7 @@ def strength(arguments: argparse.Namespace) -> None:
 
 
 def evaluated(
-    arguments: argparse.Namespace, smoothed: SmoothedClassifier, images: ImageSet, method: Method
+    arguments: argparse.Namespace, smoothed: SmoothedClassifier, images: ImageSet, method: AttackName
 ) -> AttackResult:
     return rush.attack(
         smoothed,

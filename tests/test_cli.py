@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from commands import COMMAND, ENVIRONMENT, TWO_PROCESSES, Call, refusal, rush
+from rush.certification.certify import certify
 from rush.commands.app import COMMANDS
 from rush.data.sources import load_images
 from rush.models.storage import load
@@ -119,7 +120,7 @@ def test_recipes_are_listed_with_what_they_are() -> None:
 def test_an_unknown_command_and_a_missing_argument_fail_without_a_traceback(call: Call) -> None:
     for arguments, message in (
         (("certfy", "x"), "certfy"),
-        (("certify",), "requires an argument"),
+        (("finetune",), "requires an argument"),
         (("run", "x", "--sett"), "--sett"),
     ):
         done = call(*arguments)
@@ -174,9 +175,9 @@ def test_a_stage_without_memory_names_the_tile_and_resumes_to_the_same_result(
         assert without_time((run / name).read_text()) == without_time((tiny_run / name).read_text())
 
 
-def test_a_prediction_without_memory_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_prediction_without_memory_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:
     monkeypatch.setattr("rush.commands.predict.predict_files", short)
-    message = refusal(call("predict", tmp_path, tmp_path / "image.png"))
+    message = refusal(call("predict", tiny_run, "image.png"))
     assert "not enough memory (OutOfMemoryError: CUDA out of memory" in message
     assert "Lower execution.tile" in message
 
@@ -314,10 +315,12 @@ def test_predict_answers_like_the_library_for_every_file(call: Call, tiny_run: P
         Image.fromarray(image[0].numpy()).save(files[-1])
     done = call("predict", tiny_run, *files, "--num-samples", 400, "--seed", 5)
     assert done.returncode == 0, done.stderr
-    expected = load(tiny_run, device="cpu").predict(images.pixels(), num_samples=400, seed=5).tolist()
-    assert len(set(expected)) > 1
-    answers = [line.split("│")[1].strip() for line in done.stdout.splitlines() if "│" in line]
-    assert answers == ["abstain" if label == -1 else str(label) for label in expected]
+    smoothed = load(tiny_run, device="cpu")
+    pair = (images.pixels(), images.labels)
+    expected = certify(smoothed, pair, num_selection=40, num_estimation=360, bound="two-classes", seed=5)
+    assert len(set(expected.prediction)) > 1
+    answers = [line.split("\t")[1] for line in done.stdout.splitlines()]
+    assert answers == ["abstain" if label == -1 else str(label) for label in expected.prediction]
 
 
 def test_predict_refuses_another_size_unless_told_to_resize(call: Call, tiny_run: Path, tmp_path: Path) -> None:
@@ -329,7 +332,7 @@ def test_predict_refuses_another_size_unless_told_to_resize(call: Call, tiny_run
     assert f"{file} is 24x24, the model takes 8x8; give --resize" in message
     done = call("predict", tiny_run, file, "--resize", "--num-samples", 100)
     assert done.returncode == 0, done.stderr
-    answer = next(line for line in done.stdout.splitlines() if "│" in line).split("│")[1].strip()
+    answer = done.stdout.split("\t")[1]
     assert answer in {"abstain", *map(str, range(10))}
 
 

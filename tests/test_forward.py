@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rush
 from rush.choices import CompileMode, EncoderName, Stem
-from rush.commands.predict import predict_files
+from rush.commands.predict import predict_files, source_of_run
 from rush.errors import ModelError, NumericsWarning
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
@@ -413,8 +413,9 @@ def test_a_recorded_compilation_that_fails_here_is_told_with_the_way_around(
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     given = {"num_samples": 100, "alpha": 0.001, "seed": 0, "resize": False}
     with pytest.raises(ModelError, match="cannot be compiled here"):
-        predict_files(compiled_run, [tmp_path / "image.png"], **given)  # type: ignore[arg-type]
-    assert len(predict_files(compiled_run, [tmp_path / "image.png"], compiled=False, **given)) == 1  # type: ignore[arg-type]
+        predict_files(source_of_run(compiled_run), [tmp_path / "image.png"], **given)  # type: ignore[arg-type]
+    eager = source_of_run(compiled_run, compiled=False)
+    assert len(predict_files(eager, [tmp_path / "image.png"], **given)) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["none", "default"])

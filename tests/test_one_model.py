@@ -20,7 +20,7 @@ from rush.records.folder import RunFolder
 from rush.smoothing.classifier import SmoothedClassifier
 from tiny import without_time
 
-OTHER = "of another model than the run's|made with another model than the run's"
+OTHER = "of another model than the run's|made with another model, or"
 
 
 @pytest.fixture

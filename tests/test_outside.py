@@ -1,9 +1,12 @@
-"""Any model on the command line: audit, ladder and verdict, their refusals, and a run's audit of one of its rungs."""
+"""Any model on the command line: its certificates, attacks, audit, ladder and verdict, and their refusals."""
 
 import importlib
+import itertools
 import json
+import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +17,19 @@ import torch
 import rush
 from commands import Call, refusal
 from rush.auditing.audit import AuditReport
-from rush.commands.external import ExternalModel, load_model
+from rush.choices import VERDICTS
+from rush.commands.external import ExternalEvaluation, load_model
 from rush.commands.external import call as call_by_name
 from rush.commands.ladder import rung_rows
 from rush.commands.verdict import judge_file
+from rush.data.images import evaluation_order
 from rush.data.sources import load_images
 from rush.errors import ConfigError, DataError, InputError, ModelError
 from rush.evaluation.attack import verdict
 from rush.evaluation.ladder import curve, grey_radius, ladder, plain_ladder
 from rush.evaluation.plans import Suite
 from rush.recipe.schema import AttackConfig
+from rush.records.certificates import read_certificates
 from rush.records.folder import RunFolder
 from rush.smoothing.classifier import SmoothedClassifier
 
@@ -168,11 +174,11 @@ def test_a_run_folder_takes_several_data_folders_in_every_command(call: Call, ti
 
 
 def test_thresholds_of_a_command_are_fractions_in_pixel_units() -> None:
-    assert ExternalModel(norm="linf", epsilon="8/255").threat.epsilon == 8 / 255
+    assert ExternalEvaluation(norm="linf", epsilon="8/255").threat.epsilon == 8 / 255
     with pytest.raises(InputError, match="exceeds the pixel range"):
-        _ = ExternalModel(norm="linf", epsilon="8").threat
+        _ = ExternalEvaluation(norm="linf", epsilon="8").threat
     with pytest.raises(ConfigError, match="--epsilon: 'much' is not a number"):
-        _ = ExternalModel(norm="l2", epsilon="much").threat
+        _ = ExternalEvaluation(norm="l2", epsilon="much").threat
 
 
 def test_an_audit_of_any_model_is_written_and_read_back(call: Call, outside: str, tmp_path: Path) -> None:
@@ -225,7 +231,7 @@ def test_points_in_a_file_are_judged_like_points_in_memory(outside: str, tmp_pat
     points = (images.pixels() + 0.02).clamp(0, 1)
     file, threat = tmp_path / "points.npz", rush.ThreatModel("linf", 0.03)
     np.savez(file, adversarial=points.numpy()[::-1], ids=np.array(images.ids)[::-1])
-    external = ExternalModel(f"{outside}:smoothed", ["digits"], images=None)
+    external = ExternalEvaluation(f"{outside}:smoothed", ["digits"], images=None)
     model = external.classifier
     result = judge_file(file, external.pixels, model, threat, max_votes=400)
     whole = verdict(model, images, points, threat, max_votes=400)
@@ -257,7 +263,7 @@ BLANK = np.zeros((3, 1, 8, 8), np.float32)
 def test_points_of_named_images_that_cannot_be_judged_say_why(
     arrays: dict[str, np.ndarray], message: str, outside: str, tmp_path: Path
 ) -> None:
-    external = ExternalModel(f"{outside}:sums", ["digits"], images=3)
+    external = ExternalEvaluation(f"{outside}:sums", ["digits"], images=3)
     np.savez(tmp_path / "points.npz", **arrays)
     with pytest.raises(DataError, match=message):
         judge_file(tmp_path / "points.npz", external.pixels, external.classifier, THREAT)
@@ -299,7 +305,7 @@ def test_pixels_of_every_float_type_and_byte_order_are_read(kind: str, outside: 
 
 
 def test_ids_may_be_bytes_or_integers_and_must_differ(outside: str, tmp_path: Path) -> None:
-    file, external = tmp_path / "points.npz", ExternalModel(f"{outside}:sums", ["digits"], images=3)
+    file, external = tmp_path / "points.npz", ExternalEvaluation(f"{outside}:sums", ["digits"], images=3)
     pixels, model = external.pixels, external.classifier
     x, names = pixels.x.numpy(), list(pixels.ids)
     np.savez(file, adversarial=x, ids=np.array([name.encode() for name in names]))
@@ -366,7 +372,7 @@ def test_the_curve_ends_where_every_image_can_be_made_grey(norm: str, last: floa
 
 
 def test_rows_of_a_ladder_pair_each_rung_with_the_one_before(outside: str) -> None:
-    external = ExternalModel(f"{outside}:smoothed", ["digits"], epsilon="0.05", images=10)
+    external = ExternalEvaluation(f"{outside}:smoothed", ["digits"], epsilon="0.05", images=10)
     results = [
         rush.attack(external.classifier, external.pixels, external.threat, method) for method in ("none", "fgsm")
     ]
@@ -402,3 +408,80 @@ def test_points_are_judged_under_a_seed_drawn_after_them_which_repeats(
         one, other = ([line.split() for line in lines if "seed" not in line] for lines in (shown, again))
         assert one[2:] == other[2:]
     assert seeds[0] != seeds[1]  # equal once in 4 billion
+
+
+def test_certificates_of_any_model_are_those_of_the_library_and_resume(
+    call: Call, outside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("certify", "--model", f"{outside}:sums", "--data", "digits", "--sigma", 0.25, "--images", 12)
+    words = (*words, "--num-estimation", 1000, "--radii", 0.125)
+    from rush.pipeline import certify as stage
+
+    real = stage.certify_each
+
+    def interrupted(*arguments: object) -> Iterator[object]:
+        yield from itertools.islice(real(*arguments), 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "certify_each", interrupted)
+    assert call(*words).returncode == 130
+    assert not (tmp_path / "certificates.tsv").exists()
+    monkeypatch.setattr(stage, "certify_each", real)
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    assert "l2 radius 0.125" in done.stdout
+    indices, certificates = read_certificates(tmp_path / "certificates.tsv")
+    images = load_images("digits", split="test")[indices]
+    smoothed = load_model(f"{outside}:sums", 0.25, 10)
+    options = {"method": "sequential", "num_estimation": 1000, "radii": (0.125,)}
+    expected = rush.certify(smoothed, images, **options)
+    np.testing.assert_array_equal(certificates.counts, expected.counts)
+    np.testing.assert_array_equal(certificates.radius, expected.radius)
+    assert sorted(path.name for path in tmp_path.iterdir() if "certificates" in path.name) == ["certificates.tsv"]
+    assert "certificates.tsv exists; give another file to --out" in refusal(call(*words))
+    again = call("certify", "--recompute", tmp_path / "certificates.tsv", "--alpha", 0.01)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("certify",), "give a run folder, or --model module:function with --data and --sigma"),
+        (("certify", "--model", "{}:sums", "--data", "digits"), "is not smoothed, .* give --sigma"),
+        (("certify", "--model", "{}:sums", "--data", "digits", "--noise", "laplace"), "--noise laplace needs --sigma"),
+        (("certify", "--model", "{}:sums"), "--model module:function with --data"),
+        (("certify", "--model", "{}:sums", "--recompute"), "--recompute needs a run folder"),
+        (("certify", "folder", "--model", "{}:sums"), "give a run folder or --model .*:sums, not both"),
+        (("certify", "folder", "--method", "sequential"), "--method belongs to --model"),
+        (("attack",), "give a run folder, or --model module:function with --data"),
+        (("attack", "folder", "--method", "pgd"), "--method belongs to --model; .* --set attack.FIELD="),
+        (("attack", "folder", "--epsilon", "4/255"), "--epsilon belongs to --model"),
+        (("attack", "--model", "{}:sums", "--data", "digits", "--steps", 3), "'worst-case' is a fixed suite"),
+        (("attack", "--model", "{}:sums", "--data", "digits", "--step-size", "x"), "--step-size: 'x' is not a number"),
+        (("attack", "--model", "{}:sums", "--data", "digits", "--eot-samples", "x"), "must be an integer or auto"),
+    ],
+)
+def test_what_cannot_be_certified_or_attacked_says_why(
+    words: tuple[object, ...], message: str, call: Call, outside: str
+) -> None:
+    assert re.search(message, refusal(call(*(str(word).format(outside) for word in words))))
+
+
+def test_points_of_an_attack_on_any_model_are_judged_again(call: Call, outside: str, tmp_path: Path) -> None:
+    model = ("--model", f"{outside}:sums", "--data", "digits", "--sigma", 0.25)
+    attack = ("--method", "pgd", "--steps", 3, "--step-size", "4/255", "--eot-samples", 4, "--max-votes", 400)
+    done = call("attack", *model, "--images", 10, *attack)
+    assert done.returncode == 0, done.stderr
+    assert "PGD-3, EOT 4" in done.stdout
+    images = load_images("digits", split="test")
+    images = images[evaluation_order(len(images), 10, 0)]
+    budget = {"steps": 3, "step_size": 4 / 255, "eot_samples": 4, "max_votes": 400}
+    smoothed = load_model(f"{outside}:sums", 0.25, 10)
+    expected = rush.attack(smoothed, images, rush.ThreatModel("linf", 8 / 255), "pgd", **budget)
+    with np.load(tmp_path / "adversarial.npz") as stored:
+        np.testing.assert_array_equal(stored["adversarial"], expected.adversarial.numpy())
+        assert [VERDICTS.index(each) for each in stored["verdicts"]] == expected.verdict.tolist()
+    assert not (tmp_path / "adversarial.npz.parts").exists()
+    judged = call("verdict", "adversarial.npz", *model)
+    assert judged.returncode == 0, judged.stderr
+    assert "adversarial.npz exists; give another file to --out" in refusal(call("attack", *model))

@@ -21,7 +21,7 @@ import rush.evaluation.evaluation
 from commands import Call, refusal
 from rush.choices import FinetuneObjective
 from rush.commands.external import load_model
-from rush.commands.predict import predict_files
+from rush.commands.predict import predict_files, source_of_run
 from rush.errors import ConfigError, InputError, RunError
 from rush.models.storage import load_plain, load_smoothed
 from rush.pipeline.attack import _plain_rungs
@@ -170,10 +170,11 @@ def test_a_file_is_predicted_by_the_network_and_never_abstained_on(plain_run: Pa
     files = [tmp_path / f"{number}.png" for number in range(5)]
     for file, image in zip(files, stored["images"], strict=False):
         Image.fromarray(image[0]).save(file)
-    found = predict_files(plain_run, files, num_samples=10, alpha=0.001, seed=0, resize=False)
+    found = predict_files(source_of_run(plain_run), files, num_samples=10, alpha=0.001, seed=0, resize=False)
     model = rush.load(plain_run, device="cpu")
     expected = classes_at(model, stored["images"][:5].astype(np.float32) / 255)  # type: ignore[arg-type]
-    assert found == [str(label) for label in expected]
+    assert [answer.name for answer in found] == [str(label) for label in expected]
+    assert {answer.radius for answer in found} == {None}
 
 
 def test_the_network_of_a_run_can_be_smoothed_from_outside(plain_run: Path) -> None:

@@ -17,7 +17,7 @@ from rush.auditing.report import decide, images_to_hold, reach_statement
 from rush.certification.bounds import largest_radius
 from rush.certification.rule import fewest_estimation, make_rule
 from rush.choices import fewest_samples
-from rush.commands.external import ExternalModel
+from rush.commands.external import ExternalEvaluation
 from rush.errors import ConfigError, InputError
 from rush.evaluation.attack import verdict
 from rush.evaluation.evaluation import Evaluation
@@ -169,7 +169,7 @@ def test_an_audit_and_a_ladder_are_refused_before_their_first_attack(
     with pytest.raises(InputError, match="no verdict can be given at the level"):
         audit(SMOOTHED, (X, Y), THREAT, alpha=2.0**-100 * 1.001, max_votes=100)
     np.savez(tmp_path / "images.npz", images=np.uint8(255 * X), labels=Y)
-    external = ExternalModel(f"{__name__}:SMOOTHED", [str(tmp_path / "images.npz")], norm="l2", epsilon="0.05")
+    external = ExternalEvaluation(f"{__name__}:SMOOTHED", [str(tmp_path / "images.npz")], norm="l2", epsilon="0.05")
     with pytest.raises(InputError, match="no verdict can be given at the level"):
         next(external.run_ladder(alpha=2.0**-100 * 1.001, max_votes=100))
 
@@ -200,4 +200,5 @@ def test_predict_on_the_command_line_names_the_least_number(call: Call, tiny_run
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(file)
     text = refusal(call("predict", tiny_run, file, "--num-samples", 10))
     assert "num_samples = 10 cannot decide at alpha = 0.001" in text
-    assert text.endswith("the two-sided test needs at least 11")
+    assert text.endswith("give at least 12")
+    assert call("predict", tiny_run, file, "--num-samples", 12).returncode == 0

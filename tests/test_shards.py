@@ -157,7 +157,7 @@ def test_parts_of_another_rule_or_of_other_images_are_refused(
     other_image = replace(certificates, ids=(*certificates.ids[:3], "another", *certificates.ids[4:]))
     for number, (wrong, text) in enumerate(
         [
-            ((indices, other_rule), "0.tsv was made under another rule than the recipe's; move it away and certify"),
+            ((indices, other_rule), "0.tsv was made under another rule; move it away and certify"),
             ((indices, other_image), "0.tsv holds other images than this recipe certifies; move it away and certify"),
             (([*indices[:3], 399_999, *indices[4:]], certificates), "0.tsv holds other images than this recipe"),
         ]

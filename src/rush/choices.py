@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Literal
 
 AttackMethod = Literal["none", "fgsm", "mifgsm", "pgd", "apgd", "square", "fmn", "random"]
+AttackName = AttackMethod | Literal["worst-case", "paper"]
 CertifyBound = Literal["clopper-pearson", "two-classes", "geometric", "beta"]
 CertifyMethod = Literal["clopper-pearson", "sequential", "exact"]
 CompileChoice = Literal["auto", "none", "default", "reduce-overhead"]

@@ -13,7 +13,7 @@ COMMANDS = {
     "teach": "stages",
     "finetune": "stages",
     "certify": "certify",
-    "attack": "stages",
+    "attack": "attack",
     "audit": "audit",
     "report": "stages",
     "ladder": "ladder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rush.commands.external import NO_MODEL, ExternalModel
+from rush.commands.external import NO_EVALUATION, ExternalEvaluation
 from rush.commands.run_folders import Overrides, open_run, print_once
 from rush.commands.terminal import print_lines
 from rush.errors import ConfigError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def audit(
     folder: Path | None = None,
     *,
-    external: ExternalModel = NO_MODEL,
+    external: ExternalEvaluation = NO_EVALUATION,
     rung: str | None = None,
     tolerance: float = 0.05,
     out: Path | None = None,

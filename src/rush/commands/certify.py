@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rush.choices import Level
-from rush.commands.run_folders import Data, Overrides, open_run, print_once
+from rush.choices import CertifyMethod, Level
+from rush.commands.external import NO_MODEL, ExternalModel
+from rush.commands.run_folders import Overrides, open_run, print_once, rank_of_process
 from rush.commands.terminal import print_lines, print_table
 from rush.errors import ConfigError, RunError
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def certify(
-    folder: Path,
+    folder: Path | None = None,
     *,
-    data: Data = None,
+    external: ExternalModel = NO_MODEL,
     overrides: Overrides = None,
     recompute: bool = False,
+    method: CertifyMethod | None = None,
     alpha: float | None = None,
     bound: str | None = None,
     num_estimation: int | None = None,
@@ -27,32 +29,86 @@ def certify(
     level: Level | None = None,
     out: Path | None = None,
 ) -> None:
-    """Certify test images of a run; torchrun shards them across processes. Or recompute certificates from the stored
-    votes under another rule, without drawing new samples.
+    """Certify test images of a run, or images of any model; torchrun shards them across processes. Or recompute
+    certificates from the stored votes under another rule, without drawing new samples.
 
     Args:
-        folder: Run folder; for --recompute also a certificates.tsv.
+        folder: Run folder; for --recompute also a certificates.tsv. Or give --model and --data.
         recompute: Apply the options below to the stored votes. A rule that would not be valid is refused.
-        alpha: Probability of a false certificate.
+        method: For --model: clopper-pearson draws the same number of votes for every image, sequential stops as soon as
+            the radii are decided. By default sequential, and exact, which counts all draws, for splitting noise.
+        alpha: Probability of a false certificate. [default: 0.001]
         bound: clopper-pearson (only if the number of samples was fixed), two-classes (only with the votes of every
             class), or anytime-valid: geometric, beta.
-        num_estimation: Number of votes to use per image, the first ones.
+        num_estimation: Number of votes to use per image, the first ones. For --model the largest number. [default:
+            100,000]
         radii: Grid of radii, in [0, 1] pixel units; repeatable.
         level: What alpha covers: each certificate (image), or all of them jointly (family).
-        out: File for the recomputed certificates; if omitted, they are only printed.
+        out: File for the certificates. By default certificates.tsv for --model, and none for --recompute.
     """
-    rule = {"alpha": alpha, "bound": bound, "num_estimation": num_estimation, "radii": radii, "level": level}
-    changes = {name: value for name, value in rule.items() if value is not None}
-    if recompute:
-        _recompute(folder, out, **changes)
+    values = {"alpha": alpha, "bound": bound, "num_estimation": num_estimation, "radii": radii, "level": level}
+    rule = {name: value for name, value in values.items() if value is not None}
+    if folder is None:
+        if recompute or overrides:
+            raise ConfigError(f"{'--recompute' if recompute else '--set'} needs a run folder")
+        if external.model is None:
+            raise ConfigError("give a run folder, or --model module:function with --data and --sigma")
+        _certify_model(external, method, out or Path("certificates.tsv"), **rule)
         return
-    if changes or out is not None:
-        name = next(iter(changes), "out").replace("_", "-")
-        raise ConfigError(f"--{name} belongs to --recompute; to certify with other values give --set certify.FIELD=...")
+    if method is not None:
+        raise ConfigError("--method belongs to --model; the votes of a run were drawn by certify.method of its recipe")
+    data = external.data_of_run()
+    if recompute:
+        _recompute(folder, out, **rule)
+        return
+    if rule or out is not None:
+        name = next(iter(rule), "out").replace("_", "-")
+        raise ConfigError(
+            f"--{name} belongs to --recompute or --model; to certify a run with other values give --set "
+            "certify.FIELD=..."
+        )
     run = open_run(folder, data, overrides)
     from rush.pipeline.stages import run_stage
 
     run_stage(run, "certify", print_once)
+
+
+def _certify_model(external: ExternalModel, method: CertifyMethod | None, out: Path, **options: Any) -> None:
+    """Certify the images of a model that belongs to no run, write the certificates to ``out`` and print them.
+
+    Raises:
+        ConfigError: The model is not smoothed.
+        RunError: ``out`` exists.
+    """
+    if out.exists():
+        raise RunError(f"{out} exists; give another file to --out")
+    from rush.certification.rule import make_rule, reach
+    from rush.pipeline.certify import certify_into
+    from rush.recipe.schema import CertifyConfig
+    from rush.smoothing.classifier import SmoothedClassifier
+
+    smoothed, pixels, seed = external.classifier, external.pixels, external.seed or 0
+    if not isinstance(smoothed, SmoothedClassifier):
+        raise ConfigError(
+            f"{external.model} is not smoothed, and only smoothed classifiers can be certified; give --sigma, the "
+            "standard deviation of the noise"
+        )
+    smoothed.check_shape(pixels.x.shape[1:])
+    smoothed.noise.check(pixels.x)
+    defaults = CertifyConfig().model_dump(exclude={"images", "method"})
+    default = None if smoothed.noise.name == "splitting" else "sequential"
+    rule = make_rule(
+        noise=smoothed.noise.name,
+        sigma=smoothed.sigma,
+        num_images=len(pixels),
+        method=method or default,
+        **(defaults | options),
+    )
+    print_once(f"certify: {reach(rule)}")
+    parts = out.with_name(f"{out.name}.seed-{seed}.parts")  # votes of two seeds are never mixed
+    certificates = certify_into(out, parts, smoothed, pixels, external.indices, rule, seed)
+    _print_certificates(certificates)
+    print_once(f"written to {out}")
 
 
 def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
@@ -78,6 +134,13 @@ def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
     certificates = recompute(stored, **changes)
     if out is not None:
         write_certificates(out, certificates, indices)
+    _print_certificates(certificates)
+
+
+def _print_certificates(certificates: Certificates) -> None:
+    """Print the figures of certificates, in the first process only."""
+    if rank_of_process() > 0:
+        return
     print_table(("", "certified", "true accuracy at least"), _rows(certificates))
     statement = certificates.rule.statement
     print_lines([f"{statement}; the last column, with 95 % confidence, is over images and noise together"])

@@ -1,4 +1,4 @@
-"""Evaluate external models and adversarial examples: what ``rush audit``, ``ladder`` and ``verdict`` share."""
+"""Models from outside a run, their images and their threat model, as commands take them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from cyclopts import Parameter
 
-from rush.choices import Decision, Norm, parse_fraction
+from rush.choices import Decision, NoiseName, Norm, parse_fraction
 from rush.commands.run_folders import data_roots
 from rush.errors import ConfigError, InputError, ModelError, RushError
 from rush.runtime.lines import one_line
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class ExternalModel:
-    """A model from outside a run with its images and threat model, as the command line names them.
+    """A model from outside a run with its images, as the command line names them.
 
     The fields are options of the commands; what they name is loaded when it is first used.
 
@@ -42,13 +42,10 @@ class ExternalModel:
         root: Folder with the archives or shards of the data set; repeatable, shards of all folders are joined.
         split: Split of the data set.
         images: Number of images to evaluate: the first N of a seeded shuffle of the split.
-        norm: Norm of the threat model; a run has its own.
-        epsilon: A number or a fraction such as 8/255, in [0, 1] pixel units.
-        sigma: Smooth the module with Gaussian noise of this standard deviation.
+        sigma: Smooth the module with noise of this standard deviation.
+        noise: Kind of that noise.
         num_classes: Number of classes, if it is not that of the data set.
-        decision: How a stochastic module is used: vote, mean or single.
-        surrogate: module:function of a module whose derivative replaces that of the model (BPDA).
-        seed: Seed of attacks and verdicts, 0 by default, but verdict draws one from the system.
+        seed: Seed of all draws, 0 by default, but verdict draws one from the system.
     """
 
     model: str | None = None
@@ -56,12 +53,9 @@ class ExternalModel:
     root: list[Path] | None = None
     split: str = "test"
     images: int | None = 200
-    norm: Norm = "linf"
-    epsilon: str = "8/255"
     sigma: float | None = None
+    noise: NoiseName = "gaussian"
     num_classes: int | None = None
-    decision: Decision | None = None
-    surrogate: str | None = None
     seed: int | None = None
 
     def data_of_run(self) -> list[Path] | None:
@@ -70,6 +64,8 @@ class ExternalModel:
         Raises:
             ConfigError: Another option is given, for which a run has its own value.
         """
+        if self.model is not None:
+            raise ConfigError(f"give a run folder or --model {self.model}, not both")
         for field in fields(self):
             if field.name != "data" and getattr(self, field.name) != field.default:
                 raise ConfigError(
@@ -78,32 +74,14 @@ class ExternalModel:
         return None if self.data is None else list(map(Path, self.data))
 
     @cached_property
-    def threat(self) -> ThreatModel:
-        """The threat model. Raises ConfigError where ``epsilon`` is not a number, InputError where it is too large."""
-        from rush.attacks.threat import ThreatModel
-
-        try:
-            return ThreatModel(self.norm, parse_fraction(self.epsilon))
-        except ValueError as error:
-            raise error if isinstance(error, InputError) else ConfigError(f"--epsilon: {error}") from None
-
-    @cached_property
     def classifier(self) -> Model:
         """The model. Raises as ``load_model``."""
         if self.model is None:
             raise ConfigError("give --model: a run folder, or module:function")
+        if self.sigma is None and self.noise != "gaussian":
+            raise ConfigError(f"--noise {self.noise} needs --sigma, its standard deviation")
         default = 10 if self.data is None else max(2, self._image_set.num_classes)
-        return load_model(self.model, self.sigma, self.num_classes or default)
-
-    @cached_property
-    def surrogate_module(self) -> nn.Module | None:
-        """The module that ``surrogate`` names. Raises ConfigError where it is not a module."""
-        from torch import nn
-
-        module = None if self.surrogate is None else call(self.surrogate)
-        if module is not None and not isinstance(module, nn.Module):
-            raise ConfigError(f"{self.surrogate} gave {type(module).__name__}, expected a torch.nn.Module")
-        return module
+        return load_model(self.model, self.sigma, self.num_classes or default, self.noise)
 
     @cached_property
     def pixels(self) -> LabelledPixels:
@@ -115,9 +93,18 @@ class ExternalModel:
         num_classes = model.num_classes if isinstance(model, SmoothedClassifier) else None
         return labelled_pixels(images, num_classes, kind_of(model))
 
-    @cached_property
+    @property
+    def indices(self) -> list[int]:
+        """The positions of the images in their split."""
+        return self._selected[0]
+
+    @property
     def _image_set(self) -> ImageSet:
-        """The first ``images`` of the split in a seeded order, or all of them in their own."""
+        return self._selected[1]
+
+    @cached_property
+    def _selected(self) -> tuple[list[int], ImageSet]:
+        """The first ``images`` of the split in a seeded order, or all of them in their own, and their positions."""
         from rush.data.images import evaluation_order
         from rush.data.sources import load_images
 
@@ -131,10 +118,49 @@ class ExternalModel:
             )
         images = load_images(self.data[0], split=self.split, root=data_roots(self.root))
         if self.images is None or self.images >= len(images):
-            return images
+            return list(range(len(images))), images
         if self.images < 1:
             raise ConfigError(f"--images must be at least 1, got {self.images}")
-        return images[evaluation_order(len(images), self.images, self.seed or 0)]
+        indices = evaluation_order(len(images), self.images, self.seed or 0)
+        return indices, images[indices]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ExternalEvaluation(ExternalModel):
+    """A model from outside a run with its images and threat model, as the command line names them.
+
+    Args:
+        norm: Norm of the threat model; a run has its own.
+        epsilon: A number or a fraction such as 8/255, in [0, 1] pixel units.
+        decision: How a stochastic module is used: vote, mean or single.
+        surrogate: module:function of a module whose derivative replaces that of the model (BPDA).
+    """
+
+    norm: Norm = "linf"
+    epsilon: str = "8/255"
+    decision: Decision | None = None
+    surrogate: str | None = None
+
+    @cached_property
+    def threat(self) -> ThreatModel:
+        """The threat model. Raises ConfigError where ``epsilon`` is not a number, InputError where it is too large."""
+        from rush.attacks.threat import ThreatModel
+
+        try:
+            return ThreatModel(self.norm, parse_fraction(self.epsilon))
+        except ValueError as error:
+            raise error if isinstance(error, InputError) else ConfigError(f"--epsilon: {error}") from None
+
+    @cached_property
+    def surrogate_module(self) -> nn.Module | None:
+        """The module that ``surrogate`` names. Raises ConfigError where it is not a module."""
+        from torch import nn
+
+        module = None if self.surrogate is None else call(self.surrogate)
+        if module is not None and not isinstance(module, nn.Module):
+            raise ConfigError(f"{self.surrogate} gave {type(module).__name__}, expected a torch.nn.Module")
+        return module
 
     def run_ladder(self, alpha: float = 0.001, max_votes: int = 10_000) -> Iterator[AttackResult]:
         """Yield the result of each rung of the ladder; ``alpha`` is shared by all of them.
@@ -164,15 +190,32 @@ class ExternalModel:
 
 
 NO_MODEL = ExternalModel()
+NO_EVALUATION = ExternalEvaluation()
 
 
-def load_model(name: str, sigma: float | None, num_classes: int) -> Model:
+def verdict_rows(result: AttackResult) -> list[tuple[str, str]]:
+    """Return the rows that tell the verdicts on points."""
+    from rush.reporting.wording import percent, share
+
+    undecided = int(result.undecided.sum())
+    return [
+        ("images", f"{len(result):,}"),
+        ("robust accuracy, 1 - broken", share(result.interval)),
+        ("held", share(result.interval_lower)),
+        ("undecided", f"{undecided} ({percent(undecided / len(result))})"),
+        ("largest change", f"l-inf {result.linf.max():.5f}, l2 {result.l2.max():.4f}, l1 {result.l1.max():.3f}"),
+        ("votes per image", f"{result.votes.mean():,.0f}"),
+    ]
+
+
+def load_model(name: str, sigma: float | None, num_classes: int, noise: NoiseName = "gaussian") -> Model:
     """Return the model of a run folder, or what ``module:function`` returns.
 
     Args:
         name: Run folder or ``module:function``.
         sigma: Standard deviation of the noise to smooth a module with, None to take it as it is.
         num_classes: Number of classes of a module that does not name its classes.
+        noise: Kind of that noise.
 
     Raises:
         ConfigError: ``name`` is neither, or gives something other than a module or a smoothed classifier.
@@ -183,6 +226,7 @@ def load_model(name: str, sigma: float | None, num_classes: int) -> Model:
     from rush.data.checks import kind_of
     from rush.models.storage import load
     from rush.smoothing.classifier import SmoothedClassifier
+    from rush.smoothing.noise import make_noise
 
     model = call(name) if ":" in name else load(name)
     if isinstance(model, SmoothedClassifier):
@@ -199,7 +243,8 @@ def load_model(name: str, sigma: float | None, num_classes: int) -> Model:
     if sigma is None:
         return model
     classes = kind_of(model).classes
-    return SmoothedClassifier(model, sigma, num_classes if classes is None else len(classes), execution="auto")
+    count = num_classes if classes is None else len(classes)
+    return SmoothedClassifier(model, num_classes=count, noise=make_noise(noise, sigma), execution="auto")
 
 
 def call(name: str) -> object:

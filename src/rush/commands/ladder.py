@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rush.commands.external import NO_MODEL, ExternalModel
+from rush.commands.external import NO_EVALUATION, ExternalEvaluation
 from rush.commands.run_folders import Overrides, open_run, print_once
 from rush.commands.terminal import print_lines, print_table
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 HEADER = ("attacker", "passes + forward", "accuracy", "held", "vs. previous rung", "time")
 
 
-def ladder(folder: Path | None = None, *, external: ExternalModel = NO_MODEL, overrides: Overrides = None) -> None:
+def ladder(
+    folder: Path | None = None, *, external: ExternalEvaluation = NO_EVALUATION, overrides: Overrides = None
+) -> None:
     """Evaluate a model under a ladder of increasingly strong attacks. Takes a run (this is its attack stage) or any
     model.
 

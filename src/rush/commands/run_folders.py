@@ -77,7 +77,12 @@ def data_roots(paths: list[Path] | None) -> str | list[str] | None:
 
 def print_once(text: str) -> None:
     """Print one line on standard error, in the first process only."""
-    print_lines([text], stderr=True, quiet=int(os.environ.get("RANK", "0")) > 0)
+    print_lines([text], stderr=True, quiet=rank_of_process() > 0)
+
+
+def rank_of_process() -> int:
+    """Return the number of this process among those that torchrun started, without importing torch."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def several_processes() -> bool:

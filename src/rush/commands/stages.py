@@ -1,4 +1,4 @@
-"""``rush run``, ``pretrain``, ``finetune``, ``attack`` and ``report``: the stages of a run."""
+"""``rush run``, ``pretrain``, ``teach``, ``finetune`` and ``report``: the stages of a run."""
 
 from __future__ import annotations
 
@@ -84,18 +84,6 @@ def finetune(folder: Path, *, out: Path | None = None, data: Data = None, overri
     from rush.pipeline.stages import run_stage
 
     run_stage(target, "finetune", print_once)
-
-
-def attack(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
-    """Attack test images of a run with a ladder of attackers, and inside every certified ball.
-
-    Args:
-        folder: Run folder.
-    """
-    target = open_run(folder, data, overrides)
-    from rush.pipeline.stages import run_stage
-
-    run_stage(target, "attack", print_once)
 
 
 def report(folder: Path) -> None:

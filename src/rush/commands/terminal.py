@@ -6,7 +6,9 @@ nothing in them is read as markup or as an emoji.
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,39 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str
         for row in zip(*(column[1:] for column in part), strict=True):
             table.add_row(*map(_text, row))
         console.print(table)
+
+
+def print_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on a terminal, and elsewhere one line per row without the header, its cells separated by tabs."""
+    if _console().is_terminal:
+        print_table(header, rows)
+    else:
+        sys.stdout.writelines("\t".join(map(printable, row)) + "\n" for row in rows)
+
+
+def print_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print comma-separated values (RFC 4180), None as nothing."""
+    import csv
+
+    writer = csv.writer(sys.stdout)
+    writer.writerow(header)
+    writer.writerows([["" if cell is None else printable(str(cell)) for cell in row] for row in rows])
+
+
+def print_json(value: object) -> None:
+    """Print ``value`` as JSON in ASCII, NaN and infinity as null."""
+    import json
+
+    sys.stdout.write(json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _finite(value: object) -> object:
+    """Return ``value`` with None for every number that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return list(map(_finite, value)) if isinstance(value, list | tuple) else value
 
 
 def _console(stderr: bool = False, quiet: bool = False) -> Console:

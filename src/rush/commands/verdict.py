@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rush.commands.external import NO_MODEL, ExternalModel
+from rush.commands.external import NO_EVALUATION, ExternalEvaluation, verdict_rows
 from rush.commands.terminal import print_table
 from rush.errors import DataError
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 _NATIVE = {2: "float16", 4: "float32"}  # by the bytes of a number, in the machine's byte order; else float64
 
 
-def verdict(file: Path, *, external: ExternalModel = NO_MODEL, alpha: float = 0.001, max_votes: int = 10_000) -> None:
+def verdict(
+    file: Path, *, external: ExternalEvaluation = NO_EVALUATION, alpha: float = 0.001, max_votes: int = 10_000
+) -> None:
     """Judge adversarial images made by any tool: broken, held or undecided, on fresh noise.
 
     The noise depends on the point and on a seed. The seed is drawn after the points are fixed, so that no point can
@@ -40,23 +42,15 @@ def verdict(file: Path, *, external: ExternalModel = NO_MODEL, alpha: float = 0.
         alpha: Probability of a false verdict, per image.
         max_votes: Largest number of votes per verdict.
     """
-    from rush.reporting.wording import percent, share
-
     external = replace(external, images=None)
     threat, model = external.threat, external.classifier
     seed = secrets.randbelow(2**32) if external.seed is None else external.seed
     pixels = None if external.data is None else external.pixels
     options = {"decision": external.decision, "alpha": alpha, "max_votes": max_votes, "seed": seed}
     result = judge_file(file, pixels, model, threat, **options)
-    undecided = int(result.undecided.sum())
     drawn = "" if external.seed is not None else f", drawn after the points; repeat this verdict with --seed {seed}"
     rows = [
-        ("images", f"{len(result):,}"),
-        ("robust accuracy, 1 - broken", share(result.interval)),
-        ("held", share(result.interval_lower)),
-        ("undecided", f"{undecided} ({percent(undecided / len(result))})"),
-        ("largest change", f"l-inf {result.linf.max():.5f}, l2 {result.l2.max():.4f}, l1 {result.l1.max():.3f}"),
-        ("votes per image", f"{result.votes.mean():,.0f}"),
+        *verdict_rows(result),
         ("seed", f"{seed}{drawn}"),
     ]
     print_table(("", str(file)), rows)

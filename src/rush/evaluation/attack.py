@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rush.attacks.gradient import gradient_statistics
 from rush.attacks.losses import LossName, cross_entropy, named_loss
 from rush.attacks.threat import ORDERS, ThreatModel, norms
-from rush.choices import AttackMethod, Decision, Gradient
+from rush.choices import AttackMethod, AttackName, Decision, Gradient
 from rush.data.checks import Images, LabelledPixels, check_pixels
 from rush.errors import InputError, RoundingWarning
 from rush.evaluation.candidates import Candidates
@@ -25,8 +25,6 @@ from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.numbers import as_real, as_whole, positive_integer
 
-Method: TypeAlias = AttackMethod | Literal["worst-case", "paper"]
-
 _AUTO_COSINE = 0.9  # of the mean gradient with the expected one, which eot_samples="auto" aims at
 _AUTO_IMAGES, _AUTO_RANGE = 16, (4, 256)
 
@@ -35,7 +33,7 @@ def attack(
     model: Model,
     images: Images,
     threat: ThreatModel,
-    method: Method = "pgd",
+    method: AttackName = "pgd",
     steps: int | None = None,
     step_size: float | None = None,
     restarts: int | None = None,
@@ -208,7 +206,7 @@ _STEPS = {"fgsm": 1, "mifgsm": 20, "pgd": 20, "apgd": 100, "square": 1000, "fmn"
 _NAMES = {"fgsm": "FGSM", "mifgsm": "MI-FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square", "fmn": "FMN"}
 
 
-def _attacker(method: Method, defender: Defender, threat: ThreatModel, budget: dict[str, Any]) -> Attacker:
+def _attacker(method: AttackName, defender: Defender, threat: ThreatModel, budget: dict[str, Any]) -> Attacker:
     """Return the attacker of the arguments of ``attack`` that are not None, after checking them."""
     if method not in _BUDGETS:
         raise InputError(f"unknown method {method!r}; allowed: {', '.join(_BUDGETS)}")
@@ -223,7 +221,7 @@ def _attacker(method: Method, defender: Defender, threat: ThreatModel, budget: d
     return _plan(method, noisy, threat, budget)
 
 
-def _check_budget(method: Method, defender: Defender, noisy: bool, budget: dict[str, Any]) -> None:
+def _check_budget(method: AttackName, defender: Defender, noisy: bool, budget: dict[str, Any]) -> None:
     for name, value in budget.items():
         taken = name in _BUDGETS[method] and not (
             (name == "eot_samples" and not noisy) or (name == "gradient" and defender.kind == "plain")

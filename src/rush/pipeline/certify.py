@@ -58,28 +58,58 @@ def run_certify(run: RunFolder, tell: Callable[[str], None] = lambda _: None) ->
     config = context.recipe.certify
     indices, pixels = context.splits.evaluation(config.images, smoothed.num_classes, smoothed.kind)
     rule = run_rule(config, context.recipe.smoothing, len(pixels))
-    parts = run.path / CERTIFICATE_PARTS
     tell(f"certify: {reach(rule)}")
     context.begin("certify")
+    table = run.path / CERTIFICATES
+    certificates = certify_into(
+        table, run.path / CERTIFICATE_PARTS, smoothed, pixels, indices, rule, context.recipe.seed
+    )
+    if rank() == 0:
+        run.finish("certify", **_certify_figures(certificates))
+    barrier()
+
+
+def certify_into(
+    table: Path,
+    parts: Path,
+    smoothed: SmoothedClassifier,
+    pixels: LabelledPixels,
+    indices: list[int],
+    rule: Rule,
+    seed: int,
+) -> Certificates:
+    """Certify images, write the table of their certificates, and return them.
+
+    Each image is written as soon as it is decided. A call after an interruption resumes with the images still missing.
+    With several processes each takes its share of them, and each returns all certificates.
+
+    Args:
+        table: file of the table, which may have some of the images already.
+        parts: folder of the certificates until the table is written. It is removed then.
+        indices: of the images in their split.
+        seed: of the noise.
+
+    Raises:
+        ModelError: the classifier cannot be certified.
+        RunError: the table or the parts belong to another rule, other images or another model.
+    """
     model = smoothed.fingerprint()
-    done = in_turn(lambda: _read_parts(run.path, rule, model, indices, pixels))
+    done = in_turn(lambda: _read_parts(table, parts, rule, model, indices, pixels))
     missing = [position for position, index in enumerate(indices) if index not in done]
     try:
-        for position, certificate in certify_each(
-            smoothed, pixels, rule, context.recipe.seed, missing[rank() :: world_size()]
-        ):
+        for position, certificate in certify_each(smoothed, pixels, rule, seed, missing[rank() :: world_size()]):
             append_certificates(parts / f"{rank()}.tsv", certificate, [indices[position]])
     except ModelError:
         shutil.rmtree(parts, ignore_errors=True)  # the votes are not those of a fixed function
         raise
     barrier()
-    if rank() == 0:
-        done = _read_parts(run.path, rule, model, indices, pixels)
-        certificates = join_certificates([done[index] for index in indices])
-        write_certificates(run.path / CERTIFICATES, certificates, indices)
-        shutil.rmtree(parts, ignore_errors=True)
-        run.finish("certify", **_certify_figures(certificates))
+    done = _read_parts(table, parts, rule, model, indices, pixels)
+    certificates = join_certificates([done[index] for index in indices])
     barrier()
+    if rank() == 0:
+        write_certificates(table, certificates, indices)
+        shutil.rmtree(parts, ignore_errors=True)
+    return certificates
 
 
 def run_rule(config: CertifyConfig, smoothing: SmoothingConfig, num_images: int) -> Rule:
@@ -152,7 +182,7 @@ def _certify_figures(certificates: Certificates) -> dict[str, Any]:
 
 
 def _read_parts(
-    folder: Path, rule: Rule, model: str, indices: list[int], pixels: LabelledPixels
+    table: Path, parts: Path, rule: Rule, model: str, indices: list[int], pixels: LabelledPixels
 ) -> dict[int, Certificates]:
     """Return the certificates that are already written, by the indices of their images.
 
@@ -161,22 +191,22 @@ def _read_parts(
     """
     certified: dict[int, Certificates] = {}
     ids = dict(zip(indices, pixels.ids, strict=True))
-    for part in (folder / CERTIFICATES, *sorted((folder / CERTIFICATE_PARTS).glob("*.tsv"))):
+    for part in (table, *sorted(parts.glob("*.tsv"))):
         drop_unfinished_line(part)
         read = read_certificates(part)
         if read is None:
             continue
         stored, certificates = read
         if certificates.rule != rule:
-            raise RunError(f"{part} was made under another rule than the recipe's; move it away and certify again")
+            raise RunError(f"{part} was made under another rule; move it away and certify again")
         if certificates.model != model:
             raise RunError(
-                f"{part} was made with another model than the run's, or names none: weights, noise or execution may "
+                f"{part} was made with another model, or names none: weights, noise or execution may "
                 "have changed; restore the model, or move the file away and certify again"
             )
         same = all(ids.get(index) == image_id for index, image_id in zip(stored, certificates.ids, strict=True))
         if not same or _differing_image(certificates, pixels) is not None:
             raise RunError(f"{part} holds other images than this recipe certifies; move it away and certify again")
         certified |= {index: certificates.select([row]) for row, index in enumerate(stored)}
-    make_folder(folder / CERTIFICATE_PARTS)
+    make_folder(parts)
     return certified
