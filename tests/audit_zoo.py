@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from rush.attacks.pgd import pgd
 from rush.attacks.threat import ThreatModel
-from rush.auditing.audit import AuditReport, AuditVerdict, audit
+from rush.auditing.audit import AuditReport, audit
 from rush.auditing.surrogates import Changed
-from rush.choices import Decision
+from rush.choices import AuditVerdict, Decision
 from rush.data.sources import load_images
 from rush.evaluation.model import Model
 from rush.evaluation.plans import Plan, Suite

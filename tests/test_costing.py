@@ -19,10 +19,10 @@ from rush.commands.cost import (
     RecipeCost,
     StageCost,
     cost_rows,
+    costs_value,
     data_size,
     measure,
     stage_rows,
-    write_costs,
 )
 from rush.data.images import hold_out, stratified_subset
 from rush.data.sources import load_images
@@ -214,9 +214,8 @@ def test_a_recipe_is_the_sum_of_its_trainings() -> None:
     assert shown[2][-3:] == ("10 h 00 min", "1.50 GB", "–")
 
 
-def test_figures_in_the_file_are_marked(tmp_path: Path) -> None:
-    write_costs(tmp_path / "cost.json", made())
-    told = json.loads((tmp_path / "cost.json").read_text())["recipes"]
+def test_figures_in_the_file_are_marked() -> None:
+    told = json.loads(json.dumps(costs_value(made())))["recipes"]
     assert [(entry["recipe"], entry["extrapolated"], entry["hours"], entry["time_ratio"]) for entry in told] == [
         ("one", True, 2.5, 1.0),
         ("two", True, 10.0, 4.0),
@@ -273,7 +272,7 @@ def test_the_command_prints_and_writes_what_it_measured(
 ) -> None:
     monkeypatch.setattr(costing, "measure_apart", measure)
     recipe, file = write_tiny(tmp_path), tmp_path / "cost.json"
-    done = call("cost", recipe, "--steps", 1, "--json", file, "--set", "pretrain.epochs=0")
+    done = call("cost", recipe, "--steps", 1, "--out", file, "--set", "pretrain.epochs=0")
     assert done.returncode == 0, done.stderr
     assert "every figure extrapolated (steps measured: 1)" in done.stdout
     assert "extrapolated from steps measured on cpu (" in done.stdout
@@ -282,6 +281,8 @@ def test_the_command_prints_and_writes_what_it_measured(
     assert [stage["stage"] for stage in told["stages"]] == ["finetune"]
     assert told["seconds"] > 0
     assert f"{told['seconds_per_step']:.3g}" in done.stdout
+    printed = json.loads(call("cost", recipe, "--steps", 1, "--json", "--set", "pretrain.epochs=0").stdout)
+    assert [set(recipe) for recipe in printed["recipes"]] == [set(told)]
 
 
 def test_the_command_refuses_before_it_measures(call: Call, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rush.data import sources
 from rush.data.readers import stl10
@@ -360,3 +361,14 @@ def test_each_fault_of_stl10_is_named(
 ) -> None:
     write_stl10(monkeypatch, tmp_path)
     assert_named("stl10", "train", tmp_path / "stl10_binary", file, damage, text)
+
+
+@pytest.mark.parametrize("place", ["a/0.png", "train/a/0.png", "0.png"])
+def test_images_where_an_archive_would_be_downloaded_to_were_meant_to_be_read(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "fetch", lambda *_: pytest.fail("a download began"))
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8)).save(tmp_path / place)
+    with pytest.raises(DataError, match=f"holds images, first .*{place}, but no cifar10; .*--set data.name={tmp_path}"):
+        sources.load_images("cifar10", root=tmp_path)

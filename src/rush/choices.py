@@ -6,6 +6,7 @@ from typing import Literal
 
 AttackMethod = Literal["none", "fgsm", "mifgsm", "pgd", "apgd", "square", "fmn", "random"]
 AttackName = AttackMethod | Literal["worst-case", "paper"]
+AuditVerdict = Literal["holds", "overestimated", "undecided"]
 CertifyBound = Literal["clopper-pearson", "two-classes", "geometric", "beta"]
 CertifyMethod = Literal["clopper-pearson", "sequential", "exact"]
 CompileChoice = Literal["auto", "none", "default", "reduce-overhead"]

@@ -52,6 +52,10 @@ class DeviceMemoryError(RushError, MemoryError):
     """The device ran out of memory. The text names the field of the recipe to lower."""
 
 
+class MissingExtraError(RushError, ImportError):
+    """A package that only some users need is not installed. The text names it."""
+
+
 class SandwichError(RushError):
     """Attacks broke more certified images than the stated levels allow: the certificate or the attack is wrong."""
 

@@ -83,6 +83,9 @@ class Interval:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{100 * self.estimate:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
 
 def share_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
     """Return the share ``successes / total`` with its exact two-sided Clopper-Pearson interval (1934).

@@ -15,7 +15,7 @@ from rush.auditing import gradients, stronger, validity
 from rush.auditing.case import VERDICTS, Case
 from rush.auditing.findings import Finding
 from rush.auditing.probes import Probe
-from rush.auditing.report import AuditReport, AuditVerdict, decide
+from rush.auditing.report import AuditReport, decide
 from rush.certification.certificates import Certificates
 from rush.choices import Decision
 from rush.data.checks import Images, LabelledPixels, pixel_ids
@@ -39,7 +39,7 @@ PROBES = {
     if isinstance(probe, Probe)
 }
 
-__all__ = ["AuditReport", "AuditVerdict", "Finding", "audit", "default_plan"]
+__all__ = ["AuditReport", "Finding", "audit", "default_plan"]
 
 
 def default_plan(kind: Kind) -> Plan:

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from scipy import special
 
 from rush.auditing.findings import CONFIDENCE, GAIN, INVALIDATING, LEVELS, Finding, Status, lower_bound, upper_bound
-from rush.choices import Norm
+from rush.choices import AuditVerdict, Norm
 from rush.errors import InputError
 from rush.runtime.numbers import as_real, least_whole
 from rush.statistics import Interval, share_interval
-
-AuditVerdict = Literal["holds", "overestimated", "undecided"]
 
 FORMAT = 1  # of audit.json
 # Names of fields in audit.json, where they differ.

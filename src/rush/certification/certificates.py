@@ -1,8 +1,8 @@
 """Certificates of many images, and the statements about the classifier that follow from them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,13 +10,17 @@ from numpy.typing import NDArray
 from rush.certification.rule import Rule
 from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
 from rush.errors import InputError
+from rush.runtime.extras import axes_or_new, data_frame
 from rush.runtime.numbers import as_real
 from rush.statistics import Interval, lower_bound, share_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 UNKNOWN = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificates:
     """Certificates of N images under one ``rule``.
 
@@ -211,6 +215,98 @@ class Certificates:
     def acr_name(self) -> str:
         """Name of ``acr``: "ACR", or "grid ACR" if the radii are those of a grid."""
         return "ACR" if self.rule.radii is None else "grid ACR"
+
+    def to_dict(self, radii: Sequence[float] | None = None) -> dict[str, Any]:
+        """Return the figures as plain numbers and text, shares of pictures as fractions with exact 95 % intervals.
+
+        ``rush certify --json`` prints it. ``true_at_least`` is ``accuracy_lower`` with 95 % confidence.
+
+        Args:
+            radii: at which accuracies are given, ``table_radii`` by default.
+        """
+        rule = self.rule
+        return {
+            "images": len(self),
+            "copies": self.num_copies,
+            **{name: getattr(rule, name) for name in ("noise", "sigma", "norm", "method", "bound", "alpha", "level")},
+            "num_selection": self.num_selection,
+            "num_estimation": self.num_estimation,
+            "samples_per_image": float(self.num_samples.mean()),
+            "abstained": int(self.abstained.sum()),
+            "undecided": int((self.outcome == UNDECIDED).sum()),
+            "acr": self.acr,
+            "accuracy": [
+                {
+                    "radius": float(radius),
+                    "certified": asdict(self.accuracy_interval(radius)),
+                    "true_at_least": self.accuracy_lower(radius),
+                }
+                for radius in (self.table_radii if radii is None else radii)
+            ],
+            "statement": rule.statement,
+        }
+
+    def summary(self) -> str:
+        """Return the figures as lines of text."""
+        figures = self.to_dict()
+        lines = [
+            f"{figures['images']:,} images, {figures['noise']} noise of sigma {self.sigma:g}, {figures['method']} "
+            f"({figures['bound']}), {figures['samples_per_image']:,.0f} samples per image",
+            *(
+                f"certified at {figures['norm']} {row['radius']:g}: {self.accuracy_interval(row['radius'])}"
+                for row in figures["accuracy"]
+            ),
+            f"{self.acr_name} {self.acr:.4f}, {figures['abstained']:,} abstentions",
+            figures["statement"],
+        ]
+        return "\n".join(lines)
+
+    def to_pandas(self) -> Any:
+        """Return a pandas DataFrame with one row per image.
+
+        Its columns are id, label, prediction, radius, correct, p_lower, num_samples, outcome and seconds.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        columns = {
+            "id": self.ids,
+            "label": self.labels,
+            "prediction": self.prediction,
+            "radius": self.radius,
+            "correct": self.correct,
+            "p_lower": self.p_lower,
+            "num_samples": self.num_samples,
+            "outcome": np.array(OUTCOMES)[self.outcome],
+            "seconds": self.seconds,
+        }
+        return data_frame(columns)
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """Plot certified accuracy against the radius, with the exact 95 % interval, and return the axes.
+
+        Args:
+            axes: matplotlib's, by default those of a new figure.
+        """
+        radii = np.linspace(0, self.largest_radius, 201) if self.rule.radii is None else np.array(self.rule.radii)
+        shares = [self.accuracy_interval(radius) for radius in radii]
+        axes = axes_or_new(axes)
+        step: Literal["pre", "post"] = (
+            "post" if self.rule.radii is None else "pre"
+        )  # between two radii of a grid the larger one counts
+        name = f"sigma {self.sigma:g}, {self.rule.noise}"
+        (line,) = axes.step(radii, [share.estimate for share in shares], where=step, label=name)
+        lows, highs = ([getattr(share, end) for share in shares] for end in ("low", "high"))
+        axes.fill_between(radii, lows, highs, step=step, alpha=0.2, color=line.get_color(), linewidth=0)
+        axes.set(xlabel=f"{self.rule.norm} radius", ylabel="certified accuracy", ylim=(0, 1), xlim=(0, None))
+        return axes
+
+    def __repr__(self) -> str:
+        first, *_ = self.table_radii
+        return (
+            f"Certificates({len(self)} images, {self.rule.noise} noise, sigma {self.sigma:g}, {self.rule.method}: "
+            f"{self.accuracy(first):.1%} at {self.rule.norm} {first:g}, {self.acr_name} {self.acr:.3f})"
+        )
 
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> "Certificates":
         """Return the certificates of ``rows``, in their order. The rule, and so the size of the family, stays."""

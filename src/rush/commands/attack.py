@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rush.choices import AttackName, parse_fraction
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation, verdict_rows
 from rush.commands.run_folders import Overrides, open_run, print_once, rank_of_process
-from rush.commands.terminal import print_lines, print_table
+from rush.commands.terminal import Json, print_json, print_lines, print_table
 from rush.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def attack(
     alpha: float = 0.001,
     max_votes: int = 10_000,
     out: Path | None = None,
+    json: Json = False,
 ) -> None:
     """Attack test images of a run with a ladder of attackers, and inside every certified ball. Or attack images of any
     model, and write the points with their verdicts.
@@ -51,7 +52,7 @@ def attack(
             raise ConfigError("--set needs a run folder")
         if external.model is None:
             raise ConfigError("give a run folder, or --model module:function with --data")
-        _attack_model(external, method or "worst-case", alpha, max_votes, out or Path("adversarial.npz"), **given)
+        _attack_model(external, method or "worst-case", alpha, max_votes, out or Path("adversarial.npz"), json, **given)
         return
     data = external.data_of_run()
     options = {"method": method, "out": out, **given}
@@ -62,10 +63,23 @@ def attack(
     from rush.pipeline.stages import run_stage
 
     run_stage(run, "attack", print_once)
+    if json and rank_of_process() == 0:
+        from rush.records.read_run import read_run
+        from rush.reporting.values import ladder_value
+
+        ladder = read_run(folder).ladder
+        assert ladder is not None
+        print_json(ladder_value(ladder))
 
 
 def _attack_model(
-    external: ExternalEvaluation, method: AttackName, alpha: float, max_votes: int, out: Path, **given: str | int
+    external: ExternalEvaluation,
+    method: AttackName,
+    alpha: float,
+    max_votes: int,
+    out: Path,
+    json: bool,
+    **given: str | int,
 ) -> None:
     """Attack the images of a model that belongs to no run, write the points to ``out`` and print the verdicts.
 
@@ -98,6 +112,9 @@ def _attack_model(
         return
     _write_points(out, result)
     shutil.rmtree(parts, ignore_errors=True)
+    if json:
+        print_json(result.to_dict())
+        return
     print_table(
         ("", f"{external.model}, {result.plan.label}, {external.norm} {external.epsilon}"), verdict_rows(result)
     )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rush.choices import AuditVerdict
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation
 from rush.commands.run_folders import Overrides, open_run, print_once
-from rush.commands.terminal import print_lines
-from rush.errors import ConfigError
+from rush.commands.terminal import Json, print_json, print_lines
+from rush.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from rush.auditing.report import AuditReport
     from rush.records.folder import RunFolder
+
+FAILED = 3
+"""Exit status for a verdict that ``--fail-on`` names."""
+_WORSE: tuple[AuditVerdict, ...] = ("holds", "undecided", "overestimated")
 
 
 def audit(
@@ -21,7 +28,9 @@ def audit(
     rung: str | None = None,
     tolerance: float = 0.05,
     out: Path | None = None,
+    fail_on: AuditVerdict | None = None,
     overrides: Overrides = None,
+    json: Json = False,
 ) -> None:
     """Check whether an evaluation can be trusted: that of a run, one rung of its ladder, or the default one (PGD-20,
     for stochastic models EOT 20) of any model.
@@ -32,12 +41,33 @@ def audit(
         tolerance: Largest acceptable share of images that the evaluation reports as robust but this audit breaks.
             A run uses the tolerance of its recipe.
         out: File for the machine-readable audit of --model; audit.json by default.
+        fail_on: End with exit status 3 on this verdict or a worse one, of holds, undecided, overestimated.
     """
     if folder is not None:
-        _audit_run(open_run(folder, external.data_of_run(), overrides), rung)
-        return
+        report, place = _audit_run(open_run(folder, external.data_of_run(), overrides), rung)
+    else:
+        report, place = _audit_model(external, rung, tolerance, out or Path("audit.json"))
+    if json:
+        print_json(report.to_json())
+    else:
+        print_lines([*report.summary(), place])
+    if fail_on is not None and _WORSE.index(report.verdict) >= _WORSE.index(fail_on):
+        sys.exit(FAILED)
+
+
+def _audit_model(
+    external: ExternalEvaluation, rung: str | None, tolerance: float, out: Path
+) -> tuple[AuditReport, str]:
+    """Return the audit of a model that belongs to no run, written to ``out``, and where it is.
+
+    Raises:
+        ConfigError: A rung is named, which only a run has, or no model is.
+        RunError: ``out`` exists.
+    """
     if rung is not None:
         raise ConfigError("--rung belongs to a run folder; give RUN --rung NAME")
+    if out.exists():
+        raise RunError(f"{out} exists; give another file to --out")
     from rush.auditing.audit import audit
     from rush.auditing.report import reach_statement
     from rush.records.audit import write_audit
@@ -50,12 +80,12 @@ def audit(
     report = audit(
         external.classifier, images, threat, None, tolerance, decision=decision, surrogate=surrogate, seed=seed
     )
-    file = out or Path("audit.json")
-    write_audit(file, report)
-    print_lines([*report.summary(), f"written to {file}"])
+    write_audit(out, report)
+    return report, f"written to {out}"
 
 
-def _audit_run(run: RunFolder, rung: str | None) -> None:
+def _audit_run(run: RunFolder, rung: str | None) -> tuple[AuditReport, str]:
+    """Return the audit of a run or of one of its rungs, and where it is."""
     from rush.pipeline.attack import audit_run
     from rush.pipeline.stages import run_stage
     from rush.records.audit import read_audit, write_audit
@@ -65,5 +95,4 @@ def _audit_run(run: RunFolder, rung: str | None) -> None:
         run_stage(run, "audit", print_once)
     elif not file.exists():
         write_audit(file, audit_run(run, rung))
-    report = read_audit(file, "delete it and audit again")
-    print_lines([*report.summary(), f"in {file}"])
+    return read_audit(file, "delete it and audit again"), f"in {file}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rush.choices import CertifyMethod, Level
 from rush.commands.external import NO_MODEL, ExternalModel
 from rush.commands.run_folders import Overrides, open_run, print_once, rank_of_process
-from rush.commands.terminal import print_lines, print_table
+from rush.commands.terminal import Json, print_json, print_lines, print_table
 from rush.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def certify(
     radii: list[float] | None = None,
     level: Level | None = None,
     out: Path | None = None,
+    json: Json = False,
 ) -> None:
     """Certify test images of a run, or images of any model; torchrun shards them across processes. Or recompute
     certificates from the stored votes under another rule, without drawing new samples.
@@ -53,13 +54,13 @@ def certify(
             raise ConfigError(f"{'--recompute' if recompute else '--set'} needs a run folder")
         if external.model is None:
             raise ConfigError("give a run folder, or --model module:function with --data and --sigma")
-        _certify_model(external, method, out or Path("certificates.tsv"), **rule)
+        _certify_model(external, method, out or Path("certificates.tsv"), json, **rule)
         return
     if method is not None:
         raise ConfigError("--method belongs to --model; the votes of a run were drawn by certify.method of its recipe")
     data = external.data_of_run()
     if recompute:
-        _recompute(folder, out, **rule)
+        _recompute(folder, out, json, **rule)
         return
     if rule or out is not None:
         name = next(iter(rule), "out").replace("_", "-")
@@ -71,9 +72,16 @@ def certify(
     from rush.pipeline.stages import run_stage
 
     run_stage(run, "certify", print_once)
+    if json and rank_of_process() == 0:
+        from rush.records.read_run import read_run
+
+        certificates = read_run(folder).certificates
+        print_json(None if certificates is None else certificates.to_dict())
 
 
-def _certify_model(external: ExternalModel, method: CertifyMethod | None, out: Path, **options: Any) -> None:
+def _certify_model(
+    external: ExternalModel, method: CertifyMethod | None, out: Path, json: bool, **options: Any
+) -> None:
     """Certify the images of a model that belongs to no run, write the certificates to ``out`` and print them.
 
     Raises:
@@ -107,11 +115,11 @@ def _certify_model(external: ExternalModel, method: CertifyMethod | None, out: P
     print_once(f"certify: {reach(rule)}")
     parts = out.with_name(f"{out.name}.seed-{seed}.parts")  # votes of two seeds are never mixed
     certificates = certify_into(out, parts, smoothed, pixels, external.indices, rule, seed)
-    _print_certificates(certificates)
+    _print_certificates(certificates, json)
     print_once(f"written to {out}")
 
 
-def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
+def _recompute(path: Path, out: Path | None, json: bool, **changes: Any) -> None:
     """Print the certificates of a run folder or a table under a changed rule, and write them to ``out`` if given.
 
     Raises:
@@ -134,12 +142,15 @@ def _recompute(path: Path, out: Path | None, **changes: Any) -> None:
     certificates = recompute(stored, **changes)
     if out is not None:
         write_certificates(out, certificates, indices)
-    _print_certificates(certificates)
+    _print_certificates(certificates, json)
 
 
-def _print_certificates(certificates: Certificates) -> None:
+def _print_certificates(certificates: Certificates, json: bool) -> None:
     """Print the figures of certificates, in the first process only."""
     if rank_of_process() > 0:
+        return
+    if json:
+        print_json(certificates.to_dict())
         return
     print_table(("", "certified", "true accuracy at least"), _rows(certificates))
     statement = certificates.rule.statement

@@ -1,12 +1,10 @@
 """The cost of training by a recipe on this machine, extrapolated from a few measured steps of each stage."""
 
-import json
 import multiprocessing
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,6 @@ from rush.records.folder import machine
 from rush.reporting.costs import known_sum
 from rush.reporting.wording import duration, energy_text, memory_text, passes_text
 from rush.runtime.execution import Execution, decide_execution
-from rush.runtime.files import write_text
 from rush.runtime.randomness import stream
 from rush.training.budget import Plan, Times
 from rush.training.finetune import finetune
@@ -280,8 +277,8 @@ def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
     ]
 
 
-def write_costs(path: Path, costs: Sequence[RecipeCost]) -> None:
-    """Write all figures to ``path`` as JSON, each marked as ``extrapolated``."""
+def costs_value(costs: Sequence[RecipeCost]) -> dict[str, Any]:
+    """Return all figures as plain values, each marked as ``extrapolated``."""
     first = costs[0].total.seconds
     entries = []
     for cost in costs:
@@ -298,7 +295,7 @@ def write_costs(path: Path, costs: Sequence[RecipeCost]) -> None:
                 "stages": [stage.figures() for stage in cost.stages],
             }
         )
-    write_text(path, json.dumps({"recipes": entries}, indent=2) + "\n")
+    return {"recipes": entries}
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING
 
 from rush.choices import TRAININGS, Stage
 from rush.commands.run_folders import open_run
-from rush.commands.terminal import print_table
+from rush.commands.terminal import Json, print_json, print_table
 
 if TYPE_CHECKING:
     from rush.records.folder import RunFolder
 
 
-def info(folder: Path) -> None:
+def info(folder: Path, *, json: Json = False) -> None:
     """Show the state of a run: recipe, finished stages and figures.
 
     Args:
         folder: Run folder.
     """
     from rush.records.read_run import read_run
+    from rush.reporting.values import run_value
     from rush.reporting.wording import summary_rows
 
     run = open_run(folder)
+    if json:
+        print_json(run_value(read_run(folder)))
+        return
     states = [(stage, _state(run, stage)) for stage in run.recipe.stages]
     print_table((f"{run.recipe.name}: {folder}", ""), [*states, *summary_rows(read_run(folder))])
 

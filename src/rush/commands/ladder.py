@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation
 from rush.commands.run_folders import Overrides, open_run, print_once
-from rush.commands.terminal import print_lines, print_table
+from rush.commands.terminal import Json, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from rush.evaluation.result import AttackResult
@@ -19,7 +19,11 @@ HEADER = ("attacker", "passes + forward", "accuracy", "held", "vs. previous rung
 
 
 def ladder(
-    folder: Path | None = None, *, external: ExternalEvaluation = NO_EVALUATION, overrides: Overrides = None
+    folder: Path | None = None,
+    *,
+    external: ExternalEvaluation = NO_EVALUATION,
+    overrides: Overrides = None,
+    json: Json = False,
 ) -> None:
     """Evaluate a model under a ladder of increasingly strong attacks. Takes a run (this is its attack stage) or any
     model.
@@ -28,7 +32,7 @@ def ladder(
         folder: Run folder; or give --model and --data.
     """
     if folder is not None:
-        _run_ladder(open_run(folder, external.data_of_run(), overrides))
+        _run_ladder(open_run(folder, external.data_of_run(), overrides), json)
         return
     from rush.reporting.wording import percent
 
@@ -36,18 +40,25 @@ def ladder(
     for result in external.run_ladder():
         results.append(result)
         print_lines([f"{result.plan.label}: {percent(result.robust_accuracy)}"], stderr=True)
+    if json:
+        print_json([result.to_dict() for result in results])
+        return
     title = f"{external.model}, {external.norm} {external.epsilon}, {len(results[0])} images"
     print_table(HEADER, rung_rows(results), title)
 
 
-def _run_ladder(run: RunFolder) -> None:
+def _run_ladder(run: RunFolder, json: bool) -> None:
     from rush.pipeline.stages import run_stage
     from rush.records.read_run import read_run
+    from rush.reporting.values import ladder_value
     from rush.reporting.wording import count, count_or_dash, duration, points, share
 
     run_stage(run, "attack", print_once)
     ladder = read_run(run.path).ladder
     assert ladder is not None
+    if json:
+        print_json(ladder_value(ladder))
+        return
     steps = ("–", *(points(rung.above(previous)) for previous, rung in pairwise(ladder.rungs)))
     cells = [
         (

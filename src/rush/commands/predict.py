@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from rush.choices import ABSTAIN, NoiseName, Norm
-from rush.commands.terminal import print_csv, print_json, print_lines, print_rows
+from rush.commands.terminal import Json, print_csv, print_json, print_lines, print_rows
 from rush.errors import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def predict(
     resize: bool = False,
     eager: bool = False,
     stdin: bool = False,
-    json: bool = False,
+    json: Json = False,
     csv: bool = False,
 ) -> None:
     """Predict the class of images with the classifier of a run, or with any model, smoothed or not. A smoothed
@@ -110,7 +110,6 @@ def predict(
             Without it, this happens only if the training images were resized.
         eager: Do not compile the network, even if it was certified compiled; for a machine without a compiler.
         stdin: Read one image from standard input, too.
-        json: Print a JSON list, one object per image.
         csv: Print comma-separated values.
     """
     if json and csv:

@@ -8,21 +8,26 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from rush.commands.run_folders import Data, Overrides, data_roots
-from rush.commands.terminal import print_lines, print_table
+from rush.commands.terminal import Json, print_json, print_lines, print_table
 
 
-def recipes() -> None:
+def recipes(*, json: Json = False) -> None:
     """List the shipped recipes."""
     from rush.recipe.load import recipe_headline, recipe_names
 
-    print_table(("recipe", "about"), [(name, recipe_headline(name)) for name in recipe_names()])
+    rows = [(name, recipe_headline(name)) for name in recipe_names()]
+    if json:
+        print_json([{"name": name, "about": about} for name, about in rows])
+    else:
+        print_table(("recipe", "about"), rows)
 
 
 def cost(
     names: Annotated[list[str], Parameter(name="recipes")],
     *,
     steps: int | None = None,
-    file: Annotated[Path | None, Parameter(name="--json")] = None,
+    out: Path | None = None,
+    json: Json = False,
     data: Data = None,
     overrides: Overrides = None,
 ) -> None:
@@ -32,18 +37,23 @@ def cost(
     Args:
         names: Names of shipped recipes or paths of .toml files; times are also shown relative to the first recipe.
         steps: Steps to time per stage, after the same number of warm-up steps; 4 by default.
-        file: File for all figures, as JSON.
+        out: File for all figures, as JSON.
     """
     from rush.recipe.load import load_recipe
 
     recipes = [load_recipe(name, overrides or (), data_roots(data)) for name in names]
-    from rush.commands.cost import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, measure_apart, stage_rows, write_costs
+    from rush.commands.cost import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, costs_value, measure_apart, stage_rows
 
     costs = [measure_apart(recipe, STEPS if steps is None else steps) for recipe in recipes]
+    if out is not None:
+        from rush.runtime.files import write_json
+
+        write_json(out, costs_value(costs))
+        print_lines([f"written to {out}"], stderr=True)
+    if json:
+        print_json(costs_value(costs))
+        return
     title = f"Cost of training, every figure extrapolated (steps measured: {costs[0].measured_steps})"
     print_table(COST_HEADER, cost_rows(costs), title)
     print_table(STAGE_HEADER, stage_rows(costs), "By stage, every figure extrapolated")
     print_lines(f"extrapolated from steps measured on {text}" for text in dict.fromkeys(c.conditions for c in costs))
-    if file is not None:
-        write_costs(file, costs)
-        print_lines([f"written to {file}"])

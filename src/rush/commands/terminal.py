@@ -10,7 +10,9 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from rush.runtime.lines import printable
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+Json = Annotated[bool, Parameter(negative=(), help="Print JSON, whose keys docs/commands.md lists.")]
+"""Option of the commands that print figures."""
 _UNLIMITED = 10_000  # wider than any table
 _SEPARATOR = len(" | ")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation, verdict_rows
-from rush.commands.terminal import print_table
+from rush.commands.terminal import Json, print_json, print_table
 from rush.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ _NATIVE = {2: "float16", 4: "float32"}  # by the bytes of a number, in the machi
 
 
 def verdict(
-    file: Path, *, external: ExternalEvaluation = NO_EVALUATION, alpha: float = 0.001, max_votes: int = 10_000
+    file: Path,
+    *,
+    external: ExternalEvaluation = NO_EVALUATION,
+    alpha: float = 0.001,
+    max_votes: int = 10_000,
+    json: Json = False,
 ) -> None:
     """Judge adversarial images made by any tool: broken, held or undecided, on fresh noise.
 
@@ -48,6 +53,9 @@ def verdict(
     pixels = None if external.data is None else external.pixels
     options = {"decision": external.decision, "alpha": alpha, "max_votes": max_votes, "seed": seed}
     result = judge_file(file, pixels, model, threat, **options)
+    if json:
+        print_json({**result.to_dict(), "seed": seed})
+        return
     drawn = "" if external.seed is not None else f", drawn after the points; repeat this verdict with --seed {seed}"
     rows = [
         *verdict_rows(result),

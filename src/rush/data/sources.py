@@ -19,7 +19,7 @@ from rush.data.readers.digits import NUM_TEST, load_digits
 from rush.data.readers.download import fetch
 from rush.data.readers.encoded import EncodedImages, decode_all, join
 from rush.data.readers.entries import describe_kind
-from rush.data.readers.folders import open_folder
+from rush.data.readers.folders import first_image, open_folder
 from rush.data.readers.npz import load_npz, npz_bytes
 from rush.data.readers.parquet import open_shards, parquet_folder
 from rush.data.readers.resizing import check_size, resize_images
@@ -238,10 +238,22 @@ def _load_official(name: str, parts: Sequence[str], root: Root, download: bool, 
                 f"{joined_names([root / name for root in roots])} for {files} and parquet shards; put one of these "
                 f"there, pass another root, set {ROOT_VARIABLE}, or pass download=True"
             )
+        if root is not None:
+            _refuse_images(roots[0], name)
         preferred = next(iter(readers))
         located = preferred, fetch(preferred.url, f"md5:{preferred.md5}", roots[0] / preferred.file)
     archive, path = located
     return concatenate([readers[archive](path, part, size) for part in parts])
+
+
+def _refuse_images(folder: Path, name: str) -> None:
+    """Raise DataError if images lie where an archive would be downloaded to: they were meant to be read."""
+    image = first_image(folder) if folder.is_dir() else None
+    if image is not None:
+        raise DataError(
+            f"{folder} holds images, first {image}, but no {name}; to read them, name the folder instead of {name} "
+            f"(in a recipe --set data.name={folder} without --data); to download {name}, give an empty folder"
+        )
 
 
 def _official_readers(name: str) -> dict[Archive, Read]:

@@ -1,7 +1,7 @@
 """The result of an evaluation: the points of one attacker or one suite, with their verdicts."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -9,13 +9,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rush.attacks.threat import ThreatModel
-from rush.choices import Norm
+from rush.choices import VERDICTS, Norm
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED
+from rush.runtime.extras import axes_or_new, data_frame
 from rush.statistics import Interval, share_interval
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class AttackResult:
     """The points of one attacker on N images, with their verdicts; of a suite the worst case, image by image.
 
@@ -128,6 +132,72 @@ class AttackResult:
     def size(self, norm: Norm) -> NDArray[np.float64]:
         """Return the sizes (N,) of the change in ``norm``."""
         return {"linf": self.linf, "l2": self.l2, "l1": self.l1}[norm]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain numbers and text, shares as fractions with 95 % intervals.
+
+        ``rush attack --json`` prints it.
+        """
+        return {
+            "attacker": self.plan.label,
+            "suite": self.suite,
+            "norm": self.threat.norm,
+            "epsilon": float(np.max(np.asarray(self.threat.epsilon))),
+            "images": len(self),
+            "broken": int(self.broken.sum()),
+            "held": int(self.held.sum()),
+            "undecided": int(self.undecided.sum()),
+            "robust_accuracy": asdict(self.interval),
+            "robust_accuracy_lower": asdict(self.interval_lower),
+            "largest_change": {norm: float(self.size(norm).max()) for norm in get_args(Norm)},
+            **self.budget,
+            "seconds": float(self.seconds.sum()),
+            "level": self.level,
+        }
+
+    def summary(self) -> str:
+        """Return the figures as lines of text."""
+        figures = self.to_dict()
+        return "\n".join(
+            (
+                f"{figures['attacker']}, {figures['norm']} {figures['epsilon']:.4g}, {figures['images']:,} images",
+                f"robust accuracy {self.interval}, held {self.interval_lower}, {figures['undecided']:,} undecided",
+                f"{figures['passes_per_image']:,.0f} passes and {figures['votes_per_image']:,.0f} votes per image",
+            )
+        )
+
+    def to_pandas(self) -> Any:
+        """Return a pandas DataFrame with one row per image.
+
+        Its columns are id, label, verdict, challenger, right, votes, linf, l2, l1, passes and seconds.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        columns = {
+            "id": self.ids,
+            "label": self.labels,
+            "verdict": np.array(VERDICTS)[self.verdict],
+            **{name: getattr(self, name) for name in ("challenger", "right", "votes", "linf", "l2", "l1", "passes")},
+            "seconds": self.seconds,
+        }
+        return data_frame(columns)
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """Plot how many images have which share of judging votes for the label, by verdict, and return the axes.
+
+        Args:
+            axes: matplotlib's, by default those of a new figure.
+        """
+        axes = axes_or_new(axes)
+        shares = [self.right[self.verdict == verdict] for verdict in range(len(VERDICTS))]
+        axes.hist(shares, bins=20, range=(0, 1), stacked=True, label=list(VERDICTS))
+        axes.set(xlabel="share of judging votes for the label", ylabel="images")
+        axes.legend()
+        return axes
+
+    def __repr__(self) -> str:
+        return f"AttackResult({self.plan.label}, {self.threat.norm}, {len(self)} images: robust accuracy {self.robust_accuracy:.1%})"
 
     def select(self, rows: list[int]) -> "AttackResult":
         """Return the results of the images at these positions."""

@@ -153,12 +153,27 @@ def compare_command(
         DataError: a public log is damaged.
         RunError: a file of a run is damaged.
     """
+    runs, comparison = read_comparison(paths, sigma, radii, radius, assume_same_images)
+    certified = [] if comparison is None else comparison_tables(comparison)
+    return certified + attacked_tables(runs) + training_tables(runs)
+
+
+def read_comparison(
+    paths: Sequence[Path],
+    sigma: Sequence[float] | None = None,
+    radii: Sequence[float] | None = None,
+    radius: float | None = None,
+    assume_same_images: bool = False,
+) -> tuple[list[RunResults], Comparison | None]:
+    """Return the runs among ``paths``, and the comparison of all certificates, None if there are none.
+
+    Arguments and errors are those of ``compare_command``.
+    """
     runs = {path: read_run(path) for path in paths if (path / "recipe.json").is_file()}
     plain = {path for path, run in runs.items() if run.plain}
     sigmas = zip(paths, _sigma_of_each(paths, sigma), strict=True)
     logs = [read_log(path, sigma=value) for path, value in sigmas if path not in plain]
-    certified = comparison_tables(compare(logs, radii, radius, assume_same_images)) if logs or not plain else []
-    return certified + attacked_tables(list(runs.values())) + training_tables(list(runs.values()))
+    return list(runs.values()), compare(logs, radii, radius, assume_same_images) if logs or not plain else None
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:

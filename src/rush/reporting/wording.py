@@ -45,7 +45,7 @@ def bounds(interval: Interval) -> str:
 
 
 def share(interval: Interval) -> str:
-    return f"{percent(interval.estimate)} {bounds(interval)}"
+    return str(interval)
 
 
 def points(difference: Interval) -> str:

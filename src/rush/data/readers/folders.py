@@ -72,6 +72,18 @@ class FolderImages:
             yield str(file), file
 
 
+def first_image(folder: Path, levels: int = 3) -> Path | None:
+    """Return an image file at most ``levels`` below ``folder``, as in split/class/file, or None if there is none."""
+    entries = list_entries(folder)
+    for entry in entries:
+        if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file():
+            return Path(entry.path)
+    if levels == 1:
+        return None
+    below = (first_image(Path(entry.path), levels - 1) for entry in entries if entry.is_dir())
+    return next((image for image in below if image is not None), None)
+
+
 def open_folder(folder: Path, split: str) -> FolderImages:
     """Find the images below the folder of ``split`` if ``folder`` is divided into splits, else all images below it.
 
