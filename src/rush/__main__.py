@@ -6,24 +6,28 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 _TRACEBACK = "--traceback"
+_QUIET, _VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
+_EVERY, _OFTEN = 60.0, 10.0  # seconds between lines of progress where there is no terminal
 
 
 def main() -> None:
     """Run the command line; an error ends it with one line on standard error and exit status 1.
 
     With ``--traceback`` anywhere on the command line, or RUSH_TRACEBACK=1 in the environment, the traceback is printed
-    before the line.
+    before the line. With ``-q`` or ``--quiet`` nothing but results and errors is printed, with ``-v`` or ``--verbose``
+    progress more often.
     """
     from rush.errors import Interrupted, RushError
 
-    show_traceback = _take_traceback()
+    show_traceback = _taken(_TRACEBACK) or os.environ.get("RUSH_TRACEBACK", "0") not in ("", "0")
+    quiet, verbose = _taken(*_QUIET), _taken(*_VERBOSE)
     _show_own_warnings_in_one_line()
     try:
         from rush.commands.app import app
 
         if sys.argv[1:2] in ([], ["--help"], ["-h"]):
             app.resolved_commands()  # the list of commands consists of their docstrings
-        with _processes():
+        with _processes(), _progress(quiet, verbose):
             app()
     except Interrupted as stop:
         _fail(str(stop), show_traceback, stop.status)
@@ -48,13 +52,22 @@ def _processes() -> AbstractContextManager[None]:
     return joined_processes()
 
 
-def _take_traceback() -> bool:
-    """Return whether a traceback is asked for, and remove the option from the command line, as no command has it."""
+def _progress(quiet: bool, verbose: bool) -> AbstractContextManager[None]:
+    """Return the context in which progress is shown as asked for."""
+    from rush.commands import terminal
+    from rush.runtime.progress import NOTHING, Shown, showing
+
+    terminal.quiet = quiet
+    return showing(NOTHING if quiet else Shown(every=_OFTEN if verbose else _EVERY))
+
+
+def _taken(*options: str) -> bool:
+    """Return whether one of these is on the command line, and remove them, as no command has them."""
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
-    kept = [word for word in words[:end] if word != _TRACEBACK]
+    kept = [word for word in words[:end] if word not in options]
     sys.argv[1:] = [*kept, *words[end:]]
-    return len(kept) < end or os.environ.get("RUSH_TRACEBACK", "0") not in ("", "0")
+    return len(kept) < end
 
 
 def _show_own_warnings_in_one_line() -> None:

@@ -26,7 +26,8 @@ from rush.data.checks import Images, LabelledPixels, labelled_pixels, pixel_ids
 from rush.recipe.schema import CertifyConfig
 from rush.runtime.distributed import gather_objects, rank, world_size
 from rush.runtime.numbers import positive_integer
-from rush.runtime.progress import progress
+from rush.runtime.progress import asked, showing
+from rush.runtime.progress import progress as shown_progress
 from rush.runtime.transfer import sent
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.votes import PendingVotes, VoteRequest
@@ -48,6 +49,7 @@ def certify(
     seed: int = 0,
     in_flight: int | None = None,
     bound: CertifyBound | None = _DEFAULTS.bound,
+    progress: bool | None = None,
 ) -> Certificates:
     """Certify images: a class and a radius within which the smoothed classifier provably predicts it.
 
@@ -76,6 +78,8 @@ def certify(
             by 1 - p_lower. ``two-classes`` also bounds the class with the next most votes (``certification.bounds``),
             which pays where there are many classes. It must be chosen before the votes are seen. ``sequential``:
             ``geometric`` or ``beta`` for the selected class alone, or ``two-classes``.
+        progress: True shows a bar on a terminal, else a line every ten seconds on standard error. False shows nothing.
+            None shows the bar alone.
 
     Returns:
         Certificates of all images, in their order.
@@ -117,7 +121,8 @@ def certify(
         futility=futility,
     )
     positions = list(range(rank(), len(pixels), world_size()))
-    certified = dict(certify_each(smoothed, pixels, rule, seed, positions, in_flight))
+    with showing(asked(progress)):
+        certified = dict(certify_each(smoothed, pixels, rule, seed, positions, in_flight))
     smoothed.answered(pixels.x.shape[1:])
     parts = {position: part for shard in gather_objects(certified) for position, part in shard.items()}
     return join_certificates([parts[position] for position in range(len(pixels))])
@@ -141,11 +146,12 @@ def certify_each(
     """
     if in_flight is not None:
         in_flight = positive_integer("in_flight", in_flight)
+    running = _Running(rule)
     if rule.exact:
-        with progress("certify", len(positions)) as advance:
+        with shown_progress("certify", len(positions)) as advance:
             for position, certificate in certify_all(smoothed, pixels, rule, positions):
                 yield position, certificate
-                advance(1)
+                advance(1, running.after(certificate))
         smoothed.recheck()
         return
     capacity = max(1, _ROUND_TILES * smoothed.execution.rows(pixels.x.shape[1:]) // BLOCK)
@@ -155,7 +161,7 @@ def certify_each(
     waiting = iter(positions)
     cohorts: list[list[_InProgress]] = [[] for _ in sizes]
     launched: _Round | None = None
-    with progress("certify", len(positions)) as advance:
+    with shown_progress("certify", len(positions)) as advance:
         for turn in itertools.cycle(range(len(sizes))):
             entering = itertools.islice(waiting, sizes[turn] - len(cohorts[turn]))
             cohorts[turn] += [engine.enter(pixels, position, seed) for position in entering]
@@ -163,8 +169,9 @@ def certify_each(
             following = engine.launch(cohorts[turn]) if cohorts[turn] else None
             for image in engine.collect(launched) if launched else ():
                 certified, outcome = decider.conclude(*image.state)
-                yield image.position, engine.certificate(image, certified, outcome)
-                advance(1)
+                certificate = engine.certificate(image, certified, outcome)
+                yield image.position, certificate
+                advance(1, running.after(certificate))
             cohorts = [[image for image in cohort if not image.done] for cohort in cohorts]
             if launched is None and following is None:
                 break
@@ -178,6 +185,19 @@ def noise_streams(smoothed: SmoothedClassifier, seed: int, image_id: str) -> tup
         smoothed.streams(seed, f"certify-{purpose}", [image_id])[0] for purpose in ("selection", "estimation")
     )
     return selection, estimation
+
+
+class _Running:
+    """Certified accuracy of the images decided so far, in words."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._norm, self._radius = rule.norm, 0.0 if rule.radii is None else rule.radii[0]
+        self._certified = self._images = 0
+
+    def after(self, certificate: Certificates) -> str:
+        self._images += 1
+        self._certified += int(certificate.certified(self._radius)[0])
+        return f"{self._certified / self._images:.1%} certified at {self._norm} {self._radius:g}"
 
 
 @dataclass(eq=False)

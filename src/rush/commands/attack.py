@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rush.choices import AttackName, parse_fraction
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation, verdict_rows
 from rush.commands.run_folders import Overrides, open_run, print_once, rank_of_process
-from rush.commands.terminal import Json, print_json, print_lines, print_table
+from rush.commands.terminal import Json, print_json, print_notes, print_table
 from rush.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _attack_model(
     print_table(
         ("", f"{external.model}, {result.plan.label}, {external.norm} {external.epsilon}"), verdict_rows(result)
     )
-    print_lines([f"written to {out}; `rush verdict {out}` judges the points again"], stderr=True)
+    print_notes([f"written to {out}; `rush verdict {out}` judges the points again"])
 
 
 def _number(name: str, value: str | int) -> str | int | float:

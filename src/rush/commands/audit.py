@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rush.choices import AuditVerdict
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation
 from rush.commands.run_folders import Overrides, open_run, print_once
-from rush.commands.terminal import Json, print_json, print_lines
+from rush.commands.terminal import Json, print_json, print_lines, print_notes
 from rush.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _audit_model(
     threat, images, surrogate = external.threat, external.pixels, external.surrogate_module
     statement = reach_statement(len(images), tolerance) if 0 < tolerance < 1 else None
     if statement is not None:
-        print_lines([statement], stderr=True)
+        print_notes([statement])
     decision, seed = external.decision, external.seed or 0
     report = audit(
         external.classifier, images, threat, None, tolerance, decision=decision, surrogate=surrogate, seed=seed

@@ -18,6 +18,7 @@ from rush.choices import Decision, NoiseName, Norm, parse_fraction
 from rush.commands.run_folders import data_roots
 from rush.errors import ConfigError, InputError, ModelError, RushError
 from rush.runtime.lines import one_line
+from rush.runtime.progress import part_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -185,8 +186,10 @@ class ExternalEvaluation(ExternalModel):
         evaluation = replace(evaluation, settings=replace(settings, level=settings.level / len(rungs)))
         for rung in rungs:
             evaluation.check_reachable(rung)
-        for rung in rungs:
-            yield evaluation.run(rung)
+        for number, rung in enumerate(rungs, start=1):
+            with part_of(number, len(rungs), "rung"):
+                result = evaluation.run(rung)
+            yield result
 
 
 NO_MODEL = ExternalModel()

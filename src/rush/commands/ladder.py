@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation
 from rush.commands.run_folders import Overrides, open_run, print_once
-from rush.commands.terminal import Json, print_json, print_lines, print_table
+from rush.commands.terminal import Json, print_json, print_notes, print_table
 
 if TYPE_CHECKING:
     from rush.evaluation.result import AttackResult
@@ -39,7 +39,7 @@ def ladder(
     results = []
     for result in external.run_ladder():
         results.append(result)
-        print_lines([f"{result.plan.label}: {percent(result.robust_accuracy)}"], stderr=True)
+        print_notes([f"{result.plan.label}: {percent(result.robust_accuracy)}"])
     if json:
         print_json([result.to_dict() for result in results])
         return

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
-from rush.commands.run_folders import Data, Overrides, data_roots
-from rush.commands.terminal import Json, print_json, print_lines, print_table
+from rush.commands.run_folders import Data, Overrides, data_roots, open_run
+from rush.commands.terminal import Json, print_json, print_lines, print_notes, print_table
+
+recipes = App(name="recipes", help="List the shipped recipes, or show one with all its fields.")
 
 
-def recipes(*, json: Json = False) -> None:
-    """List the shipped recipes."""
+@recipes.default
+def list_recipes(*, json: Json = False) -> None:
+    """List the shipped recipes, or show one with all its fields."""
     from rush.recipe.load import recipe_headline, recipe_names
 
     rows = [(name, recipe_headline(name)) for name in recipe_names()]
@@ -20,6 +24,21 @@ def recipes(*, json: Json = False) -> None:
         print_json([{"name": name, "about": about} for name, about in rows])
     else:
         print_table(("recipe", "about"), rows)
+
+
+@recipes.command
+def show(recipe: str, *, overrides: Overrides = None) -> None:
+    """Print a recipe as TOML with every default and everything that its base gives.
+
+    Args:
+        recipe: Name of a shipped recipe, path of a .toml file, or a run folder.
+    """
+    from rush.recipe.load import load_recipe
+    from rush.recipe.text import to_toml
+
+    run = Path(recipe, "recipe.json").is_file()
+    resolved = open_run(Path(recipe)).recipe if run else load_recipe(recipe, overrides or ())
+    sys.stdout.write(to_toml(resolved))
 
 
 def cost(
@@ -49,7 +68,7 @@ def cost(
         from rush.runtime.files import write_json
 
         write_json(out, costs_value(costs))
-        print_lines([f"written to {out}"], stderr=True)
+        print_notes([f"written to {out}"])
     if json:
         print_json(costs_value(costs))
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from rush.commands.terminal import print_lines
+from rush.commands.terminal import print_notes
 from rush.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def data_roots(paths: list[Path] | None) -> str | list[str] | None:
 
 def print_once(text: str) -> None:
     """Print one line on standard error, in the first process only."""
-    print_lines([text], stderr=True, quiet=rank_of_process() > 0)
+    if rank_of_process() == 0:
+        print_notes([text])
 
 
 def rank_of_process() -> int:

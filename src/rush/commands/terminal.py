@@ -26,9 +26,19 @@ _UNLIMITED = 10_000  # wider than any table
 _SEPARATOR = len(" | ")
 
 
-def print_lines(lines: Iterable[str], stderr: bool = False, quiet: bool = False) -> None:
-    """Print each of ``lines`` on standard output or standard error; nothing if ``quiet``."""
-    console = _console(stderr, quiet)
+quiet = False
+"""Whether nothing but results and errors is printed; set once by the program."""
+
+
+def print_notes(lines: Iterable[str]) -> None:
+    """Print lines on progress on standard error, unless the program is quiet."""
+    if not quiet:
+        print_lines(lines, stderr=True)
+
+
+def print_lines(lines: Iterable[str], stderr: bool = False) -> None:
+    """Print each of ``lines`` on standard output or standard error."""
+    console = _console(stderr)
     for line in lines:
         console.print(_text(line), soft_wrap=True)
 
@@ -87,10 +97,10 @@ def _finite(value: object) -> object:
     return list(map(_finite, value)) if isinstance(value, list | tuple) else value
 
 
-def _console(stderr: bool = False, quiet: bool = False) -> Console:
+def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def _text(text: str) -> Text:

@@ -133,6 +133,20 @@ def decoded_bytes(
     return len(source) * decode(next(source.read(np.arange(1))), size).size
 
 
+def find_official(name: str, root: Root = None) -> Path | None:
+    """Return the archive, extracted folder or folder of shards that ``load_images`` reads for a known name, if any.
+
+    Raises:
+        DataError: ``root`` is not a directory, or an archive has a wrong hash.
+    """
+    roots = _roots(root)
+    located = locate(_official_readers(name), roots, name)
+    if located is not None:
+        return located[1]
+    shards = (parquet_folder(folder) or parquet_folder(folder / name) for folder in roots)
+    return next((folder for folder in shards if folder is not None), None)
+
+
 def _source(name_or_path: str | os.PathLike[str], parts: Sequence[str], root: Root) -> EncodedImages | Path | str:
     """Return the encoded images of the splits ``parts``, or the path of an .npz file.
 

@@ -17,6 +17,7 @@ from rush.recipe.schema import DataConfig
 from rush.runtime.distributed import rank, world_size
 from rush.runtime.randomness import stream
 
+_DRAWN = ("train", "test")  # the splits into which ``data.test_images`` divides the training images
 _SAMPLE = 20_000  # images of a stream that statistics and nearest neighbours are computed from
 
 
@@ -63,10 +64,14 @@ class Splits:
 
     def pretraining_images(self) -> ImageSet | Stream:
         """Return the images of pre-training: its split without the held-out images and without labels."""
-        split, held_out = self.data.pretrain_split, self.held_out
-        images = self.train if split == "train" else self._used(split)
-        if split != "train" and held_out is not None:
-            images = _without(images, np.concatenate([held_out.ids, np.char.add("train/", held_out.ids)]))
+        split = self.data.pretrain_split
+        if split == "train":
+            return self.train.without_labels()
+        kept = [self.held_out, self._in_memory("test") if self.data.test_images else None]
+        images = self._used(split)
+        for part in kept:
+            if part is not None:
+                images = _without(images, np.concatenate([part.ids, np.char.add("train/", part.ids)]))
         return images.without_labels()
 
     def reference(self, count: int | None = None) -> ImageSet:
@@ -112,6 +117,8 @@ class Splits:
     def inspect(self, split: str) -> ImageSet | Stream:
         """Return a split without recording it, to check it before anything is computed with it."""
         data = self.data
+        if self.data.test_images and split in _DRAWN:
+            return self._in_memory(split)
         if split in self.loaded or decoded_bytes(data.name, split, data.root, size=data.size) <= data.memory_bytes:
             return self._in_memory(split)
         if split not in self._streams:
@@ -134,10 +141,32 @@ class Splits:
         return images
 
     def _in_memory(self, split: str) -> ImageSet:
+        data = self.data
+        if split not in self.loaded and data.test_images and split in _DRAWN:
+            self.loaded.update(zip(_DRAWN, self._drawn(), strict=True))
         if split not in self.loaded:
-            data = self.data
             self.loaded[split] = load_images(data.name, split=split, root=data.root, size=data.size)
         return self.loaded[split]
+
+    def _drawn(self) -> tuple[ImageSet, ImageSet]:
+        """Return the training images without ``data.test_images`` of them, and these.
+
+        Raises:
+            ConfigError: there are too few of them, or they do not fit in memory.
+        """
+        data = self.data
+        if decoded_bytes(data.name, "train", data.root, size=data.size) > data.memory_bytes:
+            raise ConfigError(
+                f"data.test_images = {data.test_images} needs all images in memory, and these are streamed; set "
+                "data.memory_gb to what they take, or data.size to a smaller one, or give the data a test split"
+            )
+        whole = load_images(data.name, split="train", root=data.root, size=data.size)
+        if data.test_images >= len(whole):
+            raise ConfigError(
+                f"data.test_images = {data.test_images} leaves none of {len(whole)} images for training; lower it"
+            )
+        train, test = hold_out(whole, data.test_images, stream(0, "test split"))
+        return train, replace(test, split="test")
 
     def _record_once(self, split: str, images: ImageSet | Stream) -> None:
         if split not in self._recorded:

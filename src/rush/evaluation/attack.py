@@ -24,6 +24,7 @@ from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, worst_
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.numbers import as_real, as_whole, positive_integer
+from rush.runtime.progress import asked, showing
 
 _AUTO_COSINE = 0.9  # of the mean gradient with the expected one, which eot_samples="auto" aims at
 _AUTO_IMAGES, _AUTO_RANGE = 16, (4, 256)
@@ -47,6 +48,7 @@ def attack(
     max_votes: int = 10_000,
     seed: int = 0,
     resume: str | PathLike[str] | None = None,
+    progress: bool | None = None,
 ) -> AttackResult:
     """Attack every image and judge the points.
 
@@ -80,6 +82,7 @@ def attack(
         max_votes: largest number of judging votes per point.
         seed: seed of all draws.
         resume: folder that keeps finished groups of 64 images, from which an interrupted call resumes.
+        progress: as in ``rush.certify``.
 
     Returns:
         The points with their verdicts. ``robust_accuracy`` is the share of images that are not broken.
@@ -118,7 +121,8 @@ def attack(
     plan = _attacker(method, evaluation.defender, threat, budget)
     if isinstance(plan, Plan) and budget.get("eot_samples") == "auto":
         plan = _with_chosen_draws(plan, evaluation)
-    return evaluation.run(plan, None if resume is None else Path(resume))
+    with showing(asked(progress)):
+        return evaluation.run(plan, None if resume is None else Path(resume))
 
 
 def verdict(

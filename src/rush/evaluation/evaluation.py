@@ -6,7 +6,7 @@ streams that hold the hash of the point).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -28,7 +28,7 @@ from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, VerdictSettings
 from rush.runtime.distributed import gather_objects, rank, world_size
-from rush.runtime.progress import progress
+from rush.runtime.progress import Advance, progress
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.inspection import check_logits
@@ -125,6 +125,7 @@ class Evaluation:
         mine = range(rank(), len(groups), world_size())
         origin = "" if resume is None else made_by(settings, self.defender.fingerprint())
         results: dict[int, AttackResult] = {}
+        broken = 0
         with progress(f"attack {plan.name}", sum(len(groups[number]) for number in mine)) as advance:
             for number in mine:
                 group, started = self.select(groups[number]), time.perf_counter()
@@ -133,13 +134,16 @@ class Evaluation:
                     results[number] = read_group(
                         file, group.images, group.threat, plan, settings.level, self.defender.single, origin
                     )
-                    advance(len(group.images))
+                    broken += int(results[number].broken.sum())
+                    advance(len(group.images), f"{broken} broken")
                     continue
                 if isinstance(plan, Suite):
                     result = group._worst_case(plan)
                     advance(len(result))
                 else:
                     result = group.judge(group.candidates(plan, advance=advance), plan)
+                broken += int(result.broken.sum())
+                advance(0, f"{broken} broken")
                 seconds = (time.perf_counter() - started) / len(result)
                 results[number] = replace(result, seconds=np.full(len(result), seconds))
                 self.defender.recheck()
@@ -153,7 +157,7 @@ class Evaluation:
         plan: Plan,
         best: Tensor | None = None,
         in_suite: bool = False,
-        advance: Callable[[int], None] = lambda _: None,
+        advance: Advance = lambda _done, _note="": None,
     ) -> Candidates:
         """Attack the images by ``plan`` and return the most harmful point of each.
 

@@ -197,7 +197,8 @@ class AttackResult:
         return axes
 
     def __repr__(self) -> str:
-        return f"AttackResult({self.plan.label}, {self.threat.norm}, {len(self)} images: robust accuracy {self.robust_accuracy:.1%})"
+        what = f"{self.plan.label}, {self.threat.norm}, {len(self)} images"
+        return f"AttackResult({what}: robust accuracy {self.robust_accuracy:.1%})"
 
     def select(self, rows: list[int]) -> "AttackResult":
         """Return the results of the images at these positions."""

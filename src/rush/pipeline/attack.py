@@ -31,6 +31,7 @@ from rush.records.attacks import write_attacks
 from rush.records.audit import write_audit
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
+from rush.runtime.progress import part_of
 from rush.smoothing.classifier import SmoothedClassifier
 
 AUDIT = Path("audit.json")
@@ -51,7 +52,11 @@ def run_attack(run: RunFolder) -> None:
     barrier()
     session = AttackSession.of(context)
     evaluation, certificates = session.evaluation, session.certificates()
-    results = [evaluation.run(rung, session.parts) for rung in session.attackers.rungs]
+    rungs = session.attackers.rungs
+    results = []
+    for number, rung in enumerate(rungs, start=1):
+        with part_of(number, len(rungs), "rung"):
+            results.append(evaluation.run(rung, session.parts))
     few = evaluation.select(list(range(min(session.config.curve_images, len(evaluation.images)))))
     curve_results = [replace(few, threat=threat).run(plan, session.parts) for threat, plan in session.attackers.curve]
     sandwich = Sandwich(0, (), 0)

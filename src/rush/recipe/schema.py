@@ -136,6 +136,8 @@ class DataConfig(Section):
         root: directory of official archives or shards, or a list of directories whose shards are joined.
         pretrain_split: images of pre-training, e.g. "train+unlabeled". Fine-tuning reads ``train``.
         size: side of the images in pixels. None keeps them as stored.
+        test_images: number of training images drawn as the test split, whatever the seed, for data without one. A test
+            split of the data is not read then. 0 reads it.
         held_out: number of training images reserved for monitoring, seen by neither training stage. 0 disables
             monitoring.
         memory_gb: pre-training images that would take more memory than this are streamed from disk.
@@ -145,6 +147,7 @@ class DataConfig(Section):
     root: DataRoot = None
     pretrain_split: str = "train"
     size: Annotated[Whole, Field(ge=4, le=4096)] | None = None
+    test_images: CountOrZero = 0
     held_out: CountOrZero = 0
     memory_gb: Positive = 8.0
 

@@ -27,7 +27,12 @@ _FREE_FIELDS = (
 )
 # Fields that were added later, with the value that earlier runs had, whatever the default is now. At that value they
 # are not part of a fingerprint, so that older checkpoints are still accepted.
-_LATER_FIELDS = (("execution", "deterministic", True), ("smoothing", "noise", "gaussian"), ("certify", "bound", None))
+_LATER_FIELDS = (
+    ("execution", "deterministic", True),
+    ("smoothing", "noise", "gaussian"),
+    ("certify", "bound", None),
+    ("data", "test_images", 0),
+)
 _PRETRAINED = ("checkpoints/encoder.safetensors", "stages/pretrain.json")
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
 

@@ -18,7 +18,7 @@ from rush.runtime.distributed import average_gradients, barrier, broadcast_modul
 from rush.runtime.execution import Execution
 from rush.runtime.interruption import StopRequest, stop_requests
 from rush.runtime.memory import memory_for
-from rush.runtime.progress import progress
+from rush.runtime.progress import Advance, progress
 from rush.runtime.randomness import restarted, stream
 from rush.training import budget
 from rush.training.checkpoint import LONG_SAVING, SAVING_SHARE, TrainingCheckpoint
@@ -170,6 +170,7 @@ class TrainingRun:
         self.graph = self._capturing() if self.captured else None
         self.number = 0  # steps done, those that were skipped included
         self.stopping: Tensor | None = None  # (), share of the processes asked to stop, as of the last step
+        self.note = ""  # the last loss that the host has read
         self.losses = Losses(self.per_epoch)  # of the current epoch, on the device
         self.epoch_began = replace(self.meter.cost)
         self.skipped: set[int] = set()  # numbers of the steps whose batches are omitted
@@ -210,14 +211,14 @@ class TrainingRun:
         """Number of steps of the run, or during a trial of one epoch of each kind of step."""
         return self.per_epoch * (self.head_epochs + 1 if self.epochs is None else self.epochs)
 
-    def _shown(self) -> AbstractContextManager[Callable[[int], None]]:
+    def _shown(self) -> AbstractContextManager[Advance]:
         """Return a progress bar in the first process."""
         size = self.schedule.batch_size
         if rank() > 0:
-            return nullcontext(lambda _: None)
+            return nullcontext(lambda _done, _note="": None)
         return progress(self.name, self.total * size, start=self.number * size)
 
-    def _rest_of_epoch(self, stop: StopRequest, advance: Callable[[int], None]) -> Iterator[Batch]:
+    def _rest_of_epoch(self, stop: StopRequest, advance: Advance) -> Iterator[Batch]:
         """Yield the remaining batches of the epoch, and do after each step, and at the end, what is due."""
         epoch, first = divmod(self.number, self.per_epoch)
         order = stream(self.seed, self.name, "order", epoch)
@@ -228,7 +229,7 @@ class TrainingRun:
             else:
                 yield batch
             self.number += 1
-            advance(self.schedule.batch_size)
+            advance(self.schedule.batch_size, self.note)
             if self.number % self.per_epoch == 0:
                 break  # the checkpoint at the end of an epoch comes after its log
             if world_size() == 1 and stop:
@@ -391,6 +392,7 @@ class TrainingRun:
         if previous is not None:
             first, losses, requests = previous
             self._check(first, losses)
+            self.note = f"loss {float(losses[-1]):.3f}" if len(losses) else self.note
             self._answer(stop, requests)
 
     def _inspect(self) -> float:
