@@ -3,16 +3,20 @@
 import json
 import os
 import re
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import Call, refusal
 from rush.choices import Stage
 from rush.errors import ConfigError, RunError
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
+from rush.records.read_run import read_run
 from tiny import EVERY_RUN, tiny
 
 EXECUTION = {"device": "cpu", "precision": "float32", "channels_last": False, "tile": 100, "threads": 1}
@@ -265,3 +269,32 @@ def test_the_log_is_on_the_disk_when_the_call_returns(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", watched)
     RunFolder(tmp_path, tiny(tmp_path)).log("note")
     assert sizes == [(tmp_path / "log.jsonl").stat().st_size]
+
+
+def test_a_finished_stage_is_repeated_by_the_line_that_the_refusal_names(
+    call: Call, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("certificates.tsv", "attacks.tsv", "audit.json")}
+    refused = refusal(call("certify", run, "--set", "certify.alpha=0.01", "--set", "certify.radii=[0.0, 0.125]"))
+    (line,) = re.findall(r"`(rush certify .*)`", refused)
+    done = call(*shlex.split(line)[1:])
+    assert done.returncode == 0, done.stderr
+    assert f"the results so far are in {run}/earlier/1" in done.stderr
+    assert {name: (run / "earlier/1" / name).read_bytes() for name in before} == before
+    assert (run / "earlier/1/stages/audit.json").is_file()
+    assert json.loads((run / "earlier/1/recipe.json").read_text())["certify"]["alpha"] == 0.001
+    assert json.loads((run / "stages/certify.json").read_text())["radii"] == [0, 0.125]
+    results = read_run(run)
+    assert results.missing == ("attack", "audit")
+    assert call("attack", run).returncode == 0
+    assert call("attack", run, "--redo", "--set", "attack.steps=2").returncode == 0
+    assert json.loads((run / "earlier/2/recipe.json").read_text())["attack"]["steps"] == 3
+    assert (run / "certificates.tsv").is_file()
+    assert "earlier" not in refusal(call("certify", run, "--redo", "--set", "certify.alpha=2"))
+    assert sorted(path.name for path in (run / "earlier").iterdir()) == ["1", "2"]
+
+
+def test_what_trains_weights_is_not_repeated(call: Call, tiny_run: Path) -> None:
+    assert "--redo" not in refusal(call("finetune", tiny_run, "--set", "finetune.epochs=1"))
+    assert "--redo" not in refusal(call("certify", tiny_run, "--set", "smoothing.sigma=0.5"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rush.choices import AttackName, parse_fraction
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation, verdict_rows
-from rush.commands.run_folders import Overrides, open_run, print_once, rank_of_process
+from rush.commands.run_folders import Overrides, Redo, open_run, print_once, rank_of_process
 from rush.commands.terminal import Json, print_json, print_notes, print_table
 from rush.errors import ConfigError, RunError
 
@@ -20,6 +20,7 @@ def attack(
     *,
     external: ExternalEvaluation = NO_EVALUATION,
     overrides: Overrides = None,
+    redo: Redo = False,
     method: AttackName | None = None,
     steps: int | None = None,
     step_size: str | None = None,
@@ -59,7 +60,7 @@ def attack(
     if any(value is not None for value in options.values()):
         name = next(name for name, value in options.items() if value is not None).replace("_", "-")
         raise ConfigError(f"--{name} belongs to --model; the ladder of a run is set by --set attack.FIELD=...")
-    run = open_run(folder, data, overrides)
+    run = open_run(folder, data, overrides, "attack" if redo else None)
     from rush.pipeline.stages import run_stage
 
     run_stage(run, "attack", print_once)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rush.choices import AuditVerdict
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation
-from rush.commands.run_folders import Overrides, open_run, print_once
+from rush.commands.run_folders import Overrides, Redo, open_run, print_once
 from rush.commands.terminal import Json, print_json, print_lines, print_notes
 from rush.errors import ConfigError, RunError
 
@@ -30,6 +30,7 @@ def audit(
     out: Path | None = None,
     fail_on: AuditVerdict | None = None,
     overrides: Overrides = None,
+    redo: Redo = False,
     json: Json = False,
 ) -> None:
     """Check whether an evaluation can be trusted: that of a run, one rung of its ladder, or the default one (PGD-20,
@@ -44,7 +45,7 @@ def audit(
         fail_on: End with exit status 3 on this verdict or a worse one, of holds, undecided, overestimated.
     """
     if folder is not None:
-        report, place = _audit_run(open_run(folder, external.data_of_run(), overrides), rung)
+        report, place = _audit_run(open_run(folder, external.data_of_run(), overrides, "audit" if redo else None), rung)
     else:
         report, place = _audit_model(external, rung, tolerance, out or Path("audit.json"))
     if json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rush.choices import CertifyMethod, Level
 from rush.commands.external import NO_MODEL, ExternalModel
-from rush.commands.run_folders import Overrides, open_run, print_once, rank_of_process
+from rush.commands.run_folders import Overrides, Redo, open_run, print_once, rank_of_process
 from rush.commands.terminal import Json, print_json, print_lines, print_table
 from rush.errors import ConfigError, RunError
 
@@ -20,6 +20,7 @@ def certify(
     *,
     external: ExternalModel = NO_MODEL,
     overrides: Overrides = None,
+    redo: Redo = False,
     recompute: bool = False,
     method: CertifyMethod | None = None,
     alpha: float | None = None,
@@ -68,7 +69,7 @@ def certify(
             f"--{name} belongs to --recompute or --model; to certify a run with other values give --set "
             "certify.FIELD=..."
         )
-    run = open_run(folder, data, overrides)
+    run = open_run(folder, data, overrides, "certify" if redo else None)
     from rush.pipeline.stages import run_stage
 
     run_stage(run, "certify", print_once)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation
-from rush.commands.run_folders import Overrides, open_run, print_once
+from rush.commands.run_folders import Overrides, Redo, open_run, print_once
 from rush.commands.terminal import Json, print_json, print_notes, print_table
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def ladder(
     *,
     external: ExternalEvaluation = NO_EVALUATION,
     overrides: Overrides = None,
+    redo: Redo = False,
     json: Json = False,
 ) -> None:
     """Evaluate a model under a ladder of increasingly strong attacks. Takes a run (this is its attack stage) or any
@@ -32,7 +33,7 @@ def ladder(
         folder: Run folder; or give --model and --data.
     """
     if folder is not None:
-        _run_ladder(open_run(folder, external.data_of_run(), overrides), json)
+        _run_ladder(open_run(folder, external.data_of_run(), overrides, "attack" if redo else None), json)
         return
     from rush.reporting.wording import percent
 

@@ -13,6 +13,7 @@ from rush.commands.terminal import print_notes
 from rush.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rush.choices import Stage
     from rush.recipe.schema import Recipe
     from rush.records.folder import RunFolder
 
@@ -22,6 +23,14 @@ Data = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, Parameter(name="--set", help="Override one recipe field, e.g. pretrain.epochs=10; repeatable.")
+]
+Redo = Annotated[
+    bool,
+    Parameter(
+        negative=(),
+        help="Begin the stage again, e.g. with other values of --set. The results so far, also of later stages, are "
+        "moved to the folder earlier/ of the run.",
+    ),
 ]
 
 
@@ -43,14 +52,27 @@ def create_run(recipe: str, out: Path | None, data: list[Path] | None, overrides
     return _in_turn(lambda: RunFolder.create(out or Path("runs") / resolved.name, resolved))
 
 
-def open_run(folder: Path, data: list[Path] | None = None, overrides: list[str] | None = None) -> RunFolder:
-    """Open a run folder, and change its recipe by ``data`` and ``overrides``."""
+def open_run(
+    folder: Path, data: list[Path] | None = None, overrides: list[str] | None = None, redo: Stage | None = None
+) -> RunFolder:
+    """Open a run folder, and change its recipe by ``data`` and ``overrides``.
+
+    The results of the stage ``redo`` and of later ones are set aside before, so that it is made again.
+    """
     from rush.records.folder import RunFolder
 
     run = RunFolder.open(folder)
-    if data is None and not overrides:
+    if data is None and not overrides and redo is None:
         return run
-    return _in_turn(lambda: RunFolder.create(folder, _changed(run, data, overrides)))
+    recipe = _changed(run, data, overrides)
+
+    def changed() -> RunFolder:
+        aside = None if redo is None else run.set_aside(redo)
+        if aside is not None:
+            print_notes([f"{redo}: the results so far are in {aside}"])
+        return RunFolder.create(folder, recipe)
+
+    return _in_turn(changed)
 
 
 def branch_run(folder: Path, out: Path, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:

@@ -3,9 +3,10 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,7 +19,7 @@ from rush.recipe.load import build_recipe, with_epochs
 from rush.recipe.schema import STAGE_SECTIONS, Recipe
 from rush.records.log import append_event, read_events
 from rush.records.record import Record, with_format
-from rush.runtime.files import one_process, write_bytes, write_json
+from rush.runtime.files import make_folder, one_process, write_bytes, write_json
 
 _FREE_FIELDS = (
     ("data", "root"),
@@ -33,6 +34,14 @@ _LATER_FIELDS = (
     ("certify", "bound", None),
     ("data", "test_images", 0),
 )
+REPEATABLE: tuple[Stage, ...] = ("certify", "attack", "audit")
+"""The stages that can be repeated with other settings, because no weights follow from them."""
+_RESULTS: dict[Stage, tuple[str, ...]] = {
+    "certify": ("certificates.tsv", "certificates.parts"),
+    "attack": ("attacks", "attacks.tsv"),
+    "audit": ("audit.json", "audit-*.json"),
+}
+_EARLIER = "earlier"
 _PRETRAINED = ("checkpoints/encoder.safetensors", "stages/pretrain.json")
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "pillow", "safetensors")
 
@@ -120,6 +129,29 @@ class RunFolder:
             for name in _PRETRAINED:  # the last one marks pre-training as finished
                 write_bytes(path / name, (self.path / name).read_bytes())
         return run
+
+    def set_aside(self, stage: Stage) -> Path | None:
+        """Move the results of ``stage``, one of ``REPEATABLE``, and of later stages into ``earlier/NUMBER``.
+
+        Returns:
+            That folder, or None if there is nothing to move.
+        """
+        stages = STAGES[STAGES.index(stage) :]
+        # first what marks a stage as finished, so that none is without its results if this is interrupted
+        names = [f"stages/{later}.json" for later in reversed(stages)]
+        names += [name for later in stages for name in _RESULTS[later]]
+        files = [file for name in names for file in sorted(self.path.glob(name))]
+        if not files:
+            return None
+        with self.alone():
+            taken = [int(entry.name) for entry in (self.path / _EARLIER).glob("*") if entry.name.isdecimal()]
+            folder = self.path / _EARLIER / str(max(taken, default=0) + 1)
+            make_folder(folder / "stages")
+            self.log("set aside", stage=stage, folder=str(folder.relative_to(self.path)))
+            write_bytes(folder / "recipe.json", (self.path / "recipe.json").read_bytes())
+            for file in files:
+                os.replace(file, folder / file.relative_to(self.path))
+        return folder
 
     def fingerprint(self, stage: Stage) -> str:
         """Return as JSON every recipe field that decides what ``stage`` computes, its own and those of earlier stages.
@@ -249,22 +281,34 @@ class RunFolder:
             begun = [later for later in STAGES[STAGES.index(stage) :] if self._begun(later)]
             changed = _changed_fields(before, self.recipe, stage)
             if begun and changed:
+                again = f", or begin it again with `{self._redo(begun[0], changed)}`" if stage in REPEATABLE else ""
                 raise RunError(
                     f"{self.path} already holds stage {begun[0]} made with different values of {', '.join(changed)}; "
-                    "nothing was overwritten: use another --out, or give the values it was begun with"
+                    f"nothing was overwritten: use another --out, or give the values it was begun with{again}"
                 )
+
+    def _redo(self, stage: Stage, changed: Sequence[str]) -> str:
+        """Return the command that repeats ``stage`` with the values of this recipe in the ``changed`` fields."""
+        values = self.recipe.model_dump(mode="json")
+        overrides = (f"--set {shlex.quote(f'{field}={_override(values, field)}')}" for field in changed)
+        return f"rush {stage} {shlex.quote(str(self.path))} --redo {' '.join(overrides)}"
 
     def _begun(self, stage: Stage) -> bool:
         traces = {
             "pretrain": ("checkpoints/pretrain.pt", "checkpoints/encoder.safetensors"),
             "teach": ("checkpoints/teach-2.pt", "teach"),
             "finetune": ("checkpoints/finetune.pt", "model/model.json"),
-            "certify": ("certificates.tsv", "certificates.parts"),
-            "attack": ("attacks",),
-            "audit": ("audit.json",),
+            **_RESULTS,
         }[stage]
-        has_traces = any((self.path / trace).exists() for trace in traces)
+        has_traces = any(any(self.path.glob(trace)) for trace in traces)
         return has_traces or self.finished(stage) is not None or self.budget(stage) is not None
+
+
+def _override(values: Mapping[str, Any], field: str) -> str:
+    """Return the value of ``section.name`` as --set takes it."""
+    section, _, name = field.partition(".")
+    value = values[section][name] if name else values[section]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _read_object(file: Path, kind: str) -> dict[str, Any]:
