@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,15 @@ from torch.nn import functional as F
 
 import rush
 from rush.choices import EncoderName, Stem
-from rush.errors import ConfigError, RunError
+from rush.errors import ConfigError, InputError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.resnet import ResNet
 from rush.models.storage import ClassifierSpec, load_smoothed, save_smoothed, save_weights
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.discrete import DiscreteGaussian
 from rush.smoothing.noise import Gaussian
 from test_official import PickledCall
 
@@ -310,3 +313,58 @@ def test_saved_weights_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> Non
     finally:
         os.umask(before)
     assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+class Foreign(nn.Module):
+    """A network of other code, with a buffer."""
+
+    def __init__(self, width: int = 10) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, width)
+        self.register_buffer("shift", torch.rand(1, generator=stream(0, "shift")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer((x + self.shift).flatten(1))
+
+
+def test_a_saved_model_is_certified_with_the_same_bits(tmp_path: Path) -> None:
+    """One that this library built, one of other code, and one that is not smoothed."""
+    images = rush.load_images("digits", "test")[:10]
+    built = seeded_init(ClassifierSpec("small", 4, 1, [0.5], [0.25], tuple("0123456789")).build(), stream(0, "w"))
+    own = SmoothedClassifier(built.eval(), 0.25, 10, image_shape=(1, 8, 8))
+    foreign = SmoothedClassifier(
+        Foreign().eval(), noise=DiscreteGaussian(0.5), num_classes=10, classes=list("abcdefghij")
+    )
+    rush.save(own, tmp_path / "own")
+    rush.save(foreign, tmp_path / "foreign")
+    loaded = (rush.load(tmp_path / "own", "cpu"), rush.load(tmp_path / "foreign", "cpu", classifier=Foreign()))
+    for before, after in zip((own, foreign), loaded, strict=True):
+        assert (after.noise.name, after.sigma, after.classes) == (before.noise.name, before.sigma, before.classes)
+        expected = rush.certify(before, (images.pixels(), images.labels), num_estimation=200)
+        certificates = rush.certify(after, (images.pixels(), images.labels), num_estimation=200)
+        np.testing.assert_array_equal(certificates.counts, expected.counts)
+    rush.save(loaded[0], tmp_path / "again")
+    for name in ("model.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
+    (tmp_path / "own/model.json").rename(tmp_path / "own/config.json")  # as a hub has it
+    assert rush.load(tmp_path / "own", "cpu").sigma == 0.25
+
+
+def test_what_cannot_be_saved_or_loaded_says_why(tmp_path: Path) -> None:
+    smoothed = SmoothedClassifier(Foreign().eval(), 0.25, 10)
+    rush.save(smoothed, tmp_path / "saved")
+    with pytest.raises(RunError, match="exists and is not an empty folder"):
+        rush.save(smoothed, tmp_path / "saved")
+    with pytest.raises(InputError, match="got Foreign; wrap a network with"):
+        rush.save(Foreign(), tmp_path / "other")  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"weights of .*test_models\.Foreign, whose code is not .* classifier=network"):
+        rush.load(tmp_path / "saved")
+    with pytest.raises(RunError, match=r"'layer.weight' is .*, expected .*7, 64"):
+        rush.load(tmp_path / "saved", classifier=Foreign(7))
+    built = ClassifierSpec("small", 4, 1, [0.5], [0.25], ["a", "b"]).build().eval()
+    with pytest.raises(InputError, match=r"give SmoothedClassifier\(\.\.\., image_shape=\(C, H, W\)\)"):
+        rush.save(SmoothedClassifier(built, 0.25, 2), tmp_path / "other")
+    rush.save(SmoothedClassifier(built, 0.25, 2, image_shape=(1, 8, 8)), tmp_path / "built")
+    with pytest.raises(RunError, match="a network of this library; omit classifier"):
+        rush.load(tmp_path / "built", classifier=Foreign())
+    assert not (tmp_path / "other").exists()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rush.data.images import ImageSet
     from rush.data.sources import load_images
     from rush.evaluation.attack import attack
-    from rush.models.storage import load
+    from rush.models.storage import load, save
     from rush.runtime.randomness import stream
     from rush.smoothing.classifier import SmoothedClassifier
     from rush.smoothing.discrete import DiscreteGaussian
@@ -40,6 +40,7 @@ _HOMES = {
     "load": "rush.models.storage",
     "load_images": "rush.data.sources",
     "noisy_features": "rush.certification.features",
+    "save": "rush.models.storage",
     "stream": "rush.runtime.randomness",
 }
 
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "load_images",
     "noisy_features",
+    "save",
     "stream",
 ]
 

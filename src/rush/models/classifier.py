@@ -43,7 +43,12 @@ class Classifier(nn.Module):
         encoder: normalized images -> representations (B, features).
         head: representations -> logits.
         kind: shape and class names of the images that it was trained on, as far as they are known.
+
+    Attributes:
+        spec: the arguments that built it (``models.storage.ClassifierSpec``), None for one put together by hand.
     """
+
+    spec: object = None
 
     def __init__(self, normalize: Normalize, encoder: nn.Module, head: nn.Module, kind: ImageKind = ANY_KIND) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,6 +16,8 @@ from rush.runtime.lines import read_object
 FORMAT = 1
 NO_NOISE = "none"
 _NOISES = (*get_args(NoiseName), NO_NOISE)
+FILES = ("model.json", "config.json")
+"""Names of the description: in a run folder, and where a hub expects it."""
 _MOST_BYTES = 1 << 24
 _MOST_VALUES = 1 << 28  # channels x height x width of an image
 _MOST_ERRORS = 3
@@ -52,6 +54,14 @@ class _Classifier(_Part):
         return self
 
 
+class _External(_Part):
+    """A network whose code is not this library's: it is given when the model is loaded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    module: Annotated[str, Field(max_length=1000)]
+
+
 class _Noise(_Part):
     name: str
     sigma: Positive | None = None
@@ -65,22 +75,29 @@ class _Noise(_Part):
 
 class _Execution(_Part):
     precision: Precision
-    tile: Annotated[int, Field(ge=1, le=65536)]
+    tile: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
     folded: bool = False
     compile_mode: CompileMode = "none"
 
 
 class _Description(_Part):
     format: int
-    classifier: _Classifier
+    classifier: _Classifier | _External
     noise: _Noise
     execution: _Execution
-    image_shape: Annotated[list[Side], Field(min_length=3, max_length=3)]
-    classes: list[str] | None = None
+    image_shape: Annotated[list[Side], Field(min_length=3, max_length=3)] | None
+    classes: Annotated[list[str], Field(min_length=2, max_length=MAX_CLASSES)] | None = None
     resized: bool = False
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> "_Description":
+        if isinstance(self.classifier, _External):
+            if self.classes is None:
+                raise ValueError("classes are missing, which a network of other code does not name")
+            check_class_names(self.classes, "classes")
+            return self
+        if self.image_shape is None:
+            raise ValueError("image_shape is missing")
         channels, height, width = self.image_shape
         if channels != self.classifier.in_channels or channels * height * width > _MOST_VALUES:
             raise ValueError(
@@ -93,12 +110,12 @@ class _Description(_Part):
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the validated content of ``model.json`` in ``folder``, with defaults for fields of newer versions.
+    """Return the validated description of the model in ``folder``, with defaults for fields of newer versions.
 
     Raises:
         RunError: The file is missing, damaged, of an unknown format, or inconsistent.
     """
-    file = folder / "model.json"
+    file = next((folder / name for name in FILES if (folder / name).exists()), folder / FILES[0])
     if not file.exists():
         raise RunError(f"{file} is missing: {folder} holds no finished model; train one with `rush run RECIPE`")
     content = _read_json(file)
@@ -108,7 +125,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         entries = error.errors(include_url=False, include_context=False)
         raise damaged(file, "; ".join(map(_explain, entries[:_MOST_ERRORS]))) from error
-    description["classes"] = description["classifier"]["classes"]
+    description["classes"] = description["classifier"].get("classes", description["classes"])
     return description
 
 

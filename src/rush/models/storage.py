@@ -14,13 +14,14 @@ from torch import nn
 from rush.choices import EncoderName, Stem
 from rush.data.kind import ImageKind
 from rush.data.readers.entries import describe_kind
-from rush.errors import ConfigError, RunError
+from rush.errors import ConfigError, InputError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.description import FORMAT, NO_NOISE, damaged, read_description
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
-from rush.runtime.execution import Execution, decide_execution
-from rush.runtime.files import write_atomically, write_json
+from rush.runtime.execution import Execution, decide_execution, device_of
+from rush.runtime.files import make_folder, write_atomically, write_json
+from rush.runtime.lines import printable
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.noise import Noise, make_noise
 
@@ -62,7 +63,9 @@ class ClassifierSpec:
         encoder = build_encoder(self.encoder, self.width, self.in_channels, self.stem)
         features = encoder.features
         assert isinstance(features, int)
-        return Classifier(Normalize(self.mean, self.std), encoder, linear_head(features, len(self.classes)))
+        classifier = Classifier(Normalize(self.mean, self.std), encoder, linear_head(features, len(self.classes)))
+        classifier.spec = self
+        return classifier
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -113,6 +116,59 @@ def _unfit(path: Path, reason: object) -> RunError:
     return RunError(f"{path} does not fit or is damaged: {reason}; restore it, or train again in another folder")
 
 
+def save(model: SmoothedClassifier | Classifier, folder: str | PathLike[str]) -> None:
+    """Write a classifier into a folder from which ``rush.load`` and the commands load it.
+
+    Of a network that this library did not build, the weights are written and the code is not: ``rush.load`` then takes
+    the network as ``classifier``.
+
+    Args:
+        model: a SmoothedClassifier, or a classifier that ``rush.load`` returned.
+        folder: a new or empty folder. It gets ``model.json`` and ``model.safetensors``.
+
+    Raises:
+        InputError: ``model`` is something else.
+        RunError: ``folder`` holds something.
+        WriteError: a file cannot be written.
+
+    Example:
+        >>> import rush, tempfile, torch
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+        >>> folder = tempfile.mkdtemp()
+        >>> rush.save(rush.SmoothedClassifier(network, sigma=0.25, num_classes=10), folder)
+        >>> rush.load(folder, classifier=network).sigma
+        0.25
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} exists and is not an empty folder; give a new one")
+    if isinstance(model, SmoothedClassifier):
+        classifier, noise, execution, shape = model.classifier, model.noise, model.execution, model.image_shape
+    elif isinstance(model, Classifier):
+        classifier, noise, shape = model, None, model.kind.shape
+        execution = plain_execution(device_of(model))
+    else:
+        raise InputError(
+            f"a SmoothedClassifier or a classifier of this library can be saved, got {type(model).__name__}; wrap a "
+            "network with rush.SmoothedClassifier"
+        )
+    built_from = classifier.spec if isinstance(classifier, Classifier) else None
+    spec = built_from if isinstance(built_from, ClassifierSpec) else None
+    if spec is None and noise is None:
+        raise InputError("the classifier was not built by this library; wrap it with rush.SmoothedClassifier")
+    if spec is not None and shape is None:
+        raise InputError("the shape of the images is not known; give SmoothedClassifier(..., image_shape=(C, H, W))")
+    if spec is not None and model.kind.classes is not None:
+        spec = replace(spec, classes=model.kind.classes)
+    if spec is not None:
+        described, names = asdict(spec), spec.classes
+    else:
+        assert isinstance(model, SmoothedClassifier)
+        described, names = {"module": f"{type(classifier).__module__}.{type(classifier).__qualname__}"}, model.classes
+    make_folder(path)
+    _write_model(path, classifier, described, names, noise, execution, shape, False)
+
+
 def save_smoothed(
     folder: Path,
     classifier: Classifier,
@@ -136,16 +192,30 @@ def save_smoothed(
     Raises:
         WriteError: A file cannot be written.
     """
+    _write_model(folder, classifier, asdict(spec), spec.classes, noise, execution, image_shape, resized)
+
+
+def _write_model(
+    folder: Path,
+    classifier: nn.Module,
+    described: Mapping[str, Any],
+    classes: Sequence[str],
+    noise: Noise | None,
+    execution: Execution,
+    image_shape: Sequence[int] | None,
+    resized: bool,
+) -> None:
+    """Write weights and description; ``described`` is the description of the base classifier."""
     save_weights(classifier, folder / "model.safetensors")
+    tile = execution.tile if image_shape is None else execution.rows(image_shape)
     description = {
         "format": FORMAT,
-        "classifier": asdict(spec),
+        "classifier": dict(described),
         "noise": {"name": noise.name, "sigma": noise.sigma} if noise else {"name": NO_NOISE},
-        "execution": {name: getattr(execution, name) for name in ("precision", *_FORWARD)}
-        | {"tile": execution.rows(image_shape)},
-        "image_shape": list(image_shape),
+        "execution": {name: getattr(execution, name) for name in ("precision", *_FORWARD)} | {"tile": tile},
+        "image_shape": None if image_shape is None else list(image_shape),
         "resized": resized,
-        "classes": list(spec.classes),
+        "classes": list(classes),
     }
     write_json(folder / "model.json", description)
 
@@ -180,15 +250,21 @@ def load_plain(folder: Path, device: str) -> Classifier:
     if not _is_plain(description):
         raise RunError(f"{folder} holds a smoothed classifier; use rush.load")
     classifier = _load_classifier(folder, description)
+    assert isinstance(classifier, Classifier)
     classifier.kind = ImageKind(tuple(description["image_shape"]), tuple(description["classes"]))
     plain_execution(device).place(classifier)
     return classifier.eval()
 
 
-def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
+def load_smoothed(folder: Path, execution: Execution, classifier: nn.Module | None = None) -> SmoothedClassifier:
     """Return the smoothed classifier in ``folder``, placed by ``execution`` and in evaluation mode.
 
     Its forward is folded and compiled, and has the tile, as recorded with it.
+
+    Args:
+        folder: of the model.
+        execution: device and precision.
+        classifier: the network of a model whose code is not this library's. It gets the weights.
 
     Raises:
         RunError: A file is missing, damaged or written by a newer version, or the classifier is not smoothed.
@@ -201,7 +277,7 @@ def load_smoothed(folder: Path, execution: Execution) -> SmoothedClassifier:
         )
     execution = replace(execution, **{name: description["execution"][name] for name in _FORWARD})
     return SmoothedClassifier(
-        execution.place(_load_classifier(folder, description)).eval(),
+        execution.place(_load_classifier(folder, description, classifier)).eval(),
         noise=make_noise(**description["noise"]),
         num_classes=len(description["classes"]),
         execution=execution,
@@ -214,31 +290,47 @@ def _is_plain(description: Mapping[str, Any]) -> bool:
     return description["noise"]["name"] == NO_NOISE
 
 
-def _load_classifier(folder: Path, description: Mapping[str, Any]) -> Classifier:
+def _load_classifier(folder: Path, description: Mapping[str, Any], classifier: nn.Module | None = None) -> nn.Module:
     """Return the classifier with its weights, allocated only after the header of the weights is known to fit."""
+    module = description["classifier"].get("module")
+    if (classifier is None) != (module is None):
+        raise RunError(
+            f"{folder} holds the weights of {printable(module)}, whose code is not this library's; give the network: "
+            "rush.load(folder, classifier=network), or --classifier module:function of the commands"
+            if classifier is None
+            else f"{folder} holds a network of this library; omit classifier"
+        )
+    if classifier is not None:
+        load_weights(classifier, folder / "model.safetensors")
+        return classifier
     spec, weights = ClassifierSpec(**description["classifier"]), folder / "model.safetensors"
     try:
         with torch.device("meta"):
             outline = spec.build()
         _check_weights(outline, weights)
-        classifier = spec.build()
+        built = spec.build()
     except ConfigError as error:
         raise RunError(f"{folder / 'model.json'}: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise damaged(folder / "model.json", error) from error
-    load_weights(classifier, weights)
-    return classifier
+    load_weights(built, weights)
+    return built
 
 
 @dataclass(frozen=True)
 class ImageForm:
-    """Form of a model's images: their ``shape`` (C, H, W), and whether they were ``resized`` to it."""
+    """Form of a model's images: their ``shape`` (C, H, W), if known, and whether they were ``resized`` to it."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | None
     resized: bool
 
 
-def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = True) -> SmoothedClassifier | Classifier:
+def load(
+    folder: str | PathLike[str],
+    device: str = "auto",
+    compiled: bool = True,
+    classifier: nn.Module | None = None,
+) -> SmoothedClassifier | Classifier:
     """Load the classifier of a run folder, or of a folder with ``model.json`` and ``model.safetensors``.
 
     Nothing is unpickled.
@@ -248,6 +340,7 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
         device: a device of torch, or "auto" for cuda, else mps, else cpu.
         compiled: whether a model that was certified with torch.compile runs compiled. False serves machines without a
             compiler. Compilation changes the last bits of the logits, so a few votes in many thousands may differ.
+        classifier: the network of a saved model whose code is not this library's (``rush.save``). It gets the weights.
 
     Returns:
         The SmoothedClassifier, in the precision, tile and form that it was certified with. For a run without noise
@@ -272,7 +365,7 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
     if _is_plain(description):
         return load_plain(model, decide_execution(device).device)
     recorded = description["execution"]
-    smoothed = load_smoothed(model, decide_execution(device, recorded["precision"]))
+    smoothed = load_smoothed(model, decide_execution(device, recorded["precision"]), classifier)
     if not compiled:
         smoothed.execution = replace(smoothed.execution, compile_mode="none")
     return smoothed
@@ -281,7 +374,8 @@ def load(folder: str | PathLike[str], device: str = "auto", compiled: bool = Tru
 def image_form(folder: str | PathLike[str]) -> ImageForm:
     """Return the form of the images that the model in ``folder`` was trained on, not resized unless recorded."""
     description = read_description(_model_folder(folder))
-    return ImageForm(tuple(description["image_shape"]), description["resized"])
+    shape = description["image_shape"]
+    return ImageForm(None if shape is None else tuple(shape), description["resized"])
 
 
 def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:
