@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from rush.errors import ConfigError, InputError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.resnet import ResNet
-from rush.models.storage import ClassifierSpec, load_smoothed, save_smoothed, save_weights
+from rush.models.storage import SHIPPED, ClassifierSpec, load_smoothed, save_smoothed, save_weights
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.classifier import SmoothedClassifier
@@ -368,3 +369,21 @@ def test_what_cannot_be_saved_or_loaded_says_why(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="a network of this library; omit classifier"):
         rush.load(tmp_path / "built", classifier=Foreign())
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_are_loaded_by_name_and_are_in_the_table(name: str, tmp_path: Path) -> None:
+    model = rush.load(name, device="cpu")
+    assert isinstance(model, SmoothedClassifier)
+    assert model.fingerprint() == rush.load(RESULTS / name, device="cpu").fingerprint()
+    assert f"| `{name}` |" in (RESULTS.parent / "docs/models.md").read_text()
+    with pytest.raises(RunError, match=f"not a directory; .* the name of a shipped model: .*{name}"):
+        rush.load(tmp_path / "nothing")
+
+
+def test_code_blocks_on_models_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (RESULTS.parent / "docs/models.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, {})
+    assert (tmp_path / "saved/model.json").is_file()

@@ -33,6 +33,8 @@ _TYPES = {
     torch.int64: "I64",
     torch.bool: "BOOL",
 }
+SHIPPED = ("cifar10-small",)
+"""Names of the models that come with this library, see docs/models.md."""
 _FORWARD = ("tile", "folded", "compile_mode")
 
 
@@ -331,12 +333,12 @@ def load(
     compiled: bool = True,
     classifier: nn.Module | None = None,
 ) -> SmoothedClassifier | Classifier:
-    """Load the classifier of a run folder, or of a folder with ``model.json`` and ``model.safetensors``.
+    """Load the classifier of a run folder, of a folder with ``model.json`` and ``model.safetensors``, or a shipped one.
 
     Nothing is unpickled.
 
     Args:
-        folder: a run folder, or a folder with a saved model.
+        folder: a run folder, a folder with a saved model, or the name of a shipped model (``SHIPPED``).
         device: a device of torch, or "auto" for cuda, else mps, else cpu.
         compiled: whether a model that was certified with torch.compile runs compiled. False serves machines without a
             compiler. Compilation changes the last bits of the logits, so a few votes in many thousands may differ.
@@ -384,7 +386,23 @@ def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:
 
 
 def _model_folder(folder: str | PathLike[str]) -> Path:
+    """Return the folder of a model's files: of a run, itself, or that of a shipped model by its name."""
     path = Path(folder)
     if not path.is_dir():
-        raise RunError(f"{path} is not a directory; give a run folder such as runs/digits")
+        if str(folder) in SHIPPED:
+            return _shipped(str(folder))
+        raise RunError(
+            f"{path} is not a directory; give a run folder such as runs/digits, or the name of a shipped model: "
+            f"{', '.join(SHIPPED)}"
+        )
     return path / "model" if (path / "model").is_dir() else path
+
+
+def _shipped(name: str) -> Path:
+    """Return the folder of a shipped model: in an installed package, or in the source tree."""
+    package = Path(__file__).parents[1]
+    places = (package / "shipped" / name, package.parents[1] / "results" / name / "model")
+    found = next((place for place in places if (place / "model.json").is_file()), None)
+    if found is None:
+        raise RunError(f"the files of the shipped model {name} are missing from this installation; install it again")
+    return found
