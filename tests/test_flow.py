@@ -25,6 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("auditing",),
     ("records",),
     ("reporting",),
+    ("exporting",),
     ("pipeline",),
     ("commands",),
     ("__main__",),
@@ -92,7 +93,7 @@ if TYPE_CHECKING:
     assert own_imports(code) == found
     assert "torch.nn" in imported(code)
     assert own_imports(code, late=False) == {"training.loop", "data.images", "data.views", "commands.app"}
-    assert [level(name) for name in ("models.resnet", "models.storage", "commands.app")] == [2, 3, 12]
+    assert [level(name) for name in ("models.resnet", "models.storage", "commands.app")] == [2, 3, 13]
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name])

@@ -16,12 +16,13 @@ from rush.data.kind import ImageKind
 from rush.data.readers.entries import describe_kind
 from rush.errors import ConfigError, InputError, RunError
 from rush.models.classifier import Classifier, Normalize
-from rush.models.description import FORMAT, NO_NOISE, damaged, read_description
+from rush.models.description import FILES, FORMAT, NO_NOISE, damaged, read_description
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
 from rush.runtime.execution import Execution, decide_execution, device_of
+from rush.runtime.extras import optional
 from rush.runtime.files import make_folder, write_atomically, write_json
-from rush.runtime.lines import printable
+from rush.runtime.lines import one_line, printable
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.noise import Noise, make_noise
 
@@ -35,6 +36,7 @@ _TYPES = {
 }
 SHIPPED = ("cifar10-small",)
 """Names of the models that come with this library, see docs/models.md."""
+_HUB = "hf://"
 _FORWARD = ("tile", "folded", "compile_mode")
 
 
@@ -338,7 +340,8 @@ def load(
     Nothing is unpickled.
 
     Args:
-        folder: a run folder, a folder with a saved model, or the name of a shipped model (``SHIPPED``).
+        folder: a run folder, a folder with a saved model, the name of a shipped model (``SHIPPED``), or
+            "hf://owner/name" or "hf://owner/name@revision" for a model on the Hugging Face hub.
         device: a device of torch, or "auto" for cuda, else mps, else cpu.
         compiled: whether a model that was certified with torch.compile runs compiled. False serves machines without a
             compiler. Compilation changes the last bits of the logits, so a few votes in many thousands may differ.
@@ -388,6 +391,8 @@ def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:
 def _model_folder(folder: str | PathLike[str]) -> Path:
     """Return the folder of a model's files: of a run, itself, or that of a shipped model by its name."""
     path = Path(folder)
+    if str(folder).startswith(_HUB):
+        return _from_hub(str(folder).removeprefix(_HUB))
     if not path.is_dir():
         if str(folder) in SHIPPED:
             return _shipped(str(folder))
@@ -396,6 +401,23 @@ def _model_folder(folder: str | PathLike[str]) -> Path:
             f"{', '.join(SHIPPED)}"
         )
     return path / "model" if (path / "model").is_dir() else path
+
+
+def _from_hub(repository: str) -> Path:
+    """Return the folder into which the files of "owner/name" or "owner/name@revision" are downloaded.
+
+    Raises:
+        MissingExtraError: huggingface_hub is not installed.
+        RunError: the hub has no such model, or cannot be reached.
+    """
+    hub = optional("huggingface_hub", f"loading {_HUB}{repository}")
+    name, _, revision = repository.partition("@")
+    try:
+        return Path(
+            hub.snapshot_download(name, revision=revision or None, allow_patterns=[*FILES, "model.safetensors"])
+        )
+    except (OSError, ValueError) as error:  # errors of the hub are among them
+        raise RunError(f"{_HUB}{repository} cannot be loaded: {one_line(error)}") from error
 
 
 def _shipped(name: str) -> Path:

@@ -1,0 +1,49 @@
+"""``rush export``: the classifier of a run for other software."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from rush.commands.terminal import print_lines
+from rush.errors import ConfigError, RunError
+
+
+def export(
+    folder: Path,
+    *,
+    to: Literal["onnx", "hub"],
+    out: Path | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> None:
+    """Write the classifier of a run for other software: its base classifier as an ONNX file, or a folder with weights,
+    configuration and model card for the Hugging Face hub.
+
+    Args:
+        folder: Run folder, a folder with a saved model, or the name of a shipped model.
+        to: onnx or hub.
+        out: The new file or folder; model.onnx and hub by default.
+        push: Also upload to this repository of the hub, owner/name, as the user that is logged in.
+        private: Create the repository as a private one.
+    """
+    if push is not None and to != "hub":
+        raise ConfigError("--push belongs to --to hub")
+    target = out or Path("model.onnx" if to == "onnx" else "hub")
+    if target.exists():
+        raise RunError(f"{target} exists; give another place to --out")
+    from rush.models.storage import load
+
+    model = load(folder)
+    if to == "onnx":
+        from rush.exporting.onnx import export_onnx
+
+        export_onnx(model, target)
+    else:
+        from rush.exporting.hub import push_to_hub, save_pretrained
+
+        run = folder if (folder / "recipe.json").is_file() else None
+        save_pretrained(model, target, run)
+        if push is not None:
+            print_lines([push_to_hub(model, push, run, private)])
+    print_lines([f"written to {target}"])
