@@ -90,6 +90,12 @@ def test_a_comparison(call: Call, tiny_run: Path) -> None:
     assert compared["runs"][0]["folder"] == str(tiny_run)
 
 
+def test_a_verification(call: Call, tiny_run: Path) -> None:
+    verified = value_of(call, "verify", tiny_run, "--images", 2)
+    assert set(verified) == documented("rush verify")
+    assert verified["identical"] is True
+
+
 def test_recipes(call: Call) -> None:
     listed = value_of(call, "recipes")
     assert {"digits", "cifar10-small"} <= {recipe["name"] for recipe in listed}

@@ -19,7 +19,7 @@ GROUPS = {
         "report": "stages",
     },
     "Any model": {"ladder": "ladder", "verdict": "verdict", "predict": "predict"},
-    "Look, compare and hand over": {"info": "info", "compare": "compare", "export": "export"},
+    "Look, compare and hand over": {"info": "info", "compare": "compare", "verify": "verify", "export": "export"},
     "Before a run": {"init": "init", "recipes": "recipes", "cost": "recipes", "doctor": "doctor"},
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}

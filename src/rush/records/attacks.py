@@ -129,6 +129,23 @@ def read_attacks(folder: Path, record: Record, indices: Sequence[int], certifica
     )
 
 
+def read_verdicts(folder: Path) -> dict[str, dict[str, tuple[str, int, int]]]:
+    """Return for each rung of a run and each image id the verdict, the number of votes, and that for the label.
+
+    Raises:
+        RunError: ``attacks.tsv`` is damaged, or of a version that did not store the votes.
+    """
+    path = folder / TABLE
+    table = Table.parse(path, read_lines(path), "; restore it from a copy")
+    votes, right = table.whole("votes"), table.whole("votes_label")
+    found: dict[str, dict[str, tuple[str, int, int]]] = {}
+    for row, (rung, image_id, verdict) in enumerate(
+        zip(*(table.cells[name] for name in ("rung", "id", "verdict")), strict=True)
+    ):
+        found.setdefault(rung, {})[unescape(image_id)] = (verdict, int(votes[row]), int(right[row]))
+    return found
+
+
 def read_samples(folder: Path, ladder: Ladder | None, number: int, remedy: str) -> tuple[Sample, ...]:
     """Return at most ``number`` images under the strongest attacker, evenly spaced over the attacked set.
 
