@@ -13,10 +13,11 @@ from rush.commands.init import look_at
 from rush.data.sources import load_images
 from rush.data.splits import Splits
 from rush.errors import ConfigError
-from rush.recipe.load import load_recipe, recipe_names
+from rush.recipe.load import load_recipe, quickened, recipe_names
 from rush.recipe.schema import DataConfig
 from rush.recipe.text import to_toml
-from tiny import run_tiny
+from rush.records.read_run import read_run
+from tiny import run_tiny, write_tiny
 
 RNG = np.random.default_rng(0)
 
@@ -146,3 +147,24 @@ def test_the_machine_is_described(call: Call, tmp_path: Path) -> None:
     assert found["stl10"] == "not found; it is downloaded when it is needed"
     assert set(found) <= {cells.split("│")[0].strip() for cells in call("doctor").stdout.splitlines()}
     assert "is not a directory" in json.loads(call("doctor", "--data", tmp_path / "no", "--json").stdout)["cifar10"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_trial(name: str) -> None:
+    recipe, trial = load_recipe(name), quickened(load_recipe(name))
+    assert (trial.name, trial.quick) == (f"{name}-quick", True)
+    assert (trial.data, trial.model, trial.smoothing) == (recipe.data, recipe.model, recipe.smoothing)
+    assert trial.pretrain.epochs in (0, 1)
+    assert trial.finetune.epochs in (1, 2)
+    assert {trial.certify.images, trial.attack.images, trial.audit.images} == {10}
+
+
+@pytest.mark.timeout(240)
+def test_a_trial_runs_every_stage_and_is_marked(call: Call, tmp_path: Path) -> None:
+    done = call("run", write_tiny(tmp_path), "--out", tmp_path / "run", "--quick")
+    assert done.returncode == 0, done.stderr
+    assert "its figures mean nothing" in done.stdout
+    assert read_run(tmp_path / "run").missing == ()
+    page = (tmp_path / "run/report.html").read_text()
+    assert '<p class="warning" id="quick"><strong>A trial:</strong> this run is a trial' in page
+    assert "is a run folder; omit it" in refusal(call("run", tmp_path / "run", "--quick"))

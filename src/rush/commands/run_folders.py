@@ -34,21 +34,28 @@ Redo = Annotated[
 ]
 
 
-def create_run(recipe: str, out: Path | None, data: list[Path] | None, overrides: list[str] | None) -> RunFolder:
+def create_run(
+    recipe: str, out: Path | None, data: list[Path] | None, overrides: list[str] | None, quick: bool = False
+) -> RunFolder:
     """Create the run of a recipe in ``out``, by default ``runs/NAME``, or open the run folder that ``recipe`` names.
+
+    With ``quick`` it is the run of the recipe's trial.
 
     Raises:
         ConfigError: The recipe is not valid, or is a run folder and ``out`` is given.
         RunError: The folder holds something else, or finished stages made with other values.
     """
-    from rush.recipe.load import load_recipe
+    from rush.recipe.load import load_recipe, quickened
     from rush.records.folder import RunFolder
 
     if Path(recipe, "recipe.json").is_file():
         if out is not None:
             raise ConfigError(f"{recipe} is already a run folder; omit --out {out}, or give a recipe")
+        if quick:
+            raise ConfigError(f"--quick is for recipes, and {recipe} is a run folder; omit it, or give a recipe")
         return open_run(Path(recipe), data, overrides)
     resolved = load_recipe(recipe, overrides or (), data_roots(data))
+    resolved = quickened(resolved) if quick else resolved
     return _in_turn(lambda: RunFolder.create(out or Path("runs") / resolved.name, resolved))
 
 

@@ -22,14 +22,16 @@ from rush.errors import SandwichError
 Out = Annotated[Path | None, Parameter(help="Run folder; runs/RECIPE by default.")]
 
 
-def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides = None) -> None:
+def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides = None, quick: bool = False) -> None:
     """Run every stage: pretrain, finetune, certify, attack, audit and report. Re-running the command resumes where it
     stopped.
 
     Args:
         recipe: Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
+        quick: Try the recipe in minutes: an epoch of each training, ten images everywhere else. The run NAME-quick is
+            marked as a trial, and its figures mean nothing.
     """
-    folder = create_run(recipe, out, data, overrides)
+    folder = create_run(recipe, out, data, overrides, quick)
     from rush.pipeline.preconditions import check_run
     from rush.pipeline.stages import run_stage
 

@@ -15,6 +15,7 @@ from rush.recipe.schema import Recipe, closest, error_text
 
 _MOST_BYTES, _LONGEST_LINE = 1 << 16, 4096  # of a recipe: the parser's memory grows with the square of a dotted key
 _DEEPEST = 16  # nesting of tables and lists
+_TRIED, _TRIED_VOTES = 10, 1000  # images and votes of a trial
 _LENGTHS = ("epochs", "minutes")  # of a training stage: a value of one replaces an inherited value of the other
 
 
@@ -115,6 +116,28 @@ def build_recipe(
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: {error_text(error, Recipe)}") from None
+
+
+def quickened(recipe: Recipe) -> Recipe:
+    """Return the trial of a recipe: an epoch of each training, and ten images everywhere else.
+
+    It runs every stage on the same data, network and memory. Its figures mean nothing, which ``quick`` marks.
+    """
+    values = recipe.model_dump(mode="json")
+    values |= {"name": f"{recipe.name}-quick", "quick": True}
+    for stage in TRAININGS:
+        if values[stage]["epochs"] != 0:
+            epochs = 2 if values[stage].get("mode") == "linear-then-full" else 1
+            values[stage] |= {"epochs": epochs, "minutes": None, "warmup_epochs": 0, "monitor_epochs": 1}
+    values["finetune"]["head_epochs"] = min(1, values["finetune"]["head_epochs"])
+    values["finetune"]["smoothadv"]["warmup_epochs"] = 0
+    values["pretrain"]["noise"]["ramp_epochs"] = 0
+    values["certify"] |= {"images": _TRIED, "radii": None}
+    values["certify"]["num_estimation"] = min(_TRIED_VOTES, values["certify"]["num_estimation"])
+    attack = {"images": _TRIED, "steps": 5, "eot_samples": [1, 4], "strong_steps": 0, "curve_images": 0}
+    values["attack"] |= attack | {"max_votes": _TRIED_VOTES}
+    values["audit"] |= {"images": _TRIED, "rung": None, "max_votes": _TRIED_VOTES}
+    return build_recipe(values, source=f"the trial of {recipe.name}")
 
 
 def with_epochs(recipe: Recipe, stage: Stage, epochs: int) -> Recipe:

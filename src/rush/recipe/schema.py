@@ -616,10 +616,15 @@ class AuditConfig(Section):
 
 
 class Recipe(Section):
-    """One run from pre-training to report. Examples are the recipes shipped in ``rush/recipes``."""
+    """One run from pre-training to report. Examples are the recipes shipped in ``rush/recipes``.
+
+    Attributes:
+        quick: whether it is a trial of a recipe, whose figures mean nothing (``recipe.load.quickened``).
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: CountOrZero = 0
+    quick: bool = False
     data: DataConfig
     model: ModelConfig
     smoothing: SmoothingConfig

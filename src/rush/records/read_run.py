@@ -89,6 +89,11 @@ class RunResults:
         return str(self.recipe.get("name") or self.folder.name)
 
     @property
+    def quick(self) -> bool:
+        """Whether the run is the trial of a recipe, whose figures mean nothing."""
+        return self.setting("quick") is True
+
+    @property
     def plain(self) -> bool:
         """Whether the classifier is used without noise, so that nothing is certified."""
         return self.setting("smoothing", "sigma") == 0

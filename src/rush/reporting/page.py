@@ -140,6 +140,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "floor": floor,
         "floors": floors,
         "proved": results.threat_certificates,
+        "quick": wording.QUICK,
         "not_certified": wording.NOT_CERTIFIED if results.plain else "",
         "epsilon_plot": _plots(plots.epsilon_curve, "epsilon", ladder, floors) if ladder and ladder.curve else None,
         "curve_zero": wording.zero_text(ladder) if ladder and ladder.curve else ("", False),

@@ -17,6 +17,7 @@ NOT_CERTIFIED = (
     "the classifier is used without smoothing noise, which certificates need; its accuracy under attack is an upper "
     "bound, and nothing is proved"
 )
+QUICK = "this run is a trial of the recipe (--quick), and its figures mean nothing"
 _METHOD_SIGNS: Mapping[CertifyMethod, str] = {
     "clopper-pearson": "Clopper–Pearson",
     "sequential": "Sequential",
@@ -107,7 +108,8 @@ def not_done(results: RunResults) -> list[tuple[str, str]]:
 
 def summary_rows(results: RunResults) -> list[tuple[str, str]]:
     """Return a run as lines of name and value, weakest claim first, and the commands of unfinished stages."""
-    rows = [*_certified_rows(results), *_attacked_rows(results), *_audit_rows(results), *_taught_rows(results)]
+    rows = [("trial", QUICK)] if results.quick else []
+    rows += [*_certified_rows(results), *_attacked_rows(results), *_audit_rows(results), *_taught_rows(results)]
     return rows + [(what, f"`{command}`") for what, command in not_done(results)]
 
 
