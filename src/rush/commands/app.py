@@ -12,7 +12,7 @@ GROUPS = {
         "run": "stages",
         "pretrain": "stages",
         "teach": "stages",
-        "finetune": "stages",
+        "finetune": "finetune",
         "certify": "certify",
         "attack": "attack",
         "audit": "audit",

@@ -1,4 +1,4 @@
-"""``rush run``, ``pretrain``, ``teach``, ``finetune`` and ``report``: the stages of a run."""
+"""``rush run``, ``pretrain``, ``teach`` and ``report``: the stages of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from cyclopts import Parameter
 from rush.commands.run_folders import (
     Data,
     Overrides,
-    branch_run,
     create_run,
     open_run,
     print_once,
@@ -50,13 +49,23 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
         _print_report(folder.path)
 
 
-def pretrain(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides = None) -> None:
-    """Pre-train the encoder of a recipe in a new or existing run folder.
+def pretrain(
+    recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides = None, weights: Path | None = None
+) -> None:
+    """Pre-train the encoder of a recipe in a new or existing run folder, or take its weights from a file.
 
     Args:
         recipe: Name of a shipped recipe, path of a .toml file, or an existing run folder.
+        weights: Weights of an encoder of the recipe's architecture, safetensors or a state_dict of torch.save, e.g. of
+            lightly, solo-learn or MoCo. pretrain.epochs is then 0.
     """
+    overrides = overrides if weights is None else [*(overrides or []), "pretrain.epochs=0"]
     folder = create_run(recipe, out, data, overrides)
+    if weights is not None:
+        from rush.pipeline.train import import_encoder
+
+        import_encoder(folder, weights, print_once)
+        return
     from rush.pipeline.stages import run_stage
 
     run_stage(folder, "pretrain", print_once)
@@ -72,20 +81,6 @@ def teach(folder: Path, *, data: Data = None, overrides: Overrides = None) -> No
     from rush.pipeline.stages import run_stage
 
     run_stage(target, "teach", print_once)
-
-
-def finetune(folder: Path, *, out: Path | None = None, data: Data = None, overrides: Overrides = None) -> None:
-    """Fine-tune the pre-trained encoder of a run. With --out this happens in a new run, e.g. with fewer labels or
-    another objective.
-
-    Args:
-        folder: Run folder.
-        out: New run folder that begins with the encoder of this one.
-    """
-    target = open_run(folder, data, overrides) if out is None else branch_run(folder, out, data, overrides)
-    from rush.pipeline.stages import run_stage
-
-    run_stage(target, "finetune", print_once)
 
 
 def report(folder: Path) -> None:

@@ -78,6 +78,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.features = 8 * width * block.expansion
+        self.blocks = blocks
         self.stem = _stem(stem, in_channels, width)
         self.stages = residual_stages(block, blocks, width, width, block.expansion)
 

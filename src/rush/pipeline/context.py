@@ -111,9 +111,14 @@ def smoothing_noise(recipe: Recipe) -> Noise | None:
 
 
 def training_noise(recipe: Recipe) -> Noise | None:
-    """Return the noise under which the recipe trains, or None if its sigma is 0.
+    """Return the noise under which the recipe trains, or None if its sigma is 0, see ``noise_in_training``."""
+    noise = smoothing_noise(recipe)
+    return None if noise is None else noise_in_training(noise)
+
+
+def noise_in_training(noise: Noise) -> Noise:
+    """Return the noise that training draws where ``noise`` smooths.
 
     In place of discrete noise it is real-valued: the network would hardly differ, and no guarantee rests on training.
     """
-    noise = smoothing_noise(recipe)
     return Gaussian(noise.sigma) if isinstance(noise, DiscreteGaussian) else noise

@@ -1,5 +1,6 @@
 """The two training stages of a run, from the fields of the recipe to the files that they write."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 
 from rush.data.images import ImageSet
-from rush.errors import DataError
+from rush.errors import DataError, RunError
 from rush.models.classifier import Classifier, Represent
+from rush.models.imported import load_imported
 from rush.models.storage import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
 from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext, training_noise
@@ -51,6 +53,40 @@ def run_pretrain(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -
         save_weights(classifier.encoder, run.path / ENCODER)
         figures = {**training_figures(run, "pretrain", len(source)), "objective": config.objective}
         run.finish("pretrain", **figures, knn_accuracy=knn)
+    barrier()
+
+
+def import_encoder(run: RunFolder, file: Path, tell: Callable[[str], None] = lambda _: None) -> None:
+    """Take the encoder of a run from a file of weights in place of pre-training, whose epochs the recipe sets to 0.
+
+    Args:
+        file: as in ``models.imported``.
+        tell: gets a line on what was loaded, and on what was not.
+
+    Raises:
+        RunError: the run is pre-trained already, or the weights do not fit.
+    """
+    if run.finished("pretrain") is not None:
+        raise RunError(f"{run.path} has an encoder already; give another --out")
+    context = StageContext.of(run)
+    check_before_training(context)
+    train, test = context.splits.reference(), context.splits.test
+    _check_separate(train, test)
+    context.begin("pretrain")
+    classifier = new_classifier(spec_of(context.recipe, train), context.recipe.seed)
+    imported = load_imported(classifier.encoder, file)
+    tell(f"{file}: {imported.loaded} tensors loaded")
+    if imported.left:
+        tell(f"not loaded: {', '.join(imported.left)}")
+    if rank() == 0:
+        classifier.eval()
+        knn = _knn_accuracy(classifier, train, test, context.recipe.pretrain.knn_neighbours, context.execution)
+        save_weights(classifier.encoder, run.path / ENCODER)
+        figures = training_figures(run, "pretrain", len(train)) | {
+            "objective": "imported",
+            "weights": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        run.finish("pretrain", **figures, left=list(imported.left), knn_accuracy=knn)
     barrier()
 
 
