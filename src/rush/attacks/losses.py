@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rush.errors import InputError
+from rush.runtime.numbers import is_one_of
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["cross-entropy", "margin", "dlr"]
@@ -73,7 +74,7 @@ def named_loss(name: LossName, num_classes: int, targets: Tensor | None = None) 
         InputError: The name is unknown, a target is not a class, or DLR has fewer than three classes (four with
             targets).
     """
-    if name not in get_args(LossName):
+    if not is_one_of(name, get_args(LossName)):
         raise InputError(f"unknown loss {name!r}; allowed: {', '.join(get_args(LossName))}")
     fewest = 3 if targets is None else 4
     if name == "dlr" and num_classes < fewest:

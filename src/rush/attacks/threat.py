@@ -12,7 +12,7 @@ from torch import Tensor
 from rush.attacks.l1 import project_l1, room_towards, sparse_step
 from rush.choices import LEVELS, Norm
 from rush.errors import InputError
-from rush.runtime.numbers import as_real
+from rush.runtime.numbers import as_real, is_one_of
 from rush.runtime.transfer import sent
 
 ORDERS: dict[Norm, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
@@ -38,7 +38,7 @@ class ThreatModel:
     epsilon: float | Tensor
 
     def __post_init__(self) -> None:
-        if self.norm not in get_args(Norm):
+        if not is_one_of(self.norm, get_args(Norm)):
             raise InputError(f"unknown norm {self.norm!r}; allowed: {', '.join(get_args(Norm))}")
         epsilon = _number_or_tensor(self.epsilon)
         values = epsilon.flatten().tolist() if isinstance(epsilon, Tensor) else [epsilon]

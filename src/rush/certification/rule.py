@@ -22,7 +22,7 @@ from rush.choices import (
     splitting_draws,
 )
 from rush.errors import InputError
-from rush.runtime.numbers import as_real, least_whole, positive_integer, probability, sigma_of
+from rush.runtime.numbers import as_real, is_one_of, least_whole, positive_integer, probability, sigma_of
 from rush.statistics import most_by_chance
 
 CLOPPER_PEARSON, TWO_CLASSES = FIXED = ("clopper-pearson", "two-classes")
@@ -194,7 +194,7 @@ def make_rule(
     """
     bounds: dict[str, tuple[str, ...]] = {"clopper-pearson": FIXED, "sequential": get_args(SequentialBound)}
     exact = noise == "splitting"
-    method = method or (EXACT if exact else CLOPPER_PEARSON)
+    method = (EXACT if exact else CLOPPER_PEARSON) if method is None else method
     _check_one_of("method", method, get_args(CertifyMethod))
     if exact != (method == EXACT):
         raise InputError(
@@ -358,5 +358,5 @@ def _six_decimals(radius: float) -> float:
 
 
 def _check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not is_one_of(value, allowed):
         raise InputError(f"unknown {name} {value!r}; allowed: {', '.join(allowed)}")

@@ -90,6 +90,8 @@ def load_images(
         (0.0, 1.0)
     """
     check_size(size)
+    if not isinstance(split, str):
+        raise DataError(f"split must be text such as 'test' or 'train+unlabeled', got {split!r}")
     name, parts = os.fspath(name_or_path), split.split("+")
     if _is_known(name_or_path) and name != "digits":
         images = _load_official(name, parts, root, download, size)

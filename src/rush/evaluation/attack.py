@@ -23,7 +23,7 @@ from rush.evaluation.model import Defender, Model, SmoothedDefender
 from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, worst_case
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import VerdictSettings
-from rush.runtime.numbers import as_real, as_whole, positive_integer
+from rush.runtime.numbers import as_real, as_whole, is_one_of, positive_integer
 from rush.runtime.progress import asked, showing
 
 _AUTO_COSINE = 0.9  # of the mean gradient with the expected one, which eot_samples="auto" aims at
@@ -212,7 +212,7 @@ _NAMES = {"fgsm": "FGSM", "mifgsm": "MI-FGSM", "pgd": "PGD", "apgd": "APGD", "sq
 
 def _attacker(method: AttackName, defender: Defender, threat: ThreatModel, budget: dict[str, Any]) -> Attacker:
     """Return the attacker of the arguments of ``attack`` that are not None, after checking them."""
-    if method not in _BUDGETS:
+    if not is_one_of(method, _BUDGETS):
         raise InputError(f"unknown method {method!r}; allowed: {', '.join(_BUDGETS)}")
     noisy = defender.kind == "random" and budget.get("gradient") != "transfer"
     _check_budget(method, defender, noisy, budget)
@@ -233,10 +233,10 @@ def _check_budget(method: AttackName, defender: Defender, noisy: bool, budget: d
         if not taken:
             what = "is a fixed suite" if method == "worst-case" else "takes none on this model"
             raise InputError(f"{name}={value} was given, but method {method!r} {what}")
-        if name in ("steps", "restarts") or (name == "eot_samples" and value != "auto"):
+        if name in ("steps", "restarts") or (name == "eot_samples" and not is_one_of(value, ("auto",))):
             positive_integer(name, value)
     gradient, step_size, targets = budget.get("gradient", "fresh"), budget.get("step_size", 1.0), budget.get("targets")
-    if gradient not in get_args(Gradient):
+    if not is_one_of(gradient, get_args(Gradient)):
         raise InputError(f"unknown gradient {gradient!r}; allowed: {', '.join(get_args(Gradient))}")
     if gradient == "transfer" and not defender.transferable:
         raise InputError("gradient='transfer' needs a smoothed classifier, whose base network has no noise of its own")

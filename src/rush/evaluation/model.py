@@ -43,6 +43,7 @@ from rush.evaluation.verdict import (
     votes_of,
 )
 from rush.runtime.execution import Execution, check_eval_mode, device_of
+from rush.runtime.numbers import is_one_of
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.fingerprint import fingerprint_of
@@ -160,7 +161,7 @@ def defend(
         return (ExactDefender if isinstance(model.noise, Splitting) else SmoothedDefender)(model, surrogate)
     if decision is None:
         return PlainDefender(model, num_classes or 0, surrogate)
-    if decision not in get_args(Decision):
+    if not is_one_of(decision, get_args(Decision)):
         raise InputError(f"unknown decision {decision!r}; allowed: {', '.join(get_args(Decision))}")
     return RandomDefender(model, num_classes or 0, decision, surrogate)
 

@@ -10,6 +10,7 @@ from rush.choices import EncoderName, Stem
 from rush.errors import ConfigError
 from rush.models.preact import PreActResNet, wide_resnet
 from rush.models.resnet import BasicBlock, Bottleneck, ResNet
+from rush.runtime.numbers import is_one_of
 
 _RESNETS: dict[str, tuple[tuple[int, int, int, int], type[BasicBlock] | type[Bottleneck]]] = {
     "resnet18": ((2, 2, 2, 2), BasicBlock),
@@ -53,9 +54,9 @@ def build_encoder(name: EncoderName, width: int, in_channels: int, stem: Stem = 
     Raises:
         ConfigError: The name or the stem is unknown, or the encoder does not have this stem.
     """
-    if stem not in get_args(Stem):
+    if not is_one_of(stem, get_args(Stem)):
         raise ConfigError(f"unknown stem {stem!r}; allowed: {', '.join(get_args(Stem))}")
-    if name not in get_args(EncoderName):
+    if not is_one_of(name, get_args(EncoderName)):
         raise ConfigError(f"unknown encoder {name!r}; allowed: {', '.join(get_args(EncoderName))}")
     if name in _RESNETS:
         blocks, block = _RESNETS[name]

@@ -1,7 +1,7 @@
 """Conversion of users' numbers to plain Python numbers, and a search for the least integer that suffices."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 
 from rush.errors import InputError
@@ -31,6 +31,11 @@ def as_real(value: object) -> float | None:
     except OverflowError:
         return None
     return real if math.isfinite(real) else None
+
+
+def is_one_of(value: object, allowed: Iterable[str]) -> bool:
+    """Return whether ``value`` is text and one of ``allowed``; arrays, which compare elementwise, are not."""
+    return isinstance(value, str) and value in tuple(allowed)
 
 
 def positive_integer(name: str, value: object) -> int:

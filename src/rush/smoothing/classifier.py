@@ -28,6 +28,12 @@ from rush.statistics import fewest_votes, sign_test
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 
+def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise InputError(f"classes must be a list of names, got {classes!r}")
+    return tuple(map(str, classes))
+
+
 class SmoothedClassifier:
     """A base classifier f under noise: g(x) = argmax_c P(f(x + noise) = c) (Cohen et al. 2019, equation 1).
 
@@ -86,7 +92,7 @@ class SmoothedClassifier:
             hint = "; a classifier with a single logit z has two classes: let it return torch.cat([-z, z], 1)"
             raise InputError(f"num_classes must be an integer >= 2, got {num_classes!r}{hint if whole == 1 else ''}")
         trained_on = classifier.kind if isinstance(classifier, Classifier) else ANY_KIND
-        names = trained_on.classes if classes is None else tuple(map(str, classes))
+        names = trained_on.classes if classes is None else _class_names(classes)
         if names is not None and len(names) != whole:
             raise InputError(f"got {len(names)} class names for num_classes = {whole}")
         self.classifier = classifier
