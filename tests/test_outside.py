@@ -95,6 +95,7 @@ def test_a_module_is_found_in_the_working_folder_and_smoothed_where_asked(outsid
         ("{}:absent", None, "has no function 'absent'"),
         ("{}:nothing", None, r"gave int, expected a torch\.nn\.Module"),
         ("{}:", None, "must read module:function"),
+        ("{}", None, r"--model models_\d+ is neither module:function, e.g. mymodels:net, nor a run folder"),
         ("{}:smoothed", 0.5, "its own noise; omit --sigma"),
     ],
 )

@@ -227,11 +227,16 @@ def load_model(name: str, sigma: float | None, num_classes: int, noise: NoiseNam
     from torch import nn
 
     from rush.data.checks import kind_of
-    from rush.models.storage import load
+    from rush.models.storage import HUB, SHIPPED, load
     from rush.smoothing.classifier import SmoothedClassifier
     from rush.smoothing.noise import make_noise
 
-    model = call(name) if ":" in name else load(name)
+    if ":" not in name and not Path(name).exists() and name not in SHIPPED:
+        raise ConfigError(
+            f"--model {name} is neither module:function, e.g. mymodels:net, nor a run folder, nor a shipped model "
+            f"({', '.join(SHIPPED)})"
+        )
+    model = load(name) if ":" not in name or name.startswith(HUB) else call(name)
     if isinstance(model, SmoothedClassifier):
         model.execution.configure()
         if sigma is not None:

@@ -36,7 +36,8 @@ _TYPES = {
 }
 SHIPPED = ("cifar10-small",)
 """Names of the models that come with this library, see docs/models.md."""
-_HUB = "hf://"
+HUB = "hf://"
+"""Beginning of the name of a model on the Hugging Face hub."""
 _FORWARD = ("tile", "folded", "compile_mode")
 
 
@@ -391,8 +392,8 @@ def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:
 def _model_folder(folder: str | PathLike[str]) -> Path:
     """Return the folder of a model's files: of a run, itself, or that of a shipped model by its name."""
     path = Path(folder)
-    if str(folder).startswith(_HUB):
-        return _from_hub(str(folder).removeprefix(_HUB))
+    if str(folder).startswith(HUB):
+        return _from_hub(str(folder).removeprefix(HUB))
     if not path.is_dir():
         if str(folder) in SHIPPED:
             return _shipped(str(folder))
@@ -410,14 +411,14 @@ def _from_hub(repository: str) -> Path:
         MissingExtraError: huggingface_hub is not installed.
         RunError: the hub has no such model, or cannot be reached.
     """
-    hub = optional("huggingface_hub", f"loading {_HUB}{repository}")
+    hub = optional("huggingface_hub", f"loading {HUB}{repository}")
     name, _, revision = repository.partition("@")
     try:
         return Path(
             hub.snapshot_download(name, revision=revision or None, allow_patterns=[*FILES, "model.safetensors"])
         )
     except (OSError, ValueError) as error:  # errors of the hub are among them
-        raise RunError(f"{_HUB}{repository} cannot be loaded: {one_line(error)}") from error
+        raise RunError(f"{HUB}{repository} cannot be loaded: {one_line(error)}") from error
 
 
 def _shipped(name: str) -> Path:
