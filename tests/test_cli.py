@@ -120,7 +120,7 @@ def test_recipes_are_listed_with_what_they_are() -> None:
 def test_an_unknown_command_and_a_missing_argument_fail_without_a_traceback(call: Call) -> None:
     for arguments, message in (
         (("certfy", "x"), "certfy"),
-        (("finetune",), "requires an argument"),
+        (("teach",), "requires an argument"),
         (("run", "x", "--sett"), "--sett"),
     ):
         done = call(*arguments)

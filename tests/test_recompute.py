@@ -276,9 +276,9 @@ def test_the_command_names_the_norm_of_the_radii(call: Call, tmp_path: Path) -> 
 def test_options_of_recomputing_are_refused_without_it(call: Call, tiny_run: Path, options: tuple[object, ...]) -> None:
     message = refusal(call("certify", tiny_run, *options))
     assert message.startswith(
-        f"rush: {options[0]} belongs to --recompute; to certify with other values give --set certify."
+        f"rush: {options[0]} belongs to --recompute or --model; to certify a run with other values give --set certify."
     )
-    assert "--out belongs to --recompute" in refusal(call("certify", tiny_run, "--out", "new.tsv"))
+    assert "--out belongs to --recompute or --model" in refusal(call("certify", tiny_run, "--out", "new.tsv"))
 
 
 def test_what_cannot_be_recomputed_is_told_in_a_line(call: Call, table: Path, tmp_path: Path) -> None:
