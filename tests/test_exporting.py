@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import onnxruntime
+import pandas
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from rush.exporting import onnx as onnx_module
 from rush.exporting.hub import push_to_hub, save_pretrained
 from rush.exporting.onnx import export_onnx
 from rush.models.storage import ClassifierSpec
+from rush.records.folder import RunFolder
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.classifier import SmoothedClassifier
 
-DOCS = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+DOCS_FOLDER = Path(__file__).parents[1] / "docs"
+DOCS = (DOCS_FOLDER / "models.md").read_text(encoding="utf-8")
 
 
 def onnx_logits(file: Path, x: Tensor) -> Tensor:
@@ -150,3 +153,21 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtraError, match=r"loading hf://me/tiny needs huggingface_hub .*pip install hugging"):
         rush.load("hf://me/tiny")
+
+
+def test_figures_of_training_are_read_by_tensorboard_and_pandas(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = call("export", tiny_run, "--to", "tensorboard", "--out", tmp_path / "board")
+    assert done.returncode == 0, done.stderr
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    events = RunFolder.open(tiny_run).events("epoch", "pretrain")
+    losses = board.Scalars("pretrain/loss")
+    assert [(scalar.step, scalar.value) for scalar in losses] == [
+        (event["epoch"], pytest.approx(event["loss"])) for event in events
+    ]
+    (line,) = re.findall(r"`pandas\.read_json\((.*?)\)`", (DOCS_FOLDER / "commands.md").read_text(encoding="utf-8"))
+    assert line == '"RUN/log.jsonl", lines=True'
+    frame = pandas.read_json(tiny_run / "log.jsonl", lines=True)
+    read = frame[(frame.event == "epoch") & (frame.stage == "pretrain")].loss.tolist()
+    assert read == pytest.approx([event["loss"] for event in events])

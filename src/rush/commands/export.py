@@ -1,4 +1,4 @@
-"""``rush export``: the classifier of a run for other software."""
+"""``rush export``: a run for other software."""
 
 from __future__ import annotations
 
@@ -12,26 +12,33 @@ from rush.errors import ConfigError, RunError
 def export(
     folder: Path,
     *,
-    to: Literal["onnx", "hub"],
+    to: Literal["onnx", "hub", "tensorboard"],
     out: Path | None = None,
     push: str | None = None,
     private: bool = False,
 ) -> None:
-    """Write the classifier of a run for other software: its base classifier as an ONNX file, or a folder with weights,
-    configuration and model card for the Hugging Face hub.
+    """Write a run for other software: its base classifier as an ONNX file, a folder with weights, configuration and
+    model card for the Hugging Face hub, or the figures of training as a TensorBoard log.
 
     Args:
         folder: Run folder, a folder with a saved model, or the name of a shipped model.
-        to: onnx or hub.
-        out: The new file or folder; model.onnx and hub by default.
+        to: onnx, hub or tensorboard.
+        out: The new file or folder; model.onnx, hub and tensorboard by default.
         push: Also upload to this repository of the hub, owner/name, as the user that is logged in.
         private: Create the repository as a private one.
     """
     if push is not None and to != "hub":
         raise ConfigError("--push belongs to --to hub")
-    target = out or Path("model.onnx" if to == "onnx" else "hub")
+    target = out or Path("model.onnx" if to == "onnx" else to)
     if target.exists():
         raise RunError(f"{target} exists; give another place to --out")
+    if to == "tensorboard":
+        from rush.commands.run_folders import open_run
+        from rush.exporting.tensorboard import export_tensorboard
+
+        count = export_tensorboard(open_run(folder).path, target)
+        print_lines([f"{count:,} figures written to {target}; tensorboard --logdir {target}"])
+        return
     from rush.models.storage import load
 
     model = load(folder)
