@@ -265,3 +265,20 @@ def test_a_module_is_asked_like_a_run(call: Call, tmp_path: Path, monkeypatch: p
     assert "after the run folder" in refusal(call("predict", tmp_path))
     assert "give a run folder, or --model" in refusal(call("predict"))
     assert "belong to --model" in refusal(call("predict", tmp_path, file, "--sigma", 0.1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture_shows_the_answers(suffix: str, call: Call, tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", smoothed=True)
+    files = [saved(tmp_path / f"{number}.png", WIDE[:8, number : number + 8]) for number in range(10)]
+    (tmp_path / "bad.png").write_text("x")
+    drawn = tmp_path / f"answers.{suffix}"
+    done = call("predict", folder, *files, tmp_path / "bad.png", "--picture", drawn, "--num-samples", 100)
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 10
+    if suffix == "png":
+        with Image.open(drawn) as image:
+            assert image.width > image.height
+    else:
+        assert drawn.read_text().count("<image") == 10
+    assert "exists; give another file to --picture" in refusal(call("predict", folder, files[0], "--picture", drawn))

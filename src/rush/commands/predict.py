@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from rush.choices import ABSTAIN, NoiseName, Norm
-from rush.commands.terminal import Json, print_csv, print_json, print_lines, print_rows
-from rush.errors import ConfigError, DataError, InputError
+from rush.commands.terminal import Json, print_csv, print_json, print_lines, print_notes, print_rows
+from rush.errors import ConfigError, DataError, InputError, RunError
+from rush.runtime.lines import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 HEADER = ("image", "class", "votes", "probability at least", "radius", "runner-up")
 STDIN = "standard input"
+_DRAWN = 64  # images in a picture
 _SELECTION = 10  # one vote in ten selects the class, and the others bound its probability
 
 
@@ -86,6 +88,7 @@ def predict(
     resize: bool = False,
     eager: bool = False,
     stdin: bool = False,
+    picture: Path | None = None,
     json: Json = False,
     csv: bool = False,
 ) -> None:
@@ -109,6 +112,7 @@ def predict(
         resize: Resample the central square of images of another size instead of refusing them.
             Without it, this happens only if the training images were resized.
         eager: Do not compile the network, even if it was certified compiled; for a machine without a compiler.
+        picture: A new file, .png, .svg or .pdf, that shows the images with their answers, at most 64 of them.
         stdin: Read one image from standard input, too.
         csv: Print comma-separated values.
     """
@@ -121,6 +125,8 @@ def predict(
     files = [*_files(paths if model is not None else paths[1:]), *([STDIN] if stdin else [])]
     if not files:
         raise ConfigError(f"give image files or folders of them{'' if model else ' after the run folder'}")
+    if picture is not None and picture.exists():
+        raise RunError(f"{picture} exists; give another file to --picture")
     names = tuple(name for text in classes for name in text.split(",")) if classes else None
     if folder is not None:
         if sigma is not None or noise != "gaussian" or names or size:
@@ -141,6 +147,9 @@ def predict(
     elif found:
         smoothed = found[0].norm is not None
         print_rows(HEADER if smoothed else HEADER[:2], [_cells(answer)[: None if smoothed else 2] for answer in found])
+    if picture is not None and found:
+        _draw(picture, found)
+        print_notes([f"written to {picture}"])
     print_lines([f"rush: {error}" for error in errors[:-1]], stderr=True)
     if errors:
         raise errors[-1]
@@ -310,6 +319,31 @@ def _read(file: str | Path, shape: Shape | None, resized: bool) -> np.ndarray | 
             f"{encoded[0]} has {len(image)} channels, the model takes {channels}; give images with {channels}"
         )
     return image if len(image) == channels else np.repeat(image, channels, axis=0)
+
+
+def _draw(file: Path, answers: Sequence[Prediction]) -> None:
+    """Draw the images of the first answers with class, bound and radius, and write the picture."""
+    from matplotlib import pyplot
+
+    from rush.data.readers.decoding import decode
+
+    shown = [answer for answer in answers if answer.image != STDIN][:_DRAWN]
+    columns = min(8, max(1, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    figure, axes = pyplot.subplots(rows, columns, figsize=(1.8 * columns, 2.2 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, answer in zip(axes.flat, shown, strict=False):
+        pixels = decode((answer.image, Path(answer.image)))
+        axis.imshow(pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0], cmap="gray", vmin=0, vmax=255)
+        lines = [answer.name]
+        if answer.label is not None and answer.radius is not None:
+            lines.append(f"{answer.norm} {answer.radius:.3f}")
+        axis.set_title("\n".join(map(printable, lines)), fontsize=9)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    pyplot.close(figure)
 
 
 def _object(file: str, answer: Prediction | DataError) -> dict[str, Any]:
