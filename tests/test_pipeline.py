@@ -39,12 +39,12 @@ def test_every_process_looks_before_any_may_finish_the_stage(monkeypatch: pytest
     order: list[str] = []
     run = SimpleNamespace(
         path=Path("run"),
-        finished=lambda _: order.append("looked"),
+        finished=lambda *_, **__: order.append("looked"),
         alone=nullcontext,
-        require=lambda _: {"seconds": 0.0},
+        require=lambda *_, **__: {"seconds": 0.0},
     )
     monkeypatch.setattr("rush.pipeline.stages.barrier", lambda: order.append("waited"))
-    monkeypatch.setattr("rush.pipeline.stages.run_attack", lambda _: order.append("ran"))
+    monkeypatch.setattr("rush.pipeline.stages.run_attack", lambda *_, **__: order.append("ran"))
     run_stage(run, "attack")  # type: ignore[arg-type]
     assert order == ["looked", "looked", "waited", "ran"]
 

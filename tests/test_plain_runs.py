@@ -24,7 +24,7 @@ from rush.commands.external import load_model
 from rush.commands.predict import predict_files, source_of_run
 from rush.errors import ConfigError, InputError, RunError
 from rush.models.storage import load_plain, load_smoothed
-from rush.pipeline.attack import _plain_rungs
+from rush.pipeline.attackers import _plain_rungs
 from rush.pipeline.stages import run_stage
 from rush.recipe.schema import WITHOUT_NOISE, AttackConfig
 from rush.records.folder import RunFolder

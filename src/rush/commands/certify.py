@@ -93,6 +93,7 @@ def _certify_model(
         raise RunError(f"{out} exists; give another file to --out")
     from rush.certification.rule import make_rule, reach
     from rush.pipeline.certify import certify_into
+    from rush.pipeline.estimate import certify_estimate, estimate_text, measured_rates
     from rush.recipe.schema import CertifyConfig
     from rush.smoothing.classifier import SmoothedClassifier
 
@@ -114,6 +115,8 @@ def _certify_model(
         **(defaults | options),
     )
     print_once(f"certify: {reach(rule)}")
+    rates = measured_rates(smoothed, pixels.x.shape[1:])
+    print_once(f"certify: {estimate_text(certify_estimate(rule, len(pixels), rates), rates)}")
     parts = out.with_name(f"{out.name}.seed-{seed}.parts")  # votes of two seeds are never mixed
     certificates = certify_into(out, parts, smoothed, pixels, external.indices, rule, seed)
     _print_certificates(certificates, json)

@@ -342,7 +342,7 @@ def _draw(file: Path, answers: Sequence[Prediction]) -> None:
         axis.set_title("\n".join(map(printable, lines)), fontsize=9)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    figure.savefig(file, bbox_inches="tight")
     pyplot.close(figure)
 
 

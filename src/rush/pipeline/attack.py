@@ -1,32 +1,30 @@
 """The attack stage of a run and its audit: the ladder, accuracy against epsilon, and every certified ball."""
 
-import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rush.attacks.threat import ThreatModel
 from rush.auditing.audit import AuditReport, audit
-from rush.auditing.case import VERDICTS
 from rush.certification.certificates import Certificates
 from rush.choices import parse_fraction
 from rush.data.checks import kind_of
-from rush.errors import ConfigError, InputError
 from rush.evaluation.evaluation import Evaluation
-from rush.evaluation.ladder import curve, epsilon_text, ladder, plain_ladder
+from rush.evaluation.ladder import epsilon_text
 from rush.evaluation.model import Model, defend
-from rush.evaluation.plans import Plan, Suite, worst_case
+from rush.evaluation.plans import Suite
 from rush.evaluation.result import AttackResult
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
-from rush.evaluation.verdict import VerdictSettings
 from rush.models.description import read_description
 from rush.models.storage import load_plain, load_smoothed
+from rush.pipeline.attackers import Attackers
 from rush.pipeline.certify import NOT_SMOOTHED, read_run_certificates
 from rush.pipeline.context import StageContext
-from rush.recipe.schema import AttackConfig, Recipe
+from rush.pipeline.estimate import attack_estimate, estimate_text, measured_rates
+from rush.recipe.schema import AttackConfig
 from rush.records.attacks import write_attacks
 from rush.records.audit import write_audit
 from rush.records.folder import RunFolder
@@ -37,11 +35,14 @@ from rush.smoothing.classifier import SmoothedClassifier
 AUDIT = Path("audit.json")
 
 
-def run_attack(run: RunFolder) -> None:
+def run_attack(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> None:
     """Run the ladder, measure accuracy at rising epsilon, and attack inside every certified ball.
 
     Without noise there are no certified balls. Groups of images that were judged before are read from disk. Several
     processes share the groups.
+
+    Args:
+        tell: gets one line on the time that it takes at most, before it begins.
 
     Raises:
         SandwichError: more certified images are broken inside their radius than chance explains. The results are kept.
@@ -53,6 +54,9 @@ def run_attack(run: RunFolder) -> None:
     session = AttackSession.of(context)
     evaluation, certificates = session.evaluation, session.certificates()
     rungs = session.attackers.rungs
+    rates = measured_rates(session.model, evaluation.images.x.shape[1:])
+    estimate = attack_estimate(session.attackers, len(evaluation.images), session.config.curve_images, rates)
+    tell(f"attack: {estimate_text(estimate, rates)}")
     results = []
     for number, rung in enumerate(rungs, start=1):
         with part_of(number, len(rungs), "rung"):
@@ -105,65 +109,6 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
         max_votes=config.max_votes,
         seed=context.recipe.seed,
     )
-
-
-@dataclass(frozen=True)
-class Attackers:
-    """The attackers of a recipe's attack stage, and the settings by which their points are judged.
-
-    Attributes:
-        rungs: the ladder's attackers, from the weakest to the strongest.
-        curve: one attacker at rising epsilon, for the first ``config.curve_images`` images.
-    """
-
-    threat: ThreatModel
-    rungs: list[Plan | Suite]
-    curve: list[tuple[ThreatModel, Plan]]
-    settings: VerdictSettings
-
-    @classmethod
-    def of(cls, recipe: Recipe, num_classes: int, pixels: int) -> "Attackers":
-        """Return the attackers for images of this number of pixels, counted over all channels."""
-        config, smoothed = recipe.attack, recipe.smoothing.sigma > 0
-        threat = ThreatModel(config.norm, parse_fraction(config.epsilon))
-        rungs = ladder(config, threat, num_classes) if smoothed else _plain_rungs(config, num_classes)
-        draws = config.strong_eot_samples if smoothed else 0
-        points = curve(threat, pixels, config.steps, draws) if config.curve_images else []
-        # an image gets one verdict per rung and point of the curve, and one inside the certified ball
-        level = config.alpha / (len(rungs) + len(points) + 1)
-        return cls(threat, rungs, points, VerdictSettings(level, config.max_votes, recipe.seed))
-
-    def rung(self, name: str | None) -> Plan | Suite | None:
-        """Return the rung of this name, or None without a name. Raises: ConfigError if there is no such rung."""
-        rungs = {rung.name: rung for rung in self.rungs}
-        if name is not None and name not in rungs:
-            raise ConfigError(f"the ladder has no rung {name!r}; it has {', '.join(rungs)}")
-        return None if name is None else rungs[name]
-
-
-def check_attackers(recipe: Recipe, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Check that the attack stage and the audit of ``recipe`` can judge a point, and that the audited rung exists.
-
-    Raises:
-        ConfigError: they cannot, or there is no such rung.
-    """
-    attackers = Attackers.of(recipe, num_classes, math.prod(shape))
-    attackers.rung(recipe.audit.rung)
-    if recipe.smoothing.sigma == 0:
-        return  # a deterministic network is judged by its class
-    most = max(_verdicts(plan) for plan in attackers.rungs)
-    audited = VerdictSettings(recipe.audit.alpha / VERDICTS, recipe.audit.max_votes, recipe.seed)
-    suite = worst_case("random", num_classes)
-    for section, settings, verdicts in (("attack", attackers.settings, most), ("audit", audited, _verdicts(suite))):
-        try:
-            settings.check_reachable(None, verdicts)
-        except InputError as error:
-            raise ConfigError(f"{section}: {error}") from error
-
-
-def _verdicts(plan: Plan | Suite) -> int:
-    """Return the number of verdicts on an image that share the level of ``plan``."""
-    return len(plan.plans) if isinstance(plan, Suite) else 1
 
 
 @dataclass(frozen=True)
@@ -231,14 +176,6 @@ def _load_model(context: StageContext) -> tuple[Model, int]:
         return classifier, len(read_description(folder)["classes"])
     smoothed = load_smoothed(folder, context.execution)
     return smoothed, smoothed.num_classes
-
-
-def _plain_rungs(config: AttackConfig, num_classes: int) -> list[Plan | Suite]:
-    """Return the ladder of deterministic networks, without its strong attackers if the recipe has none."""
-    rungs = plain_ladder(num_classes)
-    if config.strong_steps:
-        return rungs
-    return [rung for rung in rungs if isinstance(rung, Plan) and rung.method in ("none", "fgsm", "pgd")]
 
 
 def _attack_figures(

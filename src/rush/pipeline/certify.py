@@ -14,6 +14,7 @@ from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import ModelError, RunError
 from rush.models.storage import load_smoothed
 from rush.pipeline.context import StageContext
+from rush.pipeline.estimate import certify_estimate, estimate_text, measured_rates
 from rush.recipe.schema import CertifyConfig, SmoothingConfig
 from rush.records.certificates import (
     TABLE,
@@ -40,7 +41,7 @@ def run_certify(run: RunFolder, tell: Callable[[str], None] = lambda _: None) ->
     nothing to certify.
 
     Args:
-        tell: gets one line on what the rule can certify, before any vote is drawn.
+        tell: gets a line on what the rule can certify, and one on the time that it takes at most.
 
     Raises:
         ModelError: the classifier cannot be certified.
@@ -59,6 +60,8 @@ def run_certify(run: RunFolder, tell: Callable[[str], None] = lambda _: None) ->
     indices, pixels = context.splits.evaluation(config.images, smoothed.num_classes, smoothed.kind)
     rule = run_rule(config, context.recipe.smoothing, len(pixels))
     tell(f"certify: {reach(rule)}")
+    rates = measured_rates(smoothed, pixels.x.shape[1:])
+    tell(f"certify: {estimate_text(certify_estimate(rule, len(pixels), rates), rates)}")
     context.begin("certify")
     table = run.path / CERTIFICATES
     certificates = certify_into(

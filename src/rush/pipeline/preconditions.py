@@ -7,7 +7,7 @@ from rush.data.images import ImageSet
 from rush.data.kind import ImageKind
 from rush.data.streaming import Stream
 from rush.errors import ConfigError, DataError, InputError
-from rush.pipeline.attack import check_attackers
+from rush.pipeline.attackers import check_attackers
 from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext
 from rush.recipe.schema import FinetuneConfig, Recipe

@@ -20,7 +20,8 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
 
     Args:
         tell: Gets one line when the stage begins and one with the time that it took or that it is skipped. In between
-            it gets the live figures of a training stage, and what ``certify`` can certify before it draws any vote.
+            it gets the live figures of a training stage, what ``certify`` can certify before it draws any vote, and the
+            time that ``certify`` and ``attack`` take at most.
 
     Raises:
         RunError: another process is at work in the folder, or the stage cannot run in several processes.
@@ -32,7 +33,7 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
         "teach": run_teach,
         "finetune": partial(run_finetune, tell=tell),
         "certify": partial(run_certify, tell=tell),
-        "attack": run_attack,
+        "attack": partial(run_attack, tell=tell),
         "audit": run_audit,
     }
     if run.finished(stage):

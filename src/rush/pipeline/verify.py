@@ -20,7 +20,7 @@ from rush.evaluation.model import defend
 from rush.evaluation.plans import Plan
 from rush.evaluation.sandwich import sandwich_plan
 from rush.models.storage import load
-from rush.pipeline.attack import Attackers
+from rush.pipeline.attackers import Attackers
 from rush.records.arrays import read_arrays
 from rush.records.attacks import read_verdicts
 from rush.records.certificates import TABLE, read_certificates
