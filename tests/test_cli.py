@@ -263,7 +263,9 @@ def test_a_run_says_its_stages_on_standard_error_and_its_report_on_standard_outp
     reach = [line for line in lines if "votes per image that all agree" in line]
     assert [lines.index(line) for line in reach] == [lines.index("certify ...") + 1]
     assert sum(line.endswith(" s") for line in lines) == 5
-    assert len(lines) == 11
+    estimates = [line.split(":")[0] for line in lines if ": at most " in line]
+    assert estimates == ["certify", "attack"]
+    assert len(lines) == 13
     for text in (done.stdout, done.stderr):
         assert "\x1b" not in text
         assert "\r" not in text
