@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rush.choices import AttackName, parse_fraction
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation, verdict_rows
-from rush.commands.run_folders import Overrides, Redo, open_run, print_once, rank_of_process
+from rush.commands.run_folders import Overrides, Redo, open_run, print_once, rank_of_process, refuse_existing
 from rush.commands.terminal import Json, print_json, print_notes, print_table
-from rush.errors import ConfigError, RunError
+from rush.errors import ConfigError
 
 if TYPE_CHECKING:
     from rush.evaluation.result import AttackResult
@@ -88,8 +88,7 @@ def _attack_model(
         ConfigError: An option is not a number.
         RunError: ``out`` exists.
     """
-    if out.exists():
-        raise RunError(f"{out} exists; give another file to --out")
+    refuse_existing(out)
     budget = {name: _number(name, value) for name, value in given.items()}
     import shutil
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from rush.choices import AuditVerdict
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation
-from rush.commands.run_folders import Overrides, Redo, open_run, print_once
+from rush.commands.run_folders import Overrides, Redo, open_run, print_once, refuse_existing
 from rush.commands.terminal import Json, print_json, print_lines, print_notes
-from rush.errors import ConfigError, RunError
+from rush.errors import ConfigError
 
 if TYPE_CHECKING:
     from rush.auditing.report import AuditReport
@@ -67,8 +67,7 @@ def _audit_model(
     """
     if rung is not None:
         raise ConfigError("--rung belongs to a run folder; give RUN --rung NAME")
-    if out.exists():
-        raise RunError(f"{out} exists; give another file to --out")
+    refuse_existing(out)
     from rush.auditing.audit import audit
     from rush.auditing.report import reach_statement
     from rush.records.audit import write_audit

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rush.choices import CertifyMethod, Level
 from rush.commands.external import NO_MODEL, ExternalModel
-from rush.commands.run_folders import Overrides, Redo, open_run, print_once, rank_of_process
+from rush.commands.run_folders import Overrides, Redo, open_run, print_once, rank_of_process, refuse_existing
 from rush.commands.terminal import Json, print_json, print_lines, print_table
 from rush.errors import ConfigError, RunError
 
@@ -89,8 +89,7 @@ def _certify_model(
         ConfigError: The model is not smoothed.
         RunError: ``out`` exists.
     """
-    if out.exists():
-        raise RunError(f"{out} exists; give another file to --out")
+    refuse_existing(out)
     from rush.certification.rule import make_rule, reach
     from rush.pipeline.certify import certify_into
     from rush.pipeline.estimate import certify_estimate, estimate_text, measured_rates
@@ -140,8 +139,8 @@ def _recompute(path: Path, out: Path | None, json: bool, **changes: Any) -> None
             f"{table} is missing or holds no certificates; run `rush certify` first "
             "(a run with smoothing.sigma = 0 has nothing to certify)"
         )
-    if out is not None and out.exists():
-        raise RunError(f"{out} exists; give another file to --out")
+    if out is not None:
+        refuse_existing(out)
     indices, stored = read
     certificates = recompute(stored, **changes)
     if out is not None:

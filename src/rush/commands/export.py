@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from rush.commands.run_folders import refuse_existing
 from rush.commands.terminal import print_lines
-from rush.errors import ConfigError, RunError
+from rush.errors import ConfigError
 
 
 def export(
@@ -30,8 +31,7 @@ def export(
     if push is not None and to != "hub":
         raise ConfigError("--push belongs to --to hub")
     target = out or Path("model.onnx" if to == "onnx" else to)
-    if target.exists():
-        raise RunError(f"{target} exists; give another place to --out")
+    refuse_existing(target, what="place")
     if to == "tensorboard":
         from rush.commands.run_folders import open_run
         from rush.exporting.tensorboard import export_tensorboard

@@ -18,7 +18,6 @@ from rush.choices import Decision, NoiseName, Norm, parse_fraction
 from rush.commands.run_folders import data_roots
 from rush.errors import ConfigError, InputError, ModelError, RushError
 from rush.runtime.lines import one_line
-from rush.runtime.progress import part_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,11 +112,7 @@ class ExternalModel:
             raise ConfigError(
                 "give a run folder, or --model module:function with --data (a name such as cifar10, or a path)"
             )
-        if len(self.data) > 1:
-            raise ConfigError(
-                f"--data names one data set, got {', '.join(self.data)}; give the folders that hold it with --root"
-            )
-        images = load_images(self.data[0], split=self.split, root=data_roots(self.root))
+        images = load_images(one_data_set(self.data), split=self.split, root=data_roots(self.root))
         if self.images is None or self.images >= len(images):
             return list(range(len(images))), images
         if self.images < 1:
@@ -156,12 +151,7 @@ class ExternalEvaluation(ExternalModel):
     @cached_property
     def surrogate_module(self) -> nn.Module | None:
         """The module that ``surrogate`` names. Raises ConfigError where it is not a module."""
-        from torch import nn
-
-        module = None if self.surrogate is None else call(self.surrogate)
-        if module is not None and not isinstance(module, nn.Module):
-            raise ConfigError(f"{self.surrogate} gave {type(module).__name__}, expected a torch.nn.Module")
-        return module
+        return None if self.surrogate is None else call_module(self.surrogate)
 
     def run_ladder(self, alpha: float = 0.001, max_votes: int = 10_000) -> Iterator[AttackResult]:
         """Yield the result of each rung of the ladder; ``alpha`` is shared by all of them.
@@ -186,10 +176,7 @@ class ExternalEvaluation(ExternalModel):
         evaluation = replace(evaluation, settings=replace(settings, level=settings.level / len(rungs)))
         for rung in rungs:
             evaluation.check_reachable(rung)
-        for number, rung in enumerate(rungs, start=1):
-            with part_of(number, len(rungs), "rung"):
-                result = evaluation.run(rung)
-            yield result
+        yield from evaluation.run_all(rungs)
 
 
 NO_MODEL = ExternalModel()
@@ -253,6 +240,25 @@ def load_model(name: str, sigma: float | None, num_classes: int, noise: NoiseNam
     classes = kind_of(model).classes
     count = num_classes if classes is None else len(classes)
     return SmoothedClassifier(model, num_classes=count, noise=make_noise(noise, sigma), execution="auto")
+
+
+def one_data_set(data: list[str]) -> str:
+    """Return the only name or path in ``data``. Raises: ConfigError if there are several."""
+    if len(data) > 1:
+        raise ConfigError(
+            f"--data names one data set, got {', '.join(data)}; give the folders that hold it with --root"
+        )
+    return data[0]
+
+
+def call_module(name: str) -> nn.Module:
+    """Return what ``call`` does. Raises: ConfigError if it is not a torch.nn.Module."""
+    from torch import nn
+
+    module = call(name)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{name} gave {type(module).__name__}, expected a torch.nn.Module from pixels to logits")
+    return module
 
 
 def call(name: str) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rush.choices import NoiseName
+from rush.commands.external import call_module, one_data_set
 from rush.commands.run_folders import Overrides, branch_run, data_roots, open_run, print_once
 from rush.errors import ConfigError
 
@@ -48,22 +49,14 @@ def finetune(
         return
     if model is None or data is None or sigma is None or out is None:
         raise ConfigError("give a run folder, or --model module:function with --data, --sigma and --out")
-    if len(data) > 1:
-        raise ConfigError(
-            f"--data names one data set, got {', '.join(data)}; give the folders that hold it with --root"
-        )
+    name = one_data_set(data)
     from rush.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
-    from torch import nn
-
-    from rush.commands.external import call
     from rush.data.sources import load_images
     from rush.pipeline.module import train_module
     from rush.smoothing.noise import make_noise
 
-    network = call(model)
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"{model} gave {type(network).__name__}, expected a torch.nn.Module from pixels to logits")
-    images = load_images(data[0], split="train", root=data_roots(root))
+    network = call_module(model)
+    images = load_images(name, split="train", root=data_roots(root))
     train_module(network, model, images, settings, make_noise(noise, sigma), out, weights, print_once)

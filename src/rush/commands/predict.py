@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from rush.choices import ABSTAIN, NoiseName, Norm
+from rush.commands.run_folders import refuse_existing
 from rush.commands.terminal import Json, print_csv, print_json, print_lines, print_notes, print_rows
-from rush.errors import ConfigError, DataError, InputError, RunError
+from rush.errors import ConfigError, DataError, InputError
 from rush.runtime.lines import printable
 
 if TYPE_CHECKING:
@@ -125,8 +126,8 @@ def predict(
     files = [*_files(paths if model is not None else paths[1:]), *([STDIN] if stdin else [])]
     if not files:
         raise ConfigError(f"give image files or folders of them{'' if model else ' after the run folder'}")
-    if picture is not None and picture.exists():
-        raise RunError(f"{picture} exists; give another file to --picture")
+    if picture is not None:
+        refuse_existing(picture, "picture")
     names = tuple(name for text in classes for name in text.split(",")) if classes else None
     if folder is not None:
         if sigma is not None or noise != "gaussian" or names or size:

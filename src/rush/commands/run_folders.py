@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from rush.commands.terminal import print_notes
-from rush.errors import ConfigError
+from rush.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from rush.choices import Stage
@@ -108,6 +108,12 @@ def print_once(text: str) -> None:
     """Print one line on standard error, in the first process only."""
     if rank_of_process() == 0:
         print_notes([text])
+
+
+def refuse_existing(path: Path, option: str = "out", what: str = "file") -> None:
+    """Raise RunError if ``path``, which ``option`` names, exists: nothing is overwritten."""
+    if path.exists():
+        raise RunError(f"{path} exists; give another {what} to --{option}")
 
 
 def rank_of_process() -> int:

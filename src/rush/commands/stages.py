@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rush.commands.run_folders import (
     create_run,
     open_run,
     print_once,
+    rank_of_process,
     several_processes,
 )
 from rush.commands.terminal import print_lines, print_table
@@ -64,7 +66,8 @@ def pretrain(
     if weights is not None:
         from rush.pipeline.train import import_encoder
 
-        import_encoder(folder, weights, print_once)
+        with folder.alone() if rank_of_process() == 0 else nullcontext():
+            import_encoder(folder, weights, print_once)
         return
     from rush.pipeline.stages import run_stage
 

@@ -6,7 +6,7 @@ streams that hold the hash of the point).
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -28,7 +28,7 @@ from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, VerdictSettings
 from rush.runtime.distributed import gather_objects, rank, world_size
-from rush.runtime.progress import Advance, progress
+from rush.runtime.progress import Advance, part_of, progress
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.inspection import check_logits
@@ -151,6 +151,13 @@ class Evaluation:
                     write_group(file, results[number], group.images, origin)
         shared = {number: result for shard in gather_objects(results) for number, result in shard.items()}
         return join_results([shared[number] for number in range(len(groups))], self.threat)
+
+    def run_all(self, plans: Sequence[Attacker], resume: Path | None = None) -> Iterator[AttackResult]:
+        """Yield ``run`` of each plan, whose progress names its number."""
+        for number, plan in enumerate(plans, start=1):
+            with part_of(number, len(plans), "rung"):
+                result = self.run(plan, resume)
+            yield result
 
     def candidates(
         self,

@@ -32,6 +32,11 @@ class Imported:
     loaded: int
     left: tuple[str, ...]
 
+    @property
+    def lines(self) -> list[str]:
+        """Sentences on what was loaded and what was not."""
+        return [f"{self.loaded} tensors loaded", *([f"not loaded: {', '.join(self.left)}"] if self.left else [])]
+
 
 def load_imported(network: nn.Module, file: Path) -> Imported:
     """Load ``network`` in place from a file of weights, under the names that fit best.

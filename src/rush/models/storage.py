@@ -301,7 +301,7 @@ def _load_classifier(folder: Path, description: Mapping[str, Any], classifier: n
     if (classifier is None) != (module is None):
         raise RunError(
             f"{folder} holds the weights of {printable(module)}, whose code is not this library's; give the network: "
-            "rush.load(folder, classifier=network), or --classifier module:function of the commands"
+            "rush.load(folder, classifier=network); commands take --model module:function of a function that returns it"
             if classifier is None
             else f"{folder} holds a network of this library; omit classifier"
         )

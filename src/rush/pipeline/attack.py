@@ -29,7 +29,6 @@ from rush.records.attacks import write_attacks
 from rush.records.audit import write_audit
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
-from rush.runtime.progress import part_of
 from rush.smoothing.classifier import SmoothedClassifier
 
 AUDIT = Path("audit.json")
@@ -53,14 +52,10 @@ def run_attack(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> 
     barrier()
     session = AttackSession.of(context)
     evaluation, certificates = session.evaluation, session.certificates()
-    rungs = session.attackers.rungs
     rates = measured_rates(session.model, evaluation.images.x.shape[1:])
     estimate = attack_estimate(session.attackers, len(evaluation.images), session.config.curve_images, rates)
     tell(f"attack: {estimate_text(estimate, rates)}")
-    results = []
-    for number, rung in enumerate(rungs, start=1):
-        with part_of(number, len(rungs), "rung"):
-            results.append(evaluation.run(rung, session.parts))
+    results = list(evaluation.run_all(session.attackers.rungs, session.parts))
     few = evaluation.select(list(range(min(session.config.curve_images, len(evaluation.images)))))
     curve_results = [replace(few, threat=threat).run(plan, session.parts) for threat, plan in session.attackers.curve]
     sandwich = Sandwich(0, (), 0)

@@ -70,9 +70,8 @@ def train_module(
     _begin(folder, described)
     if weights is not None:
         imported = load_imported(network, weights)
-        tell(f"{weights}: {imported.loaded} tensors loaded")
-        if imported.left:
-            tell(f"not loaded: {', '.join(imported.left)}")
+        for line in imported.lines:
+            tell(f"{weights}: {line}")
     execution = decide_execution(recipe.execution.device, recipe.execution.precision, recipe.execution.tile).configure()
     channels = images.shape[0]
     classifier = Classifier(

@@ -75,9 +75,8 @@ def import_encoder(run: RunFolder, file: Path, tell: Callable[[str], None] = lam
     context.begin("pretrain")
     classifier = new_classifier(spec_of(context.recipe, train), context.recipe.seed)
     imported = load_imported(classifier.encoder, file)
-    tell(f"{file}: {imported.loaded} tensors loaded")
-    if imported.left:
-        tell(f"not loaded: {', '.join(imported.left)}")
+    for line in imported.lines:
+        tell(f"{file}: {line}")
     if rank() == 0:
         classifier.eval()
         knn = _knn_accuracy(classifier, train, test, context.recipe.pretrain.knn_neighbours, context.execution)

@@ -137,7 +137,7 @@ class RunFolder:
             That folder, or None if there is nothing to move.
         """
         stages = STAGES[STAGES.index(stage) :]
-        # first what marks a stage as finished, so that none is without its results if this is interrupted
+        # The markers of finished stages move first, so that an interruption leaves no marker without its results.
         names = [f"stages/{later}.json" for later in reversed(stages)]
         names += [name for later in stages for name in _RESULTS[later]]
         files = [file for name in names for file in sorted(self.path.glob(name))]

@@ -12,17 +12,13 @@ from rush.reporting.costs import training_cost
 
 def run_value(results: RunResults) -> dict[str, Any]:
     """Return everything that the files of a run say, None for what is not finished."""
-    cost, ladder = training_cost(results), results.ladder
     return {
-        "name": results.name,
-        "folder": str(results.folder),
+        **_compared_value(results),
         "recipe": dict(results.recipe),
         "provenance": dict(results.provenance),
         "missing": list(results.missing),
         "stages": {stage: dict(record.fields) for stage, record in results.stages.items()},
-        "training": None if cost is None else asdict(cost),
         "certificates": None if results.certificates is None else results.certificates.to_dict(),
-        "attacks": None if ladder is None else ladder_value(ladder),
         "audit": None if results.audit is None else results.audit.to_json(),
     }
 
@@ -46,7 +42,6 @@ def comparison_value(comparison: Comparison | None, runs: Sequence[RunResults]) 
     """Return a comparison with the figures of each log at its radii, and the runs among the logs."""
     logs = () if comparison is None else comparison.logs
     radii = () if comparison is None else comparison.radii
-    kept = ("name", "folder", "training", "attacks")
     return {
         "radii": list(radii),
         "logs": [
@@ -54,7 +49,17 @@ def comparison_value(comparison: Comparison | None, runs: Sequence[RunResults]) 
             for log in logs
         ],
         "pairs": [] if comparison is None else list(map(asdict, comparison.pairs)),
-        "runs": [{name: run_value(run)[name] for name in kept} for run in runs],
+        "runs": list(map(_compared_value, runs)),
+    }
+
+
+def _compared_value(results: RunResults) -> dict[str, Any]:
+    cost, ladder = training_cost(results), results.ladder
+    return {
+        "name": results.name,
+        "folder": str(results.folder),
+        "training": None if cost is None else asdict(cost),
+        "attacks": None if ladder is None else ladder_value(ladder),
     }
 
 
