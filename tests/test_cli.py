@@ -6,6 +6,7 @@ within this one.
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -263,9 +264,9 @@ def test_a_run_says_its_stages_on_standard_error_and_its_report_on_standard_outp
     reach = [line for line in lines if "votes per image that all agree" in line]
     assert [lines.index(line) for line in reach] == [lines.index("certify ...") + 1]
     assert sum(line.endswith(" s") for line in lines) == 5
-    estimates = [line.split(":")[0] for line in lines if ": at most " in line]
-    assert estimates == ["certify", "attack"]
-    assert len(lines) == 13
+    estimates = [line.split(":")[0] for line in lines if re.search(": (at most|about) .* per second here", line)]
+    assert estimates == ["certify", "attack", "audit"]
+    assert len(lines) == 14
     for text in (done.stdout, done.stderr):
         assert "\x1b" not in text
         assert "\r" not in text

@@ -21,12 +21,14 @@ from rush.commands.cost import (
     cost_rows,
     costs_value,
     data_size,
+    evaluation_rows,
     measure,
     stage_rows,
 )
 from rush.data.images import hold_out, stratified_subset
 from rush.data.sources import load_images
 from rush.errors import ConfigError, RushError
+from rush.pipeline.estimate import Estimate
 from rush.runtime.randomness import stream
 from tiny import run_tiny, tiny, write_tiny
 
@@ -96,19 +98,19 @@ def test_passes_and_images_are_those_that_a_run_logs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "size"),
     [
-        (("data.name=cifar10",), DataSize((3, 32, 32), 10, 50_000, 50_000)),
+        (("data.name=cifar10",), DataSize((3, 32, 32), 10, 50_000, 50_000, 10_000)),
         (
             ("data.name=cifar10", "data.held_out=5000", "finetune.label_fraction=0.01", "data.size=16"),
-            DataSize((3, 16, 16), 10, 45_000, 450),
+            DataSize((3, 16, 16), 10, 45_000, 450, 10_000),
         ),
-        (("data.name=cifar100", "finetune.labels_per_class=4"), DataSize((3, 32, 32), 100, 50_000, 400)),
+        (("data.name=cifar100", "finetune.labels_per_class=4"), DataSize((3, 32, 32), 100, 50_000, 400, 10_000)),
         (
             ("data.name=stl10", 'data.pretrain_split="train+unlabeled"', "data.held_out=500"),
-            DataSize((3, 96, 96), 10, 104_500, 4_500),
+            DataSize((3, 96, 96), 10, 104_500, 4_500, 8_000),
         ),
         (
             ("data.name=stl10", 'data.pretrain_split="unlabeled"', "data.held_out=500"),
-            DataSize((3, 96, 96), 10, 100_000, 4_500),
+            DataSize((3, 96, 96), 10, 100_000, 4_500, 8_000),
         ),
     ],
 )
@@ -122,7 +124,7 @@ def test_sizes_are_those_of_the_images_themselves(tmp_path: Path) -> None:
     kept, _ = hold_out(train, 200, stream(0, "held out"))
     labelled = stratified_subset(kept, 0.1, stream(0, "labels"))
     recipe = tiny(tmp_path, "data.held_out=200", "finetune.label_fraction=0.1")
-    assert data_size(recipe) == DataSize((1, 8, 8), train.num_classes, len(kept), len(labelled))
+    assert data_size(recipe) == DataSize((1, 8, 8), train.num_classes, len(kept), len(labelled), 400)
     generator = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
     for split, count in (("train", 60), ("test", 9)):
@@ -130,8 +132,20 @@ def test_sizes_are_those_of_the_images_themselves(tmp_path: Path) -> None:
         arrays[f"y_{split}"] = np.arange(count) % 3
     np.savez(tmp_path / "own.npz", **arrays)
     own = tiny(tmp_path, f"data.name={tmp_path / 'own.npz'}", "data.held_out=10")
-    assert data_size(own) == DataSize((3, 5, 5), 3, 50, 50)
+    assert data_size(own) == DataSize((3, 5, 5), 3, 50, 50, 9)
     assert data_size(own.model_copy(update={"data": own.data.model_copy(update={"size": 4})})).shape == (3, 4, 4)
+    drawn = own.model_copy(update={"data": own.data.replace(test_images=20)})
+    assert data_size(drawn) == DataSize((3, 5, 5), 3, 30, 30, 20)
+
+
+def test_the_stages_after_training_are_counted_by_the_fields_of_the_recipe(tmp_path: Path) -> None:
+    smoothed = measure(tiny(tmp_path, *SMALL, "certify.images=7", "attack.images=6", "audit.images=9"), steps=1)
+    counted = {stage: estimate.images for stage, estimate in smoothed.evaluations.items()}
+    assert counted == {"certify": 7, "attack": 6, "audit": 6}
+    rows = evaluation_rows([smoothed])
+    assert [row[:3] for row in rows] == [("tiny", "certify", "7"), ("tiny", "attack", "6"), ("tiny", "audit", "6")]
+    plain = measure(tiny(tmp_path, *SMALL, "smoothing.sigma=0", "finetune.objective=standard"), steps=1)
+    assert list(plain.evaluations) == ["attack", "audit"]
 
 
 def logged(*epochs: dict[str, Any]) -> Callable[..., None]:
@@ -188,8 +202,11 @@ def made() -> list[RecipeCost]:
     first = StageCost("moco", 1000, 40, 20_000, 20_000, 7200.0, 3_000_000_000, 5000.0, "pretrain", 100.0, 10)
     second = StageCost("gaussian", 100, 10, 1000, 0, 1800.0, None, 1000.0, "finetune", 50.0, 5)
     other = StageCost("trades", 500, 100, 10_000, 500, 36_000.0, 1_500_000_000, None, "finetune", 5.0, 7)
-    one = RecipeCost("one", "small, width 2", "cpu", 4, (first, second))
-    return [one, replace(one, recipe="two", stages=(other,))]
+    one = RecipeCost(
+        "one", "small, width 2", "cpu", 4, (first, second), {"attack": Estimate(20, 8.0, 3000.0, 7200.0, 60.0)}
+    )
+    audit = {"audit": Estimate(10, 8.0, 300.0, 90.0, 60.0, bounded=False)}
+    return [one, replace(one, recipe="two", stages=(other,), evaluations=audit)]
 
 
 def test_a_recipe_is_the_sum_of_its_trainings() -> None:
@@ -212,6 +229,10 @@ def test_a_recipe_is_the_sum_of_its_trainings() -> None:
     assert shown[0][-3:] == ("2 h 00 min", "3.00 GB", "5 kJ")
     assert shown[1][-3:] == ("30 min 00 s", "–", "1 kJ")
     assert shown[2][-3:] == ("10 h 00 min", "1.50 GB", "–")
+    assert evaluation_rows([one, two]) == [
+        ("one", "attack", "20", "8 + 3,000 forward only", "1 min 00 s", "2 h 00 min"),
+        ("two", "audit", "10", "–", "1 min 00 s", "–"),
+    ]
 
 
 def test_figures_in_the_file_are_marked() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import onnxruntime
 import pandas
 import pytest
@@ -138,6 +139,29 @@ def test_a_run_goes_to_the_hub_and_comes_back(
         rush.load("hf://me/other")
     with pytest.raises(RunError, match=r"nowhere was not uploaded: 404.*hf auth login"):
         push_to_hub(own, "nowhere")
+
+
+def test_a_smoothed_classifier_follows_the_conventions_of_the_hub(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stand_in(tmp_path / "hub"))
+    own = SmoothedClassifier.from_pretrained(tiny_run, device="cpu")
+    own.save_pretrained(tmp_path / "folder", run=str(tiny_run))
+    assert own.push_to_hub("me/tiny", private=True) == "https://hub/me/tiny/commit/1"
+    assert "| ACR | " in (tmp_path / "folder/README.md").read_text()
+    assert "| ACR | " not in (tmp_path / "hub/me/tiny/README.md").read_text()
+    images = rush.load_images("digits", "test")[:5]
+    certified = rush.certify(own, images, num_estimation=100)
+    for name in ("me/tiny", "me/tiny@v1", "hf://me/tiny", tmp_path / "folder", str(tmp_path / "folder")):
+        loaded = SmoothedClassifier.from_pretrained(name, device="cpu")
+        assert loaded.fingerprint() == own.fingerprint()
+        assert np.array_equal(rush.certify(loaded, images, num_estimation=100).counts, certified.counts)
+    with pytest.raises(RunError, match="hf://me/other cannot be loaded"):
+        SmoothedClassifier.from_pretrained("me/other")
+    own.classifier.kind = own.kind
+    rush.save(own.classifier, tmp_path / "plain")
+    with pytest.raises(RunError, match=r"not smoothed; rush\.load loads it"):
+        SmoothedClassifier.from_pretrained(tmp_path / "plain")
 
 
 def test_a_card_without_a_run_claims_nothing(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The cost of training by a recipe on this machine, extrapolated from a few measured steps of each stage."""
+"""The cost of a recipe on this machine, extrapolated from a few measured steps and passes of each stage."""
 
+import math
 import multiprocessing
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,8 +16,12 @@ from rush.data.batches import Resident, batches_per_epoch
 from rush.data.images import ImageSet
 from rush.data.sources import NUM_CLASSES, SHAPES, SPLITS, load_images
 from rush.errors import ConfigError, Interrupted, RushError
+from rush.evaluation.model import Model
 from rush.models.classifier import Classifier
-from rush.pipeline.context import training_noise
+from rush.pipeline.attackers import Attackers
+from rush.pipeline.certify import run_rule
+from rush.pipeline.context import smoothing_noise, training_noise
+from rush.pipeline.estimate import Estimate, attack_estimate, audit_estimate, certify_estimate, measured_rates
 from rush.pipeline.preconditions import labelled_count
 from rush.pipeline.train import new_classifier, spec_of
 from rush.recipe.schema import FinetuneConfig, Recipe, Schedule
@@ -25,6 +30,7 @@ from rush.reporting.costs import known_sum
 from rush.reporting.wording import duration, energy_text, memory_text, passes_text
 from rush.runtime.execution import Execution, decide_execution
 from rush.runtime.randomness import stream
+from rush.smoothing.classifier import SmoothedClassifier
 from rush.training.budget import Plan, Times
 from rush.training.finetune import finetune
 from rush.training.loop import TrainingSettings
@@ -36,18 +42,20 @@ STAGE_HEADER = (
     "recipe", "stage", "images", "passes per image", "epochs", "steps", "s per step", "images/s", "time",
     "peak memory", "energy",
 )  # fmt: skip
+EVALUATION_HEADER = ("recipe", "stage", "images", "passes per image at most", "usual time", "time at most")
 # Fields of a trial. Random images teach nothing, so the learning rate is nearly 0; a step costs the same.
 _TRIAL: dict[str, Any] = {"minutes": None, "learning_rate": 1e-9, "warmup_epochs": 0.0}
 
 
 @dataclass(frozen=True)
 class DataSize:
-    """Shape (C, H, W), number of classes and number of images of each training stage."""
+    """Shape (C, H, W), number of classes, number of images of each training stage, and number of test images."""
 
     shape: tuple[int, int, int]
     num_classes: int
     pretrain: int
     finetune: int
+    test: int
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class StageCost(Extrapolated):
 
 @dataclass(frozen=True)
 class RecipeCost:
-    """The cost of all training stages of a recipe, extrapolated from ``measured_steps`` of each.
+    """The cost of all stages of a recipe, extrapolated from ``measured_steps`` of each training and from a few passes.
 
     ``conditions`` describes the machine.
     """
@@ -117,10 +125,11 @@ class RecipeCost:
     conditions: str
     measured_steps: int
     stages: tuple[StageCost, ...]
+    evaluations: Mapping[Stage, Estimate]
 
     @property
     def total(self) -> Extrapolated:
-        """The cost of all stages together. Passes are counted per image of the stage that draws from most."""
+        """The cost of all training stages together. Passes are counted per image of the stage that draws from most."""
         stages = self.stages
         return Extrapolated(
             objective=" + ".join(stage.objective for stage in stages),
@@ -151,24 +160,24 @@ def data_size(recipe: Recipe) -> DataSize:
         height, width = (data.size or height), (data.size or width)
         num_classes = {"digits": 10, **NUM_CLASSES}[data.name]
     else:
-        splits = {
-            part: load_images(data.name, part, data.root, size=data.size) for part in dict.fromkeys(["train", *parts])
-        }
+        needed = ["train", *parts, *([] if data.test_images else ["test"])]
+        splits = {part: load_images(data.name, part, data.root, size=data.size) for part in dict.fromkeys(needed)}
         counts = {part: len(images) for part, images in splits.items()}
         channels, height, width = splits["train"].images.shape[1:]
         num_classes = splits["train"].num_classes
+    if data.test_images:
+        counts |= {"train": counts["train"] - data.test_images, "test": data.test_images}
     kept = counts["train"] - data.held_out
     if kept <= 0:
         raise ConfigError(f"data.held_out = {data.held_out} leaves none of {counts['train']} training images; lower it")
     pretraining = sum(kept if part == "train" else counts[part] for part in parts)
     labelled = labelled_count(recipe.finetune, kept, num_classes)
-    return DataSize(
-        (channels, height, width), num_classes, pretraining, pretraining if recipe.teach.rounds else labelled
-    )
+    finetuning = pretraining if recipe.teach.rounds else labelled
+    return DataSize((channels, height, width), num_classes, pretraining, finetuning, counts["test"])
 
 
 def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
-    """Measure the cost of the recipe's training stages on random 8-bit images.
+    """Measure the cost of the recipe's stages on random 8-bit images.
 
     The functions, precision and device are those of a run. The time between steps (reading data, live figures,
     checkpoints) is not included. A stage with a limit in minutes gets the number of epochs whose steps alone fit.
@@ -197,6 +206,7 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
         conditions_text(trial.execution),
         steps,
         (*stages, trial.finetune()),
+        trial.evaluations(),
     )
 
 
@@ -277,6 +287,22 @@ def stage_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
     ]
 
 
+def evaluation_rows(costs: Sequence[RecipeCost]) -> list[tuple[str, ...]]:
+    """Return a row under ``EVALUATION_HEADER`` per stage after training."""
+    return [
+        (
+            cost.recipe,
+            stage,
+            f"{estimate.images:,}",
+            passes_text(round(estimate.passes), round(estimate.forward_passes)) if estimate.bounded else "–",
+            duration(estimate.usual_seconds),
+            duration(estimate.seconds) if estimate.bounded else "–",
+        )
+        for cost in costs
+        for stage, estimate in cost.evaluations.items()
+    ]
+
+
 def costs_value(costs: Sequence[RecipeCost]) -> dict[str, Any]:
     """Return all figures as plain values, each marked as ``extrapolated``."""
     first = costs[0].total.seconds
@@ -293,6 +319,7 @@ def costs_value(costs: Sequence[RecipeCost]) -> dict[str, Any]:
                 "hours": total["seconds"] / 3600,
                 "time_ratio": total["seconds"] / first,
                 "stages": [stage.figures() for stage in cost.stages],
+                "evaluations": {stage: asdict(estimate) for stage, estimate in cost.evaluations.items()},
             }
         )
     return {"recipes": entries}
@@ -337,6 +364,25 @@ class _Trial:
             objective += f", {self.recipe.teach.rounds} times"
             config = config.replace(epochs=self.recipe.teach.rounds * (config.epochs or 0) or None)
         return self._extrapolated("finetune", objective, config, self.size.finetune, epochs)
+
+    def evaluations(self) -> dict[Stage, Estimate]:
+        """Return the cost of certification, attacks and audit of an untrained classifier."""
+        recipe, size, noise = self.recipe, self.size, smoothing_noise(self.recipe)
+        classifier = self._classifier(self._images(1)).to(self.execution.device).eval()
+        model: Model = classifier
+        if noise is not None:
+            model = SmoothedClassifier(classifier, noise=noise, num_classes=size.num_classes, execution=self.execution)
+        rates = measured_rates(model, size.shape)
+        attackers = Attackers.of(recipe, size.num_classes, math.prod(size.shape))
+        certified, attacked = recipe.certify.images or size.test, recipe.attack.images or size.test
+        estimates: dict[Stage, Estimate] = {}
+        if noise is not None:
+            rule = run_rule(recipe.certify, recipe.smoothing, certified)
+            estimates["certify"] = certify_estimate(rule, certified, rates)
+        estimates["attack"] = attack_estimate(attackers, attacked, recipe.attack.curve_images, rates)
+        audited = min(recipe.audit.images or attacked, attacked)
+        estimates["audit"] = audit_estimate(attackers, recipe.audit, size.num_classes, audited, rates)
+        return estimates
 
     def _settings(self, epochs: list[dict[str, Any]]) -> TrainingSettings:
         """Return settings under which the figures of every epoch are appended to ``epochs``."""

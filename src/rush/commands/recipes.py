@@ -1,4 +1,4 @@
-"""``rush recipes`` and ``rush cost``: the shipped recipes, and what training by a recipe takes."""
+"""``rush recipes`` and ``rush cost``: the shipped recipes, and the cost of a run."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def cost(
     data: Data = None,
     overrides: Overrides = None,
 ) -> None:
-    """Estimate training cost on this machine by timing a few steps of each recipe and extrapolating. No data is needed
-    if the recipe names its data set.
+    """Estimate the cost of recipes on this machine by timing a few steps and passes, and extrapolating. No data is
+    needed if the recipe names its data set.
 
     Args:
         names: Names of shipped recipes or paths of .toml files; times are also shown relative to the first recipe.
@@ -61,7 +61,17 @@ def cost(
     from rush.recipe.load import load_recipe
 
     recipes = [load_recipe(name, overrides or (), data_roots(data)) for name in names]
-    from rush.commands.cost import COST_HEADER, STAGE_HEADER, STEPS, cost_rows, costs_value, measure_apart, stage_rows
+    from rush.commands.cost import (
+        COST_HEADER,
+        EVALUATION_HEADER,
+        STAGE_HEADER,
+        STEPS,
+        cost_rows,
+        costs_value,
+        evaluation_rows,
+        measure_apart,
+        stage_rows,
+    )
 
     costs = [measure_apart(recipe, STEPS if steps is None else steps) for recipe in recipes]
     if out is not None:
@@ -75,4 +85,5 @@ def cost(
     title = f"Cost of training, every figure extrapolated (steps measured: {costs[0].measured_steps})"
     print_table(COST_HEADER, cost_rows(costs), title)
     print_table(STAGE_HEADER, stage_rows(costs), "By stage, every figure extrapolated")
+    print_table(EVALUATION_HEADER, evaluation_rows(costs), "After training, every figure extrapolated")
     print_lines(f"extrapolated from steps measured on {text}" for text in dict.fromkeys(c.conditions for c in costs))

@@ -23,12 +23,12 @@ from rush.data.checks import Images, LabelledPixels, check_class_indices, kind_o
 from rush.errors import InputError, ModelError
 from rush.evaluation.candidates import Candidates, attack_of, start_of
 from rush.evaluation.groups import made_by, read_group, write_group
-from rush.evaluation.model import CHOICE_VOTES, Defender, Model, defend
-from rush.evaluation.plans import Plan, Suite
+from rush.evaluation.model import Defender, Model, defend
+from rush.evaluation.plans import CHOICE_VOTES, Plan, Suite, work
 from rush.evaluation.result import AttackResult, join_results
 from rush.evaluation.verdict import BROKEN, HELD, UNDECIDED, Verdicts, VerdictSettings
 from rush.runtime.distributed import gather_objects, rank, world_size
-from rush.runtime.progress import Advance, part_of, progress
+from rush.runtime.progress import Advance, Parts, no_progress, progress
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.inspection import check_logits
@@ -135,7 +135,7 @@ class Evaluation:
                         file, group.images, group.threat, plan, settings.level, self.defender.single, origin
                     )
                     broken += int(results[number].broken.sum())
-                    advance(len(group.images), f"{broken} broken")
+                    advance(len(group.images), f"{broken} broken", done_earlier=True)
                     continue
                 if isinstance(plan, Suite):
                     result = group._worst_case(plan)
@@ -153,9 +153,10 @@ class Evaluation:
         return join_results([shared[number] for number in range(len(groups))], self.threat)
 
     def run_all(self, plans: Sequence[Attacker], resume: Path | None = None) -> Iterator[AttackResult]:
-        """Yield ``run`` of each plan, whose progress names its number."""
-        for number, plan in enumerate(plans, start=1):
-            with part_of(number, len(plans), "rung"):
+        """Yield ``run`` of each plan, whose progress names its number and the time left for all."""
+        rungs = Parts("rung", [work(plan, self.defender.kind) for plan in plans])
+        for plan in plans:
+            with rungs.next():
                 result = self.run(plan, resume)
             yield result
 
@@ -164,7 +165,7 @@ class Evaluation:
         plan: Plan,
         best: Tensor | None = None,
         in_suite: bool = False,
-        advance: Advance = lambda _done, _note="": None,
+        advance: Advance = no_progress,
     ) -> Candidates:
         """Attack the images by ``plan`` and return the most harmful point of each.
 

@@ -31,7 +31,7 @@ from rush.attacks.losses import margin
 from rush.choices import BLOCK, Decision
 from rush.data.checks import LabelledPixels, pixel_ids
 from rush.errors import InputError, ModelError
-from rush.evaluation.plans import Kind, Plan
+from rush.evaluation.plans import CHOICE_VOTES, Kind, Plan
 from rush.evaluation.verdict import (
     Verdicts,
     VerdictSettings,
@@ -52,7 +52,6 @@ from rush.smoothing.splitting import Splitting
 
 Model: TypeAlias = nn.Module | SmoothedClassifier
 
-CHOICE_VOTES = BLOCK  # votes of a random model that choose among candidates, under the same noise for all of them
 _RANKING_DRAWS = 64
 _FEW = 16  # images on which a module without noise of its own is inspected
 _MEAN_DRAWS, _STANDARD_ERRORS = 128, 8

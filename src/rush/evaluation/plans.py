@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal
 
 from rush.attacks.losses import LossName
-from rush.choices import AttackMethod, Gradient, Start
+from rush.choices import BLOCK, AttackMethod, Gradient, Start
 
 Kind = Literal["plain", "random"]
 
@@ -58,6 +58,12 @@ class Plan:
         calls = {"none": 0, "fgsm": 1, "square": 0, "random": 0}.get(self.method, self.steps)
         return self.runs * max(1, self.eot_samples) * calls
 
+    @property
+    def queries_per_image(self) -> int:
+        """Most passes without a gradient per image: queries of attackers that take none, and evaluations of points."""
+        calls = {"none": 0, "square": self.steps, "random": self.steps, "apgd": self.steps}.get(self.method, 1)
+        return self.runs * max(1, self.eot_samples) * calls
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -75,6 +81,44 @@ class Suite:
     def passes_per_image(self) -> int:
         """Forward and backward passes of an image that nothing breaks."""
         return sum(plan.passes_per_image for plan in self.plans)
+
+    @property
+    def queries_per_image(self) -> int:
+        """Most passes without a gradient of an image that nothing breaks."""
+        return sum(plan.queries_per_image for plan in self.plans)
+
+
+CHOICE_VOTES = BLOCK
+"""Votes of a random model that choose among the points of one attacker, under the same noise for all of them."""
+USUAL_VOTES = 400
+"""Votes that a verdict on a random model takes on average, rounded from the runs in ``results/``."""
+_SUITE_SHARE = 0.2  # rounded from the runs in ``results/``
+_POINTS = 2  # that an attack returns at most, of each of its loops
+_BACKWARD = 3.0  # passes forward only that cost as much as one forward and backward
+
+
+def num_votes(plan: Plan | Suite, kind: Kind, per_verdict: int = USUAL_VOTES) -> int:
+    """Return the votes on an image that choose among the points of ``plan`` and judge them, a pass each.
+
+    Args:
+        kind: of the model. A deterministic one answers at once.
+        per_verdict: votes of each verdict.
+    """
+    plans = plan.plans if isinstance(plan, Suite) else (plan,)
+    if kind == "plain":
+        return sum(1 + _POINTS * each.runs for each in plans)
+    return sum(per_verdict + CHOICE_VOTES * _POINTS * each.runs for each in plans)
+
+
+def work(plan: Plan | Suite, kind: Kind) -> float:
+    """Return what an image usually costs, in passes forward only."""
+    most = _BACKWARD * plan.passes_per_image + plan.queries_per_image + num_votes(plan, kind)
+    return most * usual_share(plan)
+
+
+def usual_share(plan: Plan | Suite) -> float:
+    """Return the share of the cost of ``plan`` that an image usually takes: most images leave a suite early."""
+    return _SUITE_SHARE if isinstance(plan, Suite) else 1.0
 
 
 # The protocol of the paper's abstract. What the paper leaves open is this library's choice (docs/attacks.md).

@@ -377,6 +377,22 @@ def load(
     return smoothed
 
 
+def load_pretrained(
+    name: str | PathLike[str], device: str = "auto", classifier: nn.Module | None = None
+) -> SmoothedClassifier:
+    """Return ``load`` of a smoothed classifier, where "owner/name" that is not a folder stands for "hf://owner/name".
+
+    Raises:
+        RunError: as ``load``, or the classifier is not smoothed.
+    """
+    text = str(name)
+    on_hub = text.count("/") == 1 and not text.startswith((HUB, ".", "/")) and not Path(name).is_dir()
+    model = load(HUB + text if on_hub else name, device, classifier=classifier)
+    if not isinstance(model, SmoothedClassifier):
+        raise RunError(f"{name} holds a classifier that is not smoothed; rush.load loads it")
+    return model
+
+
 def image_form(folder: str | PathLike[str]) -> ImageForm:
     """Return the form of the images that the model in ``folder`` was trained on, not resized unless recorded."""
     description = read_description(_model_folder(folder))

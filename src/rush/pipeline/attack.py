@@ -17,13 +17,13 @@ from rush.evaluation.ladder import epsilon_text
 from rush.evaluation.model import Model, defend
 from rush.evaluation.plans import Suite
 from rush.evaluation.result import AttackResult
-from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_plan, sandwich_positions, sandwich_threat
+from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_positions, sandwich_threat
 from rush.models.description import read_description
 from rush.models.storage import load_plain, load_smoothed
 from rush.pipeline.attackers import Attackers
 from rush.pipeline.certify import NOT_SMOOTHED, read_run_certificates
 from rush.pipeline.context import StageContext
-from rush.pipeline.estimate import attack_estimate, estimate_text, measured_rates
+from rush.pipeline.estimate import attack_estimate, audit_estimate, estimate_text, measured_rates
 from rush.recipe.schema import AttackConfig
 from rush.records.attacks import write_attacks
 from rush.records.audit import write_audit
@@ -70,18 +70,22 @@ def run_attack(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> 
     sandwich.require()
 
 
-def run_audit(run: RunFolder) -> None:
-    """Audit the recipe's evaluation on the first attacked images and write ``audit.json``."""
+def run_audit(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> None:
+    """Audit the recipe's evaluation on the first attacked images and write ``audit.json``.
+
+    Args:
+        tell: gets one line on the time that it usually takes, before it begins.
+    """
     run.require("attack")
     run.begin("audit")
     started = time.perf_counter()
-    report = audit_run(run)
+    report = audit_run(run, tell=tell)
     write_audit(run.path / AUDIT, report)
     figures = {"verdict": report.verdict, "images": report.images, "evaluation": report.evaluation}
     run.finish("audit", seconds=time.perf_counter() - started, **figures)
 
 
-def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
+def audit_run(run: RunFolder, rung: str | None = None, tell: Callable[[str], None] = lambda _: None) -> AuditReport:
     """Return the audit of a run's evaluation, the ladder's ``rung`` or the one that the recipe names.
 
     Raises:
@@ -93,11 +97,15 @@ def audit_run(run: RunFolder, rung: str | None = None) -> AuditReport:
     config, session = context.recipe.audit, AttackSession.of(context)
     images = session.evaluation.images
     rows = list(range(min(config.images or len(images), len(images))))
+    rates = measured_rates(session.model, images.x.shape[1:])
+    config = config.model_copy(update={"rung": rung or config.rung})
+    classes = session.evaluation.defender.num_classes
+    tell(f"audit: {estimate_text(audit_estimate(session.attackers, config, classes, len(rows), rates), rates)}")
     return audit(
         session.model,
         images.select(rows),
         session.evaluation.threat,
-        session.rung(rung or config.rung, rows),
+        session.rung(config.rung, rows),
         config.tolerance,
         certificates=session.certificates(),
         alpha=config.alpha,
@@ -146,7 +154,8 @@ class AttackSession:
             return []
         certified = self.evaluation.select(positions)
         inside = replace(certified, threat=sandwich_threat(certificates, certified.images.ids))
-        return [inside.run(sandwich_plan(self.config.steps, norm=certificates.rule.norm), self.parts)]
+        assert self.attackers.sandwich is not None
+        return [inside.run(self.attackers.sandwich, self.parts)]
 
     def rung(self, name: str | None, rows: list[int]) -> AttackResult | None:
         """Return the result of the ladder's rung of this name on the images at ``rows``, or None without a name.

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from rush.attacks.threat import ThreatModel
 from rush.auditing.case import VERDICTS
-from rush.choices import parse_fraction
+from rush.choices import CERTIFIED_NORM, parse_fraction
 from rush.errors import ConfigError, InputError
 from rush.evaluation.ladder import curve, ladder, plain_ladder
-from rush.evaluation.plans import Plan, Suite, worst_case
+from rush.evaluation.plans import Kind, Plan, Suite, worst_case
+from rush.evaluation.sandwich import sandwich_plan
 from rush.evaluation.verdict import VerdictSettings
 from rush.recipe.schema import AttackConfig, Recipe
 
@@ -20,12 +21,16 @@ class Attackers:
     Attributes:
         rungs: the ladder's attackers, from the weakest to the strongest.
         curve: one attacker at rising epsilon, for the first ``config.curve_images`` images.
+        sandwich: the attacker inside every certified ball, None without noise.
+        kind: of the model, random where it is smoothed.
     """
 
     threat: ThreatModel
     rungs: list[Plan | Suite]
     curve: list[tuple[ThreatModel, Plan]]
     settings: VerdictSettings
+    sandwich: Plan | None
+    kind: Kind
 
     @classmethod
     def of(cls, recipe: Recipe, num_classes: int, pixels: int) -> "Attackers":
@@ -37,7 +42,9 @@ class Attackers:
         points = curve(threat, pixels, config.steps, draws) if config.curve_images else []
         # an image gets one verdict per rung and point of the curve, and one inside the certified ball
         level = config.alpha / (len(rungs) + len(points) + 1)
-        return cls(threat, rungs, points, VerdictSettings(level, config.max_votes, recipe.seed))
+        settings = VerdictSettings(level, config.max_votes, recipe.seed)
+        inside = sandwich_plan(config.steps, norm=CERTIFIED_NORM[recipe.smoothing.noise]) if smoothed else None
+        return cls(threat, rungs, points, settings, inside, "random" if smoothed else "plain")
 
     def rung(self, name: str | None) -> Plan | Suite | None:
         """Return the rung of this name, or None without a name. Raises: ConfigError if there is no such rung."""

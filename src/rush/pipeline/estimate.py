@@ -1,24 +1,29 @@
-"""The time that certification and attacks take at most, from a few measured passes."""
+"""The time that certification, attacks and the audit take, from a few measured passes."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from rush.auditing.audit import default_plan
+from rush.auditing.case import PROBED
 from rush.certification.rule import Rule
 from rush.choices import BLOCK
 from rush.evaluation.model import Model
-from rush.evaluation.plans import Plan, Suite
+from rush.evaluation.plans import USUAL_VOTES, Kind, Plan, Suite, num_votes, usual_share, worst_case
 from rush.models.storage import plain_execution
 from rush.pipeline.attackers import Attackers
+from rush.recipe.schema import AuditConfig
 from rush.reporting.wording import duration, passes_text
 from rush.runtime.execution import device_of
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 
 _GRADIENTS = 64  # images whose gradient is timed together
+_USUAL_SHARE = 0.2  # of the votes that sequential certification may draw, rounded from the runs in ``results/``
+_PROBES = 6  # evaluations that probes of an audit cost together
 _CALLS = 2  # that are timed, after one for warm-up
 
 
@@ -32,18 +37,23 @@ class Rates:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a stage at most, if no image is decided early and nothing is broken.
+    """The cost of a stage at most, if no image is decided early and nothing is broken, and its usual time.
 
     Attributes:
         passes: forward and backward per image.
         forward_passes: forward only per image.
         seconds: of all images.
+        usual_seconds: of all images, where verdicts and sequential certification end as early as in the runs of this
+            library on CIFAR-10.
+        bounded: whether a stage cannot take more than these passes and ``seconds``, which the audit can.
     """
 
     images: int
     passes: float
     forward_passes: float
     seconds: float
+    usual_seconds: float
+    bounded: bool = True
 
 
 def measured_rates(model: Model, shape: Sequence[int]) -> Rates:
@@ -63,16 +73,46 @@ def measured_rates(model: Model, shape: Sequence[int]) -> Rates:
 
 def certify_estimate(rule: Rule, images: int, rates: Rates) -> Estimate:
     """Return the cost of certifying ``images`` images."""
-    return Estimate(images, 0, rule.num_samples, images * rule.num_samples / rates.forward)
+    usual = _USUAL_SHARE if rule.method == "sequential" else 1.0
+    seconds = images * rule.num_samples / rates.forward
+    return Estimate(images, 0, rule.num_samples, seconds, seconds * usual)
 
 
 def attack_estimate(attackers: Attackers, images: int, curve_images: int, rates: Rates) -> Estimate:
-    """Return the cost of the ladder and the curve, with the verdicts."""
-    plans = [(rung, 1.0) for rung in attackers.rungs]
+    """Return the cost of the ladder, the curve and the attack inside every certified ball, with the verdicts."""
+    plans: list[tuple[Plan | Suite, float]] = [(rung, 1.0) for rung in attackers.rungs]
     plans += [(plan, min(curve_images, images) / images) for _, plan in attackers.curve]
-    passes = sum(share * plan.passes_per_image for plan, share in plans)
-    forward = sum(share * (_queries(plan) + attackers.settings.max_votes) for plan, share in plans)
-    return Estimate(images, passes, forward, images * (forward / rates.forward + passes / rates.gradient))
+    plans += [(attackers.sandwich, 1.0)] if attackers.sandwich else []
+    return _estimate(plans, attackers.kind, attackers.settings.max_votes, images, rates)
+
+
+def audit_estimate(attackers: Attackers, config: AuditConfig, num_classes: int, images: int, rates: Rates) -> Estimate:
+    """Return the cost of the audit: the worst-case suite, and the probes with their verdicts on some images.
+
+    A rung of the ladder was evaluated before. The rest follows "Cost" in ``rush.audit``.
+    """
+    kind, rung = attackers.kind, attackers.rung(config.rung)
+    audited, probed = rung or default_plan(kind), min(PROBED, images) / images
+    plans: list[tuple[Plan | Suite, float]] = [(worst_case(kind, num_classes), 1.0), (audited, _PROBES * probed)]
+    plans += [] if rung else [(audited, 1.0)]
+    return replace(_estimate(plans, kind, config.max_votes, images, rates), bounded=False)
+
+
+def _estimate(
+    plans: Sequence[tuple[Plan | Suite, float]], kind: Kind, max_votes: int, images: int, rates: Rates
+) -> Estimate:
+    """Return the cost of attackers, each with the share of the images that it attacks."""
+    passes = forward = seconds = usual = 0.0
+    for plan, share in plans:
+        most, usually = (
+            plan.queries_per_image + num_votes(plan, kind, votes)
+            for votes in (BLOCK + max_votes, min(max_votes, USUAL_VOTES))
+        )
+        gradients = plan.passes_per_image / rates.gradient
+        passes, forward = passes + share * plan.passes_per_image, forward + share * most
+        seconds += share * images * (gradients + most / rates.forward)
+        usual += share * images * (gradients + usually / rates.forward) * usual_share(plan)
+    return Estimate(images, passes, forward, seconds, usual)
 
 
 def estimate_text(estimate: Estimate, rates: Rates) -> str:
@@ -80,18 +120,12 @@ def estimate_text(estimate: Estimate, rates: Rates) -> str:
     rate = f"{rates.forward:,.0f} forward" + (
         f", {rates.gradient:,.0f} forward and backward" if estimate.passes else ""
     )
-    return (
-        f"at most {duration(estimate.seconds)} for {estimate.images:,} images of at most "
-        f"{passes_text(round(estimate.passes), round(estimate.forward_passes))} passes, at {rate} per second here"
-    )
-
-
-def _queries(plan: Plan | Suite) -> int:
-    """Return the forward passes per image of attackers that take no gradient."""
-    plans = plan.plans if isinstance(plan, Suite) else (plan,)
-    return sum(
-        each.runs * each.steps * max(1, each.eot_samples) for each in plans if each.method in ("square", "random")
-    )
+    times = [f"about {duration(estimate.usual_seconds)}"] if estimate.usual_seconds < estimate.seconds else []
+    passes = ""
+    if estimate.bounded:
+        times.append(f"at most {duration(estimate.seconds)}")
+        passes = f" of at most {passes_text(round(estimate.passes), round(estimate.forward_passes))} passes"
+    return f"{', '.join(times)} for {estimate.images:,} images{passes}, at {rate} per second here"
 
 
 def _differentiate(function: nn.Module, x: Tensor) -> None:

@@ -21,7 +21,7 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
     Args:
         tell: Gets one line when the stage begins and one with the time that it took or that it is skipped. In between
             it gets the live figures of a training stage, what ``certify`` can certify before it draws any vote, and the
-            time that ``certify`` and ``attack`` take at most.
+            time that ``certify``, ``attack`` and ``audit`` take.
 
     Raises:
         RunError: another process is at work in the folder, or the stage cannot run in several processes.
@@ -34,7 +34,7 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
         "finetune": partial(run_finetune, tell=tell),
         "certify": partial(run_certify, tell=tell),
         "attack": partial(run_attack, tell=tell),
-        "audit": run_audit,
+        "audit": partial(run_audit, tell=tell),
     }
     if run.finished(stage):
         tell(f"{stage}: already finished, skipping")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,9 +12,16 @@ _FAST = 10  # units per second from which on a rate has no decimals
 
 
 class Advance(Protocol):
-    """Report that a number of units is done, with running figures in words."""
+    """Report that a number of units is done, with running figures in words.
 
-    def __call__(self, done: int, note: str = "") -> None: ...
+    Units that were ``done_earlier``, whose results are read from disk, do not count for the rate.
+    """
+
+    def __call__(self, done: int, note: str = "", done_earlier: bool = False) -> None: ...
+
+
+def no_progress(done: int, note: str = "", done_earlier: bool = False) -> None:
+    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,52 @@ class Shown:
     every: float | None = None
 
 
+class Parts:
+    """Long parts of one piece of work, such as the rungs of a ladder, with the time left for all of them together.
+
+    Args:
+        what: names a part.
+        works: the work of each part, in any unit, from which the time left is extrapolated.
+    """
+
+    def __init__(self, what: str, works: Sequence[float]) -> None:
+        self._what, self._works, self._number = what, works, 0
+        self._finished = self._earlier = 0.0
+        self._began = time.monotonic()
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Begin the progress within the context with e.g. "rung 3 of 9, "."""
+        self._number += 1
+        token = _part.set(self)
+        try:
+            yield
+        finally:
+            _part.reset(token)
+            self._finished += self._work
+
+    @property
+    def label(self) -> str:
+        return f"{self._what} {self._number} of {len(self._works)}, "
+
+    def done_earlier(self, share: float) -> None:
+        """Note that the results of this share of the current part were read from disk."""
+        self._earlier += share * self._work
+
+    def seconds_left(self, share: float) -> float | None:
+        """Return the time left for all parts, where ``share`` of the current one is done, or None if unknown."""
+        done = self._finished + share * self._work
+        new = done - self._earlier
+        return (time.monotonic() - self._began) * (sum(self._works) - done) / new if new > 0 else None
+
+    @property
+    def _work(self) -> float:
+        return self._works[self._number - 1]
+
+
 NOTHING, _BARS = Shown(bars=False), Shown()
 _shown: ContextVar[Shown] = ContextVar("shown", default=_BARS)
-_part: ContextVar[str] = ContextVar("part", default="")
+_part: ContextVar[Parts | None] = ContextVar("part", default=None)
 
 
 @contextmanager
@@ -53,16 +103,6 @@ def asked(progress: bool | None) -> Shown | None:
 
 
 @contextmanager
-def part_of(number: int, total: int, what: str) -> Iterator[None]:
-    """Begin the progress within the context with e.g. "rung 3 of 9, "; ``number`` counts from 1."""
-    token = _part.set(f"{what} {number} of {total}, ")
-    try:
-        yield
-    finally:
-        _part.reset(token)
-
-
-@contextmanager
 def progress(description: str, total: int, unit: str = "images", start: int = 0) -> Iterator[Advance]:
     """Show progress within the context, advanced by calls of the yielded function with a number of units.
 
@@ -72,62 +112,87 @@ def progress(description: str, total: int, unit: str = "images", start: int = 0)
         unit: plural name of a unit.
         start: number of units done earlier, in a resumed stage.
     """
-    shown, description = _shown.get(), _part.get() + description
+    shown, counted = _shown.get(), _Counted(description, total, unit, start, _part.get())
     if shown.bars and sys.stderr.isatty():
-        with _bar(description, total, unit, start) as advance:
+        with _bar(counted) as advance:
             yield advance
     elif shown.every is not None:
-        yield _Lines(description, total, unit, start, shown.every)
+        yield _lines(counted, shown.every)
     else:
-        yield lambda _done, _note="": None
+        yield no_progress
 
 
-class _Lines:
-    """Write lines of progress, with at least ``every`` seconds between two."""
+class _Counted:
+    """The units done so far, their rate, and the time left."""
 
-    def __init__(self, description: str, total: int, unit: str, start: int, every: float) -> None:
-        self._description, self._total, self._unit, self._start, self._every = description, total, unit, start, every
-        self._done, self._note = start, ""
-        self._began = self._last = time.monotonic()
+    def __init__(self, description: str, total: int, unit: str, start: int, part: Parts | None) -> None:
+        self.description, self.total, self.unit = ("" if part is None else part.label) + description, total, unit
+        self.done = start
+        self.note = ""
+        self._earlier, self._part, self._began = start, part, time.monotonic()
 
-    def __call__(self, done: int, note: str = "") -> None:
-        self._done, self._note = self._done + done, note or self._note
+    def add(self, done: int, note: str, done_earlier: bool) -> None:
+        self.done, self.note = self.done + done, note or self.note
+        if done_earlier:
+            self._earlier += done
+            if self._part is not None:
+                self._part.done_earlier(done / self.total)
+
+    @property
+    def rate(self) -> float:
+        """Units per second, 0 before the first."""
+        seconds = time.monotonic() - self._began
+        return (self.done - self._earlier) / seconds if seconds > 0 else 0.0
+
+    @property
+    def left(self) -> str:
+        """The time left, and that of all parts, or nothing."""
+        if self.rate <= 0:
+            return ""
+        seconds = (self.total - self.done) / self.rate
+        of_all = None if self._part is None else self._part.seconds_left(self.done / self.total)
+        return f"{_clock(seconds)} left" + ("" if of_all is None else f", {_clock(max(seconds, of_all))} in all")
+
+
+def _lines(counted: _Counted, every: float) -> Advance:
+    """Return a function that writes lines of progress, with at least ``every`` seconds between two."""
+    last = time.monotonic()
+
+    def advance(done: int, note: str = "", done_earlier: bool = False) -> None:
+        nonlocal last
+        counted.add(done, note, done_earlier)
         now = time.monotonic()
-        if now - self._last < self._every:
+        if now - last < every:
             return
-        self._last = now
-        rate = (self._done - self._start) / (now - self._began)
-        left = f", {_clock((self._total - self._done) / rate)} left" if rate > 0 else ""
-        sys.stderr.write(
-            f"{self._description}: {self._done:,} of {self._total:,} {self._unit}, {_rate(rate)} {self._unit}/s{left}"
-            f"{', ' if self._note else ''}{self._note}\n"
-        )
+        last, unit = now, counted.unit
+        figures = f"{counted.done:,} of {counted.total:,} {unit}, {_rate(counted.rate)} {unit}/s"
+        sys.stderr.write(f"{counted.description}: {', '.join(filter(None, (figures, counted.left, counted.note)))}\n")
         sys.stderr.flush()
+
+    return advance
 
 
 @contextmanager
-def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Advance]:
+def _bar(counted: _Counted) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(f"{{task.fields[rate]}} {unit}/s"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+    digits = len(str(counted.total))
+    columns = (  # a narrow terminal cuts the figures
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * digits + 1)),
+        TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=start, rate="-", note="")
+        task = bar.add_task(counted.description, total=counted.total, completed=counted.done, figures="")
 
-        def advance(done: int, note: str = "") -> None:
-            bar.advance(task, done)
-            elapsed = bar.tasks[0].elapsed or 0.0
-            if elapsed > 0:
-                bar.update(task, rate=_rate((bar.tasks[0].completed - start) / elapsed))
-            if note:
-                bar.update(task, note=note)
+        def advance(done: int, note: str = "", done_earlier: bool = False) -> None:
+            counted.add(done, note, done_earlier)
+            rate = f"{_rate(counted.rate)} {counted.unit}/s"
+            figures = ", ".join(filter(None, (rate, counted.left, counted.note)))
+            bar.update(task, completed=counted.done, figures=figures)
 
         yield advance
 

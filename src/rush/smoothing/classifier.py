@@ -1,6 +1,8 @@
 """The smoothed classifier: votes of a base classifier under noise."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -278,6 +280,36 @@ class SmoothedClassifier:
     def as_module(self, num_samples: int = 32, generator: torch.Generator | None = None) -> nn.Module:
         """Return an nn.Module that computes ``log_probs`` with fresh noise at every call, for attack libraries."""
         return _SmoothedModule(self, num_samples, generator)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | PathLike[str], device: str = "auto", classifier: nn.Module | None = None
+    ) -> "SmoothedClassifier":
+        """Load a smoothed classifier by its name on the Hugging Face hub, "owner/name", or from a folder.
+
+        Args:
+            name: "owner/name", "owner/name@revision", or what ``rush.load`` takes.
+            device, classifier: as for ``rush.load``.
+
+        Raises:
+            RunError: it is not there, or not smoothed.
+            MissingExtraError: huggingface_hub is not installed.
+        """
+        from rush.models.storage import load_pretrained
+
+        return load_pretrained(name, device, classifier)
+
+    def save_pretrained(self, folder: str | PathLike[str], run: str | PathLike[str] | None = None) -> None:
+        """Write ``config.json``, ``model.safetensors`` and a model card, see ``rush.exporting.hub.save_pretrained``."""
+        from rush.exporting import hub
+
+        hub.save_pretrained(self, Path(folder), None if run is None else Path(run))
+
+    def push_to_hub(self, repository: str, run: str | PathLike[str] | None = None, private: bool = False) -> str:
+        """Upload to the Hugging Face hub with a model card, see ``rush.exporting.hub.push_to_hub``."""
+        from rush.exporting import hub
+
+        return hub.push_to_hub(self, repository, None if run is None else Path(run), private)
 
     def streams(self, seed: int, purpose: str, *names: Sequence[str]) -> list[torch.Generator]:
         """Return one generator per image, named by what it serves and the image's names, e.g. its id."""

@@ -18,7 +18,7 @@ from rush.runtime.distributed import average_gradients, barrier, broadcast_modul
 from rush.runtime.execution import Execution
 from rush.runtime.interruption import StopRequest, stop_requests
 from rush.runtime.memory import memory_for
-from rush.runtime.progress import Advance, progress
+from rush.runtime.progress import Advance, no_progress, progress
 from rush.runtime.randomness import restarted, stream
 from rush.training import budget
 from rush.training.checkpoint import LONG_SAVING, SAVING_SHARE, TrainingCheckpoint
@@ -215,7 +215,7 @@ class TrainingRun:
         """Return a progress bar in the first process."""
         size = self.schedule.batch_size
         if rank() > 0:
-            return nullcontext(lambda _done, _note="": None)
+            return nullcontext(no_progress)
         return progress(self.name, self.total * size, start=self.number * size)
 
     def _rest_of_epoch(self, stop: StopRequest, advance: Advance) -> Iterator[Batch]:
