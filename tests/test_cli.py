@@ -308,6 +308,12 @@ def test_info_tells_state_and_figures(call: Call, tiny_run: Path, tmp_path: Path
     states = {cells[0].strip(): cells[1].strip() for cells in rows if len(cells) == 2}
     assert [states[stage] for stage in EVERY_RUN[:4]] == ["finished"] * 3 + ["not finished"]
     assert states["ACR"].endswith("(N = 200)")
+    assert states["data"] == "digits (1,397 in train, 400 in test)"
+    assert states["classes"] == "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert states["noise"] == "discrete, sigma 0.25"
+    assert states["labels"] == "of 1,397 training images"
+    assert re.fullmatch(r"[\d.]+ s of work, \d{4}-\S+ to \d{4}-\S+", states["time"])
+    assert float(states["size"].removesuffix(" MB")) > 0
 
 
 def test_predict_answers_like_the_library_for_every_file(call: Call, tiny_run: Path, tmp_path: Path) -> None:

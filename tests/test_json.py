@@ -67,6 +67,7 @@ def test_any_model(call: Call, models: str) -> None:
 def test_a_run(call: Call, tiny_run: Path) -> None:
     info = value_of(call, "info", tiny_run)
     assert set(info) == documented("rush info")
+    assert info["bytes"] == sum(path.stat().st_size for path in tiny_run.rglob("*") if path.is_file())
     results = read_run(tiny_run)
     assert results.certificates is not None
     assert info["certificates"]["acr"] == results.certificates.acr

@@ -14,21 +14,23 @@ if TYPE_CHECKING:
 
 
 def info(folder: Path, *, json: Json = False) -> None:
-    """Show the state of a run: recipe, finished stages and figures.
+    """Show a run: data, network, labels, dates, size, finished stages and figures.
 
     Args:
         folder: Run folder.
     """
     from rush.records.read_run import read_run
-    from rush.reporting.values import run_value
-    from rush.reporting.wording import summary_rows
+    from rush.reporting.values import folder_size, run_value
+    from rush.reporting.wording import about_rows, size_text, summary_rows
 
     run = open_run(folder)
+    results = read_run(folder)
     if json:
-        print_json(run_value(read_run(folder)))
+        print_json(run_value(results))
         return
     states = [(stage, _state(run, stage)) for stage in run.recipe.stages]
-    print_table((f"{run.recipe.name}: {folder}", ""), [*states, *summary_rows(read_run(folder))])
+    about = [*about_rows(results), ("size", size_text(folder_size(folder)))]
+    print_table((f"{run.recipe.name}: {folder}", ""), [*about, *states, *summary_rows(results)])
 
 
 def _state(run: RunFolder, stage: Stage) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rush.records.ladder import CurvePoint, Ladder, Rung
@@ -17,10 +18,16 @@ def run_value(results: RunResults) -> dict[str, Any]:
         "recipe": dict(results.recipe),
         "provenance": dict(results.provenance),
         "missing": list(results.missing),
+        "bytes": folder_size(results.folder),
         "stages": {stage: dict(record.fields) for stage, record in results.stages.items()},
         "certificates": None if results.certificates is None else results.certificates.to_dict(),
         "audit": None if results.audit is None else results.audit.to_json(),
     }
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def ladder_value(ladder: Ladder) -> dict[str, Any]:

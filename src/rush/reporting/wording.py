@@ -106,11 +106,42 @@ def not_done(results: RunResults) -> list[tuple[str, str]]:
     return [(_NOT_DONE[stage], results.command(stage)) for stage in results.missing]
 
 
+_NAMED = 10  # classes that a summary names
+
+
 def summary_rows(results: RunResults) -> list[tuple[str, str]]:
     """Return a run as lines of name and value, weakest claim first, and the commands of unfinished stages."""
     rows = [("trial", QUICK)] if results.quick else []
     rows += [*_certified_rows(results), *_attacked_rows(results), *_audit_rows(results), *_taught_rows(results)]
     return rows + [(what, f"`{command}`") for what, command in not_done(results)]
+
+
+def about_rows(results: RunResults) -> list[tuple[str, str]]:
+    """Return what a run is of, as lines of name and value: data, classes, network, noise, labels, seed, dates, size."""
+    setting, stages = results.setting, results.stages.values()
+    splits = [f"{split['images']:,} in {name}" for name, split in (results.provenance.get("data") or {}).items()]
+    rows = [("data", str(setting("data", "name")) + (f" ({', '.join(splits)})" if splits else ""))]
+    if results.classes:
+        more = f" and {len(results.classes) - _NAMED} more" if len(results.classes) > _NAMED else ""
+        rows.append(("classes", f"{len(results.classes)}: {', '.join(results.classes[:_NAMED])}{more}"))
+    rows.append(("network", f"{setting('model', 'encoder')}, width {setting('model', 'width')}"))
+    noise = f"{setting('smoothing', 'noise') or 'gaussian'}, sigma {setting('smoothing', 'sigma')}"
+    labelled = results.stages["finetune"].fields.get("labelled_images") if "finetune" in results.stages else None
+    rows += [("noise", "none" if results.plain else noise), ("labels", "–" if labelled is None else f"of {labelled:,} training images")]
+    rows.append(("seed", str(setting("seed"))))
+    begun, ended = (
+        sorted(filter(None, moments))
+        for moments in ((stage.fields.get("started") for stage in stages), (stage.finished for stage in stages))
+    )
+    if ended:
+        span = f"{begun[0] if begun else '–'} to {ended[-1]}"
+        rows.append(("time", f"{duration(sum(stage.seconds for stage in stages))} of work, {span}"))
+    return rows
+
+
+def size_text(size: int) -> str:
+    """Return bytes as megabytes or gigabytes."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _taught_rows(results: RunResults) -> Iterator[tuple[str, str]]:
