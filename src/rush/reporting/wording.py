@@ -127,7 +127,8 @@ def about_rows(results: RunResults) -> list[tuple[str, str]]:
     rows.append(("network", f"{setting('model', 'encoder')}, width {setting('model', 'width')}"))
     noise = f"{setting('smoothing', 'noise') or 'gaussian'}, sigma {setting('smoothing', 'sigma')}"
     labelled = results.stages["finetune"].fields.get("labelled_images") if "finetune" in results.stages else None
-    rows += [("noise", "none" if results.plain else noise), ("labels", "–" if labelled is None else f"of {labelled:,} training images")]
+    rows.append(("noise", "none" if results.plain else noise))
+    rows.append(("labels", "–" if labelled is None else f"of {labelled:,} training images"))
     rows.append(("seed", str(setting("seed"))))
     begun, ended = (
         sorted(filter(None, moments))
