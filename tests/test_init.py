@@ -13,11 +13,14 @@ from rush.commands.init import look_at
 from rush.data.sources import load_images
 from rush.data.splits import Splits
 from rush.errors import ConfigError
+from rush.pipeline.context import StageContext
+from rush.pipeline.preconditions import check_before_training
 from rush.recipe.load import load_recipe, quickened, recipe_names
 from rush.recipe.schema import DataConfig
 from rush.recipe.text import to_toml
+from rush.records.folder import RunFolder
 from rush.records.read_run import read_run
-from tiny import run_tiny, write_tiny
+from tiny import run_tiny, tiny, write_tiny
 
 RNG = np.random.default_rng(0)
 
@@ -168,3 +171,45 @@ def test_a_trial_runs_every_stage_and_is_marked(call: Call, tmp_path: Path) -> N
     page = (tmp_path / "run/report.html").read_text()
     assert '<p class="warning" id="quick"><strong>A trial:</strong> this run is a trial' in page
     assert "is a run folder; omit it" in refusal(call("run", tmp_path / "run", "--quick"))
+
+
+def test_a_trial_takes_as_many_test_images_as_there_are(call: Call, tmp_path: Path) -> None:
+    """Four of them are drawn, and a trial asks for ten; the recipe itself, with ten, is refused."""
+    data = photos(tmp_path / "set", 20)
+    sets = (f"data.name={data}", "data.test_images=4", "model.width=2", "finetune.batch_size=8", "pretrain.epochs=0")
+    command = ["run", write_tiny(tmp_path), *(word for each in sets for word in ("--set", each)), "--out"]
+    message = refusal(call(*command, tmp_path / "refused", "--set", "certify.images=10"))
+    assert "asks for 10 test images, set has 4; lower certify.images" in message
+    done = call(*command, tmp_path / "run", "--quick")
+    assert done.returncode == 0, done.stderr
+    results = read_run(tmp_path / "run")
+    assert results.certificates is not None
+    assert len(results.certificates) == 4
+
+
+def test_no_recipe_is_written_for_a_single_class(call: Call, tmp_path: Path) -> None:
+    data = photos(tmp_path / "set", 5, "a")
+    message = refusal(call("init", tmp_path / "mine.toml", "--data", data))
+    assert "are of the class 'a'; a classifier needs at least two" in message
+    assert not (tmp_path / "mine.toml").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "train+unlabeled", "unlabeled"])
+def test_a_batch_of_pre_training_that_is_too_large_is_found_before_it_begins(split: str, tmp_path: Path) -> None:
+    """Of 40 training images 4 are test images and 6 held out; 10 have no labels."""
+    photos(tmp_path / "set/train", 20)
+    photos(tmp_path / "set/unlabeled", 10, "u")
+    images = {"train": 30, "train+unlabeled": 40, "unlabeled": 10}[split]
+    fields = (
+        f"data.name={tmp_path / 'set'}",
+        "data.test_images=4",
+        "data.held_out=6",
+        f'data.pretrain_split="{split}"',
+    )
+    recipe = tiny(tmp_path, *fields, "finetune.batch_size=8", f"pretrain.batch_size={images + 1}", "certify.images=4")
+    recipe = recipe.model_copy(update={"attack": recipe.attack.replace(images=4)})
+    context = StageContext.of(RunFolder.create(tmp_path / "run", recipe))
+    with pytest.raises(ConfigError, match=f"batch_size = {images + 1} exceeds the {images} training images"):
+        check_before_training(context)
+    fits = recipe.model_copy(update={"pretrain": recipe.pretrain.replace(batch_size=images)})
+    check_before_training(StageContext.of(RunFolder.create(tmp_path / "other", fits)))

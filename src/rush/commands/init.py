@@ -70,7 +70,7 @@ def init(file: Path, *, data: str, root: list[Path] | None = None, base: str = "
     write_text(file, text_for(name, file.name, place, survey, base))
     load_recipe(str(file))
     options = "".join(f" --data {folder}" for folder in root or ())
-    lines = [f"written to {file}", f"rush cost {file}{options}    # how long training takes here"]
+    lines = [f"written to {file}", f"rush cost {file}{options}    # how long it takes here"]
     print_lines([*lines, f"rush run {file}{options}     # everything, to runs/{name}/report.html"])
 
 
@@ -78,13 +78,15 @@ def look_at(data: str, root: str | list[str] | None) -> Survey:
     """Return what a recipe needs to know of the images.
 
     Raises:
-        DataError: There are none, or none with labels.
+        DataError: There are none, none with labels, or one class only.
     """
     from rush.data.sources import load_images, open_encoded
 
     train = open_encoded(data, "train", root) or load_images(data, "train", root)
     if train.labels is None:
         raise DataError(f"{data} has no labels for its training images; a classifier needs some")
+    if len(train.classes) < 2:
+        raise DataError(f"all images of {data} are of the class {train.classes[0]!r}; a classifier needs at least two")
     test, unlabeled = (_number_besides(train, data, split, root) for split in ("test", "unlabeled"))
     return Survey(len(train), test, unlabeled or 0, len(train.classes), _size(train))
 

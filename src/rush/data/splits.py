@@ -31,6 +31,7 @@ class Splits:
         record: called once with the name and the images of each split that is computed with. What it raises ends the
             access.
         loaded: splits already in memory, by name. Splits read from now on are added.
+        lenient: where fewer test images exist than are asked for, evaluate these, as the trial of a recipe does.
     """
 
     data: DataConfig
@@ -38,6 +39,7 @@ class Splits:
     device: str
     record: Callable[[str, ImageSet | Stream], None]
     loaded: dict[str, ImageSet]
+    lenient: bool = False
     _streams: dict[str, Stream] = field(default_factory=dict, init=False)
     _recorded: set[str] = field(default_factory=set, init=False)
 
@@ -98,7 +100,7 @@ class Splits:
             kind: images that the model accepts.
 
         Raises:
-            ConfigError: there are fewer than ``count`` test images.
+            ConfigError: there are fewer than ``count`` test images, and the splits are not ``lenient``.
         """
         self.check_count(count)
         test = self.test
@@ -106,9 +108,9 @@ class Splits:
         return order, labelled_pixels(test[order], num_classes, kind)
 
     def check_count(self, count: int | None) -> None:
-        """Raise ConfigError when there are fewer than ``count`` test images."""
+        """Raise ConfigError when there are fewer than ``count`` test images, unless ``lenient``."""
         test = self._in_memory("test")
-        if count is not None and count > len(test):
+        if count is not None and count > len(test) and not self.lenient:
             raise ConfigError(
                 f"the recipe asks for {count} test images, {test.name} has {len(test)}; "
                 "lower certify.images and attack.images"

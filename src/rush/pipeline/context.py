@@ -47,7 +47,8 @@ class StageContext:
             used = {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}}
             in_turn(lambda: run.record_provenance(execution.as_dict(), used))
 
-        return cls(run, recipe, execution, Splits(recipe.data, recipe.seed, execution.device, record, run.loaded))
+        splits = Splits(recipe.data, recipe.seed, execution.device, record, run.loaded, recipe.quick)
+        return cls(run, recipe, execution, splits)
 
     @property
     def noise(self) -> Noise | None:

@@ -46,9 +46,11 @@ def check_before_training(context: StageContext) -> None:
         Loads the test images, and the training images unless they are streamed.
     """
     check_after_training(context)
-    train = context.splits.inspect("train")
+    train, recipe = context.splits.inspect("train"), context.recipe
     if train.labels is not None:
-        _check_labels(train, context.recipe)
+        _check_labels(train, recipe)
+    if recipe.pretrain.epochs != 0:
+        batches_per_epoch(_pretraining_count(context), recipe.pretrain.batch_size)
 
 
 def check_after_training(context: StageContext) -> None:
@@ -63,6 +65,15 @@ def check_after_training(context: StageContext) -> None:
         except InputError as error:
             raise ConfigError(f"certify: {error}") from error
     check_attackers(context.recipe, max(2, len(train.classes)), train.shape)
+
+
+def _pretraining_count(context: StageContext) -> int:
+    """Return the number of images of pre-training, without those held out or drawn as test images."""
+    data, split = context.recipe.data, context.recipe.data.pretrain_split
+    images = len(context.splits.inspect(split))
+    if "train" not in split.split("+"):
+        return images
+    return images - data.held_out - (data.test_images if split != "train" else 0)
 
 
 def _check_kinds(context: StageContext, train: ImageSet | Stream, test: ImageSet | Stream) -> None:

@@ -46,6 +46,8 @@ def run_pretrain(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -
     context.begin("pretrain")
     classifier = new_classifier(spec_of(recipe, train), recipe.seed)
     source = context.splits.pretraining()
+    if config.epochs == 0:  # no batch is drawn, so that any size is right
+        config = config.replace(batch_size=min(config.batch_size, len(source)))
     settings = context.training("pretrain", _watch_encoder(context, classifier), tell=tell)
     pretrain(source, classifier.encoder, classifier.normalize, config, settings)
     if rank() == 0:

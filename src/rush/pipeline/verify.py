@@ -224,7 +224,7 @@ class _Session:
                 )
 
         recipe = self.run.recipe
-        return Splits(recipe.data, recipe.seed, "cpu", record, self.run.loaded)
+        return Splits(recipe.data, recipe.seed, "cpu", record, self.run.loaded, recipe.quick)
 
 
 def _same_votes(stored: Certificates, again: Certificates) -> bool:
