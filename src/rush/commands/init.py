@@ -25,7 +25,7 @@ _LARGEST_SIDE = 96  # above it images are resampled, which keeps training within
 _SIDE = 64
 _TEST_SHARE, _MOST_TEST = 0.2, 2000
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 5000
-_EVALUATED = 200
+_CERTIFIED, _ATTACKED = 200, 60  # images; an audit of fewer than 59 cannot end with "holds"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def text_for(name: str, file: str, data: str, survey: Survey, base: str) -> str:
     trained = rest - held_out
     pretrained = trained + survey.unlabeled
     resized = survey.size is None or survey.size[0] != survey.size[1] or survey.size[0] > _LARGEST_SIDE
-    evaluated = min(_EVALUATED, drawn if survey.test is None else survey.test)
+    tested = drawn if survey.test is None else survey.test
     (least, most), (few, many) = _EPOCHS
     lines = [
         f"# {survey.train:,} labelled images, {survey.classes} classes"
@@ -128,11 +128,11 @@ def text_for(name: str, file: str, data: str, survey: Survey, base: str) -> str:
         f"batch_size = {_batch(trained, 128)}",
         "",
         "[certify]",
-        f"images = {evaluated}  # of the test images",
+        f"images = {min(_CERTIFIED, tested)}  # of the test images",
         'method = "sequential"  # each image is sampled until its radii are decided',
         "",
         "[attack]",
-        f"images = {evaluated}",
+        f"images = {min(_ATTACKED, tested)}  # each takes many thousand passes; fewer than 59 do not decide an audit",
         "",
     ]  # fmt: skip
     return "\n".join(lines)

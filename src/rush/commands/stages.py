@@ -29,8 +29,8 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
 
     Args:
         recipe: Name of a shipped recipe (see `rush recipes`), path of a .toml file, or an existing run folder.
-        quick: Try the recipe in minutes: an epoch of each training, ten images everywhere else. The run NAME-quick is
-            marked as a trial, and its figures mean nothing.
+        quick: Try the recipe in minutes: an epoch of each training, three audited images, and ten everywhere else. The
+            run NAME-quick is marked as a trial, and its figures mean nothing.
     """
     folder = create_run(recipe, out, data, overrides, quick)
     from rush.pipeline.preconditions import check_run

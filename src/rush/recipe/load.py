@@ -15,7 +15,7 @@ from rush.recipe.schema import Recipe, closest, error_text
 
 _MOST_BYTES, _LONGEST_LINE = 1 << 16, 4096  # of a recipe: the parser's memory grows with the square of a dotted key
 _DEEPEST = 16  # nesting of tables and lists
-_TRIED, _TRIED_VOTES = 10, 1000  # images and votes of a trial
+_TRIED, _TRIED_AUDITED, _TRIED_VOTES = 10, 3, 1000  # images, audited images and votes of a trial
 _LENGTHS = ("epochs", "minutes")  # of a training stage: a value of one replaces an inherited value of the other
 
 
@@ -119,7 +119,7 @@ def build_recipe(
 
 
 def quickened(recipe: Recipe) -> Recipe:
-    """Return the trial of a recipe: an epoch of each training, and ten images everywhere else.
+    """Return the trial of a recipe: an epoch of each training, three audited images, and ten everywhere else.
 
     It runs every stage on the same data, network and memory. Its figures mean nothing, which ``quick`` marks.
     """
@@ -136,7 +136,7 @@ def quickened(recipe: Recipe) -> Recipe:
     values["certify"]["num_estimation"] = min(_TRIED_VOTES, values["certify"]["num_estimation"])
     attack = {"images": _TRIED, "steps": 5, "eot_samples": [1, 4], "strong_steps": 0, "curve_images": 0}
     values["attack"] |= attack | {"max_votes": _TRIED_VOTES}
-    values["audit"] |= {"images": _TRIED, "rung": None, "max_votes": _TRIED_VOTES}
+    values["audit"] |= {"images": _TRIED_AUDITED, "rung": None, "max_votes": _TRIED_VOTES}
     return build_recipe(values, source=f"the trial of {recipe.name}")
 
 
