@@ -10,7 +10,7 @@ from PIL import Image
 import rush
 from commands import Call, refusal
 from rush.commands.init import look_at
-from rush.data.sources import load_images
+from rush.data.sources import is_divided, load_images
 from rush.data.splits import Splits
 from rush.errors import ConfigError
 from rush.pipeline.context import StageContext
@@ -213,3 +213,24 @@ def test_a_batch_of_pre_training_that_is_too_large_is_found_before_it_begins(spl
         check_before_training(context)
     fits = recipe.model_copy(update={"pretrain": recipe.pretrain.replace(batch_size=images)})
     check_before_training(StageContext.of(RunFolder.create(tmp_path / "other", fits)))
+
+
+def test_images_of_a_folder_without_splits_are_named_so(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One's own network may have been trained on them."""
+    monkeypatch.chdir(tmp_path)
+    data = photos(tmp_path / "set", 4, "ab", (8, 8))
+    photos(tmp_path / "divided/train", 4, "ab", (8, 8))
+    photos(tmp_path / "divided/test", 4, "ab", (8, 8))
+    images = np.zeros((6, 8, 8), np.uint8)
+    np.savez(tmp_path / "same.npz", x_train=images, y_train=[0, 1] * 3, x_test=images + 1, y_test=[0, 1] * 3)
+    divided = {data: False, tmp_path / "divided": True, tmp_path / "same.npz": True, "digits": True, "cifar10": True}
+    assert {name: is_divided(name) for name in divided} == divided
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()\n"
+    )
+    command = ["certify", "--model", "mine:net", "--sigma", 0.25, "--num-estimation", 100, "--data"]
+    note = "has no split of test images, so that images of training may be among these"
+    assert f"{data} {note}" in call(*command, data, "--out", "a.tsv").stderr
+    assert note not in call(*command, tmp_path / "divided", "--out", "b.tsv").stderr

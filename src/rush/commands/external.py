@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cyclopts import Parameter
 
 from rush.choices import Decision, NoiseName, Norm, parse_fraction
-from rush.commands.run_folders import data_roots
+from rush.commands.run_folders import data_roots, print_once
 from rush.errors import ConfigError, InputError, ModelError, RushError
 from rush.runtime.lines import one_line
 
@@ -106,13 +106,16 @@ class ExternalModel:
     def _selected(self) -> tuple[list[int], ImageSet]:
         """The first ``images`` of the split in a seeded order, or all of them in their own, and their positions."""
         from rush.data.images import evaluation_order
-        from rush.data.sources import load_images
+        from rush.data.sources import is_divided, load_images
 
         if self.model is None or self.data is None:
             raise ConfigError(
                 "give a run folder, or --model module:function with --data (a name such as cifar10, or a path)"
             )
-        images = load_images(one_data_set(self.data), split=self.split, root=data_roots(self.root))
+        name, root = one_data_set(self.data), data_roots(self.root)
+        images = load_images(name, split=self.split, root=root)
+        if not is_divided(name, root):
+            print_once(f"{name} has no split of test images, so that images of training may be among these")
         if self.images is None or self.images >= len(images):
             return list(range(len(images))), images
         if self.images < 1:

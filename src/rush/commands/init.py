@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _VIEWS = 1_000_000  # images over all epochs of pre-training: 20 epochs of 50,000
 _NOISY = 300_000  # and of fine-tuning
 _EPOCHS = (20, 200), (6, 60)  # the fewest and the most of each
+_OTHERS = "test", "unlabeled"  # splits besides the training images
 _SAMPLED = 64  # images whose size is looked at
 _LARGEST_SIDE = 96  # above it images are resampled, which keeps training within hours on a CPU
 _SIDE = 64
@@ -80,14 +81,14 @@ def look_at(data: str, root: str | list[str] | None) -> Survey:
     Raises:
         DataError: There are none, none with labels, or one class only.
     """
-    from rush.data.sources import load_images, open_encoded
+    from rush.data.sources import is_divided, load_images, open_encoded
 
     train = open_encoded(data, "train", root) or load_images(data, "train", root)
     if train.labels is None:
         raise DataError(f"{data} has no labels for its training images; a classifier needs some")
     if len(train.classes) < 2:
         raise DataError(f"all images of {data} are of the class {train.classes[0]!r}; a classifier needs at least two")
-    test, unlabeled = (_number_besides(train, data, split, root) for split in ("test", "unlabeled"))
+    test, unlabeled = (_number(data, split, root) if is_divided(data, root) else None for split in _OTHERS)
     return Survey(len(train), test, unlabeled or 0, len(train.classes), _size(train))
 
 
@@ -138,20 +139,14 @@ def text_for(name: str, file: str, data: str, survey: Survey, base: str) -> str:
     return "\n".join(lines)
 
 
-def _number_besides(train: EncodedImages | ImageSet, data: str, split: str, root: str | list[str] | None) -> int | None:
-    """Return the number of images of a split, None if there is none or if it has the training images."""
-    from rush.data.images import ImageSet
+def _number(data: str, split: str, root: str | list[str] | None) -> int | None:
+    """Return the number of images of a split, None if there is none."""
     from rush.data.sources import load_images, open_encoded
 
     try:
-        images = open_encoded(data, split, root) or load_images(data, split, root)
+        return len(open_encoded(data, split, root) or load_images(data, split, root))
     except DataError:
         return None
-    if isinstance(images, ImageSet) or isinstance(train, ImageSet):
-        same = images.images.equal(train.images)  # type: ignore[union-attr]
-    else:
-        same = images.files() == train.files()
-    return None if same else len(images)
 
 
 def _size(images: EncodedImages | ImageSet) -> tuple[int, int] | None:

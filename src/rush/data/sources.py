@@ -114,6 +114,31 @@ def open_encoded(name_or_path: str | os.PathLike[str], split: str, root: Root = 
     return None if isinstance(source, str | Path) else source
 
 
+def is_divided(name_or_path: str | os.PathLike[str], root: Root = None) -> bool:
+    """Return whether the splits "train" and "test" are different images, or one of them is missing.
+
+    A folder of class folders, or a file, that is not divided into splits has all of its images in each of them.
+
+    Raises:
+        DataError: ``root`` is not a directory.
+    """
+    if _is_known(name_or_path):
+        return True
+    train, test = (_split_or_none(name_or_path, split, root) for split in ("train", "test"))
+    if train is None or test is None:
+        return True
+    if isinstance(train, ImageSet) or isinstance(test, ImageSet):
+        return not (isinstance(train, ImageSet) and isinstance(test, ImageSet) and test.images.equal(train.images))
+    return test.files() != train.files()
+
+
+def _split_or_none(name: str | os.PathLike[str], split: str, root: Root) -> EncodedImages | ImageSet | None:
+    try:
+        return open_encoded(name, split, root) or load_images(name, split, root)
+    except DataError:
+        return None
+
+
 def decoded_bytes(
     name_or_path: str | os.PathLike[str], split: str, root: Root = None, *, size: int | None = None
 ) -> int:
