@@ -193,7 +193,7 @@ def test_one_logit_is_refused_with_what_to_do() -> None:
 LABELS = {
     "text": np.array(["0", "1", "0", "1", "0", "1"]),
     "list": [0, 1, 0, 1, 0, 1],
-    "array": np.array([0, 1, 0, 1, 0, 1]),
+    "array of floats": np.array([0.0, 1, 0, 1, 0, 1]),
     "1.7": torch.tensor([0, 1, 0, 1.7, 0, 1]),
     "1.0": torch.tensor([0.0, 1, 0, 1, 0, 1]),
     "bool": torch.tensor([False, True] * 3),
@@ -203,9 +203,7 @@ LABELS = {
 
 @pytest.mark.parametrize("name", LABELS)
 def test_labels_that_are_no_integer_tensor_are_refused_with_what_to_do(name: str) -> None:
-    with pytest.raises(
-        InputError, match=r"labels must be an integer tensor of shape \(6,\).*torch\.(as_tensor|from_numpy)"
-    ):
+    with pytest.raises(InputError, match=r"labels must be an integer tensor of shape \(6,\).*torch\.as_tensor"):
         labelled_pixels((LABELLED[0], LABELS[name]), 2)  # type: ignore[arg-type]
 
 
@@ -214,8 +212,3 @@ def test_labels_of_every_integer_type_are_taken(dtype: torch.dtype) -> None:
     found = labelled_pixels((LABELLED[0], LABELLED[1].to(dtype)), 2)
     assert found.y.dtype == torch.int64
     assert torch.equal(found.y, LABELLED[1])
-
-
-def test_images_as_an_array_are_refused_with_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"got a NumPy array, float32 of shape \(6, 1, 2, 2\): take torch\.from_numpy"):
-        labelled_pixels((LABELLED[0].numpy(), LABELLED[1]), 2)  # type: ignore[arg-type]

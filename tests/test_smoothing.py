@@ -8,10 +8,12 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+import rush
 from exact_models import DOOR_TILES, Bins, HalfSpace, PixelVote, Recorder, bins_with, square_half_space, square_images
 from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet
 from rush.errors import InputError, ModelError
+from rush.evaluation.attack import verdict
 from rush.models.classifier import Normalize
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
@@ -308,7 +310,7 @@ def test_other_bad_constructions_are_refused() -> None:
 
 
 BAD_PIXELS = {
-    "uint8": torch.zeros(2, 1, 2, 2, dtype=torch.uint8),
+    "int16": torch.zeros(2, 1, 2, 2, dtype=torch.int16),
     "no batch": torch.zeros(1, 2, 2),
     "no image": torch.zeros(0, 1, 2, 2),
     "a list": [[0.0]],
@@ -328,6 +330,31 @@ def test_images_that_are_no_pixels_are_refused_everywhere(name: str) -> None:
         _smoothed(square_half_space(), 2).predict(BAD_PIXELS[name])  # type: ignore[arg-type]
     with pytest.raises(InputError, match=pattern):
         labelled_pixels((BAD_PIXELS[name], torch.zeros(1, dtype=torch.int64)))  # type: ignore[arg-type]
+
+
+def test_predict_certify_and_verdict_take_the_same_images() -> None:
+    """Tensors and NumPy arrays, of floats or uint8, in any byte order, and numbers of NumPy; the same bits of all."""
+    smoothed, labels, threat = _smoothed(square_half_space(), 2), np.array([0, 1, 1]), rush.ThreatModel("linf", 0.1)
+    eight = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 1, 2, 2), np.uint8))
+    floats = eight.float() / 255
+    names = np.array(["a", "b", "c"])
+    images = ImageSet(eight, torch.from_numpy(labels), ("no", "yes"), names, "own", "test")
+    predicted = smoothed.predict(floats, 100)
+    certified = rush.certify(smoothed, (floats, torch.from_numpy(labels)), num_estimation=100)
+    judged = verdict(smoothed, (floats, torch.from_numpy(labels)), floats, threat)
+    for given in (eight, eight.numpy(), floats.numpy(), floats.numpy().astype(">f4"), floats.double(), floats[:]):
+        assert torch.equal(smoothed.predict(given, np.int64(100), np.float64(0.001)), predicted)
+        for y in (labels, labels.astype(np.uint8), torch.from_numpy(labels)):
+            again = rush.certify(smoothed, (given, y), num_estimation=np.int64(100))
+            assert np.array_equal(again.counts, certified.counts)
+            assert again.ids == certified.ids
+        assert np.array_equal(verdict(smoothed, (given, labels), given, threat).counts, judged.counts)
+    for labelled in (images, labelled_pixels(images), (floats, labels)):
+        assert torch.equal(smoothed.predict(labelled, 100), predicted)
+    unlabelled = ImageSet(eight, None, ("no", "yes"), names, "own", "test")
+    assert torch.equal(smoothed.predict(unlabelled, 100), predicted)
+    with pytest.raises(InputError, match="got a NumPy array, int16 of shape"):
+        smoothed.predict(eight.numpy().astype(np.int16), 100)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rush.data.images import ImageSet
+from rush.data.images import ImageSet, as_pixels
 from rush.data.kind import ANY_KIND, ImageKind
 from rush.errors import InputError, RoundingWarning
 
@@ -39,16 +39,20 @@ class LabelledPixels:
         return LabelledPixels(self.x[indices], self.y[indices], tuple(self.ids[i] for i in indices))
 
 
-Images: TypeAlias = ImageSet | LabelledPixels | tuple[Tensor, Tensor]
+Images: TypeAlias = ImageSet | LabelledPixels | tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 
 
-def check_pixels(x: Tensor, what: str = "pixels") -> Tensor:
+Pixels: TypeAlias = Images | Tensor | np.ndarray
+
+
+def check_pixels(x: Tensor | np.ndarray, what: str = "pixels") -> Tensor:
     """Return ``x`` as float32 within [0, 1], detached; pixels outside by rounding alone are moved to the edge.
 
     The returned pixels are those to judge, hash and measure.
 
     Args:
-        x: float images (N, C, H, W), N >= 1, finite and within [0, 1] up to ``box_rounding``.
+        x: images (N, C, H, W), N >= 1: floats, finite and within [0, 1] up to ``box_rounding``, or uint8, which is
+            divided by 255. A tensor or a NumPy array.
         what: name of the pixels for error texts.
 
     Raises:
@@ -57,15 +61,23 @@ def check_pixels(x: Tensor, what: str = "pixels") -> Tensor:
     Warns:
         RoundingWarning: pixels were moved. The text gives their number and the largest excess.
     """
-    if not isinstance(x, Tensor) or x.ndim != 4 or x.dtype not in _FLOATS or x.numel() == 0:
-        raise InputError(f"images must be a float tensor (N, C, H, W) with N >= 1, got {_describe(x)}")
-    pixels = x.detach().float()
+    given = as_tensor(x)
+    if (
+        not isinstance(given, Tensor)
+        or given.ndim != 4
+        or given.dtype not in (*_FLOATS, torch.uint8)
+        or given.numel() == 0
+    ):
+        raise InputError(f"images must be a float tensor (N, C, H, W) with N >= 1, or one of uint8, got {_describe(x)}")
+    if given.dtype == torch.uint8:
+        return as_pixels(given, given.device)
+    pixels = given.detach().float()
     low, high = float(pixels.min()), float(pixels.max())
-    rounding = box_rounding(x.dtype)
+    rounding = box_rounding(given.dtype)
     if not (low >= -rounding and high <= 1 + rounding):  # written so that NaN fails too
         raise InputError(
             f"{what} must be finite and lie in [0, 1], got minimum {low!r} and maximum {high!r} (up to {rounding:.2g} "
-            "outside is taken for rounding); divide uint8 images by 255 and move normalization into the model"
+            "outside is taken for rounding); divide images of 0 to 255 by 255, and move normalization into the model"
         )
     if low >= 0 and high <= 1:
         return pixels
@@ -79,30 +91,61 @@ def check_pixels(x: Tensor, what: str = "pixels") -> Tensor:
     return pixels.clamp(0, 1)
 
 
+def as_tensor(values: object) -> object:
+    """Return a NumPy array as the tensor of its values, where torch has such a type, and anything else as it is."""
+    if not isinstance(values, np.ndarray):
+        return values
+    native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    try:
+        return torch.from_numpy(np.ascontiguousarray(native))
+    except TypeError:
+        return values
+
+
 def box_rounding(dtype: torch.dtype) -> float:
     """Return the distance outside [0, 1] that is rounding in ``dtype``: ``ROUNDING``, or one step above 1 if larger."""
     return max(ROUNDING, torch.finfo(dtype).eps)
 
 
-def check_class_indices(y: Tensor, num_images: int, num_classes: int | None = None) -> None:
-    """Raise InputError unless ``y`` is an integer tensor (num_images,) with values 0..num_classes - 1."""
+def check_class_indices(y: object, num_images: int, num_classes: int | None = None) -> Tensor:
+    """Return ``y`` as int64 on the CPU.
+
+    Raises:
+        InputError: it is not an integer tensor or array (num_images,) with values 0..num_classes - 1.
+    """
+    given, y = y, as_tensor(y)
     if not isinstance(y, Tensor) or y.shape != (num_images,) or y.dtype not in _INTEGERS:
         raise InputError(
-            f"labels must be an integer tensor of shape ({num_images},), class indices from 0, got {_describe(y)}; "
+            f"labels must be an integer tensor of shape ({num_images},), class indices from 0, got {_describe(given)}; "
             "give e.g. torch.as_tensor(labels) of whole numbers, and .long() for those stored as floats"
         )
-    y = y.long()
+    y = y.long().cpu()
     if int(y.min()) < 0 or (num_classes is not None and int(y.max()) >= num_classes):
         allowed = "at least 0" if num_classes is None else f"0 to {num_classes - 1}"
         raise InputError(f"labels must be {allowed}, got {int(y.min())} to {int(y.max())}")
+    return y
+
+
+def unlabelled_pixels(images: Pixels, kind: ImageKind = ANY_KIND) -> Tensor:
+    """Return the pixels of ``images``, as ``check_pixels`` takes them or with labels as ``labelled_pixels`` does.
+
+    Raises:
+        InputError: ``images`` is anything else, or of a different kind.
+    """
+    if isinstance(images, ImageSet):
+        kind.check_shape(images.shape, f"the images of {images.name} ({images.split})", "those of the model")
+        return images.pixels()
+    if isinstance(images, LabelledPixels):
+        return images.x
+    return check_pixels(images[0] if isinstance(images, tuple) and len(images) == 2 else images)
 
 
 def labelled_pixels(images: Images, num_classes: int | None = None, kind: ImageKind = ANY_KIND) -> LabelledPixels:
     """Return ``images`` as validated pixels, labels and ids.
 
     Args:
-        images: an ImageSet with labels, or a pair (float images (N, C, H, W) in [0, 1], integer labels (N,)). The ids
-            of a pair are hashes of the pixels.
+        images: an ImageSet with labels, or a pair (images as ``check_pixels`` takes them, integer labels (N,)). The
+            ids of a pair are hashes of the pixels.
         num_classes: number of classes of the model, where it is known.
         kind: the images that the model takes, where they are known. A pair has no class names to compare.
 
@@ -123,10 +166,9 @@ def labelled_pixels(images: Images, num_classes: int | None = None, kind: ImageK
         pixels = LabelledPixels(images.pixels(), images.labels, tuple(str(i) for i in images.ids))
     elif isinstance(images, tuple) and len(images) == 2:
         x = check_pixels(images[0]).cpu()
-        check_class_indices(images[1], len(x))
-        pixels = LabelledPixels(x, images[1].long().cpu(), pixel_ids(x))
+        pixels = LabelledPixels(x, check_class_indices(images[1], len(x)), pixel_ids(x))
     else:
-        raise InputError(f"images must be an ImageSet or a pair (float images, labels), got {type(images).__name__}")
+        raise InputError(f"images must be an ImageSet or a pair (images, labels), got {type(images).__name__}")
     kind.check_shape(tuple(pixels.x.shape[1:]), "the images", "those of the model")
     check_class_indices(pixels.y, len(pixels), num_classes)
     return pixels
@@ -152,5 +194,5 @@ def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
-        return f"a NumPy array, {value.dtype} of shape {value.shape}: take torch.from_numpy"
+        return f"a NumPy array, {value.dtype} of shape {value.shape}"
     return type(value).__name__

@@ -15,7 +15,7 @@ from rush.attacks.gradient import gradient_statistics
 from rush.attacks.losses import LossName, cross_entropy, named_loss
 from rush.attacks.threat import ORDERS, ThreatModel, norms
 from rush.choices import AttackMethod, AttackName, Decision, Gradient
-from rush.data.checks import Images, LabelledPixels, check_pixels
+from rush.data.checks import Images, LabelledPixels, as_tensor, check_pixels
 from rush.errors import InputError, RoundingWarning
 from rush.evaluation.candidates import Candidates
 from rush.evaluation.evaluation import Attacker, Evaluation
@@ -128,7 +128,7 @@ def attack(
 def verdict(
     model: Model,
     images: Images,
-    adversarial: Tensor,
+    adversarial: Tensor | np.ndarray,
     threat: ThreatModel,
     *,
     decision: Decision | None = None,
@@ -165,16 +165,18 @@ def verdict(
     return join_results(results, threat)
 
 
-def _points_in_threat(adversarial: Tensor, pixels: LabelledPixels, threat: ThreatModel) -> Tensor:
+def _points_in_threat(given: Tensor | np.ndarray, pixels: LabelledPixels, threat: ThreatModel) -> Tensor:
     """Return the points as float32 within [0, 1] and, up to float32 rounding, within the threat, see ``verdict``."""
+    adversarial = as_tensor(given)
     if not isinstance(adversarial, Tensor) or adversarial.shape != pixels.x.shape:
-        given = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
-        raise InputError(f"adversarial must be a float tensor of shape {tuple(pixels.x.shape)}, got {given}")
+        what = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
+        raise InputError(f"adversarial must be a float tensor of shape {tuple(pixels.x.shape)}, got {what}")
     points = check_pixels(adversarial, "points").cpu()
     excess = norms(points, pixels.x, threat.norm) - torch.as_tensor(threat.epsilon, dtype=torch.float64)
     spread = float(pixels.x[0].numel() ** (1 / ORDERS[threat.norm]))
     rounding = 1e-6 + 6e-8 * spread
-    allowed = max(rounding, torch.finfo(adversarial.dtype).eps / 2 * spread)
+    eps = torch.finfo(adversarial.dtype).eps if adversarial.is_floating_point() else 0.0
+    allowed = max(rounding, eps / 2 * spread)
     if float(excess.max()) > allowed:
         row = int(excess.argmax())
         raise InputError(

@@ -33,7 +33,7 @@ import rush
 
 model = rush.load("hf://OWNER/{name}")
 images = rush.load_images({data!r}, split="test")
-model.predict(images[:8].pixels())  # a class per image, or -1 where the votes do not decide
+model.predict(images[:8])  # a class per image, or -1 where the votes do not decide
 rush.certify(model, images[:100], "sequential")
 ```
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.choices import ABSTAIN, BLOCK
-from rush.data.checks import check_pixels, pixel_ids
+from rush.data.checks import Pixels, pixel_ids, unlabelled_pixels
 from rush.data.kind import ANY_KIND, ImageKind, checked_shape
 from rush.errors import InputError, ModelError
 from rush.models.classifier import Classifier
@@ -196,7 +196,7 @@ class SmoothedClassifier:
         """Count the votes of ``num_samples`` noisy copies of each image, int64 (B, K), see ``vote_blocks``."""
         return self.vote_blocks(x, num_samples, generators).sum(1)
 
-    def predict(self, x: Tensor, num_samples: int = 1000, alpha: float = 0.001, seed: int = 0) -> Tensor:
+    def predict(self, x: Pixels, num_samples: int = 1000, alpha: float = 0.001, seed: int = 0) -> Tensor:
         """Predict the class of each image with ``num_samples`` votes.
 
         P(the result is neither g(x) nor ABSTAIN) <= alpha for each image, by the two-sided binomial test between the
@@ -204,7 +204,8 @@ class SmoothedClassifier:
         result is g(x), and only ``x`` matters.
 
         Args:
-            x: images (B, C, H, W) in [0, 1].
+            x: B images: a tensor or NumPy array (B, C, H, W), floats in [0, 1] or uint8, or images with labels, as
+                ``rush.certify`` takes them.
             num_samples: noisy copies per image.
             alpha: probability of a wrong answer.
             seed: of the noise.
@@ -218,7 +219,7 @@ class SmoothedClassifier:
 
         Random: ``stream(seed, "predict", hash of the pixels)`` for each image.
         """
-        x, num_samples = check_pixels(x), positive_integer("num_samples", num_samples)
+        x, num_samples = unlabelled_pixels(x, self.kind), positive_integer("num_samples", num_samples)
         if isinstance(self.noise, Splitting):
             exact = self.all_votes(x).sum(1).argmax(1)
             self.recheck()
