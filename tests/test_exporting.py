@@ -145,6 +145,11 @@ def test_a_smoothed_classifier_follows_the_conventions_of_the_hub(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", stand_in(tmp_path / "hub"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits").symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    block = DOCS.split("From Python:\n\n```python\n")[1].split("```")[0]
+    exec(block, {})
     own = SmoothedClassifier.from_pretrained(tiny_run, device="cpu")
     own.save_pretrained(tmp_path / "folder", run=str(tiny_run))
     assert own.push_to_hub("me/tiny", private=True) == "https://hub/me/tiny/commit/1"

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.nn import functional as F
 
 import rush
 from rush.choices import EncoderName, Stem
 from rush.errors import ConfigError, InputError, RunError
+from rush.models import pooling
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import build_encoder
 from rush.models.resnet import ResNet
@@ -228,6 +230,27 @@ def test_every_weight_of_every_network_comes_from_the_stream(name: EncoderName) 
     assert bool(one.eval()(x).isfinite().all())
 
 
+@pytest.mark.parametrize(("name", "side", "last"), [("small", 8, 2), ("resnet18", 8, 1), ("wideresnet28", 4, 1)])
+def test_a_last_map_of_the_wanted_side_is_not_averaged(name: EncoderName, side: int, last: int) -> None:
+    """Same bits and gradients as by averages of single values, and still one function of a trace, which folds."""
+    network = build_encoder(name, 2, 3).eval()
+    seeded_init(network, stream(0, "weights"))
+    x = torch.rand(5, 3, side, side, generator=stream(0, "images"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling.F, "adaptive_avg_pool2d", None)
+        found = network(x.requires_grad_())
+    (gradient,) = torch.autograd.grad(found.square().sum(), x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling, "pooled", F.adaptive_avg_pool2d)
+        expected = network(x)
+    assert torch.equal(found, expected)
+    assert torch.equal(gradient, torch.autograd.grad(expected.square().sum(), x)[0])
+    traced = symbolic_trace(network)
+    assert [node.args[1] for node in traced.graph.nodes if getattr(node.target, "__name__", "") == "pooled"] == [last]
+    larger = torch.rand(2, 3, 4 * side, 4 * side, generator=stream(1, "images"))
+    assert torch.equal(traced(larger), network(larger))
+
+
 def test_normalization_is_per_channel_and_inside_the_classifier() -> None:
     mean, std = [0.1, 0.5, 0.9], [0.2, 0.25, 0.5]
     x = pixels(2, 3)
@@ -384,6 +407,6 @@ def test_shipped_models_are_loaded_by_name_and_are_in_the_table(name: str, tmp_p
 def test_code_blocks_on_models_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (RESULTS.parent / "docs/models.md").read_text()
-    (block,) = re.findall(r"```python\n(import rush.*?)```", text, re.DOTALL)
+    block, _ = re.findall(r"```python\n(import rush.*?)```", text, re.DOTALL)  # the second one is for the hub
     exec(block, {})
     assert (tmp_path / "saved/model.json").is_file()

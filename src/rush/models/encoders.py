@@ -4,10 +4,10 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rush.choices import EncoderName, Stem
 from rush.errors import ConfigError
+from rush.models import pooling
 from rush.models.preact import PreActResNet, wide_resnet
 from rush.models.resnet import BasicBlock, Bottleneck, ResNet
 from rush.runtime.numbers import is_one_of
@@ -35,7 +35,7 @@ class SmallEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.flatten(F.adaptive_avg_pool2d(self.layers(x), 2), 1)
+        return torch.flatten(pooling.pooled(self.layers(x), 2), 1)
 
 
 def build_encoder(name: EncoderName, width: int, in_channels: int, stem: Stem = "small") -> nn.Module:

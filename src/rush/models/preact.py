@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rush.models import pooling
 from rush.models.resnet import residual_stages
 
 _WIDE_STEM_CHANNELS = 16
@@ -56,7 +57,7 @@ class PreActResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm(self.stages(self.stem(x))))
-        return torch.flatten(F.adaptive_avg_pool2d(out, 1), 1)
+        return torch.flatten(pooling.pooled(out, 1), 1)
 
 
 def wide_resnet(depth: int, width: int, in_channels: int) -> PreActResNet:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rush.choices import Stem
+from rush.models import pooling
 
 
 class BasicBlock(nn.Module):
@@ -83,7 +84,7 @@ class ResNet(nn.Module):
         self.stages = residual_stages(block, blocks, width, width, block.expansion)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.flatten(F.adaptive_avg_pool2d(self.stages(self.stem(x)), 1), 1)
+        return torch.flatten(pooling.pooled(self.stages(self.stem(x)), 1), 1)
 
 
 def residual_stages(
