@@ -20,7 +20,7 @@ def rule_of(**changes: Any) -> Rule:
     """sigma 0.5, 100 votes to select and 1,000 for the bound at level 0.001, if nothing else is said."""
     given = {
         "sigma": 0.5, "method": "clopper-pearson", "alpha": 0.001, "level": "image", "num_images": 60,
-        "num_selection": 100, "num_estimation": 1000, "radii": None, "futility": 0.01,
+        "num_selection": 100, "num_estimation": 1000, "radii": None, "futility": 0.01, "stopping": "test",
     }  # fmt: skip
     return make_rule(**{**given, **changes})
 

@@ -25,7 +25,7 @@ from exact_models import (
 )
 from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
-from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
+from rush.certification.sequential import CERTIFIED, GIVEN_UP, OUTCOMES, UNDECIDED
 from rush.choices import CertifyMethod
 from rush.data.checks import labelled_pixels
 from rush.data.images import ImageSet
@@ -74,7 +74,7 @@ def whole(request: pytest.FixtureRequest) -> Certificates:
     assert 0.3 < (certificates.prediction != ABSTAIN).mean() < 1
     assert len(set(certificates.radius.tolist())) >= 4
     if request.param == "sequential":
-        assert set(certificates.outcome.tolist()) == {CERTIFIED, NOT_CERTIFIABLE, UNDECIDED}
+        assert set(certificates.outcome.tolist()) == {CERTIFIED, GIVEN_UP, UNDECIDED}
         assert len(set(certificates.num_samples.tolist())) >= 4
     return certificates
 
@@ -170,14 +170,14 @@ def _textbook_votes(pixels: list[float], purpose: str, own: str, seed: int, sigm
             yield noisy.index(max(noisy))
 
 
-def _textbook_evidence(null: float, level: float, cap: int, k: int, n: int) -> float:
+def _textbook_evidence(null: float, level: float, cap: int, k: float, n: int) -> float:
     """Against p <= null after k of n votes: twelve points at two thirds, the binomial test at the cap at one third."""
     needed = int(stats.binom.isf(level / 3 * (1 - 1e-9), cap, null)) + 1
     at_cap = float(stats.binom.sf(needed - k - 1, cap - n, null)) if needed - k > 0 else 1.0
     return 2 / 3 * _textbook_mixture(null, level, cap, k, n) + at_cap / level
 
 
-def _textbook_mixture(null: float, level: float, cap: int, k: int, n: int, side: int = 1) -> float:
+def _textbook_mixture(null: float, level: float, cap: int, k: float, n: int, side: int = 1) -> float:
     room = 1 - null if side > 0 else null
     least = min(math.sqrt(2 * null * (1 - null) * math.log(1 / level) / cap), room / 2)
     ratio = (0.999 * room / least) ** (1 / 11)
@@ -200,8 +200,16 @@ class Textbook:
     outcome: str
 
 
+def _textbook_hope(null: float, alpha: float, futility: float, cap: int, k: int, n: int) -> bool:
+    """Whether the (1 - futility) quantile of the votes at the cap, by a beta-binomial prediction, passes the test."""
+    left, a, b = cap - n, k + 0.5, n - k + 0.5
+    mean, variance = (function(left, a, b) for function in (stats.betabinom.mean, stats.betabinom.var))
+    best = min(k + mean + 0.5 + stats.norm.isf(futility) * math.sqrt(variance), k + left)
+    return _textbook_evidence(null, alpha, cap, best, cap) >= 1 / alpha
+
+
 def _textbook(
-    method: str, pixels: list[float], own: str, sizes: tuple[int, int], alpha: float, futility: float
+    method: str, stopping: str, pixels: list[float], own: str, sizes: tuple[int, int], alpha: float, futility: float
 ) -> Textbook:
     """Cohen et al. 2019, algorithm CERTIFY, or its sequential form."""
     selecting, voting = (
@@ -225,6 +233,9 @@ def _textbook(
             radius, prediction = grid.pop(0), top
         if not grid:
             outcome = "certified"
+        elif stopping == "power":
+            hopeless = n < cap and not _textbook_hope(stats.norm.cdf(grid[0] / SIGMA), alpha, futility, cap, k, n)
+            outcome = "given up" if hopeless else outcome
         elif _textbook_mixture(stats.norm.cdf(grid[0] / SIGMA), futility, cap, k, n, side=-1) >= 1 / futility:
             outcome = "not certifiable"
     p_lower = float(stats.norm.cdf(radius / SIGMA)) if prediction != ABSTAIN else 0.0
@@ -236,14 +247,22 @@ def _textbook(
 
 
 @pytest.mark.parametrize(("sizes", "alpha"), [((30, 1230), 0.001), ((130, 400), 0.05)])
-@pytest.mark.parametrize("method", METHODS)
-def test_certificates_are_those_of_the_textbook(method: str, sizes: tuple[int, int], alpha: float) -> None:
+@pytest.mark.parametrize(("method", "stopping"), [(METHODS[0], "power"), (METHODS[1], "power"), (METHODS[1], "test")])
+def test_certificates_are_those_of_the_textbook(
+    method: str, stopping: str, sizes: tuple[int, int], alpha: float
+) -> None:
     x, y = pixel_images(40)
     rows = list(range(0, 40, 3))
-    given = {"num_selection": sizes[0], "num_estimation": sizes[1], "alpha": alpha, "futility": 0.05}
+    given = {
+        "num_selection": sizes[0],
+        "num_estimation": sizes[1],
+        "alpha": alpha,
+        "futility": 0.05,
+        "stopping": stopping,
+    }
     found = certified(method, (x[rows], y[rows]), **given)
     for row, own in enumerate(found.ids):
-        slow = _textbook(method, x[rows[row]].flatten().tolist(), own, sizes, alpha, 0.05)
+        slow = _textbook(method, stopping, x[rows[row]].flatten().tolist(), own, sizes, alpha, 0.05)
         assert found.selection[row].tolist() == slow.selection
         assert found.counts[row].tolist() == slow.counts
         assert found.blocks[row].tolist() == slow.blocks
@@ -335,7 +354,7 @@ def test_images_and_networks_that_cannot_be_certified_are_refused() -> None:
     x = torch.full((1, 1, 2, 2), 0.5)
     with pytest.raises(InputError, match="labels must be 0 to 1, got 2 to 2"):
         rush.certify(smoothed, (x, torch.tensor([2])))
-    with pytest.raises(InputError, match="divide uint8 images by 255"):
+    with pytest.raises(InputError, match="divide images of 0 to 255 by 255"):
         rush.certify(smoothed, (255 * x, torch.tensor([1])))
     smoothed.classifier.train()
     with pytest.raises(ModelError, match="training mode"):

@@ -237,6 +237,7 @@ def test_the_json_of_a_recipe_is_the_recipe_with_every_default_written_out(tmp_p
         "radii": None,
         "level": "image",
         "futility": 0.01,
+        "stopping": "power",
         "bound": None,
     }
     assert written["execution"]["compile"] == "auto"

@@ -13,7 +13,7 @@ from commands import Call, refusal
 from rush.certification.certificates import UNKNOWN, Certificates, join_certificates
 from rush.certification.certify import certify_each
 from rush.certification.recertify import recompute
-from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, UNDECIDED
+from rush.certification.sequential import CERTIFIED, GIVEN_UP, UNDECIDED
 from rush.data.checks import labelled_pixels
 from rush.errors import InputError
 from rush.records.certificates import read_certificates, write_certificates
@@ -129,7 +129,7 @@ def test_a_sequential_run_under_a_looser_rule_stops_sooner(sequential: Certifica
     result, fresh = recompute(sequential, alpha=0.05), certified("sequential", (X, Y), alpha=0.05, radii=radii)
     assert (result.num_samples <= sequential.num_samples).all()
     assert (result.num_samples < sequential.num_samples).any()
-    assert {CERTIFIED, NOT_CERTIFIABLE} <= set(fresh.outcome.tolist())
+    assert {CERTIFIED, GIVEN_UP} <= set(fresh.outcome.tolist())
     alike = np.flatnonzero(fresh.num_samples <= sequential.num_samples).tolist()
     assert len(alike) > 25
     _assert_like_fresh(result.select(alike), fresh.select(alike))

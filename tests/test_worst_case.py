@@ -763,7 +763,7 @@ def _changed(y: Tensor, label: int) -> Tensor:
         (lambda x, y: (x, _changed(y, -1)), "labels must be at least 0, got -1"),
         (lambda x, y: (x, y[:2]), "labels must be an integer tensor of shape (3,)"),
         (lambda x, y: (x, y.float()), "labels must be an integer tensor"),
-        (lambda x, y: (x * 255, y), "divide uint8 images by 255"),
+        (lambda x, y: (x * 255, y), "divide images of 0 to 255 by 255"),
         (lambda x, y: (x - 1, y), "finite and lie in [0, 1]"),
         (lambda x, y: (x * torch.inf, y), "finite and lie in [0, 1]"),
         (lambda x, y: ((x * 255).to(torch.uint8), y), "images must be a float tensor"),

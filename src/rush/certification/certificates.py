@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rush.certification.rule import Rule
-from rush.certification.sequential import CERTIFIED, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
+from rush.certification.sequential import CERTIFIED, GIVEN_UP, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
 from rush.errors import InputError
 from rush.runtime.extras import axes_or_new, data_frame
 from rush.runtime.numbers import as_real
@@ -169,29 +169,32 @@ class Certificates:
         return len(self) - (self.num_copies or 0)
 
     def decision(self, radius: float) -> NDArray[np.str_]:
-        """Return the outcome for each image at ``radius``: "certified", "not certifiable" or "undecided", (N,).
+        """Return the outcome for each image at ``radius``, (N,): one of ``OUTCOMES``.
 
         "certified" means with the selected class. "not certifiable" is wrong for an image with probability at most the
-        rule's level ``futility``. A fixed number of samples leaves everything undecided that it does not certify.
+        rule's level ``futility``, and "given up" is no statement on the radius (``Rule.stopping``). A fixed number of
+        samples leaves everything undecided that it does not certify.
         """
         certified = (self.prediction >= 0) & (self.radius >= radius)
         grid = np.array([*(self.rule.radii or ()), np.inf])
         passed = np.where(self.prediction >= 0, np.searchsorted(grid[:-1], self.radius, side="right"), 0)
-        given_up = (self.outcome == NOT_CERTIFIABLE) & (radius >= grid[passed])
-        return np.array(OUTCOMES)[np.where(certified, CERTIFIED, np.where(given_up, NOT_CERTIFIABLE, UNDECIDED))]
+        beyond = np.where(radius >= grid[passed], self.outcome, UNDECIDED)
+        beyond = np.where(beyond == CERTIFIED, UNDECIDED, beyond)  # the last radius of the grid is certified
+        return np.array(OUTCOMES)[np.where(certified, CERTIFIED, beyond)]
 
     def other_shares(self, radius: float) -> dict[str, Interval] | None:
         """Return how the images divide at ``radius``, those certified with the right class aside.
 
-        Shares of images certified with another class than the label, not certifiable, and undecided, each with its
-        exact 95 % interval. None with a fixed number of samples, which gives nothing up.
+        Shares of images certified with another class than the label, given up, and undecided, each with its exact 95 %
+        interval. None with a fixed number of samples, which gives nothing up.
         """
         if self.rule.method != "sequential":
             return None
         decision = self.decision(radius)
+        ended = OUTCOMES[NOT_CERTIFIABLE if self.rule.stopping == "test" else GIVEN_UP]
         rows = {
             "wrong class": (decision == OUTCOMES[CERTIFIED]) & ~self.correct,
-            OUTCOMES[NOT_CERTIFIABLE]: decision == OUTCOMES[NOT_CERTIFIABLE],
+            ended: decision == ended,
             OUTCOMES[UNDECIDED]: decision == OUTCOMES[UNDECIDED],
         }
         return {name: share_interval(int(chosen.sum()), len(self)) for name, chosen in rows.items()}

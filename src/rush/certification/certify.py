@@ -21,7 +21,7 @@ from rush.certification.bounds import Certified
 from rush.certification.certificates import Certificates, join_certificates
 from rush.certification.exact import certify_all
 from rush.certification.rule import Rule, make_rule
-from rush.choices import BLOCK, CertifyBound, CertifyMethod, Level
+from rush.choices import BLOCK, CertifyBound, CertifyMethod, Level, Stopping
 from rush.data.checks import Images, LabelledPixels, labelled_pixels, pixel_ids
 from rush.recipe.schema import CertifyConfig
 from rush.runtime.distributed import gather_objects, rank, world_size
@@ -49,6 +49,7 @@ def certify(
     seed: int = 0,
     in_flight: int | None = None,
     bound: CertifyBound | None = _DEFAULTS.bound,
+    stopping: Stopping = _DEFAULTS.stopping,
     progress: bool | None = None,
 ) -> Certificates:
     """Certify images: a class and a radius within which the smoothed classifier provably predicts it.
@@ -71,13 +72,16 @@ def certify(
             and the multiples of sigma / 2 within reach for ``sequential``. Few radii need few samples.
         level: ``image``: each certificate is false with probability at most alpha. ``family``: all of them hold
             together with probability at least 1 - alpha (alpha / N each).
-        futility: probability that ``sequential`` gives up a radius that could be certified. It is never unsound.
+        futility: ``sequential`` gives up a radius, and stops, once the probability to certify it by the cap,
+            estimated from the votes so far, is below this. Giving up is never unsound.
         seed: of the noise.
         in_flight: number of images sampled at once; changes no result.
         bound: None for the first bound of the method. ``clopper-pearson``: ``clopper-pearson`` bounds all other classes
             by 1 - p_lower. ``two-classes`` also bounds the class with the next most votes (``certification.bounds``),
             which pays where there are many classes. It must be chosen before the votes are seen. ``sequential``:
             ``geometric`` or ``beta`` for the selected class alone, or ``two-classes``.
+        stopping: "power" for that. "test": ``sequential`` goes on until it has shown, at the level ``futility``, that
+            the radius cannot be certified, which takes about half as many votes more.
         progress: True shows a bar on a terminal, else a line every ten seconds on standard error. False shows nothing.
             None shows the bar alone.
 
@@ -119,6 +123,7 @@ def certify(
         num_estimation=num_estimation,
         radii=radii,
         futility=futility,
+        stopping=stopping,
     )
     positions = list(range(rank(), len(pixels), world_size()))
     with showing(asked(progress)):

@@ -31,7 +31,7 @@ from rush.certification.apply_rule import apply_rule
 from rush.certification.certificates import Certificates
 from rush.certification.certify import noise_streams
 from rush.certification.rule import make_rule
-from rush.choices import BLOCK, CertifyBound, CertifyMethod, Level
+from rush.choices import BLOCK, CertifyBound, CertifyMethod, Level, Stopping
 from rush.data.checks import Images, LabelledPixels, check_class_indices, labelled_pixels, pixel_ids
 from rush.errors import InputError, ModelError
 from rush.recipe.schema import CertifyConfig
@@ -201,6 +201,7 @@ class NoisyFeatures:
         level: Level = _DEFAULTS.level,
         futility: float = _DEFAULTS.futility,
         bound: CertifyBound | None = _DEFAULTS.bound,
+        stopping: Stopping = _DEFAULTS.stopping,
         labels: Tensor | None = None,
     ) -> Certificates:
         """Certify ``head`` behind the encoder, from the cached features.
@@ -220,7 +221,7 @@ class NoisyFeatures:
             radii: as for ``rush.certify``.
             level: as for ``rush.certify``.
             futility: as for ``rush.certify``.
-            bound: as for ``rush.certify``.
+            bound, stopping: as for ``rush.certify``.
             labels: int (N,), None for those of the images.
 
         Raises:
@@ -245,6 +246,7 @@ class NoisyFeatures:
             num_estimation=votes - self.num_selection,
             radii=radii,
             futility=futility,
+            stopping=stopping,
         )
         composed = self.compose(head, num_classes)
         self._check_encoder()

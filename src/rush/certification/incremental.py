@@ -148,7 +148,7 @@ def certify_changed(
         radii: for ``sequential``, a grid in pixel units. None: that of the certificates, or 0 and the multiples of
             sigma / 2. A radius that the old certificate of an image leaves no margin for is not tested. Old sequential
             certificates leave none at their own radius.
-        futility: probability that ``sequential`` gives up a radius that could be certified. It is never unsound.
+        futility: level at which ``sequential`` gives up a radius. Giving up is never unsound.
         seed: of the noise of the pairs.
 
     Raises:

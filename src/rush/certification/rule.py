@@ -19,6 +19,7 @@ from rush.choices import (
     NoiseName,
     Norm,
     SequentialBound,
+    Stopping,
     splitting_draws,
 )
 from rush.errors import InputError
@@ -27,6 +28,7 @@ from rush.statistics import most_by_chance
 
 CLOPPER_PEARSON, TWO_CLASSES = FIXED = ("clopper-pearson", "two-classes")
 """Bounds of a number of votes that is fixed beforehand (``certification.bounds``)."""
+_LATER = {"noise": "gaussian", "stopping": "test"}  # fields that tables of older versions omit
 EXACT: Final = "exact"  # method and bound of splitting noise, all of whose draws vote
 
 
@@ -45,8 +47,10 @@ class Rule:
         num_selection: votes per image that select the class.
         num_estimation: votes per image that bound its probability.
         radii: the grid, ascending. None allows any radius.
-        futility: level at which a sequential run gives up a radius.
+        futility: probability at which a sequential run gives up a radius.
         noise: name of the noise. Tables of older versions omit it and mean "gaussian".
+        stopping: how a sequential run gives up a radius (``certification.sequential``). Tables of older versions omit
+            it and mean "test", and so does any other method.
     """
 
     sigma: float
@@ -60,6 +64,7 @@ class Rule:
     radii: tuple[float, ...] | None
     futility: float
     noise: NoiseName = "gaussian"
+    stopping: Stopping = "test"
 
     @property
     def norm(self) -> Norm:
@@ -148,11 +153,15 @@ class Rule:
             level=self.image_alpha,
             futility=self.futility,
             cap=self.num_estimation,
+            stopping=self.stopping,
         )
 
     def to_json(self) -> str:
         """Return the rule as one line, which ``from_json`` reads."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        values = asdict(self)
+        if self.stopping == "test":
+            del values["stopping"]  # as older versions wrote it
+        return json.dumps(values, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Rule":
@@ -162,11 +171,11 @@ class Rule:
             ValueError: ``text`` is not a rule.
         """
         values: dict[str, Any] = json.loads(text)
-        if not isinstance(values, dict) or {*values, "noise"} != {field.name for field in fields(cls)}:
+        if not isinstance(values, dict) or {*values, *_LATER} != {field.name for field in fields(cls)}:
             raise ValueError(f"{text!r} is not a certification rule")
         if not isinstance(values["radii"], list | None):
             raise ValueError(f"radii must be a list or null, got {values['radii']!r}")
-        return make_rule(**values)
+        return make_rule(**{**_LATER, **values})
 
 
 def make_rule(
@@ -182,6 +191,7 @@ def make_rule(
     futility: float,
     bound: str | None = None,
     noise: str = "gaussian",
+    stopping: str = "power",
 ) -> Rule:
     """Return a validated rule, whose fields are the arguments.
 
@@ -205,6 +215,7 @@ def make_rule(
         return _exact_rule(sigma, num_images)
     _check_one_of("level", level, get_args(Level))
     _check_one_of("noise", noise, get_args(NoiseName))
+    _check_one_of("stopping", stopping, get_args(Stopping))
     bound = bounds[method][0] if bound is None else bound
     _check_one_of(f"bound of method {method!r}", bound, bounds[method])
     if bound == TWO_CLASSES and CERTIFIED_NORM[noise] != "l2":  # type: ignore[index]
@@ -221,6 +232,7 @@ def make_rule(
         bound=bound,
         radii=None,
         noise=noise,  # type: ignore[arg-type]
+        stopping=stopping if method == "sequential" else "test",  # type: ignore[arg-type]
     )
     _check_enough(free)
     within = within_reach(free)

@@ -39,16 +39,21 @@ whose hypothesis is true. A false certificate needs H_(r_i) rejected, which has 
 testing). Hence, for each image by itself, P(a radius is certified that is too large, or for a class other than g(x))
 <= alpha, for the whole curve.
 
-Futility. Sampling also stops when the same construction, mirrored, rejects p >= p_r for the next radius at the level
-``futility``: "not certifiable". An error there withholds a certificate and never gives a false one, because the proof
-above holds for any rule of stopping. At the cap the next radius is "undecided".
+Futility. Sampling also stops when the next radius is given up. An error there withholds a certificate and never gives a
+false one, because the proof above holds for any rule of stopping. At the cap the next radius is "undecided".
 
+``power``: it is "given up" when certifying it by the cap has become improbable. With p from Beta(1/2, 1/2), S_N given
+S_n is beta-binomial. The radius is given up unless the evidence passes the threshold where S_N is the (1 - futility)
+quantile of the normal law of the same mean and variance, plus 1/2 for continuity and at most S_n + N - n, and where the
+rival keeps its share of the other votes.
+
+``test``: it is "not certifiable" when the same construction, mirrored, rejects p >= p_r at the level ``futility``.
 With two classes, R >= r implies p_c <= b(p_A) for every class c other than A. This region is covered by cells: p_A >=
 p_r, and for p_A between neighbouring points of contact of the tangents (the last one and 0) the part below the chord of
 b, as b is convex. In each cell the mean score of the chord's slope, with 0 for c, is at least that at the ends of the
 chord, against which it has a mirrored mixture. The radius is given up when all cells are rejected. The image is in one
-of them, so that the level is not divided among them. In this cell the evidence is a supermartingale for every c, and
-so is their mean, with weights that are fixed before these votes. The class with the most of them contributes its own
+of them, so that the level is not divided among them. In this cell the evidence is a supermartingale for every c, and so
+is their mean, with weights that are fixed before these votes. The class with the most of them contributes its own
 evidence times its weight, and only this part is computed.
 """
 
@@ -59,13 +64,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from rush.choices import TOTAL_VARIATION, SequentialBound
+from rush.choices import TOTAL_VARIATION, SequentialBound, Stopping
 from rush.errors import InputError
 
 Floats = NDArray[np.float64]
 
-OUTCOMES = ("certified", "not certifiable", "undecided")
-CERTIFIED, NOT_CERTIFIABLE, UNDECIDED = range(len(OUTCOMES))
+OUTCOMES = ("certified", "not certifiable", "undecided", "given up")
+CERTIFIED, NOT_CERTIFIABLE, UNDECIDED, GIVEN_UP = range(len(OUTCOMES))
 
 _POINTS = 12
 _DECAY = 0.75
@@ -215,22 +220,33 @@ class FixedSequence:
         nulls: p_r of the radii, each in [1/2, 1).
         bound: name of the mixture.
         level: of an image's certificate.
-        futility: level of giving up a radius.
+        futility: probability below which a radius is given up, or level of giving it up.
         cap: largest number of votes, fixed beforehand.
+        stopping: how a radius is given up, see above.
 
     Raises:
         InputError: the nulls do not ascend, or ``cap`` agreeing votes do not reject one of them.
     """
 
     def __init__(
-        self, nulls: Sequence[float], *, bound: SequentialBound, level: float, futility: float, cap: int
+        self,
+        nulls: Sequence[float],
+        *,
+        bound: SequentialBound,
+        level: float,
+        futility: float,
+        cap: int,
+        stopping: Stopping = "test",
     ) -> None:
         ascending = list(nulls) == sorted(set(nulls)) and len(nulls) > 0
         if not ascending or not all(reachable(bound, null, level, cap) for null in nulls):
             raise InputError(f"null probabilities must ascend and be within reach of {cap} votes, got {list(nulls)}")
-        self._tests = [(evidence(bound, null, level, cap), _mirrored(bound, null, futility, cap)) for null in nulls]
+        self._tests = [evidence(bound, null, level, cap) for null in nulls]
         self._threshold = np.log(1 / level) + _SAFETY
         self._futile = np.log(1 / futility) + _SAFETY
+        self._cap, self._quantile = cap, float(special.ndtri(1 - futility))
+        self._mirrored = [_mirrored(bound, null, futility, cap) for null in nulls] if stopping == "test" else []
+        self._end = NOT_CERTIFIABLE if stopping == "test" else GIVEN_UP
 
     def look(
         self,
@@ -250,22 +266,36 @@ class FixedSequence:
 
         Returns:
             The number of nulls passed now, and the outcome uint8 (B,), an index into ``OUTCOMES``: CERTIFIED if all
-            nulls are passed, NOT_CERTIFIABLE if the next one is given up, UNDECIDED while it is open.
+            nulls are passed, GIVEN_UP or NOT_CERTIFIABLE if the next one is given up, UNDECIDED while it is open.
         """
         passed = passed.copy()
         given = (successes, trials, *rivals)
         k, n, most, weight = (np.broadcast_to(np.asarray(v, np.float64), passed.shape) for v in given)
         given_up = np.zeros(len(passed), bool)
-        for number, (against, in_favour) in enumerate(self._tests):
+        for number, against in enumerate(self._tests):
             at = np.flatnonzero((passed == number) & ~given_up)
             if not at.size:
                 continue
             rejected = against.log_value(k[at], n[at], most[at]) >= self._threshold
             passed[at[rejected]] += 1
-            futile = in_favour.log_value(k[at], n[at], most[at]) + np.log(weight[at]) >= self._futile
-            given_up[at[~rejected & futile]] = True
-        outcome = np.where(passed == len(self._tests), CERTIFIED, np.where(given_up, NOT_CERTIFIABLE, UNDECIDED))
+            at = at[~rejected]
+            if not at.size:
+                continue
+            if self._mirrored:
+                futile = self._mirrored[number].log_value(k[at], n[at], most[at]) + np.log(weight[at]) >= self._futile
+            else:
+                futile = self._improbable(against, k[at], n[at], most[at])
+            given_up[at[futile]] = True
+        outcome = np.where(passed == len(self._tests), CERTIFIED, np.where(given_up, self._end, UNDECIDED))
         return passed, outcome.astype(np.uint8)
+
+    def _improbable(self, against: Evidence, k: Floats, n: Floats, most: Floats) -> NDArray[np.bool_]:
+        """Return for which images (B,) the evidence will hardly pass the threshold by the cap."""
+        left, p = self._cap - n, (k + 0.5) / (n + 1)
+        variance = left * p * (1 - p) * (self._cap + 1) / (n + 2)
+        best = k + np.minimum(left * p + 0.5 + self._quantile * np.sqrt(variance), left)
+        rival = most * (self._cap - best) / np.maximum(n - k, 1)
+        return (left > 0) & (against.log_value(best, np.full_like(n, self._cap), rival) < self._threshold)
 
 
 def reachable(bound: SequentialBound, null: float, level: float, cap: int) -> bool:

@@ -133,6 +133,7 @@ def run_rule(config: CertifyConfig, smoothing: SmoothingConfig, num_images: int)
         radii=config.radii,
         futility=config.futility,
         bound=config.bound,
+        stopping=config.stopping,
     )
 
 

@@ -35,6 +35,7 @@ from rush.choices import (
     PretrainObjective,
     Stage,
     Stem,
+    Stopping,
     TileChoice,
     TrainingCompile,
     fewest_samples,
@@ -537,7 +538,9 @@ class CertifyConfig(Section):
         images: number of images, the first of a seeded order of the test split. None certifies all.
         radii: the grid, in pixel units. None allows any radius or, with the sequential method, multiples of sigma / 2.
         method: "exact" for splitting noise, with which the fields below do not matter.
+        futility: the sequential method gives up a radius whose certification has become less probable than this.
         bound: None for the first bound of the method. "two-classes" (both methods) pays where there are many classes.
+        stopping: "power" for giving up in this way, "test" for a test at the level ``futility``.
     """
 
     images: Count | None = None
@@ -549,6 +552,7 @@ class CertifyConfig(Section):
     level: Level = "image"
     futility: Probability = 0.01
     bound: CertifyBound | None = None
+    stopping: Stopping = "power"
 
     @model_validator(mode="after")
     def _can_certify(self) -> Self:

@@ -32,6 +32,7 @@ _LATER_FIELDS = (
     ("execution", "deterministic", True),
     ("smoothing", "noise", "gaussian"),
     ("certify", "bound", None),
+    ("certify", "stopping", "test"),
     ("data", "test_images", 0),
 )
 REPEATABLE: tuple[Stage, ...] = ("certify", "attack", "audit")
