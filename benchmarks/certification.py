@@ -51,6 +51,7 @@ from rush.certification.certificates import Certificates
 from rush.certification.recertify import recompute
 from rush.certification.rule import Rule, make_rule, null_probability
 from rush.certification.sequential import UNDECIDED
+from rush.choices import SequentialBound, Stopping
 from rush.data.checks import labelled_pixels
 from rush.models.storage import ClassifierSpec
 from rush.records.public_logs import read_log
@@ -102,7 +103,9 @@ def compare_samples(
     rows: list[Row] = [
         printed({**head, "rule": f"fixed N = {CAP:,}", "samples, mean": CAP, "certified, %": percents(certified)})
     ]
-    for bound, stopping in (("geometric", "power"), ("beta", "power"), ("geometric", "test")):
+    compared: tuple[tuple[SequentialBound, Stopping], ...]
+    compared = (("geometric", "power"), ("beta", "power"), ("geometric", "test"))
+    for bound, stopping in compared:
         rule = replace(sequential_rule(sigma, radii, len(p), bound), stopping=stopping)
         passed, outcome, _, trials = follow(
             rule, list(votes.astype(np.uint8)), np.full(len(p), CAP), np.ones((len(p), 1), int)

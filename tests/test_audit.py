@@ -28,12 +28,13 @@ from exact_models import square_half_space, square_images
 from rush.attacks.threat import ThreatModel
 from rush.auditing import audit as audit_module
 from rush.auditing.audit import PROBES, AuditReport, audit, default_plan
+from rush.auditing.case import Case
 from rush.auditing.findings import GAIN, INVALIDATING, Finding
 from rush.auditing.report import decide, images_needed
 from rush.data.checks import LabelledPixels, labelled_pixels
 from rush.errors import CopiesWarning, InputError
 from rush.evaluation.attack import attack
-from rush.evaluation.model import SmoothedDefender
+from rush.evaluation.model import SmoothedDefender, defend
 from rush.evaluation.plans import Plan, Suite
 from rush.evaluation.result import AttackResult
 from rush.evaluation.verdict import Verdicts, VerdictSettings
@@ -276,6 +277,36 @@ def test_points_that_break_when_judged_again_are_not_attacked_again(monkeypatch:
     made = attack(square_half_space(), IMAGES, threat)
     report = audit(square_half_space(), IMAGES, threat, replace(made, verdict=1 - made.verdict))
     assert len(report.newly_broken) == N
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_known_result_of_the_suite_is_judged_again_and_the_suite_is_not_run(
+    smoothed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its points break what the evaluation held, whatever its verdicts say, and no draw of these is used again."""
+    model: Any = SmoothedClassifier(square_half_space(), 0.1, 2) if smoothed else square_half_space()
+    threat, purposes = ThreatModel("linf", 0.3), list[str]()
+    weak, made = attack(model, IMAGES, threat, "none"), attack(model, IMAGES, threat, "worst-case")
+    assert made.broken.all()
+    judge = type(defend(model)).judge
+
+    def recorded(self: Any, points: Any, purpose: str, settings: Any) -> Any:
+        purposes.append(purpose)
+        return judge(self, points, purpose, settings)
+
+    monkeypatch.setattr(type(defend(model)), "judge", recorded)
+    monkeypatch.setattr(audit_module, "_findings", lambda _: ())
+    monkeypatch.setattr(Case, "attack", None)
+    report = audit(model, IMAGES, threat, weak, suite=replace(made, verdict=1 - made.verdict))
+    assert (report.verdict, len(report.newly_broken)) == ("overestimated", int(weak.held.sum()))
+    assert report.reference.endswith("(worst-case-v1), judged again")
+    assert purposes == ["audit-again", "audit-suite"]
+    with pytest.raises(InputError, match=r"must be the AttackResult of the worst case of .* got no attack"):
+        audit(model, IMAGES, threat, weak, suite=weak)
+    with pytest.raises(InputError, match=r"must be the AttackResult of the worst case of .* got Suite"):
+        audit(model, IMAGES, threat, weak, suite=made.plan)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="not, in this order"):
+        audit(model, IMAGES, threat, weak, suite=made.select([0, 1]))
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ from rush.data.images import ImageSet
 from rush.data.sources import load_images
 from rush.errors import CheckpointError, ConfigError, DataError, RunError
 from rush.evaluation.evaluation import Evaluation
-from rush.pipeline.attack import AttackSession
+from rush.pipeline.attack import AttackSession, audit_run
 from rush.pipeline.context import StageContext
 from rush.pipeline.stages import run_stage
 from rush.recipe.load import load_recipe
+from rush.records.audit import read_audit
 from rush.records.folder import RunFolder
 from rush.runtime.randomness import stream
 from tiny import EVERY_RUN, TINY, differing, part_of, results, run_tiny, tiny, without_time
@@ -472,3 +473,12 @@ def test_two_processes_never_work_in_one_run(tmp_path: Path) -> None:
     with run.alone(), pytest.raises(RunError, match=r"another process is at work in .*run; wait for it"):
         run_stage(run, "pretrain")
     run_stage(run, "pretrain")
+
+
+def test_a_run_with_the_suite_in_its_ladder_is_audited_against_its_points(tmp_path: Path) -> None:
+    """The suite itself, as the audited rung, is run once more."""
+    fields = ("attack.strong_steps=2", "attack.strong_eot_samples=2", "attack.queries=4", "attack.images=3")
+    run = run_tiny(tmp_path, *fields, "attack.curve_images=0", "pretrain.epochs=0", "finetune.epochs=1")
+    report = read_audit(run.path / "audit.json", "")
+    assert report.reference == "worst case of 8 attackers (worst-case-v1), judged again"
+    assert audit_run(run, "worst-case").reference == "worst case of 8 attackers (worst-case-v1)"

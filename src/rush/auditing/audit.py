@@ -61,6 +61,7 @@ def audit(
     decision: Decision | None = None,
     surrogate: nn.Module | None = None,
     certificates: Certificates | None = None,
+    suite: AttackResult | None = None,
     alpha: float = 0.001,
     max_votes: int = 4000,
     seed: int = 0,
@@ -81,6 +82,8 @@ def audit(
         tolerance: the largest acceptable d.
         surrogate: as ``rush.attack`` takes it. It is also a source of transferred points.
         certificates: of the same images, compared with all attacks.
+        suite: the result of the worst-case suite on the same images, if there is one. Its points are judged again, on
+            draws of the audit's own, and the suite is not run.
         alpha: bound on the probability that any verdict on an image is false, split evenly over ``VERDICTS`` of them.
             Only stochastic models depend on it.
         max_votes: most votes per verdict, ``PATIENCE`` times as many for the evaluation's own points. Only stochastic
@@ -94,9 +97,9 @@ def audit(
         ModelError: for an unusable model.
 
     Cost:
-        The evaluation, the suite on the images that it held, and on at most 64 of these about six times the evaluation
-        and at most 320 passes through a smoothed surrogate. Where a model has steps without a derivative, 800 passes
-        more (100 of a deterministic model) on all images that the evaluation held.
+        The evaluation, the suite on the images that it held unless its result is given, and on at most 64 of these
+        about six times the evaluation and at most 320 passes through a smoothed surrogate. Where a model has steps
+        without a derivative, 800 passes more (100 of a deterministic model) on all images that the evaluation held.
 
     Example:
         >>> import rush, torch
@@ -114,41 +117,47 @@ def audit(
     model = _in_evaluation_mode(model) if training else model
     checked = Evaluation.of(model, images, threat, judging, decision, surrogate, declared=False)
     defender, pixels = checked.defender, checked.images
-    pixels, threat, evaluation = _without_copies(pixels, threat, evaluation)
-    suite = worst_case(defender.kind, defender.num_classes, defender.transferable)
-    checked.check_reachable(suite)
+    for result in (evaluation, suite):
+        if isinstance(result, AttackResult):
+            _check_same(result, pixels, threat)
+    rows = _without_copies(pixels)
+    if len(rows) < len(pixels):
+        evaluation = evaluation.select(rows) if isinstance(evaluation, AttackResult) else evaluation
+        suite = None if suite is None else suite.select(rows)
+        pixels, threat = pixels.select(rows), threat.select(rows)
+    reference = worst_case(defender.kind, defender.num_classes, defender.transferable)
+    if suite is not None and (not isinstance(suite, AttackResult) or suite.plan != reference):
+        got = suite.plan.label if isinstance(suite, AttackResult) else type(suite).__name__
+        raise InputError(f"suite must be the AttackResult of the {reference.label}, got {got}")
+    checked.check_reachable(reference)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
-    result = _evaluated(evaluation, defender, pixels, threat, patient)
-    case = Case(model, defender, pixels, threat, result, judging, training, surrogate, certificates)
+    audited = _evaluated(evaluation, defender, pixels, threat, patient)
+    case = Case(model, defender, pixels, threat, audited, judging, training, surrogate, certificates)
     if isinstance(evaluation, AttackResult):
         points = LabelledPixels(case.points, pixels.y, pixels.ids)
         case.rejudged = defender.judge(points, "audit-again", patient)
     unbroken = np.flatnonzero(~(case.evaluation.broken | _broken(case))).tolist()
-    if unbroken:
-        case.attack(suite, unbroken)
+    if unbroken and suite is not None:
+        case.judge_again(suite, unbroken)
+    elif unbroken:
+        case.attack(reference, unbroken)
     findings = tuple(_findings(case))
     defender.recheck()
-    return _report(case, suite, findings, tolerance, alpha)
+    return _report(case, reference.label + (", judged again" if suite else ""), findings, tolerance, alpha)
 
 
-def _without_copies(
-    pixels: LabelledPixels, threat: ThreatModel, evaluation: AttackResult | Plan | Suite | None
-) -> tuple[LabelledPixels, ThreatModel, AttackResult | Plan | Suite | None]:
-    """Keep the first image of each picture, since the bounds of the audit are for independent images."""
-    if isinstance(evaluation, AttackResult):
-        _check_same(evaluation, pixels, threat)
-    rows = sorted(np.unique(np.array(pixel_ids(pixels.x)), return_index=True)[1].tolist())
+def _without_copies(pixels: LabelledPixels) -> list[int]:
+    """Return the positions of the first image of each picture: the bounds of the audit are for independent images."""
+    rows: list[int] = sorted(np.unique(np.array(pixel_ids(pixels.x)), return_index=True)[1].tolist())
     copies = len(pixels) - len(rows)
-    if not copies:
-        return pixels, threat, evaluation
-    warnings.warn(
-        f"{copies} of {len(pixels)} images are copies of others, pixel by pixel; each picture is audited once, "
-        "with its first label",
-        CopiesWarning,
-        stacklevel=3,
-    )
-    chosen = evaluation.select(rows) if isinstance(evaluation, AttackResult) else evaluation
-    return pixels.select(rows), threat.select(rows), chosen
+    if copies:
+        warnings.warn(
+            f"{copies} of {len(pixels)} images are copies of others, pixel by pixel; each picture is audited once, "
+            "with its first label",
+            CopiesWarning,
+            stacklevel=3,
+        )
+    return rows
 
 
 def _checked_tolerance(tolerance: float) -> float:
@@ -230,7 +239,7 @@ def _broken(case: Case) -> NDArray[np.bool_]:
     return broken | np.array([image_id in ids for image_id in case.pixels.ids])
 
 
-def _report(case: Case, suite: Suite, findings: tuple[Finding, ...], tolerance: float, alpha: float) -> AuditReport:
+def _report(case: Case, reference: str, findings: tuple[Finding, ...], tolerance: float, alpha: float) -> AuditReport:
     newly = _broken(case) & ~case.evaluation.broken
     failed = [finding.name for finding in findings if finding.status == "failed"]
     total = len(case.pixels)
@@ -238,7 +247,7 @@ def _report(case: Case, suite: Suite, findings: tuple[Finding, ...], tolerance: 
         verdict=decide(int(newly.sum()), total, tolerance, failed),
         evaluation=case.evaluation.plan.label,
         evaluation_accuracy=case.evaluation.robust_accuracy,
-        reference=suite.label,
+        reference=reference,
         reference_accuracy=1 - float((case.evaluation.broken | newly).mean()),
         images=total,
         newly_broken=tuple(np.array(case.pixels.ids)[newly].tolist()),

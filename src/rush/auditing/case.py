@@ -129,6 +129,15 @@ class Case:
         self.results.append(result)
         return result
 
+    def judge_again(self, result: AttackResult, rows: list[int]) -> AttackResult:
+        """Judge the points of ``result`` at ``rows`` on draws of the audit's own, and keep this in ``results``."""
+        images = self.pixels.select(rows)
+        x = self.threat.select(rows).project(result.adversarial[rows].clamp(0, 1), images.x)
+        verdicts = self.defender.judge(replace(images, x=x), "audit-suite", self.judging)
+        judged = replace(result.select(rows), adversarial=x, level=self.judging.level, **vars(verdicts))
+        self.results.append(judged)
+        return judged
+
     def view(self, plan: Plan, rows: list[int], name: str) -> tuple[LogProbs, Tensor, Tensor]:
         """Return the log-probabilities that ``plan`` attacks, and the images at ``rows`` with labels, on the device."""
         images, device = self.pixels.select(rows), self.defender.execution.device

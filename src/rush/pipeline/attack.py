@@ -15,7 +15,7 @@ from rush.data.checks import kind_of
 from rush.evaluation.evaluation import Evaluation
 from rush.evaluation.ladder import epsilon_text
 from rush.evaluation.model import Model, defend
-from rush.evaluation.plans import Suite
+from rush.evaluation.plans import WORST_CASE, Suite
 from rush.evaluation.result import AttackResult
 from rush.evaluation.sandwich import Sandwich, check_sandwich, sandwich_positions, sandwich_threat
 from rush.models.description import read_description
@@ -108,6 +108,7 @@ def audit_run(run: RunFolder, rung: str | None = None, tell: Callable[[str], Non
         session.rung(config.rung, rows),
         config.tolerance,
         certificates=session.certificates(),
+        suite=session.suite(config.rung, rows),
         alpha=config.alpha,
         max_votes=config.max_votes,
         seed=context.recipe.seed,
@@ -165,6 +166,11 @@ class AttackSession:
         """
         rung = self.attackers.rung(name)
         return None if rung is None else self.evaluation.run(rung, self.parts).select(rows)
+
+    def suite(self, audited: str | None, rows: list[int]) -> AttackResult | None:
+        """Return the result of the ladder's suite on the images at ``rows``, None without one or if it is audited."""
+        name = None if audited == WORST_CASE or not self.attackers.has_suite else WORST_CASE
+        return self.rung(name, rows)
 
     @property
     def parts(self) -> Path:

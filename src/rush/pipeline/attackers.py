@@ -8,7 +8,7 @@ from rush.auditing.case import VERDICTS
 from rush.choices import CERTIFIED_NORM, parse_fraction
 from rush.errors import ConfigError, InputError
 from rush.evaluation.ladder import curve, ladder, plain_ladder
-from rush.evaluation.plans import Kind, Plan, Suite, worst_case
+from rush.evaluation.plans import WORST_CASE, Kind, Plan, Suite, worst_case
 from rush.evaluation.sandwich import sandwich_plan
 from rush.evaluation.verdict import VerdictSettings
 from rush.recipe.schema import AttackConfig, Recipe
@@ -45,6 +45,11 @@ class Attackers:
         settings = VerdictSettings(level, config.max_votes, recipe.seed)
         inside = sandwich_plan(config.steps, norm=CERTIFIED_NORM[recipe.smoothing.noise]) if smoothed else None
         return cls(threat, rungs, points, settings, inside, "random" if smoothed else "plain")
+
+    @property
+    def has_suite(self) -> bool:
+        """Whether the ladder has the worst-case suite."""
+        return any(rung.name == WORST_CASE for rung in self.rungs)
 
     def rung(self, name: str | None) -> Plan | Suite | None:
         """Return the rung of this name, or None without a name. Raises: ConfigError if there is no such rung."""

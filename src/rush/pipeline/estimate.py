@@ -89,12 +89,14 @@ def attack_estimate(attackers: Attackers, images: int, curve_images: int, rates:
 def audit_estimate(attackers: Attackers, config: AuditConfig, num_classes: int, images: int, rates: Rates) -> Estimate:
     """Return the cost of the audit: the worst-case suite, and the probes with their verdicts on some images.
 
-    A rung of the ladder was evaluated before. The rest follows "Cost" in ``rush.audit``.
+    A rung of the ladder was evaluated before, and so was the suite unless it is audited. The rest follows "Cost" in
+    ``rush.audit``.
     """
     kind, rung = attackers.kind, attackers.rung(config.rung)
     audited, probed = rung or default_plan(kind), min(PROBED, images) / images
-    plans: list[tuple[Plan | Suite, float]] = [(worst_case(kind, num_classes), 1.0), (audited, _PROBES * probed)]
-    plans += [] if rung else [(audited, 1.0)]
+    plans: list[tuple[Plan | Suite, float]] = [(audited, _PROBES * probed + (0.0 if rung else 1.0))]
+    if not attackers.has_suite or isinstance(rung, Suite):
+        plans.append((worst_case(kind, num_classes), 1.0))
     return replace(_estimate(plans, kind, config.max_votes, images, rates), bounded=False)
 
 
