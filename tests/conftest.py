@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from commands import Call
 from rush.__main__ import main
+from rush.data.readers.cache import VARIABLE
 from rush.data.sources import load_images
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
@@ -24,6 +26,14 @@ from tiny import run_tiny
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache() -> Iterator[None]:
+    """No image comes from an earlier process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "off")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

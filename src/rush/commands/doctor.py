@@ -55,11 +55,24 @@ def _findings(root: str | list[str] | None) -> Iterator[tuple[str, str]]:
     yield "C++ compiler", compiler or "none: execution.compile has no effect on the CPU"
     for data_set in ("cifar10", "cifar100", "stl10"):
         yield data_set, _place_of(data_set, root)
+    yield "decoded images", _cache_text()
     for package, purpose in _EXTRAS.items():
         try:
             yield package, metadata.version(package)
         except metadata.PackageNotFoundError:
             yield package, f"{_MISSING}; it is for {purpose}"
+
+
+def _cache_text() -> str:
+    """Return where decoded images are kept, and their size."""
+    from rush.data.readers.cache import cache_folder
+    from rush.reporting.values import folder_size
+    from rush.reporting.wording import size_text
+
+    folder = cache_folder()
+    if folder is None:
+        return "none are kept"
+    return f"{size_text(folder_size(folder))} in {folder}, which may be deleted"
 
 
 def _place_of(name: str, root: str | list[str] | None) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 from rush.data.images import ImageSet, concatenate
 from rush.data.labels import check_several_classes
 from rush.data.readers.archives import Archive, locate
+from rush.data.readers.cache import decode_all
 from rush.data.readers.cifar import cifar10_versions, cifar100_versions, read_cifar
 from rush.data.readers.decoding import decode
 from rush.data.readers.digits import NUM_TEST, load_digits
 from rush.data.readers.download import fetch
-from rush.data.readers.encoded import EncodedImages, decode_all, join
+from rush.data.readers.encoded import EncodedImages, join
 from rush.data.readers.entries import describe_kind
 from rush.data.readers.folders import first_image, open_folder
 from rush.data.readers.npz import load_npz, npz_bytes

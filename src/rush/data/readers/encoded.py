@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from rush.data.images import ImageSet, common_classes, unique_ids
+from rush.data.images import common_classes, unique_ids
 from rush.data.indexing import split_rows
-from rush.data.readers.decoding import Encoded, decode_images
+from rush.data.readers.decoding import Encoded
 from rush.errors import DataError
 
 
@@ -133,13 +133,3 @@ class JoinedImages:
 def join(parts: Sequence[EncodedImages]) -> EncodedImages:
     """Return the parts as one; a single part is returned as it is."""
     return parts[0] if len(parts) == 1 else JoinedImages(tuple(parts))
-
-
-def decode_all(encoded: EncodedImages, size: int | None = None) -> ImageSet:
-    """Decode all images into memory, each by ``decode`` with this ``size``.
-
-    Raises:
-        DataError: an image, which is named, cannot be decoded, or has a different size from the first.
-    """
-    images = decode_images(encoded.read(np.arange(len(encoded))), len(encoded), size)
-    return ImageSet(images, encoded.labels, encoded.classes, encoded.ids(), encoded.name, encoded.split)

@@ -1,0 +1,92 @@
+"""Decoded images in the user's cache folder, so that a machine decodes a data set once and not in every process."""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rush.data.images import ImageSet
+from rush.data.readers.decoding import decode_images
+from rush.data.readers.encoded import EncodedImages
+from rush.errors import RushError
+from rush.runtime.files import write_atomically
+
+VARIABLE = "RUSH_CACHE"
+"""Environment variable that names another folder, or "off"."""
+_WORTHWHILE = 5_000  # images; fewer are decoded in about a second
+_FORMAT = 1  # of the decoder: larger whenever its pixels change
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of decoded images, which may be deleted at any time, or None where none are kept."""
+    import pooch
+
+    named = os.environ.get(VARIABLE)
+    if named == "off":
+        return None
+    return Path(named) if named else Path(pooch.os_cache("rush")) / "decoded"
+
+
+def cached_file(encoded: EncodedImages, size: int | None) -> Path | None:
+    """Return the file for these images, None where they are not kept.
+
+    Its name changes with the files that hold the images, by path, size and time of change, and with the decoder.
+    """
+    folder = cache_folder()
+    if folder is None or len(encoded) < _WORTHWHILE:
+        return None
+    stats = [(str(file.resolve()), file.stat()) for file in encoded.files()]
+    facts = {
+        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "split": [encoded.name, encoded.split, len(encoded)],
+        "decoder": [_FORMAT, version("pillow"), size],
+    }
+    return folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
+
+
+def read_cached(file: Path, images: int) -> Tensor | None:
+    """Return the images uint8 (N, C, H, W) in ``file``, None if it is missing, damaged or has another number."""
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if found.dtype != np.uint8 or found.ndim != 4 or len(found) != images:
+        return None
+    return torch.from_numpy(found)
+
+
+def write_cached(file: Path, images: Tensor) -> None:
+    """Write ``images`` to ``file``; where this is not possible, nothing is kept."""
+
+    def write(target: Path) -> None:
+        with open(target, "wb") as stream:
+            np.save(stream, images.numpy(), allow_pickle=False)
+
+    own = file.with_suffix(f".{os.getpid()}")  # several processes may write the same images
+    try:
+        write_atomically(own, write)
+        own.replace(file)
+    except (OSError, RushError):
+        with suppress(OSError):
+            own.unlink()
+
+
+def decode_all(encoded: EncodedImages, size: int | None = None) -> ImageSet:
+    """Return all images in memory, each decoded by ``decode`` with this ``size``, now or by an earlier process.
+
+    Raises:
+        DataError: an image, which is named, cannot be decoded, or has a different size from the first.
+    """
+    file = cached_file(encoded, size)
+    images = None if file is None else read_cached(file, len(encoded))
+    if images is None:
+        images = decode_images(encoded.read(np.arange(len(encoded))), len(encoded), size)
+        if file is not None:
+            write_cached(file, images)
+    return ImageSet(images, encoded.labels, encoded.classes, encoded.ids(), encoded.name, encoded.split)
