@@ -172,7 +172,7 @@ class Certificates:
         """Return the outcome for each image at ``radius``, (N,): one of ``OUTCOMES``.
 
         "certified" means with the selected class. "not certifiable" is wrong for an image with probability at most the
-        rule's level ``futility``, and "given up" is no statement on the radius (``Rule.stopping``). A fixed number of
+        rule's level ``futility``, and "given up" says nothing about the radius (``Rule.stopping``). A fixed number of
         samples leaves everything undecided that it does not certify.
         """
         certified = (self.prediction >= 0) & (self.radius >= radius)

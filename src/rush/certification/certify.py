@@ -80,8 +80,8 @@ def certify(
             by 1 - p_lower. ``two-classes`` also bounds the class with the next most votes (``certification.bounds``),
             which pays where there are many classes. It must be chosen before the votes are seen. ``sequential``:
             ``geometric`` or ``beta`` for the selected class alone, or ``two-classes``.
-        stopping: "power" for that. "test": ``sequential`` goes on until it has shown, at the level ``futility``, that
-            the radius cannot be certified, which takes about half as many votes more.
+        stopping: "power" for that. "test": ``sequential`` continues until it has shown, at the level ``futility``, that
+            the radius cannot be certified, which takes 1.4 to 2 times as many votes.
         progress: True shows a bar on a terminal, else a line every ten seconds on standard error. False shows nothing.
             None shows the bar alone.
 
