@@ -1,5 +1,6 @@
 """Certification shared among processes, and taken up where it was interrupted: the bits of one undisturbed process."""
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,6 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import rush.pipeline.certify
@@ -23,6 +23,7 @@ from rush.certification.certificates import Certificates
 from rush.certification.certify import certify_each
 from rush.certification.recertify import recompute
 from rush.errors import RunError
+from rush.pipeline.attack import audit_run
 from rush.pipeline.certify import CERTIFICATE_PARTS, CERTIFICATES
 from rush.pipeline.stages import run_stage
 from rush.records.certificates import append_certificates, read_certificates, write_certificates
@@ -177,17 +178,6 @@ def test_a_damaged_part_is_named_with_its_line(run: RunFolder, finished: tuple[l
         run_stage(run, "certify")
 
 
-def test_the_audit_alone_is_not_shared_among_processes(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = RunFolder.open(shutil.copytree(tiny_run, tmp_path / "run"))
-    monkeypatch.setattr(rush.pipeline.stages, "world_size", lambda: WORLD)
-    run_stage(run, "audit")  # finished before: nothing to do
-    (run.path / "stages/audit.json").unlink()
-    with pytest.raises(RunError, match=r"stage audit runs in one process; start `rush audit .*` without torchrun"):
-        run_stage(run, "audit")
-
-
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -214,13 +204,19 @@ def test_the_stage_under_torchrun_leaves_the_table_of_one_process(method: str, t
     assert done.stderr.count("certify ...") == 1  # one process speaks
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_another_stage_under_torchrun_is_refused_in_a_line(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+def test_the_audit_under_torchrun_is_that_of_one_process(tiny_run: Path, tmp_path: Path) -> None:
+    """Of the run and of one of its rungs; one process writes and speaks."""
     run = RunFolder.open(shutil.copytree(tiny_run, tmp_path / "run"))
-    (run.path / "stages/audit.json").unlink()
-    before = np.sort([file.stat().st_mtime_ns for file in run.path.rglob("*.*")])
+    alone = json.loads((run.path / "audit.json").read_text())
+    for name in ("stages/audit.json", "audit.json"):
+        (run.path / name).unlink()
     done = torchrun("audit", run.path)
-    assert done.returncode != 0
-    assert f"rush: stage audit runs in one process; start `rush audit {run.path}` without torchrun" in done.stderr
-    np.testing.assert_array_equal(np.sort([file.stat().st_mtime_ns for file in run.path.rglob("*.*")]), before)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run.path / "audit.json").read_text()) == alone
+    assert run.require("audit")["processes"] == WORLD
+    assert done.stdout.count(f"in {run.path / 'audit.json'}") == done.stderr.count("audit ...") == 1
+    done = torchrun("audit", run.path, "--rung", "frozen")
+    assert done.returncode == 0, done.stderr
+    expected = audit_run(run, "frozen").to_json()
+    assert json.loads((run.path / "audit-frozen.json").read_text()) == json.loads(json.dumps(expected))

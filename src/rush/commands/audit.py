@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rush.choices import AuditVerdict
 from rush.commands.external import NO_EVALUATION, ExternalEvaluation
-from rush.commands.run_folders import Overrides, Redo, open_run, print_once, refuse_existing
+from rush.commands.run_folders import Overrides, Redo, open_run, print_once, rank_of_process, refuse_existing
 from rush.commands.terminal import Json, print_json, print_lines, print_notes
 from rush.errors import ConfigError
 
@@ -48,9 +48,9 @@ def audit(
         report, place = _audit_run(open_run(folder, external.data_of_run(), overrides, "audit" if redo else None), rung)
     else:
         report, place = _audit_model(external, rung, tolerance, out or Path("audit.json"))
-    if json:
+    if json and rank_of_process() == 0:
         print_json(report.to_json())
-    else:
+    elif rank_of_process() == 0:
         print_lines([*report.summary(), place])
     if fail_on is not None and _WORSE.index(report.verdict) >= _WORSE.index(fail_on):
         sys.exit(FAILED)
@@ -80,7 +80,8 @@ def _audit_model(
     report = audit(
         external.classifier, images, threat, None, tolerance, decision=decision, surrogate=surrogate, seed=seed
     )
-    write_audit(out, report)
+    if rank_of_process() == 0:
+        write_audit(out, report)
     return report, f"written to {out}"
 
 
@@ -89,10 +90,15 @@ def _audit_run(run: RunFolder, rung: str | None) -> tuple[AuditReport, str]:
     from rush.pipeline.attack import audit_run
     from rush.pipeline.stages import run_stage
     from rush.records.audit import read_audit, write_audit
+    from rush.runtime.distributed import in_turn
 
     file = run.path / ("audit.json" if rung is None else f"audit-{rung}.json")
+    exists = in_turn(file.exists)
     if rung is None:
         run_stage(run, "audit", print_once)
-    elif not file.exists():
-        write_audit(file, audit_run(run, rung))
+    elif not exists:
+        report = audit_run(run, rung)
+        if rank_of_process() == 0:
+            write_audit(file, report)
+        return report, f"in {file}"
     return read_audit(file, "delete it and audit again"), f"in {file}"

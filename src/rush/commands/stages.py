@@ -15,7 +15,6 @@ from rush.commands.run_folders import (
     open_run,
     print_once,
     rank_of_process,
-    several_processes,
 )
 from rush.commands.terminal import print_lines, print_table
 from rush.errors import SandwichError
@@ -37,17 +36,15 @@ def run(recipe: str, *, out: Out = None, data: Data = None, overrides: Overrides
     from rush.pipeline.stages import run_stage
 
     check_run(folder)
-    shared = several_processes()
+    first = rank_of_process() == 0
     try:
-        for stage in folder.recipe.stages[:-1] if shared else folder.recipe.stages:
+        for stage in folder.recipe.stages:
             run_stage(folder, stage, print_once)
     except SandwichError:
-        if not shared:
+        if first:
             _print_report(folder.path)  # it lists the violations
         raise
-    if shared:
-        print_once(f"audit and report run in one process; start `rush run {folder.path}` without torchrun for them")
-    else:
+    if first:
         _print_report(folder.path)
 
 

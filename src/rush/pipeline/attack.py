@@ -73,16 +73,21 @@ def run_attack(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> 
 def run_audit(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> None:
     """Audit the recipe's evaluation on the first attacked images and write ``audit.json``.
 
+    Several processes share the attacks, as in ``run_attack``.
+
     Args:
         tell: gets one line on the time that it usually takes, before it begins.
     """
     run.require("attack")
-    run.begin("audit")
+    StageContext.of(run).begin("audit")
+    barrier()
     started = time.perf_counter()
     report = audit_run(run, tell=tell)
-    write_audit(run.path / AUDIT, report)
-    figures = {"verdict": report.verdict, "images": report.images, "evaluation": report.evaluation}
-    run.finish("audit", seconds=time.perf_counter() - started, **figures)
+    if rank() == 0:
+        write_audit(run.path / AUDIT, report)
+        figures = {"verdict": report.verdict, "images": report.images, "evaluation": report.evaluation}
+        run.finish("audit", seconds=time.perf_counter() - started, processes=world_size(), **figures)
+    barrier()
 
 
 def audit_run(run: RunFolder, rung: str | None = None, tell: Callable[[str], None] = lambda _: None) -> AuditReport:

@@ -5,13 +5,12 @@ from contextlib import nullcontext
 from functools import partial
 
 from rush.choices import Stage
-from rush.errors import RunError
 from rush.pipeline.attack import run_attack, run_audit
 from rush.pipeline.certify import run_certify
 from rush.pipeline.teach import run_teach
 from rush.pipeline.train import run_finetune, run_pretrain
 from rush.records.folder import RunFolder
-from rush.runtime.distributed import barrier, rank, world_size
+from rush.runtime.distributed import barrier, rank
 from rush.runtime.memory import JUDGED, memory_for
 
 
@@ -24,7 +23,7 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
             time that ``certify``, ``attack`` and ``audit`` take.
 
     Raises:
-        RunError: another process is at work in the folder, or the stage cannot run in several processes.
+        RunError: another process is at work in the folder.
         DeviceMemoryError: memory is short. The text names the fields to lower.
         RushError: as the stage.
     """
@@ -39,8 +38,6 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
     if run.finished(stage):
         tell(f"{stage}: already finished, skipping")
         return
-    if world_size() > 1 and stage == "audit":
-        raise RunError(f"stage {stage} runs in one process; start `rush {stage} {run.path}` without torchrun")
     tell(f"{stage} ...")
     with memory_for(stage, JUDGED), run.alone() if rank() == 0 else nullcontext():
         finished = run.finished(stage)  # by a process that held the lock until now
