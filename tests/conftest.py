@@ -14,12 +14,12 @@ from torch import nn
 
 from commands import Call
 from rush.__main__ import main
-from rush.data.readers.cache import VARIABLE
 from rush.data.sources import load_images
 from rush.models.classifier import Classifier, Normalize
 from rush.models.encoders import SmallEncoder
 from rush.models.heads import linear_head
 from rush.runtime.randomness import seeded_init, stream
+from rush.runtime.user_cache import VARIABLE
 from tiny import run_tiny
 
 

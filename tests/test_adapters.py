@@ -1,10 +1,12 @@
-"""Our smoothed classifier in other libraries' attacks, and their points in our verdict: examples to copy.
+"""Our smoothed classifier in other libraries' attacks by the code of docs/attacks.md, and their points in our verdict.
 
 Each library gets ``smoothed.as_module``, a network from images to log-probabilities with fresh noise at every call.
 What it counts as success is one random pass; the verdict judges its points on noise that it has not seen.
 """
 
-from collections.abc import Callable
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,60 +28,30 @@ from rush.smoothing.classifier import SmoothedClassifier
 EPSILON: dict[Norm, float] = {"linf": 0.15, "l2": 0.8}
 DRAWS, STEPS = 8, 10
 
+ROOT = Path(__file__).parents[1]
 Case = tuple[SmoothedClassifier, ImageSet, AttackResult]
-Maker = Callable[[SmoothedClassifier, Tensor, Tensor, ThreatModel], Tensor]
 
 
-def autoattack_points(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
-    """Points of AutoAttack's version for randomized models, with less than its budget."""
-    from pyautoattack import AutoAttack
-
-    module = smoothed.as_module(num_samples=DRAWS, generator=stream(0, "autoattack"))
-    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-    attacker = AutoAttack(module, norm=norm, eps=threat.epsilon, version="rand", seed=0, device="cpu")
-    attacker.apgd.n_iter, attacker.apgd.eot_iter = STEPS, 1  # 100 and 20 without this line
-    points, _ = attacker.run_standard_evaluation(x, y, batch_size=len(x))
-    return points
-
-
-def foolbox_points(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
-    """Points of foolbox's PGD, whatever it says of their success."""
-    import foolbox
-
-    module = smoothed.as_module(num_samples=DRAWS, generator=stream(0, "foolbox"))
-    attack = foolbox.attacks.LinfPGD if threat.norm == "linf" else foolbox.attacks.L2PGD
-    model = foolbox.PyTorchModel(module, bounds=(0, 1), device="cpu")
-    _, points, _ = attack(steps=STEPS, rel_stepsize=0.25)(model, x, y, epsilons=threat.epsilon)
-    return points
+LIBRARIES = ("autoattack", "foolbox", "art")
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/attacks.md").read_text(encoding="utf-8"), re.DOTALL)
+# What tests change in the blocks of the guide: smaller budgets, and the names of the other norm.
+BUDGETS = {
+    "num_samples=32": f"num_samples={DRAWS}",
+    "points, _ = attacker": f"attacker.apgd.n_iter, attacker.apgd.eot_iter = {STEPS}, 1\npoints, _ = attacker",
+    "steps=20": f"steps={STEPS}",
+    "max_iter=20": f"max_iter={STEPS}",
+}
+IN_L2 = {'norm="Linf"': 'norm="L2"', "LinfPGD": "L2PGD", "norm=np.inf": "norm=2"}
 
 
-def art_points(smoothed: SmoothedClassifier, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
-    """Points of the Adversarial Robustness Toolbox's PGD."""
-    from art.attacks.evasion import ProjectedGradientDescentPyTorch
-    from art.estimators.classification import PyTorchClassifier
-
-    estimator = PyTorchClassifier(
-        smoothed.as_module(num_samples=DRAWS, generator=stream(0, "art")),
-        loss=nn.CrossEntropyLoss(),
-        input_shape=tuple(x.shape[1:]),
-        nb_classes=smoothed.num_classes,
-        clip_values=(0.0, 1.0),
-        device_type="cpu",
-    )
-    attack = ProjectedGradientDescentPyTorch(
-        estimator,
-        norm=np.inf if threat.norm == "linf" else 2,
-        eps=threat.epsilon,
-        eps_step=threat.epsilon / 4,
-        max_iter=STEPS,
-        num_random_init=1,
-        batch_size=len(x),
-        verbose=False,
-    )
-    return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
-
-
-LIBRARIES: dict[str, Maker] = {"autoattack": autoattack_points, "foolbox": foolbox_points, "art": art_points}
+def points_of(library: str, smoothed: SmoothedClassifier, x: Tensor, y: Tensor, threat: ThreatModel) -> Any:
+    """The points that the guide's block makes, whatever the library says of their success."""
+    (block,) = (block for block in BLOCKS if f'"{library}"' in block)
+    for old, new in {**BUDGETS, **(IN_L2 if threat.norm == "l2" else {})}.items():
+        block = block.replace(old, new)
+    given = {"rush": rush, "smoothed": smoothed, "x": x, "y": y, "threat": threat}
+    exec(block, given)
+    return given["points"]
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +80,10 @@ def test_points_of_other_libraries_are_judged_and_do_harm(case: Case, library: s
     assert images.labels is not None
     threat, x = ThreatModel(norm, EPSILON[norm]), images.pixels()
     with seeded(0):  # the libraries draw starts from the process's generators
-        points = LIBRARIES[library](smoothed, x, images.labels, threat)
-    assert_in_threat(points, x, threat)
+        points = points_of(library, smoothed, x, images.labels, threat)
+    assert_in_threat(torch.as_tensor(points), x, threat)
     result = verdict(smoothed, images, points, threat, name=library)
-    assert torch.equal(result.adversarial, points)
+    assert torch.equal(result.adversarial, torch.as_tensor(points))
     assert result.ids == tuple(images.ids)
     assert result.held.sum() <= clean.held.sum() - 8
     assert result.broken.sum() >= clean.broken.sum() + 8

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from rush.data.readers import cache
-from rush.data.readers.cache import VARIABLE, cache_folder
 from rush.data.sources import load_images
+from rush.runtime.user_cache import VARIABLE, user_cache
 
 RNG = np.random.default_rng(0)
 
@@ -48,14 +48,14 @@ def test_images_are_decoded_once(data: Path, monkeypatch: pytest.MonkeyPatch) ->
     resized = [load_images(data, "train", size=4) for _ in range(2)]
     assert sizes == [6, 6]
     assert resized[0].images.equal(resized[1].images)
-    assert len(list((data.parent / "cache").iterdir())) == 2
+    assert len(list((data.parent / "cache/decoded").iterdir())) == 2
 
 
 @pytest.mark.parametrize("change", ["pixels", "time", "another", "damaged", "shape", "decoder", "pillow", "emptied"])
 def test_what_is_stale_or_damaged_is_decoded_again(change: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_images(data, "train")
     sizes = decoded(monkeypatch)
-    (kept,) = (data.parent / "cache").iterdir()
+    (kept,) = (data.parent / "cache/decoded").iterdir()
     image = data / "a/0.png"
     if change == "pixels":
         Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(image)
@@ -94,8 +94,8 @@ def test_few_images_and_a_cache_that_cannot_be_written_are_no_obstacle(
 
 def test_the_folder_is_that_of_the_user_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    folder = cache_folder()
+    folder = user_cache("decoded")
     assert folder is not None
     assert folder.parts[-2:] == ("rush", "decoded")
     monkeypatch.setenv(VARIABLE, "off")
-    assert cache_folder() is None
+    assert user_cache("decoded") is None

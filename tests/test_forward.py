@@ -268,7 +268,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rates, int], tuple[Execu
             forward(tile)
             return rates[forward._execution.compile_mode]
 
-        monkeypatch.setattr(forward_module, "_rate", rate)
+        monkeypatch.setattr(forward_module, "rate", rate)
         execution = Execution(tile=8, folded=True)
         return try_forwards(_encoder("small"), execution, (3, 8, 8), 5, passes)
 

@@ -26,6 +26,7 @@ from rush.data.sources import load_images
 from rush.errors import CheckpointError, ConfigError, DataError, RunError
 from rush.evaluation.evaluation import Evaluation
 from rush.pipeline.attack import AttackSession, audit_run
+from rush.pipeline.attackers import Attackers
 from rush.pipeline.context import StageContext
 from rush.pipeline.stages import run_stage
 from rush.recipe.load import load_recipe
@@ -331,7 +332,9 @@ def test_certified_and_attacked_images_are_the_same_when_their_numbers_differ(tm
 def test_certified_balls_are_attacked_in_their_norm(
     noise: NoiseName, norm: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = AttackSession.of(StageContext.of(RunFolder.open(tiny_run)))
+    run = RunFolder.open(tiny_run)
+    recipe = run.recipe.model_copy(update={"smoothing": run.recipe.smoothing.replace(noise=noise)})
+    session = replace(AttackSession.of(StageContext.of(run)), attackers=Attackers.of(recipe, 10, 64))
     certificates = session.certificates()
     assert certificates is not None
     monkeypatch.setattr(Evaluation, "run", lambda evaluation, plan, _: (evaluation.threat.norm, plan.label))

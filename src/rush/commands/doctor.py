@@ -65,11 +65,11 @@ def _findings(root: str | list[str] | None) -> Iterator[tuple[str, str]]:
 
 def _cache_text() -> str:
     """Return where decoded images are kept, and their size."""
-    from rush.data.readers.cache import cache_folder
     from rush.reporting.values import folder_size
     from rush.reporting.wording import size_text
+    from rush.runtime.user_cache import user_cache
 
-    folder = cache_folder()
+    folder = user_cache("decoded")
     if folder is None:
         return "none are kept"
     return f"{size_text(folder_size(folder))} in {folder}, which may be deleted"

@@ -19,7 +19,7 @@ from rush.models.classifier import Classifier, Normalize
 from rush.models.description import FILES, FORMAT, NO_NOISE, damaged, read_description
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
-from rush.runtime.execution import Execution, decide_execution, device_of
+from rush.runtime.execution import Execution, decide_execution, device_of, in_precision
 from rush.runtime.extras import optional
 from rush.runtime.files import make_folder, write_atomically, write_json
 from rush.runtime.lines import one_line, printable
@@ -264,11 +264,11 @@ def load_plain(folder: Path, device: str) -> Classifier:
 def load_smoothed(folder: Path, execution: Execution, classifier: nn.Module | None = None) -> SmoothedClassifier:
     """Return the smoothed classifier in ``folder``, placed by ``execution`` and in evaluation mode.
 
-    Its forward is folded and compiled, and has the tile, as recorded with it.
+    Its forward is folded and compiled, and has the tile and the precision, as recorded with it.
 
     Args:
         folder: of the model.
-        execution: device and precision.
+        execution: gives the device.
         classifier: the network of a model whose code is not this library's. It gets the weights.
 
     Raises:
@@ -280,7 +280,9 @@ def load_smoothed(folder: Path, execution: Execution, classifier: nn.Module | No
             f"{folder} holds a classifier that is not smoothed (smoothing.sigma = 0); rush.load returns it as it is, "
             "and rush.SmoothedClassifier adds noise to it"
         )
-    execution = replace(execution, **{name: description["execution"][name] for name in _FORWARD})
+    recorded = description["execution"]
+    execution = in_precision(execution, recorded["precision"])
+    execution = replace(execution, **{name: recorded[name] for name in _FORWARD})
     return SmoothedClassifier(
         execution.place(_load_classifier(folder, description, classifier)).eval(),
         noise=make_noise(**description["noise"]),

@@ -16,6 +16,7 @@ from rush.models.storage import ClassifierSpec, load_weights, save_plain, save_s
 from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext, training_noise
 from rush.pipeline.labels import Taught, labelled_images
+from rush.pipeline.precision import faster_precision
 from rush.pipeline.preconditions import check_after_training, check_before_training
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
@@ -163,9 +164,13 @@ def _choose_forward(context: StageContext, classifier: Classifier, train: ImageS
     rule = run_rule(config, context.recipe.smoothing, images)
     share = _SEQUENTIAL_SHARE if rule.method == "sequential" else 1.0
     passes = int(images * (rule.num_selection + share * rule.num_estimation))
-    placed = execution.place(classifier).eval()
-    chosen, trial = try_forwards(placed, execution, train.images.shape[1:], train.num_classes, passes)
-    return chosen, {"compile_mode": chosen.compile_mode, **trial}
+    placed, shape = execution.place(classifier).eval(), train.images.shape[1:]
+    measured: dict[str, Any] = {}
+    if context.recipe.execution.precision == "auto":
+        execution, rates = faster_precision(placed, execution, shape, train.num_classes)
+        measured = {"precision": execution.precision, "precisions": rates}
+    chosen, trial = try_forwards(execution.place(placed), execution, shape, train.num_classes, passes)
+    return chosen, {"compile_mode": chosen.compile_mode, **measured, **trial}
 
 
 def _watch_encoder(context: StageContext, classifier: Classifier) -> Monitor | None:

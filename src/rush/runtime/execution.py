@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,12 @@ def decide_execution(
     resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
     layout = resolved == "bfloat16" or kind == "cuda"
     return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True, deterministic=deterministic)
+
+
+def in_precision(execution: Execution, precision: Precision) -> Execution:
+    """Return ``execution`` in another precision, with the layout that suits it."""
+    layout = precision == "bfloat16" or torch.device(execution.device).type == "cuda"
+    return replace(execution, precision=precision, channels_last=layout)
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def try_forwards(
     """
     modes: list[CompileMode] = ["default", "reduce-overhead"] if execution.device.startswith("cuda") else ["default"]
     tile = torch.full((execution.rows(shape), *shape), 0.5, device=execution.device)
-    rates: dict[CompileMode, float] = {"none": _rate(Forward(classifier, execution, num_classes), tile)}
+    rates: dict[CompileMode, float] = {"none": rate(Forward(classifier, execution, num_classes), tile)}
     measured: dict[str, object] = {"forward_passes": forward_passes, "images_per_second": rates}
     best, least = execution, forward_passes / rates["none"]
     if least < _WORTH_TRYING_SECONDS:
@@ -194,7 +194,7 @@ def try_forwards(
             forward = Forward(classifier, candidate, num_classes)
             forward(tile)
             compile_seconds = time.perf_counter() - started
-            rates[mode] = _rate(forward, tile)
+            rates[mode] = rate(forward, tile)
         except Exception as error:  # no compiler, an unsupported operation, ...: eager still works
             logging.getLogger(__name__).info("torch.compile (%s) cannot be used", mode, exc_info=True)
             cause = error.__cause__ or error  # a ModelError names the remedy, its cause the reason
@@ -218,7 +218,7 @@ def _compiled(function: Callable[[Tensor], Tensor], mode: CompileMode) -> Callab
     return torch.compile(function, dynamic=False, options=options)
 
 
-def _rate(forward: Forward, tile: Tensor) -> float:
+def rate(forward: Forward, tile: Tensor) -> float:
     """Return images per second, over about half a second after two warm-up tiles."""
     for _ in range(2):
         forward(tile)

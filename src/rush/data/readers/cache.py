@@ -16,21 +16,10 @@ from rush.data.readers.decoding import decode_images
 from rush.data.readers.encoded import EncodedImages
 from rush.errors import RushError
 from rush.runtime.files import write_atomically
+from rush.runtime.user_cache import user_cache
 
-VARIABLE = "RUSH_CACHE"
-"""Environment variable that names another folder, or "off"."""
 _WORTHWHILE = 5_000  # images; fewer are decoded in about a second
 _FORMAT = 1  # of the decoder: larger whenever its pixels change
-
-
-def cache_folder() -> Path | None:
-    """Return the folder of decoded images, which may be deleted at any time, or None where none are kept."""
-    import pooch
-
-    named = os.environ.get(VARIABLE)
-    if named == "off":
-        return None
-    return Path(named) if named else Path(pooch.os_cache("rush")) / "decoded"
 
 
 def cached_file(encoded: EncodedImages, size: int | None) -> Path | None:
@@ -38,7 +27,7 @@ def cached_file(encoded: EncodedImages, size: int | None) -> Path | None:
 
     Its name changes with the files that hold the images, by path, size and time of change, and with the decoder.
     """
-    folder = cache_folder()
+    folder = user_cache("decoded")
     if folder is None or len(encoded) < _WORTHWHILE:
         return None
     stats = [(str(file.resolve()), file.stat()) for file in encoded.files()]
