@@ -23,8 +23,8 @@ test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-lint
-	$(BIN)/ruff check src tests benchmarks tools
-	$(BIN)/ruff format --check src tests benchmarks tools
+	$(BIN)/ruff check src tests benchmarks examples tools
+	$(BIN)/ruff format --check src tests benchmarks examples tools
 	$(BIN)/mypy
 
 # The tables of README.md, docs/ and results/, from the committed records.
