@@ -13,6 +13,7 @@ from rush.commands.init import look_at
 from rush.data.sources import is_divided, load_images
 from rush.data.splits import Splits
 from rush.errors import ConfigError
+from rush.pipeline.attackers import Attackers
 from rush.pipeline.context import StageContext
 from rush.pipeline.preconditions import check_before_training
 from rush.recipe.load import load_recipe, quickened, recipe_names
@@ -160,6 +161,7 @@ def test_every_recipe_has_a_trial(name: str) -> None:
     assert trial.pretrain.epochs in (0, 1)
     assert trial.finetune.epochs in (1, 2)
     assert (trial.certify.images, trial.attack.images, trial.audit.images) == (10, 10, 3)
+    assert (Attackers.of(trial, 10, 64).rung(trial.audit.rung) is None) == (trial.smoothing.sigma == 0)
 
 
 @pytest.mark.timeout(240)
