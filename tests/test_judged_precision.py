@@ -98,6 +98,18 @@ def test_a_damaged_choice_is_made_again(
         assert set(json.loads(file.read_text())) == {"bfloat16", "float32"}
 
 
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    machine: Callable[[Rates], list[Precision]], tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = machine({"bfloat16": 1.0, "float32": 2.0})
+    classifier = rush.load(tiny_run, device="cpu").classifier
+    for folder in ("/proc/nowhere", str(tiny_run / "recipe.json")):
+        monkeypatch.setenv(VARIABLE, folder)
+        measured.clear()
+        assert faster_precision(classifier, BFLOAT16, (1, 8, 8), 10)[0].precision == "float32"
+        assert len(measured) == 4
+
+
 @pytest.mark.parametrize("execution", [Execution(tile=8), Execution("cuda", "bfloat16", True)])
 def test_there_is_no_choice_in_float32_and_on_a_gpu(
     execution: Execution, machine: Callable[[Rates], list[Precision]], tiny_run: Path

@@ -117,6 +117,10 @@ def audit(
     model = _in_evaluation_mode(model) if training else model
     checked = Evaluation.of(model, images, threat, judging, decision, surrogate, declared=False)
     defender, pixels = checked.defender, checked.images
+    reference = worst_case(defender.kind, defender.num_classes, defender.transferable)
+    if suite is not None and (not isinstance(suite, AttackResult) or suite.plan != reference):
+        got = suite.plan.label if isinstance(suite, AttackResult) else type(suite).__name__
+        raise InputError(f"suite must be the AttackResult of the {reference.label}, got {got}")
     for result in (evaluation, suite):
         if isinstance(result, AttackResult):
             _check_same(result, pixels, threat)
@@ -125,10 +129,6 @@ def audit(
         evaluation = evaluation.select(rows) if isinstance(evaluation, AttackResult) else evaluation
         suite = None if suite is None else suite.select(rows)
         pixels, threat = pixels.select(rows), threat.select(rows)
-    reference = worst_case(defender.kind, defender.num_classes, defender.transferable)
-    if suite is not None and (not isinstance(suite, AttackResult) or suite.plan != reference):
-        got = suite.plan.label if isinstance(suite, AttackResult) else type(suite).__name__
-        raise InputError(f"suite must be the AttackResult of the {reference.label}, got {got}")
     checked.check_reachable(reference)
     patient = replace(judging, max_votes=PATIENCE * max_votes)
     audited = _evaluated(evaluation, defender, pixels, threat, patient)
@@ -143,7 +143,7 @@ def audit(
         case.attack(reference, unbroken)
     findings = tuple(_findings(case))
     defender.recheck()
-    return _report(case, reference.label + (", judged again" if suite else ""), findings, tolerance, alpha)
+    return _report(case, reference.label + ("" if suite is None else ", judged again"), findings, tolerance, alpha)
 
 
 def _without_copies(pixels: LabelledPixels) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rush.certification.rule import Rule
-from rush.certification.sequential import CERTIFIED, GIVEN_UP, NOT_CERTIFIABLE, OUTCOMES, UNDECIDED
+from rush.certification.sequential import CERTIFIED, ENDS, OUTCOMES, UNDECIDED
 from rush.errors import InputError
 from rush.runtime.extras import axes_or_new, data_frame
 from rush.runtime.numbers import as_real
@@ -178,9 +178,8 @@ class Certificates:
         certified = (self.prediction >= 0) & (self.radius >= radius)
         grid = np.array([*(self.rule.radii or ()), np.inf])
         passed = np.where(self.prediction >= 0, np.searchsorted(grid[:-1], self.radius, side="right"), 0)
-        beyond = np.where(radius >= grid[passed], self.outcome, UNDECIDED)
-        beyond = np.where(beyond == CERTIFIED, UNDECIDED, beyond)  # the last radius of the grid is certified
-        return np.array(OUTCOMES)[np.where(certified, CERTIFIED, beyond)]
+        given_up = np.isin(self.outcome, list(ENDS.values())) & (radius >= grid[passed])
+        return np.array(OUTCOMES)[np.where(certified, CERTIFIED, np.where(given_up, self.outcome, UNDECIDED))]
 
     def other_shares(self, radius: float) -> dict[str, Interval] | None:
         """Return how the images divide at ``radius``, those certified with the right class aside.
@@ -191,7 +190,7 @@ class Certificates:
         if self.rule.method != "sequential":
             return None
         decision = self.decision(radius)
-        ended = OUTCOMES[NOT_CERTIFIABLE if self.rule.stopping == "test" else GIVEN_UP]
+        ended = OUTCOMES[ENDS[self.rule.stopping]]
         rows = {
             "wrong class": (decision == OUTCOMES[CERTIFIED]) & ~self.correct,
             ended: decision == ended,

@@ -71,6 +71,8 @@ Floats = NDArray[np.float64]
 
 OUTCOMES = ("certified", "not certifiable", "undecided", "given up")
 CERTIFIED, NOT_CERTIFIABLE, UNDECIDED, GIVEN_UP = range(len(OUTCOMES))
+ENDS: dict[Stopping, int] = {"test": NOT_CERTIFIABLE, "power": GIVEN_UP}
+"""Outcome of a radius that is given up."""
 
 _POINTS = 12
 _DECAY = 0.75
@@ -246,7 +248,7 @@ class FixedSequence:
         self._futile = np.log(1 / futility) + _SAFETY
         self._cap, self._quantile = cap, float(special.ndtri(1 - futility))
         self._mirrored = [_mirrored(bound, null, futility, cap) for null in nulls] if stopping == "test" else []
-        self._end = NOT_CERTIFIABLE if stopping == "test" else GIVEN_UP
+        self._end = ENDS[stopping]
 
     def look(
         self,

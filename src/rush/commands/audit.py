@@ -48,10 +48,11 @@ def audit(
         report, place = _audit_run(open_run(folder, external.data_of_run(), overrides, "audit" if redo else None), rung)
     else:
         report, place = _audit_model(external, rung, tolerance, out or Path("audit.json"))
-    if json and rank_of_process() == 0:
-        print_json(report.to_json())
-    elif rank_of_process() == 0:
-        print_lines([*report.summary(), place])
+    if rank_of_process() == 0:
+        if json:
+            print_json(report.to_json())
+        else:
+            print_lines([*report.summary(), place])
     if fail_on is not None and _WORSE.index(report.verdict) >= _WORSE.index(fail_on):
         sys.exit(FAILED)
 
@@ -93,10 +94,9 @@ def _audit_run(run: RunFolder, rung: str | None) -> tuple[AuditReport, str]:
     from rush.runtime.distributed import in_turn
 
     file = run.path / ("audit.json" if rung is None else f"audit-{rung}.json")
-    exists = in_turn(file.exists)
     if rung is None:
         run_stage(run, "audit", print_once)
-    elif not exists:
+    elif not in_turn(file.exists):
         report = audit_run(run, rung)
         if rank_of_process() == 0:
             write_audit(file, report)

@@ -81,14 +81,15 @@ def look_at(data: str, root: str | list[str] | None) -> Survey:
     Raises:
         DataError: There are none, none with labels, or one class only.
     """
-    from rush.data.sources import is_divided, load_images, open_encoded
+    from rush.data.sources import is_divided, load_images, open_encoded, split_or_none
 
     train = open_encoded(data, "train", root) or load_images(data, "train", root)
     if train.labels is None:
         raise DataError(f"{data} has no labels for its training images; a classifier needs some")
     if len(train.classes) < 2:
         raise DataError(f"all images of {data} are of the class {train.classes[0]!r}; a classifier needs at least two")
-    test, unlabeled = (_number(data, split, root) if is_divided(data, root) else None for split in _OTHERS)
+    others = [split_or_none(data, split, root) for split in _OTHERS] if is_divided(data, root) else [None, None]
+    test, unlabeled = (None if images is None else len(images) for images in others)
     return Survey(len(train), test, unlabeled or 0, len(train.classes), _size(train))
 
 
@@ -137,16 +138,6 @@ def text_for(name: str, file: str, data: str, survey: Survey, base: str) -> str:
         "",
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def _number(data: str, split: str, root: str | list[str] | None) -> int | None:
-    """Return the number of images of a split, None if there is none."""
-    from rush.data.sources import load_images, open_encoded
-
-    try:
-        return len(open_encoded(data, split, root) or load_images(data, split, root))
-    except DataError:
-        return None
 
 
 def _size(images: EncodedImages | ImageSet) -> tuple[int, int] | None:

@@ -125,7 +125,7 @@ def is_divided(name_or_path: str | os.PathLike[str], root: Root = None) -> bool:
     """
     if _is_known(name_or_path):
         return True
-    train, test = (_split_or_none(name_or_path, split, root) for split in ("train", "test"))
+    train, test = (split_or_none(name_or_path, split, root) for split in ("train", "test"))
     if train is None or test is None:
         return True
     if isinstance(train, ImageSet) or isinstance(test, ImageSet):
@@ -133,7 +133,8 @@ def is_divided(name_or_path: str | os.PathLike[str], root: Root = None) -> bool:
     return test.files() != train.files()
 
 
-def _split_or_none(name: str | os.PathLike[str], split: str, root: Root) -> EncodedImages | ImageSet | None:
+def split_or_none(name: str | os.PathLike[str], split: str, root: Root) -> EncodedImages | ImageSet | None:
+    """Return the images of a split, decoded or not, or None where ``load_images`` raises DataError."""
     try:
         return open_encoded(name, split, root) or load_images(name, split, root)
     except DataError:

@@ -234,11 +234,9 @@ def _check_budget(method: AttackName, defender: Defender, noisy: bool, budget: d
         )
         if not taken:
             what = "is a fixed suite" if method == "worst-case" else "takes none on this model"
-            others = [other for other, fields in _BUDGETS.items() if name in fields and other != method]
-            raise InputError(
-                f"{name}={value} was given, but method {method!r} {what}; omit it, or give one of the methods "
-                f"{', '.join(others)}"
-            )
+            others = [] if name in _BUDGETS[method] else [other for other, taken in _BUDGETS.items() if name in taken]
+            instead = f", or give one of the methods {', '.join(others)}" if others else ""
+            raise InputError(f"{name}={value} was given, but method {method!r} {what}; omit it{instead}")
         if name in ("steps", "restarts") or (name == "eot_samples" and not is_one_of(value, ("auto",))):
             positive_integer(name, value)
     gradient, step_size, targets = budget.get("gradient", "fresh"), budget.get("step_size", 1.0), budget.get("targets")

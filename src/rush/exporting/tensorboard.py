@@ -4,9 +4,8 @@ from datetime import datetime
 from pathlib import Path
 
 from rush.records.log import read_events
+from rush.records.read_run import NO_FIGURES
 from rush.runtime.extras import optional
-
-_NO_FIGURES = ("event", "time", "stage", "epoch")
 
 
 def export_tensorboard(run: Path, folder: Path) -> int:
@@ -31,7 +30,7 @@ def export_tensorboard(run: Path, folder: Path) -> int:
             continue
         seconds = datetime.fromisoformat(str(event["time"])).timestamp()
         for name, value in event.items():
-            if name not in _NO_FIGURES and isinstance(value, int | float):
+            if name not in NO_FIGURES and isinstance(value, int | float):
                 scalars[f"{event['stage']}/{name}", int(event["epoch"])] = (float(value), seconds)
     with writer:
         for (name, epoch), (value, seconds) in scalars.items():

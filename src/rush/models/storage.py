@@ -372,8 +372,7 @@ def load(
     description = read_description(model)
     if _is_plain(description):
         return load_plain(model, decide_execution(device).device)
-    recorded = description["execution"]
-    smoothed = load_smoothed(model, decide_execution(device, recorded["precision"]), classifier)
+    smoothed = load_smoothed(model, decide_execution(device), classifier)
     if not compiled:
         smoothed.execution = replace(smoothed.execution, compile_mode="none")
     return smoothed

@@ -79,7 +79,8 @@ def run_audit(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> N
         tell: gets one line on the time that it usually takes, before it begins.
     """
     run.require("attack")
-    StageContext.of(run).begin("audit")
+    if rank() == 0:
+        run.begin("audit")
     barrier()
     started = time.perf_counter()
     report = audit_run(run, tell=tell)
@@ -103,7 +104,7 @@ def audit_run(run: RunFolder, rung: str | None = None, tell: Callable[[str], Non
     images = session.evaluation.images
     rows = list(range(min(config.images or len(images), len(images))))
     rates = measured_rates(session.model, images.x.shape[1:])
-    config = config.model_copy(update={"rung": rung or config.rung})
+    config = config.replace(rung=rung or config.rung)
     classes = session.evaluation.defender.num_classes
     tell(f"audit: {estimate_text(audit_estimate(session.attackers, config, classes, len(rows), rates), rates)}")
     return audit(

@@ -21,8 +21,9 @@ from rush.runtime.execution import device_of
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 
+SEQUENTIAL_SHARE = 0.2
+"""Share of its cap that a sequential certification draws on average, rounded from the runs in ``results/``."""
 _GRADIENTS = 64  # images whose gradient is timed together
-_USUAL_SHARE = 0.2  # of the votes that sequential certification may draw, rounded from the runs in ``results/``
 _PROBES = 6  # evaluations that probes of an audit cost together
 _CALLS = 2  # that are timed, after one for warm-up
 
@@ -73,7 +74,7 @@ def measured_rates(model: Model, shape: Sequence[int]) -> Rates:
 
 def certify_estimate(rule: Rule, images: int, rates: Rates) -> Estimate:
     """Return the cost of certifying ``images`` images."""
-    usual = _USUAL_SHARE if rule.method == "sequential" else 1.0
+    usual = SEQUENTIAL_SHARE if rule.method == "sequential" else 1.0
     seconds = images * rule.num_samples / rates.forward
     return Estimate(images, 0, rule.num_samples, seconds, seconds * usual)
 

@@ -1,6 +1,5 @@
 """The precision of judged samples where the recipe leaves it open: whichever is faster here, by a measurement."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 
@@ -10,8 +9,7 @@ from torch import nn
 from rush.choices import Precision
 from rush.records.folder import machine
 from rush.runtime.execution import Execution, in_precision
-from rush.runtime.files import write_json
-from rush.runtime.user_cache import user_cache
+from rush.runtime.user_cache import cache_file, keep
 from rush.smoothing.forward import Forward, rate
 
 _PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
@@ -40,9 +38,8 @@ def faster_precision(
 def _measured(
     classifier: nn.Module, execution: Execution, shape: Sequence[int], num_classes: int
 ) -> dict[Precision, float]:
-    folder, facts = user_cache("precision"), [machine()["processor"], execution.threads, torch.__version__]
-    key = json.dumps([*facts, execution.rows(shape), list(shape), str(classifier)])
-    file = None if folder is None else folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    facts = [machine()["processor"], execution.threads, torch.__version__, execution.rows(shape), list(shape)]
+    file = cache_file("precision", [*facts, str(classifier)], ".json")
     try:
         kept = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
         return {name: float(kept[name]) for name in _PRECISIONS}
@@ -57,5 +54,5 @@ def _measured(
             rates[name] = max(rates[name], rate(Forward(classifier, chosen, num_classes), tile))
     execution.place(classifier)
     if file is not None:
-        write_json(file, rates)
+        keep(file, lambda target: target.write_text(json.dumps(rates), encoding="utf-8"))
     return rates

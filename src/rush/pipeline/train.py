@@ -15,6 +15,7 @@ from rush.models.imported import load_imported
 from rush.models.storage import ClassifierSpec, load_weights, save_plain, save_smoothed, save_weights
 from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext, training_noise
+from rush.pipeline.estimate import SEQUENTIAL_SHARE
 from rush.pipeline.labels import Taught, labelled_images
 from rush.pipeline.precision import faster_precision
 from rush.pipeline.preconditions import check_after_training, check_before_training
@@ -31,7 +32,6 @@ from rush.training.probes import classifier_figures, encoder_figures, knn_correc
 
 ENCODER = Path("checkpoints/encoder.safetensors")
 _BANK_IMAGES = 10_000  # for the live figures; the final figure uses all training images
-_SEQUENTIAL_SHARE = 0.2  # of its cap that a sequential certification draws on average, for the trial of the forward
 
 
 def run_pretrain(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> None:
@@ -162,7 +162,7 @@ def _choose_forward(context: StageContext, classifier: Classifier, train: ImageS
         return replace(execution, compile_mode=mode), {"compile_mode": mode}
     images = config.images or len(context.splits.test)
     rule = run_rule(config, context.recipe.smoothing, images)
-    share = _SEQUENTIAL_SHARE if rule.method == "sequential" else 1.0
+    share = SEQUENTIAL_SHARE if rule.method == "sequential" else 1.0
     passes = int(images * (rule.num_selection + share * rule.num_estimation))
     placed, shape = execution.place(classifier).eval(), train.images.shape[1:]
     measured: dict[str, Any] = {}

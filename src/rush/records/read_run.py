@@ -29,7 +29,8 @@ _COST_FIELDS = (
     "peak_memory",
     "joules",
 )
-_NO_FIGURES = ("event", "time", "stage", "epoch")  # other fields of an event of live figures
+NO_FIGURES = ("event", "time", "stage", "epoch")
+"""Fields of an event of live figures that are none."""
 Logged = TypeVar("Logged", "Epoch", "Watched")
 
 
@@ -226,7 +227,7 @@ def _epoch(record: Mapping[str, Any]) -> Epoch:
 
 
 def _watched(record: Mapping[str, Any]) -> Watched:
-    figures = {printable(name): float(value) for name, value in record.items() if name not in _NO_FIGURES}
+    figures = {printable(name): float(value) for name, value in record.items() if name not in NO_FIGURES}
     return Watched(str(record["stage"]), int(record["epoch"]), figures)
 
 

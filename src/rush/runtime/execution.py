@@ -157,8 +157,10 @@ def decide_execution(
     chosen = _best_device() if device == "auto" else _checked_device(device)
     kind = torch.device(chosen).type
     resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
-    layout = resolved == "bfloat16" or kind == "cuda"
-    return Execution(chosen, resolved, layout, tile, torch.get_num_threads(), folded=True, deterministic=deterministic)
+    threads = torch.get_num_threads()
+    return in_precision(
+        Execution(chosen, tile=tile, threads=threads, folded=True, deterministic=deterministic), resolved
+    )
 
 
 def in_precision(execution: Execution, precision: Precision) -> Execution:

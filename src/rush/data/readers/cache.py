@@ -1,9 +1,5 @@
 """Decoded images in the user's cache folder, so that a machine decodes a data set once and not in every process."""
 
-import hashlib
-import json
-import os
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,9 +10,7 @@ from torch import Tensor
 from rush.data.images import ImageSet
 from rush.data.readers.decoding import decode_images
 from rush.data.readers.encoded import EncodedImages
-from rush.errors import RushError
-from rush.runtime.files import write_atomically
-from rush.runtime.user_cache import user_cache
+from rush.runtime.user_cache import cache_file, keep
 
 _WORTHWHILE = 5_000  # images; fewer are decoded in about a second
 _FORMAT = 1  # of the decoder: larger whenever its pixels change
@@ -27,8 +21,7 @@ def cached_file(encoded: EncodedImages, size: int | None) -> Path | None:
 
     Its name changes with the files that hold the images, by path, size and time of change, and with the decoder.
     """
-    folder = user_cache("decoded")
-    if folder is None or len(encoded) < _WORTHWHILE:
+    if len(encoded) < _WORTHWHILE:
         return None
     stats = [(str(file.resolve()), file.stat()) for file in encoded.files()]
     facts = {
@@ -36,7 +29,7 @@ def cached_file(encoded: EncodedImages, size: int | None) -> Path | None:
         "split": [encoded.name, encoded.split, len(encoded)],
         "decoder": [_FORMAT, version("pillow"), size],
     }
-    return folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.npy"
+    return cache_file("decoded", facts, ".npy")
 
 
 def read_cached(file: Path, images: int) -> Tensor | None:
@@ -57,13 +50,7 @@ def write_cached(file: Path, images: Tensor) -> None:
         with open(target, "wb") as stream:
             np.save(stream, images.numpy(), allow_pickle=False)
 
-    own = file.with_suffix(f".{os.getpid()}")  # several processes may write the same images
-    try:
-        write_atomically(own, write)
-        own.replace(file)
-    except (OSError, RushError):
-        with suppress(OSError):
-            own.unlink()
+    keep(file, write)
 
 
 def decode_all(encoded: EncodedImages, size: int | None = None) -> ImageSet:
