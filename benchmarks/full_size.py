@@ -41,8 +41,9 @@ from rush.data.images import ImageSet, hold_out
 from rush.errors import RushError
 from rush.recipe.load import load_recipe
 from rush.recipe.schema import Recipe
-from rush.records.folder import commit, machine, versions
+from rush.records.folder import commit, versions
 from rush.runtime.execution import decide_execution
+from rush.runtime.machine import machine
 from rush.runtime.randomness import stream
 
 PROBE_MINUTES = 100 / 60

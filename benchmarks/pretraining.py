@@ -61,8 +61,8 @@ from rush.models.classifier import Normalize
 from rush.models.encoders import build_encoder
 from rush.models.heads import projector
 from rush.recipe.schema import PretrainConfig, Views
-from rush.records.folder import machine
 from rush.runtime.execution import Execution, decide_execution
+from rush.runtime.machine import machine
 from rush.runtime.randomness import seeded_init, stream
 from rush.training.contrastive import nt_xent
 from rush.training.loop import TrainingSettings

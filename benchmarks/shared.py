@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import rush
-from rush.records.folder import commit, machine, versions
+from rush.records.folder import commit, versions
 from rush.reporting.wording import figure_text
 from rush.runtime.files import write_atomically, write_json
+from rush.runtime.machine import machine
 from rush.statistics import Interval
 
 ROOT = Path(__file__).resolve().parents[1]

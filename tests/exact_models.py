@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from rush.attacks.threat import ThreatModel, norms
 
-# Tiles that a network sees before its first vote: for the logits' shape, twice the same, half of the rows replaced, all
-# of them moved.
-DOOR_TILES = 5
+# Tiles that a network sees beside its first votes: the same ones again, half of the rows replaced, all of them moved.
+DOOR_TILES = 3
 
 
 class HalfSpace(nn.Module):

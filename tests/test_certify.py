@@ -45,7 +45,7 @@ def test_selection_estimation_and_images_share_no_noise() -> None:
     rush.certify(
         SmoothedClassifier(recorder, SIGMA, 2), (x, torch.zeros(3, dtype=torch.int64)), "clopper-pearson", 60, 90
     )
-    seen = torch.cat(recorder.inputs[DOOR_TILES:])[:450]
+    seen = torch.cat([recorder.inputs[0], *recorder.inputs[1 + DOOR_TILES :]])[:450]
     noise = [own - x[i] for i, own in enumerate(seen.split(150))]
     rounded = (torch.cat(noise) * 1e4).round().flatten(1)
     assert rounded.shape == (450, 4)

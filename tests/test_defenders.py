@@ -553,13 +553,12 @@ def test_an_output_that_stops_being_finite_is_an_error_and_no_verdict(decision: 
 
 
 def test_the_number_of_classes_is_asked_of_the_network_once() -> None:
-    """Two forwards of a deterministic network tell whether it is one, four whether it looks at one image alone; what
-    the last gives is kept."""
+    """Two forwards of a deterministic network tell whether it is one, four whether it looks at one image alone."""
     recorder = Recorder(square_half_space())
     evaluation = Evaluation.of(recorder, _images(12), BALL, VerdictSettings(0.001, 100, 0))
     assert evaluation.defender.num_classes == 2
     assert len(evaluation.images) == 12
-    assert [len(batch) for batch in recorder.inputs] == [1, *[16] * 7]
+    assert [len(batch) for batch in recorder.inputs] == [1, *[16] * 6]
 
 
 def test_a_smoothed_classifier_of_another_number_of_classes_is_refused() -> None:

@@ -142,6 +142,20 @@ def test_equal_generators_draw_equal_noise_and_advance() -> None:
 # --- sums -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3, 40])
+@pytest.mark.parametrize("shape", [(1,), (2, 1, 3, 7), (16, 3, 8, 8), (2, 3, 110, 110)])
+def test_images_drawn_together_have_the_noise_that_each_has_alone(rows: int, shape: tuple[int, ...]) -> None:
+    """Twice in a row, into every other row of memory; 40 of the third shape are drawn in two parts."""
+    noise = DiscreteGaussian(1.0)
+    alone, together = ([stream(0, "together", str(row)) for row in range(rows)] for _ in range(2))
+    out = torch.full((rows, 2, *shape), torch.nan)
+    for _ in range(2):
+        noise.fill_each(out[:, 1], together)
+        expected = [noise.sample(shape, generator) for generator in alone]
+        assert all(torch.equal(row, each) for row, each in zip(out[:, 1], expected, strict=True))
+    assert out[:, 0].isnan().all()
+
+
 def test_every_integer_sum_reaches_the_network_as_one_float() -> None:
     pixels = (torch.arange(256).repeat(12).view(3, 32, 32)) / 255
     noisy = DiscreteGaussian(0.25).add(pixels, torch.empty(100, 3, 32, 32), stream(0, "sums"))

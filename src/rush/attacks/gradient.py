@@ -85,8 +85,7 @@ def fresh_noise(
 
     def draw(x: Tensor) -> Tensor:
         noise = torch.empty((len(x), eot_samples, *x.shape[1:]), device=generators[0].device)
-        for rows, generator in zip(noise, generators, strict=True):
-            smoothed.noise.fill(rows[:half], generator)
+        smoothed.noise.fill_each(noise[:, :half], generators)
         if in_pairs:
             torch.neg(noise[:, :half], out=noise[:, half:])
         return noise.to(x.device)

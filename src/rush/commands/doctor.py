@@ -39,8 +39,9 @@ def _findings(root: str | list[str] | None) -> Iterator[tuple[str, str]]:
     """Yield names and texts of what was found."""
     import torch
 
-    from rush.records.folder import commit, machine
+    from rush.records.folder import commit
     from rush.runtime.execution import decide_execution
+    from rush.runtime.machine import machine
 
     here, execution = machine(), decide_execution("auto", "auto")
     source = commit()

@@ -171,8 +171,7 @@ class Evaluation:
 
         Args:
             best: (N, C, H, W), where a plan with start "best" begins.
-            in_suite: measure the choice margin also of a single point, and let batches shrink with the group, as
-                images leave it.
+            in_suite: measure the choice margin also of a single point.
             advance: called with the number of images whenever some have been attacked.
         """
         images, seed, device = self.images, self.settings.seed, self.defender.execution.device
@@ -182,13 +181,13 @@ class Evaluation:
             advance(len(images))
             return self._most_harmful([images.x], passes, in_suite)
         rows_of_tile = self.defender.execution.rows(images.x.shape[1:])
-        size = _batch_size(len(images), rows_of_tile // draws, in_suite)
         batches: list[list[Tensor]] = []
-        for first in range(0, len(images), size):
+        first = 0
+        while first < len(images):
+            size = _batch_size(len(images) - first, rows_of_tile // draws)
             rows = list(range(first, min(first + size, len(images))))
-            # All batches have one size, the last one padded with its last image, so that the bits of a point do not
-            # depend on the number of images.
             padded = rows + [rows[-1]] * (size - len(rows))
+            first += len(rows)
             batch, threat = images.select(padded), self.threat.select(padded)
             x, y = batch.x.to(device), batch.y.to(device)
             ranking = self.defender.ranking(batch, seed).to(device) if plan.targets else None
@@ -285,10 +284,9 @@ def _check_outputs(defender: Defender, pixels: LabelledPixels, declared: bool) -
             raise  # an audit reports it as a finding
 
 
-def _batch_size(images: int, most: int, shrink: bool) -> int:
-    """Return at most ``most`` and a whole group; with ``shrink`` at most the power of two that holds all images."""
-    size = max(1, min(most, GROUP))
-    return min(size, 1 << (images - 1).bit_length()) if shrink else size
+def _batch_size(images: int, most: int) -> int:
+    """Return the size of the next batch: the least power of two that holds all ``images``, at most ``most``."""
+    return min(max(1, min(most, GROUP)), 1 << (images - 1).bit_length())
 
 
 def _loops(plan: Plan, ranking: Tensor | None) -> Iterator[tuple[str, Tensor | None]]:

@@ -367,7 +367,7 @@ def _watch(model: nn.Module, execution: Execution, x: Tensor, random: bool) -> W
     if random and _unlike(logits, call(few)):
         _check_means(call, few)
         return None
-    for _ in compare_calls(call, few, movable=not random):
+    for _ in compare_calls(call, few, movable=not random, logits=logits):
         pass  # a difference that may be rounding is worth no warning where no votes are counted
     return Watch(call, few, logits, movable=not random, spacing=1)
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from rush.choices import Precision
-from rush.records.folder import machine
 from rush.runtime.execution import Execution, in_precision
+from rush.runtime.machine import processor
 from rush.runtime.user_cache import cache_file, keep
 from rush.smoothing.forward import Forward, rate
 
@@ -38,7 +38,7 @@ def faster_precision(
 def _measured(
     classifier: nn.Module, execution: Execution, shape: Sequence[int], num_classes: int
 ) -> dict[Precision, float]:
-    facts = [machine()["processor"], execution.threads, torch.__version__, execution.rows(shape), list(shape)]
+    facts = [processor(), execution.threads, torch.__version__, execution.rows(shape), list(shape)]
     file = cache_file("precision", [*facts, str(classifier)], ".json")
     try:
         kept = {} if file is None else json.loads(file.read_text(encoding="utf-8"))

@@ -24,8 +24,9 @@ from rush.pipeline.attackers import Attackers
 from rush.records.arrays import read_arrays
 from rush.records.attacks import read_verdicts
 from rush.records.certificates import TABLE, read_certificates
-from rush.records.folder import RunFolder, machine, versions
+from rush.records.folder import RunFolder, versions
 from rush.records.read_run import read_provenance
+from rush.runtime.machine import machine
 from rush.smoothing.classifier import SmoothedClassifier
 
 _FORWARD = ("device", "precision", "channels_last", "tile", "threads", "folded", "compile_mode")

@@ -5,7 +5,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from rush.recipe.schema import STAGE_SECTIONS, Recipe
 from rush.records.log import append_event, read_events
 from rush.records.record import Record, with_format
 from rush.runtime.files import make_folder, one_process, write_bytes, write_json
+from rush.runtime.machine import machine
 
 _FREE_FIELDS = (
     ("data", "root"),
@@ -333,11 +333,6 @@ def versions() -> dict[str, str]:
     return result
 
 
-def machine() -> dict[str, Any]:
-    """Return operating system, processor and number of cores, for readers of the figures."""
-    return {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
-
-
 def commit() -> str | None:
     """Return the git commit of this package's source tree, with ``-dirty`` if files differ, None outside of one."""
     source = Path(__file__).resolve().parent
@@ -354,14 +349,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return process.stdout.strip() or None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or sys.platform
 
 
 def _read_provenance(path: Path) -> dict[str, Any]:

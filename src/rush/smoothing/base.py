@@ -1,6 +1,7 @@
 """The interface of smoothing noise."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +48,11 @@ class Noise(ABC):
     @abstractmethod
     def fill(self, out: Tensor, generator: torch.Generator) -> Tensor:
         """Fill ``out``, float32 on the generator's device, with the noise that ``sample`` draws, and return it."""
+
+    def fill_each(self, out: Tensor, generators: Sequence[torch.Generator]) -> None:
+        """Fill every row of ``out`` (B, ...) as ``fill`` does with the generator of its position."""
+        for row, generator in zip(out, generators, strict=True):
+            self.fill(row, generator)
 
     def sample(self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
         """Draw noise of ``shape`` (..., C, H, W), float32 on the generator's device."""

@@ -261,7 +261,9 @@ class SmoothedClassifier:
         if isinstance(generator, torch.Generator):
             return self.noise.sample((len(x), num_samples, *x.shape[1:]), generator)
         _check_one_each(generator, len(x))
-        return torch.stack([self.noise.sample((num_samples, *x.shape[1:]), each) for each in generator])
+        noise = torch.empty((len(x), num_samples, *x.shape[1:]), device=generator[0].device)
+        self.noise.fill_each(noise, generator)
+        return noise
 
     def log_probs_at(self, x: Tensor, noise: Tensor, logits: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return ``log_probs`` for given noise.

@@ -21,6 +21,7 @@ known (``DiscreteGaussian.total_variation``): 1e-13 for CIFAR-10 at sigma = 1. B
 2e-11 (``choices.TOTAL_VARIATION``), and larger images or deviations are refused.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -42,7 +43,8 @@ _WORK = 256  # bits behind the point in which the thresholds are computed
 _PI_DIGITS = 101
 _PI = 314159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798
 _OPEN = -(2**15)  # in ``by_cell``: less the index of the first threshold in the cell
-_PART = 1 << 20  # values drawn together on a CPU, which bounds the memory of large images
+_PART = 1 << 20  # values of an image drawn together on a CPU, which bounds the memory of large ones
+_TOGETHER = 1 << 16  # values of several images drawn together, which fit into the caches
 _LARGEST_Z, _TAIL = 10, 1 << 44  # 1 - Phi(10) < 2^-76
 _LARGEST_SIGMA = 14  # so that noise stays above _OPEN
 
@@ -81,6 +83,17 @@ class DiscreteGaussian(Noise):
     def fill(self, out: Tensor, generator: torch.Generator) -> Tensor:
         return self.integers(out, generator).div_(LEVELS)
 
+    def fill_each(self, out: Tensor, generators: Sequence[torch.Generator]) -> None:
+        """Fill ``out`` as ``Noise.fill_each``; on a CPU small rows are drawn together, with the same bits."""
+        together = _TOGETHER * len(out) // max(1, out.numel())
+        if together < 2 or generators[0].device.type != "cpu":
+            super().fill_each(out, generators)
+            return
+        thresholds = _thresholds(self.sigma, torch.device("cpu"))
+        for first in range(0, len(out), together):
+            rows, own = out[first : first + together], generators[first : first + together]
+            rows.copy_(thresholds.drawn_by_cell(rows[0].numel(), own).div_(LEVELS).view(rows.shape))
+
     def add(self, pixels: Tensor, out: Tensor, generator: torch.Generator) -> Tensor:
         """Fill ``out`` as ``Noise.add``.
 
@@ -93,7 +106,7 @@ class DiscreteGaussian(Noise):
         thresholds = _thresholds(self.sigma, generator.device)
         if generator.device.type == "cpu":
             for part in out.view(-1).split(_PART):
-                thresholds.fill_by_cell(part, generator)
+                thresholds.drawn_by_cell(len(part), [generator], out=part)
             return out
         high, low = (_uniform(out.numel(), bits, generator) for bits in (_HIGH, _LOW))
         return out.copy_(thresholds.count(high, low).view(out.shape))
@@ -144,21 +157,31 @@ class _Thresholds:
         below = torch.bucketize(high, self.high)  # strictly
         return (below + self._reached(below, high, low) - self.largest).to(torch.float32)
 
-    def fill_by_cell(self, noise: Tensor, generator: torch.Generator) -> None:
-        """Fill ``noise``, float32 (N,). Where 16 bits of a uniform do not decide, the others are drawn, too."""
-        words = torch.empty(-(-len(noise) // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        cells = words.view(torch.int16)[: len(noise)].to(torch.int32).bitwise_and_(2**_CELL - 1)
-        torch.index_select(self.by_cell, 0, cells, out=noise)
-        undecided = torch.from_numpy(np.flatnonzero(noise.numpy() <= _OPEN))
+    def drawn_by_cell(self, values: int, generators: Sequence[torch.Generator], out: Tensor | None = None) -> Tensor:
+        """Return noise of ``values`` from each generator, float32 (generators x values,), in ``out`` if it is given.
+
+        Where 16 bits of a uniform do not decide, the others are drawn, too.
+        """
+        words = torch.empty(len(generators), -(-values // 4), dtype=torch.int64)
+        for row, generator in zip(words, generators, strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        cells = words.view(torch.int16)[:, :values].to(torch.int32).bitwise_and_(2**_CELL - 1).view(-1)
+        noise = torch.index_select(self.by_cell, 0, cells, out=out)
+        open_values = np.flatnonzero(noise.numpy() <= _OPEN)
+        per_generator = np.bincount(open_values // max(1, values), minlength=len(generators)).tolist()
+        rest, low = torch.empty(2, len(open_values), dtype=torch.int64)
+        for generator, *own in zip(generators, rest.split(per_generator), low.split(per_generator), strict=True):
+            for part, bits in zip(own, (_HIGH - _CELL, _LOW), strict=True):
+                part.random_(0, 1 << bits, generator=generator)
+        undecided = torch.from_numpy(open_values)
         first = (_OPEN - noise[undecided]).long()  # threshold in the cell
-        rest = _uniform(len(undecided), _HIGH - _CELL, generator)
         high = (cells[undecided].long() << _HIGH - _CELL) | rest
-        low = _uniform(len(undecided), _LOW, generator)
         reached = first + self._reached(first, high, low)
         drawn = (reached - self.largest).to(torch.float32)
         further = self._reached(reached, high, low).nonzero()[:, 0]  # in the tails a cell has several thresholds
         drawn[further] = self.count(high[further], low[further])
         noise[undecided] = drawn
+        return noise
 
     def _reached(self, index: Tensor, high: Tensor, low: Tensor) -> Tensor:
         """Return whether the thresholds at ``index`` are at or below the uniforms, bool."""

@@ -16,6 +16,7 @@ from rush.choices import CompileMode
 from rush.errors import ModelError, NumericsWarning
 from rush.runtime.execution import Execution, foreign_call, without_tf32
 from rush.smoothing.gradient_graphs import GradientGraphs
+from rush.smoothing.inspected import inspected_file, keep_inspected
 from rush.smoothing.inspection import Watch, check_forward, check_logits, check_structure
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,7 +31,8 @@ class Forward:
 
     The classifier only ever gets copies. Folding works on a copy of the weights, so changed weights need a new forward
     (``is_current``). The first tile is run several times, to see that the logits of an image depend on nothing but the
-    image. Some of its images are run again at random tiles, and by ``recheck``, with which every computation ends.
+    image; a network of this library that passed this on this machine before is not inspected again (``inspected``).
+    Some images of that tile are run again at random tiles, and by ``recheck``, with which every computation ends.
 
     Args:
         classifier: nn.Module in evaluation mode.
@@ -60,10 +62,14 @@ class Forward:
 
     def __call__(self, tile: Tensor) -> Tensor:
         with torch.no_grad():
-            if self._watch is None or self._watch.shape != tile.shape:
+            unseen = self._watch is None or self._watch.shape != tile.shape
+            if unseen:
                 self.recheck()
-                self._watch = self._inspect(tile)
+                self._compile(tile)
             logits = self._guarded(tile)
+            if self._watch is None or unseen:
+                self._inspect(tile, logits)
+                self._watch = Watch(self._guarded, tile, logits, self._execution.precision)
             self._watch.observe(tile, logits)
             return logits
 
@@ -93,13 +99,16 @@ class Forward:
         expected = (len(tile), self._num_classes)
         return logits if logits.shape == expected else check_logits(logits, *expected)
 
-    def _inspect(self, tile: Tensor) -> Watch:
-        self._compile(tile)
-        logits = self._guarded(tile)
-        check_forward(self._guarded, tile, self._execution.precision)
+    def _inspect(self, tile: Tensor, logits: Tensor) -> None:
+        """Check the forward on a tile with its logits, unless it passed before. Raises: ModelError."""
+        file = inspected_file(self._original, self._weights, self._execution, tile.shape)
+        if file is not None and file.exists():
+            return
+        equal = check_forward(self._guarded, tile, self._execution.precision, logits)
         if self._execution.folded:
             self._check_folding(tile)
-        return Watch(self._guarded, tile, logits, self._execution.precision)
+        if file is not None and equal:  # a network that warns does so in every process
+            keep_inspected(file)
 
     def _compile(self, tile: Tensor) -> None:
         """Make the first call of a compiled forward, which compiles it."""

@@ -90,12 +90,14 @@ def check_structure(module: nn.Module) -> None:
         )
 
 
-def check_forward(forward: Callable[[Tensor], Tensor], tile: Tensor, precision: Precision = "float32") -> None:
+def check_forward(
+    forward: Callable[[Tensor], Tensor], tile: Tensor, precision: Precision = "float32", logits: Tensor | None = None
+) -> bool:
     """Raise ModelError unless ``forward`` is, up to rounding, one fixed function of one image.
 
     The logits of the same images are compared in at most four calls, without gradients:
 
-    1. the tile;
+    1. the tile, unless its ``logits`` are given;
     2. the same tile again;
     3. about half of the rows replaced. The rows whose number has an even number of ones in binary stay (the Thue-Morse
        sequence). This pattern has no period and splits every pair (2k, 2k + 1), so whatever mixes rows at some
@@ -118,6 +120,10 @@ def check_forward(forward: Callable[[Tensor], Tensor], tile: Tensor, precision: 
         forward: maps a full tile (T, C, H, W) to logits (T, K).
         tile: float32 pixels, T >= 1, preferably the noisy images to be judged. It is not changed.
         precision: of the forward.
+        logits: of the tile (T, K), from a call of this forward.
+
+    Returns:
+        Whether all calls gave the same bits.
 
     Raises:
         ModelError: logits are not finite, not (T, K), or depend on something else. The text has the size.
@@ -128,13 +134,18 @@ def check_forward(forward: Callable[[Tensor], Tensor], tile: Tensor, precision: 
 
     Random: nothing is drawn here. The forward itself may advance the global generator.
     """
-    notes = list(filter(None, compare_calls(forward, tile, precision)))
+    notes = list(filter(None, compare_calls(forward, tile, precision, logits=logits)))
     if notes:
         warnings.warn(notes[0], NumericsWarning, stacklevel=2)
+    return not notes
 
 
 def compare_calls(
-    forward: Callable[[Tensor], Tensor], tile: Tensor, precision: Precision = "float32", movable: bool = True
+    forward: Callable[[Tensor], Tensor],
+    tile: Tensor,
+    precision: Precision = "float32",
+    movable: bool = True,
+    logits: Tensor | None = None,
 ) -> Iterator[str]:
     """Make the comparisons of ``check_forward`` one by one and yield the text of a warning for each, "" for none.
 
@@ -143,11 +154,12 @@ def compare_calls(
         tile: as in ``check_forward``.
         precision: as in ``check_forward``.
         movable: whether an image may be compared at another row. False if each row has its own seeded draw.
+        logits: as in ``check_forward``.
 
     Raises:
         ModelError: at the first difference that rounding does not explain.
     """
-    first = check_logits(_logits(forward, tile), len(tile))
+    first = check_logits(_logits(forward, tile) if logits is None else _compared(logits), len(tile))
     yield _judge(first, _logits(forward, tile), precision, _CALLS)
     if len(tile) > 1:
         stay, replaced = with_others_replaced(tile)

@@ -1,0 +1,21 @@
+"""The machine that computes, for readers of the figures and for what is kept per processor."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """Return operating system, processor and number of cores."""
+    return {"system": platform.system(), "processor": processor(), "cores": os.cpu_count()}
+
+
+def processor() -> str:
+    """Return the name of the processor, that of its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or sys.platform
