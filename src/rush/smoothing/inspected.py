@@ -1,4 +1,4 @@
-"""Which networks of this library passed their inspection on this machine, kept in the user's cache."""
+"""A record, in the user's cache, of the networks of this library that passed their inspection on this machine."""
 
 import hashlib
 import json
