@@ -252,7 +252,8 @@ def test_a_description_is_read_as_it_was_written(tmp_path: Path) -> None:
     classifier = seeded_init(SPEC.build(), stream(0, "weights"))
     save_plain(tmp_path, classifier, SPEC, "cpu", (1, 8, 8), True)
     description = read_description(tmp_path)
-    assert description == json.loads((tmp_path / "model.json").read_text()) | {"noise": {"name": "none", "sigma": None}}
+    defaults = {"noise": {"name": "none", "sigma": None}, "activations": None}
+    assert description == json.loads((tmp_path / "model.json").read_text()) | defaults
     assert description["resized"] is True
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import rush
 from rush.commands.run_folders import data_roots
 from rush.commands.terminal import Json, print_json, print_table
-from rush.errors import DataError
+from rush.errors import ConfigError, DataError
 
 _EXTRAS = {
     "pandas": "to_pandas() of certificates and attack results",
@@ -52,6 +52,7 @@ def _findings(root: str | list[str] | None) -> Iterator[tuple[str, str]]:
     name = f" ({torch.cuda.get_device_name()})" if execution.device == "cuda" else ""
     yield "device", f"{execution.device}{name}"
     yield "precision", f"{execution.precision}, {'channels_last' if execution.channels_last else 'contiguous'}"
+    yield "8-bit integers", _integers_text()
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     yield "C++ compiler", compiler or "none: execution.compile has no effect on the CPU"
     for data_set in ("cifar10", "cifar100", "stl10"):
@@ -62,6 +63,17 @@ def _findings(root: str | list[str] | None) -> Iterator[tuple[str, str]]:
             yield package, metadata.version(package)
         except metadata.PackageNotFoundError:
             yield package, f"{_MISSING}; it is for {purpose}"
+
+
+def _integers_text() -> str:
+    """Return whether networks can be computed in 8-bit integers (``execution.precision = "int8"``)."""
+    from rush.runtime.execution import check_integers
+
+    try:
+        check_integers("cpu")
+    except ConfigError as error:
+        return f"no: {error}"
+    return "yes, on the CPU"
 
 
 def _cache_text() -> str:

@@ -14,6 +14,7 @@ from rush.runtime.execution import device_of
 from rush.runtime.extras import optional
 from rush.runtime.files import write_atomically
 from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.quantized import is_quantized
 
 INPUT, OUTPUT = "pixels", "logits"
 _TOLERANCE = 1e-4  # of the logits, relative to the largest
@@ -42,6 +43,8 @@ def export_onnx(model: SmoothedClassifier | nn.Module, file: Path, image_shape: 
     if isinstance(model, SmoothedClassifier):
         noise = {"noise": model.noise.name, "sigma": model.sigma, "classes": list(model.classes)}
     network = model.classifier if isinstance(model, SmoothedClassifier) else model
+    if is_quantized(network):
+        raise ModelError("a network in 8-bit integers cannot be exported to ONNX; export one in float32 and certify it")
     shape = image_shape or kind_of(model).shape
     if shape is None:
         raise InputError("the shape of the images is not known; give image_shape=(C, H, W)")

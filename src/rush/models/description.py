@@ -21,6 +21,7 @@ FILES = ("model.json", "config.json")
 _MOST_BYTES = 1 << 24
 _MOST_VALUES = 1 << 28  # channels x height x width of an image
 _MOST_ERRORS = 3
+_MOST_ACTIVATIONS = 100_000
 
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Positive = Annotated[float, Field(ge=1e-30, le=1e6)]
@@ -80,6 +81,19 @@ class _Execution(_Part):
     compile_mode: CompileMode = "none"
 
 
+class _Activations(_Part):
+    """Scales of the activations of a network in 8-bit integers, in its order."""
+
+    scales: Annotated[list[Positive], Field(min_length=1, max_length=_MOST_ACTIVATIONS)]
+    zero_points: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(max_length=_MOST_ACTIVATIONS)]
+
+    @model_validator(mode="after")
+    def _one_each(self) -> "_Activations":
+        if len(self.scales) != len(self.zero_points):
+            raise ValueError(f"{len(self.scales)} scales and {len(self.zero_points)} zero points, expected as many")
+        return self
+
+
 class _Description(_Part):
     format: int
     classifier: _Classifier | _External
@@ -88,9 +102,12 @@ class _Description(_Part):
     image_shape: Annotated[list[Side], Field(min_length=3, max_length=3)] | None
     classes: Annotated[list[str], Field(min_length=2, max_length=MAX_CLASSES)] | None = None
     resized: bool = False
+    activations: _Activations | None = None
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> "_Description":
+        if (self.activations is None) == (self.execution.precision == "int8"):
+            raise ValueError("activations have scales in precision int8, and in no other")
         if isinstance(self.classifier, _External):
             if self.classes is None:
                 raise ValueError("classes are missing, which a network of other code does not name")

@@ -14,17 +14,18 @@ from torch import nn
 from rush.choices import EncoderName, Stem
 from rush.data.kind import ImageKind
 from rush.data.readers.entries import describe_kind
-from rush.errors import ConfigError, InputError, RunError
+from rush.errors import ConfigError, InputError, ModelError, RunError
 from rush.models.classifier import Classifier, Normalize
 from rush.models.description import FILES, FORMAT, NO_NOISE, damaged, read_description
 from rush.models.encoders import build_encoder
 from rush.models.heads import linear_head
-from rush.runtime.execution import Execution, decide_execution, device_of, in_precision
+from rush.runtime.execution import Execution, check_integers, decide_execution, device_of, in_precision
 from rush.runtime.extras import optional
 from rush.runtime.files import make_folder, write_atomically, write_json
 from rush.runtime.lines import one_line, printable
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.noise import Noise, make_noise
+from rush.smoothing.quantized import with_ranges, without_ranges
 
 _TYPES = {
     torch.float32: "F32",
@@ -211,6 +212,7 @@ def _write_model(
     resized: bool,
 ) -> None:
     """Write weights and description; ``described`` is the description of the base classifier."""
+    classifier, ranges = without_ranges(classifier)
     save_weights(classifier, folder / "model.safetensors")
     tile = execution.tile if image_shape is None else execution.rows(image_shape)
     description = {
@@ -222,6 +224,9 @@ def _write_model(
         "resized": resized,
         "classes": list(classes),
     }
+    if ranges is not None:
+        scales, zero_points = map(list, zip(*ranges, strict=True))
+        description["activations"] = {"scales": scales, "zero_points": zero_points}
     write_json(folder / "model.json", description)
 
 
@@ -283,8 +288,16 @@ def load_smoothed(folder: Path, execution: Execution, classifier: nn.Module | No
     recorded = description["execution"]
     execution = in_precision(execution, recorded["precision"])
     execution = replace(execution, **{name: recorded[name] for name in _FORWARD})
+    network = execution.place(_load_classifier(folder, description, classifier)).eval()
+    if description["activations"] is not None:
+        check_integers(execution.device)
+        ranges = list(zip(*description["activations"].values(), strict=True))
+        try:
+            network = with_ranges(network, ranges)
+        except ModelError as error:
+            raise damaged(folder / "model.json", error) from error
     return SmoothedClassifier(
-        execution.place(_load_classifier(folder, description, classifier)).eval(),
+        network,
         noise=make_noise(**description["noise"]),
         num_classes=len(description["classes"]),
         execution=execution,
@@ -372,6 +385,8 @@ def load(
     description = read_description(model)
     if _is_plain(description):
         return load_plain(model, decide_execution(device).device)
+    if description["execution"]["precision"] == "int8" and device == "auto":
+        device = "cpu"
     smoothed = load_smoothed(model, decide_execution(device), classifier)
     if not compiled:
         smoothed.execution = replace(smoothed.execution, compile_mode="none")

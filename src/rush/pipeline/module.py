@@ -15,6 +15,7 @@ from rush.models.classifier import Classifier, Normalize
 from rush.models.imported import load_imported
 from rush.models.storage import save
 from rush.pipeline.context import noise_in_training
+from rush.pipeline.precision import in_integers
 from rush.recipe.schema import Recipe
 from rush.records.folder import now
 from rush.records.log import append_event
@@ -95,6 +96,8 @@ def train_module(
         classes=images.classes,
         image_shape=images.shape,
     )
+    if recipe.execution.precision == "int8":
+        smoothed = in_integers(smoothed, images, recipe.seed)
     save(smoothed, folder / "model")
     tell(f"written to {folder / 'model'}: rush.load({str(folder)!r}, classifier=network)")
     return smoothed

@@ -1,4 +1,4 @@
-"""The precision of judged samples where the recipe leaves it open: whichever is faster here, by a measurement."""
+"""The precision of judged samples: by a measurement where the recipe leaves it open, or in integers."""
 
 import json
 from collections.abc import Sequence
@@ -7,14 +7,18 @@ import torch
 from torch import nn
 
 from rush.choices import Precision
+from rush.data.images import ImageSet
 from rush.runtime.execution import Execution, in_precision
 from rush.runtime.machine import processor
+from rush.runtime.randomness import stream
 from rush.runtime.user_cache import cache_file, keep
+from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.forward import Forward, rate
 
 _PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
 _GAIN = 1.1  # for less another precision is not worth it
 _TURNS = 2
+_CALIBRATED = 1024  # images on which the scales of integers are chosen
 
 
 def faster_precision(
@@ -33,6 +37,17 @@ def faster_precision(
     rates = _measured(classifier, execution, shape, num_classes)
     faster = rates["float32"] >= _GAIN * rates["bfloat16"]
     return in_precision(execution, "float32") if faster else execution, rates
+
+
+def in_integers(smoothed: SmoothedClassifier, train: ImageSet, seed: int) -> SmoothedClassifier:
+    """Return ``smoothed`` in 8-bit integers, whose scales are chosen on training images.
+
+    Raises: as ``SmoothedClassifier.quantized``.
+
+    Random: ``stream(seed, "quantize", "images")`` for the images, and as ``SmoothedClassifier.quantized``.
+    """
+    order = torch.randperm(len(train), generator=stream(seed, "quantize", "images"))
+    return smoothed.quantized(train[order[:_CALIBRATED].tolist()], seed)
 
 
 def _measured(

@@ -17,13 +17,14 @@ from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext, training_noise
 from rush.pipeline.estimate import SEQUENTIAL_SHARE
 from rush.pipeline.labels import Taught, labelled_images
-from rush.pipeline.precision import faster_precision
+from rush.pipeline.precision import faster_precision, in_integers
 from rush.pipeline.preconditions import check_after_training, check_before_training
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank, world_size
-from rush.runtime.execution import Execution
+from rush.runtime.execution import Execution, in_precision
 from rush.runtime.randomness import seeded_init, stream
+from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.forward import try_forwards
 from rush.training.finetune import finetune
 from rush.training.loop import Monitor
@@ -149,6 +150,13 @@ def _save_model(context: StageContext, classifier: Classifier, spec: ClassifierS
     if noise is None:
         save_plain(folder, classifier, spec, context.execution.device, shape, resized)
         return {"compile_mode": "none"}
+    if context.recipe.execution.precision == "int8":
+        plain = in_precision(context.execution, "float32")
+        smoothed = SmoothedClassifier(classifier.eval(), noise=noise, num_classes=train.num_classes, execution=plain)
+        smoothed = in_integers(smoothed, train, context.recipe.seed)
+        assert isinstance(smoothed.classifier, Classifier)
+        save_smoothed(folder, smoothed.classifier, spec, noise, smoothed.execution, shape, resized)
+        return {"compile_mode": "none", "precision": "int8"}
     execution, forward = _choose_forward(context, classifier, train)
     save_smoothed(folder, classifier, spec, noise, execution, shape, resized)
     return forward

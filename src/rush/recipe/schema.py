@@ -192,6 +192,8 @@ class ExecutionConfig(Section):
     """Device, precision and compilation of networks, and the checkpoints of training.
 
     Attributes:
+        precision: "auto" trains in bfloat16 where the processor computes in it, and judges in it or in float32,
+            whichever is faster. "int8" trains in the same way and judges in 8-bit integers (``smoothing.quantized``).
         tile: fixed batch size of every certified, predicted or judged sample. "auto" chooses it by the images' size
             (``runtime.execution``). A begun run keeps its own.
         compile: torch.compile for these samples. "auto" tries it where there is much to certify, and uses it if a short
@@ -648,6 +650,17 @@ class Recipe(Section):
                 f"smoothing.sigma = 0 leaves the classifier without noise, and finetune.objective = {objective} trains "
                 f"under it; set smoothing.sigma above 0, e.g. 0.25, or finetune.objective to one of "
                 f"{', '.join(WITHOUT_NOISE)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _integers_under_noise(self) -> Self:
+        if self.execution.precision == "int8" and (
+            self.smoothing.sigma == 0 or self.execution.compile not in ("auto", "none")
+        ):
+            raise ValueError(
+                "execution.precision = int8 is for smoothed classifiers that are not compiled; set smoothing.sigma "
+                "above 0 and execution.compile to auto or none, or choose another precision"
             )
         return self
 

@@ -23,7 +23,8 @@ class Execution:
 
     Attributes:
         device: where tensors live.
-        precision: dtype that autocast computes in, where "float32" means no autocast.
+        precision: dtype that autocast computes in, where "float32" means no autocast. With "int8" the network itself
+            computes in integers (``smoothing.quantized``), and what surrounds it in float32.
         channels_last: memory layout of 4-d tensors.
         tile: fixed number of rows of every judged batch, the last one padded. "auto" chooses it by the images' size
             (``rows``).
@@ -147,16 +148,21 @@ def decide_execution(
 
     Args:
         device: a device of torch, or "auto" for cuda, else mps, else cpu.
-        precision: "auto" for bfloat16 where the processor computes in it natively, else float32.
+        precision: "auto" for bfloat16 where the processor computes in it natively, else float32. "int8" is for judged
+            samples, and gives the same as "auto" for training, before which the network has no integers.
         tile: see ``Execution``.
         deterministic: see ``Execution``.
 
     Raises:
-        ConfigError: The requested device is not available.
+        ConfigError: The requested device is not available, or cannot compute in "int8".
     """
     chosen = _best_device() if device == "auto" else _checked_device(device)
     kind = torch.device(chosen).type
-    resolved: Precision = precision if precision != "auto" else ("bfloat16" if _native_bfloat16(kind) else "float32")
+    resolved: Precision = "bfloat16" if _native_bfloat16(kind) else "float32"
+    if precision == "int8":
+        check_integers(chosen)
+    elif precision != "auto":
+        resolved = precision
     threads = torch.get_num_threads()
     return in_precision(
         Execution(chosen, tile=tile, threads=threads, folded=True, deterministic=deterministic), resolved
@@ -164,9 +170,26 @@ def decide_execution(
 
 
 def in_precision(execution: Execution, precision: Precision) -> Execution:
-    """Return ``execution`` in another precision, with the layout that suits it."""
+    """Return ``execution`` in another precision, with the layout that suits it.
+
+    A network in integers has no BatchNorm that could be folded.
+    """
     layout = precision == "bfloat16" or torch.device(execution.device).type == "cuda"
-    return replace(execution, precision=precision, channels_last=layout)
+    folded = execution.folded and precision != "int8"
+    return replace(execution, precision=precision, channels_last=layout, folded=folded)
+
+
+def check_integers(device: str) -> None:
+    """Raise ConfigError unless networks in 8-bit integers can be computed on ``device``, without saturated sums."""
+    if torch.device(device).type != "cpu":
+        raise ConfigError(
+            f'precision "int8" is for the CPU, and the device is {device}; choose the device "cpu" or another precision'
+        )
+    if not getattr(torch.cpu, "_is_vnni_supported", bool)():
+        raise ConfigError(
+            'precision "int8" needs a processor with integer dot products (VNNI), which this one lacks; choose another '
+            'precision, e.g. "auto"'
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rush.data.checks import Pixels, pixel_ids, unlabelled_pixels
 from rush.data.kind import ANY_KIND, ImageKind, checked_shape
 from rush.errors import InputError, ModelError
 from rush.models.classifier import Classifier
-from rush.runtime.execution import Execution, check_eval_mode, decide_execution, device_of
+from rush.runtime.execution import Execution, check_eval_mode, check_integers, decide_execution, device_of, in_precision
 from rush.runtime.numbers import as_whole, positive_integer, probability
 from rush.runtime.randomness import stream
 from rush.smoothing.base import Draws
@@ -24,6 +24,7 @@ from rush.smoothing.forward import Forward
 from rush.smoothing.inspection import check_logits
 from rush.smoothing.noise import Noise, Splitting, noise_of
 from rush.smoothing.outputs import outputs
+from rush.smoothing.quantized import is_quantized, quantized
 from rush.smoothing.votes import VoteCounter, VoteRequest
 from rush.statistics import fewest_votes, sign_test
 
@@ -108,6 +109,11 @@ class SmoothedClassifier:
             execution = decide_execution()
             execution.place(classifier)
         self.execution = execution or Execution(device=device_of(classifier))
+        if (self.execution.precision == "int8") != is_quantized(classifier):
+            raise InputError(
+                f"the classifier and execution.precision = {self.execution.precision!r} do not fit: "
+                'SmoothedClassifier.quantized makes a classifier in 8-bit integers, whose precision is "int8"'
+            )
         self._forward: Forward | None = None
 
     @property
@@ -149,6 +155,36 @@ class SmoothedClassifier:
     def answered(self, shape: Sequence[int]) -> None:
         """Note that the classifier has answered images of ``shape``, which fixes its number of channels."""
         self._channels = shape[0]
+
+    def quantized(self, x: Pixels, seed: int = 0) -> "SmoothedClassifier":
+        """Return this classifier computed in 8-bit integers, for processors with integer dot products (VNNI).
+
+        It is another classifier: votes, certificates and verdicts of one say nothing of the other. Attacks climb the
+        derivative of the network in float32. Only the CPU computes it.
+
+        Args:
+            x: some hundred training images, as ``predict`` takes them, which choose the scale of every activation.
+            seed: of their noise.
+
+        Raises:
+            InputError: bad images.
+            ConfigError: the device is not a CPU with integer dot products.
+            ModelError: the network cannot be traced.
+
+        Random: ``stream(seed, "quantize", hash of the pixels)`` for each image.
+        """
+        x = unlabelled_pixels(x, self.kind)
+        check_integers(self.execution.device)
+        check_eval_mode(self.classifier)
+        noise = self.sample_noise(x, 1, self.streams(seed, "quantize", pixel_ids(x)))
+        return SmoothedClassifier(
+            quantized(self.classifier, self.noise.noisy(x, noise[:, 0])),
+            noise=self.noise,
+            num_classes=self.num_classes,
+            execution=in_precision(self.execution, "int8"),
+            classes=self.classes,
+            image_shape=self.image_shape,
+        )
 
     def vote_blocks(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Count the votes of noisy copies of each image, in blocks of 100.

@@ -23,8 +23,9 @@ from rush.runtime.randomness import stream
 # the logits themselves, in epsilons of their type times their magnitude.
 RELATIVE = 16
 ULPS = 4
-# Convolutions and products in float32 may be computed in TF32, whose mantissa has 10 bits, as that of float16.
-ARITHMETIC: dict[Precision, float] = {"float32": 2**-10, "bfloat16": 2**-7}
+# Convolutions and products in float32 may be computed in TF32, whose mantissa has 10 bits, as that of float16. Sums of
+# integers are exact, and only what surrounds them is in float32.
+ARITHMETIC: dict[Precision, float] = {"float32": 2**-10, "bfloat16": 2**-7, "int8": 2**-10}
 
 
 @dataclass(frozen=True)
