@@ -58,7 +58,12 @@ class Bench:
         network = copy.deepcopy(self.stored.classifier).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         execution = in_precision(self.stored.execution, precision)  # type: ignore[arg-type]
         return rush.SmoothedClassifier(
-            execution.place(network), noise=self.stored.noise, num_classes=10, execution=execution
+            execution.place(network),
+            noise=self.stored.noise,
+            num_classes=10,
+            execution=execution,
+            classes=self.stored.classes,
+            image_shape=self.stored.image_shape,
         )
 
     def conditions(self) -> Row:

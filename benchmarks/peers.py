@@ -174,7 +174,14 @@ def certified_model(arguments: argparse.Namespace) -> rush.SmoothedClassifier:
     arguments.network = smoothed_model(arguments.run).classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     execution = Execution(folded=True, threads=torch.get_num_threads())
     execution.place(stored.classifier)
-    return rush.SmoothedClassifier(stored.classifier, stored.sigma, stored.num_classes, execution=execution)
+    return rush.SmoothedClassifier(
+        stored.classifier,
+        stored.sigma,
+        stored.num_classes,
+        execution=execution,
+        classes=stored.classes,
+        image_shape=stored.image_shape,
+    )
 
 
 def test_images(arguments: argparse.Namespace) -> ImageSet:

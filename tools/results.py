@@ -39,17 +39,23 @@ PAGES = ("README.md", "docs/*.md", "results/**/README.md")
 WIDTH = 100
 NOT_KNOWN = "not recorded"
 INTERVALS = {"intervals": "95 %, exact; paired where they are of differences"}
-PAIRS = (
-    ("gaussian-0", "simclr-0"),
-    ("gaussian-1", "simclr-1"),
-    ("simclr-0", "noise-view-0"),
-    ("noise-view-0", "consistency-0"),
-    ("simclr-tenth", "gaussian-tenth"),
-    ("simclr-tenth", "noise-view-tenth"),
-    ("simclr-hundredth", "gaussian-hundredth"),
-    ("simclr-hundredth", "noise-view-hundredth"),
-    ("simclr-0", "simclr-tenth"),
-)
+PAIRS = {
+    "cifar10-small-trainings": (
+        ("gaussian-0", "simclr-0"),
+        ("gaussian-1", "simclr-1"),
+        ("simclr-0", "noise-view-0"),
+        ("noise-view-0", "consistency-0"),
+        ("simclr-tenth", "gaussian-tenth"),
+        ("simclr-tenth", "noise-view-tenth"),
+        ("simclr-hundredth", "gaussian-hundredth"),
+        ("simclr-hundredth", "noise-view-hundredth"),
+        ("simclr-0", "simclr-tenth"),
+    ),
+    "cifar10-small-few-labels": (
+        ("taught-hundredth-0", "hundredth-0"),
+        ("taught-hundredth-1", "hundredth-1"),
+    ),
+}
 RIVALS = ("cifar10-small-trainings/simclr-1", "cifar10-small-trainings/gaussian-1")
 _MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 run_of, log_of = cache(read_run), cache(read_log)
@@ -131,9 +137,10 @@ def compared(folder: Path) -> str:
 
 def pairs(folder: Path) -> str:
     """Paired differences of certified accuracy between the runs of ``PAIRS``."""
-    names = list(dict.fromkeys(name for pair in PAIRS for name in pair))
+    chosen = PAIRS[folder.name]
+    names = list(dict.fromkeys(name for pair in chosen for name in pair))
     logs = {name: log_of(folder / name) for name in names}
-    found = [compare([logs[first], logs[second]]).pairs[0] for first, second in PAIRS]
+    found = [compare([logs[first], logs[second]]).pairs[0] for first, second in chosen]
     rows = [
         (f"`{pair.first}` minus `{pair.second}`", f"{pair.images:,}", *(points(row.difference) for row in pair.rows))
         for pair in found
@@ -141,6 +148,7 @@ def pairs(folder: Path) -> str:
     radii = [f"at {NORM_SIGNS[logs[names[0]].rule.norm]} {row.radius:g}" for row in found[0].rows]
     all_facts = columns_of([facts(run_of(folder / name)) for name in names])
     common = {name: cells[0] for name, cells in all_facts.items() if len(set(cells)) == 1}
+    common["commit"] = ", ".join(dict.fromkeys(part for cell in all_facts["commit"] for part in cell.split(", ")))
     return f"{sentence({**common, **INTERVALS})}\n\n{table(('difference, points', 'images', *radii), rows)}"
 
 
