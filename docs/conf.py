@@ -27,12 +27,15 @@ myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
+smartquotes = False  # which would turn the dashes of options into others
+toc_object_entries_show_parents = "hide"
 napoleon_custom_sections = ["Random", "Cost"]
 napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "RUSH"
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 
@@ -54,7 +57,7 @@ def contents(readme: str) -> str:
             ]
         )
         for caption, links in _CAPTION.findall(section)
-    )
+    ).replace(":caption: Start\n", ":caption: Start\n\nHome <self>", 1)
 
 
 def _complete(_: Sphinx, page: str, source: list[str]) -> None:

@@ -63,6 +63,9 @@ def test_every_field_of_a_recipe_is_described(site: Path) -> None:
     names = list(fields(Recipe))
     assert len(names) > 100
     assert [name for name in names if f'id="confval-{name}"' not in text] == []
+    directives = re.findall(r"```{confval} (\S+)\n(?::.*\n)+\n(.*)\n```", reference.recipe_fields())
+    assert {name for name, _ in directives} == set(names)
+    assert [name for name, description in directives if not description] == [], "describe them under Attributes"
 
 
 def test_every_recipe_has_its_notes_and_what_it_changes(site: Path) -> None:

@@ -158,14 +158,21 @@ def _about(section: type[Section]) -> str:
 
 
 def _descriptions(section: type[Section]) -> dict[str, str]:
-    """Return what the docstrings of a section and of its bases say of each field."""
+    """Return what the docstrings of a section and of its bases say of each field.
+
+    A text on several fields names them.
+    """
     entries = [
-        (entry.arg_name, " ".join((entry.description or "").split()))
+        (entry.arg_name.split(", "), " ".join((entry.description or "").split()))
         for kind in reversed(section.__mro__)
         if issubclass(kind, Section) and kind.__doc__
         for entry in docstring_parser.parse(kind.__doc__, docstring_parser.DocstringStyle.GOOGLE).params
     ]
-    return {name: text for names, text in entries for name in names.split(", ")}
+    return {
+        name: text if len(names) == 1 else f"{', '.join(f'`{name}`' for name in names)}: {text}"
+        for names, text in entries
+        for name in names
+    }
 
 
 def _field(path: str, schema: Mapping[str, Any], default: object, description: str) -> str:
