@@ -36,6 +36,7 @@ html_theme = "furo"
 html_title = "RUSH"
 html_copy_source = False
 html_show_copyright = False
+html_use_index = False  # the search finds the same names
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 

@@ -120,10 +120,14 @@ def test_commands_are_accepted(block: Block) -> None:
 
 def mention_fault(words: list[str]) -> str | None:
     """What is wrong with a command within a text. Arguments may be missing, words in capitals stand for any value."""
+    words = [word for word in words[1:] if word != "..."]
     try:
-        check_rush([word for word in words[1:] if word != "..."])
-    except MissingArgumentError:
-        return None
+        check_rush(words)
+    except MissingArgumentError:  # raised before options are read
+        _, apps, _ = app.parse_commands(words)
+        options = {name for argument in apps[-1].assemble_argument_collection() for name in argument.names}
+        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
+        return f"{' '.join(words)}: there is no {', '.join(unknown)}" if unknown else None
     except CycloptsError as error:
         return None if re.search(r'"[A-Z]+"', str(error)) else f"{' '.join(words)}: {error}"
     return None
@@ -171,6 +175,24 @@ def test_every_block_runs_or_says_why_not(page: str) -> None:
 def test_a_wrong_command_is_found(text: str, fault: str) -> None:
     (block,) = blocks("page.md", text)
     assert fault in str(shell_fault(block))
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("rush export RUN --two onnx --out model.onnx", "--two"),
+        ("rush audit --faill-on VERDICT", "--faill-on"),
+        ("rush sertify RUN", "sertify"),
+        ("rush certify RUN --level famly", "famly"),
+    ],
+)
+def test_a_wrong_command_within_the_text_is_found(words: str, fault: str) -> None:
+    assert fault in str(mention_fault(words.split()))
+
+
+@pytest.mark.parametrize("words", ["rush export RUN", "rush audit --fail-on VERDICT", "rush COMMAND --help"])
+def test_a_command_within_the_text_may_be_incomplete(words: str) -> None:
+    assert mention_fault(words.split()) is None
 
 
 @pytest.mark.parametrize(
