@@ -74,7 +74,9 @@ def test_every_recipe_has_its_notes_and_what_it_changes(site: Path) -> None:
         section = text.split(f'<section id="{name}">')[1].split("</section>")[0]
         words = re.sub(r"<[^>]+>", "", section)
         assert all(f"{note}: " in words for note in ("source", "literature", "measured", "command"))
-    assert 'href="#cifar10-small-gaussian"' in text.split('<section id="cifar10-small-splitting">')[1]
+    splitting = text.split('<section id="cifar10-small-splitting">')[1].split("</section>")[0]
+    assert 'href="#cifar10-small-gaussian"' in splitting
+    assert 'href="results.html"' in splitting
 
 
 def test_every_public_name_and_command_is_described(site: Path) -> None:

@@ -111,14 +111,18 @@ def _recipe(name: str) -> str:
 
 
 def _parts(text: str) -> tuple[dict[str, str], str]:
-    """Return the notes in the comments at the head of a recipe by their names, and the TOML below."""
+    """Return the notes in the comments at the head of a recipe by their names, and the TOML below.
+
+    Pages and other recipes that the notes name are links.
+    """
     lines = text.splitlines()
     end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
     head = "\n".join(line.removeprefix("#").strip() for line in lines[1:end])
     pieces = re.split(rf"^({'|'.join(_SOURCE_NOTES)}): ", head, flags=re.MULTILINE)[1:]
     notes = dict(zip(pieces[::2], (" ".join(piece.split()) for piece in pieces[1::2]), strict=True))
-    notes["command"] = f"`{notes['command']}`"
-    return notes, "\n".join(lines[end:])
+    linked = {note: re.sub(r"\bdocs/([\w-]+\.md)\b", r"[\1](\1)", content) for note, content in notes.items()}
+    linked = {note: re.sub(r"\b([\w-]+)\.toml\b", r"[\1](#\1)", content) for note, content in linked.items()}
+    return {**linked, "command": f"`{notes['command']}`"}, "\n".join(lines[end:])
 
 
 def _sections(section: type[Section], instance: Section | None, path: tuple[str, ...]) -> Iterator[str]:
