@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints
 # order of their names, in which the longest are not the last.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow lint results clean
+.PHONY: demo test test-slow lint results docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rush run digits
@@ -23,16 +23,21 @@ test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-lint
-	$(BIN)/ruff check src tests benchmarks examples tools
-	$(BIN)/ruff format --check src tests benchmarks examples tools
+	$(BIN)/ruff check src tests benchmarks examples tools docs/conf.py
+	$(BIN)/ruff format --check src tests benchmarks examples tools docs/conf.py
 	$(BIN)/mypy
 
 # The tables of README.md, docs/ and results/, from the committed records.
 results: $(VENV)/.installed
 	PYTHONPATH=benchmarks $(BIN)/python tools/results.py
 
+# The site of the documentation. A broken link is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
+	@echo "documentation: build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"rush needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
@@ -43,10 +48,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) -e '.[test]'
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-docs
+	$(PIP) -e '.[docs,test]'
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
-	$(PIP) -e '.[test,lint]'
+	$(PIP) -e '.[docs,test,lint]'
 	@touch $@

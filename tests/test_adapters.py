@@ -4,8 +4,6 @@ Each library gets ``smoothed.as_module``, a network from images to log-probabili
 What it counts as success is one random pass; the verdict judges its points on noise that it has not seen.
 """
 
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import rush
+from documentation import block_with
 from exact_models import assert_in_threat
 from rush.attacks.gradient import seeded
 from rush.attacks.threat import ThreatModel
@@ -28,12 +27,10 @@ from rush.smoothing.classifier import SmoothedClassifier
 EPSILON: dict[Norm, float] = {"linf": 0.15, "l2": 0.8}
 DRAWS, STEPS = 8, 10
 
-ROOT = Path(__file__).parents[1]
 Case = tuple[SmoothedClassifier, ImageSet, AttackResult]
 
 
 LIBRARIES = ("autoattack", "foolbox", "art")
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/attacks.md").read_text(encoding="utf-8"), re.DOTALL)
 # What tests change in the blocks of the guide: smaller budgets, and the names of the other norm.
 BUDGETS = {
     "num_samples=32": f"num_samples={DRAWS}",
@@ -46,7 +43,7 @@ IN_L2 = {'norm="Linf"': 'norm="L2"', "LinfPGD": "L2PGD", "norm=np.inf": "norm=2"
 
 def points_of(library: str, smoothed: SmoothedClassifier, x: Tensor, y: Tensor, threat: ThreatModel) -> Any:
     """The points that the guide's block makes, whatever the library says of their success."""
-    (block,) = (block for block in BLOCKS if f'"{library}"' in block)
+    block = block_with("docs/attacks.md", f'"{library}"')
     for old, new in {**BUDGETS, **(IN_L2 if threat.norm == "l2" else {})}.items():
         block = block.replace(old, new)
     given = {"rush": rush, "smoothed": smoothed, "x": x, "y": y, "threat": threat}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import rush
 from commands import Call, refusal
+from documentation import block_with
 from rush.errors import InputError, MissingExtraError, ModelError, RunError
 from rush.exporting import onnx as onnx_module
 from rush.exporting.hub import push_to_hub, save_pretrained
@@ -25,8 +26,7 @@ from rush.records.folder import RunFolder
 from rush.runtime.randomness import seeded_init, stream
 from rush.smoothing.classifier import SmoothedClassifier
 
-DOCS_FOLDER = Path(__file__).parents[1] / "docs"
-DOCS = (DOCS_FOLDER / "models.md").read_text(encoding="utf-8")
+COMMANDS = Path(__file__).parents[1] / "docs/commands.md"
 
 
 def onnx_logits(file: Path, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def test_the_documented_lines_smooth_an_exported_run(
     monkeypatch.chdir(tmp_path)
     done = call("export", tiny_run, "--to", "onnx")
     assert done.returncode == 0, done.stderr
-    (block,) = re.findall(r"```python\n(import json.*?)```", DOCS, re.DOTALL)
+    block = block_with("docs/models.md", "import json")
     images = rush.load_images("digits", "test")[:20]
     smoothed = rush.load(tiny_run, device="cpu")
     expected = smoothed.predict(images.pixels(), num_samples=1000)
@@ -148,7 +148,7 @@ def test_a_smoothed_classifier_follows_the_conventions_of_the_hub(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/digits").symlink_to(tiny_run)
     monkeypatch.chdir(tmp_path)
-    block = DOCS.split("From Python:\n\n```python\n")[1].split("```")[0]
+    block = block_with("docs/models.md", "push_to_hub")
     exec(block, {})
     own = SmoothedClassifier.from_pretrained(tiny_run, device="cpu")
     own.save_pretrained(tmp_path / "folder", run=str(tiny_run))
@@ -195,7 +195,7 @@ def test_figures_of_training_are_read_by_tensorboard_and_pandas(call: Call, tiny
     assert [(scalar.step, scalar.value) for scalar in losses] == [
         (event["epoch"], pytest.approx(event["loss"])) for event in events
     ]
-    (line,) = re.findall(r"`pandas\.read_json\((.*?)\)`", (DOCS_FOLDER / "commands.md").read_text(encoding="utf-8"))
+    (line,) = re.findall(r"`pandas\.read_json\((.*?)\)`", COMMANDS.read_text(encoding="utf-8"))
     assert line == '"RUN/log.jsonl", lines=True'
     frame = pandas.read_json(tiny_run / "log.jsonl", lines=True)
     read = frame[(frame.event == "epoch") & (frame.stage == "pretrain")].loss.tolist()

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -402,11 +401,3 @@ def test_shipped_models_are_loaded_by_name_and_are_in_the_table(name: str, tmp_p
     assert f"| `{name}` |" in (RESULTS.parent / "docs/models.md").read_text()
     with pytest.raises(RunError, match=f"not a directory; .* the name of a shipped model: .*{name}"):
         rush.load(tmp_path / "nothing")
-
-
-def test_code_blocks_on_models_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (RESULTS.parent / "docs/models.md").read_text()
-    block, _ = re.findall(r"```python\n(import rush.*?)```", text, re.DOTALL)  # the second one is for the hub
-    exec(block, {})
-    assert (tmp_path / "saved/model.json").is_file()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import rush
 from commands import Call
+from documentation import block_with
 from rush.choices import EncoderName
 from rush.errors import ConfigError, InputError, ModelError, RunError
 from rush.exporting.onnx import export_onnx
@@ -142,6 +143,13 @@ def test_a_saved_one_is_loaded_with_the_same_bits(tmp_path: Path) -> None:
     description = json.loads((tmp_path / "model/model.json").read_text())
     assert description["execution"]["precision"] == "int8"
     assert len(description["activations"]["scales"]) == len(description["activations"]["zero_points"]) == 5
+
+
+@integers_here
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block_with("docs/models.md", "quantized"), {"smoothed": smoothed(), "images": images(64), "rush": rush})
+    assert isinstance(rush.load("int8-model"), rush.SmoothedClassifier)
 
 
 @integers_here

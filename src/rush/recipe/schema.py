@@ -162,6 +162,7 @@ class ModelConfig(Section):
     """The encoder.
 
     Attributes:
+        encoder: its architecture (``models.encoders``).
         width: channels of the first stage.
         stem: "standard" is the ResNets' stem for large images.
     """
@@ -182,6 +183,10 @@ class SmoothingConfig(Section):
     With sigma = 0 there is no noise. The classifier itself is used and attacked, and nothing is certified. The ladder
     is the one of deterministic networks, whose attackers have fixed budgets. Of the recipe's budgets, attack.steps
     applies to the curve, and attack.strong_steps = 0 ends the ladder with PGD-100.
+
+    Attributes:
+        sigma: standard deviation in every pixel. 0 for no noise.
+        noise: kind of the noise.
     """
 
     sigma: NonNegative
@@ -192,8 +197,10 @@ class ExecutionConfig(Section):
     """Device, precision and compilation of networks, and the checkpoints of training.
 
     Attributes:
-        precision: "auto" trains in bfloat16 where the processor computes in it, and judges in it or in float32,
-            whichever is faster. "int8" trains in the same way and judges in 8-bit integers (``smoothing.quantized``).
+        device: "auto" for cuda, else mps, else cpu, or the name of a device of torch.
+        precision: "auto" is bfloat16 where the processor computes in it. On a CPU, samples are then judged in float32
+            if a short benchmark finds it a tenth faster. "int8" trains as "auto" does and judges in 8-bit integers
+            (``smoothing.quantized``).
         tile: fixed batch size of every certified, predicted or judged sample. "auto" chooses it by the images' size
             (``runtime.execution``). A begun run keeps its own.
         compile: torch.compile for these samples. "auto" tries it where there is much to certify, and uses it if a short
@@ -286,7 +293,12 @@ class Schedule(Section):
     Attributes:
         epochs, minutes: length of the training stage, exactly one of them. With minutes, the number of epochs that end
             within them is fixed at the start, by a trial of the steps (``training.budget``).
+        optimizer: see ``training.optim``.
         batch_size: images per step, over all processes.
+        learning_rate: the largest one, reached at the end of the warm-up. It then decays as a half-cosine.
+        momentum: of the optimizer, for AdamW its first beta.
+        weight_decay: not applied to biases and normalization parameters.
+        warmup_epochs: length of the linear warm-up of the learning rate.
         ema_decay: the result is the exponential moving average of the weights with this decay. 0 disables it.
         monitor_epochs: number of epochs from one measurement of the live figures to the next.
     """
@@ -346,7 +358,13 @@ class NoiseSchedule(Section):
 
 
 class AdversaryConfig(Section):
-    """The l-inf attack inside adversarial training. Its sizes are numbers or fractions such as "8/255"."""
+    """The l-inf attack inside adversarial training. Its sizes are numbers or fractions such as "8/255".
+
+    Attributes:
+        epsilon: radius of the ball, in pixel units.
+        step_size: size of a step, in pixel units.
+        steps: number of steps.
+    """
 
     epsilon: Fraction = "8/255"
     step_size: Fraction = "2/255"
@@ -372,6 +390,7 @@ class PretrainConfig(Schedule):
             "moco" (version 2: Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning") or "acl"
             (Jiang et al. 2020, "Robust Pre-Training by Adversarial Contrastive Learning", dual stream).
         temperature: by default 0.2 for MoCo, as in its source, and 0.5 for the others.
+        projector_hidden, projector_out: widths of the projector.
         micro_batch: SimCLR only. Images per pass through the network, with cached gradients (Gao et al. 2021), for
             batches larger than memory.
         queue: MoCo only. Number of keys kept, a multiple of the batch size.
@@ -379,6 +398,7 @@ class PretrainConfig(Schedule):
         shuffle_groups: MoCo only. Number of random groups of a batch whose keys are normalized apart, so that their
             statistics do not reveal which key belongs to which query.
         adversary: ACL only.
+        knn_neighbours: number of neighbours of the kNN accuracy.
         noise: not with ACL.
     """
 
@@ -452,7 +472,10 @@ class SmoothAdvConfig(Section):
     """SmoothAdv (Salman et al. 2019): an l2 attack on the smoothed classifier.
 
     Attributes:
+        draws: noise draws per image.
         epsilon: radius of the attack after the warm-up, in pixel units.
+        steps: number of steps of the attack.
+        warmup_epochs: number of epochs over which the radius rises.
     """
 
     draws: Count = 2
@@ -470,7 +493,9 @@ class CatRsConfig(Section):
     """Confidence-aware training (Jeong et al. 2023).
 
     Attributes:
+        draws: noise draws per image.
         epsilon: l2 radius of the attack on the noise of confident images.
+        steps: number of steps of the attack.
         weight: of the loss at the attacked noise.
     """
 
@@ -497,6 +522,7 @@ class FinetuneConfig(Schedule):
         objective: all but standard, pgd-at and trades train under noise of ``smoothing.sigma``.
         mode: "full" trains every weight, "linear" the head on a frozen encoder, and "linear-then-full" the head alone
             for ``head_epochs`` of the epochs and then every weight (Kumar et al. 2022).
+        head_epochs: number of epochs that train the head alone, with the mode "linear-then-full".
         label_fraction, labels_per_class: labels that are read, stratified. Give at most one of them.
         flip, shift: the weak augmentation, see ``WeakViews``.
     """
@@ -538,6 +564,10 @@ class CertifyConfig(Section):
 
     Attributes:
         images: number of images, the first of a seeded order of the test split. None certifies all.
+        num_selection: votes per image that select the class.
+        num_estimation: votes per image for the bound, with the sequential method the most.
+        alpha: probability of a false certificate.
+        level: "image" for alpha per image, "family" for all certificates together.
         radii: the grid, in pixel units. None allows any radius or, with the sequential method, multiples of sigma / 2.
         method: "exact" for splitting noise, with which the fields below do not matter.
         futility: the sequential method gives up a radius whose certification has become less probable than this.
@@ -572,10 +602,19 @@ class AttackConfig(Section):
     """The ladder of attackers and the verdict.
 
     Attributes:
+        images: number of images, the first of a seeded order of the test split. None attacks all.
+        norm: of the threat model.
         epsilon, step_size: numbers or fractions such as "8/255".
+        steps, restarts: of the PGD rungs.
+        eot_samples: noise draws per gradient, one PGD rung for each.
         strong_steps: steps of the APGD rungs, which are followed by Square and the worst-case suite. 0 ends the ladder
             at the last of ``eot_samples``.
+        strong_eot_samples: noise draws per gradient of the APGD rungs.
+        strong_restarts: restarts of the last APGD rung.
+        queries: queries of Square.
         curve_images: number of images that are also attacked at rising epsilon.
+        alpha: probability that any verdict of the stage on an image is false.
+        max_votes: largest number of judging votes per point.
     """
 
     images: Count | None = None
@@ -611,7 +650,11 @@ class AuditConfig(Section):
     """The audit of an evaluation.
 
     Attributes:
+        images: number of images, the first of those that were attacked. None audits all of these.
         rung: the ladder's rung to audit. None audits PGD-20 with EOT 20.
+        tolerance: the largest acceptable share of images that the audit newly breaks.
+        alpha: probability that any verdict on an image is false.
+        max_votes: largest number of judging votes per point.
     """
 
     images: Count | None = 100
@@ -625,6 +668,8 @@ class Recipe(Section):
     """One run from pre-training to report. Examples are the recipes shipped in ``rush/recipes``.
 
     Attributes:
+        name: name of the run, and of its folder in ``runs``. Letters, digits, dots, dashes and underscores.
+        seed: seed of all draws.
         quick: whether it is a trial of a recipe, whose figures mean nothing (``recipe.load.quickened``).
     """
 
