@@ -112,6 +112,22 @@ def ladder(folder: Path) -> str:
     return f"{sentence({**facts(run), **conditions, **INTERVALS})}\n\n{table(header, rows)}"
 
 
+def brief(folder: Path) -> str:
+    """Accuracy under every attacker of a run, and the certificate, without costs."""
+    run = run_of(folder)
+    found, proved = run.ladder, run.threat_certificates
+    assert found is not None
+    assert proved is not None
+    radius = found.covering_radius(proved.rule.norm)
+    rows = [(rung.label, share(rung.accuracy)) for rung in found.rungs]
+    rows.append(
+        (f"proven: certified at {NORM_SIGNS[proved.rule.norm]} {radius:.3g}", share(proved.accuracy_interval(radius)))
+    )
+    known = {name: text for name, text in facts(run).items() if text != NOT_KNOWN}
+    conditions = {"threat": threat_text(found), "images": f"{len(found.clean):,}"}
+    return f"{sentence({**known, **conditions, **INTERVALS})}\n\n{table(('attacker', 'accuracy'), rows)}"
+
+
 def compared(folder: Path) -> str:
     """All runs in ``folder`` side by side, those with most labels first."""
     runs = [run_of(file.parent) for file in folder.glob("*/recipe.json")]
@@ -264,6 +280,7 @@ def wrapped(text: str) -> str:
 PARTS: dict[str, Callable[[Path], str]] = {
     "certified": certified,
     "ladder": ladder,
+    "brief": brief,
     "compared": compared,
     "pairs": pairs,
     "costs": costs,
