@@ -127,6 +127,21 @@ def test_a_begun_run_keeps_its_tile_where_the_recipe_leaves_it_open(tmp_path: Pa
         RunFolder.create(run.path, tiny(tmp_path, "execution.tile=256"))
 
 
+def test_an_encoder_serves_runs_that_are_judged_in_another_way(tmp_path: Path) -> None:
+    run = new_run(tmp_path, 'execution.precision="auto"')
+    run.begin("pretrain")
+    run.finish("pretrain", seconds=1.0)
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints/encoder.safetensors").write_bytes(b"encoder")
+    judged = ('execution.precision="int8"', 'execution.compile="none"', "execution.tile=64")
+    execution = run.branch(tmp_path / "branch", tiny(tmp_path, *judged)).recipe.execution
+    assert (execution.precision, execution.compile, execution.tile) == ("int8", "none", 64)
+    with pytest.raises(RunError, match=r"pre-trained with different values of execution\.precision;"):
+        run.branch(tmp_path / "other", tiny(tmp_path, 'execution.precision="bfloat16"'))
+    with pytest.raises(RunError, match=r"different values of execution\.precision"):
+        RunFolder.create(run.path, tiny(tmp_path, 'execution.precision="int8"'))
+
+
 def test_a_run_that_leaves_its_tile_open_resumes(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", tiny(tmp_path, 'execution.tile="auto"'))
     before = [run.fingerprint(stage) for stage in EVERY_RUN]

@@ -109,14 +109,15 @@ class RunFolder:
     def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
         """Return a run of ``recipe`` in ``path``, new or resumed, that begins with the pre-trained encoder of this one.
 
-        Its name may differ.
+        Its name may differ, and how samples are judged.
 
         Raises:
             RunError: this run is not pre-trained, ``recipe`` changes how it was, or ``path`` holds something else.
         """
         self.require("pretrain")
         recipe = _settled(recipe, self.path, ("pretrain",))
-        changed = [field for field in _changed_fields(self.recipe, recipe, "pretrain") if field != "name"]
+        before, after = _as_trained(self.recipe), _as_trained(recipe)
+        changed = [field for field in _changed_fields(before, after, "pretrain") if field != "name"]
         if changed:
             raise RunError(
                 f"{self.path} was pre-trained with different values of {', '.join(changed)}; a run that begins with "
@@ -408,6 +409,13 @@ def _deciding_values(recipe: Recipe) -> dict[str, Any]:
     if not recipe.teach.rounds:
         values["teach"] = {}
     return values
+
+
+def _as_trained(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` without what concerns judged samples alone."""
+    execution = recipe.execution
+    precision = "auto" if execution.precision == "int8" else execution.precision
+    return recipe.replace(execution=execution.replace(precision=precision, compile="auto", tile="auto"))
 
 
 def _changed_fields(before: Recipe, after: Recipe, stage: Stage) -> list[str]:
