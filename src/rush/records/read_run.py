@@ -46,12 +46,16 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of training as logged: number, mean loss, wall-clock seconds."""
+    """One epoch of training as logged: number, mean loss, wall-clock seconds, learning rate of the last step.
+
+    Logs of older versions have no learning rate.
+    """
 
     stage: str
     number: int
     loss: float
     seconds: float
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,14 @@ def _check_share(record: Record) -> None:
 
 
 def _epoch(record: Mapping[str, Any]) -> Epoch:
-    return Epoch(str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"]))
+    rate = record.get("learning_rate")
+    return Epoch(
+        stage=str(record["stage"]),
+        number=int(record["epoch"]),
+        loss=float(record["loss"]),
+        seconds=float(record["seconds"]),
+        learning_rate=None if rate is None else float(rate),
+    )
 
 
 def _watched(record: Mapping[str, Any]) -> Watched:
