@@ -10,7 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import reduce
 from html.parser import HTMLParser
@@ -387,17 +388,22 @@ def summary_of(folder: Path) -> dict[str, str]:
     return dict(summary_rows(read_run(folder)))
 
 
-def page_of(folder: Path, drawn: bool = False) -> Page:
-    """The page of a run; without its plots, which take nearly all of the time, unless ``drawn``."""
-    if drawn:
-        return Page(write_report(folder).read_text(encoding="utf-8"))
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Pages without their plots, which take nearly all of the time."""
     names = ("certified_curve", "radius_histogram", "class_plot", "ladder_plot", "epsilon_curve")
     trainings = ("training_curve", "watched_curve", "rate_curve")
     with (
         mock.patch.multiple("rush.reporting.plots", **dict.fromkeys(names, lambda *_: Markup(""))),
         mock.patch.multiple("rush.reporting.training_plots", **dict.fromkeys(trainings, lambda *_: Markup(""))),
     ):
-        return page_of(folder, drawn=True)
+        yield
+
+
+def page_of(folder: Path, drawn: bool = False) -> Page:
+    """The page of a run, without its plots unless ``drawn``."""
+    with nullcontext() if drawn else undrawn():
+        return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
 def edit(file: Path, old: str, new: str, times: int = -1) -> None:
@@ -817,7 +823,7 @@ def test_published_rows_are_those_of_the_data_set_and_what_differs_is_named(run:
     edit_json(run / "recipe.json", data={"name": "cifar100"}, model={"encoder": "small", "width": 16})
     page = page_of(run)
     rows = page.table("published")
-    assert [row[4] for row in rows.values()][0] == "PreAct ResNet-18"
+    assert next(row[4] for row in rows.values()) == "PreAct ResNet-18"
     assert {row[3] for row in rows.values()} == {"CIFAR-100", "cifar100"}
     assert "differs from the published ones: model small, width 16 instead of ResNet-18 (width 64); 40" in page.text
     assert "CIFAR-10 " not in page.text
@@ -1308,10 +1314,11 @@ def test_a_file_of_a_newer_format_is_refused_in_one_line(full: Path, name: str) 
 
 @pytest.mark.parametrize("name", FORMATTED)
 def test_a_file_without_a_format_reads_as_one_of_the_first(full: Path, name: str) -> None:
-    set_format(full / name, None)
-    before = render(read_run(full))
-    set_format(full / name, 1)
-    assert render(read_run(full)) == before
+    with undrawn():
+        set_format(full / name, None)
+        before = render(read_run(full))
+        set_format(full / name, 1)
+        assert render(read_run(full)) == before
     set_format(full / name, 0)
     with pytest.raises(RunError, match="its format must be a whole number >= 1"):
         read_run(full)

@@ -97,7 +97,7 @@ def class_plot(classes: Sequence[ClassAccuracy], radius: str, name: str, form: F
     figure, (axes,) = new_figure(form, height=0.7 + len(classes) * (0.56 if narrow else 0.3))
     axes.set(xlim=(0, 1), xlabel=f"accuracy: predicted (ring), certified at {radius} (dot)")
     for place, row in enumerate(classes):
-        ring = {"markerfacecolor": "none", "markeredgecolor": INK, "markersize": 7, "clip_on": False}
+        ring: Any = {"markerfacecolor": "none", "markeredgecolor": INK, "markersize": 7, "clip_on": False}
         axes.plot([row.predicted.estimate], [place], "o", **ring)
         axes.plot([row.certified.low, row.certified.high], [place, place], color=PROOF, linewidth=2.2, alpha=0.45)
         axes.plot([row.certified.estimate], [place], "o", color=PROOF, markersize=6, clip_on=False)
