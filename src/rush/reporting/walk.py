@@ -1,5 +1,6 @@
 """The knowledge about each attacked image at every size of the threat."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -66,7 +67,8 @@ class Walk:
     def limits(self) -> list[list[float | None]]:
         """Sizes [proved, broken, held] for each image, None for an infinite one."""
         rows = zip(self.proved.tolist(), self.broken.tolist(), self.held.tolist(), strict=True)
-        return [[round(p, 7), None if np.isinf(b) else round(b, 7), round(h, 7)] for p, b, h in rows]
+        # Only the first is shortened, downwards: the others are compared with epsilon itself.
+        return [[math.floor(p * 1e7) / 1e7, None if np.isinf(b) else b, h] for p, b, h in rows]
 
 
 def walk_of(results: RunResults) -> Walk | None:
