@@ -109,6 +109,7 @@ def test_radii_are_counted_by_class_and_bin(run: Path) -> None:
 
 
 def test_classes_are_those_of_a_slow_count_with_the_worst_first(run: Path) -> None:
+    write_certificates(run, votes={9: 500, 15: 990})  # class 9 has no image certified at 0.25, class 5 has two
     results = read_run(run)
     rows = accuracy_by_class(results)
     lines = table_of(run)
@@ -120,6 +121,7 @@ def test_classes_are_those_of_a_slow_count_with_the_worst_first(run: Path) -> No
         assert row.certified == share_interval(sum(radius >= 0.25 for radius in right), 6)
     estimates = [row.certified.estimate for row in rows]
     assert estimates == sorted(estimates)
+    assert [rows[0].name, rows[-1].name] == ["digit 9", "digit 5"]
     assert len(rows) == 10
 
 

@@ -1,8 +1,9 @@
 """Plots of the report."""
 
+import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -107,6 +108,42 @@ def class_plot(classes: Sequence[ClassAccuracy], radius: str, name: str, form: F
     return to_svg(figure, name, f"Certified accuracy by class at {radius}: {said}")
 
 
+def certified_curves(logs: Sequence[tuple[str, Certificates]], name: str, form: Format) -> Markup:
+    """Draw certified accuracy over the radius of several named logs, whose radii are in one norm, each to its end."""
+    figure, (axes,) = new_figure(form, height=3.6)
+    ends = []
+    for (log_name, certificates), style in zip(logs, _styles(), strict=False):
+        radii = curve_radii(certificates, certificates.largest_radius)
+        shares = [certificates.accuracy(radius) for radius in radii]
+        axes.plot(radii, shares, drawstyle="steps-pre", linewidth=1.6, label=printable(log_name), **style)
+        ends.append(f"{log_name}: {percent(shares[0])} at 0")
+    norm = NORM_SIGNS[logs[0][1].rule.norm]
+    axes.set(xlim=(0, None), ylim=(0, 1), xlabel=f"{norm} radius, pixels in [0, 1]", ylabel="certified accuracy")
+    percent_ticks(axes.yaxis)
+    _legend(axes, loc="upper right")
+    return to_svg(figure, name, f"Certified accuracy over the radius: {'; '.join(ends)}")
+
+
+def epsilon_curves(ladders: Sequence[tuple[str, Ladder]], name: str, form: Format) -> Markup:
+    """Draw accuracy over epsilon, on a logarithmic axis, of named runs that have a curve under threats of one norm."""
+    figure, (axes,) = new_figure(form, height=3.6)
+    axes.set_xscale("log")
+    ends = []
+    for (run_name, ladder), style in zip(ladders, _styles(), strict=False):
+        assert ladder.curve is not None
+        points = ladder.curve.points
+        shares = [point.accuracy.estimate for point in points]
+        x = [point.epsilon for point in points]
+        axes.plot(x, shares, linewidth=1.6, marker="o", markersize=4, label=printable(run_name), **style)
+        ends.append(f"{run_name}: {percent(shares[0])} at {points[0].epsilon_text}")
+    longest = max((ladder.curve.points for _, ladder in ladders if ladder.curve is not None), key=len)
+    _epsilon_ticks(axes, longest, most=11 if form == "wide" else 6)
+    axes.set(ylim=(0, 1), xlabel=f"{NORM_SIGNS[ladders[0][1].norm]} ε, logarithmic", ylabel="accuracy")
+    percent_ticks(axes.yaxis)
+    _legend(axes, loc="upper right")
+    return to_svg(figure, name, f"Accuracy over epsilon: {'; '.join(ends)}")
+
+
 def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format) -> Markup:
     """Draw accuracy under each attacker with its 95 % interval, weakest first, and last the certificate's floor.
 
@@ -198,6 +235,13 @@ def _radius_mark(axes: "Axes", radius: float, text: str, end: float, line: int =
 def _label(axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
     """Write ``text`` at ``offset`` points from the place ``at``."""
     axes.annotate(text, at, xytext=offset, textcoords="offset points", **style)
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    """Yield different styles of lines, without end: by colour, then by dashes."""
+    for dashes in itertools.cycle(("-", "--", ":", "-.")):
+        for colour in (PROOF, ATTACK, INK, MUTED):
+            yield {"color": colour, "linestyle": dashes}
 
 
 def _draw_published(axes: "Axes", published: Sequence[CertifiedCurve]) -> None:
