@@ -15,6 +15,7 @@ from rush.errors import RunError
 from rush.records.attacks import read_attacks, read_samples
 from rush.records.audit import read_audit
 from rush.records.certificates import TABLE, read_certificates
+from rush.records.embedding import Embedding, read_embedding
 from rush.records.ladder import Ladder, Sample
 from rush.records.log import damaged_event, read_events
 from rush.records.record import Record, damaged
@@ -88,6 +89,7 @@ class RunResults:
     ladder: Ladder | None
     audit: AuditReport | None
     watched: tuple[Watched, ...] = ()
+    embedding: Embedding | None = None
 
     @property
     def name(self) -> str:
@@ -166,6 +168,7 @@ def read_run(folder: Path | str) -> RunResults:
         ladder=attack,
         audit=read_audit(folder / "audit.json", _redo(folder, "audit")) if "audit" in stages else None,
         watched=_last_records(folder / "log.jsonl", "monitor", _watched),
+        embedding=_read_embedding(folder, stages),
     )
 
 
@@ -217,6 +220,14 @@ def _read_stage(folder: Path, stage: Stage) -> StageRecord:
     record.check_numbers(_COST_FIELDS)
     _check_share(record)
     return StageRecord(stage, record.number("seconds"), str(record.fields.get("finished", "")), record.fields)
+
+
+def _read_embedding(folder: Path, stages: Mapping[Stage, StageRecord]) -> Embedding | None:
+    """Return the map of the encoder in the record of pre-training, None without one."""
+    if "pretrain" not in stages:
+        return None
+    remedy = "remove the key; the report is then without the map of the encoder"
+    return read_embedding(Record(folder / "stages" / "pretrain.json", stages["pretrain"].fields, remedy))
 
 
 def _check_share(record: Record) -> None:

@@ -177,7 +177,7 @@ def _bar(ladder: Ladder, floor: Interval) -> Bar:
 
 
 def _training_plots(results: RunResults) -> list[tuple[Markup, str]]:
-    """Return loss, live figures and learning rate of each training stage, each with the name of its values.
+    """Return loss, live figures and rates of training, and maps of the encoder, each with the name of its values.
 
     They are narrow on every screen, where two fit side by side.
     """
@@ -196,7 +196,25 @@ def _training_plots(results: RunResults) -> list[tuple[Markup, str]]:
         if any(epoch.learning_rate is not None for epoch in epochs):
             rate = training_plots.rate_curve(epochs, f"{title}, learning rate", f"rate-{stage}", "narrow")
             rates.append((rate, values))
-    return [*losses, *watched, *rates]
+    return [*losses, *watched, *rates, *_maps(results)]
+
+
+def _maps(results: RunResults) -> list[tuple[Markup, str]]:
+    """Return the maps of the pre-trained encoder, of clean and of noisy images, as far as the run has them."""
+    embedding = results.embedding
+    if embedding is None:
+        return []
+    places = {"clean": embedding.clean, "noisy": embedding.noisy}
+    return [
+        (
+            training_plots.embedding_map(
+                embedding, own, results.class_name, f"Encoder, {kind} test images", f"map-{kind}", "narrow"
+            ),
+            "embedding",
+        )
+        for kind, own in places.items()
+        if own is not None
+    ]
 
 
 def _knn(results: RunResults) -> Interval | None:

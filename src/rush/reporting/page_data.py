@@ -1,5 +1,6 @@
 """The values of every figure and table of a run's report, for the links beside them."""
 
+import itertools
 from collections.abc import Iterator
 
 from rush.auditing.report import AuditReport
@@ -75,6 +76,14 @@ def training_data(results: RunResults) -> Iterator[Data]:
             figures = [(epoch.number, *map(epoch.figures.get, names)) for epoch in watched]
             header = ("epoch", *(NAMES.get(name, name) for name in names))
             yield Data(f"watched-{stage}", f"{stage} on held-out images", header, figures, curve=True)
+    embedding = results.embedding
+    if embedding is not None:
+        labels = map(results.class_name, embedding.labels.tolist())
+        noisy = [] if embedding.noisy is None else embedding.noisy.tolist()
+        places = itertools.zip_longest(labels, embedding.clean.tolist(), noisy, fillvalue=(None, None))
+        points: list[tuple[Value, ...]] = [(str(label), *clean, *own) for label, clean, own in places]
+        names = ["class", "clean 1", "clean 2", "noisy 1", "noisy 2"]
+        yield Data("embedding", "Map of the encoder", tuple(names), points)
     header = ("stage", "objective", "time", "passes per image", "images/s", "peak memory", "energy")
     yield Data("cost", "Cost by stage", header, wording.cost_rows(results))
 
