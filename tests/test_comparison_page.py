@@ -14,7 +14,8 @@ from commands import Call, refusal
 from rush.errors import ConfigError
 from rush.reporting.compare import all_tables, read_comparison
 from rush.reporting.comparison_page import check_name, render_comparison
-from test_report import Page, certificates_of, make_full, write_run
+from rush.reporting.plots import certified_curves
+from test_report import Page, certificates_of, make_full, make_sequential, write_run
 
 RESULTS = Path(__file__).parents[1] / "results"
 PLAIN, L1 = RESULTS / "cifar10-small-pgd-at", RESULTS / "cifar10-small-splitting" / "sigma-0.5"
@@ -88,6 +89,21 @@ def test_many_logs_have_different_lines(paths: list[Path]) -> None:
     styles = re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="(fill: none; stroke[^"]*)"', drawn)
     lines = [style for style in styles if "stroke-width: 1.6" in style]
     assert len(set(lines)) == len(lines) == 6
+
+
+def test_the_radii_of_a_grid_are_dots(tmp_path: Path) -> None:
+    """A dot per radius, and one in the legend."""
+    grid = certificates_of(make_sequential(write_run(tmp_path / "run")))
+    assert grid.rule.radii is not None
+    drawn = str(certified_curves([("grid", grid)], "name", "wide"))
+    plain = str(certified_curves([("plain", certificates_of(write_run(tmp_path / "plain")))], "name", "wide"))
+    ticks = [svg.count('<use href="#name-') for svg in (drawn, plain)]
+    assert re.search(r"grid</text>", drawn)
+    assert ticks[0] - ticks[1] == len(grid.rule.radii) + 1 + axis_ticks(drawn) - axis_ticks(plain)
+
+
+def axis_ticks(svg: str) -> int:
+    return len(re.findall(r'id="name-(?:x|y)tick_\d+"', svg))
 
 
 def test_without_noise_there_is_a_page_without_certificates() -> None:

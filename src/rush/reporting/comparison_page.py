@@ -76,7 +76,10 @@ def _certified_curves(comparison: Comparison | None) -> Iterator[Curves]:
         title = f"Certified accuracy over the {sign} radius"
         yield Curves(
             title=title,
-            caption="Each curve ends at the largest radius that its number of samples can certify.",
+            caption=(
+                "Each curve ends at the largest radius that its rule can certify. Where only the radii of a grid were "
+                "tested, they are dots, and the accuracy between two of them is that at the larger."
+            ),
             plot=plots_of(plots.certified_curves, f"certified-{norm}", logs),
             data=Data(f"certified-{norm}", title, ("log", f"{sign} radius", "certified accuracy"), rows),
         )

@@ -115,7 +115,13 @@ def certified_curves(logs: Sequence[tuple[str, Certificates]], name: str, form: 
     for (log_name, certificates), style in zip(logs, _styles(), strict=False):
         radii = curve_radii(certificates, certificates.largest_radius)
         shares = [certificates.accuracy(radius) for radius in radii]
-        axes.plot(radii, shares, drawstyle="steps-pre", linewidth=1.6, label=printable(log_name), **style)
+        line: Any = {
+            "linewidth": 1.6,
+            "markersize": 4,
+            "marker": "" if certificates.rule.radii is None else "o",
+            **style,
+        }
+        axes.plot(radii, shares, drawstyle="steps-pre", label=printable(log_name), **line)
         ends.append(f"{log_name}: {percent(shares[0])} at 0")
     norm = NORM_SIGNS[logs[0][1].rule.norm]
     axes.set(xlim=(0, None), ylim=(0, 1), xlabel=f"{norm} radius, pixels in [0, 1]", ylabel="certified accuracy")
