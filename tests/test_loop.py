@@ -127,6 +127,15 @@ def test_every_epoch_is_logged_with_the_mean_of_its_losses() -> None:
         assert own["images_per_second"] == pytest.approx(8 * PER_EPOCH / own["seconds"])
 
 
+def test_every_epoch_is_logged_with_the_learning_rate_of_its_last_step() -> None:
+    events = Training().run().events
+    last = [number * PER_EPOCH - 1 for number in (1, 2, 3)]
+    factors = [cosine_factor(step, 3 * PER_EPOCH, round(SCHEDULE.warmup_epochs * PER_EPOCH)) for step in last]
+    rates = [event["learning_rate"] for event in events]
+    assert rates == pytest.approx([SCHEDULE.learning_rate * factor for factor in factors], rel=1e-6)
+    assert len(set(rates)) == 3
+
+
 def test_pre_training_never_reads_labels() -> None:
     images = digits()
     assert images.labels is not None

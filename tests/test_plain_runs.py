@@ -190,7 +190,14 @@ def test_the_report_shows_the_attacks_and_says_why_nothing_is_proved(plain_run: 
     assert 'id="ladder"' in page
     assert 'id="audit"' in page
     assert "PGD-20" in page
-    for absent in ('id="certificates"', 'id="sandwich"', "smoothed classifier", "unsound", 'class="floor"'):
+    for absent in (
+        'data-share="proved"',
+        'id="certificates"',
+        'id="sandwich"',
+        "smoothed classifier",
+        "unsound",
+        'class="floor"',
+    ):
         assert absent not in page, absent
     rows = dict(summary_rows(read_run(plain_run)))
     assert rows["certificates"].startswith("none: the classifier is used without smoothing noise")

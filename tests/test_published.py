@@ -9,7 +9,7 @@ from rush.pipeline.stages import run_stage
 from rush.records.folder import RunFolder
 from rush.records.published import progress_text
 from rush.records.read_run import Watched
-from rush.reporting.plots import watched_curve
+from rush.reporting.training_plots import watched_curve
 from tiny import tiny
 
 

@@ -1,6 +1,7 @@
 """The report of a run folder: every figure comes from the files, the page stands alone, and damage is named."""
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -9,7 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import reduce
 from html.parser import HTMLParser
@@ -31,6 +33,8 @@ from rush.errors import RunError
 from rush.records.attacks import read_attacks
 from rush.records.certificates import write_certificates as write_table
 from rush.records.ladder import Ladder
+from rush.records.published import CERTIFIED as PUBLISHED_CURVES
+from rush.records.published import certified_curves
 from rush.records.read_run import RunResults, Watched, read_run
 from rush.records.record import FORMATS, Record
 from rush.reporting.costs import TrainingCost, training_cost, training_sentence
@@ -384,13 +388,22 @@ def summary_of(folder: Path) -> dict[str, str]:
     return dict(summary_rows(read_run(folder)))
 
 
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Pages without their plots, which take nearly all of the time."""
+    names = ("certified_curve", "radius_histogram", "class_plot", "ladder_plot", "epsilon_curve")
+    trainings = ("training_curve", "watched_curve", "rate_curve")
+    with (
+        mock.patch.multiple("rush.reporting.plots", **dict.fromkeys(names, lambda *_: Markup(""))),
+        mock.patch.multiple("rush.reporting.training_plots", **dict.fromkeys(trainings, lambda *_: Markup(""))),
+    ):
+        yield
+
+
 def page_of(folder: Path, drawn: bool = False) -> Page:
-    """The page of a run; without its plots, which take nearly all of the time, unless ``drawn``."""
-    if drawn:
+    """The page of a run, without its plots unless ``drawn``."""
+    with nullcontext() if drawn else undrawn():
         return Page(write_report(folder).read_text(encoding="utf-8"))
-    names = ("certified_curve", "ladder_plot", "epsilon_curve", "training_curve", "watched_curve")
-    with mock.patch.multiple("rush.reporting.plots", **dict.fromkeys(names, lambda *_: Markup(""))):
-        return page_of(folder, drawn=True)
 
 
 def edit(file: Path, old: str, new: str, times: int = -1) -> None:
@@ -487,15 +500,18 @@ def test_equal_files_give_equal_pages_and_no_other_file(full: Path) -> None:
 
 
 def test_page_stands_alone(full: Path) -> None:
-    """Whatever a tag loads is inside the page: data URIs and fragments that exist; no script; every id once."""
+    """Whatever a tag loads is inside the page: data URIs and fragments that exist; one script; every id once."""
     html = write_report(full).read_text(encoding="utf-8")
     page = Page(html)
     assert {load[:5] for load in page.loads if not load.startswith("#")} == {"data:"}
     assert {load[1:] for load in page.loads if load.startswith("#")} <= set(page.ids)
     assert {name[0] or name[1] for name in re.findall(r"url\(#([^)]+)\)|url\(([^#][^)]*)\)", html)} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    assert not {"link", "iframe", "object", "base", "form"} & set(page.tags)
     assert "@import" not in html
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
 
 
 def test_flattering_evaluation_is_stated_in_a_sentence(run: Path) -> None:
@@ -608,7 +624,7 @@ def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
         "wrongly with probability at most 0.01 per image",
         "end of the grid",
         "Grid ACR 0.079",
-        "Within ℓ2 0.25 (σ/2), it is proved right",
+        "within ℓ2 0.25 (σ/2).",
     ):
         assert message in page.text, message
     assert "ceiling, N" not in page.text
@@ -617,10 +633,10 @@ def test_page_of_a_sequential_run_speaks_of_its_grid_alone(run: Path) -> None:
     assert page.table("certified")["0.25"] == shares
     make_sequential(run, sigma=0.4)  # sigma / 2 is no radius of the grid: the next one speaks
     page = page_of(run)
-    assert "Within ℓ2 0.25, it is proved right" in page.text
+    assert "within ℓ2 0.25." in page.text
     assert list(page.table("certified")) == ["0", "0.25", "0.5"]
     make_sequential(run, radii=[0.0])
-    assert "Within ℓ2 0, it is proved right" in page_of(run, drawn=True).text
+    assert "within ℓ2 0." in page_of(run, drawn=True).text
 
 
 def test_page_of_a_fixed_number_of_samples_has_no_column_of_undecided(run: Path) -> None:
@@ -664,7 +680,7 @@ def test_curve_of_a_grid_ends_with_the_grid(run: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Axes, "plot", plot)
     certificates = certificates_of(make_sequential(run, radii=[0.0, 0.25, 0.5, 0.8]))
-    certified_curve(certificates, None, "curve", "wide")
+    certified_curve(certificates, None, (), "curve", "wide")
     assert set(np.concatenate(drawn)) == {0.0, 0.25, 0.5, 0.8}
 
 
@@ -790,15 +806,60 @@ def test_violation_is_found_in_the_tables_themselves(run: Path) -> None:
     assert "Do not trust the figures below" in text
 
 
-def test_digits_are_not_set_beside_cifar_without_a_word(run: Path) -> None:
-    """The page names what differs from the paper's conditions, and only that."""
-    text = page_of(run).text
-    assert "The conditions differ." in text
-    assert "data set digits instead of CIFAR-10" in text
-    assert "instead of ℓ∞ 8/255" not in text
+@pytest.mark.parametrize("name", ["digits", "photos", "cifar", "stl10"])
+def test_nothing_of_cifar_is_beside_other_data(run: Path, name: str) -> None:
+    edit_json(run / "recipe.json", data={"name": name})
+    page = page_of(run, drawn=True)
+    assert "comparison" not in page.ids
+    assert not [word for word in ("CIFAR", "RobustBench", "published", "RUSH abstract") if word in page.text]
+
+
+def test_published_rows_are_those_of_the_data_set_and_what_differs_is_named(run: Path) -> None:
     resolved = recipe("cifar") | {"data": {"name": "cifar10"}, "model": {"encoder": "resnet18", "width": 64}}
     write_json(run / "recipe.json", resolved)
-    assert "differs from the paper: 40 attacked images instead of 10,000." in page_of(run).text
+    page = page_of(run)
+    assert "differs from the paper: 40 attacked images instead of 10,000." in page.text
+    assert "RUSH abstract (arXiv 2207.05127)" in page.table("published")
+    edit_json(run / "recipe.json", data={"name": "cifar100"}, model={"encoder": "small", "width": 16})
+    page = page_of(run)
+    rows = page.table("published")
+    assert next(row[4] for row in rows.values()) == "PreAct ResNet-18"
+    assert {row[3] for row in rows.values()} == {"CIFAR-100", "cifar100"}
+    assert "differs from the published ones: model small, width 16 instead of ResNet-18 (width 64); 40" in page.text
+    assert "CIFAR-10 " not in page.text
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma", "drawn"),
+    [
+        ("cifar10", 0.5, ["Gaussian, σ 0.5", "CAT-RS, σ 0.5", "ACR-weakness, σ 0.5"]),
+        ("cifar10", 0.12, ["Gaussian, σ 0.25", "CAT-RS, σ 0.25", "ACR-weakness, σ 0.25"]),
+        ("cifar100", 0.25, ["Gaussian, σ 0.25", "CAT-RS, σ 0.25"]),
+        ("digits", 0.5, []),
+    ],
+)
+def test_published_curves_are_behind_those_of_the_same_data(
+    run: Path, name: str, sigma: float, drawn: list[str]
+) -> None:
+    """The curves at the nearest published noise, named in the plot and its description; none of another data set."""
+    edit_json(run / "recipe.json", data={"name": name})
+    write_certificates(run, sigma=sigma)
+    page = page_of(run, drawn=True)
+    found = re.findall(r"([\w-]+, σ [\d.]+), published", page.text)
+    assert list(dict.fromkeys(found)) == drawn
+    (label,) = {label for label in page.labels if label.startswith("Certified accuracy over")}
+    assert [f"{curve}, published" in label for curve in drawn] == [True] * len(drawn)
+    assert certified_curves(name, "l1", sigma) == ()
+
+
+def test_published_curves_are_the_stated_figures() -> None:
+    cifar100 = {curve.method: curve for curve in certified_curves("cifar100", "l2", 0.25)}
+    assert cifar100["Gaussian"].accuracy == (0.489, 0.337, 0.209, 0.12)
+    assert cifar100["CAT-RS"].radii == (0, 0.25, 0.5, 0.75)
+    for curves in PUBLISHED_CURVES.values():
+        for curve in curves:
+            assert list(curve.accuracy) == sorted(curve.accuracy, reverse=True)
+            assert curve.radii[-1] < 3.9 * curve.sigma  # the ceiling of N = 100,000
 
 
 def test_sample_pictures_decode_to_the_stored_pixels(run: Path) -> None:
@@ -850,7 +911,7 @@ def named_run(folder: Path, name: str) -> Path:
 def test_hostile_names_stay_text(tmp_path: Path, hostile: str) -> None:
     """Recipe, class and attacker names are shown as written and open no tag, attribute, formula or request."""
     page = page_of(named_run(tmp_path / "run", hostile), drawn=True)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert page.tags.count("img") == 27
     assert not [load for load in page.loads if not load.startswith(("data:", "#"))]
     assert f"label {' '.join(hostile.split())}5" in page.text
@@ -1020,7 +1081,7 @@ def test_an_l1_run_names_no_other_norm_of_its_certificates(full: Path) -> None:
     page = Page(render(results))
     assert "ℓ2" not in page.text
     assert not [label for label in page.labels if "ℓ2" in label]
-    assert "Within ℓ1 0.25 (σ/2), it is proved right" in page.text
+    assert "within ℓ1 0.25 (σ/2)." in page.text
     assert "images certified with the right class were also attacked in ℓ1 at 0.99" in page.text
     assert "ℓ1 radius, pixels in [0, 1]" in page.text
     assert page.tables["certified"][0][0] == "ℓ1 radius"
@@ -1172,10 +1233,20 @@ def test_audit_that_overestimates_is_on_top_of_the_page(full: Path) -> None:
 
 def test_findings_are_listed_by_what_asks_for_a_reader(full: Path) -> None:
     """Failed ones first, in the audit's own order of cause before symptom; remedies only where there is a fault."""
-    rows = page_of(full).table("findings")
-    assert list(rows) == ["step-size", "noise", "more-steps", "ball", "mode"]
-    assert [bool(row[-1]) for row in rows.values()] == [True, True, True, False, False]
-    assert rows["mode"][1:3] == ["–", "–"]
+    page = page_of(full)
+    asking, settled = page.table("asking"), page.table("settled-findings")
+    assert (list(asking), list(settled)) == (["step-size", "noise", "more-steps"], ["ball", "mode"])
+    assert all(row[-1] for row in asking.values())
+    assert settled["mode"][1:3] == ["–", "–"]
+    assert page.tables["settled-findings"][0][-1] == "evidence"
+
+
+def test_findings_that_ask_for_nothing_are_folded(full: Path) -> None:
+    html = write_report(full).read_text(encoding="utf-8")
+    assert "1 findings passed, 1 skipped" in Page(html).text
+    (folded,) = re.findall(r'<details id="settled">(.*?)</details>', html, re.DOTALL)
+    assert 'id="settled-findings"' in folded
+    assert 'id="asking"' not in folded
 
 
 def test_audit_that_holds_gives_no_warning(run: Path) -> None:
@@ -1243,10 +1314,11 @@ def test_a_file_of_a_newer_format_is_refused_in_one_line(full: Path, name: str) 
 
 @pytest.mark.parametrize("name", FORMATTED)
 def test_a_file_without_a_format_reads_as_one_of_the_first(full: Path, name: str) -> None:
-    set_format(full / name, None)
-    before = render(read_run(full))
-    set_format(full / name, 1)
-    assert render(read_run(full)) == before
+    with undrawn():
+        set_format(full / name, None)
+        before = render(read_run(full))
+        set_format(full / name, 1)
+        assert render(read_run(full)) == before
     set_format(full / name, 0)
     with pytest.raises(RunError, match="its format must be a whole number >= 1"):
         read_run(full)

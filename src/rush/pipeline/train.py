@@ -29,7 +29,7 @@ from rush.smoothing.forward import try_forwards
 from rush.training.finetune import finetune
 from rush.training.loop import Monitor
 from rush.training.pretrain import channel_statistics, pretrain
-from rush.training.probes import classifier_figures, encoder_figures, knn_correct, representations
+from rush.training.probes import classifier_figures, embedding, encoder_figures, knn_correct, representations
 
 ENCODER = Path("checkpoints/encoder.safetensors")
 _BANK_IMAGES = 10_000  # for the live figures; the final figure uses all training images
@@ -56,7 +56,8 @@ def run_pretrain(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -
         knn = _knn_accuracy(classifier, train, test, config.knn_neighbours, execution)
         save_weights(classifier.encoder, run.path / ENCODER)
         figures = {**training_figures(run, "pretrain", len(source)), "objective": config.objective}
-        run.finish("pretrain", **figures, knn_accuracy=knn)
+        places = _embedding(context, classifier, test) if config.epochs else None
+        run.finish("pretrain", **figures, knn_accuracy=knn, embedding=places)
     barrier()
 
 
@@ -89,7 +90,8 @@ def import_encoder(run: RunFolder, file: Path, tell: Callable[[str], None] = lam
             "objective": "imported",
             "weights": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
-        run.finish("pretrain", **figures, left=list(imported.left), knn_accuracy=knn)
+        places = _embedding(context, classifier, test)
+        run.finish("pretrain", **figures, left=list(imported.left), knn_accuracy=knn, embedding=places)
     barrier()
 
 
@@ -217,6 +219,12 @@ def _knn_accuracy(
     bank, queries = (representations(images, represent, execution) for images in (train, test))
     correct = knn_correct(bank, train.labels.to(bank.device), queries, test.labels.to(bank.device), neighbours)
     return {"correct": correct, "total": len(test), "neighbours": neighbours}
+
+
+def _embedding(context: StageContext, classifier: Classifier, test: ImageSet) -> dict[str, Any] | None:
+    """Return the map of the encoder's representations of test images that the report draws."""
+    represent = context.execution.place(Represent(classifier)).eval()
+    return embedding(represent, test, training_noise(context.recipe), context.execution, context.recipe.seed)
 
 
 def training_figures(run: RunFolder, stage: str, images: int) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def read_attacks(folder: Path, record: Record, indices: Sequence[int], certifica
     for rung in settings:
         record.at(rung).check_numbers(_RUNG_FIELDS)
     proof = _Proof.of(indices, certificates)
-    rungs, inside = _read_rungs(folder / TABLE, settings, proof.norm, record.remedy)
+    rungs, inside = _read_rungs(folder / TABLE, settings, proof.norm, threat["norm"], record.remedy)
     pictures = _pictures(folder, rungs[0], proof, record.remedy)
     rungs = tuple(replace(rung, pictures=pictures) for rung in rungs)
     for rung in rungs:
@@ -299,7 +299,7 @@ def _is_named(rung: Any) -> bool:
 
 
 def _read_rungs(
-    file: Path, settings: list[dict[str, Any]], norm: Norm, remedy: str
+    file: Path, settings: list[dict[str, Any]], norm: Norm, threat_norm: Norm, remedy: str
 ) -> tuple[tuple[Rung, ...], tuple[Rung, ...]]:
     """Return the rungs of the ladder, all on the same images, and the sandwich's attack if there is one.
 
@@ -316,6 +316,8 @@ def _read_rungs(
         if name not in (*names, SANDWICH) or verdict not in VERDICTS:
             table.refuse(row, f"unknown rung {name[:60]!r} or verdict {verdict[:60]!r}")
     arrays: dict[str, np.ndarray] = {name: table.whole(name) for name in ("idx", "label", "challenger")}
+    if threat_norm in table.cells:
+        arrays["threat_size"] = table.real(threat_norm)
     arrays |= {"size": table.real(norm), **{name: np.array(table.cells[name]) for name in ("rung", "verdict")}}
     arrays["id"] = np.array([unescape(text) for text in table.cells["id"]])
     _check_verdicts(table, arrays)
@@ -354,6 +356,7 @@ def _rung(arrays: _Arrays, fields: Mapping[str, Any]) -> Rung:
         held=arrays["verdict"][rows] == "held",
         size=arrays["size"][rows],
         challenger=arrays["challenger"][rows],
+        threat_size=arrays["threat_size"][rows] if "threat_size" in arrays else None,
     )
 
 

@@ -23,6 +23,7 @@ class Rung:
 
     Attributes:
         size: of the change, in the norm of the run's certificates, in l2 if it has none.
+        threat_size: of the change, in the norm of the threat, None if the table does not hold it.
         pictures: text that is equal for copies of one picture, None if copies are not known.
     """
 
@@ -37,6 +38,7 @@ class Rung:
     size: np.ndarray
     challenger: np.ndarray
     pictures: np.ndarray | None = None
+    threat_size: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.idx)
@@ -214,6 +216,23 @@ class Ladder:
     def standing(self) -> np.ndarray:
         """Whether no rung of the ladder broke the image, (n,)."""
         return np.logical_and.reduce([rung.standing for rung in self.rungs])
+
+    @property
+    def smallest_broken(self) -> np.ndarray:
+        """The smallest size, in the threat's norm, of a change that broke the image, (n,).
+
+        0.0 if it is wrong without attack, infinite if no rung broke it. A size that is not known counts as epsilon.
+        """
+        sizes = np.full(len(self.clean), np.inf)
+        for rung in self.rungs[1:]:
+            known = self.epsilon if rung.threat_size is None else np.minimum(rung.threat_size, self.epsilon)
+            sizes = np.where(rung.broken, np.minimum(sizes, known), sizes)
+        return np.where(self.clean.broken, 0.0, sizes)
+
+    @property
+    def held(self) -> np.ndarray:
+        """Whether the image was shown to hold under every rung of the ladder, (n,)."""
+        return np.logical_and.reduce([rung.held for rung in self.rungs])
 
     @property
     def combined(self) -> Interval:

@@ -1,6 +1,7 @@
-"""Published accuracies of contrastive pre-training, beside which a run's live figures are shown."""
+"""Published accuracies, beside which those of a run on the same data set are shown."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 PUBLISHED = "SimCLR, width 64, published"
 """What ``ENCODERS`` are figures of: ResNet-18 of width 64, all labels for the linear probe."""
@@ -21,6 +22,97 @@ NAMES = {
     "accuracy_noisy": "classifier, noisy",
 }
 """Live figures in words."""
+
+
+@dataclass(frozen=True)
+class CertifiedCurve:
+    """Published certified accuracy, fractions of all 10,000 test images, at multiples of 0.25 in l2 from 0 on."""
+
+    method: str
+    sigma: float
+    accuracy: tuple[float, ...]
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        return tuple(0.25 * place for place in range(len(self.accuracy)))
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, σ {self.sigma:g}, published"
+
+
+def _curve(method: str, sigma: float, *percents: float) -> CertifiedCurve:
+    return CertifiedCurve(method, sigma, tuple(round(percent / 100, 4) for percent in percents))
+
+
+_RECORD = "ACR-weakness"
+CERTIFIED: Mapping[str, tuple[CertifiedCurve, ...]] = {
+    "cifar10": (
+        _curve("Gaussian", 0.25, 80.4, 66.8, 50.5, 32.7),
+        _curve("CAT-RS", 0.25, 76.3, 68.1, 58.8, 48.2),
+        _curve(_RECORD, 0.25, 76.6, 69.0, 59.3, 48.3),
+        _curve("Gaussian", 0.5, 68.8, 58.2, 46.2, 34.5, 24.5, 16.3, 10.2, 5.3),
+        _curve("CAT-RS", 0.5, 62.3, 56.8, 50.5, 44.6, 38.5, 32.7, 27.1, 20.6),
+        _curve(_RECORD, 0.5, 59.3, 54.8, 49.6, 44.4, 38.9, 34.1, 29.0, 23.0),
+        _curve("Gaussian", 1.0, 50.9, 43.5, 36.5, 30.1, 23.9, 18.6, 13.7, 9.8, 6.5, 4.1, 2.5),
+        _curve("CAT-RS", 1.0, 43.2, 40.2, 37.2, 34.3, 31.0, 28.1, 24.9, 22.0, 19.3, 16.8, 14.2),
+        _curve(_RECORD, 1.0, 42.0, 39.4, 36.5, 33.9, 31.1, 28.4, 25.6, 23.1, 20.6, 18.3, 16.1),
+    ),
+    "cifar100": (
+        _curve("Gaussian", 0.25, 48.9, 33.7, 20.9, 12.0),
+        _curve("CAT-RS", 0.25, 48.2, 39.8, 31.7, 24.4),
+        _curve("Gaussian", 0.5, 36.5, 27.8, 20.4, 14.7, 10.1, 6.8, 4.2),
+        _curve("CAT-RS", 0.5, 35.8, 30.5, 25.7, 21.2, 17.5, 14.4, 11.5),
+    ),
+}
+"""Certified l2 accuracy by data set: ResNet-110, N = 100,000, alpha = 0.001 per image, all 10,000 test images.
+
+Computed from the logs in the repositories of the authors: eth-sri/acr-weakness (2025) for CIFAR-10, and
+alinlab/smoothing-catrs (2023) for CIFAR-100.
+"""
+CERTIFIED_SOURCES = {
+    "cifar10": "the logs of eth-sri/acr-weakness (2025)",
+    "cifar100": "the logs of alinlab/smoothing-catrs (2023)",
+}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A published accuracy under attack, as it is printed."""
+
+    source: str
+    clean: str
+    robust: str
+    attack: str
+    data: str
+    model: str
+
+
+_AUTOATTACK = "AutoAttack, ℓ∞ 8/255"
+ATTACKED: Mapping[str, tuple[Attacked, ...]] = {
+    "cifar10": (
+        Attacked("RUSH abstract (arXiv 2207.05127)", "87.9 %", "77.8 %", "PGD, ℓ∞ 8/255", "CIFAR-10", "ResNet-18"),
+        Attacked(
+            "RobustBench, best of its size (Gowal 2021, generated data)",
+            "87.4 %", "58.5 %", _AUTOATTACK, "CIFAR-10", "ResNet-18",
+        ),
+        Attacked("RobustBench, best of any size", "–", "73.7 %", _AUTOATTACK, "CIFAR-10", "any"),
+    ),
+    "cifar100": (
+        Attacked(
+            "RobustBench, best of its size (Rade 2021, generated data)",
+            "61.5 %", "28.9 %", _AUTOATTACK, "CIFAR-100", "PreAct ResNet-18",
+        ),
+    ),
+}  # fmt: skip
+"""Accuracy under attack by data set, from the abstract and from the README of RobustBench."""
+
+
+def certified_curves(dataset: str, norm: str, sigma: float) -> tuple[CertifiedCurve, ...]:
+    """Return the published l2 curves of a data set at the noise level nearest to ``sigma``, () if there are none."""
+    known = CERTIFIED.get(dataset, ()) if norm == "l2" else ()
+    nearest = min((curve.sigma for curve in known), key=lambda level: abs(level - sigma), default=None)
+    return tuple(curve for curve in known if curve.sigma == nearest)
 
 
 def progress_text(stage: str, epoch: int, figures: Mapping[str, float], dataset: str) -> str:

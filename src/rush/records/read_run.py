@@ -15,6 +15,7 @@ from rush.errors import RunError
 from rush.records.attacks import read_attacks, read_samples
 from rush.records.audit import read_audit
 from rush.records.certificates import TABLE, read_certificates
+from rush.records.embedding import Embedding, read_embedding
 from rush.records.ladder import Ladder, Sample
 from rush.records.log import damaged_event, read_events
 from rush.records.record import Record, damaged
@@ -46,12 +47,16 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of training as logged: number, mean loss, wall-clock seconds."""
+    """One epoch of training as logged: number, mean loss, wall-clock seconds, learning rate of the last step.
+
+    Logs of older versions have no learning rate.
+    """
 
     stage: str
     number: int
     loss: float
     seconds: float
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class RunResults:
     ladder: Ladder | None
     audit: AuditReport | None
     watched: tuple[Watched, ...] = ()
+    embedding: Embedding | None = None
 
     @property
     def name(self) -> str:
@@ -162,6 +168,7 @@ def read_run(folder: Path | str) -> RunResults:
         ladder=attack,
         audit=read_audit(folder / "audit.json", _redo(folder, "audit")) if "audit" in stages else None,
         watched=_last_records(folder / "log.jsonl", "monitor", _watched),
+        embedding=_read_embedding(folder, stages),
     )
 
 
@@ -215,6 +222,14 @@ def _read_stage(folder: Path, stage: Stage) -> StageRecord:
     return StageRecord(stage, record.number("seconds"), str(record.fields.get("finished", "")), record.fields)
 
 
+def _read_embedding(folder: Path, stages: Mapping[Stage, StageRecord]) -> Embedding | None:
+    """Return the map of the encoder in the record of pre-training, None without one."""
+    if "pretrain" not in stages:
+        return None
+    remedy = "remove the key; the report is then without the map of the encoder"
+    return read_embedding(Record(folder / "stages" / "pretrain.json", stages["pretrain"].fields, remedy))
+
+
 def _check_share(record: Record) -> None:
     share = record.fields.get("knn_accuracy")
     right, total = (share.get("correct"), share.get("total")) if isinstance(share, dict) else (None, None)
@@ -223,7 +238,14 @@ def _check_share(record: Record) -> None:
 
 
 def _epoch(record: Mapping[str, Any]) -> Epoch:
-    return Epoch(str(record["stage"]), int(record["epoch"]), float(record["loss"]), float(record["seconds"]))
+    rate = record.get("learning_rate")
+    return Epoch(
+        stage=str(record["stage"]),
+        number=int(record["epoch"]),
+        loss=float(record["loss"]),
+        seconds=float(record["seconds"]),
+        learning_rate=None if rate is None else float(rate),
+    )
 
 
 def _watched(record: Mapping[str, Any]) -> Watched:

@@ -137,9 +137,7 @@ def compare_command(
     radius: float | None = None,
     assume_same_images: bool = False,
 ) -> list[Table]:
-    """Return the tables of ``rush compare``: certificates, accuracy under attack and the cost of training.
-
-    A run without noise has no certificates and appears in the other tables only.
+    """Return the tables of ``rush compare`` for the runs and logs in ``paths``, as ``all_tables`` does.
 
     Args:
         paths: run folders and logs.
@@ -153,7 +151,14 @@ def compare_command(
         DataError: a public log is damaged.
         RunError: a file of a run is damaged.
     """
-    runs, comparison = read_comparison(paths, sigma, radii, radius, assume_same_images)
+    return all_tables(*read_comparison(paths, sigma, radii, radius, assume_same_images))
+
+
+def all_tables(runs: Sequence[RunResults], comparison: Comparison | None) -> list[Table]:
+    """Return the tables of ``rush compare``: certificates, accuracy under attack and the cost of training.
+
+    A run without noise has no certificates and appears in the other tables only.
+    """
     certified = [] if comparison is None else comparison_tables(comparison)
     return certified + attacked_tables(runs) + training_tables(runs)
 
@@ -181,7 +186,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
     Accuracies and average radii have a table for each norm of the radii, with the logs of that norm.
     """
-    parts = _by_norm(comparison)
+    parts = by_norm(comparison)
     tables = [
         _conditions_table(comparison),
         *map(_accuracy_table, parts),
@@ -194,14 +199,14 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     return [table for table in tables if table[2]]
 
 
-def _by_norm(comparison: Comparison) -> list[Comparison]:
+def by_norm(comparison: Comparison) -> list[Comparison]:
     """Return the comparison split by the norm of the radii, in the order in which the norms occur."""
     norms = dict.fromkeys(log.rule.norm for log in comparison.logs)
     return [replace(comparison, logs=tuple(log for log in comparison.logs if log.rule.norm == norm)) for norm in norms]
 
 
 def _norm(part: Comparison) -> str:
-    """Return the sign of the norm of a part that ``_by_norm`` made."""
+    """Return the sign of the norm of a part that ``by_norm`` made."""
     return NORM_SIGNS[part.logs[0].rule.norm]
 
 
@@ -383,7 +388,7 @@ def _conditions_table(comparison: Comparison) -> Table:
     rows: list[Row[CertificateTable]] = [
         ("sigma", lambda log: f"{log.rule.sigma:g}"),
         ("noise", lambda log: log.rule.noise),
-        *([("norm of the radii", _norm_text)] if len(_by_norm(comparison)) > 1 else []),
+        *([("norm of the radii", _norm_text)] if len(by_norm(comparison)) > 1 else []),
         ("method", lambda log: _method_text(log.rule)),
         ("level", lambda log: _level_text(log.rule)),
         ("N", lambda log: f"{log.rule.num_estimation:,}" + (" at most" if _stops_early(log) else "")),

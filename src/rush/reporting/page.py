@@ -1,48 +1,26 @@
 """The report of a run folder: one self-contained HTML page, for screens of any size, dark mode and paper."""
 
-import base64
-import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
-from rush.records.ladder import Ladder, Sample
-from rush.records.published import ENCODERS
-from rush.records.read_run import RunResults, read_run, read_run_samples
-from rush.reporting import plots, wording
+from rush.records.ladder import Ladder
+from rush.records.published import ATTACKED, CERTIFIED_SOURCES, ENCODERS, certified_curves
+from rush.records.read_run import RunResults, read_run
+from rush.reporting import page_data, plots, training_plots, wording
+from rush.reporting.classes import MOST_CLASSES, accuracy_by_class, confusion
 from rush.reporting.costs import training_sentence
+from rush.reporting.exports import Data
+from rush.reporting.pictures import pictures_of
+from rush.reporting.rendering import plots_of, render_page
+from rush.reporting.walk import STATES, walk_of
 from rush.runtime.files import write_text
-from rush.runtime.lines import printable
 from rush.statistics import Interval, share_interval
 
-SAMPLE_COUNT = 9
 _TRAININGS = (("pretrain", "Pre-training"), ("finetune", "Fine-tuning"))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One attacked image: three PNG data URIs, its classes and its verdict."""
-
-    label: str
-    predicted: str
-    verdict: str
-    clean: str
-    adversarial: str
-    difference: str
-
-
-@dataclass(frozen=True)
-class Plot:
-    """The same plot for wide and for narrow screens."""
-
-    wide: Markup
-    narrow: Markup
 
 
 @dataclass(frozen=True)
@@ -73,64 +51,21 @@ def write_report(folder: Path | str) -> Path:
 
 def render(results: RunResults) -> str:
     """Return the page of ``results`` as HTML, with sample images read from the run folder."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "acr": wording.acr_text,
-        "attackers": wording.attackers_text,
-        "audited": wording.audited_threat_text,
-        "bounds": wording.bounds,
-        "budget": wording.budget_text,
-        "count": wording.count,
-        "count_or_dash": wording.count_or_dash,
-        "d": wording.d_text,
-        "duration": wording.duration,
-        "figure": wording.figure_text,
-        "lower": wording.lower_text,
-        "level": wording.level_text,
-        "method": wording.method_text,
-        "percent": wording.percent,
-        "points": wording.points,
-        "radius": wording.radius_text,
-        "samples": wording.samples_text,
-        "share": wording.share,
-        "verdict": wording.audit_sentence,
-    }
-    return environment.get_template("page.html.j2").render(_context(results))
-
-
-def _visible(value: object) -> object:
-    """Return ``value`` with characters that cannot be written or that hide escaped, if it is text but not markup."""
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def png_uri(image: np.ndarray) -> str:
-    """Return ``image`` uint8 (C, H, W) as a PNG data URI: RGB for three channels, else grey, the mean over channels."""
-    picture = image.transpose(1, 2, 0) if len(image) == 3 else image.mean(axis=0).round().astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def magnification(samples: tuple[Sample, ...]) -> int:
-    """Return the largest whole factor, at least 1, at which every pixel difference fits the range around mid-grey."""
-    largest = max((float(np.abs(_difference(sample)).max()) for sample in samples), default=0.0)
-    return max(1, int(0.5 / largest + 1e-3)) if largest > 0 else 1
+    return render_page("page.html.j2", _context(results))
 
 
 def _context(results: RunResults) -> Mapping[str, Any]:
-    samples = read_run_samples(results, SAMPLE_COUNT)
-    factor = magnification(samples)
     certificates, ladder, audit = results.certificates, results.ladder, results.audit
-    floors = _floors(results)
-    floor = _floor(results)
+    floor, floors, walk = _floor(results), _floors(results), walk_of(results)
+    data = [*page_data.training_data(results), *page_data.origin_data(results)]
+    if ladder is not None and walk is not None:
+        data += page_data.attacked_data(results, floor, floors, walk)
+    if audit is not None:
+        data += page_data.audited_data(audit)
+    published = _published_context(results, data)
+    pictures, factor = pictures_of(results, walk)
     return {
+        **_certified_context(results, data),
         "run": results,
         "certificates": certificates,
         "rule": certificates.rule if certificates else None,
@@ -142,7 +77,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "proved": results.threat_certificates,
         "quick": wording.QUICK,
         "not_certified": wording.NOT_CERTIFIED if results.plain else "",
-        "epsilon_plot": _plots(plots.epsilon_curve, "epsilon", ladder, floors) if ladder and ladder.curve else None,
+        "epsilon_plot": plots_of(plots.epsilon_curve, "epsilon", ladder, floors) if ladder and ladder.curve else None,
         "curve_zero": wording.zero_text(ladder) if ladder and ladder.curve else ("", False),
         "curve_rises": wording.rises_text(ladder) if ladder else "",
         "audit": audit,
@@ -152,20 +87,70 @@ def _context(results: RunResults) -> Mapping[str, Any]:
         "not_done": wording.not_done(results),
         "data": results.setting("data", "name") or "unnamed data",
         "model": wording.model_text(results),
-        "certified_plot": _plots(plots.certified_curve, "curve", certificates, ladder) if certificates else None,
-        "copies": wording.copies_text(certificates) if certificates else "",
-        "ladder_plot": _plots(plots.ladder_plot, "ladder", ladder, floor) if ladder else None,
-        "own_rows": wording.own_rows(results),
-        "unequal": wording.unequal_conditions(results),
-        "pictures": [_picture(results, sample, factor) for sample in samples],
+        "ladder_plot": plots_of(plots.ladder_plot, "ladder", ladder, floor) if ladder else None,
+        **published,
+        "pictures": pictures,
+        "sign": wording.NORM_SIGNS[ladder.norm] if ladder else "",
         "factor": factor,
+        "walk": walk,
+        "states": STATES,
+        "known": walk.at(walk.epsilon) if walk else [],
+        "shares": walk.shares(walk.epsilon) if walk else {},
         "knn": _knn(results),
         "training_plots": _training_plots(results),
         "cost": wording.cost_rows(results),
         "training_cost": training_sentence(results),
         "recipe": wording.nested_rows(results.recipe),
         "provenance": wording.nested_rows(results.provenance),
+        "saved": _by_name(data),
     }
+
+
+def _certified_context(results: RunResults, data: list[Data]) -> Mapping[str, Any]:
+    """Return what the page says about certificates, whose figures and tables are added to ``data``."""
+    certificates = results.certificates
+    if certificates is None:
+        return {"certified_plot": None, "copies": "", "classes": [], "confusion": None, "published_curves": ()}
+    classes, table = accuracy_by_class(results), confusion(results)
+    data += page_data.certified_data(results, classes, table)
+    name, rule = str(results.setting("data", "name")), certificates.rule
+    published = certified_curves(name, rule.norm, rule.sigma)
+    at = f"{wording.NORM_SIGNS[rule.norm]} {wording.radius_text(wording.headline_radius(certificates))}"
+    shown = classes[:MOST_CLASSES]
+    return {
+        "certified_plot": plots_of(plots.certified_curve, "curve", certificates, results.ladder, published),
+        "radius_plot": plots_of(plots.radius_histogram, "radii", certificates),
+        "class_plot": plots_of(plots.class_plot, "classes", shown, at),
+        "classes": classes,
+        "shown_classes": shown,
+        "confusion": table,
+        "whole_confusion": len(table.names) <= MOST_CLASSES,
+        "copies": wording.copies_text(certificates),
+        "published_curves": published,
+        "published_source": CERTIFIED_SOURCES.get(name, ""),
+    }
+
+
+def _published_context(results: RunResults, data: list[Data]) -> Mapping[str, Any]:
+    """Return the published rows of the run's data set, () for data of the user's own, and the run's rows.
+
+    Their table is added to ``data``.
+    """
+    name = str(results.setting("data", "name"))
+    rows = ATTACKED.get(name, ()) if results.ladder else ()
+    own = wording.own_rows(results) if rows else []
+    header = ("source", "clean", "robust", "attack", "data", "model")
+    data.append(Data("published", "Published results", header, [*map(astuple, rows), *own]))
+    return {
+        "published_rows": rows,
+        "own_rows": own,
+        "unequal": wording.unequal_conditions(results) if rows else [],
+        "paper": name == wording.PAPER_DATA,
+    }
+
+
+def _by_name(data: Iterable[Data]) -> Mapping[str, Data]:
+    return {each.name: each for each in data}
 
 
 def _floor(results: RunResults) -> Interval | None:
@@ -191,52 +176,48 @@ def _bar(ladder: Ladder, floor: Interval) -> Bar:
     return Bar(floor.estimate, attacked - floor.estimate, clean - attacked, 1 - clean)
 
 
-def _plots(draw: Callable[..., Markup], name: str, *values: Any) -> Plot:
-    return Plot(draw(*values, f"{name}-wide", "wide"), draw(*values, f"{name}-narrow", "narrow"))
+def _training_plots(results: RunResults) -> list[tuple[Markup, str]]:
+    """Return loss, live figures and rates of training, and maps of the encoder, each with the name of its values.
 
-
-def _training_plots(results: RunResults) -> list[Markup]:
-    """Return loss and live figures of each training stage, narrow on every screen, where two fit side by side."""
-    shown = []
+    They are narrow on every screen, where two fit side by side.
+    """
+    losses, watched, rates = [], [], []
     for stage, title in _TRAININGS:
         epochs = tuple(epoch for epoch in results.epochs if epoch.stage == stage)
+        live = tuple(epoch for epoch in results.watched if epoch.stage == stage)
+        values = f"training-{stage}"
         if epochs:
-            shown.append(plots.training_curve(epochs, title, f"loss-{stage}", "narrow"))
-    for stage, title in _TRAININGS:
-        watched = tuple(epoch for epoch in results.watched if epoch.stage == stage)
-        if watched:
-            published = ENCODERS.get(results.setting("data", "name"), {}) if stage == "pretrain" else {}
+            losses.append((training_plots.training_curve(epochs, title, f"loss-{stage}", "narrow"), values))
+        if live:
+            published = ENCODERS.get(str(results.setting("data", "name")), {}) if stage == "pretrain" else {}
             name = f"watched-{stage}"
-            shown.append(plots.watched_curve(watched, f"{title}, held-out images", name, "narrow", published))
-    return shown
+            drawn = training_plots.watched_curve(live, f"{title}, held-out images", name, "narrow", published)
+            watched.append((drawn, name))
+        if any(epoch.learning_rate is not None for epoch in epochs):
+            rate = training_plots.rate_curve(epochs, f"{title}, learning rate", f"rate-{stage}", "narrow")
+            rates.append((rate, values))
+    return [*losses, *watched, *rates, *_maps(results)]
+
+
+def _maps(results: RunResults) -> list[tuple[Markup, str]]:
+    """Return the maps of the pre-trained encoder, of clean and of noisy images, as far as the run has them."""
+    embedding = results.embedding
+    if embedding is None:
+        return []
+    places = {"clean": embedding.clean, "noisy": embedding.noisy}
+    return [
+        (
+            training_plots.embedding_map(
+                embedding, own, results.class_name, f"Encoder, {kind} test images", f"map-{kind}", "narrow"
+            ),
+            "embedding",
+        )
+        for kind, own in places.items()
+        if own is not None
+    ]
 
 
 def _knn(results: RunResults) -> Interval | None:
     """Return the nearest-neighbour accuracy of the pre-trained encoder, None if it was not measured."""
     counts = results.stages["pretrain"].fields.get("knn_accuracy") if "pretrain" in results.stages else None
     return share_interval(counts["correct"], counts["total"]) if counts else None
-
-
-def _picture(results: RunResults, sample: Sample, factor: int) -> Picture:
-    challenger = results.class_name(sample.challenger)
-    predicted = {
-        "broken": challenger,
-        "held": results.class_name(sample.label),
-        "undecided": f"{results.class_name(sample.label)} or {challenger}",
-    }
-    return Picture(
-        label=results.class_name(sample.label),
-        predicted=predicted[sample.verdict],
-        verdict=sample.verdict,
-        clean=png_uri(sample.clean),
-        adversarial=png_uri(_bytes(sample.adversarial)),
-        difference=png_uri(_bytes(0.5 + factor * _difference(sample))),
-    )
-
-
-def _difference(sample: Sample) -> np.ndarray:
-    return sample.adversarial.astype(np.float64) - sample.clean / 255.0
-
-
-def _bytes(pixels: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(pixels * 255.0), 0, 255).astype(np.uint8)

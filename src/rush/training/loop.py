@@ -131,9 +131,9 @@ class TrainingRun:
         meter: counts the passes of the run and names its device.
         monitor: maps an epoch to live figures, computed with averaged weights where the schedule asks for them.
         head_epochs: number of first epochs whose steps do different work from the later ones. A trial measures both.
-        log: called with ``("epoch", ...)`` after every epoch: mean loss, cost and images per second. Called with
-            ``("monitor", ...)`` and the figures of ``monitor``, unless empty, after every ``schedule.monitor_epochs``
-            epochs and after the last.
+        log: called with ``("epoch", ...)`` after every epoch: mean loss, learning rate of the last step, cost and
+            images per second. Called with ``("monitor", ...)`` and the figures of ``monitor``, unless empty, after
+            every ``schedule.monitor_epochs`` epochs and after the last.
         captured: on CUDA the whole step is captured once and replayed (``training.graphs``), with the same bits. This
             needs one process and the optimizer sgd or adamw.
     """
@@ -429,6 +429,7 @@ class TrainingRun:
             stage=self.name,
             epoch=epoch,
             loss=loss,
+            learning_rate=self.rate,
             images_per_second=images / cost.seconds,
             peak_memory=peak_memory(self.device),
             processes=world_size(),

@@ -1,5 +1,7 @@
 """Nearest-neighbour and linear accuracy of a frozen encoder's representations, clean and under noise."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,6 +10,9 @@ from rush.data.images import ImageSet
 from rush.runtime.execution import Execution, without_tf32
 from rush.runtime.randomness import stream
 from rush.smoothing.noise import Noise
+
+MAP_IMAGES = 300
+"""Largest number of images on the map of an encoder."""
 
 
 def representations(
@@ -122,6 +127,43 @@ def encoder_figures(
         figures[f"knn{suffix}"] = knn_correct(bank_features, labels, queries, truth, neighbours) / len(held_out)
         figures[f"linear{suffix}"] = linear_correct(bank_features, labels, queries, truth) / len(held_out)
     return figures
+
+
+def embedding(
+    represent: nn.Module, images: ImageSet, noise: Noise | None, execution: Execution, seed: int
+) -> dict[str, Any] | None:
+    """Return a map of representations, clean and with one draw of ``noise``, in two dimensions.
+
+    Its axes are the first two principal components of the clean representations of unit length, with the sign that
+    makes their largest weight positive. At most ``MAP_IMAGES`` evenly spaced images are on it.
+
+    Returns:
+        labels: of n images. clean: their places (n, 2). noisy: likewise, None without noise. explained: the share of
+        the clean variance along each axis. None where labels are missing, or fewer than three images.
+    """
+    if images.labels is None or len(images) < 3:
+        return None
+    rows = torch.linspace(0, len(images) - 1, min(len(images), MAP_IMAGES)).round().long()
+    chosen = images[rows]
+    assert chosen.labels is not None
+    features = representations(chosen, represent, execution)
+    clean = F.normalize(features, dim=1).double().cpu()
+    mean = clean.mean(0)
+    _, values, components = torch.linalg.svd(clean - mean, full_matrices=False)
+    axes = components[:2] * torch.take_along_dim(components[:2], components[:2].abs().argmax(1, keepdim=True), 1).sign()
+    places = {"clean": clean}
+    if noise is not None:
+        generator = stream(seed, "embedding", device=execution.device)
+        noisy = representations(chosen, represent, execution, noise, generator)
+        places["noisy"] = F.normalize(noisy, dim=1).double().cpu()
+    rounded = {name: ((own - mean) @ axes.T * 1e4).round() / 1e4 for name, own in places.items()}
+    shares = values.square() / values.square().sum().clamp(min=1e-300)
+    return {
+        "labels": chosen.labels.tolist(),
+        "clean": rounded["clean"].tolist(),
+        "noisy": rounded["noisy"].tolist() if "noisy" in rounded else None,
+        "explained": [round(float(share), 4) for share in shares[:2]],
+    }
 
 
 def classifier_figures(
