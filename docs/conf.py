@@ -20,7 +20,7 @@ project = "RUSH"
 release = rush.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "results/**.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/**.md", "results/**.md"]
 exclude_patterns = [".*", "build", "runs", "src", "tests"]
 
 myst_heading_anchors = 4

@@ -1,4 +1,4 @@
-"""The code blocks of README.md, CONTRIBUTING.md and docs/, and the marks before them.
+"""The code blocks of README.md, CONTRIBUTING.md, SECURITY.md and docs/, and the marks before them.
 
 A mark is an HTML comment on the line before a block, which no reader of the page sees:
 
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md")))
+_DOCS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", *_DOCS)
 REASONS = (
     "needs a GPU",
     "needs several machines",

@@ -40,7 +40,7 @@ class TrainingCheckpoint:
         """
         buffer = io.BytesIO()
         torch.save({"fingerprint": self.fingerprint, **state}, buffer)
-        content = buffer.getbuffer()
+        content = buffer.getvalue()  # shares the memory, without an exported view that would outlive an error
         opening = _OPENING + hashlib.sha256(content).hexdigest().encode() + b"\n"
 
         def write(target: Path) -> None:
