@@ -1,7 +1,7 @@
 # The command rush on the CPU. In the root of the repository:
 #   docker build -t rush .
 #   mkdir -p runs
-#   docker run --rm --user "$(id -u)" -e HOME=/tmp -v "$PWD/runs:/work/runs" rush run digits
+#   docker run --rm --user "$(id -u)" -e HOME=/tmp -v "$PWD/runs:/app/runs" rush run digits
 FROM python:3.12-slim
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
@@ -16,8 +16,8 @@ COPY src/rush src/rush
 COPY results/cifar10-small/model results/cifar10-small/model
 RUN pip install -c constraints.txt .
 
-RUN useradd --create-home --uid 1000 rush && mkdir /work && chown rush /work
+RUN useradd --create-home --uid 1000 rush && mkdir /app && chown rush /app
 USER rush
-WORKDIR /work
+WORKDIR /app
 ENTRYPOINT ["rush"]
 CMD ["--help"]

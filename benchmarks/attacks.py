@@ -39,11 +39,11 @@ from rush.attacks.gradient import plain
 from rush.attacks.losses import Loss, cross_entropy, dlr
 from rush.attacks.square import square
 from rush.attacks.threat import norms
-from rush.data.images import ImageSet, stratified_subset
+from rush.data.images import ImageSet
 from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.statistics import paired_difference
-from shared import Row, benchmark_parser, in_percent, labels_of, printed, record, save_arrays
+from shared import Row, benchmark_images, benchmark_parser, in_percent, labels_of, printed, record, save_arrays
 
 STEPS = 100
 SLACK = 1e-6  # float32 rounding of a point at the edge of the ball
@@ -287,12 +287,6 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Image
         network = plain_resnet18() if CASES[case].network == "plain" else robust_network(arguments.robust)
         print(f"{case}: {len(images)} images", flush=True)
         yield case, network, images
-
-
-def benchmark_images(data: Path, count: int) -> ImageSet:
-    """A seeded stratified subset of the test images of CIFAR-10."""
-    test = rush.load_images("cifar10", split="test", root=data)
-    return stratified_subset(test, count, stream(0, "benchmark", "images"))
 
 
 def main() -> None:

@@ -21,11 +21,10 @@ from torch import Tensor
 import rush
 from rush.certification.certificates import Certificates, join_certificates
 from rush.choices import CertifyMethod
-from rush.data.images import stratified_subset
 from rush.runtime.randomness import stream
 from rush.smoothing.noise import Noise
 from rush.statistics import paired_difference
-from shared import Row, benchmark_parser, in_percent, printed, record, smoothed_model
+from shared import Row, benchmark_images, benchmark_parser, in_percent, printed, record, smoothed_model
 
 TURN = 10
 SIGMAS = (0.12, 0.25, 0.5, 1.0)
@@ -55,8 +54,7 @@ def seconds_of(noise: Noise, pixels: Tensor, out: Tensor, generator: torch.Gener
 
 def certify(arguments: argparse.Namespace) -> None:
     trained = smoothed_model(arguments.run)
-    test = rush.load_images("cifar10", split="test", root=arguments.data)
-    images = stratified_subset(test, arguments.images, stream(0, "benchmark", "images"))
+    images = benchmark_images(arguments.data, arguments.images)
     execution = trained.execution
     models = [
         rush.SmoothedClassifier(

@@ -17,7 +17,6 @@ Run it on a machine that does nothing else, on a processor with integer dot prod
 """
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,16 +25,29 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization.observer import MinMaxObserver
 from torch.profiler import ProfilerActivity, profile
 
 import rush
-from rush.data.images import ImageSet, stratified_subset
+from rush.data.images import ImageSet
 from rush.pipeline.precision import in_integers
 from rush.runtime.execution import in_precision
 from rush.runtime.randomness import stream
 from rush.smoothing.quantized import Quantized
 from rush.statistics import paired_difference
-from shared import Row, benchmark_parser, in_percent, labels_of, printed, record, setting_of, smoothed_model, spread
+from shared import (
+    Row,
+    benchmark_images,
+    benchmark_parser,
+    in_another_form,
+    in_percent,
+    labels_of,
+    printed,
+    record,
+    setting_of,
+    smoothed_model,
+    spread,
+)
 
 RADII = (0.0, 0.25, 0.5)
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -45,9 +57,8 @@ class Bench:
     """The run's network in all precisions, and the images."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        train, test = (rush.load_images("cifar10", split=name, root=arguments.data) for name in ("train", "test"))
-        self.train = train
-        self.test = stratified_subset(test, arguments.images, stream(arguments.seed, "benchmark", "images"))
+        self.train = rush.load_images("cifar10", split="train", root=arguments.data)
+        self.test = benchmark_images(arguments.data, arguments.images, arguments.seed)
         self.stored = smoothed_model(arguments.run)
         self.seed = arguments.seed
         self.models = {name: self.model(name) for name in PRECISIONS}
@@ -55,16 +66,7 @@ class Bench:
     def model(self, precision: str) -> rush.SmoothedClassifier:
         if precision == "int8":
             return in_integers(self.model("float32"), self.train, self.seed)
-        network = copy.deepcopy(self.stored.classifier).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        execution = in_precision(self.stored.execution, precision)  # type: ignore[arg-type]
-        return rush.SmoothedClassifier(
-            execution.place(network),
-            noise=self.stored.noise,
-            num_classes=10,
-            execution=execution,
-            classes=self.stored.classes,
-            image_shape=self.stored.image_shape,
-        )
+        return in_another_form(self.stored, in_precision(self.stored.execution, precision))  # type: ignore[arg-type]
 
     def conditions(self) -> Row:
         return {**setting_of(self.models["int8"]), "images": len(self.test)}
@@ -110,7 +112,7 @@ def loss(arguments: argparse.Namespace) -> None:
         }
         rows.append(printed(row))
     chosen = {"histogram": bench.models["int8"]}
-    with mock.patch("torch.ao.quantization.observer.HistogramObserver", extremes_observer()):
+    with mock.patch("torch.ao.quantization.observer.HistogramObserver", MinMaxObserver):
         chosen["least and greatest value"] = bench.model("int8")
     plain_right = noisy_accuracy(bench, bench.models["float32"], arguments.draws)
     for name, model in chosen.items():
@@ -126,12 +128,6 @@ def loss(arguments: argparse.Namespace) -> None:
         }
         rows.append(printed(row))
     record(arguments, "integers-loss", rows, bench.conditions())
-
-
-def extremes_observer() -> type:
-    from torch.ao.quantization.observer import MinMaxObserver
-
-    return MinMaxObserver
 
 
 def noisy_accuracy(bench: Bench, model: rush.SmoothedClassifier, draws: int) -> np.ndarray:

@@ -41,13 +41,22 @@ from torch.utils.data import DataLoader, Dataset
 
 import rush
 from pretraining import HIDDEN, LEARNING_RATE, MOMENTUM, OUT, TEMPERATURE, WEIGHT_DECAY, Setting, rush_turn
-from rush.data.images import ImageSet, stratified_subset
 from rush.models.classifier import Normalize
 from rush.runtime.distributed import joined_processes, rank, world_size
 from rush.runtime.execution import Execution, decide_execution
-from rush.runtime.randomness import stream
 from rush.training.pretrain import channel_statistics
-from shared import RECORDS, Row, benchmark_parser, printed, record, setting_of, smoothed_model, spread
+from shared import (
+    RECORDS,
+    Row,
+    benchmark_images,
+    benchmark_parser,
+    in_another_form,
+    printed,
+    record,
+    setting_of,
+    smoothed_model,
+    spread,
+)
 
 ALPHA, SELECTION, CAP = 0.001, 100, 100_000
 SHORT, LONG = 2_000, 6_000
@@ -126,7 +135,7 @@ def answers(certify: Certify, images: Tensor, samples: int, batch: int) -> list[
 
 
 def certification(arguments: argparse.Namespace) -> None:
-    smoothed, images = certified_model(arguments), test_images(arguments)
+    smoothed, images = certified_model(arguments), benchmark_images(arguments.data, arguments.images, arguments.seed)
     network, pixels = arguments.network, images.pixels()
     sides = {
         "this library": rush_certify(smoothed),
@@ -171,22 +180,9 @@ def certified_model(arguments: argparse.Namespace) -> rush.SmoothedClassifier:
     ``arguments.network`` becomes the peers' network, with its own weights.
     """
     stored = smoothed_model(arguments.run)
-    arguments.network = smoothed_model(arguments.run).classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    arguments.network = in_another_form(stored, Execution()).classifier
     execution = Execution(folded=True, threads=torch.get_num_threads())
-    execution.place(stored.classifier)
-    return rush.SmoothedClassifier(
-        stored.classifier,
-        stored.sigma,
-        stored.num_classes,
-        execution=execution,
-        classes=stored.classes,
-        image_shape=stored.image_shape,
-    )
-
-
-def test_images(arguments: argparse.Namespace) -> ImageSet:
-    images = rush.load_images("cifar10", split="test", root=arguments.data)
-    return stratified_subset(images, arguments.images, stream(arguments.seed, "benchmark", "images"))
+    return in_another_form(stored, execution, rush.Gaussian(stored.sigma))
 
 
 def conditions_of(smoothed: rush.SmoothedClassifier, images: int) -> Row:
@@ -194,7 +190,7 @@ def conditions_of(smoothed: rush.SmoothedClassifier, images: int) -> Row:
 
 
 def sequential(arguments: argparse.Namespace) -> None:
-    smoothed, images = certified_model(arguments), test_images(arguments)
+    smoothed, images = certified_model(arguments), benchmark_images(arguments.data, arguments.images, arguments.seed)
     peer = peer_seconds()
     rows = []
     for what, radii, count in (("one radius", (0.25,), len(images)), ("curve", CURVE, arguments.curve_images)):

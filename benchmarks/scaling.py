@@ -67,8 +67,8 @@ def sizes(arguments: argparse.Namespace) -> None:
 def processes(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        before = STAGES[: STAGES.index(arguments.part)]
-        started_run(run, before)
+        for name in STAGES[: STAGES.index(arguments.part)]:
+            stage(run, name, 1)
         rows: list[Row] = []
         seconds: dict[int, list[float]] = {1: [], 2: []}
         for number in range(arguments.rounds):
@@ -92,11 +92,6 @@ def processes(arguments: argparse.Namespace) -> None:
                 )
             )
     record(arguments, f"scaling-{arguments.part}", rows, {"noise": "discrete", "recipe": "digits"})
-
-
-def started_run(run: Path, stages: tuple[str, ...]) -> None:
-    for name in stages:
-        stage(run, name, 1)
 
 
 def stage(run: Path, name: str, count: int) -> None:

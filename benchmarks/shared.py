@@ -6,6 +6,7 @@ text, a number, or an estimate with its bounds; None is an empty cell.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,10 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import rush
+from rush.data.images import ImageSet, stratified_subset
 from rush.records.folder import commit, versions
 from rush.reporting.wording import figure_text
+from rush.runtime.execution import Execution
 from rush.runtime.files import write_atomically, write_json
 from rush.runtime.machine import machine
+from rush.runtime.randomness import stream
+from rush.smoothing.noise import Noise
 from rush.statistics import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +130,27 @@ def setting_of(smoothed: rush.SmoothedClassifier) -> Row:
         "device": execution.device,
         "precision": execution.precision,
     }
+
+
+def benchmark_images(data: Path, count: int, seed: int = 0) -> ImageSet:
+    """Return a stratified subset of the test images of CIFAR-10, drawn by ``seed``."""
+    test = rush.load_images("cifar10", split="test", root=data)
+    return stratified_subset(test, count, stream(seed, "benchmark", "images"))
+
+
+def in_another_form(
+    smoothed: rush.SmoothedClassifier, execution: Execution, noise: Noise | None = None
+) -> rush.SmoothedClassifier:
+    """Return a copy of a smoothed classifier that runs by ``execution``, under another noise if one is given."""
+    network = copy.deepcopy(smoothed.classifier).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return rush.SmoothedClassifier(
+        execution.place(network),
+        noise=noise or smoothed.noise,
+        num_classes=smoothed.num_classes,
+        execution=execution,
+        classes=smoothed.classes,
+        image_shape=smoothed.image_shape,
+    )
 
 
 def labels_of(images: rush.ImageSet) -> Tensor:

@@ -15,9 +15,7 @@ import torch
 
 import rush
 from rush.choices import CertifyMethod
-from rush.data.images import stratified_subset
-from rush.runtime.randomness import stream
-from shared import Row, benchmark_parser, printed, record, setting_of, smoothed_model
+from shared import Row, benchmark_images, benchmark_parser, printed, record, setting_of, smoothed_model
 
 TURN = 5
 
@@ -37,8 +35,7 @@ def main() -> None:
         execution=exact.execution,
         image_shape=exact.image_shape,
     )
-    test = rush.load_images("cifar10", split="test", root=arguments.data)
-    images = stratified_subset(test, arguments.images, stream(0, "benchmark", "images"))
+    images = benchmark_images(arguments.data, arguments.images)
     sides: list[tuple[rush.SmoothedClassifier, CertifyMethod]] = [
         (exact, "exact"),
         (uniform, "clopper-pearson"),

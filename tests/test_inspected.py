@@ -96,7 +96,7 @@ def test_another_execution_tile_machine_or_code_is_inspected(
     assert inspections(network(), rows=4) == 1
     monkeypatch.setattr(torch, "__version__", "2.99")
     assert inspections(network()) == 1
-    monkeypatch.setattr(inspected, "processor", lambda: "another")
+    monkeypatch.setattr(inspected, "device_name", lambda _: "another")
     assert inspections(network()) == 1
     monkeypatch.setattr(inspected, "_code", lambda: "changed")
     assert inspections(network()) == 1

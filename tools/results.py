@@ -15,6 +15,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from rush.certification.certificates import Certificates
+from rush.records.ladder import Ladder
 from rush.records.public_logs import read_log
 from rush.records.read_run import RunResults, read_run
 from rush.reporting.compare import Table, compare, comparison_tables, noise_text, training_tables
@@ -99,9 +101,8 @@ def ladder(folder: Path) -> str:
     ]
     rows.append(("any of these", "", share(found.combined)))
     if proved is not None:
-        radius = found.covering_radius(proved.rule.norm)
-        label = f"certificate, {NORM_SIGNS[proved.rule.norm]} {radius:.3g} covers {threat_text(found)}"
-        rows.append((label, "", share(proved.accuracy_interval(radius))))
+        label, floor = certificate_cells(found, proved)
+        rows.append((label, "", floor))
     header = ["attacker", "passes per image", "accuracy", "held", "undecided"]
     header += [] if last is None else [f"minus that of {last.label}"]
     conditions = {
@@ -118,14 +119,17 @@ def brief(folder: Path) -> str:
     found, proved = run.ladder, run.threat_certificates
     assert found is not None
     assert proved is not None
-    radius = found.covering_radius(proved.rule.norm)
-    rows = [(rung.label, share(rung.accuracy)) for rung in found.rungs]
-    rows.append(
-        (f"proven: certified at {NORM_SIGNS[proved.rule.norm]} {radius:.3g}", share(proved.accuracy_interval(radius)))
-    )
+    rows = [*((rung.label, share(rung.accuracy)) for rung in found.rungs), certificate_cells(found, proved)]
     known = {name: text for name, text in facts(run).items() if text != NOT_KNOWN}
     conditions = {"threat": threat_text(found), "images": f"{len(found.clean):,}"}
     return f"{sentence({**known, **conditions, **INTERVALS})}\n\n{table(('attacker', 'accuracy'), rows)}"
+
+
+def certificate_cells(found: Ladder, proved: Certificates) -> tuple[str, str]:
+    """Return what covers the threat, and certified accuracy there."""
+    radius = found.covering_radius(proved.rule.norm)
+    sign = NORM_SIGNS[proved.rule.norm]
+    return f"certificate, {sign} {radius:.3g} covers {threat_text(found)}", share(proved.accuracy_interval(radius))
 
 
 def compared(folder: Path) -> str:

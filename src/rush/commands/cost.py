@@ -28,7 +28,7 @@ from rush.recipe.schema import FinetuneConfig, Recipe, Schedule
 from rush.reporting.costs import known_sum
 from rush.reporting.wording import duration, energy_text, memory_text, passes_text
 from rush.runtime.execution import Execution, decide_execution
-from rush.runtime.machine import processor
+from rush.runtime.machine import device_name
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.training.budget import Plan, Times
@@ -239,8 +239,7 @@ def measure_apart(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
 
 def conditions_text(execution: Execution) -> str:
     """Return the device, precision, threads and torch version that training uses."""
-    kind = torch.device(execution.device).type
-    name = torch.cuda.get_device_name(execution.device) if kind == "cuda" else processor()
+    name = device_name(execution.device)
     threads = f"{execution.threads} thread{'s' if execution.threads != 1 else ''}"
     return f"{execution.device} ({name}), {execution.precision}, {threads}, torch {torch.__version__}"
 

@@ -291,7 +291,8 @@ def load_smoothed(folder: Path, execution: Execution, classifier: nn.Module | No
     network = execution.place(_load_classifier(folder, description, classifier)).eval()
     if description["activations"] is not None:
         check_integers(execution.device)
-        ranges = list(zip(*description["activations"].values(), strict=True))
+        activations = description["activations"]
+        ranges = list(zip(activations["scales"], activations["zero_points"], strict=True))
         try:
             network = with_ranges(network, ranges)
         except ModelError as error:

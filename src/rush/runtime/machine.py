@@ -12,6 +12,13 @@ def machine() -> dict[str, Any]:
     return {"system": platform.system(), "processor": processor(), "cores": os.cpu_count()}
 
 
+def device_name(device: str) -> str:
+    """Return the name of the GPU of a CUDA device, and of the processor for any other."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor()
+
+
 def processor() -> str:
     """Return the name of the processor, that of its architecture where the system does not tell."""
     try:

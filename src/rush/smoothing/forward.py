@@ -62,12 +62,12 @@ class Forward:
 
     def __call__(self, tile: Tensor) -> Tensor:
         with torch.no_grad():
-            unseen = self._watch is None or self._watch.shape != tile.shape
-            if unseen:
+            if self._watch is not None and self._watch.shape == tile.shape:
+                logits = self._guarded(tile)
+            else:
                 self.recheck()
                 self._compile(tile)
-            logits = self._guarded(tile)
-            if self._watch is None or unseen:
+                logits = self._guarded(tile)
                 self._inspect(tile, logits)
                 self._watch = Watch(self._guarded, tile, logits, self._execution.precision)
             self._watch.observe(tile, logits)
@@ -101,7 +101,7 @@ class Forward:
 
     def _inspect(self, tile: Tensor, logits: Tensor) -> None:
         """Check the forward on a tile with its logits, unless it passed before. Raises: ModelError."""
-        file = inspected_file(self._original, self._weights, self._execution, tile.shape)
+        file = inspected_file(self._original, self._execution, tile.shape)
         if file is not None and file.exists():
             return
         equal = check_forward(self._guarded, tile, self._execution.precision, logits)

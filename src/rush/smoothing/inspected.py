@@ -1,27 +1,24 @@
 """A record, in the user's cache, of the networks of this library that passed their inspection on this machine."""
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rush
 from rush.models.classifier import Classifier
 from rush.runtime.execution import Execution
-from rush.runtime.machine import processor
+from rush.runtime.machine import device_name
 from rush.runtime.user_cache import cache_file, keep
+from rush.smoothing.fingerprint import fingerprint_of
 
 _OWN = ("rush.models.", "torch.nn.modules.")
 
 
-def inspected_file(
-    classifier: nn.Module, weights: Mapping[str, Tensor], execution: Execution, tile: Sequence[int]
-) -> Path | None:
+def inspected_file(classifier: nn.Module, execution: Execution, tile: Sequence[int]) -> Path | None:
     """Return the file that says that this forward passed its inspection, or None where nothing may say so.
 
     What a classifier of this library computes follows from its layers, its weights, the code of this library and of
@@ -30,27 +27,24 @@ def inspected_file(
 
     Args:
         classifier: the network.
-        weights: its parameters and buffers by name.
         execution: where and how it runs.
         tile: shape (T, C, H, W).
     """
     if not _is_own(classifier):
         return None
-    device = torch.device(execution.device)
-    facts = {
-        "network": [repr(classifier.spec), repr(classifier)],
-        "weights": _digest(weights),
-        "execution": asdict(execution) | {"threads": torch.get_num_threads()},
-        "tile": list(tile),
-        "code": [_code(), torch.__version__],
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+    facts: dict[str, object] = {
+        "network": (classifier.spec, repr(classifier)),
+        "execution": (execution, torch.get_num_threads()),
+        "tile": tuple(tile),
+        "code": (_code(), torch.__version__),
+        "processor": device_name(execution.device),
     }
-    return cache_file("inspected", facts, ".json")
+    return cache_file("inspected", fingerprint_of({"classifier": classifier}, facts), "")
 
 
 def keep_inspected(file: Path) -> None:
-    """Write ``file``, where this is possible."""
-    keep(file, lambda target: target.write_text(json.dumps({"inspected": True}), encoding="utf-8"))
+    """Write ``file``, which is empty, where this is possible."""
+    keep(file, Path.touch)
 
 
 def _is_own(classifier: nn.Module) -> bool:
@@ -64,14 +58,6 @@ def _is_own(classifier: nn.Module) -> bool:
             for layer in classifier.modules()
         )
     )
-
-
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 @cache

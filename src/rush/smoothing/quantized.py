@@ -33,7 +33,7 @@ class Quantized(nn.Module):
 
     Args:
         network: in evaluation mode and on the CPU. Its weights must not change any more.
-        ranges: scale and zero point of every activation, in the order of the network (``calibrated``).
+        ranges: scale and zero point of every activation, in the order of the network (``quantized`` finds them).
 
     Attributes:
         network: the same in float32.
@@ -82,11 +82,9 @@ def quantized(classifier: nn.Module, images: Tensor) -> nn.Module:
         ConfigError, ModelError: as ``Quantized``.
     """
     classifier = copy.deepcopy(classifier).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    if not isinstance(classifier, Classifier):
-        return Quantized(classifier, _calibrated(classifier, images.split(_ROWS)))
     with torch.no_grad():
-        inputs = [classifier.normalize(part) for part in images.split(_ROWS)]
-    return with_ranges(classifier, _calibrated(classifier.encoder, inputs))
+        inputs = classifier.normalize(images) if isinstance(classifier, Classifier) else images
+    return with_ranges(classifier, _calibrated(_quantized_part(classifier), inputs))
 
 
 def with_ranges(classifier: nn.Module, ranges: Ranges) -> nn.Module:
@@ -104,7 +102,7 @@ def is_quantized(classifier: nn.Module) -> bool:
 
 def without_ranges(classifier: nn.Module) -> tuple[nn.Module, Ranges | None]:
     """Return the network in float32 and the ranges of one in integers, None for any other."""
-    inner = classifier.encoder if isinstance(classifier, Classifier) else classifier
+    inner = _quantized_part(classifier)
     if not isinstance(inner, Quantized):
         return classifier, None
     ranges = [(float(scale), int(zero)) for scale, zero in inner.ranges.tolist()]
@@ -115,11 +113,16 @@ def without_ranges(classifier: nn.Module) -> tuple[nn.Module, Ranges | None]:
     return plain, ranges
 
 
-def _calibrated(network: nn.Module, inputs: Sequence[Tensor]) -> Ranges:
+def _quantized_part(classifier: nn.Module) -> nn.Module:
+    """Return what is quantized of a classifier: the encoder of one of this library, else the whole."""
+    return classifier.encoder if isinstance(classifier, Classifier) else classifier
+
+
+def _calibrated(network: nn.Module, inputs: Tensor) -> Ranges:
     """Return the ranges that lose least of the distribution of each activation (torch's histogram observer)."""
     prepared = _prepared(network)
     with torch.no_grad():
-        for part in inputs:
+        for part in inputs.split(_ROWS):
             prepared(part)
     found = (observer.calculate_qparams() for _, observer in _observers(prepared))
     return [(float(scale), int(zero)) for scale, zero in found]
