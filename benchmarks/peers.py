@@ -9,11 +9,13 @@ locuslab/smoothing, whose one device name is replaced to run it on a CPU. ART is
 the SSL library lightly 1.6.0; it needs torchvision, whose compiled operations it does not use: where they cannot be
 loaded, empty ones of their names stand in.
 
-certify: fixed N on the same images and network, both in float32. First each peer's best batch is found among --batches
-on --images images of 2,000 samples. Then all take turns, at N = 2,000 and 6,000; N = 100,000 is on the line through
-both. Classes and radii are compared at N = 6,000: the sides draw noise of their own.
-sequential: seconds per image of one radius and of a curve, N up to 100,000, against locuslab's code at N = 100,000 as
-recorded by ``certify``. Under torchrun with two processes it is the wall time of two cores.
+certify: fixed N on the same images and network, in float32, and ours in 8-bit integers, too. First each peer's best
+batch is found among --batches on --images images of 2,000 samples. Then all take turns, at N = 2,000 and 6,000;
+N = 100,000 is on the line through both. Classes and radii are compared with ours in float32 at N = 6,000: the sides
+draw noise of their own.
+sequential: seconds per image of one radius and of a curve, N up to 100,000, in float32 and in integers, against
+locuslab's code at N = 100,000 as recorded by ``certify``. Under torchrun with two processes it is the wall time of two
+cores.
 simclr: views per CPU second of whole training steps: views, ResNet-18 of width 16, projector, loss, gradients, SGD.
 lightly's transform, projector and loss in its documented loop, images decoded in the main process, since workers cost
 CPU seconds, too; at its best batch of --batches. In float32, and with bfloat16 and channels_last by hand.
@@ -42,6 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 import rush
 from pretraining import HIDDEN, LEARNING_RATE, MOMENTUM, OUT, TEMPERATURE, WEIGHT_DECAY, Setting, rush_turn
 from rush.models.classifier import Normalize
+from rush.pipeline.precision import in_integers
 from rush.runtime.distributed import joined_processes, rank, world_size
 from rush.runtime.execution import Execution, decide_execution
 from rush.training.pretrain import channel_statistics
@@ -135,17 +138,19 @@ def answers(certify: Certify, images: Tensor, samples: int, batch: int) -> list[
 
 
 def certification(arguments: argparse.Namespace) -> None:
-    smoothed, images = certified_model(arguments), benchmark_images(arguments.data, arguments.images, arguments.seed)
-    network, pixels = arguments.network, images.pixels()
-    sides = {
-        "this library": rush_certify(smoothed),
+    models, pixels = (
+        certified_models(arguments),
+        benchmark_images(arguments.data, arguments.images, arguments.seed).pixels(),
+    )
+    smoothed = models["float32"]
+    network = in_another_form(smoothed_model(arguments.run), Execution()).classifier  # the peers', with its own weights
+    peers = {
         "locuslab/smoothing": locuslab(arguments.smoothing, network, smoothed.sigma),
         "ART": art(network, smoothed.sigma),
     }
-    batches = {
-        name: 0 if name == "this library" else best_batch(side, pixels, arguments.batches)
-        for name, side in sides.items()
-    }
+    sides = {f"this library, {precision}": rush_certify(model) for precision, model in models.items()} | peers
+    batches = dict.fromkeys(sides, smoothed.execution.rows((3, 32, 32)))
+    batches |= {name: best_batch(side, pixels, arguments.batches) for name, side in peers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     found: dict[str, list[Answer]] = {}
     for number in range(arguments.rounds):
@@ -155,65 +160,65 @@ def certification(arguments: argparse.Namespace) -> None:
             found[name] = answers(sides[name], pixels, LONG, batches[name])
             long = time.process_time() - began
             seconds[name].append((short + (long - short) * (CAP - SHORT) / (LONG - SHORT)) / len(pixels))
-    ours = found["this library"]
+    first = next(iter(sides))
     rows = []
     for name in sides:
-        same = [(own, other) for own, other in zip(ours, found[name], strict=True) if own[0] == other[0]]
+        same = [(own, other) for own, other in zip(found[first], found[name], strict=True) if own[0] == other[0]]
         rows.append(
             printed(
                 {
                     "code": name,
-                    "batch": batches[name] or smoothed.execution.rows((3, 32, 32)),
+                    "batch": batches[name],
                     "CPU s per image at N = 100,000 [least, greatest]": spread(seconds[name]),
-                    "times ours": statistics.median(seconds[name]) / statistics.median(seconds["this library"]),
-                    "equal classes": f"{len(same)} of {len(ours)}",
+                    "times ours": statistics.median(seconds[name]) / statistics.median(seconds[first]),
+                    "equal classes": f"{len(same)} of {len(pixels)}",
                     "largest difference of radii": max(abs(own[1] - other[1]) for own, other in same),
                 }
             )
         )
-    record(arguments, "peers-certify", rows, conditions_of(smoothed, len(pixels)))
+    record(arguments, "peers-certify", rows, {**conditions_of(smoothed, len(pixels)), "rounds": arguments.rounds})
 
 
-def certified_model(arguments: argparse.Namespace) -> rush.SmoothedClassifier:
-    """Return the run's network in float32 under real-valued Gaussian noise, as the peers have it.
-
-    ``arguments.network`` becomes the peers' network, with its own weights.
-    """
+def certified_models(arguments: argparse.Namespace) -> dict[str, rush.SmoothedClassifier]:
+    """Return the run's network under real-valued Gaussian noise, as the peers have it, in float32 and in integers."""
     stored = smoothed_model(arguments.run)
-    arguments.network = in_another_form(stored, Execution()).classifier
     execution = Execution(folded=True, threads=torch.get_num_threads())
-    return in_another_form(stored, execution, rush.Gaussian(stored.sigma))
+    plain = in_another_form(stored, execution, rush.Gaussian(stored.sigma))
+    train = rush.load_images("cifar10", split="train", root=arguments.data)
+    return {"float32": plain, "int8": in_integers(plain, train, arguments.seed)}
 
 
 def conditions_of(smoothed: rush.SmoothedClassifier, images: int) -> Row:
-    return {**setting_of(smoothed), "images": images, "alpha": ALPHA, "N of the selection": SELECTION}
+    setting = {name: value for name, value in setting_of(smoothed).items() if name != "precision"}
+    return {**setting, "images": images, "alpha": ALPHA, "N of the selection": SELECTION}
 
 
 def sequential(arguments: argparse.Namespace) -> None:
-    smoothed, images = certified_model(arguments), benchmark_images(arguments.data, arguments.images, arguments.seed)
-    peer = peer_seconds()
-    rows = []
-    for what, radii, count in (("one radius", (0.25,), len(images)), ("curve", CURVE, arguments.curve_images)):
-        chosen = images[:: max(1, len(images) // count)]
-        began, cpu = time.perf_counter(), time.process_time()
-        found = rush.certify(
-            smoothed, chosen, "sequential", num_estimation=CAP, alpha=ALPHA, radii=radii, stopping="power"
-        )
-        elapsed, cpu = (time.perf_counter() - began) / len(found), (time.process_time() - cpu) / len(found)
-        row: Row = {
-            "what": what,
-            "radii": ", ".join(f"{radius:g}" for radius in radii),
-            "images": len(found),
-            "samples per image": float(found.num_samples.mean()),
-            "wall s per image": elapsed,
-            "wall minutes for 10,000": 10_000 * elapsed / 60,
-        }
-        if peer is not None and world_size() == 1:
-            row["times fewer CPU s than locuslab/smoothing at N = 100,000"] = peer / cpu
-        if rank() == 0:
-            rows.append(printed(row))
+    images, peer = benchmark_images(arguments.data, arguments.images, arguments.seed), peer_seconds()
+    models, rows = certified_models(arguments), list[Row]()
+    for precision, smoothed in models.items():
+        for what, radii, count in (("one radius", (0.25,), len(images)), ("curve", CURVE, arguments.curve_images)):
+            chosen = images[:: max(1, len(images) // count)]
+            began, cpu = time.perf_counter(), time.process_time()
+            found = rush.certify(
+                smoothed, chosen, "sequential", num_estimation=CAP, alpha=ALPHA, radii=radii, stopping="power"
+            )
+            elapsed, cpu = (time.perf_counter() - began) / len(found), (time.process_time() - cpu) / len(found)
+            row: Row = {
+                "precision": precision,
+                "what": what,
+                "radii": ", ".join(f"{radius:g}" for radius in radii),
+                "images": len(found),
+                "samples per image": float(found.num_samples.mean()),
+                "wall s per image": elapsed,
+                "wall minutes for 10,000": 10_000 * elapsed / 60,
+            }
+            if peer is not None and world_size() == 1:
+                row["times fewer CPU s than locuslab/smoothing at N = 100,000"] = peer / cpu
+            if rank() == 0:
+                rows.append(printed(row))
     if rank() == 0:
-        conditions = {**conditions_of(smoothed, len(images)), "processes": world_size()}
+        conditions = {**conditions_of(models["float32"], len(images)), "processes": world_size()}
         record(arguments, f"peers-sequential-{world_size()}", rows, conditions)
 
 

@@ -12,11 +12,12 @@ strength: the worst-case suite against two others of the same budget, 4,000 pass
 library's verdict on the same images; what is broken without an attack is attacked by none. The first author's published
 attack (PGDRS): from the image itself, steps of 2/255 along the sign of the gradient of the log mean softmax over 32
 fresh draws, 125 steps. AutoAttack "rand" (pyautoattack 0.2.0): APGD-CE and APGD-DLR, 100 steps of 20 passes each; it
-sees the smoothed classifier as a network that draws one noise a pass. Paired differences.
+sees the smoothed classifier as a network that draws one noise a pass. Paired differences; wall seconds per image with
+the verdict, to be measured with --threads 1 on a machine that does nothing else.
 
 tenfold: the images that the suite leaves (of the first --tenfold images), attacked with ten times its budget.
 
-CACHE keeps finished groups, so that a stopped run goes on.
+CACHE keeps finished groups, so that a stopped run resumes. --data is not needed for the digits.
 """
 
 import argparse
@@ -140,19 +141,16 @@ def strength(arguments: argparse.Namespace) -> None:
     smoothed, images = model_and_images(arguments)
     clean = evaluated(arguments, smoothed, images, "none")
     images = images[np.flatnonzero(~clean.broken)]
-    results = {
-        "PGDRS": judged(arguments, smoothed, images, "pgdrs", pgdrs),
-        "AutoAttack rand": judged(arguments, smoothed, images, "autoattack-rand", autoattack_rand),
-        "worst case": evaluated(arguments, smoothed, images, "worst-case"),
-    }
+    suite = evaluated(arguments, smoothed, images, "worst-case")
     rows = [printed(row_of("no attack", clean))]
-    for name, result in results.items():
-        gap = paired_difference(~results["worst case"].broken, ~result.broken)
-        row = row_of(name, result)
-        if name != "worst case":  # its points were judged only, which takes no passes
-            row |= {"passes per image": PASSES[name], "worst case minus it, points": in_percent(gap)}
-        rows.append(printed(row))
-    record(arguments, "attacks-smoothed", rows, conditions(arguments, smoothed))
+    for name, attack in (("PGDRS", pgdrs), ("AutoAttack rand", autoattack_rand)):
+        points, seconds = attacked(arguments, smoothed, images, name, attack)
+        result = verdict(smoothed, images, points, threat_of(arguments), alpha=ALPHA, max_votes=MAX_VOTES, name=name)
+        gap = paired_difference(~suite.broken, ~result.broken)
+        row = row_of(name, result, seconds) | {"passes per image": PASSES[name]}  # a verdict takes none
+        rows.append(printed(row | {"worst case minus it, points": in_percent(gap)}))
+    rows.append(printed(row_of("worst case", suite)))
+    record(arguments, f"attacks-{recipe(arguments)['data']['name']}", rows, conditions(arguments, smoothed))
 
 
 def evaluated(
@@ -169,17 +167,17 @@ def evaluated(
     )
 
 
-def judged(
+def attacked(
     arguments: argparse.Namespace,
     smoothed: SmoothedClassifier,
     images: ImageSet,
     name: str,
     attack: Callable[[SmoothedClassifier, ImageSet, float], Tensor],
-) -> AttackResult:
-    """Another attack's points, group by group from the cache, under this library's verdict."""
+) -> tuple[Tensor, float]:
+    """Return the points of another attack and the seconds it took, group by group from the cache."""
     parts, seconds, epsilon = [], 0.0, float(threat_of(arguments).epsilon)
     for first in range(0, len(images), GROUP):
-        path = arguments.cache / name / f"{first:05d}.npz"
+        path = arguments.cache / name.lower().replace(" ", "-") / f"{first:05d}.npz"
         if not path.exists():
             started = time.perf_counter()
             points = attack(smoothed, images[first : first + GROUP], epsilon).detach().numpy()
@@ -187,9 +185,7 @@ def judged(
         with np.load(path) as stored:
             parts.append(torch.from_numpy(stored["points"]))
             seconds += float(stored["seconds"])
-    joined = torch.cat(parts)
-    print(f"{name}: {seconds:,.0f} s for the attack on {len(images)} images", flush=True)
-    return verdict(smoothed, images, joined, threat_of(arguments), alpha=ALPHA, max_votes=MAX_VOTES, name=name)
+    return torch.cat(parts), seconds
 
 
 def pgdrs(smoothed: SmoothedClassifier, images: ImageSet, epsilon: float) -> Tensor:
@@ -254,7 +250,8 @@ def tenfold(arguments: argparse.Namespace) -> None:
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def row_of(name: str, result: AttackResult) -> Row:
+def row_of(name: str, result: AttackResult, before: float = 0.0) -> Row:
+    """Return the row of a result, whose points took ``before`` seconds beside those that it knows of."""
     budget = result.budget
     return {
         "attacker": name,
@@ -263,7 +260,7 @@ def row_of(name: str, result: AttackResult) -> Row:
         "held, %": 100 * float(result.held.mean()),
         "passes per image": f"{budget['passes_per_image']:,.0f} + {budget['forward_passes_per_image']:,.0f}",
         "votes per image": budget["votes_per_image"],
-        "seconds": float(result.seconds.sum()),
+        "seconds per image": (before + float(result.seconds.sum())) / len(result),
     }
 
 
@@ -296,7 +293,7 @@ def main() -> None:
     parts = {"gradient": gradient, "strength": strength, "tenfold": tenfold}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--run", type=Path, required=True, help="run folder with the trained classifier")
-    parser.add_argument("--data", type=Path, required=True, help="folder with CIFAR-10")
+    parser.add_argument("--data", type=Path, help="folder with the data set of the run")
     parser.add_argument("--cache", type=Path, help="folder for finished groups")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--tenfold", type=int, help="of the suite's images so many; all by default")

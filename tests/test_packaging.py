@@ -57,6 +57,18 @@ def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
     assert [author["family-names"] for author in paper["authors"]] == ["Pang", "Liu", "Zhou"]
 
 
+# Badges
+
+
+def test_the_badges_of_the_readme_are_true() -> None:
+    badges = dict(re.findall(r"\[!\[([^]]+)\]\((docs/static/\w+\.svg)\)\]", read("README.md")))
+    paper = PROJECT["urls"]["Paper"].rpartition("/")[2]
+    assert list(badges) == [f"Python {' | '.join(PYTHONS)}", f"license {PROJECT['license']}", f"arXiv {paper}"]
+    for text, file in badges.items():
+        name, value = re.findall(r"<text[^>]*>([^<]+)</text>", read(file))
+        assert f"{name} {value}".lower() == text.lower()
+
+
 # Container
 
 
