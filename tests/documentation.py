@@ -30,6 +30,7 @@ _BLOCK = re.compile(
     r"(?P<indent>[ ]*)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
 _MENTION = re.compile(r"`(rush [^`]+)`")
 
 
@@ -96,3 +97,19 @@ def mentions(page: str) -> Iterator[list[str]]:
     text = _BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8"))
     for mention in _MENTION.findall(text):
         yield from commands(mention.replace("\n", " "))
+
+
+def links(page: str) -> Iterator[tuple[Path, str]]:
+    """Yield file and anchor, "" without one, of every link of a page into the repository."""
+    text = _BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for target in _LINK.findall(text):
+        if not target.startswith(("https://", "http://")):
+            path, _, anchor = target.partition("#")
+            yield ((ROOT / page).parent / path if path else ROOT / page), anchor
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub makes them."""
+    text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -311,7 +311,7 @@ def test_info_tells_state_and_figures(call: Call, tiny_run: Path, tmp_path: Path
     assert states["data"] == "digits (1,397 in train, 400 in test)"
     assert states["classes"] == "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     assert states["noise"] == "discrete, sigma 0.25"
-    assert states["labels"] == "of 1,397 training images"
+    assert states["labels"] == "1,397 training images"
     assert re.fullmatch(r"[\d.]+ s of work, \d{4}-\S+ to \d{4}-\S+", states["time"])
     assert float(states["size"].removesuffix(" MB")) > 0
 

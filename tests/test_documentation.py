@@ -14,7 +14,7 @@ from cyclopts.exceptions import CycloptsError, MissingArgumentError
 from torch import nn
 
 import rush
-from documentation import PAGES, REASONS, ROOT, Block, blocks, commands, mentions
+from documentation import PAGES, REASONS, ROOT, Block, anchors, blocks, commands, links, mentions
 from rush.commands.app import app
 from rush.recipe.load import load_recipe, recipe_names
 from tiny import run_tiny
@@ -131,6 +131,14 @@ def mention_fault(words: list[str]) -> str | None:
     except CycloptsError as error:
         return None if re.search(r'"[A-Z]+"', str(error)) else f"{' '.join(words)}: {error}"
     return None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """The site's build checks links as it resolves them; readers of the files have GitHub's anchors."""
+    found = [(path, anchor) for path, anchor in links(page) if not path.exists()]
+    assert found == []
+    assert [(path.name, anchor) for path, anchor in links(page) if anchor and anchor not in anchors(path)] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -358,7 +358,8 @@ def test_the_form_that_the_recipe_asks_for_is_recorded_and_obeyed(
     recipe = load_recipe(str(tiny_run.parent / "tiny.toml"), ["execution.compile=default"])
     run = RunFolder(tmp_path / "run", recipe)
     run_stage(run, "finetune")
-    assert run.require("finetune")["forward"] == {"compile_mode": "default"}
+    forward = {"compile_mode": "default", "precision": "float32", "channels_last": True}
+    assert run.require("finetune")["forward"] == forward
     recorded = json.loads((run.path / "model/model.json").read_text())["execution"]
     assert (recorded["compile_mode"], recorded["folded"], recorded["tile"]) == ("default", True, 100)
     monkeypatch.setattr(forward_module, "_compiled", compiled)
@@ -369,7 +370,8 @@ def test_the_form_that_the_recipe_asks_for_is_recorded_and_obeyed(
 
 def test_a_trained_model_is_folded_and_its_trial_recorded(tiny_run: Path) -> None:
     recorded = json.loads((tiny_run / "model/model.json").read_text())["execution"]
-    assert recorded == {"precision": "float32", "tile": 100, "folded": True, "compile_mode": "none"}
+    form = {"precision": "float32", "channels_last": True, "compile_mode": "none"}
+    assert recorded == {"tile": 100, "folded": True, **form}
     figures = RunFolder.open(tiny_run).require("finetune")["forward"]
     assert figures["compile_mode"] == "none"
     assert figures["forward_passes"] == 20 * 300

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import rush
 from commands import Call, refusal
@@ -53,6 +54,12 @@ class Noisy(Sums):
     def forward(self, x):
         return super().forward(x + 0.3 * torch.randn_like(x))
 
+class Two(Sums):
+    def forward(self, x):
+        return super().forward(x)[:, :2]
+
+def two(): return Two()
+def named(): return SmoothedClassifier(Two(), 0.25, 2, classes=("dog", "cat"))
 def sums(): return Sums()
 def noisy(): return Noisy()
 def smoothed(): return SmoothedClassifier(Sums(), 0.25, 10)
@@ -442,6 +449,25 @@ def test_certificates_of_any_model_are_those_of_the_library_and_resume(
     assert "certificates.tsv exists; give another file to --out" in refusal(call(*words))
     again = call("certify", "--recompute", tmp_path / "certificates.tsv", "--alpha", 0.01)
     assert again.returncode == 0, again.stderr
+
+
+def test_photos_are_resampled_and_the_order_of_their_classes_is_named_or_checked(
+    call: Call, outside: str, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("cat/a", "cat/b", "dog/c")):
+        file = tmp_path / f"photos/test/{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 20), np.uint8)).save(file)
+    words = ("certify", "--data", "photos", "--size", 8, "--num-estimation", 200, "--model")
+    done = call(*words, f"{outside}:two", "--sigma", 0.25, "--noise", "discrete")
+    assert done.returncode == 0, done.stderr
+    assert f"{outside}:two names no classes: its logits are taken to be cat, dog\n" in done.stderr
+    _, certificates = read_certificates(tmp_path / "certificates.tsv")
+    smoothed = load_model(f"{outside}:two", 0.25, 2, "discrete")
+    expected = rush.certify(smoothed, load_images("photos", split="test", size=8), "sequential", num_estimation=200)
+    assert certificates.select(np.argsort(certificates.ids)).counts.tolist() == expected.counts.tolist()
+    (tmp_path / "certificates.tsv").unlink()
+    assert "dog, cat" in refusal(call(*words, f"{outside}:named"))
 
 
 @pytest.mark.parametrize(

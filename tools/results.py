@@ -114,15 +114,23 @@ def ladder(folder: Path) -> str:
 
 
 def brief(folder: Path) -> str:
-    """Accuracy under every attacker of a run, and the certificate, without costs."""
+    """Accuracy under every attacker of a run, and certified at sigma and at the threat, without costs."""
     run = run_of(folder)
     found, proved = run.ladder, run.threat_certificates
     assert found is not None
     assert proved is not None
-    rows = [*((rung.label, share(rung.accuracy)) for rung in found.rungs), certificate_cells(found, proved)]
-    known = {name: text for name, text in facts(run).items() if text != NOT_KNOWN}
-    conditions = {"threat": threat_text(found), "images": f"{len(found.clean):,}"}
-    return f"{sentence({**known, **conditions, **INTERVALS})}\n\n{table(('attacker', 'accuracy'), rows)}"
+    sign, radius = NORM_SIGNS[proved.rule.norm], proved.rule.sigma
+    rows = [(rung.label, share(rung.accuracy)) for rung in found.rungs]
+    rows.append((f"certificate, {sign} {radius:g}", share(proved.accuracy_interval(radius))))
+    rows.append(certificate_cells(found, proved))
+    conditions = {
+        "data": str(run.setting("data", "name")),
+        **{name: facts(run)[name] for name in ("network", "sigma, noise")},
+        "threat": threat_text(found),
+        "images": f"{len(found.clean):,} of the test split",
+        "intervals": "95 %, exact",
+    }
+    return f"{sentence(conditions)}\n\n{table(('attacker', 'accuracy'), rows)}"
 
 
 def certificate_cells(found: Ladder, proved: Certificates) -> tuple[str, str]:

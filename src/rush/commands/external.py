@@ -41,6 +41,7 @@ class ExternalModel:
         data: Images: a name or path as in recipes. For a run folder: where its data set lies, as in `rush run`.
         root: Folder with the archives or shards of the data set; repeatable, shards of all folders are joined.
         split: Split of the data set.
+        size: Side in pixels to which each image's central square is resampled. By default images are taken as they are.
         images: Number of images to evaluate: the first N of a seeded shuffle of the split.
         sigma: Smooth the module with noise of this standard deviation.
         noise: Kind of that noise.
@@ -52,6 +53,7 @@ class ExternalModel:
     data: list[str] | None = None
     root: list[Path] | None = None
     split: str = "test"
+    size: int | None = None
     images: int | None = 200
     sigma: float | None = None
     noise: NoiseName = "gaussian"
@@ -87,9 +89,13 @@ class ExternalModel:
     def pixels(self) -> LabelledPixels:
         """The checked images with labels that fit the model."""
         from rush.data.checks import kind_of, labelled_pixels
+        from rush.reporting.wording import classes_text
         from rush.smoothing.classifier import SmoothedClassifier
 
         images, model = self._image_set, self.classifier
+        named = images.classes != tuple(map(str, range(images.num_classes)))
+        if named and kind_of(model).classes is None:
+            print_once(f"{self.model} names no classes: its logits are taken to be {classes_text(images.classes)}")
         num_classes = model.num_classes if isinstance(model, SmoothedClassifier) else None
         return labelled_pixels(images, num_classes, kind_of(model))
 
@@ -113,7 +119,7 @@ class ExternalModel:
                 "give a run folder, or --model module:function with --data (a name such as cifar10, or a path)"
             )
         name, root = one_data_set(self.data), data_roots(self.root)
-        images = load_images(name, split=self.split, root=root)
+        images = load_images(name, split=self.split, root=root, size=self.size)
         if not is_divided(name, root):
             print_once(f"{name} has no split of test images, so that images of training may be among these")
         if self.images is None or self.images >= len(images):

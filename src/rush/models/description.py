@@ -79,6 +79,7 @@ class _Execution(_Part):
     tile: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
     folded: bool = False
     compile_mode: CompileMode = "none"
+    channels_last: bool | None = None  # in files of older versions: in bfloat16
 
 
 class _Activations(_Part):

@@ -39,7 +39,7 @@ SHIPPED = ("cifar10-small",)
 """Names of the models that come with this library, see docs/models.md."""
 HUB = "hf://"
 """Beginning of the name of a model on the Hugging Face hub."""
-_FORWARD = ("tile", "folded", "compile_mode")
+_FORWARD = ("tile", "folded", "compile_mode", "channels_last")
 
 
 @dataclass(frozen=True)
@@ -286,6 +286,9 @@ def load_smoothed(folder: Path, execution: Execution, classifier: nn.Module | No
             "and rush.SmoothedClassifier adds noise to it"
         )
     recorded = description["execution"]
+    if recorded["channels_last"] is None:
+        recorded["channels_last"] = recorded["precision"] == "bfloat16"
+    recorded["channels_last"] |= torch.device(execution.device).type == "cuda"
     execution = in_precision(execution, recorded["precision"])
     execution = replace(execution, **{name: recorded[name] for name in _FORWARD})
     network = execution.place(_load_classifier(folder, description, classifier)).eval()

@@ -1,7 +1,7 @@
 """The context that every stage of a run shares: folder, recipe, recorded execution and images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,9 @@ class StageContext:
         """
         recipe, config = run.recipe, run.recipe.execution
         torch.set_num_threads(run.recorded("threads") or torch.get_num_threads())
-        execution = decide_execution(config.device, config.precision, config.tile, config.deterministic).configure()
+        execution = decide_execution(config.device, config.precision, config.tile, config.deterministic)
+        layout = run.recorded("channels_last")
+        execution = (execution if layout is None else replace(execution, channels_last=layout)).configure()
 
         def record(split: str, images: ImageSet | Stream) -> None:
             used = {split: {"name": images.name, "images": len(images), "fingerprint": images.fingerprint}}

@@ -15,7 +15,7 @@ from rush.models.classifier import Classifier, Normalize
 from rush.models.imported import load_imported
 from rush.models.storage import save
 from rush.pipeline.context import noise_in_training
-from rush.pipeline.precision import in_integers
+from rush.pipeline.precision import in_fastest_form, in_integers
 from rush.recipe.schema import Recipe
 from rush.records.folder import now
 from rush.records.log import append_event
@@ -98,6 +98,8 @@ def train_module(
     )
     if recipe.execution.precision == "int8":
         smoothed = in_integers(smoothed, images, recipe.seed)
+    elif recipe.execution.precision == "auto":
+        in_fastest_form(smoothed, images.shape)
     save(smoothed, folder / "model")
     tell(f"written to {folder / 'model'}: rush.load({str(folder)!r}, classifier=network)")
     return smoothed

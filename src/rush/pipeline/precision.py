@@ -1,12 +1,12 @@
-"""The precision of judged samples: by a measurement where the recipe leaves it open, or in integers."""
+"""The form of judged samples: precision and layout by a measurement where the recipe leaves them open, or integers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from rush.choices import Precision
 from rush.data.images import ImageSet
 from rush.runtime.execution import Execution, in_precision
 from rush.runtime.machine import processor
@@ -15,28 +15,41 @@ from rush.runtime.user_cache import cache_file, keep
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.forward import Forward, rate
 
-_PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
-_GAIN = 1.1  # for less another precision is not worth it
+_GAIN = 1.1  # for less another form is not worth it
 _TURNS = 2
 _CALIBRATED = 1024  # images on which the scales of integers are chosen
 
 
-def faster_precision(
+def fastest_form(
     classifier: nn.Module, execution: Execution, shape: Sequence[int], num_classes: int
-) -> tuple[Execution, dict[Precision, float]]:
-    """Return ``execution`` in float32 where this is a tenth faster than bfloat16 on this processor.
+) -> tuple[Execution, dict[str, float]]:
+    """Return ``execution`` in the precision and layout that judge images of ``shape`` (C, H, W) fastest on this CPU.
 
-    Training in bfloat16 pays on processors on which judging in it does not. The choice is made once per processor,
-    number of threads, version of torch and network, and kept in the user's cache.
+    The forms are float32 with contiguous tensors, float32 with channels last, and bfloat16 if ``execution`` is in it.
+    A later one is chosen where it is a tenth faster than the one chosen before it. What trains fastest need not judge
+    fastest. The choice is made once per processor, number of threads, version of torch and network, and kept in the
+    user's cache.
 
     Returns:
-        The execution, and the images per second of each precision, empty where there is no choice.
+        The execution, and the images per second of each form, empty where there is no choice.
     """
-    if execution.precision != "bfloat16" or torch.device(execution.device).type != "cpu":
+    forms = _forms(execution)
+    if not forms:
         return execution, {}
-    rates = _measured(classifier, execution, shape, num_classes)
-    faster = rates["float32"] >= _GAIN * rates["bfloat16"]
-    return in_precision(execution, "float32") if faster else execution, rates
+    rates = _measured(classifier, execution, forms, shape, num_classes)
+    chosen, *others = forms
+    for other in others:
+        if rates[other] >= _GAIN * rates[chosen]:
+            chosen = other
+    return forms[chosen], rates
+
+
+def in_fastest_form(smoothed: SmoothedClassifier, shape: Sequence[int]) -> SmoothedClassifier:
+    """Return ``smoothed``, changed in place to the form that ``fastest_form`` finds for images of ``shape``."""
+    execution, _ = fastest_form(smoothed.classifier, smoothed.execution, shape, smoothed.num_classes)
+    execution.place(smoothed.classifier)
+    smoothed.execution = execution
+    return smoothed
 
 
 def in_integers(smoothed: SmoothedClassifier, train: ImageSet, seed: int) -> SmoothedClassifier:
@@ -50,23 +63,34 @@ def in_integers(smoothed: SmoothedClassifier, train: ImageSet, seed: int) -> Smo
     return smoothed.quantized(train[order[:_CALIBRATED].tolist()], seed)
 
 
+def _forms(execution: Execution) -> dict[str, Execution]:
+    """Return the forms to choose from by name, the one that is chosen among equal ones first."""
+    if torch.device(execution.device).type != "cpu" or execution.precision == "int8":
+        return {}
+    plain = in_precision(execution, "float32")
+    forms = {
+        "float32": replace(plain, channels_last=False),
+        "float32, channels_last": replace(plain, channels_last=True),
+    }
+    return forms if execution.precision == "float32" else {**forms, "bfloat16": execution}
+
+
 def _measured(
-    classifier: nn.Module, execution: Execution, shape: Sequence[int], num_classes: int
-) -> dict[Precision, float]:
-    facts = [processor(), execution.threads, torch.__version__, execution.rows(shape), list(shape)]
-    file = cache_file("precision", [*facts, str(classifier)], ".json")
+    classifier: nn.Module, execution: Execution, forms: Mapping[str, Execution], shape: Sequence[int], num_classes: int
+) -> dict[str, float]:
+    facts = [processor(), execution.threads, torch.__version__, execution.rows(shape), list(shape), list(forms)]
+    file = cache_file("forms", [*facts, str(classifier)], ".json")
     try:
         kept = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-        return {name: float(kept[name]) for name in _PRECISIONS}
+        return {name: float(kept[name]) for name in forms}
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    rates: dict[Precision, float] = dict.fromkeys(_PRECISIONS, 0.0)
+    rates = dict.fromkeys(forms, 0.0)
     tile = torch.full((execution.rows(shape), *shape), 0.5)
     for _ in range(_TURNS):
-        for name in _PRECISIONS:
-            chosen = in_precision(execution, name)
-            chosen.place(classifier)
-            rates[name] = max(rates[name], rate(Forward(classifier, chosen, num_classes), tile))
+        for name, form in forms.items():
+            form.place(classifier)
+            rates[name] = max(rates[name], rate(Forward(classifier, form, num_classes), tile))
     execution.place(classifier)
     if file is not None:
         keep(file, lambda target: target.write_text(json.dumps(rates), encoding="utf-8"))

@@ -17,7 +17,7 @@ from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext, training_noise
 from rush.pipeline.estimate import SEQUENTIAL_SHARE
 from rush.pipeline.labels import Taught, labelled_images
-from rush.pipeline.precision import faster_precision, in_integers
+from rush.pipeline.precision import fastest_form, in_integers
 from rush.pipeline.preconditions import check_after_training, check_before_training
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
@@ -158,7 +158,7 @@ def _save_model(context: StageContext, classifier: Classifier, spec: ClassifierS
         smoothed = in_integers(smoothed, train, context.recipe.seed)
         assert isinstance(smoothed.classifier, Classifier)
         save_smoothed(folder, smoothed.classifier, spec, noise, smoothed.execution, shape, resized)
-        return {"compile_mode": "none", "precision": "int8"}
+        return _form(smoothed.execution)
     execution, forward = _choose_forward(context, classifier, train)
     save_smoothed(folder, classifier, spec, noise, execution, shape, resized)
     return forward
@@ -169,18 +169,23 @@ def _choose_forward(context: StageContext, classifier: Classifier, train: ImageS
     mode, config = context.recipe.execution.compile, context.recipe.certify
     execution = context.execution
     if mode != "auto":
-        return replace(execution, compile_mode=mode), {"compile_mode": mode}
+        execution = replace(execution, compile_mode=mode)
+        return execution, _form(execution)
     images = config.images or len(context.splits.test)
     rule = run_rule(config, context.recipe.smoothing, images)
     share = SEQUENTIAL_SHARE if rule.method == "sequential" else 1.0
     passes = int(images * (rule.num_selection + share * rule.num_estimation))
     placed, shape = execution.place(classifier).eval(), train.images.shape[1:]
-    measured: dict[str, Any] = {}
+    rates: dict[str, float] = {}
     if context.recipe.execution.precision == "auto":
-        execution, rates = faster_precision(placed, execution, shape, train.num_classes)
-        measured = {"precision": execution.precision, "precisions": rates}
+        execution, rates = fastest_form(placed, execution, shape, train.num_classes)
     chosen, trial = try_forwards(execution.place(placed), execution, shape, train.num_classes, passes)
-    return chosen, {"compile_mode": chosen.compile_mode, **measured, **trial}
+    return chosen, {**_form(chosen), "forms": rates, **trial}
+
+
+def _form(execution: Execution) -> dict[str, Any]:
+    """Return what is recorded of the form in which samples are judged."""
+    return {name: getattr(execution, name) for name in ("compile_mode", "precision", "channels_last")}
 
 
 def _watch_encoder(context: StageContext, classifier: Classifier) -> Monitor | None:

@@ -29,7 +29,7 @@ from rush.records.read_run import read_provenance
 from rush.runtime.machine import machine
 from rush.smoothing.classifier import SmoothedClassifier
 
-_FORWARD = ("device", "precision", "channels_last", "tile", "threads", "folded", "compile_mode")
+_FORM = ("precision", "channels_last", "compile_mode")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def verify(run: RunFolder, images: int) -> Verification:
     if images < 1:
         raise ConfigError(f"--images must be at least 1, got {images}")
     run.require("finetune")
-    recorded = dict(read_provenance(run.path))
+    recorded = {**read_provenance(run.path), **_judged_form(run)}
     model = _model(run, recorded)
     replays: list[Replay] = []
     skipped: list[str] = []
@@ -94,6 +94,12 @@ def verify(run: RunFolder, images: int) -> Verification:
     return result if result.identical else replace(result, causes=tuple(session.causes()))
 
 
+def _judged_form(run: RunFolder) -> dict[str, Any]:
+    """Return in what form the run was judged, as far as it differs from the training's. Older runs had no other."""
+    forward = run.require("finetune").get("forward", {})
+    return {name: value for name, value in forward.items() if name in _FORM}
+
+
 def _model(run: RunFolder, recorded: dict[str, Any]) -> Any:
     """Return the model of the run, with the number of threads that the run had."""
     threads = recorded.get("threads")
@@ -101,8 +107,7 @@ def _model(run: RunFolder, recorded: dict[str, Any]) -> Any:
         torch.set_num_threads(threads)
     model = load(run.path)
     if isinstance(model, SmoothedClassifier):
-        model.execution = replace(model.execution, channels_last=bool(recorded.get("channels_last"))).configure()
-        model.execution.place(model.classifier)
+        model.execution.configure()
     return model
 
 
@@ -140,7 +145,8 @@ class _Session:
             return  # integers have no other form
         other = "float32" if execution.precision == "bfloat16" else "bfloat16"
         changes = (
-            {"precision": other, "channels_last": other == "bfloat16"},
+            {"precision": other, "channels_last": True},
+            {"precision": other, "channels_last": False},
             {"channels_last": not execution.channels_last},
             {"folded": not execution.folded},
         )
@@ -209,10 +215,11 @@ class _Session:
         same, changed, largest = 0, 0, 0.0
         for row, image_id in enumerate(ids):
             verdict, votes, right = lines[image_id]
-            counts = result.counts[row]
-            same += bool(result.votes[row] == votes and counts[result.labels[row]] == right)
+            for_label, judging = int(result.counts[row, result.labels[row]]), int(result.counts[row].sum())
+            same += bool(result.votes[row] == votes and for_label == right)
             changed += VERDICTS[result.verdict[row]] != verdict
-            largest = max(largest, abs(int(counts[result.labels[row]]) - right) / max(1, int(counts.sum())))
+            stored = votes - (int(result.votes[row]) - judging)  # both chose the challenger by as many votes
+            largest = max(largest, abs(for_label / max(1, judging) - right / max(1, stored)))
         return Replay(plan.name, len(ids), same, largest, changed)
 
     def _splits(self) -> Splits:
@@ -244,8 +251,8 @@ def _differences(recorded: dict[str, Any], model: Any) -> Iterator[tuple[str, st
     """Yield what the provenance records and what is here, where they differ."""
     here: dict[str, Any] = {}
     if isinstance(model, SmoothedClassifier):
-        here = {name: getattr(model.execution, name) for name in _FORWARD}
-        here["threads"] = torch.get_num_threads()
+        here = {"device": model.execution.device, "threads": torch.get_num_threads()}
+        here |= {name: getattr(model.execution, name) for name in _FORM}
     for name, value in here.items():
         if name in recorded and recorded[name] != value:
             yield name, str(recorded[name]), str(value)

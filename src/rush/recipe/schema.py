@@ -198,9 +198,9 @@ class ExecutionConfig(Section):
 
     Attributes:
         device: "auto" for cuda, else mps, else cpu, or the name of a device of torch.
-        precision: "auto" is bfloat16 where the processor computes in it. On a CPU, samples are then judged in float32
-            if a short benchmark finds it a tenth faster. "int8" trains as "auto" does and judges in 8-bit integers
-            (``smoothing.quantized``).
+        precision: "auto" is bfloat16 where the processor computes in it. On a CPU, a short benchmark then chooses
+            precision and layout in which samples are judged (``pipeline.precision``). "int8" trains as "auto" does and
+            judges in 8-bit integers (``smoothing.quantized``).
         tile: fixed batch size of every certified, predicted or judged sample. "auto" chooses it by the images' size
             (``runtime.execution``). A begun run keeps its own.
         compile: torch.compile for these samples. "auto" tries it where there is much to certify, and uses it if a short

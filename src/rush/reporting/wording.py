@@ -1,7 +1,7 @@
 """The wording of results: numbers, sentences and summary rows. Only here does a fraction become a percentage."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rush.auditing.findings import Finding
@@ -108,7 +108,7 @@ def not_done(results: RunResults) -> list[tuple[str, str]]:
     return [(_NOT_DONE[stage], results.command(stage)) for stage in results.missing]
 
 
-_NAMED = 10  # classes that a summary names
+_NAMED = 10  # classes that a line names
 
 
 def summary_rows(results: RunResults) -> list[tuple[str, str]]:
@@ -124,13 +124,12 @@ def about_rows(results: RunResults) -> list[tuple[str, str]]:
     splits = [f"{split['images']:,} in {name}" for name, split in (results.provenance.get("data") or {}).items()]
     rows = [("data", str(setting("data", "name")) + (f" ({', '.join(splits)})" if splits else ""))]
     if results.classes:
-        more = f" and {len(results.classes) - _NAMED} more" if len(results.classes) > _NAMED else ""
-        rows.append(("classes", f"{len(results.classes)}: {', '.join(results.classes[:_NAMED])}{more}"))
+        rows.append(("classes", f"{len(results.classes)}: {classes_text(results.classes)}"))
     rows.append(("network", f"{setting('model', 'encoder')}, width {setting('model', 'width')}"))
     noise = f"{setting('smoothing', 'noise') or 'gaussian'}, sigma {setting('smoothing', 'sigma')}"
     labelled = results.stages["finetune"].fields.get("labelled_images") if "finetune" in results.stages else None
     rows.append(("noise", "none" if results.plain else noise))
-    rows.append(("labels", "–" if labelled is None else f"of {labelled:,} training images"))
+    rows.append(("labels", "–" if labelled is None else f"{labelled:,} training images"))
     rows.append(("seed", str(setting("seed"))))
     begun, ended = (
         sorted(filter(None, moments))
@@ -140,6 +139,12 @@ def about_rows(results: RunResults) -> list[tuple[str, str]]:
         span = f"{begun[0] if begun else '–'} to {ended[-1]}"
         rows.append(("time", f"{duration(sum(stage.seconds for stage in stages))} of work, {span}"))
     return rows
+
+
+def classes_text(classes: Sequence[str]) -> str:
+    """Return the names of the first classes, and how many more there are."""
+    more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
+    return f"{', '.join(classes[:_NAMED])}{more}"
 
 
 def size_text(size: int) -> str:

@@ -80,8 +80,8 @@ class Execution:
 
     def place(self, module: nn.Module) -> nn.Module:
         """Move ``module`` to the device and layout, and return it."""
-        module = module.to(self.device)
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return module.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
 
     def layout(self, x: Tensor) -> Tensor:
         """Return images (B, C, H, W) on the device in the run's layout, values unchanged."""
@@ -170,11 +170,11 @@ def decide_execution(
 
 
 def in_precision(execution: Execution, precision: Precision) -> Execution:
-    """Return ``execution`` in another precision, with the layout that suits it.
+    """Return ``execution`` in another precision, with the layout in which CPUs and NVIDIA GPUs train fastest.
 
-    A network in integers has no BatchNorm that could be folded.
+    A network in integers has no BatchNorm that could be folded, and contiguous tensors.
     """
-    layout = precision == "bfloat16" or torch.device(execution.device).type == "cuda"
+    layout = precision != "int8" and torch.device(execution.device).type != "mps"
     folded = execution.folded and precision != "int8"
     return replace(execution, precision=precision, channels_last=layout, folded=folded)
 
