@@ -1,4 +1,4 @@
-"""The precision of judged samples: by a measurement where the recipe leaves it open, or in integers."""
+"""The precision of judged samples: chosen by a measurement where the recipe leaves it open, or in integers."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.forward import Forward, rate
 
 _PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
-_GAIN = 1.1  # for less another precision is not worth it
+_GAIN = 1.1  # for a smaller gain, another precision is not worth it
 _TURNS = 2
 _CALIBRATED = 1024  # images on which the scales of integers are chosen
 
@@ -26,7 +26,7 @@ def faster_precision(
 ) -> tuple[Execution, dict[Precision, float]]:
     """Return ``execution`` in float32 where this is a tenth faster than bfloat16 on this processor.
 
-    Training in bfloat16 pays on processors on which judging in it does not. The choice is made once per processor,
+    Training in bfloat16 pays off on processors on which judging in it does not. The choice is made once per processor,
     number of threads, version of torch and network, and kept in the user's cache.
 
     Returns:
