@@ -1,7 +1,7 @@
 """Attacked functions: images to log-probabilities of a model, one form for each kind of attacker.
 
-Stochastic ones draw new noise at every call and offer ``pinned``: the same function with one draw kept, so that two
-points can be compared on common random numbers.
+Stochastic functions draw new noise at every call and offer ``pinned``: the same function with one draw kept, so that
+two points can be compared on common random numbers.
 """
 
 import random
@@ -73,8 +73,8 @@ def fresh_noise(
         smoothed: the smoothed classifier.
         eot_samples: number of draws per image and call.
         generators: one per image.
-        antithetic: draw pairs z and -z where the noise is symmetric and ``eot_samples`` even. The expectation is the
-            same, and terms linear in the noise cancel: fewer draws give an equally good gradient
+        antithetic: whether to draw pairs z and -z where the noise is symmetric and ``eot_samples`` even. The
+            expectation is the same, and terms linear in the noise cancel: fewer draws give an equally good gradient
             (``benchmarks/attacks.py gradient``).
 
     Cost: B x eot_samples passes per call.
@@ -202,7 +202,7 @@ def gradient_statistics(
             value = loss(mean_log_softmax(logits(noisy), 1), y[row : row + 1]).sum()
             with foreign_call(noisy):
                 (gradient,) = torch.autograd.grad(value, noisy)
-        # The mean weights each copy by 1 / draws, so that this undoes it: one gradient g per row.
+        # The mean weights each copy by 1 / draws, which this undoes: one gradient g per row.
         shares.append((draws * gradient).flatten(1).double())
     squared = torch.stack([share.square().sum(1).mean() for share in shares])
     mean_squared = torch.stack([share.mean(0).square().sum() for share in shares])

@@ -1,1 +1,1 @@
-"""Exact verdicts on attacked points, and what is attacked by whom."""
+"""Exact verdicts on attacked points, and the models, images and attackers of an evaluation."""
