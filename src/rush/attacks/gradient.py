@@ -101,8 +101,8 @@ def frozen_noise(
 ) -> LogProbs:
     """Return the smoothed classifier with noise drawn once for the images ``x`` and kept for all calls.
 
-    An attack on it overfits those draws, so the reported robustness is too high. It is the form of the first author's
-    attack as first published.
+    An attack on it overfits those draws, so the reported robustness is too high. The attack PGDRS was first
+    published in this form.
     """
     noise, logits = smoothed.sample_noise(x, eot_samples, generators), smoothed.differentiable()
     return lambda points: smoothed.log_probs_at(points, noise, logits)

@@ -1,1 +1,1 @@
-"""Certificates from votes, without torch except in certify, features and incremental, which draw the votes."""
+"""Certificates from votes, without torch except in certify, exact, features and incremental, which get the votes."""

@@ -14,7 +14,7 @@ from rush.data.kind import ANY_KIND, ImageKind
 from rush.errors import InputError, RoundingWarning
 
 ROUNDING = 2.0**-21
-"""Largest distance from [0, 1] that is taken for rounding: four steps of float32 above 1 (4.8e-7).
+"""Largest distance from [0, 1] that counts as rounding: four steps of float32 above 1 (4.8e-7).
 
 Normalizing an image and undoing it takes four operations, each of which rounds a value of at most about 1 by half a
 step. The rest is margin.

@@ -1,1 +1,1 @@
-"""Exact verdicts on attacked points, and the models, images and attackers of an evaluation."""
+"""Verdicts on attacked points by exact tests, and the models, images and attackers of an evaluation."""

@@ -17,7 +17,7 @@ _NESTED = ("state_dict", "model_state_dict", "model", "network", "net")
 """Names under which checkpoints hold the weights beside other things."""
 _COUNTERS = "num_batches_tracked"  # of BatchNorm, which this library never reads
 Names = Callable[[str], str | None]
-"""The name of a tensor here by its name there, None if it has none."""
+"""Maps the name of a tensor in the file to its name in the network, or to None if it has none there."""
 
 
 @dataclass(frozen=True)

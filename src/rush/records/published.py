@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 PUBLISHED = "SimCLR, width 64, published"
-"""What ``ENCODERS`` are figures of: ResNet-18 of width 64, all labels for the linear probe."""
+"""The encoder that ``ENCODERS`` has figures of: ResNet-18 of width 64, all labels for the linear probe."""
 ENCODERS: Mapping[str, Mapping[str, tuple[tuple[int, float], ...]]] = {
     "cifar10": {"linear": ((10, 0.565), (30, 0.663)), "knn": ((100, 0.832),)},
 }

@@ -31,7 +31,7 @@ _COST_FIELDS = (
     "joules",
 )
 NO_FIGURES = ("event", "time", "stage", "epoch")
-"""Fields of an event of live figures that are none."""
+"""Fields of an event of live figures that are not figures."""
 Logged = TypeVar("Logged", "Epoch", "Watched")
 
 

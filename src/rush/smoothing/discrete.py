@@ -15,11 +15,11 @@ of the classifier that the certificate is about. The certificate holds for every
 that leads to another 8-bit image. Sums are not clipped. A network that clips or rounds its input is an F like any
 other.
 
-Drawing k. It is the number of thresholds T_j = Phi((j + 1/2) / (255 sigma)) at or below a uniform u, in all of -J..J.
-The thresholds are computed in integer arithmetic, and u is drawn, to 120 bits. Noise beyond +-J is moved to +-J, where
-J is so large that its probability is about 1e-16 or less. The total variation between drawn and exact noise is thus
-known (``DiscreteGaussian.total_variation``): 1e-13 for CIFAR-10 at sigma = 1. Bounds that certify leave room for up to
-2e-11 (``choices.TOTAL_VARIATION``), and larger images or deviations are refused.
+Drawing k, in -J..J: k + J is the number of thresholds T_j = Phi((j + 1/2) / (255 sigma)), j = -J..J - 1, at or below a
+uniform u. The thresholds are computed in integer arithmetic, and u is drawn, to 120 bits. Noise beyond +-J is moved to
++-J, where J is so large that its probability is about 1e-16 or less. The total variation between drawn and exact noise
+is thus known (``DiscreteGaussian.total_variation``): 1e-13 for CIFAR-10 at sigma = 1. Bounds that certify leave room
+for up to 2e-11 (``choices.TOTAL_VARIATION``), and larger images or deviations are refused.
 """
 
 from collections.abc import Sequence

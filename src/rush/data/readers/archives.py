@@ -12,7 +12,7 @@ from rush.errors import DataError
 _MOST_TEXT = 1 << 20  # bytes
 Parsed = TypeVar("Parsed")
 Parse = Callable[[IO[bytes], str], Parsed]
-"""Parser of one member: takes the open file and its name for error texts, and returns the content."""
+"""Parser of one member: takes the open file and its name for error messages, and returns the content."""
 
 
 @dataclass(frozen=True)

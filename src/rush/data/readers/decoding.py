@@ -29,7 +29,7 @@ MAX_BYTES = 1 << 28
 _CHUNK = 1024  # images handed to the threads at a time
 _BITS_PER_SAMPLE, _ORIENTATION = 258, 274  # tags of TIFF and EXIF
 Encoded = tuple[str, bytes | memoryview | Path]
-"""A name for error texts, and the encoded bytes or the file that holds them."""
+"""A name for error messages, and the encoded bytes or the file that holds them."""
 
 
 @dataclass(frozen=True)
