@@ -1,21 +1,21 @@
-"""How strong the attacks are: against the original AutoAttack on deterministic networks, paired on the same images.
+"""The strength of the attacks, against the original AutoAttack on deterministic networks, paired on the same images.
 
     python benchmarks/attacks.py reference --data CIFAR10 --robust results/cifar10-pgd --cache CACHE
     python benchmarks/attacks.py deterministic --data CIFAR10 --robust results/cifar10-pgd --cache CACHE
 
-CIFAR10 is a folder with the data set (docs/data.md); CACHE keeps what every attack found on every batch of images, so
-that a stopped run goes on where it was. The original code is pyautoattack 0.2.0 (pip install -c constraints.txt
+CIFAR10 is a folder with the data set (docs/data.md). CACHE keeps the result of every attack on every batch of images,
+so that a stopped run resumes. The original code is pyautoattack 0.2.0 (pip install -c constraints.txt
 pyautoattack==0.2.0), with its defaults: seed 0, APGD of 100 steps from one random start, Square of 5,000 queries, the
 suite "standard" of APGD, targeted APGD, targeted FAB and Square.
 
-reference: its side. deterministic: ours on the same images, and one table for every network.
-An image stands if the network's plain output at the returned point is its label, for both sides by the same forward;
-points must lie in the ball and in [0, 1]. Only images that the network has right are attacked. The networks are those
-of reference_models.py, bfloat16 within: both sides attack this same fixed function. Passes are counted at the network,
-images forward and backward + images forward alone, over the number of attacked images.
-The original's Square shrinks its squares as for 10,000 queries whatever its budget; --attacks square-as-theirs is ours
-with the same sizes.
-After a change of the library give --ours another name: what is cached by the old name is not computed again.
+reference: the original's side. deterministic: this library's on the same images, and one table for every network.
+An image stands if the network's plain output at the returned point is its label, for both sides by the same forward.
+Points must lie in the ball and in [0, 1]. Only images that the network gets right are attacked. The networks are those
+of reference_models.py, which compute in bfloat16 inside: both sides attack this same fixed function. Passes are counted
+at the network, images forward and backward + images forward alone, over the number of attacked images.
+The original's Square shrinks its squares as for 10,000 queries whatever its budget. --attacks square-as-theirs is this
+library's Square with the same sizes.
+After a change of the library give --ours another name: what is cached under the old name is not computed again.
 """
 
 import argparse

@@ -2,16 +2,16 @@
 
     OMP_NUM_THREADS=1 python benchmarks/augmentation.py --batch 512 --repeats 9
 
-Prints one line per pipeline: median time per image with the least and the greatest of all repeats, images per second,
-and how many times longer it takes than rush. The pipelines take turns, so that a disturbance of the machine meets all
-of them. Input is random uint8 (B, 3, side, side); every pipeline ends with float32 in [0, 1]. kornia is left out when
-it is not installed.
+The benchmark prints one line per pipeline: median time per image with the least and the greatest of all repeats, images
+per second, and how many times longer it takes than rush. The pipelines take turns, so that a disturbance of the machine
+affects all of them. Input is random uint8 (B, 3, side, side), and every pipeline ends with float32 in [0, 1]. kornia is
+omitted if it is not installed.
 
 Before the clock starts, the pipelines are shown to draw from one distribution (``check_same_views``): crops of 0.2 to 1
 of the area with ratios from 3/4 to 4/3, half of them mirrored, 0.8 of them with brightness, contrast and saturation
-changed by up to 0.4 and hue by up to 0.1, 0.2 of them grey, no blur. What differs is small: the order of the colour
-changes (kornia draws one for each batch), Pillow's 8 bits after every operation, and that kornia's crop by resampling
-puts corners on corners.
+changed by up to 0.4 and hue by up to 0.1, 0.2 of them grey, no blur. The differences are small: the order of the colour
+changes (kornia draws one for each batch), Pillow's 8 bits after every operation, and kornia's crop by resampling, which
+aligns corners.
 """
 
 import math

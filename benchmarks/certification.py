@@ -1,4 +1,4 @@
-"""What certification costs: samples, wall time against the textbook procedure, and the engine against the bare network.
+"""The cost of certification: samples, wall time against the textbook procedure, the engine against the bare network.
 
     python benchmarks/certification.py samples --logs LOGS
     python benchmarks/certification.py classes
@@ -7,25 +7,25 @@
     python benchmarks/certification.py engine
     python benchmarks/certification.py votes --run results/cifar10-small --data CIFAR10
 
-LOGS is a folder with published certification logs by the names catrs_sigma_0.25.tsv, gaussian_sigma_0.5.tsv and so on;
-CIFAR10 one with the data set (docs/data.md).
+LOGS is a folder with published certification logs named catrs_sigma_0.25.tsv, gaussian_sigma_0.5.tsv and so on, and
+CIFAR10 a folder with the data set (docs/data.md).
 
 samples: simulated votes with the class probabilities of published logs (ResNet-110, CIFAR-10, all 10,000 images).
 Sequential against fixed N = 100,000 on the same votes: accuracy, mean samples, and their ratio to what certification
-takes if p is known, min(N, ln(1/level) / KL(p || p_r)) for the largest radius that it certifies, and 0 if none; beside
-it the truncated beta mixture, giving up by a test, and the Bonferroni correction over 1,000, 10,000 and 100,000
-samples. What a log cannot tell is assumed: abstained images have p uniform in 0.2 to 0.5, images at the
-ceiling 1 - p exponential with mean 1/N.
+takes if p is known, min(N, ln(1/level) / KL(p || p_r)) for the largest radius that it certifies, and 0 if none. Beside
+it are the truncated beta mixture, giving up by a test, and the Bonferroni correction over 1,000, 10,000 and 100,000
+samples. What a log does not contain is assumed: for abstained images p is uniform in 0.2 to 0.5, and for images at the
+ceiling 1 - p is exponential with mean 1/N.
 classes: one class against two on simulated votes of 1,000 images, with a fixed N = 100,000 and sequentially, and the
 time of a look. p_A = Phi(u), u uniform in -1.5 to 3.5. The rest falls to one other class, or to 99 others by a
 Dirichlet distribution of parameter 0.2.
-time: wall time an image. The textbook is written plainly below: fixed N, one image at a time, batches of 1,000,
-float32, votes counted on the host.
+time: wall time per image. The textbook procedure is written plainly below: fixed N, one image at a time, batches of
+1,000, float32, votes counted on the host.
 loss: certified accuracy of the sequential rule minus that of fixed N on the same votes of real images.
-engine: certified samples a second as a share of the bare compiled forward on ready-made noise, and that forward as a
+engine: certified samples per second as a share of the bare compiled forward on ready-made noise, and that forward as a
 share of the machine's bfloat16 matrix products.
 votes: share of votes that another tile, float32 or eager execution changes.
-Run one part at a time on a machine that does nothing else.
+Run one part at a time on an otherwise idle machine.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What it costs to certify a network again after it has changed, against certifying the changed network by itself.
+"""The cost of certifying a network again after it has changed, against certifying the changed network by itself.
 
     python benchmarks/certify_again.py changed --run runs/digits
     python benchmarks/certify_again.py heads --run runs/digits
@@ -10,7 +10,7 @@ smallest fixed number of votes, in hundreds, that certifies as much at a radius 
 sequential" is the smallest mean number of votes, over several caps, with which the sequential rule does so by itself at
 all radii. Both are chosen after the votes were seen, which favours them.
 heads: the time of a head on cached features against the whole network's.
-Run one part at a time on a machine that does nothing else.
+Run one part at a time on an otherwise idle machine.
 """
 
 import argparse

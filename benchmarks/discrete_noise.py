@@ -1,11 +1,11 @@
-"""What discrete noise costs and changes, against Gaussian noise in float32, on one trained network.
+"""The cost and effect of discrete noise, against Gaussian noise in float32, on one trained network.
 
     OMP_NUM_THREADS=1 python benchmarks/discrete_noise.py draws
     OMP_NUM_THREADS=1 python benchmarks/discrete_noise.py certify --run results/cifar10-small --data CIFAR10
 
 draws: nanoseconds per value to draw noise and add it to an image, in blocks of 100 copies of 3x32x32 pixels.
-certify: --images test images certified under either noise by the same rule, in turns of 10 images; the ratio of wall
-times over the turns, samples per image, and the paired difference of certified accuracy at every radius.
+certify: --images test images certified under either noise by the same rule, in turns of 10 images. The figures are the
+ratio of wall times over the turns, samples per image, and the paired difference of certified accuracy at every radius.
 """
 
 import argparse

@@ -2,23 +2,24 @@
 
     python benchmarks/full_size.py --data CIFAR10 --minutes 9 --out OUT
 
-trains ResNet-18 (``--width 64``) on CIFAR-10 by SimCLR, fine-tunes it under noise, and certifies and attacks what comes
-out, on whatever device there is. CIFAR10 is a folder with the data set (docs/data.md); several folders are joined.
+trains ResNet-18 (``--width 64``) on CIFAR-10 by SimCLR, fine-tunes it under noise, and certifies and attacks the
+result, on whatever device there is. CIFAR10 is a folder with the data set (docs/data.md). Several folders are joined.
 
-Two phases, or one of them with --phase. *probe* (at most 100 s) measures the device and writes ``plan.json``; it needs
-no data. *run* follows the plan, unattended. Its items, in order of value: (a) SimCLR; (b) nearest neighbours and linear
-probe; (c) fine-tuning under noise of four sigmas, and with 10 % and 1 % of the labels; (d) Gaussian training from
-scratch for as many passes as one of these and its share of (a); (e) the protocol grid beside the paper's 87.9 / 77.8;
-(f) the ladder to EOT 64; (g) the worst case; (h) certified curves; (i) the sandwich; (j) the textbook's certificates;
-(k) one radius on all test images.
+There are two phases, and --phase selects one of them. *probe* (at most 100 s) measures the device and writes
+``plan.json``. It needs no data. *run* follows the plan, unattended. Its items, in order of value: (a) SimCLR; (b)
+nearest neighbours and linear probe; (c) fine-tuning under noise of four sigmas, and with 10 % and 1 % of the labels;
+(d) Gaussian training from scratch for as many passes as one of these and its share of (a); (e) the protocol grid beside
+the paper's 87.9 / 77.8; (f) the ladder to EOT 64; (g) the worst case; (h) certified curves; (i) the sandwich; (j) the
+textbook's certificates; (k) one radius on all test images.
 
-Each item has a share of the minutes and a minimum. One that would overrun takes fewer images, the first ones of the
-seeded order, and one whose minimum does not fit is omitted; both are said. Nothing starts in the last tenth. Finished
-items are kept in the work folder, by default OUT.work, and the same command resumes after them. ``results.md`` in OUT
-shows what is there so far; ``results.json`` has all figures, ``tables.tar.gz`` one line per image, and
-``weights-*.safetensors`` the encoder and one classifier in float16. Nothing is chosen on test images.
+Each item has a share of the minutes and a minimum. An item that would overrun takes fewer images, the first ones of the
+seeded order, and an item whose minimum does not fit is omitted. Both cases are reported. Nothing starts in the last
+tenth. Finished items are kept in the work folder, by default OUT.work, and the same command resumes after them.
+``results.md`` in OUT shows the results so far, ``results.json`` has all figures, ``tables.tar.gz`` one line per image,
+and ``weights-*.safetensors`` the encoder and one classifier in float16. Nothing is chosen on test images.
 
-``--tiny`` runs every item in seconds, on a tiny network and few images: for tests, on the CPU unless --device is given.
+``--tiny`` runs every item in seconds, on a tiny network and few images. It is for tests, and runs on the CPU unless
+--device is given.
 """
 
 import argparse

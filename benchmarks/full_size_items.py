@@ -1,4 +1,4 @@
-"""The items of the full-size run, in order of value: what each computes, for how long, and what it leaves."""
+"""The items of the full-size run, in order of value: what each computes, for how long, and what it stores."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""``results.md`` of the full-size run: what is finished, as tables for a reader."""
+"""``results.md`` of the full-size run: the finished items, as tables for a reader."""
 
 from collections.abc import Sequence
 from typing import Any

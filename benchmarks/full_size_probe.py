@@ -1,4 +1,4 @@
-"""The probe of the full-size run: how fast the device is at what, and the plan that follows from it.
+"""The probe of the full-size run: the speed of the device at each task, and the plan that follows from it.
 
 Everything is measured on random images and seeded weights, which cost the same as real ones. A part that fails or no
 longer fits into the time is named in the plan with its reason, and the run falls back on the eager form.

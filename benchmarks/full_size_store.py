@@ -1,4 +1,4 @@
-"""What the full-size run keeps: its clock, its items in a work folder, and the few files that it publishes."""
+"""The store of the full-size run: its clock, its items in a work folder, and the few files that it publishes."""
 
 import io
 import json

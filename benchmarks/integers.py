@@ -1,4 +1,4 @@
-"""What 8-bit integers gain and lose: speed of certification, certified accuracy, error by layer, kernels.
+"""Gains and losses of 8-bit integers: speed of certification, certified accuracy, error by layer, kernels.
 
     python benchmarks/integers.py speed --run results/cifar10-small --data CIFAR10
     python benchmarks/integers.py loss --run results/cifar10-small --data CIFAR10
@@ -11,9 +11,9 @@ compiled and with channels last, and in 8-bit integers, by turns.
 loss: the same test images certified sequentially in float32 and in integers, with equal noise; paired differences.
 Accuracy under --draws draws of noise for two choices of the scales: by the histogram of an activation, which the
 library uses, and by its least and greatest value.
-layers: relative error of every convolution's output, and the operations in which the time goes. With ONEDNN_VERBOSE=1
-in the environment, the kernels are printed, too.
-Run it on a machine that does nothing else, on a processor with integer dot products.
+layers: relative error of every convolution's output, and the operations that take the time. With ONEDNN_VERBOSE=1 in
+the environment, the kernels are printed, too.
+Run it on an otherwise idle machine, on a processor with integer dot products.
 """
 
 import argparse

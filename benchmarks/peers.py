@@ -4,10 +4,10 @@
     python benchmarks/peers.py sequential --run results/cifar10-small --data CIFAR10 --images 500
     python benchmarks/peers.py simclr --data CIFAR10
 
-CIFAR10 is a folder with the data set (docs/data.md), SMOOTHING the file code/core.py of the repository
-locuslab/smoothing, whose one device name is replaced to run it on a CPU. ART is adversarial-robustness-toolbox 1.20.1,
-the SSL library lightly 1.6.0; it needs torchvision, whose compiled operations it does not use: where they cannot be
-loaded, empty ones of their names stand in.
+CIFAR10 is a folder with the data set (docs/data.md), and SMOOTHING the file code/core.py of the repository
+locuslab/smoothing, in which the only device name is replaced to run it on a CPU. ART is adversarial-robustness-toolbox
+1.20.1, and the SSL library is lightly 1.6.0. The latter needs torchvision, whose compiled operations it does not use:
+where they cannot be loaded, empty operations of the same names replace them.
 
 certify: fixed N on the same images and network, in float32, and ours in 8-bit integers, too. Our form of float32 is the
 one that the library chooses for a run. First each peer's best batch is found among --batches, and its best layout of
@@ -18,9 +18,10 @@ sequential: seconds per image of one radius and of a curve, N up to 100,000, in 
 locuslab's code at N = 100,000 as recorded by ``certify``. Under torchrun with two processes it is the wall time of two
 cores.
 simclr: views per CPU second of whole training steps: views, ResNet-18 of width 16, projector, loss, gradients, SGD.
-lightly's transform, projector and loss in its documented loop, images decoded in the main process, since workers cost
-CPU seconds, too; at its best batch of --batches. In float32, and with bfloat16 and channels_last by hand.
-Run one part at a time on a machine that does nothing else.
+lightly's transform, projector and loss run in its documented loop at the best batch of --batches. Images are decoded in
+the main process, since workers cost CPU seconds, too. It runs in float32, and with bfloat16 and channels_last set by
+hand.
+Run one part at a time on an otherwise idle machine.
 """
 
 import argparse

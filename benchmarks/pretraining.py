@@ -1,25 +1,25 @@
-"""How fast contrastive pre-training is: views a second of whole training steps, and of the augmentation alone.
+"""The speed of contrastive pre-training: views per second of whole training steps, and of the augmentation alone.
 
     python benchmarks/pretraining.py --data CIFAR10 --threads 2
 
-CIFAR10 is a folder with the data set (docs/data.md). Every step is two views of each of 256 CIFAR-10 images, ResNet-18
-of width 16 and projector, NT-Xent, backward pass, SGD. Ours is ``rush.training.pretrain.pretrain`` itself, by its own
-clock: images on the device, batched views, bfloat16 and channels_last where the processor computes in bfloat16, else
-float32.
+CIFAR10 is a folder with the data set (docs/data.md). Every step consists of two views of each of 256 CIFAR-10 images,
+ResNet-18 of width 16 and projector, NT-Xent, backward pass, SGD. Ours is ``rush.training.pretrain.pretrain`` itself,
+by its own clock: images on the device, batched views, bfloat16 and channels_last where the processor computes in
+bfloat16, else float32.
 
 Whole steps, ours against
   (a) one image after the other, as the SSL libraries do: Pillow in two DataLoader workers, float32 (target: >= 2);
   (b) kornia on whole batches, float32 (target: above 1); and with our precision and layout, so that what remains is the
       augmentation;
-  the bare network: forward and backward pass on views that lie ready, our precision and layout, no loss, no optimizer
+  the bare network: forward and backward pass on ready-made views, our precision and layout, no loss, no optimizer
       (target: >= 0.85);
   our augmentation alone: the ratio is its share of our step (target: < 0.10).
 Augmentation alone, ours against kornia (target: >= 4) and one image after the other in two workers (target: >= 8). It
-begins with 8-bit images and ends with float32 views; benchmarks/augmentation.py shows that all draw the same views.
+begins with 8-bit images and ends with float32 views. benchmarks/augmentation.py shows that all draw the same views.
 
-Ours and the other take turns of about --seconds, --rounds times; each round gives one ratio. Printed are the median and
-the least and greatest ratio, and the median rates. The DataLoader is in full flow whenever it is timed: its start and
-its first batches are outside. Run it on a machine that does nothing else.
+Ours and the other take turns of about --seconds, --rounds times, and each round gives one ratio. The median, least and
+greatest ratio and the median rates are printed. The DataLoader runs at full speed whenever it is timed: its start and
+its first batches are excluded. Run the benchmark on an otherwise idle machine.
 """
 
 import argparse

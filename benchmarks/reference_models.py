@@ -5,9 +5,9 @@
 trains the small robust network (adversarial training, Madry et al. 2018), resumable after every epoch, and writes its
 weights, ``model.json`` and ``accuracy.json`` to the folder. Both networks compute in bfloat16 where the processor does
 that natively, and their first and last layer always in float32: a bfloat16 input or output is a quantiser, an 8-bit
-pixel has steps of half its spacing, and an attack would be measured against that. What is attacked is this mixed
-forward itself: a fixed function, the same for every attacker. On 64 test images the mixed ResNet-18's logits (standard
-deviation 5.2) are within 0.008 of float32 on average, the median cosine between the two gradients is 0.996.
+pixel has steps of half its spacing, and an attack would be measured against that. The mixed forward itself is attacked:
+a fixed function, the same for every attacker. On 64 test images the mixed ResNet-18's logits (standard deviation 5.2)
+are within 0.008 of float32 on average, and the median cosine between the two gradients is 0.996.
 """
 
 import argparse

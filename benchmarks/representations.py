@@ -5,7 +5,7 @@
 For the encoder of each run, and for its untrained initial weights: a linear head fitted to clean images, with its
 accuracy on clean images, under one draw of noise, and under PGD-20 in l-inf 8/255 and l2 0.5; and a linear head fitted
 to noisy images, with its certified accuracy (sequential, at most --num-estimation votes). Heads are logistic
-regressions on all training images without the held-out ones, on which their strength is chosen. The encoder of a run is
+regressions on all training images except the held-out ones, on which their strength is chosen. The encoder of a run is
 the one that fine-tuning begins with, or the fine-tuned one for a run without pre-training.
 """
 

@@ -1,16 +1,16 @@
-"""What the safeguards against foreign networks cost: calls with and without them, by turns.
+"""The cost of the safeguards against foreign networks: calls with and without them, by turns.
 
     OMP_NUM_THREADS=1 python benchmarks/safeguards.py --run results/cifar10-small --data CIFAR10
 
 The safeguards: a network gets a copy of its input and its logits are copied; one image stays in every tile; images are
-asked for again at random tiles and at the end. Without them: the input itself, no such image, no such question.
+evaluated again at random tiles and at the end. Without them: the input itself, no such image, no such evaluation.
 
 Calls alternate one by one, so that both sides meet the same state of the machine, and which comes first alternates too.
-For each kind of call the median of the ratios of --rounds pairs, with the 95 % interval of the median from the order
-statistics (binomial). One tile of votes: the forward of a full tile, observed. One step of PGD: loss and gradient of 16
-draws per image on the smoothed classifier, and of the network without noise.
+For each kind of call, the figure is the median of the ratios of --rounds pairs, with the 95 % interval of the median
+from the order statistics (binomial). One tile of votes is the forward of a full tile, observed. One step of PGD is the
+loss and gradient of 16 draws per image on the smoothed classifier, and of the network without noise.
 
-What a copy does not tell is counted: rows of the sentinel, tiles asked for again, and the tile at the end, for a
+What these calls do not show is counted: rows of the sentinel, tiles evaluated again, and the tile at the end, for a
 certification of --tiles tiles.
 """
 

@@ -1,14 +1,14 @@
-"""How cost grows with samples, images, the side of images and processes.
+"""The growth of cost with samples, images, the side of images and processes.
 
     python benchmarks/scaling.py sizes
     python benchmarks/scaling.py processes --part certify
 
 sizes: CPU seconds of fixed-N certification of an untrained ResNet-18 of width 8, doubled four times in one of: samples
-per image, images, side of the images. The exponent is the slope of the logarithms; 1 is linear, and 2 for the side,
-whose square is the number of pixels. Peak memory of the process is that of the largest.
+per image, images, side of the images. The exponent is the slope of the logarithms. Linear growth is 1, and 2 for the
+side, whose square is the number of pixels. Peak memory of the process is that of the largest.
 processes: wall seconds of a stage of the recipe digits in one process and in two under torchrun, one thread each: the
 training of the encoder, certification, attacks. Earlier stages are computed once.
-Run it on a machine that does nothing else.
+Run it on an otherwise idle machine.
 """
 
 import argparse

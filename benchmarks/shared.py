@@ -1,8 +1,8 @@
-"""What several benchmarks use: their options and records, a run's smoothed classifier, labels, and cached arrays.
+"""Parts of several benchmarks: their options and records, a run's smoothed classifier, labels, and cached arrays.
 
 Every benchmark has the option --record: it then writes results/benchmarks/NAME.json, from which `make results` builds
 the table NAME. A record holds the rows of the table and the conditions under which they were measured. A cell is a
-text, a number, or an estimate with its bounds; None is an empty cell.
+text, a number, or an estimate with its bounds. None is an empty cell.
 """
 
 import argparse

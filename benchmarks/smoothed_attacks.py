@@ -1,21 +1,21 @@
-"""How strong and how fast the attacks on smoothed classifiers are; all subcommands on the trained classifier of --run.
+"""Strength and speed of the attacks on smoothed classifiers. All subcommands use the trained classifier of --run.
 
     python benchmarks/smoothed_attacks.py gradient --run results/cifar10-small --data CIFAR10
     python benchmarks/smoothed_attacks.py strength --run results/cifar10-small --data CIFAR10 --cache CACHE
     python benchmarks/smoothed_attacks.py tenfold  --run results/cifar10-small --data CIFAR10 --cache CACHE
 
-gradient: gradient samples a second with everything that an attack's step does (noise drawn, common generators, loss,
-backward pass) against bare forward and backward passes of the same network on noise that is ready, by turns; and the
+gradient: gradient samples per second with everything that an attack's step does (noise drawn, common generators, loss,
+backward pass) against bare forward and backward passes of the same network on ready-made noise, by turns; and the
 cosine of a gradient of m draws with the expected one, for independent and for antithetic draws.
 
-strength: the worst-case suite against two others of the same budget, 4,000 passes an image at most, all judged by this
-library's verdict on the same images; what is broken without an attack is attacked by none. The first author's published
-attack (PGDRS): from the image itself, steps of 2/255 along the sign of the gradient of the log mean softmax over 32
-fresh draws, 125 steps. AutoAttack "rand" (pyautoattack 0.2.0): APGD-CE and APGD-DLR, 100 steps of 20 passes each; it
-sees the smoothed classifier as a network that draws one noise a pass. Paired differences; wall seconds per image with
-the verdict, to be measured with --threads 1 on a machine that does nothing else.
+strength: the worst-case suite against two others of the same budget, at most 4,000 passes per image, all judged by this
+library's verdict on the same images. Images that are broken without an attack are attacked by none. The first author's
+published attack (PGDRS): from the image itself, steps of 2/255 along the sign of the gradient of the log mean softmax
+over 32 fresh draws, 125 steps. AutoAttack "rand" (pyautoattack 0.2.0): APGD-CE and APGD-DLR, 100 steps of 20 passes
+each. It sees the smoothed classifier as a network that draws one noise per pass. The figures are paired differences,
+and wall seconds per image with the verdict, to be measured with --threads 1 on an otherwise idle machine.
 
-tenfold: the images that the suite leaves (of the first --tenfold images), attacked with ten times its budget.
+tenfold: the images that the suite does not break (of the first --tenfold images), attacked with ten times its budget.
 
 CACHE keeps finished groups, so that a stopped run resumes. --data is not needed for the digits.
 """

@@ -1,10 +1,10 @@
-"""What exact l1 certificates cost and reach, against sampled ones, on one network trained under splitting noise.
+"""Cost and reach of exact l1 certificates, against sampled ones, on one network trained under splitting noise.
 
     OMP_NUM_THREADS=1 python benchmarks/splitting.py --run RUN --data CIFAR10
 
 Seconds per image over --images test images, in turns of 5: all draws of splitting noise, and the same network under
 uniform noise of the same sigma by both sampling methods with at most --num-estimation votes. The network was not
-trained under uniform noise, so its accuracies under it are not those of a fair opponent and are not printed.
+trained under uniform noise, so its accuracies under that noise would not be a fair comparison and are not printed.
 """
 
 import time

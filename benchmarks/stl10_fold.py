@@ -3,8 +3,8 @@
     python benchmarks/stl10_fold.py --data STL10 --fold 0 --out stl10-fold0.npz
 
 STL10 is a folder of shards of the labelled images, in the official order, with ``fold_indices.txt``. The file has the
-splits train (the fold's 1,000 labelled images), unlabeled (the other training images, without labels, but for 500) and
-test. The 500 images that are left out are the first that are not of the fold in a seeded order; no run reads them.
+splits train (the fold's 1,000 labelled images), unlabeled (the other training images, without labels, except for 500)
+and test. The 500 omitted images are the first ones in a seeded order that are not in the fold. No run reads them.
 """
 
 import argparse

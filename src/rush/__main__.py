@@ -11,11 +11,11 @@ _EVERY, _OFTEN = 60.0, 10.0  # seconds between lines of progress where there is 
 
 
 def main() -> None:
-    """Run the command line; an error ends it with one line on standard error and exit status 1.
+    """Run the command line. An error ends it with one line on standard error and exit status 1.
 
     With ``--traceback`` anywhere on the command line, or RUSH_TRACEBACK=1 in the environment, the traceback is printed
-    before the line. With ``-q`` or ``--quiet`` nothing but results and errors is printed, with ``-v`` or ``--verbose``
-    progress more often.
+    before the line. With ``-q`` or ``--quiet`` nothing but results and errors is printed. With ``-v`` or ``--verbose``
+    progress is printed more often.
     """
     from rush.errors import Interrupted, RushError
 
@@ -89,7 +89,7 @@ def _show_own_warnings_in_one_line() -> None:
 
 
 def _memory_message(error: Exception) -> str | None:
-    """Return the message for a device that is out of memory, None for any other error."""
+    """Return the message for a device that is out of memory, or None for any other error."""
     if "torch" not in sys.modules:
         return None
     from rush.runtime.memory import JUDGED, is_out_of_memory, memory_error

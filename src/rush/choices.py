@@ -37,7 +37,7 @@ Verdict = Literal["broken", "held", "undecided"]
 ABSTAIN = -1  # the prediction where the votes do not decide
 LEVELS = 255  # steps of an 8-bit pixel from 0 to 1
 BLOCK = 100  # noise samples drawn together; votes are stored per block
-TOTAL_VARIATION = 2e-11  # largest one between drawn and exact noise that bounds on probabilities leave room for
+TOTAL_VARIATION = 2e-11  # the largest between drawn and exact noise that bounds on probabilities leave room for
 
 CERTIFIED_NORM: dict[NoiseName, Norm] = {
     "gaussian": "l2",
@@ -69,7 +69,7 @@ def splitting_draws(sigma: float) -> int:
 def fewest_samples(alpha: float) -> int:
     """Return the least number of votes that can show a probability above 1/2 at level ``alpha``.
 
-    If all n votes agree, their lower bound alpha^(1/n), less the 1e-10 for rounding of ``statistics.lower_bound``, must
-    exceed 1/2. No sigma needs fewer, but a tiny sigma may need more (``certification.rule``).
+    If all n votes agree, their lower bound alpha^(1/n), minus the 1e-10 that ``statistics.lower_bound`` subtracts for
+    rounding, must exceed 1/2. No sigma needs fewer, but a tiny sigma may need more (``certification.rule``).
     """
     return math.floor(-math.log2(alpha) / (1 + math.log2(1 - 1e-10))) + 1

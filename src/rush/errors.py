@@ -1,8 +1,8 @@
-"""Errors and warnings for users. Every text says what was given, what is allowed and what to do."""
+"""Errors and warnings for users. Every message states what was given, what is allowed and what to do."""
 
 
 class RushError(Exception):
-    """Base of all errors that this library raises on purpose."""
+    """Base class of all errors that this library raises on purpose."""
 
 
 class ConfigError(RushError, ValueError):
@@ -10,7 +10,7 @@ class ConfigError(RushError, ValueError):
 
 
 class DataError(RushError, ValueError):
-    """A data set is missing, damaged, empty or invalid. The text names the file and the remedy."""
+    """A data set is missing, damaged, empty or invalid. The message names the file and the remedy."""
 
 
 class InputError(RushError, ValueError):
@@ -49,11 +49,11 @@ class Interrupted(RushError):
 
 
 class DeviceMemoryError(RushError, MemoryError):
-    """The device ran out of memory. The text names the field of the recipe to lower."""
+    """The device ran out of memory. The message names the field of the recipe to lower."""
 
 
 class MissingExtraError(RushError, ImportError):
-    """A package that only some users need is not installed. The text names it."""
+    """A package that only some users need is not installed. The message names it."""
 
 
 class SandwichError(RushError):
@@ -61,15 +61,15 @@ class SandwichError(RushError):
 
 
 class RushWarning(UserWarning):
-    """Base of all warnings that this library gives on purpose."""
+    """Base class of all warnings that this library gives on purpose."""
 
 
 class DataWarning(RushWarning):
-    """Some files in a folder of images are not read. The text says which kind, how many, and names the first."""
+    """Some files in a folder of images are not read. The message gives their kind and number, and names the first."""
 
 
 class CopiesWarning(RushWarning):
-    """Some images are exact duplicates and are counted once. The text gives their number."""
+    """Some images are exact duplicates and are counted once. The message gives their number."""
 
 
 class NumericsWarning(RushWarning):

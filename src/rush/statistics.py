@@ -70,7 +70,7 @@ def upper_quantile(trials: int, probability: float, tail: float) -> int:
 def most_by_chance(trials: int, probability: float) -> int:
     """Return the largest number of errors among ``trials``, each of this ``probability`` at most, that chance explains.
 
-    More of them have probability at most 1e-6. 0 without trials.
+    More of them have probability at most 1e-6. Without trials it is 0.
     """
     return upper_quantile(trials, min(1.0, probability), CHANCE) if trials else 0
 
@@ -108,7 +108,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray, confidence: float =
     """Return the share of ``first`` minus that of ``second`` with a paired interval.
 
     The interval is that of Agresti and Min (2005): a Wald interval after adding 1/2 to each of the four cells, which
-    stays close to its level also where few images differ. The estimate is the plain difference.
+    stays close to its level even where few images differ. The estimate is the plain difference.
 
     Args:
         first: boolean (N,).

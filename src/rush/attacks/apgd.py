@@ -14,7 +14,8 @@ from rush.choices import Norm
 MOMENTUM = 0.75  # weight of the projected step; the rest is the previous move
 RHO = 0.75  # the step is halved unless this share of steps raised the loss
 FIRST_STEP = {"linf": 2.0, "l2": 2.0, "l1": 1.0}  # in epsilon
-# On a stochastic function shorter steps average more noise: 0.5 was measured better than 2 and 1 on smoothed networks.
+# On a stochastic function shorter steps average more noise: 0.5 was better than 2 and 1 when measured on smoothed
+# networks.
 RANDOM_FIRST_STEP = {"linf": 0.5, "l2": 0.5, "l1": 1.0}
 # Periods between checkpoints in hundredths of the steps: from 22 by 3 down to 6; for l1 always 4.
 _PERIODS = {"linf": (22, 19, 16, 13, 10, 7, 6, 6), "l2": (22, 19, 16, 13, 10, 7, 6, 6), "l1": (4,) * 24}
@@ -70,7 +71,7 @@ def apgd(
 
 
 def checkpoints(steps: int, norm: Norm) -> list[int]:
-    """Return after how many steps the step size is reviewed, without duplicates and without the end."""
+    """Return the numbers of steps after which the step size is reviewed, without duplicates and without the end."""
     shares = accumulate(_PERIODS[norm])
     return sorted({-(-share * steps // 100) for share in shares} - {0, steps})
 
@@ -119,7 +120,7 @@ def _climb_random(
             best = choose(better, point, best)
             pace, returns = pace.reviewed(~better, ~better, best, x)
             point, previous = choose(returns, best, point), choose(returns, best, previous)
-        # Also after a return the gradient is computed on fresh noise: steps average over draws.
+        # Even after a return the gradient is computed on fresh noise: steps average over draws.
         _, gradient = loss_and_gradient(log_probs, point, y, loss)
         previous, point = point, _next(threat, x, point, previous, gradient, pace, first=i == 0)
     return choose(_beats(log_probs, point, best, y, loss), point, best), point
@@ -140,7 +141,7 @@ class _Pace:
     """Step size of each image.
 
     Attributes:
-        norm: that of the threat model.
+        norm: norm of the threat model.
         share: length of a step as a share of epsilon, (B, 1, 1, 1).
         density: for l1, share of the pixels that a step changes, (B, 1, 1, 1).
         halved: whether the last review halved the step, (B,).

@@ -29,7 +29,7 @@ def fmn(
     start: Tensor | None = None,
     confidence: float = 0.0,
 ) -> Tensor:
-    """Search the point nearest to ``x`` in ``norm`` where ``loss`` exceeds ``confidence``.
+    """Search for the point nearest to ``x`` in ``norm`` where ``loss`` exceeds ``confidence``.
 
     Every step follows the gradient and then projects onto the ball of the current radius. The radius shrinks where the
     point was misclassified and grows where it was not. Step length and change of the radius follow a cosine. Until a
@@ -53,7 +53,7 @@ def fmn(
         log_probs: the attacked function, (B, C, H, W) -> (B, K).
         x: images (B, C, H, W) in [0, 1].
         y: labels (B,).
-        norm: in which distances are measured.
+        norm: norm in which distances are measured.
         steps: number of gradient steps.
         loss: positive only where the label is not the most probable class: margin, DLR or their targeted forms.
         start: first point (default ``x``), clamped to [0, 1].
@@ -84,7 +84,7 @@ def fmn(
         linear = size - values / change_norm(gradient, DUAL[norm]).clamp(min=1e-30)
         grown = torch.where(nearest_size.isfinite(), radius, linear) * (1 + change)
         radius = torch.where(beyond, torch.minimum(radius * (1 - change), nearest_size), grown)
-        # For l1 too a dense direction: the projection onto the l1 ball makes the change sparse.
+        # The direction is dense for l1, too: the projection onto the l1 ball makes the change sparse.
         direction = gradient.sign() if norm == "linf" else l2_unit(gradient)
         step = (length * radius.clamp(max=diameter)).view(-1, 1, 1, 1) * direction
         point = project(norm, point + step, x, radius.view(-1, 1, 1, 1))

@@ -1,7 +1,7 @@
 """Attacked functions: images to log-probabilities of a model, one form for each kind of attacker.
 
-Stochastic ones draw new noise at every call and offer ``pinned``: the same function with one draw kept, so that two
-points can be compared on common random numbers.
+Stochastic functions draw new noise at every call and offer ``pinned``: the same function with one draw kept, so that
+two points can be compared on common random numbers.
 """
 
 import random
@@ -73,8 +73,8 @@ def fresh_noise(
         smoothed: the smoothed classifier.
         eot_samples: number of draws per image and call.
         generators: one per image.
-        antithetic: draw pairs z and -z where the noise is symmetric and ``eot_samples`` even. The expectation is the
-            same, and terms linear in the noise cancel: fewer draws give an equally good gradient
+        antithetic: whether to draw pairs z and -z where the noise is symmetric and ``eot_samples`` even. The
+            expectation is the same, and terms linear in the noise cancel: fewer draws give an equally good gradient
             (``benchmarks/attacks.py gradient``).
 
     Cost: B x eot_samples passes per call.
@@ -101,8 +101,8 @@ def frozen_noise(
 ) -> LogProbs:
     """Return the smoothed classifier with noise drawn once for the images ``x`` and kept for all calls.
 
-    An attack on it overfits those draws, so the reported robustness is too high. It is the form of the first author's
-    attack as first published.
+    An attack on it overfits those draws, so the reported robustness is too high. The attack PGDRS was first
+    published in this form.
     """
     noise, logits = smoothed.sample_noise(x, eot_samples, generators), smoothed.differentiable()
     return lambda points: smoothed.log_probs_at(points, noise, logits)
@@ -202,7 +202,7 @@ def gradient_statistics(
             value = loss(mean_log_softmax(logits(noisy), 1), y[row : row + 1]).sum()
             with foreign_call(noisy):
                 (gradient,) = torch.autograd.grad(value, noisy)
-        # The mean weights each copy by 1 / draws, so that this undoes it: one gradient g per row.
+        # The mean weights each copy by 1 / draws, which this undoes: one gradient g per row.
         shares.append((draws * gradient).flatten(1).double())
     squared = torch.stack([share.square().sum(1).mean() for share in shares])
     mean_squared = torch.stack([share.mean(0).square().sum() for share in shares])

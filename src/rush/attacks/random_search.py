@@ -15,7 +15,7 @@ Proposal: TypeAlias = Callable[[int, Tensor], Tensor]
 
 REFRESH = 10
 _DRAWN_AT_ONCE = 16
-_CHECK_EVERY = 64  # queries between two checks whether all images are done; each waits for the device
+_CHECK_EVERY = 64  # queries between two checks whether all images are done; each check waits for the device
 
 
 def random_search(

@@ -15,7 +15,7 @@ from rush.attacks.random_search import REFRESH, Proposal, best_of_proposals
 from rush.attacks.threat import ORDERS, ThreatModel, stacked_draws
 from rush.choices import Norm
 
-FIRST_SHARE = 0.8  # of the image, that the first squares cover
+FIRST_SHARE = 0.8  # share of the image that the first squares cover
 # Queries of 10,000 after which the squares' share of the image is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # The margin above which an image no longer changes. A forward that rounds differently still finds it broken.

@@ -63,7 +63,7 @@ class ThreatModel:
         """Return 8-bit images (B, C, H, W) close to the points, within the ball around the 8-bit images ``x``.
 
         Every pixel is rounded to the nearest multiple of 1/255. Where the result is outside the ball, pixels that were
-        moved away from the image are rounded towards it instead, those first for which that makes the least difference.
+        moved away from the image are rounded towards it instead, first those for which that makes the least difference.
         """
         levels = (LEVELS * x.double()).round()
         change = LEVELS * adversarial.double() - levels
@@ -133,8 +133,8 @@ def project(norm: Norm, adversarial: Tensor, x: Tensor, epsilon: Tensor) -> Tens
 def _within(rounded: Tensor, change: Tensor, norm: Norm, epsilon: Tensor) -> Tensor:
     """Return integer changes (B, C, H, W) of norm at most ``epsilon`` (1 or B, 1, 1, 1), from ``change`` ``rounded``.
 
-    An image's rounded entries that are larger than its own are made smaller by one, the most enlarged ones first, until
-    the norm is small enough.
+    Rounded entries of an image that are larger than its entries of ``change`` are made smaller by one, the most
+    enlarged ones first, until the norm is small enough.
     """
     if norm == "linf":
         return torch.minimum(torch.maximum(rounded, -epsilon.floor()), epsilon.floor())

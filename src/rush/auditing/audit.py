@@ -1,4 +1,4 @@
-"""Audit an evaluation of a model: the worst-case suite, many cheap probes, and one verdict."""
+"""The audit of an evaluation of a model: the worst-case suite, many cheap probes, and one verdict."""
 
 import copy
 import warnings
@@ -76,14 +76,14 @@ def audit(
     mode.
 
     Args:
-        model: as ``rush.attack`` takes it, and so are ``images``, ``threat`` and ``decision``.
+        model, images, threat, decision: as for ``rush.attack``.
         evaluation: an AttackResult, a plan or suite to run, or None for ``default_plan``. The points and verdicts of an
             AttackResult are taken as they are, and its points are judged once more.
         tolerance: the largest acceptable d.
-        surrogate: as ``rush.attack`` takes it. It is also a source of transferred points.
-        certificates: of the same images, compared with all attacks.
+        surrogate: as for ``rush.attack``. It is also a source of transferred points.
+        certificates: certificates of the same images, which are compared with all attacks.
         suite: the result of the worst-case suite on the same images, if there is one. Its points are judged again, on
-            draws of the audit's own, and the suite is not run.
+            separate draws of the audit, and the suite is not run.
         alpha: bound on the probability that any verdict on an image is false, split evenly over ``VERDICTS`` of them.
             Only stochastic models depend on it.
         max_votes: most votes per verdict, ``PATIENCE`` times as many for the evaluation's own points. Only stochastic
@@ -99,7 +99,7 @@ def audit(
     Cost:
         The evaluation, the suite on the images that it held unless its result is given, and on at most 64 of these
         about six times the evaluation and at most 320 passes through a smoothed surrogate. Where a model has steps
-        without a derivative, 800 passes more (100 of a deterministic model) on all images that the evaluation held.
+        without a derivative, 800 more passes (100 of a deterministic model) on all images that the evaluation held.
 
     Example:
         >>> import rush, torch

@@ -24,7 +24,7 @@ from rush.runtime.randomness import stream
 
 PROBED = 64  # images, drawn by the seed, that probes measure
 CLOSE = 32  # held images that gradients are measured on
-FEW_IMAGES = 8  # that a property of the model is tested on
+FEW_IMAGES = 8  # images that a property of the model is tested on
 VERDICTS = 14  # per image at most, each at 1/14 of the level: on the evaluation's point, by the suite and by probes
 STEPPING = ("fgsm", "mifgsm", "pgd")  # methods with steps of a fixed length
 
@@ -62,9 +62,10 @@ class Case:
 
     @cached_property
     def plan(self) -> Plan | None:
-        """The evaluation's attack, of a suite its costliest untargeted one, None where points were made elsewhere.
+        """The evaluation's attack, or the costliest untargeted one of a suite.
 
-        An attack without draws on a stochastic model that has a base network has attacked that network.
+        It is None where points were made elsewhere. An attack without draws on a stochastic model that has a base
+        network has attacked that network.
         """
         plan = self.evaluation.plan
         if isinstance(plan, Suite):
@@ -86,7 +87,7 @@ class Case:
 
     @property
     def reach(self) -> float | None:
-        """Length of all steps of the evaluation's attack in epsilon, None where it has none of fixed length."""
+        """Length of all steps of the evaluation's attack in epsilon, or None where it has none of fixed length."""
         if self.plan is None or self.plan.method not in STEPPING:
             return None
         return 1.0 if self.plan.method == "fgsm" else self.plan.steps * self.plan.step_size
@@ -119,7 +120,7 @@ class Case:
         Args:
             climbed: defender whose gradient is attacked instead of the model's. The model still chooses and judges.
 
-        Random: streams of the audit's own, named after the plan.
+        Random: separate streams of the audit, named after the plan.
         """
         named: Plan | Suite = replace(plan, name=f"audit-{plan.name}")
         if isinstance(plan, Suite):
@@ -130,7 +131,7 @@ class Case:
         return result
 
     def judge_again(self, result: AttackResult, rows: list[int]) -> AttackResult:
-        """Judge the points of ``result`` at ``rows`` on draws of the audit's own, and keep this in ``results``."""
+        """Judge the points of ``result`` at ``rows`` on separate draws of the audit, and keep this in ``results``."""
         images = self.pixels.select(rows)
         x = self.threat.select(rows).project(result.adversarial[rows].clamp(0, 1), images.x)
         verdicts = self.defender.judge(replace(images, x=x), "audit-suite", self.judging)
@@ -152,7 +153,7 @@ class Case:
             yield part, *self.view(plan, part, name)
 
     def loss(self, plan: Plan, rows: list[int]) -> Loss:
-        """Return the loss of ``plan`` on the images at ``rows``, of a targeted one for its first target."""
+        """Return the loss of ``plan`` on the images at ``rows``. For a targeted plan it is that of the first target."""
         if not plan.targets:
             return named_loss(plan.loss, self.defender.num_classes)
         ranks = self.defender.ranking(self.pixels.select(rows), self.seed)

@@ -3,13 +3,13 @@
 A share of images fails its threshold when its one-sided 95 % Clopper-Pearson lower bound lies above the threshold. It
 passes when the share itself does not, and is undecided between the two: no finding fails because of a few images.
 
-Some findings decide alone: failed, they make an evaluation ``overestimated`` whatever d is (``INVALIDATING``). Each of
+Some findings decide alone: if they fail, an evaluation is ``overestimated`` whatever d is (``INVALIDATING``). Each of
 them has a proven level in ``LEVELS``, a bound on the probability that it fails on an honest evaluation. Together with
 the level of d these levels sum to at most ``OVERESTIMATED_LEVEL``, which is a bound for the verdict (union bound).
 
-All thresholds, those of ``validity``, ``gradients`` and ``stronger`` included, are frozen: they were fixed before the
-second half of the zoo, the models and evaluations that they are tested on, was written. A change of one needs a zoo
-that was made afterwards.
+All thresholds, including those of ``validity``, ``gradients`` and ``stronger``, are frozen: they were fixed before the
+second half of the zoo, the models and evaluations that they are tested on, was written. A changed threshold needs a zoo
+that is made afterwards.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ OVERESTIMATED_LEVEL = 0.05
 # nothing to chance on an honest model: they are properties of given points, of a deterministic network, or of whether
 # anything is drawn at all.
 LEVELS = {"d": 0.04, "input-range": 0.0, "pixel-scale": 0.005, "mode": 0.0, "randomness": 0.0, "noise": 0.005}
-# Failed, these say that the evaluation was not one of this model under this threat model, whatever its number.
+# If these fail, the evaluation was not one of this model under this threat model, whatever its figure.
 INVALIDATING = frozenset(LEVELS) - {"d"}
 # At half of the pixel range every image can be turned into the same grey.
 LARGE_EPSILON_HELD = 0.1

@@ -15,10 +15,10 @@ from rush.auditing.validity import REACH
 from rush.evaluation.plans import Plan
 from rush.runtime.randomness import stream
 
-_DRAWS = 64  # of the gradient, at least, for its signal-to-noise ratio
-_MOST_DRAWS = 16  # in one measured gradient
+_DRAWS = 64  # draws of the gradient, at least, for its signal-to-noise ratio
+_MOST_DRAWS = 16  # draws in one measured gradient
 _COMMON_DRAWS = 64  # common random numbers under which two points are compared
-_QUARTER = 0.25  # of the radius: steps within this distance are averaged
+_QUARTER = 0.25  # share of the radius: steps within this distance are averaged
 
 
 @probe(
@@ -159,7 +159,7 @@ def decide_draws(needed: Sequence[float], averaged: float) -> Outcome:
     """Decide on the noise draws.
 
     Args:
-        needed: for each image the draws after which the gradient has cosine 0.5 with its expectation.
+        needed: for each image the number of draws after which the gradient has cosine 0.5 with its expectation.
         averaged: draws per gradient of the evaluation, times the steps within a quarter of the ball's radius where
             steps are shorter.
     """

@@ -21,7 +21,7 @@ from rush.runtime.execution import Execution
 from rush.runtime.randomness import stream
 from rush.smoothing.classifier import SmoothedClassifier
 
-DISTANCES = (0.01, 0.1, 1.0)  # of finite differences, in epsilon
+DISTANCES = (0.01, 0.1, 1.0)  # distances of finite differences, in epsilon
 
 _DIRECTIONS = 16
 _UNDERFLOW = 1e-30  # a float32 gradient below this has lost entries
@@ -45,7 +45,7 @@ def without_gradient(log_probs: LogProbs, x: Tensor) -> Tensor:
 
 
 def relative_difference(first: Tensor, second: Tensor) -> float:
-    """Return the largest difference of two tensors over the largest value of the first, which counts as 1 at least."""
+    """Return the largest difference of two tensors over the largest value of the first, which counts as at least 1."""
     return float((first - second).abs().max() / first.abs().max().clamp(min=1))
 
 
@@ -89,7 +89,7 @@ def slopes_at(log_probs: LogProbs, x: Tensor, y: Tensor, threat: ThreatModel, ge
 def agreement(parts: Sequence[Slopes]) -> tuple[float, float, int]:
     """Compare autograd's slopes with the measured ones.
 
-    The distance of the best cosine counts, so that steps and rounding smaller than this distance do no harm.
+    The distance of the best cosine is used, so that steps and rounding smaller than this distance do no harm.
 
     Returns:
         The cosine between the two along random directions, over all images together; the median ratio along the
@@ -108,11 +108,11 @@ def draws_needed(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss, eot_samp
     """Return for each image the draws after which the gradient of ``loss`` has cosine 0.5 with its expectation.
 
     ``repeats`` gradients g of independent noise give signal = mean of <g_i, g_j>, i != j, and noise = mean of
-    <g_i, g_i> less the signal, both unbiased. The mean over m calls has a cosine^2 of about signal / (signal +
-    noise / m). Without a measured signal the answer is a million.
+    <g_i, g_i> minus the signal, both unbiased. The mean over m calls has a cosine^2 of about signal / (signal +
+    noise / m). Without a measured signal the result is a million.
 
     Args:
-        log_probs: stochastic, with ``eot_samples`` draws per call.
+        log_probs: stochastic log-probabilities, with ``eot_samples`` draws per call.
     """
     gradients = torch.stack([loss_and_gradient(log_probs, x, y, loss)[1].flatten(1) for _ in range(repeats)]).double()
     power = gradients.square().sum(2).mean(0)
@@ -124,10 +124,10 @@ def draws_needed(log_probs: LogProbs, x: Tensor, y: Tensor, loss: Loss, eot_samp
 def sigmas(smoothed: SmoothedClassifier, plan: Plan, shape: torch.Size, seed: int) -> tuple[float, float]:
     """Return the standard deviation of the noise under ``plan``'s attack, and in the verdict.
 
-    Both are measured at the entrance of the base classifier, on grey images of ``shape`` (C, H, W), from at least
-    16,384 normal values each, those of the attack possibly in pairs z, -z. Where both sides draw with one sigma the
-    ratio of the squares is F-distributed with at least 8,192 and 16,384 degrees of freedom: it leaves
-    ``validity.SIGMA_BAND`` with probability < 1e-20.
+    Both are measured at the input of the base classifier, on grey images of ``shape`` (C, H, W), from at least 16,384
+    normal values each, those of the attack possibly in pairs z, -z. Where both sides draw with one sigma the ratio of
+    the squares is F-distributed with at least 8,192 and 16,384 degrees of freedom: it leaves ``validity.SIGMA_BAND``
+    with probability < 1e-20.
     """
     entrance = _Entrance(smoothed.classifier)
     watched = with_network(smoothed, entrance, tuple(shape))
@@ -162,8 +162,9 @@ def spreads_p_value(defender: RandomDefender, plan: Plan, x: Tensor, ids: Sequen
     """Return the p-value of a permutation test of the hypothesis that both sides of ``spreads`` draw alike.
 
     Under the hypothesis the pairs of outputs (attack, verdict) are independent, and each has the law of the same pair
-    turned round, whether its two are independent or the same draw. Among the observed distance of the ratio of spreads
-    from 1 and those after 999 random turns of pairs every rank is then equally likely, so that P(p-value <= u) <= u.
+    swapped, whether its two outputs are independent or the same draw. Among the observed distance of the ratio of
+    spreads from 1 and those after 999 random swaps of pairs every rank is then equally likely, so that P(p-value <= u)
+    <= u.
     """
     attack, verdict = _outputs_of_both(defender, plan, x, ids, seed)
     if attack is None:
@@ -241,7 +242,7 @@ class _Entrance(nn.Module):
         return self.inner(x)
 
     def forget(self) -> None:
-        """Discard the inputs up to now."""
+        """Discard the inputs so far."""
         self.values, self._squares = 0, 0.0
 
     def deviation(self) -> float:

@@ -36,7 +36,7 @@ Tilt: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Planted:
-    """An adversarial example planted for each of ``images``, as the module says.
+    """An adversarial example planted for each of ``images``, as the module's docstring describes.
 
     Cost: 100 forward passes per image of a stochastic model, 1 of a deterministic one, besides the ranking of classes.
     """
@@ -52,7 +52,7 @@ class Planted:
         gap = log_probs.amax(1) - log_probs.gather(1, self._targets[:, None])[:, 0]
         change = points - images.x
         strength = (SLACK * gap + AHEAD) / change.square().flatten(1).sum(1)
-        self.slopes = strength.view(-1, 1, 1, 1) * change  # a w of each image, (N, C, H, W)
+        self.slopes = strength.view(-1, 1, 1, 1) * change  # w of each image, (N, C, H, W)
 
     @property
     def defender(self) -> Defender:

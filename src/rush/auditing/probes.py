@@ -1,8 +1,9 @@
 """The form in which a finding of the audit is defined: one decorated function that measures and decides.
 
-``@probe(name, remedy)`` stands above a function of the audited ``Case``. Its docstring is the question that it answers
-and the cost, in passes of one image through the base network. m stands for the evaluation's noise draws per gradient.
-Thresholds are defined just above it, and so is the pure decision where it is more than a share against a threshold.
+``@probe(name, remedy)`` decorates a function of the audited ``Case``. The function's docstring is the question that it
+answers and the cost, in passes of one image through the base network. m stands for the evaluation's noise draws per
+gradient. Thresholds are defined just above the function, and so is the pure decision where it is more than a share
+against a threshold.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ NOT_CLIMBING = "no image is held, or the evaluation has no known attack that cli
 
 @dataclass(frozen=True)
 class Outcome:
-    """Decision of a probe; its fields are those of ``Finding``, ``remedy`` is None for the remedy of the probe."""
+    """Decision of a probe, with the fields of ``Finding``, where ``remedy`` is None for the remedy of the probe."""
 
     status: Status
     figure: float | None
@@ -56,7 +57,7 @@ def share(count: int, total: int, threshold: float, what: str) -> Outcome:
     """Return the outcome of a share of images, see ``findings.share_status``.
 
     Args:
-        count: number of images that ``what`` is said of.
+        count: number of images of which ``what`` is true.
         total: number of images measured.
     """
     if total == 0:
@@ -74,7 +75,7 @@ def attack_gain(case: Case, plan: Plan, attack: str, climbed: Defender | None = 
     """Return the gain of ``plan`` on the held images, as a share of all probed images.
 
     Args:
-        attack: what the evidence calls the attack.
+        attack: name of the attack in the evidence.
         climbed: defender whose gradient is attacked instead of the model's.
     """
     newly = int(case.attack(plan, case.held, climbed).broken.sum()) if case.held else 0

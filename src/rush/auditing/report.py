@@ -12,7 +12,7 @@ from rush.errors import InputError
 from rush.runtime.numbers import as_real, least_whole
 from rush.statistics import Interval, share_interval
 
-FORMAT = 1  # of audit.json
+FORMAT = 1  # format of audit.json
 # Names of fields in audit.json, where they differ.
 _STORED_AS = {"reference": "here", "reference_accuracy": "accuracy_here"}
 _MOST_IMAGES = 10_000_000  # beyond it no number of images is named
@@ -22,7 +22,7 @@ def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> A
     """Return the verdict on an evaluation that held ``newly`` of ``total`` images which the audit broke.
 
     ``overestimated``: the one-sided lower bound of d = newly / total, at the level ``findings.LEVELS["d"]``, exceeds
-    one point, or a failed finding says that the evaluation is invalid. ``holds``: the 95 % upper bound of d is below
+    one point, or a failed finding shows that the evaluation is invalid. ``holds``: the 95 % upper bound of d is below
     ``tolerance`` and no finding failed. Each of the two is wrong with probability <= 5 %, over the draw of the images
     and the audit's own draws, for the share that these attacks break: the levels of d and of all findings that decide
     alone sum to ``findings.OVERESTIMATED_LEVEL``.
@@ -35,10 +35,11 @@ def decide(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> A
 
 
 def images_needed(newly: int, total: int, tolerance: float, failed: Sequence[str]) -> int | None:
-    """Return the fewest images at which an undecided audit would be decided if d stayed the same, None for no number.
+    """Return the fewest images at which an undecided audit would be decided if d stayed the same, or None.
 
-    The Clopper-Pearson bounds of the share d of n images take n d as it is where it is not an integer. At d between one
-    point and the tolerance the answer would be ``overestimated``. With a failed finding ``holds`` is out of reach.
+    The Clopper-Pearson bounds of the share d of n images use n d even where it is not an integer. At d between one
+    point and the tolerance the answer would be ``overestimated``. With a failed finding ``holds`` is out of reach. The
+    result is None if there is no such number.
     """
     share = newly / total
 
@@ -82,7 +83,7 @@ class AuditReport:
         images: number of images.
         newly_broken: ids of the images that the evaluation held, or left undecided, and that are broken by the audit.
         tolerance: the largest acceptable share of these.
-        findings: from causes to symptoms.
+        findings: the findings, from causes to symptoms.
         norm: norm of the threat model.
         epsilon: epsilon of the threat model, the largest one where images have their own.
         alpha: bound on the probability of any false verdict on an image.
@@ -105,7 +106,7 @@ class AuditReport:
 
     @property
     def d(self) -> float:
-        """Share of images that are newly broken; ``d_low`` and ``d_high`` are its one-sided 95 % bounds."""
+        """Share of images that are newly broken. ``d_low`` and ``d_high`` are its one-sided 95 % bounds."""
         return len(self.newly_broken) / self.images
 
     @property
@@ -242,6 +243,6 @@ def _check_finding(finding: Finding) -> None:
 
 
 def _fewest(rule: Callable[[int], bool]) -> int | None:
-    """Return the least number of images from which on ``rule`` is true, None beyond ten million."""
+    """Return the least number of images at and above which ``rule`` is true, or None beyond ten million."""
     images = least_whole(rule)
     return images if images is not None and images <= _MOST_IMAGES else None

@@ -24,7 +24,7 @@ from rush.evaluation.result import AttackResult
 from rush.evaluation.sandwich import check_sandwich
 from rush.evaluation.verdict import BROKEN
 
-_LEAST_BLUR = 4 / 255  # of a smoothed surrogate; else the change of a pixel at the edge of the ball
+_LEAST_BLUR = 4 / 255  # least sigma of a smoothed surrogate, otherwise the change of a pixel at the edge of the ball
 _FEW_STEPS, _MORE_STEPS = 5, 10
 _FEW_DRAWS, _MORE_DRAWS = 8, 16
 
@@ -158,7 +158,7 @@ def transfer(case: Case) -> Outcome:
     "steps without a derivative mask the gradient: attack through them as through the identity",
 )
 def straight_through(case: Case) -> Outcome:
-    """Does an attack break more that treats steps without a derivative as the identity?
+    """Does an attack that treats steps without a derivative as the identity break more?
 
     Cost: 800 forward and backward passes of a stochastic model, 100 of a deterministic one, on all images that the
     evaluation did not break; 1 on 8 images where every step of the model has a derivative.
@@ -240,7 +240,7 @@ def worst_case(case: Case) -> Outcome:
 def certificates(case: Case) -> Outcome:
     """Do proof and attack agree on the points of all attacks before this probe?
 
-    Were certified accuracy above attacked accuracy, some certified image would be broken inside its radius.
+    If certified accuracy were above attacked accuracy, some certified image would be broken inside its radius.
 
     Cost: none.
     """
@@ -262,7 +262,7 @@ def _unknown(case: Case) -> str:
 def _repeated(
     case: Case, plan: Plan, defender: Defender, images: LabelledPixels, threat: ThreatModel, name: str
 ) -> AttackResult:
-    """Return the result of the evaluation's ``plan`` on another defender or threat, which is not one of the case's."""
+    """Return the result of the evaluation's ``plan`` on another defender or threat, not kept in ``case.results``."""
     return Evaluation(defender, images, threat, case.judging).run(replace(plan, name=f"audit-{name}"))
 
 

@@ -35,7 +35,7 @@ def overridden(defender: Defender, **members: object) -> Defender:
 
 
 def attacked_through(defender: Defender, surrogate: Defender) -> Defender:
-    """Return ``defender`` whose attackers climb ``surrogate``; its points are chosen and judged as before."""
+    """Return ``defender`` whose attackers climb ``surrogate``. Its points are chosen and judged as before."""
     return overridden(
         defender,
         log_probs=surrogate.log_probs,

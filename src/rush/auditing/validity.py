@@ -21,7 +21,7 @@ from rush.smoothing.classifier import SmoothedClassifier
 
 _PASSES = 4  # compared with each other
 _SCALE_DRAWS = 16
-_INTERVALS = 400  # of the unknown probability, in ``gain_p_value``
+_INTERVALS = 400  # intervals of the unknown probability, in ``gain_p_value``
 _SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "0 to 255": lambda x: 255 * x,
     "-1 to 1": lambda x: 2 * x - 1,
@@ -30,7 +30,7 @@ _SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     ),
 }
 
-# Pixels leave [0, 1] by rounding alone by less than this; a wrong range leaves it by more than a grey level, 0.004.
+# Rounding alone moves pixels out of [0, 1] by less than this; a wrong range does so by more than a grey level, 0.004.
 RANGE_SLACK = 1e-4
 
 
@@ -71,7 +71,7 @@ def pixel_scale(case: Case) -> Outcome:
         right += int(as_given.sum())
         for name, rescale in _SCALES.items():
             if isinstance(case.model, SmoothedClassifier):
-                # In front of the noise, the same noise would be another share of the pixels' range.
+                # Before the noise, the same noise would be a different share of the pixels' range.
                 behind = SmoothedDefender(with_network(case.model, Changed(case.model.classifier, rescale)), None)
                 other = behind.log_probs(draws, x, case.pixels.select(rows).ids, case.seed, "audit/scale")
                 rescaled = _right(other, x, y)
@@ -87,17 +87,18 @@ def pixel_scale(case: Case) -> Outcome:
 def decide_scale(total: int, right: int, others: Mapping[str, tuple[int, int]], chance: int | None = None) -> Outcome:
     """Decide on the gain of the best other scale.
 
-    Failed when the gain exceeds ``SCALE_GAIN`` and an exact paired test shows that the gain of the distribution does.
+    It fails when the gain exceeds ``SCALE_GAIN`` and an exact paired test shows that the gain of the distribution does.
     The level is ``LEVELS["pixel-scale"]``, shared evenly by the scales (Bonferroni), for images that are independent
     given the draws of a stochastic model.
 
     Args:
         total: number of clean images.
         right: number of them that are classified right in [0, 1].
-        others: for each other scale the number of images that are right in that scale alone, and in [0, 1] alone.
-        chance: for a stochastic network, the number of images that the best constant answer has right. Pixels of
-            another scale can drown its own noise, so that a gain proves nothing where the network uses the images as
-            they are; it fails only where it is no better than that answer. None for other models.
+        others: for each other scale the numbers of images that are right in that scale alone, and in [0, 1] alone.
+        chance: for a stochastic network, the number of images that the best constant answer gets right. Pixels of
+            another scale can drown the network's noise, so that a gain proves nothing where the network uses the images
+            as they are. The finding then fails only where the network is no better than that answer. None for other
+            models.
     """
     scale, (better, worse) = max(others.items(), key=lambda item: item[1][0] - item[1][1])
     gain = (better - worse) / total
@@ -145,7 +146,8 @@ def gain_p_value(better: int, worse: int, total: int, gain: float) -> float:
 BALL_SLACK = 1e-3
 # Around 255/256 = 0.9961; the ball itself is 8 such widths away.
 BALL_256_WIDTH = 5e-4
-# Every attack that can takes some pixel of some held image to the edge of an l-inf ball; [0, 1] may shorten the others.
+# Every attack that can do so moves some pixel of some held image to the edge of an l-inf ball; [0, 1] may shorten
+# changes in the other norms.
 BALL_USED = {"linf": 0.9, "l2": 0.5, "l1": 0.5}
 # Steps that together are shorter than the ball's radius cannot reach its edge.
 REACH = 1.0
@@ -300,14 +302,14 @@ def noise(case: Case) -> Outcome:
 def decide_noise(
     attacker: float, defender: float, kind: Literal["sigma", "spread"], p_value: Callable[[], float] = lambda: 0.0
 ) -> Outcome:
-    """Decide on the ratio of two deviations: failed when it leaves its band and chance does not explain that.
+    """Decide on the ratio of two deviations, which fails when it leaves its band and chance does not explain that.
 
     Args:
         attacker: standard deviation of the noise on the base classifier's inputs ("sigma"), or of a foreign stochastic
             model's probabilities ("spread"), under the evaluation's attack.
         defender: the same in the verdict.
-        p_value: of the hypothesis that both sides draw alike, called outside the band only; 0 where the band itself is
-            beyond chance ("sigma").
+        p_value: p-value of the hypothesis that both sides draw alike, called outside the band only. It is 0 where the
+            band itself is beyond chance ("sigma").
     """
     band, what = {
         "sigma": (SIGMA_BAND, "noise of standard deviation"),

@@ -1,1 +1,1 @@
-"""Certificates from votes; no torch but in certify, features and incremental, which draw them."""
+"""Certificates from votes, without torch except in certify, exact, features and incremental, which get the votes."""

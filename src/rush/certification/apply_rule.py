@@ -1,4 +1,4 @@
-"""From the votes of an image to its certificate: the only place where a rule is applied."""
+"""The step from the votes of an image to its certificate: the only place where a rule is applied."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from rush.choices import ABSTAIN, BLOCK
 
 
 class Decider:
-    """Applies one rule to B images, block by block. The state is the number of radii that each has passed, (B,)."""
+    """The application of a rule to B images, block by block. Its state is the number of radii passed by each, (B,)."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -49,7 +49,7 @@ class Decider:
         passed: NDArray[np.int64],
         outcome: NDArray[np.uint8],
     ) -> tuple[Certified, NDArray[np.uint8]]:
-        """Return certificates and outcomes (B,) once all votes, (B, K) each, are there."""
+        """Return certificates and outcomes (B,) once all votes, (B, K) each, have been read."""
         if self.rule.exact:
             return certify_all_draws(estimation), np.full(len(estimation), CERTIFIED, np.uint8)
         if self._tests is None:
@@ -75,7 +75,7 @@ class Decider:
 
 
 def rivals_of(selection: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the largest count of another class than the selected one, and the weight of that class, (B,) each.
+    """Return the largest count of a class other than the selected one, and the weight of that class, (B,) each.
 
     The weights of an image's other classes sum to 1 and depend on ``selection`` (B, K) alone: one half is shared by
     its votes, the other half equally.
@@ -96,7 +96,7 @@ def follow(
     A path that ends before the rule decides is undecided.
 
     Args:
-        rule: to be applied.
+        rule: rule to apply.
         paths: for each of B images the votes by blocks of 100, uint8: (blocks,) for its selected class, or (blocks, K)
             if the rule needs every class.
         lengths: int (B,), all votes of each path.
@@ -142,15 +142,15 @@ def apply_rule(
     """Certify stored votes under ``rule``, as it would have certified them while they were drawn.
 
     Args:
-        rule: to be applied.
+        rule: rule to apply.
         paths: as in ``follow``.
         lengths: as in ``follow``.
         selection: int (B, K), the votes that selected the class of each image.
-        counts: int (B, K), all votes of each path, which exact rules need and the bound with two classes on a fixed
-            number.
+        counts: int (B, K), all votes of each path. Exact rules need them, as does the bound with two classes on a fixed
+            number of votes.
 
     Returns:
-        Certificates, outcomes, and successes and trials where each path stops, each of B images.
+        Certificates, outcomes, and successes and trials where each path stops, each for B images.
     """
     passed, outcome, successes, trials = follow(rule, paths, lengths, selection)
     if rule.exact or (rule.bound == TWO_CLASSES and rule.method == "clopper-pearson"):
@@ -159,7 +159,7 @@ def apply_rule(
     else:
         rows, selected = np.arange(len(selection)), selection.argmax(1)
         estimation = np.zeros_like(selection)
-        estimation[rows, selected - 1] = trials - successes  # a path does not say which other classes got them
+        estimation[rows, selected - 1] = trials - successes  # a path does not record which other classes got them
         estimation[rows, selected] = successes
     certified, outcome = Decider(rule).conclude(selection, estimation, passed, outcome)
     return certified, outcome, successes, trials

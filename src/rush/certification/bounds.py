@@ -39,7 +39,7 @@ from rush.choices import ABSTAIN, LEVELS, TOTAL_VARIATION, NoiseName
 from rush.statistics import SAFETY, lower_bound
 
 RADIUS_DIGITS = 6
-_UNIFORM_WIDTH = 2 * math.sqrt(3)  # of the interval of uniform noise, for sigma = 1
+_UNIFORM_WIDTH = 2 * math.sqrt(3)  # width of the interval of uniform noise, for sigma = 1
 _QUANTILES = 1e-12  # more than the error of the difference of two normal quantiles
 
 
@@ -96,7 +96,7 @@ def certify_counts(
     """Certify a fixed number of votes per image by the theorem in this module's docstring.
 
     Args:
-        selection: int (N, K), votes that select the class of each image, the lowest one at a tie.
+        selection: int (N, K), votes that select the class of each image, the lowest one in case of a tie.
         estimation: int (N, K), votes that bound its probability, independent of ``selection``.
         sigma: standard deviation of the noise, in pixel units.
         alpha: probability that the certificate of an image is false.
@@ -114,7 +114,7 @@ def certify_two_classes(
 ) -> Certified:
     """Certify as ``certify_counts``, by the bound with two classes in this module's docstring.
 
-    It is never worse than 1 - p_lower for the other classes, but p_lower is bounded at alpha / 2. It pays where the
+    It is never worse than 1 - p_lower for the other classes, but p_lower is bounded at alpha / 2. It pays off where the
     votes against the selected class are spread over many others.
     """
     selected, rows = selection.argmax(1), np.arange(len(selection))
@@ -134,10 +134,10 @@ def certify_all_draws(votes: NDArray[np.int64]) -> Certified:
     """Certify the votes of all draws of splitting noise: exact, in l1 and for 8-bit images.
 
     The radius is the minimum over the other classes c of floor((n_A - n_c - [c < A]) / 2) / 255, rounded toward zero to
-    six decimals (Levine and Feizi 2021, with the tie of the lower class).
+    six decimals (Levine and Feizi 2021, with ties going to the lower class).
 
     Args:
-        votes: int (N, K), votes of all L draws. Class A of the most votes, the lowest of several, is certified.
+        votes: int (N, K), votes of all L draws. Class A with the most votes, the lowest of several, is certified.
 
     Returns:
         Certificates without abstentions. The bounds on probabilities are the shares of A and of the next class.
@@ -171,7 +171,7 @@ def largest_radius(num_estimation: int, sigma: float, alpha: float, noise: Noise
 
 @cache
 def least_probability(radius: float, sigma: float, num_classes: int) -> float:
-    """Return the smallest probability of a class whose ``radius`` with two classes holds, of ``num_classes`` >= 2.
+    """Return the smallest probability of a class, of ``num_classes`` >= 2, whose ``radius`` with two classes holds.
 
     The other classes have probability 1 - p in total and at most Phi(Phi^-1(p) - 2 radius / sigma) each. The result is
     the p at which they reach it together. Rounding cannot raise it.
@@ -187,7 +187,8 @@ def least_probability(radius: float, sigma: float, num_classes: int) -> float:
 def uniform_linf_radius(p_lower: float, sigma: float, values: int) -> float:
     """Return the l-inf radius that p_lower > 1/2 certifies under uniform noise on images of ``values`` pixel values.
 
-    2 lambda (1 - (3/2 - p_lower)^(1 / values)), lambda = sigma sqrt 3 (Yang et al. 2020); 0 for p_lower <= 1/2.
+    It is 2 lambda (1 - (3/2 - p_lower)^(1 / values)) with lambda = sigma sqrt 3 (Yang et al. 2020), and 0 for p_lower
+    <= 1/2.
     """
     if p_lower <= 0.5:
         return 0.0

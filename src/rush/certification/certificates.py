@@ -38,11 +38,11 @@ class Certificates:
         outcome: uint8 (N,), index into ``OUTCOMES``, of the radius after the certified one.
         seconds: float64 (N,).
         labels: int64 (N,).
-        ids: of the images.
-        rule: under which they were certified.
+        ids: ids of the images.
+        rule: rule under which the images were certified.
         pixels: for each image the hash of its pixels (``data.checks.pixel_ids``), by which copies of one picture are
             recognized, None if the table was written without them.
-        model: fingerprint of the smoothed classifier (``SmoothedClassifier.fingerprint``), None as ``pixels``.
+        model: fingerprint of the smoothed classifier (``SmoothedClassifier.fingerprint``), None like ``pixels``.
     """
 
     prediction: NDArray[np.int64]
@@ -82,7 +82,7 @@ class Certificates:
 
     @property
     def selected(self) -> NDArray[np.int64]:
-        """The tested class, int64 (N,): the one with the most selection votes, the lowest at a tie."""
+        """The tested class, int64 (N,): the one with the most selection votes, the lowest in case of a tie."""
         return self.selection.argmax(1).astype(np.int64)
 
     @property
@@ -92,7 +92,7 @@ class Certificates:
 
     @property
     def abstained(self) -> NDArray[np.bool_]:
-        """Nothing is certified, (N,)."""
+        """Whether nothing is certified, bool (N,)."""
         return self.prediction < 0
 
     @property
@@ -151,7 +151,7 @@ class Certificates:
         return max(0.0, (share - self.rule.image_alpha) / (1 - self.rule.image_alpha))
 
     def certified_pictures(self, radius: float = 0.0) -> tuple[int, int]:
-        """Return the number of different pictures with all copies certified correctly at ``radius``, and of all.
+        """Return the numbers of distinct pictures with all copies certified correctly at ``radius``, and of all.
 
         Without ``pixels`` every image is a picture.
         """
@@ -160,12 +160,12 @@ class Certificates:
 
     @property
     def num_copies(self) -> int | None:
-        """Number of images beyond the first of each picture, None without ``pixels``."""
+        """Number of images beyond the first of each picture, or None without ``pixels``."""
         return None if self.pixels is None else len(self) - len(set(self.pixels))
 
     @property
     def num_pictures(self) -> int:
-        """Number of different pictures; of images where ``pixels`` is None."""
+        """Number of distinct pictures, or of images where ``pixels`` is None."""
         return len(self) - (self.num_copies or 0)
 
     def decision(self, radius: float) -> NDArray[np.str_]:
@@ -182,10 +182,10 @@ class Certificates:
         return np.array(OUTCOMES)[np.where(certified, CERTIFIED, np.where(given_up, self.outcome, UNDECIDED))]
 
     def other_shares(self, radius: float) -> dict[str, Interval] | None:
-        """Return how the images divide at ``radius``, those certified with the right class aside.
+        """Return how the images divide at ``radius``, except for those certified with the right class.
 
-        Shares of images certified with another class than the label, given up, and undecided, each with its exact 95 %
-        interval. None with a fixed number of samples, which gives nothing up.
+        These are the shares of images certified with a class other than the label, given up, and undecided, each with
+        its exact 95 % interval. The result is None with a fixed number of samples, where nothing is given up.
         """
         if self.rule.method != "sequential":
             return None
@@ -206,7 +206,7 @@ class Certificates:
 
     @property
     def acr(self) -> float:
-        """Average certified radius; wrong and abstained images count 0.
+        """Average certified radius, in which wrong and abstained images count 0.
 
         It depends on ``num_estimation``. With ``rule.radii`` it is the average over that grid. Print it with
         ``acr_name``.
@@ -224,7 +224,7 @@ class Certificates:
         ``rush certify --json`` prints it. ``true_at_least`` is ``accuracy_lower`` with 95 % confidence.
 
         Args:
-            radii: at which accuracies are given, ``table_radii`` by default.
+            radii: radii at which accuracies are given, ``table_radii`` by default.
         """
         rule = self.rule
         return {
@@ -288,7 +288,7 @@ class Certificates:
         """Plot certified accuracy against the radius, with the exact 95 % interval, and return the axes.
 
         Args:
-            axes: matplotlib's, by default those of a new figure.
+            axes: axes of matplotlib, by default those of a new figure.
         """
         radii = np.linspace(0, self.largest_radius, 201) if self.rule.radii is None else np.array(self.rule.radii)
         shares = [self.accuracy_interval(radius) for radius in radii]
@@ -343,7 +343,7 @@ def join_certificates(parts: Sequence[Certificates]) -> Certificates:
 def first_difference(
     certificates: Certificates, ids: Sequence[str], labels: Sequence[int], pixels: Sequence[str]
 ) -> str | None:
-    """Return the id of the first image whose label or pixels differ in ``certificates``, None if there is none.
+    """Return the id of the first image whose label or pixels differ in ``certificates``, or None if there is none.
 
     Images that are not in both are ignored.
     """
@@ -359,7 +359,7 @@ def first_difference(
 
 
 def of_pictures(flags: NDArray[np.bool_], pixels: Sequence[str] | None) -> NDArray[np.bool_]:
-    """Return for each different picture whether ``flags`` (N,) holds for all of its copies.
+    """Return for each distinct picture whether ``flags`` (N,) holds for all of its copies.
 
     ``pixels`` names the picture of each image. Without it ``flags`` is returned.
     """

@@ -1,8 +1,8 @@
 """Certification of a data set by continuous batching: images enter and leave the running batch as they are decided.
 
-Every image has noise of its own (``stream(seed, "certify-selection", id)`` and ``"certify-estimation"``), drawn in
-blocks of 100. The rule is applied after every block of an image's path, and votes drawn beyond the block that decides
-are discarded unread. A certificate therefore depends on the image, the seed and the rule alone. The number of images in
+Every image has its own noise (``stream(seed, "certify-selection", id)`` and ``"certify-estimation"``), drawn in blocks
+of 100. The rule is applied after every block of an image's path, and votes drawn beyond the block that decides are
+discarded unread. A certificate therefore depends on the image, the seed and the rule alone. The number of images in
 flight, their order, the other rows of a tile and the number of processes do not change a bit of it.
 """
 
@@ -63,27 +63,29 @@ def certify(
         images: an ImageSet with labels, or a pair (float images (N, C, H, W) in [0, 1], labels (N,)).
         method: ``clopper-pearson`` draws ``num_estimation`` samples per image (Cohen et al. 2019, algorithm CERTIFY).
             ``sequential`` draws until the radii are decided, at most ``num_estimation`` (``certification.sequential``).
-            ``exact`` is for splitting noise: all draws vote, and no argument below matters. None: ``exact`` for
-            splitting noise, and ``clopper-pearson`` for any other.
+            ``exact`` is for splitting noise: all draws vote, and no argument below matters. None means ``exact`` for
+            splitting noise, and ``clopper-pearson`` for any other noise.
         num_selection: samples per image that select the class. They are used for nothing else.
         num_estimation: samples per image that bound its probability.
         alpha: probability of a false certificate.
-        radii: grid of radii in pixel units, rounded up to six decimals. None: any radius for ``clopper-pearson``, and 0
-            and the multiples of sigma / 2 within reach for ``sequential``. Few radii need few samples.
-        level: ``image``: each certificate is false with probability at most alpha. ``family``: all of them hold
-            together with probability at least 1 - alpha (alpha / N each).
+        radii: grid of radii in pixel units, rounded up to six decimals. None means any radius for ``clopper-pearson``,
+            and 0 and the multiples of sigma / 2 within reach for ``sequential``. Few radii need few samples.
+        level: with ``image``, each certificate is false with probability at most alpha. With ``family``, all of them
+            hold together with probability at least 1 - alpha (alpha / N each).
         futility: ``sequential`` gives up a radius, and stops, once the probability to certify it by the cap,
             estimated from the votes so far, is below this. Giving up is never unsound.
-        seed: of the noise.
-        in_flight: number of images sampled at once; changes no result.
-        bound: None for the first bound of the method. ``clopper-pearson``: ``clopper-pearson`` bounds all other classes
-            by 1 - p_lower. ``two-classes`` also bounds the class with the next most votes (``certification.bounds``),
-            which pays where there are many classes. It must be chosen before the votes are seen. ``sequential``:
-            ``geometric`` or ``beta`` for the selected class alone, or ``two-classes``.
-        stopping: "power" for that. "test": ``sequential`` continues until it has shown, at the level ``futility``, that
-            the radius cannot be certified, which takes 1.4 to 2 times as many votes.
-        progress: True shows a bar on a terminal, else a line every ten seconds on standard error. False shows nothing.
-            None shows the bar alone.
+        seed: seed of the noise.
+        in_flight: number of images sampled at once. It changes no result.
+        bound: None for the first bound of the method. For the method ``clopper-pearson``, the bound ``clopper-pearson``
+            bounds all other classes by 1 - p_lower. ``two-classes`` also bounds the class with the next most votes
+            (``certification.bounds``), which pays off where there are many classes. It must be chosen before the votes
+            are seen. For ``sequential``, it is ``geometric`` or ``beta`` for the selected class alone, or
+            ``two-classes``.
+        stopping: "power" gives up as described under ``futility``. With "test", ``sequential`` continues until it has
+            shown, at the level ``futility``, that the radius cannot be certified, which takes 1.4 to 2 times as many
+            votes.
+        progress: True shows a bar on a terminal, otherwise a line every ten seconds on standard error. False shows
+            nothing. None shows the bar alone.
 
     Returns:
         Certificates of all images, in their order.
@@ -185,7 +187,7 @@ def certify_each(
 
 
 def noise_streams(smoothed: SmoothedClassifier, seed: int, image_id: str) -> tuple[torch.Generator, torch.Generator]:
-    """Return the generators of the noise that selects the class of an image and of that which bounds it."""
+    """Return the generators of the noise that selects the class of an image and of the noise for its bound."""
     selection, estimation = (
         smoothed.streams(seed, f"certify-{purpose}", [image_id])[0] for purpose in ("selection", "estimation")
     )
@@ -211,7 +213,7 @@ class _InProgress:
 
     Attributes:
         picture: hash of the pixels.
-        generators: of the selection and the estimation noise.
+        generators: generators of the selection and the estimation noise.
         selection, counts: int64 (K,), selection and estimation votes read so far.
         blocks: votes in each estimation block read so far, for the selected class or, where the rule needs them, for
             every class, uint8 (K,).
@@ -278,7 +280,7 @@ class _Engine:
         )
 
     def launch(self, images: Sequence[_InProgress]) -> _Round:
-        """Queue the next blocks of ``images``, and those that select the class of the ones that have just entered."""
+        """Queue the next blocks of ``images``, and those that select the class of images that have just entered."""
         blocks: list[tuple[_InProgress, bool, int]] = []
         share = max(1, self._capacity // len(images))  # blocks per image that fill the round
         for image in images:
@@ -304,7 +306,7 @@ class _Engine:
                 image.selection += block
             else:
                 paths.setdefault(image, []).append((block, size))
-        # All images take their next block at once, so that one vectorised look decides them. Blocks of a path behind
+        # All images take their next block at once, so that one vectorised look decides them. Blocks of a path after
         # the one that decides it stay unread.
         for step in range(max(map(len, paths.values()))):
             undecided = [image for image, path in paths.items() if step < len(path) and not image.done]

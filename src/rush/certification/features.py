@@ -1,7 +1,7 @@
 """Certification of many heads on one frozen encoder: its noisy features are drawn once and kept.
 
 The copies of an image are those that ``certify`` draws under the same seed, and the head gets the features that it
-would get behind the encoder. Its votes, and so its certificates, are therefore those of ``certify`` for the network
+would get after the encoder. Its votes, and so its certificates, are therefore those of ``certify`` for the network
 ``Sequential(encoder, head)``, and the guarantee is the same, under one more condition.
 
 The condition. The proofs of ``bounds`` and ``sequential`` take the network as fixed before the votes. Each head must
@@ -13,9 +13,9 @@ Same bits. Encoder and head run in the same precision, layout, folding of BatchN
 Features keep the type in which the encoder returns them, bfloat16 for instance. All votes agree with those of
 ``certify`` if the outputs of encoder and head for a row are the same bits at every row of a tile. The inspection of
 every forward measures this and gives a ``NumericsWarning`` otherwise. There are two exceptions. A compiled network may
-sum in another order than its two parts, so a compiled execution is refused. If symbolic tracing fails for the head,
-``folded`` folds BatchNorm in the encoder alone, but not in the whole network. In these cases a vote may change whose
-two largest logits differ by rounding. The certificates then hold for the network as executed in two parts.
+sum in a different order than its two parts, so a compiled execution is refused. If symbolic tracing fails for the head,
+``folded`` folds BatchNorm in the encoder alone, but not in the whole network. In these cases a vote whose two largest
+logits differ by rounding may change. The certificates then hold for the network as executed in two parts.
 """
 
 import time
@@ -71,14 +71,14 @@ def noisy_features(
         sigma: standard deviation of Gaussian noise, in pixel units.
         num_selection: copies per image that select the class.
         num_estimation: copies per image that bound its probability.
-        seed: of the noise.
-        noise: in place of ``sigma``, as for ``SmoothedClassifier``.
-        execution: where and how encoder and heads run, not compiled. None: in float32, on the encoder's device.
+        seed: seed of the noise.
+        noise: noise to use in place of ``sigma``, as for ``SmoothedClassifier``.
+        execution: where and how encoder and heads run, not compiled. None means float32, on the encoder's device.
         max_gigabytes: the largest size of the cache, in units of 10^9 bytes, see ``cache_gigabytes``.
 
     Raises:
         InputError: bad images or numbers, a compiled execution, or a cache larger than ``max_gigabytes``. This is
-            checked before any noise is drawn. The text gives the numbers of images and of copies that would fit.
+            checked before any noise is drawn. The message gives the numbers of images and of copies that would fit.
         ModelError: the encoder does not return features (B, D), is in training mode, is stochastic, or lets an image
             depend on the rest of the batch.
 
@@ -111,7 +111,7 @@ def noisy_features(
     num_estimation = positive_integer("num_estimation", num_estimation)
     pixels = labelled_pixels(images)
     noise.check(pixels.x)
-    execution = replace(execution, tile=execution.rows(pixels.x.shape[1:]))  # of the images for heads, too
+    execution = replace(execution, tile=execution.rows(pixels.x.shape[1:]))  # heads use the tile of the images, too
     votes = num_selection + num_estimation
     example = _features(encoder, execution, pixels.x[:1])
     _check_size(len(pixels), votes, example, max_gigabytes)
@@ -156,14 +156,14 @@ class NoisyFeatures:
 
     Attributes:
         encoder: the network that made them.
-        noise: of the copies.
-        execution: of encoder and heads.
+        noise: noise of the copies.
+        execution: execution of encoder and heads.
         num_selection: copies per image that select the class, the first ones.
         features: (N, num_selection + num_estimation, D) in the encoder's type, on the CPU.
-        labels: int64 (N,), of the images.
-        ids: of the images.
+        labels: int64 (N,), labels of the images.
+        ids: ids of the images.
         pixels: hashes of the images.
-        fingerprint: of the encoder, noise and execution.
+        fingerprint: fingerprint of the encoder, noise and execution.
     """
 
     encoder: nn.Module
@@ -188,7 +188,7 @@ class NoisyFeatures:
     def compose(self, head: nn.Module, num_classes: int) -> SmoothedClassifier:
         """Return the smoothed classifier that the certificates of ``head`` are about."""
         network = nn.Sequential(self.encoder, head)
-        network.training = False  # of the container alone: the mode of its parts is checked, not set
+        network.training = False  # only for the container: the mode of its parts is checked, not set
         return SmoothedClassifier(network, noise=self.noise, num_classes=num_classes, execution=self.execution)
 
     def certify(
@@ -204,10 +204,10 @@ class NoisyFeatures:
         stopping: Stopping = _DEFAULTS.stopping,
         labels: Tensor | None = None,
     ) -> Certificates:
-        """Certify ``head`` behind the encoder, from the cached features.
+        """Certify ``head`` on the encoder, from the cached features.
 
-        Returns what ``rush.certify`` returns for ``compose(head, num_classes)`` with the seed and the numbers of
-        samples of these features, times apart. The module's docstring has the exceptions.
+        The result is what ``rush.certify`` returns for ``compose(head, num_classes)`` with the seed and the numbers of
+        samples of these features, except for the times. The module's docstring lists further exceptions.
 
         **The head must be fixed without regard to these features and their noise**: do not train or choose it with
         them.
@@ -314,7 +314,7 @@ class _OnFeatures(nn.Module):
 
 
 def _copies(base: SmoothedClassifier, pixels: LabelledPixels, numbers: tuple[int, int], seed: int) -> Iterator[Tensor]:
-    """Yield the noisy copies of all images, of each first those that select its class."""
+    """Yield the noisy copies of all images, for each image first those that select its class."""
     with progress("features", len(pixels)) as advance:
         for x, image_id in zip(pixels.x, pixels.ids, strict=True):
             on_device = x.to(base.execution.device, torch.float32)

@@ -10,12 +10,12 @@ difference d in place of P(old != new) >= d. Votes that change to A, or between 
 
 The old bound. With probability >= 1 - alpha the stored p_lower is below p. For a fixed number of votes it is a lower
 confidence bound (``bounds``). Under a sequential rule it is the null probability p_r of the largest radius that was
-passed: a false one means that a true hypothesis H_r: p <= p_r was rejected, which has probability <= alpha
-(``sequential``). Both hold given A, which votes of their own selected.
+passed: if it is not below p, a true hypothesis H_r: p <= p_r was rejected, which has probability <= alpha
+(``sequential``). Both hold given A, which separate votes selected.
 
-The difference is counted on pairs of votes, one of each network on one noise sample. Their noise is drawn from streams
-of its own, so that it is independent of the old certificates. If the new network is fixed without regard to this noise,
-then, given A and p_lower, the number D of differing ones among n pairs is Binomial(n, d).
+The difference is counted on pairs of votes, one of each network on one noise sample. Their noise is drawn from separate
+streams, so that it is independent of the old certificates. If the new network is fixed without regard to this noise,
+then, given A and p_lower, the number D of differing pairs among n is Binomial(n, d).
 
 Fixed number of pairs. U, the Clopper-Pearson upper bound of d at alpha_difference, fails with probability <=
 alpha_difference. Where neither bound fails, p' >= p_lower - U, and ``bounds.certified_radius`` of that is certified:
@@ -28,7 +28,7 @@ true one is rejected and p_lower <= p, then a certified r has p' >= p - d > p - 
 that is independent of p_lower. With a margin m = p_lower - p_r > d it takes about ln(1 / alpha_difference) / m pairs if
 d is small, where votes of the new network alone need about 2 p (1 - p) ln(1 / alpha) / m^2.
 
-Cost. The new network votes first. Where it votes for A the pair does not differ whatever the old one says, so the old
+Cost. The new network votes first. Where it votes for A the pair does not differ whatever the old one votes, so the old
 network votes on the other samples only. n pairs cost about n (2 - p') forward passes, and not 2 n.
 """
 
@@ -71,8 +71,8 @@ class ChangedCertificates:
         pairs: int64 (N,), pairs of votes on one noise sample. 0 where the old certificate leaves no margin.
         num_samples: int64 (N,), votes of both networks that were drawn for them.
         labels: int64 (N,).
-        ids: of the images.
-        rule: of the old certificates.
+        ids: ids of the images.
+        rule: rule of the old certificates.
         alpha_difference: level of the difference.
         model: fingerprint of the new smoothed classifier.
     """
@@ -99,7 +99,7 @@ class ChangedCertificates:
 
     @property
     def statement(self) -> str:
-        """A clause that says whether alpha covers each certificate or all of them jointly."""
+        """A clause that states whether alpha covers each certificate or all of them jointly."""
         return self.rule.statement_at(self.alpha)
 
     @property
@@ -130,34 +130,34 @@ def certify_changed(
 ) -> ChangedCertificates:
     """Certify a changed network (quantized, pruned, fine-tuned a little) from the old one's certificates.
 
-    Each certificate is false with probability at most ``certificates.alpha + alpha_difference``; at level ``family``
-    all hold together with probability at least 1 - that (module's docstring). No p_lower exceeds the old one.
+    Each certificate is false with probability at most ``certificates.alpha + alpha_difference``. At level ``family``
+    all hold together with probability at least 1 - that (see the module's docstring). No p_lower exceeds the old one.
 
     **The new network must be fixed without regard to the noise of this seed**: do not train or choose it by these
     results.
 
     Args:
-        certificates: of the old network. Of the bound ``two-classes``, p_lower alone is used.
-        old: the network that they are of, as it was certified.
+        certificates: certificates of the old network. Under the bound ``two-classes``, p_lower alone is used.
+        old: the network that they belong to, as it was certified.
         new: the changed network, with the same noise and classes. The noise is drawn on its device.
         images: those of the certificates, in the same order, with the same labels.
         method: ``clopper-pearson`` draws ``num_pairs`` pairs per image and certifies any radius. ``sequential`` draws
             until the radii are decided, at most ``num_pairs``.
         num_pairs: pairs of votes per image.
         alpha_difference: level of the bound on the difference.
-        radii: for ``sequential``, a grid in pixel units. None: that of the certificates, or 0 and the multiples of
-            sigma / 2. A radius that the old certificate of an image leaves no margin for is not tested. Old sequential
+        radii: for ``sequential``, a grid in pixel units. None means that of the certificates, or 0 and the multiples of
+            sigma / 2. A radius for which the old certificate of an image leaves no margin is not tested. Old sequential
             certificates leave none at their own radius.
         futility: level at which ``sequential`` gives up a radius. Giving up is never unsound.
-        seed: of the noise of the pairs.
+        seed: seed of the noise of the pairs.
 
     Raises:
         InputError: bad images or numbers, images other than those of the certificates, or networks that cannot be
             compared.
-        ModelError: the certificates are not of ``old``, or a network cannot be certified.
+        ModelError: the certificates do not belong to ``old``, or a network cannot be certified.
 
-    Cost: per pair one pass of ``new``, and one of ``old`` where ``new`` does not vote for the selected class. In one
-        process.
+    Cost: per pair one pass of ``new``, and one of ``old`` where ``new`` does not vote for the selected class. All
+        passes run in one process.
 
     Random: ``stream(seed, "certify-difference", id)`` for each image.
 
@@ -218,7 +218,7 @@ _Certified = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]] 
 
 
 class _Fixed:
-    """Bounds the difference on a fixed number of pairs. Pairs are drawn for ``open`` images alone."""
+    """A bound on the difference from a fixed number of pairs. Pairs are drawn for ``open`` images alone."""
 
     def __init__(self, old: Certificates, level: float, num_pairs: int) -> None:
         self._old, self._level, self._num_pairs = old, level, num_pairs
@@ -243,7 +243,7 @@ class _Fixed:
 
 
 class _Sequential:
-    """Tests the difference against the margins that each old certificate leaves at the radii of a grid."""
+    """Tests of the difference against the margins that each old certificate leaves at the radii of a grid."""
 
     def __init__(
         self, old: Certificates, radii: Sequence[float], level: float, futility: float, num_pairs: int
@@ -297,7 +297,7 @@ def _draw(
     decision: _Fixed | _Sequential,
     seed: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Draw pairs until no image is open. Return the differing ones, all, and the votes that they cost, each (N,)."""
+    """Draw pairs until no image is open, and return the numbers of differing pairs, pairs and votes, each (N,)."""
     differing, pairs, votes = (np.zeros(len(pixels), np.int64) for _ in range(3))
     rows = np.flatnonzero(decision.open)
     streams = dict(zip(rows, new.streams(seed, "certify-difference", [pixels.ids[row] for row in rows]), strict=True))
@@ -329,7 +329,8 @@ def _compare(
     """Compare two networks on noisy images, each with the class that an old certificate ``selected`` (R,).
 
     Returns:
-        Whether ``new`` votes for another class, and whether ``old`` votes for it there, each bool (R,).
+        Whether ``new`` votes for another class, and whether ``old`` votes for the selected one where ``new`` does not,
+        each bool (R,).
     """
     leaves: list[Tensor] = []
 

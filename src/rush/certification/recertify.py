@@ -1,4 +1,4 @@
-"""Certify stored votes again under another rule, where that is valid; no sample is drawn."""
+"""Certification of stored votes under another rule, where that is valid. No sample is drawn."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -32,12 +32,12 @@ def recompute(
     rule decides stays undecided.
 
     Args:
-        certificates: with their votes.
-        alpha: level; None, here and below, keeps the old value.
+        certificates: the certificates, with their votes.
+        alpha: level. For this and the following arguments, None keeps the old value.
         bound: ``clopper-pearson`` or ``two-classes``, or an anytime-valid one (``geometric``, ``beta``), which makes
             the rule sequential. For votes of a sequential run ``two-classes`` is the anytime-valid bound of that name,
             which needs the blocks that it stores.
-        num_estimation: number of votes to use, the first ones of each path; a multiple of 100.
+        num_estimation: number of votes to use, the first ones of each path. It must be a multiple of 100.
         radii: grid of radii, in pixel units.
         level: ``image`` or ``family``.
         futility: level at which a sequential rule gives up a radius.

@@ -49,8 +49,8 @@ class Rule:
         radii: the grid, ascending. None allows any radius.
         futility: probability at which a sequential run gives up a radius.
         noise: name of the noise. Tables of older versions omit it and mean "gaussian".
-        stopping: how a sequential run gives up a radius (``certification.sequential``). Tables of older versions omit
-            it and mean "test", and so does any other method.
+        stopping: how a sequential run gives up a radius (``certification.sequential``). It is "test" for tables of
+            older versions, which omit it, and for any other method.
     """
 
     sigma: float
@@ -68,7 +68,7 @@ class Rule:
 
     @property
     def norm(self) -> Norm:
-        """Norm in which the certified radii are."""
+        """Norm of the certified radii."""
         return CERTIFIED_NORM[self.noise]
 
     @property
@@ -78,7 +78,7 @@ class Rule:
 
     @property
     def needs_every_class(self) -> bool:
-        """Whether it is applied to, and its blocks store, the votes of every class and not of the selected one only."""
+        """Whether the rule needs, and blocks store, the votes of every class and not of the selected one only."""
         return self.method == "sequential" and self.bound == TWO_CLASSES
 
     @property
@@ -100,7 +100,7 @@ class Rule:
 
     @property
     def radius_of_all_votes(self) -> float:
-        """The radius that a fixed number of votes certifies when all of them agree, any grid aside."""
+        """The radius that a fixed number of votes certifies when all of them agree, regardless of any grid."""
         if self.bound == CLOPPER_PEARSON:
             return largest_radius(self.num_estimation, self.sigma, self.image_alpha, self.noise)
         agreeing = np.array([[self.num_estimation, 0]])
@@ -108,7 +108,7 @@ class Rule:
 
     @property
     def statement(self) -> str:
-        """A clause that says whether alpha covers each certificate or all of them jointly."""
+        """A clause that states whether alpha covers each certificate or all of them jointly."""
         if self.exact:
             return "every certificate is exact: all draws of the noise vote, and no probability of error is left"
         return self.statement_at(self.alpha)
@@ -128,7 +128,7 @@ class Rule:
         return 0.5 / LEVELS if self.exact else 0.0
 
     def allowed_violations(self, images: int, verdict_level: float) -> int:
-        """Return the largest number of certified ``images`` that chance explains to be judged broken in their balls.
+        """Return the largest number of certified ``images`` that may be judged broken in their balls by chance.
 
         ``verdict_level`` is the probability of a false verdict per image. Under an exact rule verdicts are exact, too.
         """
@@ -138,7 +138,7 @@ class Rule:
         """Return the probability that a class must be proven to exceed for ``radius`` to be certified.
 
         Under Gaussian noise it is Phi(radius / sigma), rounded up. Under discrete noise, votes follow the drawn noise
-        and the theorem speaks of the exact one, in which a class may be less probable by ``TOTAL_VARIATION``.
+        and the theorem is about the exact noise, under which a class may be less probable by ``TOTAL_VARIATION``.
         """
         exact = null_probability(radius, self.sigma, self.noise)
         return exact + TOTAL_VARIATION if self.noise == "discrete" else exact
@@ -196,8 +196,8 @@ def make_rule(
     """Return a validated rule, whose fields are the arguments.
 
     Radii are rounded up to six decimals. A sequential rule without ``radii`` gets 0 and the multiples of sigma / 2
-    within reach. Without ``bound`` the first one of the method is used. Without ``method`` it is ``exact`` for
-    splitting noise, for which only sigma and num_images matter, and ``clopper-pearson`` for any other.
+    within reach. Without ``bound``, the first bound of the method is used. Without ``method``, it is ``exact`` for
+    splitting noise, for which only sigma and num_images matter, and ``clopper-pearson`` for any other noise.
 
     Raises:
         InputError: an argument is not allowed, or no radius could be certified.
@@ -267,7 +267,7 @@ def within_reach(rule: Rule) -> Callable[[float], bool]:
 def fewest_estimation(rule: Rule) -> int | None:
     """Return the smallest ``num_estimation`` with which ``rule`` can certify a radius if all votes agree.
 
-    None if no number of votes can, because sigma is so small that every radius is rounded down to 0.
+    It is None if no number of votes can, because sigma is so small that every radius is rounded down to 0.
     """
     return least_whole(lambda n: _certifies_something(replace(rule, num_estimation=n)))
 
@@ -278,7 +278,7 @@ def fewest_for(rule: Rule, radius: float) -> int | None:
 
 
 def reach(rule: Rule) -> str:
-    """Return a sentence that says, before any vote is drawn, what ``rule`` can certify if all votes agree."""
+    """Return a sentence that states, before any vote is drawn, what ``rule`` can certify if all votes agree."""
     if rule.exact:
         return (
             f"all {rule.num_estimation:,} draws of splitting noise vote, which certifies the exact {rule.norm} radius, "

@@ -1,6 +1,6 @@
 """Sequential certification: sample an image only until its radii are decided, at a proven level.
 
-Let A be the class selected on votes of their own, p = P(f(x + noise) = A), and S_n the number of votes for A among n
+Let A be the class selected on separate votes, p = P(f(x + noise) = A), and S_n the number of votes for A among n
 further ones. Radius r is certified by rejecting H_r: p <= p_r with p_r = Phi(r / sigma) (``certification.bounds``).
 
 Test martingale. For q > p_r let L_n(q) = (q / p_r)^S_n ((1 - q) / (1 - p_r))^(n - S_n). One more vote multiplies it by
@@ -36,7 +36,7 @@ to which Ville's inequality applies. No factor for the number of classes is need
 Many radii on one path. The radii r_1 < r_2 < ... are tested in this order, each at the full level alpha, r_j only once
 all smaller ones are certified. The hypotheses are nested (H_r implies H_r' for r' > r): let r_i be the smallest radius
 whose hypothesis is true. A false certificate needs H_(r_i) rejected, which has probability <= alpha (fixed-sequence
-testing). Hence, for each image by itself, P(a radius is certified that is too large, or for a class other than g(x))
+testing). Hence, for each image separately, P(a radius is certified that is too large, or for a class other than g(x))
 <= alpha, for the whole curve.
 
 Futility. Sampling also stops when the next radius is given up. An error there withholds a certificate and never gives a
@@ -53,7 +53,7 @@ p_r, and for p_A between neighbouring points of contact of the tangents (the las
 b, as b is convex. In each cell the mean score of the chord's slope, with 0 for c, is at least that at the ends of the
 chord, against which it has a mirrored mixture. The radius is given up when all cells are rejected. The image is in one
 of them, so that the level is not divided among them. In this cell the evidence is a supermartingale for every c, and so
-is their mean, with weights that are fixed before these votes. The class with the most of them contributes its own
+is their mean, with weights that are fixed before these votes. The class with the most votes contributes its own
 evidence times its weight, and only this part is computed.
 """
 
@@ -78,7 +78,7 @@ _POINTS = 12
 _DECAY = 0.75
 _TERMINAL = 1 / 3
 _TANGENTS = 6
-_SPACING = 0.3  # of the tangents' points of contact, in normal quantiles of p_A
+_SPACING = 0.3  # spacing of the tangents' points of contact, in normal quantiles of p_A
 # Rounding changes a logarithm by less than 1e-9 in sums of a million terms of size one; thresholds are raised by more.
 _SAFETY = 1e-6
 
@@ -98,12 +98,12 @@ class GeometricMixture:
     """Mixture over points at geometric distances from ``null``: above it (``side`` = 1, against p <= null) or below.
 
     Args:
-        null: p, the mean score; several make one mixture, with weights ``share``.
-        level: for which it is used.
+        null: p, the mean score. Several nulls make one mixture, with weights ``share``.
+        level: level for which the mixture is used.
         cap: largest number of votes.
         side: 1 or -1.
         rest: score x of votes that are neither successes nor for the rival, one for each null.
-        share: of each null.
+        share: weight of each null.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class FixedSequence:
     Args:
         nulls: p_r of the radii, each in [1/2, 1).
         bound: name of the mixture.
-        level: of an image's certificate.
+        level: level of an image's certificate.
         futility: probability below which a radius is given up, or level of giving it up.
         cap: largest number of votes, fixed beforehand.
         stopping: how a radius is given up, see above.
@@ -309,9 +309,9 @@ def reachable(bound: SequentialBound, null: float, level: float, cap: int) -> bo
 
 
 def _log_sum(terms: Floats) -> Floats:
-    """Return log(sum(exp(terms))) over the last dimension; overwrites ``terms``.
+    """Return log(sum(exp(terms))) over the last dimension, and overwrite ``terms``.
 
-    It is special.logsumexp, at a tenth of its time on few points.
+    It computes the same as special.logsumexp, in a tenth of the time on few points.
     """
     largest = terms.max(-1)
     terms -= largest[..., None]

@@ -63,7 +63,7 @@ class Extrapolated:
     """The extrapolated cost of one or more whole training stages.
 
     Attributes:
-        objective: of each stage, joined by " + ".
+        objective: objective of each stage, joined by " + ".
         images: number of images that the stage draws from, the largest of several stages.
         steps: number of steps.
         passes: images that pass forward and backward.
@@ -115,7 +115,7 @@ class StageCost(Extrapolated):
 
 @dataclass(frozen=True)
 class RecipeCost:
-    """The cost of all stages of a recipe, extrapolated from ``measured_steps`` of each training and from a few passes.
+    """The cost of all stages of a recipe, extrapolated from ``measured_steps`` of each training stage and a few passes.
 
     ``conditions`` describes the machine.
     """
@@ -211,7 +211,7 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
 
 
 def measure_apart(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
-    """Return ``measure(recipe, steps)`` of a new process, so that the peak memory is that of this recipe.
+    """Return ``measure(recipe, steps)`` as a new process computes it, so that the peak memory is that of this recipe.
 
     Raises:
         RushError: as in ``measure``, or the process ends without an answer, e.g. because it ran out of memory.

@@ -110,7 +110,7 @@ class ExternalModel:
 
     @cached_property
     def _selected(self) -> tuple[list[int], ImageSet]:
-        """The first ``images`` of the split in a seeded order, or all of them in their own, and their positions."""
+        """The first ``images`` of the split in a seeded order, or all in their original order, and their positions."""
         from rush.data.images import evaluation_order
         from rush.data.sources import is_divided, load_images
 
@@ -193,7 +193,7 @@ NO_EVALUATION = ExternalEvaluation()
 
 
 def verdict_rows(result: AttackResult) -> list[tuple[str, str]]:
-    """Return the rows that tell the verdicts on points."""
+    """Return the rows that state the verdicts on points."""
     from rush.reporting.wording import percent, share
 
     undecided = int(result.undecided.sum())
@@ -261,7 +261,7 @@ def one_data_set(data: list[str]) -> str:
 
 
 def call_module(name: str) -> nn.Module:
-    """Return what ``call`` does. Raises: ConfigError if it is not a torch.nn.Module."""
+    """Return what ``call`` returns. Raises: ConfigError if it is not a torch.nn.Module."""
     from torch import nn
 
     module = call(name)
@@ -302,7 +302,7 @@ def call(name: str) -> object:
 
 @contextmanager
 def _user_code(what: str, module: str | None = None) -> Iterator[None]:
-    """Turn whatever the user's code raises into a ModelError, an exit included; errors of this library pass.
+    """Turn whatever the user's code raises, even an exit, into a ModelError. Errors of this library pass unchanged.
 
     Args:
         what: What the code does.
@@ -326,7 +326,7 @@ def _user_code(what: str, module: str | None = None) -> Iterator[None]:
 def _place(error: BaseException) -> str:
     """Return `` (file, line)`` of the innermost frame outside installed packages, which is the user's code, if any."""
     if isinstance(error, SyntaxError):
-        return ""  # its text has it
+        return ""  # the text of the error contains it
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if not _installed(frame.filename)]
     return f" ({Path(users[-1].filename).name}, line {users[-1].lineno})" if users else ""

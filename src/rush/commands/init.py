@@ -21,7 +21,7 @@ _VIEWS = 1_000_000  # images over all epochs of pre-training: 20 epochs of 50,00
 _NOISY = 300_000  # and of fine-tuning
 _EPOCHS = (20, 200), (6, 60)  # the fewest and the most of each
 _OTHERS = "test", "unlabeled"  # splits besides the training images
-_SAMPLED = 64  # images whose size is looked at
+_SAMPLED = 64  # images whose size is inspected
 _LARGEST_SIDE = 96  # above it images are resampled, which keeps training within hours on a CPU
 _SIDE = 64
 _TEST_SHARE, _MOST_TEST = 0.2, 2000
@@ -76,7 +76,7 @@ def init(file: Path, *, data: str, root: list[Path] | None = None, base: str = "
 
 
 def look_at(data: str, root: str | list[str] | None) -> Survey:
-    """Return what a recipe needs to know of the images.
+    """Return what a recipe needs to know about the images.
 
     Raises:
         DataError: There are none, none with labels, or one class only.
@@ -141,7 +141,7 @@ def text_for(name: str, file: str, data: str, survey: Survey, base: str) -> str:
 
 
 def _size(images: EncodedImages | ImageSet) -> tuple[int, int] | None:
-    """Return the size (height, width) that a sample of the images has, None if it has several."""
+    """Return the size (height, width) that a sample of the images has, or None if it has several."""
     import numpy as np
 
     from rush.data.images import ImageSet
@@ -159,5 +159,5 @@ def _within(value: int, least: int, most: int) -> int:
 
 
 def _batch(images: int, most: int) -> int:
-    """Return the largest power of two up to ``most`` that at least four batches fill, and no less than two."""
+    """Return the largest power of two up to ``most`` with which the images fill four batches, but at least two."""
     return max(2, min(most, 1 << max(1, (images // 4).bit_length() - 1)))

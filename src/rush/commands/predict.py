@@ -38,11 +38,12 @@ class Prediction:
     Attributes:
         image: the file.
         label: index of the class, None where the votes do not decide.
-        name: of the class, "abstain" where they do not.
+        name: name of the class, "abstain" where the votes do not decide.
         share: the share of the estimation votes for the class with the most, None without noise.
         probability: lower bound on the probability of the class under noise, None without noise.
-        radius: within which the smoothed classifier provably predicts the class, in pixel units. None without noise.
-        norm: of the radius.
+        radius: radius within which the smoothed classifier provably predicts the class, in pixel units. None without
+            noise.
+        norm: norm of the radius.
         runner_up: name of the class with the next most votes, None without noise or without such votes.
         runner_up_share: its share of the votes.
     """
@@ -63,7 +64,7 @@ class Source:
     """A model with what is known of its images.
 
     Attributes:
-        names: of its classes, None where they are not known.
+        names: names of its classes, None where they are not known.
         shape: (C, H, W) of its images, None where it is not known.
         resized: whether its training images were resampled to this shape.
     """
@@ -293,11 +294,11 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
             yield path
             continue
         inside = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        yield from map(str, inside) if inside else [path]  # of an empty folder the reader says that it is none
+        yield from map(str, inside) if inside else [path]  # the reader refuses the path of an empty folder
 
 
 def _read(file: str | Path, shape: Shape | None, resized: bool) -> np.ndarray | DataError:
-    """Return the image as uint8 in the shape of the model's images, or the error if it cannot be."""
+    """Return the image as uint8 in the shape of the model's images, or the error if that is not possible."""
     import numpy as np
 
     from rush.data.readers.decoding import decode

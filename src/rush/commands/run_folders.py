@@ -64,7 +64,7 @@ def open_run(
 ) -> RunFolder:
     """Open a run folder, and change its recipe by ``data`` and ``overrides``.
 
-    The results of the stage ``redo`` and of later ones are set aside before, so that it is made again.
+    The results of the stage ``redo`` and of later ones are set aside first, so that the stage is run again.
     """
     from rush.records.folder import RunFolder
 

@@ -73,7 +73,7 @@ def print_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print comma-separated values (RFC 4180), None as nothing."""
+    """Print comma-separated values (RFC 4180), None as an empty field."""
     import csv
 
     writer = csv.writer(sys.stdout)
@@ -124,7 +124,7 @@ def _parts(columns: Sequence[tuple[str, ...]], width: int) -> list[list[tuple[st
 def _widths(columns: Sequence[tuple[str, ...]], width: int) -> list[int]:
     """Return a width per column: its longest word, and up to its longest cell from an equal share of what is left.
 
-    Columns that need the least beyond their longest word are served first; what they do not need goes to the others.
+    Columns that need the least beyond their longest word are served first. What they do not need goes to the others.
     """
     widths = [_longest_word(column) for column in columns]
     missing = [max(map(len, column)) - least for column, least in zip(columns, widths, strict=True)]

@@ -74,7 +74,7 @@ def judge_file(
         pixels: The images with the ``ids`` of the file, or in its order if it has none. None if the file holds its own,
             as ``images`` and ``labels``.
         model: As in ``rush.attack``.
-        threat: Within which the points must lie.
+        threat: Threat model within which the points must lie.
         options: As in ``rush.evaluation.attack.verdict``.
 
     Raises:

@@ -14,10 +14,10 @@ from rush.runtime.transfer import sent
 
 @dataclass(frozen=True)
 class Batch:
-    """Images uint8 (B, C, H, W) and what they are taught, on one device.
+    """Images uint8 (B, C, H, W) and their labels, if any, on one device.
 
-    Labels are int64 (B,), or float32 (B, K): a probability of each class, whose sum is the weight of the image. None
-    without labels.
+    Labels are int64 (B,), or float32 (B, K): a probability of each class, whose sum is the weight of the image. They
+    are None if there are none.
     """
 
     images: Tensor
@@ -52,7 +52,7 @@ class Resident:
     """All images of a data set on the training device, where a batch is selected without waiting for the host.
 
     Args:
-        targets: float32 (N, K), in place of the labels of the images, see ``Batch``.
+        targets: soft labels float32 (N, K), in place of the labels of the images, see ``Batch``.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from rush.data.kind import ANY_KIND, ImageKind
 from rush.errors import InputError, RoundingWarning
 
 ROUNDING = 2.0**-21
-"""Largest distance from [0, 1] that is taken for rounding: four steps of float32 above 1 (4.8e-7).
+"""Largest distance from [0, 1] that counts as rounding: four steps of float32 above 1 (4.8e-7).
 
 Normalizing an image and undoing it takes four operations, each of which rounds a value of at most about 1 by half a
 step. The rest is margin.
@@ -46,20 +46,20 @@ Pixels: TypeAlias = Images | Tensor | np.ndarray
 
 
 def check_pixels(x: Tensor | np.ndarray, what: str = "pixels") -> Tensor:
-    """Return ``x`` as float32 within [0, 1], detached; pixels outside by rounding alone are moved to the edge.
+    """Return ``x`` as float32 within [0, 1], detached. Pixels outside by rounding alone are moved to the edge.
 
     The returned pixels are those to judge, hash and measure.
 
     Args:
         x: images (N, C, H, W), N >= 1: floats, finite and within [0, 1] up to ``box_rounding``, or uint8, which is
             divided by 255. A tensor or a NumPy array.
-        what: name of the pixels for error texts.
+        what: name of the pixels for error messages.
 
     Raises:
         InputError: ``x`` is anything else.
 
     Warns:
-        RoundingWarning: pixels were moved. The text gives their number and the largest excess.
+        RoundingWarning: pixels were moved. The message gives their number and the largest excess.
     """
     given = as_tensor(x)
     if (
@@ -175,7 +175,7 @@ def labelled_pixels(images: Images, num_classes: int | None = None, kind: ImageK
 
 
 def kind_of(model: object) -> ImageKind:
-    """Return the kind of images that ``model`` takes, as far as it says so: smoothed classifiers and runs do."""
+    """Return the kind of images that ``model`` takes, as far as it is known, as for smoothed classifiers and runs."""
     kind = getattr(model, "kind", None)
     return kind if isinstance(kind, ImageKind) else ANY_KIND
 

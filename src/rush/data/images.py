@@ -1,4 +1,4 @@
-"""Images in memory, as the whole library takes them: 8-bit pixels with labels, class names and ids; their subsets."""
+"""Images in memory, as the whole library uses them: 8-bit pixels with labels, class names and ids, and subsets."""
 
 import hashlib
 import json
@@ -103,7 +103,7 @@ def as_pixels(images: torch.Tensor, device: torch.device | str = "cpu") -> torch
 
 
 def evaluation_order(total: int, count: int | None, seed: int) -> list[int]:
-    """Return the first ``count`` positions (None: all) of the one seeded order in which images are evaluated.
+    """Return the first ``count`` positions (all for None) of the one seeded order in which images are evaluated.
 
     Random: a permutation of ``total`` positions, from ``stream(seed, "evaluation", "order")``.
     """
@@ -134,7 +134,7 @@ def stratified_subset(images: ImageSet, n_or_fraction: int | float, generator: t
 def hold_out(images: ImageSet, count: int, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
     """Split off ``count`` random images and return (the others, these), both in the original order.
 
-    With labels, every class gives its share, rounded by largest remainder; a rare class may give none. Without labels,
+    With labels, every class gives its share, rounded by largest remainder. A rare class may give none. Without labels,
     all images are equally likely.
 
     Args:
@@ -167,7 +167,7 @@ def numbered_ids(split: str, count: int) -> np.ndarray:
 
 
 def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
-    """Join splits of one data set, in order; a single part is returned as it is.
+    """Join splits of one data set, in order. A single part is returned as it is.
 
     Labels are None if any part has none. Greyscale images among RGB are repeated over the channels. Ids are prefixed by
     their split, "<split>/<id>", where they would not be unique.
@@ -234,7 +234,7 @@ def stratified_counts(counts: np.ndarray, size: int, least: int = 1) -> np.ndarr
 
 
 def _stratified_rows(labels: np.ndarray, size: int, generator: torch.Generator, least: int) -> np.ndarray:
-    """Return ``size`` rows, ascending, in which each class present has its share; drawn class by class."""
+    """Return ``size`` rows, ascending, in which each class present has its share. They are drawn class by class."""
     present, counts = np.unique(labels, return_counts=True)
     drawn = []
     for label, quota in zip(present, stratified_counts(counts, size, least), strict=True):

@@ -23,7 +23,7 @@ class ImageKind:
     def check_shape(self, shape: tuple[int, ...], what: str, against: str) -> None:
         """Raise InputError if ``shape`` (C, H, W) differs from this kind's.
 
-        ``what`` names the images and ``against`` the owner of this kind in the error text.
+        ``what`` names the images and ``against`` the owner of this kind in the error message.
         """
         if self.shape is None or tuple(shape) == self.shape:
             return
@@ -33,10 +33,10 @@ class ImageKind:
         )
 
     def check_classes(self, classes: tuple[str, ...], what: str, against: str) -> None:
-        """Raise InputError unless ``classes`` are the first ones of this kind's, in the same order.
+        """Raise InputError unless ``classes`` are the first classes of this kind, in the same order.
 
-        A data set whose last classes have no image gives every label the same meaning. ``what`` and ``against`` as in
-        ``check_shape``.
+        A data set whose last classes have no image gives every label the same meaning. ``what`` and ``against`` are as
+        in ``check_shape``.
         """
         if self.classes is None or tuple(classes) == self.classes[: len(classes)]:
             return

@@ -25,8 +25,8 @@ def check_labels(labels: np.ndarray, num_images: int, num_classes: int, where: s
         labels: as stored. Integers of any width are allowed. Text, booleans and floating-point numbers are not, even
             whole ones.
         num_images: N.
-        num_classes: number of classes; labels are 0..num_classes - 1.
-        where: name of the file for error texts.
+        num_classes: number of classes. Labels are 0..num_classes - 1.
+        where: name of the file for error messages.
 
     Raises:
         DataError: ``labels`` are not N integers in 0..num_classes - 1.
@@ -106,8 +106,8 @@ def decode_texts(values: np.ndarray, what: str, where: str) -> list[str]:
 
     Args:
         values: array of text, bytes or integers.
-        what: name of the values for error texts.
-        where: name of the file for error texts.
+        what: name of the values for error messages.
+        where: name of the file for error messages.
 
     Raises:
         DataError: ``values`` are of a different kind or shape, or not UTF-8.

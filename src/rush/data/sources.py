@@ -61,20 +61,20 @@ def load_images(
         split: one split ("stl10" also has "unlabeled"), or several joined by "+" as in "train+unlabeled". Joined splits
             follow each other. They have no labels if any part has none, and ids "<split>/<id>" where ids are not
             unique.
-        root: an existing folder. None: the environment variable RUSH_DATA, else the user's cache folder. With a list
-            of folders, shards are joined as if all lay in one, and each folder must hold some. Of official archives the
-            first one found is read, and a download goes to the first folder. Class folders and .npz files must lie in
-            one of the folders only.
+        root: an existing folder. None means the environment variable RUSH_DATA, else the user's cache folder. With a
+            list of folders, shards are joined as if all lay in one, and each folder must hold some. The first official
+            archive found is read, and a download goes to the first folder. Class folders and .npz files must lie in
+            only one of the folders.
         download: whether a missing official archive may be downloaded to ``root``.
-        size: side in pixels to which each image's central square is resampled. None: images as stored, which must
-            share one size.
+        size: side in pixels to which each image's central square is resampled. None keeps the images as stored, which
+            must share one size.
 
     Returns:
         The images as uint8 (N, C, H, W), with labels int64 (N,) or None, class names and ids.
 
     Raises:
         DataError: the name or split is unknown, or the data are missing, truncated, altered, of a wrong shape,
-            mislabelled, empty or of one class only. The text names the file and the remedy.
+            mislabelled, empty or of one class only. The message names the file and the remedy.
         InputError: a wrong ``size`` or ``root``.
 
     Example:
@@ -105,8 +105,8 @@ def load_images(
 def open_encoded(name_or_path: str | os.PathLike[str], split: str, root: Root = None) -> EncodedImages | None:
     """Open the encoded images of a split, or of several joined by "+", to be read as needed.
 
-    Arguments are as in ``load_images``. Returns None for data that are not stored image by image: official archives,
-    .npz files and the digits.
+    Arguments are as in ``load_images``. The result is None for data that are not stored image by image: official
+    archives, .npz files and the digits.
 
     Raises:
         DataError: as ``load_images``.
@@ -310,8 +310,8 @@ def _official_readers(name: str) -> dict[Archive, Read]:
 def _official_shards(name: str, parts: Sequence[str], roots: Sequence[Path]) -> EncodedImages | None:
     """Return the shards of ``name`` in ``roots``.
 
-    Returns None if there are none, or if a folder without shards holds an archive. Raises DataError if they are of a
-    different data set, or if a folder holds none of it.
+    The result is None if there are none, or if a folder without shards holds an archive. Raises DataError if the shards
+    are of a different data set, or if a folder holds none of the data set.
     """
     shards = {root: parquet_folder(root) or parquet_folder(root / name) for root in roots}
     folders = without_repeats(folder for folder in shards.values() if folder is not None)

@@ -26,12 +26,13 @@ class Splits:
     """The images that ``data`` names. Splits that would take more than its share of memory are streamed.
 
     Attributes:
-        seed: decides which images are held out, sampled and evaluated.
-        device: streams are decoded for it.
-        record: called once with the name and the images of each split that is computed with. What it raises ends the
-            access.
+        seed: seed of the choice of images that are held out, sampled and evaluated.
+        device: device for which streams are decoded.
+        record: called once with the name and the images of each split that is computed with. An error that it raises
+            ends the access.
         loaded: splits already in memory, by name. Splits read from now on are added.
-        lenient: where fewer test images exist than are asked for, evaluate these, as the trial of a recipe does.
+        lenient: whether to evaluate all test images where fewer exist than are asked for, as the trial of a recipe
+            does.
     """
 
     data: DataConfig
@@ -80,8 +81,8 @@ class Splits:
         """Return training images in memory, for statistics and nearest neighbours.
 
         Args:
-            count: None for all training images, else the greatest number, without held-out images. Of a stream it is a
-                random sample.
+            count: None for all training images, else the greatest number, without held-out images. For a stream, the
+                images are a random sample.
         """
         images = self._used("train") if count is None else self.train
         if isinstance(images, ImageSet):
@@ -151,10 +152,10 @@ class Splits:
         return self.loaded[split]
 
     def _drawn(self) -> tuple[ImageSet, ImageSet]:
-        """Return the training images without ``data.test_images`` of them, and these.
+        """Return the training images without ``data.test_images`` of them, and the latter.
 
         Raises:
-            ConfigError: there are too few of them, or they do not fit in memory.
+            ConfigError: there are too few training images, or they do not fit in memory.
         """
         data = self.data
         if decoded_bytes(data.name, "train", data.root, size=data.size) > data.memory_bytes:

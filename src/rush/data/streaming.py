@@ -31,7 +31,7 @@ from rush.runtime.transfer import sent
 
 _TASK = 16  # most images per task of a thread
 _FILES = 4096  # names of image files that are handed to the threads at a time
-_PROBED = 32  # images decoded to tell whether the set is greyscale
+_PROBED = 32  # images decoded to determine whether the set is greyscale
 _HELD_OUT = 256  # held-out images that are decoded at a time
 _SLAB = 1 << 20  # least bytes per slab
 EncodedRow = tuple[int, Encoded]
@@ -46,8 +46,8 @@ Pending = tuple[DecodedRows, list[Future[None]]]
 class Stream:
     """The images of a split, read and decoded again in every epoch; a ``TrainingImages``.
 
-    **Order.** If the encoded images fit in ``memory``, or are files of their own, an epoch is one uniform permutation
-    of the images, the same as that of ``Resident``. Otherwise the blocks (row groups of the shards) are put in random
+    **Order.** If the encoded images fit in ``memory``, or are separate files, an epoch is one uniform permutation of
+    the images, the same as that of ``Resident``. Otherwise the blocks (row groups of the shards) are put in random
     order, as many as fit in half of ``memory`` are pooled and shuffled, and the next pool is read while one is used up.
     Images far apart in the files then share a batch only if their blocks share a pool. For shards that are sorted by
     class, ``memory`` should hold many blocks.
@@ -132,7 +132,7 @@ class Stream:
 
         Raises:
             InputError: ``count`` is not in 1..N-1.
-            DataError: an image, which is named, cannot be decoded.
+            DataError: an image cannot be decoded. The message names it.
         """
         labels = None if self.labels is None else self.labels[self.rows]
         drawn = held_out_rows(labels, len(self), count, generator)
@@ -153,7 +153,8 @@ class Stream:
 
         Raises:
             ConfigError: ``batch_size`` is not possible.
-            DataError: an image, which is named, cannot be decoded or has a different size. It is raised at its batch.
+            DataError: an image cannot be decoded or has a different size. The error names the image and is raised at
+                its batch.
         """
         per_epoch, share = batches_per_epoch(len(self), batch_size), share_of(batch_size, self.rank, self.processes)
         # Positions in the epoch's order. All pools are drawn at once, so that a resumed epoch draws the same order.
@@ -206,7 +207,7 @@ class Stream:
         return deque(read[place] for place in np.argsort(order).tolist())
 
     def _decoded(self, encoded: Iterator[EncodedRow], sizes: Iterable[int]) -> Generator[DecodedRows, None, None]:
-        """Yield the images in parts of ``sizes``; one part is decoded ahead of use, or more if parts are small."""
+        """Yield the images in parts of ``sizes``. One part is decoded ahead of use, or more if parts are small."""
         pending: deque[Pending] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
             try:
@@ -224,7 +225,7 @@ class Stream:
         images = torch.empty((len(encoded), *self.shape), dtype=torch.uint8, pin_memory=on_gpu)
         sources = [source for _, source in encoded]
         step = min(_TASK, -(-len(encoded) // self.threads))
-        # Each task writes a slice of its own, so that neither threads nor timing change the images.
+        # Each task writes its own slice, so that neither threads nor timing change the images.
         futures = [
             pool.submit(self._decode_into, images[start : start + step].numpy(), sources[start : start + step])
             for start in range(0, len(encoded), step)
@@ -254,7 +255,7 @@ class _Slabs:
         self._free = memoryview(b"")
 
     def copy(self, content: bytes | memoryview) -> memoryview:
-        """Copy ``content`` into the current slab, or a new one and return a view of the copy."""
+        """Copy ``content`` into the current slab or a new one, and return a view of the copy."""
         if len(content) > len(self._free):
             self._free = memoryview(mmap(-1, max(self._size, len(content))))
         view, self._free = self._free[: len(content)], self._free[len(content) :]
@@ -279,7 +280,7 @@ def open_stream(
     Args:
         name_or_path, split, root, size: as in ``load_images``. A data set known by name must lie in ``root`` as shards.
         memory: bytes of encoded images to hold, per process.
-        threads: number of decoding threads. None: one per processor, at most eight.
+        threads: number of decoding threads. None means one per processor, at most eight.
 
     Raises:
         DataError: as ``load_images``, or the data are not stored image by image.

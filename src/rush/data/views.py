@@ -52,7 +52,7 @@ _DRAWS = 33
 
 @dataclass(frozen=True, eq=False)
 class ViewParameters:
-    """Parameters of the operations for each image of a batch, None omits an operation for all of them.
+    """Parameters of the operations for each image of a batch. None omits an operation for all of them.
 
     Attributes:
         boxes: (B, 4) float32, top, left, height and width in pixels (see ``crop_resize``).
@@ -139,7 +139,7 @@ def apply_view(x: Tensor, parameters: ViewParameters) -> Tensor:
         float32 in [0, 1].
 
     Raises:
-        InputError: parameters do not fit the images.
+        InputError: parameters do not match the images.
     """
     most = _CHUNK_VALUES * torch.get_num_threads()
     if x.device.type != "cpu" or x.numel() <= most:
@@ -165,7 +165,7 @@ def crop_resize(x: Tensor, boxes: Tensor, flip: Tensor | None = None) -> Tensor:
         flip: (B,) bool or None.
 
     Raises:
-        InputError: shapes do not fit.
+        InputError: shapes do not match.
     """
     batch, _, height, width = x.shape
     _check_shape("boxes", boxes, (batch, 4))

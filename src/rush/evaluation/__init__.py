@@ -1,1 +1,1 @@
-"""Exact verdicts on attacked points, and what is attacked by whom."""
+"""Verdicts on attacked points by exact tests, and the models, images and attackers of an evaluation."""

@@ -26,7 +26,7 @@ from rush.evaluation.verdict import VerdictSettings
 from rush.runtime.numbers import as_real, as_whole, is_one_of, positive_integer
 from rush.runtime.progress import asked, showing
 
-_AUTO_COSINE = 0.9  # of the mean gradient with the expected one, which eot_samples="auto" aims at
+_AUTO_COSINE = 0.9  # cosine of the mean gradient with the expected one that eot_samples="auto" aims at
 _AUTO_IMAGES, _AUTO_RANGE = 16, (4, 256)
 
 
@@ -54,28 +54,28 @@ def attack(
 
     A deterministic network is judged by its class at the point, any other model by exact tests on fresh draws
     (``evaluation.verdict``). Arguments that are None take the method's default. Those that a method does not take must
-    not be given. With torch.distributed initialised, the processes share the images, with the same bits as one process,
-    and each returns the whole.
+    not be given. With torch.distributed initialised, the processes share the images, and each returns the whole result,
+    with the same bits as one process.
 
     Args:
         model: a SmoothedClassifier, or an nn.Module from [0, 1] pixels (B, C, H, W) to logits (B, K).
         images: an ImageSet with labels, or a pair (float images in [0, 1], labels).
         threat: norm and epsilon of the changes.
-        method: "worst-case" is the parameter-free suite, the worst case over its attackers image by image. "paper" is
+        method: "worst-case" is the parameter-free suite, the worst case over its attackers for each image. "paper" is
             the protocol PGD-20 at l-inf 8/255 with one noise draw per step. The others are one attacker: "none" judges
             the images themselves; "fgsm" is one step of size epsilon; "pgd" (20 steps of epsilon / 4), "mifgsm" (20 of
             epsilon / 20) and "apgd" (100) begin at random starts; "square" takes 1,000 queries, "fmn" 200 steps, after
             which the nearest point is moved into the ball, and "random" 1,000 draws.
         steps: number of steps, queries or draws.
-        step_size: in pixel units. Where images have their own epsilon, it is for the largest one and in proportion for
-            the others.
+        step_size: step size in pixel units. Where images have their own epsilon, it applies to the largest one, and the
+            step sizes for the others are in proportion.
         restarts: number of random starts.
         eot_samples: noise draws per gradient or query of a stochastic model, 16 by default. "auto" takes as many as
             give the mean gradient a cosine of 0.9 with the expected one on half of the first images, a power of two
             from 4 to 256.
-        gradient: what is differentiated of a stochastic model, "fresh" noise by default.
+        gradient: how a stochastic model is differentiated, with "fresh" noise by default.
         loss: "cross-entropy" by default, "margin" for Square, FMN and random search.
-        targets: ranks of the classes aimed at; 1 is the most probable class other than the label.
+        targets: ranks of the target classes. Rank 1 is the most probable class other than the label.
         decision: what a stochastic nn.Module is used for, see ``evaluation.model.defend``.
         surrogate: a module whose derivative stands in for the model's (BPDA).
         alpha: probability of a false verdict, per image.
@@ -140,7 +140,7 @@ def verdict(
     """Judge adversarial points that come from elsewhere.
 
     Pixels that lie outside [0, 1] by rounding (``data.checks.check_pixels``) are moved to its edge before anything is
-    judged or measured. Up to 1e-6 outside the ball, and 6e-8 at every pixel, is taken for rounding. Points in half
+    judged or measured. Up to 1e-6 outside the ball, and 6e-8 at every pixel, counts as rounding. Points in half
     precision may be half a step of their type outside at every pixel, and are moved into the ball.
 
     Args:
@@ -213,7 +213,7 @@ _NAMES = {"fgsm": "FGSM", "mifgsm": "MI-FGSM", "pgd": "PGD", "apgd": "APGD", "sq
 
 
 def _attacker(method: AttackName, defender: Defender, threat: ThreatModel, budget: dict[str, Any]) -> Attacker:
-    """Return the attacker of the arguments of ``attack`` that are not None, after checking them."""
+    """Return the attacker defined by the arguments of ``attack`` that are not None, after checking them."""
     if not is_one_of(method, _BUDGETS):
         raise InputError(f"unknown method {method!r}; allowed: {', '.join(_BUDGETS)}")
     noisy = defender.kind == "random" and budget.get("gradient") != "transfer"
@@ -255,7 +255,7 @@ def _check_budget(method: AttackName, defender: Defender, noisy: bool, budget: d
 
 
 def _plain(value: object) -> object:
-    """Return numbers of NumPy, fractions and 0-d arrays as plain ones, and any other value as it is."""
+    """Return NumPy numbers, fractions and 0-d arrays as plain numbers, and any other value unchanged."""
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
     whole, real = as_whole(value), as_real(value)
@@ -302,8 +302,8 @@ def _paper(defender: Defender, threat: ThreatModel) -> Plan:
 def _with_chosen_draws(plan: Plan, evaluation: Evaluation) -> Plan:
     """Return ``plan`` with the draws per gradient that its gradient's signal-to-noise ratio needs.
 
-    They give a cosine of 0.9 with the expected gradient on half of the first images, and are a power of two. The ratio
-    is measured at the points of a short attack, where an attack under way is.
+    Their number is a power of two. They give a cosine of 0.9 with the expected gradient on half of the first images.
+    The ratio is measured at the points of a short attack, where an attack in progress is.
     """
     defender, seed = evaluation.defender, evaluation.settings.seed
     if not isinstance(defender, SmoothedDefender):

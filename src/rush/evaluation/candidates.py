@@ -24,12 +24,12 @@ Attack = Callable[[LogProbs, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Candidates:
-    """One adversarial point per image, the best of its attacker's, and what it cost.
+    """One adversarial point per image, the best of its attacker, and its cost.
 
     Attributes:
         adversarial: float32 (N, C, H, W), on the CPU.
         choice_margin: (N,), margin of the best other class over the label on the draws that choose among an attacker's
-            points; minus infinity where there was nothing to choose.
+            points, or minus infinity where there was nothing to choose.
         passes: forward and backward passes per image.
         forward_passes: forward passes without backward, per image.
     """
@@ -48,7 +48,7 @@ class Candidates:
 def start_of(
     plan: Plan, x: Tensor, best: Tensor | None, threat: ThreatModel, generators: list[torch.Generator]
 ) -> Tensor | None:
-    """Return where the attack of ``plan`` begins, (B, C, H, W), None for the images ``x`` or a start of its own."""
+    """Return where the attack of ``plan`` begins, (B, C, H, W), or None for the images ``x`` or a start of its own."""
     if plan.method in ("fgsm", "square", "random") or plan.start == "clean":
         return None
     if plan.start == "best" and best is not None:
@@ -63,7 +63,7 @@ def attack_of(
 
     Args:
         start: where it begins, see ``start_of``.
-        generators: one per image; Square and random search draw from them.
+        generators: one per image. Square and random search draw from them.
     """
     match plan.method:
         case "fgsm":

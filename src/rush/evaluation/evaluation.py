@@ -41,7 +41,7 @@ CHOICE = "choice"  # stream of the votes that choose among candidates, the same 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model under evaluation, the images, what may be changed of them, and how the points are judged.
+    """A model under evaluation, the images, the changes allowed to them, and how the points are judged.
 
     Attributes:
         defender: the model under evaluation.
@@ -70,8 +70,8 @@ class Evaluation:
 
         Args:
             model, images, threat, decision, surrogate: as for ``rush.attack``.
-            declared: refuse a stochastic model that is not declared to be one, and a model that is not a function of
-                one image. An audit reports either as a finding.
+            declared: whether to refuse a stochastic model that is not declared to be one, and a model that is not a
+                function of one image. An audit reports either as a finding.
 
         Raises:
             InputError: bad images, threat or decision.
@@ -83,7 +83,7 @@ class Evaluation:
         pixels = labelled_pixels(images, defender.num_classes or None, kind_of(model))
         if isinstance(model, SmoothedClassifier):
             model.check_shape(pixels.x.shape[1:])
-        with seeded(0):  # a stochastic model draws here too
+        with seeded(0):  # a stochastic model draws in this check, too
             _check_outputs(defender, pixels, declared)
         if isinstance(threat.epsilon, Tensor) and threat.epsilon.shape != (len(pixels),):
             raise InputError(
@@ -101,7 +101,7 @@ class Evaluation:
         return [list(range(first, min(first + GROUP, total))) for first in range(0, total, GROUP)]
 
     def check_reachable(self, plan: Attacker | None = None) -> None:
-        """Raise InputError when a verdict on the points of ``plan`` can never be given; a suite shares the level."""
+        """Raise InputError if no verdict on the points of ``plan`` can ever be given. A suite shares the level."""
         if self.defender.kind == "random":
             shares = len(plan.plans) if isinstance(plan, Suite) and not self.defender.single else 1
             self.settings.check_reachable(self.defender.decision, shares)
@@ -109,7 +109,7 @@ class Evaluation:
     def run(self, plan: Attacker, resume: Path | None = None) -> AttackResult:
         """Attack all images by ``plan`` and judge the points.
 
-        The processes share the groups, with the same bits as one process, and each returns the whole.
+        The processes share the groups. Each returns the whole result, with the same bits as one process.
 
         Args:
             plan: one attacker, or a suite, whose worst case is returned.
@@ -170,13 +170,13 @@ class Evaluation:
         """Attack the images by ``plan`` and return the most harmful point of each.
 
         Args:
-            best: (N, C, H, W), where a plan with start "best" begins.
-            in_suite: measure the choice margin also of a single point.
+            best: points (N, C, H, W) where a plan with start "best" begins.
+            in_suite: whether to measure the choice margin of a single point, too.
             advance: called with the number of images whenever some have been attacked.
         """
         images, seed, device = self.images, self.settings.seed, self.defender.execution.device
         draws = max(1, plan.eot_samples)
-        passes = [0, 0]  # of all images: without and with a gradient
+        passes = [0, 0]  # passes of all images: without and with a gradient
         if plan.method == "none":
             advance(len(images))
             return self._most_harmful([images.x], passes, in_suite)
@@ -207,7 +207,7 @@ class Evaluation:
         return self._most_harmful(points, passes, in_suite)
 
     def judge(self, candidates: Candidates, plan: Plan, judged: bool = True) -> AttackResult:
-        """Return the candidates of ``plan`` with their verdicts; all undecided without ``judged``."""
+        """Return the candidates of ``plan`` with their verdicts. All are undecided without ``judged``."""
         images, adversarial = self.images, candidates.adversarial
         if judged:
             verdicts = self.defender.judge(replace(images, x=adversarial), plan.name, self.settings)
@@ -230,7 +230,7 @@ class Evaluation:
         )
 
     def _most_harmful(self, points: list[Tensor], passes: list[int], always: bool) -> Candidates:
-        """Choose for each image the point of largest choice margin; measure a single one only if ``always``."""
+        """Choose for each image the point of largest choice margin. Measure a single one only if ``always``."""
         forward, backward = (total / len(self.images) for total in passes)
         if len(points) == 1 and not always:
             return Candidates.unmeasured(points[0], backward, forward)
@@ -241,10 +241,10 @@ class Evaluation:
         return Candidates(torch.stack(points)[chosen, rows], margins[chosen, rows], backward, forward + spent)
 
     def _worst_case(self, suite: Suite) -> AttackResult:
-        """Run the suite's attackers one after the other on one group; an image leaves when it is broken.
+        """Run the suite's attackers one after the other on one group. An image drops out when it is broken.
 
-        A random model that is used with one draw has no verdict that is final. Its images stay, and the most harmful
-        point of each is judged at the end.
+        A random model that is used with one draw has no final verdict. Its images stay, and the most harmful point of
+        each is judged at the end.
         """
         single, level = self.defender.single, self.settings.level
         each = replace(self, settings=replace(self.settings, level=level / len(suite.plans)))
@@ -272,7 +272,7 @@ class Evaluation:
 
 
 def _check_outputs(defender: Defender, pixels: LabelledPixels, declared: bool) -> None:
-    """Check the model's logits on the first image, which tell a module's number of classes, and inspect the model."""
+    """Check the model's logits on the first image, which give a module's number of classes, and inspect the model."""
     with torch.no_grad():
         logits = check_logits(defender.execution.logits(defender.model, pixels.x[:1]), 1, defender.num_classes or None)
     defender.num_classes = logits.shape[1]
@@ -290,7 +290,7 @@ def _batch_size(images: int, most: int) -> int:
 
 
 def _loops(plan: Plan, ranking: Tensor | None) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield the streams' name and the classes aimed at, (B,) or None, of each of the ``plan.runs`` loops of an attack.
+    """Yield the streams' name and the target classes, (B,) or None, of each of the ``plan.runs`` loops of an attack.
 
     Args:
         ranking: (B, K - 1), classes other than the label, the most probable one first, None for an untargeted plan.
@@ -306,7 +306,7 @@ def _loops(plan: Plan, ranking: Tensor | None) -> Iterator[tuple[str, Tensor | N
 def _counted(loss: Loss, passes: list[int], rows: int) -> Loss:
     """Return ``loss`` that adds ``rows`` to ``passes[0]``, or with gradients on to ``passes[1]``, at every call.
 
-    An attack computes one loss per pass through the model. Counting them leaves what the attack sees as it is, and
+    An attack computes one loss per pass through the model. Counting losses does not change what the attack sees, and
     counts neither padding nor what a compiled, folded or replayed forward makes of a pass.
     """
 
@@ -320,8 +320,8 @@ def _counted(loss: Loss, passes: list[int], rows: int) -> Loss:
 def _with_worse(worst: AttackResult, result: AttackResult, rows: list[int], more_harmful: Tensor) -> AttackResult:
     """Return ``worst`` with what the next attacker's ``result`` changes at ``rows``.
 
-    Broken images take its points, the others those that are ``more_harmful``. Costs add up. An image is held only where
-    every verdict on it is.
+    Broken images take the points of ``result``, and so do the others whose point in it is ``more_harmful``. Costs add
+    up. An image is held only if every verdict on it is.
     """
     at, after = np.array(rows), result.verdict
     taken = (after == BROKEN) | (more_harmful.numpy() & (after != BROKEN))

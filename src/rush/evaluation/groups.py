@@ -1,4 +1,4 @@
-"""Finished groups of an evaluation on disk, so that an interrupted one repeats one group at most."""
+"""Finished groups of an evaluation on disk, so that an interrupted evaluation repeats at most one group."""
 
 import hashlib
 import zipfile
@@ -17,7 +17,7 @@ from rush.runtime.files import write_arrays
 
 
 def made_by(settings: VerdictSettings, fingerprint: str) -> str:
-    """Return the text by which a group on disk names its settings and its model, by the ``fingerprint``.
+    """Return the text by which a group on disk names its settings and, by the ``fingerprint``, its model.
 
     "Judging" is what the settings were called when the first groups were written. Files of any age are compared with
     this text.
@@ -30,7 +30,7 @@ def write_group(path: Path, result: AttackResult, images: LabelledPixels, origin
     """Write the result of a group of images, atomically.
 
     Args:
-        origin: whatever decides the result beside images, plan, threat and level, e.g. ``made_by``.
+        origin: everything that determines the result besides images, plan, threat and level, e.g. ``made_by``.
     """
     write_arrays(
         path,
@@ -54,10 +54,10 @@ def read_group(
     """Return the result of a group of images.
 
     Raises:
-        RunError: the file is damaged, or is of different images, a different attacker or a different ``origin``.
+        RunError: the file is damaged, or belongs to different images, a different attacker or a different ``origin``.
     """
     try:
-        # opened here, since numpy leaves a damaged file open
+        # opened explicitly, since numpy leaves a damaged file open
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         adversarial, ids = torch.from_numpy(arrays.pop("adversarial")), tuple(map(str, arrays.pop("ids")))

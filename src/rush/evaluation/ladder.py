@@ -11,7 +11,7 @@ from rush.errors import InputError
 from rush.evaluation.plans import PAPER, PAPER_EPSILON, PAPER_NORM, Plan, Suite, target_ranks, worst_case
 from rush.recipe.schema import AttackConfig
 
-_HALVINGS = 2  # of epsilon, where the curve begins
+_HALVINGS = 2  # halvings of epsilon at the beginning of the curve
 
 
 def ladder(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[Plan | Suite]:
@@ -19,9 +19,9 @@ def ladder(config: AttackConfig, threat: ThreatModel, num_classes: int) -> list[
 
     PGD with random start, and the same steps, step size (as a share of epsilon) and restarts, comes first: on the
     noise-free base network, transferred; with one noise draw frozen before the loop; with fresh draws at every step,
-    ``eot_samples`` of them. With ``strong_steps`` follow APGD on the mean of ``strong_eot_samples`` draws, by
-    cross-entropy, by margin, aimed at the three most probable other classes, and from ``strong_restarts`` starts; then
-    Square and the suite's worst case.
+    ``eot_samples`` of them. With ``strong_steps``, the next rungs are APGD on the mean of ``strong_eot_samples`` draws,
+    by cross-entropy, by margin, aimed at the three most probable other classes, and from ``strong_restarts`` starts.
+    Square and the suite's worst case follow.
 
     Args:
         config: the budgets. Its own norm, epsilon and verdict are not read.
@@ -108,7 +108,7 @@ def _strong(config: AttackConfig, num_classes: int) -> Iterator[Plan | Suite]:
 
 
 def _named_paper(plan: Plan, threat: ThreatModel) -> Plan:
-    """Return ``plan``, labelled as the paper's protocol where it is."""
+    """Return ``plan``, labelled as the paper's protocol if it is that protocol."""
     same = plan.eot_samples == PAPER.eot_samples and plan.steps == PAPER.steps and plan.restarts == PAPER.restarts
     stated = threat.norm == PAPER_NORM and threat.epsilon == PAPER_EPSILON
     if not (same and stated and abs(plan.step_size - PAPER.step_size) < 1e-9):

@@ -1,4 +1,4 @@
-"""The defender: the model under evaluation, asked in one way whether it is deterministic, smoothed or stochastic.
+"""The defender: the model under evaluation, with one interface for deterministic, smoothed and stochastic models.
 
 An attacker gets log-probabilities. The verdict gets votes, or probabilities, of draws that no attacker has seen. The
 choice among an attacker's candidates gets votes of a third stream.
@@ -66,7 +66,7 @@ class Defender(ABC):
         execution: where and in what precision it runs.
         num_classes: number of classes, K, 0 while unknown.
         surrogate: network whose derivative stands in for the model's.
-        transferable: whether a random model has a base network without noise, which an attacker may climb.
+        transferable: whether a random model has a base network without noise, which an attacker may ascend.
         decision: what a stochastic network is used for.
         single: whether a random model is used with one draw, so that no verdict on a point is final.
         eight_bit: whether it takes 8-bit images only, to which attacked points are rounded.
@@ -83,11 +83,14 @@ class Defender(ABC):
 
     @abstractmethod
     def log_probs(self, plan: Plan, x: Tensor, ids: Sequence[str], seed: int, name: str) -> LogProbs:
-        """Return what the attacker of ``plan`` sees of the images ``x`` (B, C, H, W); draws are named by ``name``."""
+        """Return the function that the attacker of ``plan`` sees on the images ``x`` (B, C, H, W).
+
+        Its draws are named by ``name``.
+        """
 
     @abstractmethod
     def judge(self, points: LabelledPixels, purpose: str, settings: VerdictSettings) -> Verdicts:
-        """Return verdicts on points, each false with probability <= ``settings.level``; ``purpose`` names the draws."""
+        """Return verdicts on points, each false with probability <= ``settings.level``. ``purpose`` names the draws."""
 
     @abstractmethod
     def choice_margin(self, points: LabelledPixels, purpose: str, seed: int) -> Tensor:
@@ -102,11 +105,11 @@ class Defender(ABC):
         """Raise ModelError unless the model is a function of one image, and of its draws, on the images ``x``.
 
         Args:
-            declared: refuse a random model that is not declared to be one.
+            declared: whether to refuse a random model that is not declared to be one.
         """
 
     def recheck(self) -> None:
-        """Raise ModelError unless the model is still what it was when inspected; ends an evaluation."""
+        """Raise ModelError if the model has changed since its inspection. An evaluation ends with this check."""
         if self._watch is not None:
             self._watch.conclude()
 
@@ -117,7 +120,7 @@ class Defender(ABC):
         return fingerprint_of(modules, facts | self._facts())
 
     def _facts(self) -> dict[str, object]:
-        """Return what else decides the answers, for ``fingerprint``."""
+        """Return the other facts that determine the answers, for ``fingerprint``."""
         return {}
 
     def _seen(self, log_probs: LogProbs, seed: int, name: str, ids: Sequence[str]) -> LogProbs:
@@ -283,8 +286,8 @@ class ExactDefender(SmoothedDefender):
 class RandomDefender(Defender):
     """A stochastic network, which draws from the process's generators at every call.
 
-    Every draw is a call of its own, so that draws of one image are independent even where the network draws once for
-    all rows of a call. The images of one call share a stream, which is named by the first of them.
+    Every draw is a separate call, so that draws of one image are independent even where the network draws once for all
+    rows of a call. The images of one call share a stream, which is named by the first of them.
     """
 
     kind: Kind = "random"
@@ -350,11 +353,11 @@ def _watch(model: nn.Module, execution: Execution, x: Tensor, random: bool) -> W
     """Inspect ``model`` on a few of the images ``x`` and return what checks it later.
 
     A random model is called from the same seeds of the process's generators, so that rows which stay have the same
-    draws. One that these seeds do not pin has generators of its own: the means of many draws are compared, and it is
-    not checked again (None).
+    draws. A model whose draws these seeds do not determine has generators of its own. The means of many draws are then
+    compared, and the model is not checked again (None).
 
     Raises:
-        ModelError: if an image's logits depend on the other images or, for a deterministic model, on its row.
+        ModelError: an image's logits depend on the other images or, for a deterministic model, on its row.
     """
     check_structure(model)
     few = _few(x)
@@ -407,5 +410,5 @@ def plain_logits(model: nn.Module, execution: Execution, x: Tensor) -> Tensor:
 
 
 def _others(scores: Tensor, y: Tensor) -> Tensor:
-    """Return the classes (N, K - 1) other than the label ``y``, sorted by falling score (N, K)."""
+    """Return the classes (N, K - 1) other than the label ``y``, sorted by descending score (N, K)."""
     return scores.scatter(1, y[:, None], -torch.inf).argsort(stable=True, dim=1, descending=True)[:, :-1]

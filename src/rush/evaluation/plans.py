@@ -21,17 +21,17 @@ class Plan:
 
     Attributes:
         name: names the plan in files and streams.
-        label: what a reader is shown.
+        label: name that a reader is shown.
         method: the attack.
-        gradient: what is differentiated of a random model: "fresh" noise at every call, noise "frozen" before the loop,
-            or "transfer", the base network without noise.
+        gradient: how a random model is differentiated: with "fresh" noise at every call, with noise "frozen" before the
+            loop, or by "transfer", through the base network without noise.
         eot_samples: noise draws per gradient, or per query of Square and random search, 0 where there is no noise.
         steps: number of steps, of queries (Square) or of draws (random search).
         step_size: share of epsilon (MI-FGSM and PGD).
-        restarts: number of loops, each from a start of its own.
-        loss: what is maximized.
-        targets: ranks of the classes aimed at one after the other, 1 for the most probable class other than the label;
-            empty for untargeted.
+        restarts: number of loops, each from its own start.
+        loss: loss that is maximized.
+        targets: ranks of the target classes, one after the other. Rank 1 is the most probable class other than the
+            label. Empty for an untargeted attack.
         start: a random point of the ball, the image ("clean"), or the most harmful point of the suite so far ("best").
     """
 
@@ -60,14 +60,14 @@ class Plan:
 
     @property
     def queries_per_image(self) -> int:
-        """Most passes without a gradient per image: queries of attackers that take none, and evaluations of points."""
+        """Most passes without a gradient per image: queries of gradient-free attackers, and evaluations of points."""
         calls = {"none": 0, "square": self.steps, "random": self.steps, "apgd": self.steps}.get(self.method, 1)
         return self.runs * max(1, self.eot_samples) * calls
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Attackers in a fixed order, cheap ones first; an image leaves when a verdict breaks it.
+    """Attackers in a fixed order, cheap ones first. An image drops out once a verdict shows it to be broken.
 
     The plans of a ``version`` never change.
     """
@@ -93,15 +93,15 @@ CHOICE_VOTES = BLOCK
 USUAL_VOTES = 400
 """Votes that a verdict on a random model takes on average, rounded from the runs in ``results/``."""
 _SUITE_SHARE = 0.2  # rounded from the runs in ``results/``
-_POINTS = 2  # that an attack returns at most, of each of its loops
-_BACKWARD = 3.0  # passes forward only that cost as much as one forward and backward
+_POINTS = 2  # most points that an attack returns from each of its loops
+_BACKWARD = 3.0  # forward passes that cost as much as one forward and backward pass
 
 
 def num_votes(plan: Plan | Suite, kind: Kind, per_verdict: int = USUAL_VOTES) -> int:
-    """Return the votes on an image that choose among the points of ``plan`` and judge them, a pass each.
+    """Return the number of votes, one pass each, that choose among the points of ``plan`` on an image and judge them.
 
     Args:
-        kind: of the model. A deterministic one answers at once.
+        kind: kind of the model. For a deterministic one, a single pass takes the place of votes.
         per_verdict: votes of each verdict.
     """
     plans = plan.plans if isinstance(plan, Suite) else (plan,)
@@ -111,13 +111,13 @@ def num_votes(plan: Plan | Suite, kind: Kind, per_verdict: int = USUAL_VOTES) ->
 
 
 def work(plan: Plan | Suite, kind: Kind) -> float:
-    """Return what an image usually costs, in passes forward only."""
+    """Return the usual cost of an image, in forward passes."""
     most = _BACKWARD * plan.passes_per_image + plan.queries_per_image + num_votes(plan, kind)
     return most * usual_share(plan)
 
 
 def usual_share(plan: Plan | Suite) -> float:
-    """Return the share of the cost of ``plan`` that an image usually takes: most images leave a suite early."""
+    """Return the share of the cost of ``plan`` that an image usually takes: most images drop out of a suite early."""
     return _SUITE_SHARE if isinstance(plan, Suite) else 1.0
 
 
@@ -172,7 +172,7 @@ def _random_plans(num_classes: int, transferable: bool) -> Iterator[Plan]:
 def scaled(suite: Suite, factor: int) -> Suite:
     """Return ``suite`` with ``factor`` times its budget.
 
-    Attacks that draw their start take that many times the restarts, the others that many times the steps.
+    For attacks that draw their start the restarts are multiplied, and for the others the steps.
     """
     plans = tuple(_scaled(suite.plans, factor))
     return Suite(

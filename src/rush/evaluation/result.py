@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class AttackResult:
-    """The points of one attacker on N images, with their verdicts; of a suite the worst case, image by image.
+    """The points of one attacker on N images, with their verdicts. For a suite, they are the worst case of each image.
 
     Attributes:
         plan: the attacker or the suite.
         threat: the threat model.
-        adversarial: float32 (N, C, H, W), of a suite the point that broke the image, else the most harmful one.
+        adversarial: float32 (N, C, H, W). For a suite, it is the point that broke the image, else the most harmful one.
         labels: int64 (N,).
         ids: one id per image.
         verdict: uint8 (N,), index into ``choices.VERDICTS``.
@@ -39,7 +39,7 @@ class AttackResult:
         attacker: int64 (N,), position in the suite of the plan that made the point, 0 without a suite.
         seconds: float64 (N,), wall time.
         level: bound on the probability that a verdict on an image is false, over all verdicts given on it.
-        single: the model is a stochastic one that is used with one draw, see ``robust_accuracy``.
+        single: whether the model is a stochastic one that is used with one draw, see ``robust_accuracy``.
     """
 
     plan: Plan | Suite
@@ -66,7 +66,7 @@ class AttackResult:
 
     @property
     def suite(self) -> str | None:
-        """Name and version of the suite, None for a single attacker."""
+        """Name and version of the suite, or None for a single attacker."""
         return self.plan.version if isinstance(self.plan, Suite) else None
 
     @property
@@ -187,7 +187,7 @@ class AttackResult:
         """Plot how many images have which share of judging votes for the label, by verdict, and return the axes.
 
         Args:
-            axes: matplotlib's, by default those of a new figure.
+            axes: axes of matplotlib, by default those of a new figure.
         """
         axes = axes_or_new(axes)
         shares = [self.right[self.verdict == verdict] for verdict in range(len(VERDICTS))]

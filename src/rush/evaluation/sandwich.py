@@ -4,7 +4,7 @@ Every image that is certified with its label's class is attacked at 0.99 of its 
 certificates, so that the check has power. Every other broken point of the run that lies within the radius, in that
 norm, counts as well. A violation is an error of the certificate (probability <= the level of a single one) or of a
 verdict (probability <= the verdicts' level). For n images their number is therefore stochastically at most Binomial(n,
-the sum of the two). More than its 1 - 1e-6 quantile is an error of the software or of the model's use.
+the sum of the two). A number above its 1 - 1e-6 quantile is an error of the software or of the model's use.
 """
 
 from collections.abc import Sequence
@@ -70,8 +70,8 @@ def check_sandwich(certificates: Certificates, results: Sequence[AttackResult], 
     """Compare every broken point of ``results`` with the certificate of its image.
 
     Args:
-        certificates: of the images, among others.
-        results: of one model, each by another attacker.
+        certificates: certificates of the images, among others.
+        results: results on one model, each by a different attacker.
         verdict_level: probability that any verdict on one image is false, over all of ``results``.
     """
     radii, rule = _correct_radii(certificates), certificates.rule

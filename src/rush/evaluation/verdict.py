@@ -1,10 +1,10 @@
 """The verdict: is a point broken or held? Decided by exact tests on fresh draws, never by one stochastic pass.
 
 A point (x, y) is *broken* when some class c != y is shown to beat y, and *held* when y is shown to beat every other
-class. It is *undecided* when the cap of draws is reached first. What "beats" means is the model's decision rule: by
-votes, c beats y when P(f = c) > P(f = y); by means, when E p_c > E p_y.
+class. It is *undecided* when the cap of draws is reached first. The model's decision rule defines "beats": by votes, c
+beats y when P(f = c) > P(f = y); by means, when E p_c > E p_y.
 
-Level, by votes. The challenger c is chosen on 100 votes of its own. The judging votes are then tested after 100, 400,
+Level, by votes. The challenger c is chosen on 100 separate votes. The judging votes are then tested after 100, 400,
 1,600, ... and at the cap, each look at level / (number of looks). *broken* is one sign test of c against y. *held*
 rejects, for every c, that c is at least as likely as y: an intersection-union test, each part at the full level of the
 look. If y is the only top class, *broken* alone can be wrong. If another class is the only one, *held* alone can be
@@ -16,7 +16,7 @@ is a nonnegative supermartingale that starts at 1, and so is the mean of such pr
 It ever passes 1 / level with probability <= level (Ville 1939), so looks cost nothing: there is one after every 100
 draws. *broken* and *held* combine such tests as above.
 
-Nothing here draws: the defenders in ``evaluation.model`` bring the votes and name their streams.
+This module draws nothing: the defenders in ``evaluation.model`` provide the votes and name their streams.
 """
 
 from collections.abc import Callable
@@ -93,7 +93,7 @@ class Verdicts:
         verdict: uint8 (N,), index into ``choices.VERDICTS``.
         challenger: int64 (N,), the class that the label was tested against.
         counts: int64 (N, K), judging votes.
-        votes: int64 (N,), all votes, those that chose the challenger included.
+        votes: int64 (N,), all votes, including those that chose the challenger.
     """
 
     verdict: NDArray[np.uint8]
@@ -103,7 +103,7 @@ class Verdicts:
 
     @classmethod
     def undecided(cls, points: int, num_classes: int) -> "Verdicts":
-        """Return the verdicts on points that nobody has judged."""
+        """Return the verdicts on points that have not been judged."""
         zeros = np.zeros(points, np.int64)
         counts = np.zeros((points, num_classes), np.int64)
         return cls(np.full(points, UNDECIDED, np.uint8), zeros, counts, zeros.copy())
@@ -143,8 +143,8 @@ def judge_votes(
     Args:
         count: (rows, n) -> int64 (len(rows), K), votes of n further draws of the points at ``rows``. It never gives a
             draw twice.
-        challenging: int64 (N, K), votes of draws that ``count`` does not give. The challenger is the most voted class
-            other than the label, or the lowest such class where all votes are for the label.
+        challenging: int64 (N, K), votes of draws that ``count`` does not give. The challenger is the class other than
+            the label with the most votes, or the lowest such class where all votes are for the label.
         y: int64 (N,), labels.
         level: probability of a false verdict, per point.
         max_votes: cap of the judging votes, per point.
@@ -202,7 +202,7 @@ def judge_means(
 def judge_single(counts: NDArray[np.int64], challenging_draws: int, y: NDArray[np.int64], level: float) -> Verdicts:
     """Judge N points of a model that is used with one draw, on a fixed number of draws.
 
-    The share of right draws is the result. *broken* and *held* say on which side of one half P(right) is shown to be.
+    The share of right draws is the result. *broken* and *held* state on which side of one half P(right) is shown to be.
 
     Args:
         counts: int64 (N, K), votes.
@@ -242,7 +242,7 @@ def votes_of(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _best_other(scores: NDArray[np.generic], y: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the class (N,) of largest score other than the label, the lowest of equal ones."""
+    """Return the class (N,) of largest score other than the label, the lowest one in case of a tie."""
     others = scores.astype(np.float64)
     others[np.arange(len(y)), y] = -np.inf
     return others.argmax(1)
@@ -254,7 +254,7 @@ def _log_products(differences: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _log_mean(log_values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the log of the mean of exp(log_values) over the last axis, less 1e-6 so that rounding proves nothing."""
+    """Return the log of the mean of exp(log_values) over the last axis, minus 1e-6 so that rounding proves nothing."""
     largest = log_values.max(-1)
     return largest + np.log(np.exp(log_values - largest[..., None]).mean(-1)) - 1e-6
 

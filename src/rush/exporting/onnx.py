@@ -17,17 +17,17 @@ from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.quantized import is_quantized
 
 INPUT, OUTPUT = "pixels", "logits"
-_TOLERANCE = 1e-4  # of the logits, relative to the largest
+_TOLERANCE = 1e-4  # tolerance of the logits, relative to the largest
 
 
 def export_onnx(model: SmoothedClassifier | nn.Module, file: Path, image_shape: Sequence[int] | None = None) -> None:
     """Write the base classifier in float32, from ``pixels`` (B, C, H, W) to ``logits`` (B, K) for any B.
 
-    The noise is not part of it: it is added to the pixels outside. The metadata of the file hold the key ``rush``, a
-    JSON object with noise, sigma, class names and image shape. Where onnxruntime is installed, its logits are compared
-    with torch's.
+    The noise is not part of the file: it is added to the pixels beforehand. The metadata of the file hold the key
+    ``rush``, a JSON object with noise, sigma, class names and image shape. Where onnxruntime is installed, its logits
+    are compared with torch's.
 
-    A classifier that was certified in bfloat16 is another one in float32: certify it again.
+    A classifier that was certified in bfloat16 is a different classifier in float32: certify it again.
 
     Args:
         model: the smoothed classifier, or a network that is not smoothed.
@@ -55,7 +55,7 @@ def export_onnx(model: SmoothedClassifier | nn.Module, file: Path, image_shape: 
         raise ModelError("the weights are in half precision; convert a copy with .float() and export that")
     example = torch.rand(2, *shape, device=device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about versions of its own parts
+        warnings.simplefilter("ignore")  # the exporter warns about versions of its own parts
         try:
             program = torch.onnx.export(
                 network.eval(),

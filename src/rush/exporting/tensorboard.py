@@ -11,8 +11,8 @@ from rush.runtime.extras import optional
 def export_tensorboard(run: Path, folder: Path) -> int:
     """Write the figures of each epoch in ``log.jsonl`` of a run as scalars named stage/figure, and return their number.
 
-    They are the loss, the cost and the live figures on held-out images. Of an epoch that was repeated after an
-    interruption the last figures count.
+    They are the loss, the cost and the live figures on held-out images. For an epoch that was repeated after an
+    interruption, the last figures count.
 
     Args:
         run: the run folder.

@@ -42,8 +42,8 @@ class NormBranch(nn.Module):
 
         The layers of ``module`` decide by their ``training`` flag whether batch or running statistics are used, and
         they provide momentum and eps. The mode of the branch has no effect. In training mode the branch's running
-        statistics are updated and those of the module stay. Gradients flow into the branch's parameters and the
-        module's other parameters.
+        statistics are updated and those of the module do not change. Gradients flow into the branch's parameters and
+        the module's other parameters.
         """
         return functional_call(module, self._values(), (x,))
 

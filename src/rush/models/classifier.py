@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         kind: shape and class names of the images that it was trained on, as far as they are known.
 
     Attributes:
-        spec: the arguments that built it (``models.storage.ClassifierSpec``), None for one put together by hand.
+        spec: the arguments that built it (``models.storage.ClassifierSpec``), None for one that was built by hand.
     """
 
     spec: object = None

@@ -15,9 +15,9 @@ from rush.models.resnet import ResNet
 
 _NESTED = ("state_dict", "model_state_dict", "model", "network", "net")
 """Names under which checkpoints hold the weights beside other things."""
-_COUNTERS = "num_batches_tracked"  # of BatchNorm, which nothing here reads
+_COUNTERS = "num_batches_tracked"  # of BatchNorm, which this library never reads
 Names = Callable[[str], str | None]
-"""The name of a tensor here by its name there, None if it has none."""
+"""Maps the name of a tensor in the file to its name in the network, or to None if it has none there."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class Imported:
 def load_imported(network: nn.Module, file: Path) -> Imported:
     """Load ``network`` in place from a file of weights, under the names that fit best.
 
-    Prefixes such as "module.", "backbone." or "encoder_q." are dropped. For a ResNet of this library the names of
-    torchvision are known, which MoCo and solo-learn use, and those that lightly gives to a sequence of its layers.
+    Prefixes such as "module.", "backbone." or "encoder_q." are dropped. For a ResNet of this library, the names of
+    torchvision, which MoCo and solo-learn use, are known, and so are those that lightly gives to a sequence of its
+    layers.
 
     Args:
         network: an encoder or a network.
-        file: safetensors, or what ``torch.save`` wrote; of the latter only tensors and plain containers are read.
+        file: safetensors, or what ``torch.save`` wrote. From the latter only tensors and plain containers are read.
 
     Raises:
         RunError: the file is missing, damaged or holds something else, or a weight of ``network`` is not in it.

@@ -27,7 +27,7 @@ class KeyNetwork(nn.Module):
         features: length of a key.
         queue_size: a multiple of ``global_batch``, so that every batch of keys replaces a whole one.
         global_batch: number of keys per step, over all processes.
-        generator: on the CPU, draws the queue.
+        generator: generator on the CPU that draws the queue.
 
     Raises:
         ConfigError: ``queue_size`` is not a multiple of ``global_batch``, or one of them is below 1.
@@ -66,7 +66,7 @@ class KeyNetwork(nn.Module):
         Args:
             x: inputs (B, ...).
             groups: number of groups, a divisor of B.
-            generator: on the device of ``x``, draws one permutation.
+            generator: generator on the device of ``x`` that draws one permutation.
 
         Raises:
             ConfigError: ``groups`` does not divide B.
@@ -85,7 +85,7 @@ class KeyNetwork(nn.Module):
 
         Args:
             query: the query network.
-            momentum: in [0, 1] (0.999 in the paper).
+            momentum: momentum in [0, 1] (0.999 in the paper).
 
         Raises:
             InputError: ``momentum`` is out of range, or the parameters of ``query`` have different shapes.

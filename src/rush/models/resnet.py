@@ -32,7 +32,7 @@ class Bottleneck(nn.Module):
     """Residual block of 1x1, 3x3 and 1x1 convolutions: (B, in, H, W) -> (B, 4 * channels, H / stride, W / stride).
 
     The 3x3 convolution has the stride, as in Goyal et al. (2017) and in most published weights since. In He et al.
-    (2016) the first 1x1 convolution has it, which skips three of four pixels.
+    (2016) the first 1x1 convolution has the stride, which skips three of four pixels.
     """
 
     expansion = 4
@@ -90,14 +90,14 @@ class ResNet(nn.Module):
 def residual_stages(
     block: Callable[[int, int, int], nn.Module], blocks: Sequence[int], in_channels: int, width: int, expansion: int = 1
 ) -> nn.Sequential:
-    """Build the stages of a residual network; each after the first has twice as many channels at half the side.
+    """Build the stages of a residual network. Each after the first has twice as many channels at half the side.
 
     Args:
         block: (input channels, channels, stride) -> a block with channels * expansion output channels.
         blocks: number of blocks per stage.
         in_channels: number of channels of the stem's output.
         width: number of channels of the first stage.
-        expansion: output channels of a block over its channels.
+        expansion: ratio of the output channels of a block to its channels.
     """
     stages: list[nn.Module] = []
     for stage, repeats in enumerate(blocks):

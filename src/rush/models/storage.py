@@ -50,7 +50,7 @@ class ClassifierSpec:
         encoder: name of the encoder, see ``build_encoder``.
         width: number of channels of its first stage.
         in_channels: number of channels of the images.
-        mean: of the pixels, per channel.
+        mean: mean of the pixels, per channel.
         std: standard deviation of the pixels, per channel.
         classes: names of the classes.
         stem: stem of the encoder. Descriptions of older versions omit it and mean "small".
@@ -125,7 +125,7 @@ def _unfit(path: Path, reason: object) -> RunError:
 def save(model: SmoothedClassifier | Classifier, folder: str | PathLike[str]) -> None:
     """Write a classifier into a folder from which ``rush.load`` and the commands load it.
 
-    Of a network that this library did not build, the weights are written and the code is not: ``rush.load`` then takes
+    For a network that this library did not build, the weights are written and the code is not: ``rush.load`` then takes
     the network as ``classifier``.
 
     Args:
@@ -134,7 +134,7 @@ def save(model: SmoothedClassifier | Classifier, folder: str | PathLike[str]) ->
 
     Raises:
         InputError: ``model`` is something else.
-        RunError: ``folder`` holds something.
+        RunError: ``folder`` is not empty.
         WriteError: a file cannot be written.
 
     Example:
@@ -211,7 +211,7 @@ def _write_model(
     image_shape: Sequence[int] | None,
     resized: bool,
 ) -> None:
-    """Write weights and description; ``described`` is the description of the base classifier."""
+    """Write weights and description. ``described`` is the description of the base classifier."""
     classifier, ranges = without_ranges(classifier)
     save_weights(classifier, folder / "model.safetensors")
     tile = execution.tile if image_shape is None else execution.rows(image_shape)
@@ -272,7 +272,7 @@ def load_smoothed(folder: Path, execution: Execution, classifier: nn.Module | No
     Its forward is folded and compiled, and has the tile and the precision, as recorded with it.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         execution: gives the device.
         classifier: the network of a model whose code is not this library's. It gets the weights.
 
@@ -363,14 +363,14 @@ def load(
         folder: a run folder, a folder with a saved model, the name of a shipped model (``SHIPPED``), or
             "hf://owner/name" or "hf://owner/name@revision" for a model on the Hugging Face hub.
         device: a device of torch, or "auto" for cuda, else mps, else cpu.
-        compiled: whether a model that was certified with torch.compile runs compiled. False serves machines without a
+        compiled: whether a model that was certified with torch.compile runs compiled. False is for machines without a
             compiler. Compilation changes the last bits of the logits, so a few votes in many thousands may differ.
         classifier: the network of a saved model whose code is not this library's (``rush.save``). It gets the weights.
 
     Returns:
         The SmoothedClassifier, in the precision, tile and form that it was certified with. For a run without noise
-        (``smoothing.sigma = 0``, e.g. adversarial training) the classifier itself: an nn.Module in evaluation mode from
-        pixels (B, C, H, W) in [0, 1] to logits (B, K), in float32.
+        (``smoothing.sigma = 0``, e.g. adversarial training), it is the classifier itself: an nn.Module in evaluation
+        mode from pixels (B, C, H, W) in [0, 1] to logits (B, K), in float32.
 
     Raises:
         RunError: The folder holds no model, or its files are damaged.
@@ -426,7 +426,7 @@ def class_names(folder: str | PathLike[str]) -> tuple[str, ...]:
 
 
 def _model_folder(folder: str | PathLike[str]) -> Path:
-    """Return the folder of a model's files: of a run, itself, or that of a shipped model by its name."""
+    """Return the folder of a model's files: that of a run, the folder itself, or a shipped model's by its name."""
     path = Path(folder)
     if str(folder).startswith(HUB):
         return _from_hub(str(folder).removeprefix(HUB))

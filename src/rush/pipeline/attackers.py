@@ -22,7 +22,7 @@ class Attackers:
         rungs: the ladder's attackers, from the weakest to the strongest.
         curve: one attacker at rising epsilon, for the first ``config.curve_images`` images.
         sandwich: the attacker inside every certified ball, None without noise.
-        kind: of the model, random where it is smoothed.
+        kind: kind of the model, random where it is smoothed.
     """
 
     threat: ThreatModel

@@ -1,4 +1,4 @@
-"""The certification of a run. Each image is written as soon as it is decided, and finally one table of all."""
+"""The certification of a run. Each image is written as soon as it is decided, and finally a table of all images."""
 
 import shutil
 from collections.abc import Callable
@@ -88,9 +88,9 @@ def certify_into(
 
     Args:
         table: file of the table, which may have some of the images already.
-        parts: folder of the certificates until the table is written. It is removed then.
-        indices: of the images in their split.
-        seed: of the noise.
+        parts: folder of the certificates until the table is written. It is then removed.
+        indices: indices of the images in their split.
+        seed: seed of the noise.
 
     Raises:
         ModelError: the classifier cannot be certified.
@@ -138,7 +138,7 @@ def run_rule(config: CertifyConfig, smoothing: SmoothingConfig, num_images: int)
 
 
 def _differing_image(certificates: Certificates, pixels: LabelledPixels) -> str | None:
-    """Return the id of the first of ``pixels`` with another label or other pixels in ``certificates``, if any."""
+    """Return the id of the first of ``pixels`` whose label or pixels differ in ``certificates``, if any."""
     return first_difference(certificates, pixels.ids, pixels.y.tolist(), pixel_ids(pixels.x))
 
 
@@ -148,8 +148,8 @@ def read_run_certificates(run: RunFolder, pixels: LabelledPixels, smoothed: Smoo
     The model of a table that names none is not checked.
 
     Raises:
-        RunError: their file is missing, has other labels or pixels than ``pixels``, or belongs to another model than
-            ``smoothed``.
+        RunError: their file is missing, has labels or pixels that differ from ``pixels``, or belongs to a model other
+            than ``smoothed``.
     """
     table = run.path / CERTIFICATES
     read = read_certificates(table)
@@ -191,7 +191,7 @@ def _read_parts(
     """Return the certificates that are already written, by the indices of their images.
 
     Raises:
-        RunError: they were made under another rule, of other images or with another model.
+        RunError: they were made under another rule, for other images or with another model.
     """
     certified: dict[int, Certificates] = {}
     ids = dict(zip(indices, pixels.ids, strict=True))

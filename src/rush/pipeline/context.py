@@ -74,9 +74,9 @@ class StageContext:
         name: str | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> TrainingSettings:
-        """Return the settings of a training in ``stage``, which save its state, log, and record its number of epochs.
+        """Return the settings of a training run in ``stage``: they save its state, log, and record its epochs.
 
-        ``name`` tells several trainings of one stage apart. ``tell`` gets the live figures, one line at a time.
+        ``name`` distinguishes several training runs of one stage. ``tell`` gets the live figures, one line at a time.
         """
 
         def log(event: str, **values: Any) -> None:

@@ -25,7 +25,7 @@ SEQUENTIAL_SHARE = 0.2
 """Share of its cap that a sequential certification draws on average, rounded from the runs in ``results/``."""
 _GRADIENTS = 64  # images whose gradient is timed together
 _PROBES = 6  # evaluations that probes of an audit cost together
-_CALLS = 2  # that are timed, after one for warm-up
+_CALLS = 2  # timed calls, after one for warm-up
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Rates:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a stage at most, if no image is decided early and nothing is broken, and its usual time.
+    """The largest cost of a stage, if no image is decided early and nothing is broken, and its usual time.
 
     Attributes:
-        passes: forward and backward per image.
-        forward_passes: forward only per image.
-        seconds: of all images.
-        usual_seconds: of all images, where verdicts and sequential certification end as early as in the runs of this
-            library on CIFAR-10.
-        bounded: whether a stage cannot take more than these passes and ``seconds``, which the audit can.
+        passes: forward and backward passes per image.
+        forward_passes: forward passes without backward, per image.
+        seconds: seconds for all images.
+        usual_seconds: seconds for all images, where verdicts and sequential certification end as early as in the runs
+            of this library on CIFAR-10.
+        bounded: whether a stage cannot take more than these passes and ``seconds``. The audit can.
     """
 
     images: int
@@ -90,7 +90,7 @@ def attack_estimate(attackers: Attackers, images: int, curve_images: int, rates:
 def audit_estimate(attackers: Attackers, config: AuditConfig, num_classes: int, images: int, rates: Rates) -> Estimate:
     """Return the cost of the audit: the worst-case suite, and the probes with their verdicts on some images.
 
-    A rung of the ladder was evaluated before, and so was the suite unless it is audited. The rest follows "Cost" in
+    A rung of the ladder was evaluated earlier, and so was the suite unless it is audited. The rest follows "Cost" in
     ``rush.audit``.
     """
     kind, rung = attackers.kind, attackers.rung(config.rung)
@@ -137,7 +137,7 @@ def _differentiate(function: nn.Module, x: Tensor) -> None:
 
 
 def _rate(work: Callable[[], object], images: int) -> float:
-    """Return the images per second of ``work``, which passes this number of them."""
+    """Return the images per second of ``work``, which passes this number of images."""
     work()
     started = time.perf_counter()
     for _ in range(_CALLS):

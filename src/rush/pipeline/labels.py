@@ -39,7 +39,7 @@ def labelled_images(train: ImageSet | Stream, recipe: Recipe) -> ImageSet | Stre
 
 @dataclass(frozen=True)
 class Taught:
-    """The images that a run is taught, those of pre-training.
+    """The images for which a run is taught labels, those of pre-training.
 
     Attributes:
         images: N images without labels.
@@ -73,11 +73,11 @@ class Taught:
         return cls(images, torch.tensor(rows), labelled.labels, labelled.num_classes)
 
     def write(self, folder: Path, targets: Tensor) -> None:
-        """Write what the images are taught, float32 (N, K), see ``data.batches.Batch``, into the run ``folder``."""
+        """Write the soft labels of the images, float32 (N, K), see ``data.batches.Batch``, into the run ``folder``."""
         write_arrays(folder / TARGETS, ids=self.images.ids, targets=targets.numpy())
 
     def read(self, folder: Path) -> Tensor:
-        """Return what ``write`` wrote. Raises: RunError if it is damaged or of other images."""
+        """Return what ``write`` wrote. Raises: RunError if it is damaged or belongs to other images."""
         remedy = f"delete it and stages/teach.json, then run `rush teach {folder}` again"
         stored = read_arrays(folder / TARGETS, ("ids", "targets"), remedy)
         targets = torch.from_numpy(stored["targets"])

@@ -1,4 +1,4 @@
-"""Training of a network of other code under noise, in a folder of its own."""
+"""Training of a network from other code under noise, in a folder of its own."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def train_module(
 
     Args:
         network: pixels in [0, 1] -> logits, with the weights from which training begins.
-        name: of the network, for the record.
+        name: name of the network, for the record.
         images: the training images, with labels.
         recipe: gives ``seed``, ``execution`` and ``finetune``, whose mode must be full.
         weights: file from which training begins instead (``models.imported``).
@@ -55,7 +55,7 @@ def train_module(
 
     Raises:
         ConfigError: the recipe trains the head alone.
-        RunError: the folder holds another training, or ``weights`` do not fit.
+        RunError: the folder belongs to a different training run, or ``weights`` do not fit.
     """
     config = recipe.finetune
     if config.mode != "full":
@@ -106,7 +106,7 @@ def train_module(
 
 
 def _begin(folder: Path, described: dict[str, Any]) -> None:
-    """Write what is trained into a new folder, or compare it with that of an interrupted training."""
+    """Write what is trained into a new folder, or compare it with what an interrupted run there trained."""
     file = folder / SETTINGS
     if (folder / "model").exists():
         raise RunError(f"{folder} holds a trained network; give another --out")

@@ -15,7 +15,7 @@ from rush.runtime.user_cache import cache_file, keep
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.forward import Forward, rate
 
-_GAIN = 1.1  # for less another form is not worth it
+_GAIN = 1.1  # for a smaller gain, another form is not worth it
 _TURNS = 2
 _CALIBRATED = 1024  # images on which the scales of integers are chosen
 

@@ -18,8 +18,8 @@ def check_run(run: RunFolder) -> None:
     """Check a run that is not yet trained, as ``check_before_training`` does, and that its images have labels.
 
     Raises:
-        ConfigError, DataError: as ``check_before_training``, or images have no labels. Only ``rush pretrain`` alone
-            runs without them.
+        ConfigError, DataError: as ``check_before_training``, or images have no labels. Only ``rush pretrain`` runs
+            without labels.
     """
     if run.finished("finetune"):
         return
@@ -90,7 +90,7 @@ def _check_kinds(context: StageContext, train: ImageSet | Stream, test: ImageSet
 
 
 def _check_labels(train: ImageSet | Stream, recipe: Recipe) -> None:
-    """Raise DataError for labels of a single class, and ConfigError for a number of them that cannot be used."""
+    """Raise DataError for labels of a single class, and ConfigError for a number of labels that cannot be used."""
     assert train.labels is not None
     labels = train.labels if isinstance(train, ImageSet) else train.labels[train.rows]
     present, total = torch.unique(labels), len(train) - recipe.data.held_out

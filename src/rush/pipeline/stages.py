@@ -24,7 +24,7 @@ def run_stage(run: RunFolder, stage: Stage, tell: Callable[[str], None] = lambda
 
     Raises:
         RunError: another process is at work in the folder.
-        DeviceMemoryError: memory is short. The text names the fields to lower.
+        DeviceMemoryError: the device ran out of memory. The message names the fields to lower.
         RushError: as the stage.
     """
     stages: dict[Stage, Callable[[RunFolder], None]] = {

@@ -112,11 +112,11 @@ class _Session:
         return [self._mean(images, classifier, name) for images in self._sets]
 
     def targets(self, probabilities: list[Tensor]) -> Tensor:
-        """Return what the images are taught by these probabilities."""
+        """Return the soft labels that these probabilities give the images."""
         return taught(probabilities[0], self._known.labels, self._known.rows, self._config)
 
     def figures(self, probabilities: list[Tensor]) -> dict[str, Any]:
-        """Return the accuracy of a teacher on the held-out images, None without any."""
+        """Return the accuracy of a teacher on the held-out images, or None if there are none."""
         if self._held_out is None or self._held_out.labels is None:
             return {"held_out": None}
         return {"held_out": float((probabilities[1].argmax(1) == self._held_out.labels).double().mean())}

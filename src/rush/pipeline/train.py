@@ -32,7 +32,7 @@ from rush.training.pretrain import channel_statistics, pretrain
 from rush.training.probes import classifier_figures, embedding, encoder_figures, knn_correct, representations
 
 ENCODER = Path("checkpoints/encoder.safetensors")
-_BANK_IMAGES = 10_000  # for the live figures; the final figure uses all training images
+_BANK_IMAGES = 10_000  # images for the live figures; the final figure uses all training images
 
 
 def run_pretrain(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -> None:
@@ -48,7 +48,7 @@ def run_pretrain(run: RunFolder, tell: Callable[[str], None] = lambda _: None) -
     context.begin("pretrain")
     classifier = new_classifier(spec_of(recipe, train), recipe.seed)
     source = context.splits.pretraining()
-    if config.epochs == 0:  # no batch is drawn, so that any size is right
+    if config.epochs == 0:  # no batch is drawn, so any size is valid
         config = config.replace(batch_size=min(config.batch_size, len(source)))
     settings = context.training("pretrain", _watch_encoder(context, classifier), tell=tell)
     pretrain(source, classifier.encoder, classifier.normalize, config, settings)
@@ -233,7 +233,7 @@ def _embedding(context: StageContext, classifier: Classifier, test: ImageSet) ->
 
 
 def training_figures(run: RunFolder, stage: str, images: int) -> dict[str, Any]:
-    """Return the cost of a training from the last logged event of each epoch, which may have been repeated."""
+    """Return the cost of a training stage from the last logged event of each epoch, which may have been repeated."""
     epochs = list({event["epoch"]: event for event in run.events("epoch", stage)}.values())
     seconds = sum(event["seconds"] for event in epochs)
     joules = [event.get("joules") for event in epochs]

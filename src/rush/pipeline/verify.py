@@ -34,7 +34,7 @@ _FORM = ("precision", "channels_last", "compile_mode")
 
 @dataclass(frozen=True)
 class Replay:
-    """Something of a run, computed again.
+    """A part of a run, computed again.
 
     Attributes:
         what: "certificates", or the name of a rung.
@@ -56,7 +56,7 @@ class Verification:
     """The replays of a run, and what differs between the machine that made it and this one.
 
     Attributes:
-        differences: name, what was recorded, what is here.
+        differences: name, recorded value and value on this machine.
         skipped: what was not replayed, and why.
         causes: sentences on why votes differ: another model, or a form of the forward that gives the stored votes.
     """
@@ -73,7 +73,7 @@ class Verification:
 
 
 def verify(run: RunFolder, images: int) -> Verification:
-    """Certify the first ``images`` images of a run again, and judge the stored points of as many.
+    """Certify the first ``images`` images of a run again, and judge the stored points of the same number of images.
 
     Raises:
         ConfigError: ``images`` is not positive.
@@ -134,7 +134,7 @@ class _Session:
         )
 
     def causes(self) -> Iterator[str]:
-        """Yield why votes may differ, after a look at other forms of the forward on two images."""
+        """Yield why votes may differ, after trying other forms of the forward on two images."""
         stored = self._stored()
         if stored is None:
             return
@@ -248,7 +248,7 @@ def _difference(stored: Certificates, again: Certificates) -> float:
 
 
 def _differences(recorded: dict[str, Any], model: Any) -> Iterator[tuple[str, str, str]]:
-    """Yield what the provenance records and what is here, where they differ."""
+    """Yield name, recorded value and value on this machine of everything in the provenance that differs."""
     here: dict[str, Any] = {}
     if isinstance(model, SmoothedClassifier):
         here = {"device": model.execution.device, "threads": torch.get_num_threads()}

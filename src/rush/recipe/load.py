@@ -1,4 +1,4 @@
-"""Read recipes from TOML, override single fields and validate the result once."""
+"""Recipes read from TOML, with single fields overridden and the result validated once."""
 
 import reprlib
 import tomllib
@@ -119,7 +119,7 @@ def build_recipe(
 
 
 def quickened(recipe: Recipe) -> Recipe:
-    """Return the trial of a recipe: an epoch of each training, three audited images, and ten everywhere else.
+    """Return the trial of a recipe: an epoch of each training stage, three audited images, and ten everywhere else.
 
     It runs every stage on the same data, network and memory. Its figures mean nothing, which ``quick`` marks.
     """

@@ -1,4 +1,4 @@
-"""The sections of recipes, frozen and validated. The library uses these objects as they are. Nothing imports torch."""
+"""The sections of recipes, frozen and validated. The library uses these objects as they are. Torch is not imported."""
 
 import difflib
 import json
@@ -110,7 +110,7 @@ class Section(BaseModel):
     """Base class of the sections of a recipe. They are immutable, with every value validated and no unknown fields.
 
     Raises:
-        ConfigError: a value is not allowed. The text names the field, the value given and the values allowed.
+        ConfigError: a value is not allowed. The message names the field, the value given and the values allowed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -138,7 +138,7 @@ class DataConfig(Section):
         pretrain_split: images of pre-training, e.g. "train+unlabeled". Fine-tuning reads ``train``.
         size: side of the images in pixels. None keeps them as stored.
         test_images: number of training images drawn as the test split, whatever the seed, for data without one. A test
-            split of the data is not read then. 0 reads it.
+            split of the data is then not read. 0 reads it.
         held_out: number of training images reserved for monitoring, seen by neither training stage. 0 disables
             monitoring.
         memory_gb: pre-training images that would take more memory than this are streamed from disk.
@@ -202,14 +202,14 @@ class ExecutionConfig(Section):
             precision and layout in which samples are judged (``pipeline.precision``). "int8" trains as "auto" does and
             judges in 8-bit integers (``smoothing.quantized``).
         tile: fixed batch size of every certified, predicted or judged sample. "auto" chooses it by the images' size
-            (``runtime.execution``). A begun run keeps its own.
+            (``runtime.execution``). A run that has begun keeps its tile.
         compile: torch.compile for these samples. "auto" tries it where there is much to certify, and uses it if a short
             benchmark finds it faster.
         compile_training: torch.compile for networks in training. "graph" captures the whole step instead, on CUDA.
         checkpoint_minutes: interval between checkpoints within an epoch. One is always written at the end of an epoch.
         on_nonfinite: reaction to a loss or gradient that is not finite: "stop", or "skip" the batch.
-        deterministic: on CUDA, use algorithms that give the same bits every time. With false the fastest are allowed,
-            and two runs of one seed may differ in their last bits.
+        deterministic: whether to use, on CUDA, algorithms that give the same bits every time. With false the fastest
+            are allowed, and two runs of one seed may differ in their last bits.
     """
 
     device: str = "auto"
@@ -226,7 +226,7 @@ class Views(Section):
     """Distribution of one random view of an image (``data.views``).
 
     The defaults are SimCLR's for CIFAR-10 (Chen et al. 2020, appendix A and B.9, with colour strength 0.5 and no blur),
-    except for crops from 0.2 of the area, where SimCLR has 0.08.
+    except for crops from 0.2 of the area, where SimCLR uses 0.08.
 
     Attributes:
         crop_scale: least and greatest area of the crop, as a share of the image. (1, 1) disables the crop.
@@ -295,9 +295,9 @@ class Schedule(Section):
             within them is fixed at the start, by a trial of the steps (``training.budget``).
         optimizer: see ``training.optim``.
         batch_size: images per step, over all processes.
-        learning_rate: the largest one, reached at the end of the warm-up. It then decays as a half-cosine.
-        momentum: of the optimizer, for AdamW its first beta.
-        weight_decay: not applied to biases and normalization parameters.
+        learning_rate: largest learning rate, reached at the end of the warm-up. It then decays as a half-cosine.
+        momentum: momentum of the optimizer, or the first beta of AdamW.
+        weight_decay: weight decay, which is not applied to biases and normalization parameters.
         warmup_epochs: length of the linear warm-up of the learning rate.
         ema_decay: the result is the exponential moving average of the weights with this decay. 0 disables it.
         monitor_epochs: number of epochs from one measurement of the live figures to the next.
@@ -389,17 +389,17 @@ class PretrainConfig(Schedule):
         objective: "simclr" (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations"),
             "moco" (version 2: Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning") or "acl"
             (Jiang et al. 2020, "Robust Pre-Training by Adversarial Contrastive Learning", dual stream).
-        temperature: by default 0.2 for MoCo, as in its source, and 0.5 for the others.
+        temperature: temperature of the loss, by default 0.2 for MoCo, as in its source, and 0.5 for the others.
         projector_hidden, projector_out: widths of the projector.
         micro_batch: SimCLR only. Images per pass through the network, with cached gradients (Gao et al. 2021), for
             batches larger than memory.
         queue: MoCo only. Number of keys kept, a multiple of the batch size.
         key_momentum: MoCo only. Momentum of the key network's weights.
-        shuffle_groups: MoCo only. Number of random groups of a batch whose keys are normalized apart, so that their
-            statistics do not reveal which key belongs to which query.
-        adversary: ACL only.
+        shuffle_groups: MoCo only. Number of random groups of a batch whose keys are normalized separately, so that
+            their statistics do not reveal which key belongs to which query.
+        adversary: ACL only. The attack on the views.
         knn_neighbours: number of neighbours of the kNN accuracy.
-        noise: not with ACL.
+        noise: noise on the views. Not with ACL.
     """
 
     objective: PretrainObjective = "simclr"
@@ -439,10 +439,10 @@ class TeachConfig(Section):
 
     Attributes:
         rounds: 0 omits the stage.
-        temperature: p becomes p^(1 / temperature), divided by its sum: below 1 labels are sharper than the teacher is.
+        temperature: p becomes p^(1 / temperature), divided by its sum. Below 1, labels are sharper than the teacher's.
         balance: divide p by the mean of each class over the images first, so that no class is taught more often.
-        confidence: an image weighs (largest p)^confidence. 0 gives all images the same weight.
-        threshold: images whose largest p is below it weigh nothing.
+        confidence: an image has the weight (largest p)^confidence. 0 gives all images the same weight.
+        threshold: images whose largest p is below it have weight 0.
         draws: noisy copies per image over which a fine-tuned teacher averages.
     """
 
@@ -459,8 +459,8 @@ class ConsistencyConfig(Section):
 
     Attributes:
         draws: noise draws per image.
-        weight: of the consistency term.
-        entropy_weight: of the entropy in it.
+        weight: weight of the consistency term.
+        entropy_weight: weight of the entropy in it.
     """
 
     draws: Annotated[Whole, Field(ge=2)] = 2
@@ -496,7 +496,7 @@ class CatRsConfig(Section):
         draws: noise draws per image.
         epsilon: l2 radius of the attack on the noise of confident images.
         steps: number of steps of the attack.
-        weight: of the loss at the attacked noise.
+        weight: weight of the loss at the attacked noise.
     """
 
     draws: Annotated[Whole, Field(ge=2)] = 4
@@ -565,14 +565,15 @@ class CertifyConfig(Section):
     Attributes:
         images: number of images, the first of a seeded order of the test split. None certifies all.
         num_selection: votes per image that select the class.
-        num_estimation: votes per image for the bound, with the sequential method the most.
+        num_estimation: votes per image for the bound. With the sequential method, it is the largest number.
         alpha: probability of a false certificate.
         level: "image" for alpha per image, "family" for all certificates together.
         radii: the grid, in pixel units. None allows any radius or, with the sequential method, multiples of sigma / 2.
         method: "exact" for splitting noise, with which the fields below do not matter.
         futility: the sequential method gives up a radius whose certification has become less probable than this.
-        bound: None for the first bound of the method. "two-classes" (both methods) pays where there are many classes.
-        stopping: "power" for giving up in this way, "test" for a test at the level ``futility``.
+        bound: None for the first bound of the method. "two-classes" (both methods) pays off where there are many
+            classes.
+        stopping: "power" for giving up as under ``futility``, "test" for a test at the level ``futility``.
     """
 
     images: Count | None = None
@@ -603,9 +604,9 @@ class AttackConfig(Section):
 
     Attributes:
         images: number of images, the first of a seeded order of the test split. None attacks all.
-        norm: of the threat model.
+        norm: norm of the threat model.
         epsilon, step_size: numbers or fractions such as "8/255".
-        steps, restarts: of the PGD rungs.
+        steps, restarts: steps and restarts of the PGD rungs.
         eot_samples: noise draws per gradient, one PGD rung for each.
         strong_steps: steps of the APGD rungs, which are followed by Square and the worst-case suite. 0 ends the ladder
             at the last of ``eot_samples``.
@@ -758,7 +759,7 @@ class Recipe(Section):
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
-# The sections that decide what a stage computes, beside those of the stages before it.
+# The sections that determine what a stage computes, besides those of the stages before it.
 STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
     "pretrain": ("name", "seed", "data", "model", "execution", "pretrain"),
     "teach": ("teach", "smoothing", "finetune"),  # which labels are read, and how further teachers are trained
@@ -771,7 +772,7 @@ STAGE_SECTIONS: Mapping[Stage, tuple[str, ...]] = {
 
 def error_text(error: ValidationError, section: type[BaseModel]) -> str:
     """Describe every wrong value of ``section`` by its field, the problem and the value given."""
-    follow_on = "default_factory_not_called"  # of a default that depends on another wrong value
+    follow_on = "default_factory_not_called"  # the error of a default that depends on another wrong value
     return "; ".join(_explain(entry, section) for entry in error.errors() if entry["type"] != follow_on)
 
 

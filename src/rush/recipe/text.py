@@ -10,7 +10,7 @@ from rush.recipe.schema import Recipe
 def to_toml(recipe: Recipe) -> str:
     """Return a recipe as TOML with every default, which reads back as the same recipe.
 
-    TOML has no value for a field that is not set: it is a comment.
+    TOML has no value for a field that is not set, so such a field becomes a comment.
     """
     return "\n".join(_lines(recipe.model_dump(mode="json"), ())).strip("\n") + "\n"
 
@@ -30,7 +30,7 @@ def _lines(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    """Return a plain value as TOML: JSON but for numbers that JSON does not have."""
+    """Return a plain value as TOML: JSON except for numbers that JSON does not have."""
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, str):

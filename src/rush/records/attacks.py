@@ -28,7 +28,7 @@ COLUMNS = (
     "rung", "idx", "id", "label", "verdict", "linf", "l2",
     "challenger", "votes", "votes_label", "votes_challenger", "time", "l1", "format",
 )  # fmt: skip
-_READ = COLUMNS[:8]  # of every table; later tables also hold the votes of each verdict
+_READ = COLUMNS[:8]  # columns of every table; later tables also hold the votes of each verdict
 _JUDGED = ("votes_label", "votes_challenger")
 _Arrays = Mapping[str, np.ndarray]
 # Numbers that a rung or the sandwich may give or omit.
@@ -56,7 +56,7 @@ def attack_table(results: "Sequence[AttackResult]", index_of: Mapping[str, int])
     """Return the text of ``attacks.tsv``: a header and one line per image and result.
 
     Args:
-        results: of one model, one per attacker.
+        results: results on one model, one per attacker.
         index_of: position of each image in the split, by id.
     """
     lines = ["\t".join(COLUMNS)] + [_line(result, row, index_of) for result in results for row in range(len(result))]
@@ -133,7 +133,7 @@ def read_verdicts(folder: Path) -> dict[str, dict[str, tuple[str, int, int]]]:
     """Return for each rung of a run and each image id the verdict, the number of votes, and that for the label.
 
     Raises:
-        RunError: ``attacks.tsv`` is damaged, or of a version that did not store the votes.
+        RunError: ``attacks.tsv`` is damaged, or was written by a version that did not store the votes.
     """
     path = folder / TABLE
     table = Table.parse(path, read_lines(path), "; restore it from a copy")
@@ -189,8 +189,8 @@ class _Proof:
     Attributes:
         images: label and id.
         pixels: hash of the pixels, if these are known.
-        radii: of the images that are certified with the correct class and a positive radius.
-        rule: of the certificates, None without them.
+        radii: radii of the images that are certified with the correct class and a positive radius.
+        rule: rule of the certificates, None without them.
     """
 
     images: Mapping[int, tuple[int, str]]
@@ -248,7 +248,7 @@ def _pictures(folder: Path, rung: Rung, proof: _Proof, remedy: str) -> np.ndarra
 
 
 def _check_attackers(rung: Rung, record: Record) -> None:
-    """Raise RunError unless the images that a suite's attackers were the first to break are as many as are broken."""
+    """Raise RunError unless the images that each attacker of a suite broke first add up to all broken images."""
     counts = rung.attackers
     if not rung.suite and not counts:
         return
@@ -330,7 +330,7 @@ def _read_rungs(
 
 
 def _check_verdicts(table: Table, arrays: _Arrays) -> None:
-    """Refuse a verdict that contradicts its own votes. Older tables do not hold them."""
+    """Refuse a verdict that contradicts its votes, which older tables do not hold."""
     if not set(_JUDGED) <= table.cells.keys():
         return
     for_label, against = (table.whole(name) for name in _JUDGED)

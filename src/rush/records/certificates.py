@@ -1,6 +1,6 @@
 """``certificates.tsv``: one line per image, written as it is certified.
 
-Class, radius, bound and outcome are derived from votes and rule whenever a table is read. The printed ones are for
+Class, radius, bound and outcome are derived from votes and rule whenever a table is read. The printed values are for
 other programs: they are compared with the derived ones and never used.
 """
 
@@ -27,13 +27,13 @@ from rush.runtime.files import append_text, cut_file, refuse_links, write_text
 from rush.runtime.lines import escape, read_lines, unescape
 
 TABLE = "certificates.tsv"
-PUBLIC_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # the field's (locuslab/smoothing)
-# It opens with the public columns, so that existing scripts read the file.
+PUBLIC_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # columns of public logs (locuslab/smoothing)
+# The table opens with the public columns, so that existing scripts can read the file.
 COLUMNS = (
     *PUBLIC_COLUMNS,
     "id", "p_lower", "num_samples", "outcome", "counts", "selection", "blocks", "rule", "pixels", "model", "format",
 )  # fmt: skip
-OLDER_COLUMNS = COLUMNS[:-3]  # of tables that name neither pictures nor model
+OLDER_COLUMNS = COLUMNS[:-3]  # columns of tables that name neither pictures nor model
 TOLERANCE = 1e-6  # how far a printed radius or bound may lie from the derived one
 _ENDING = "; move the file away and certify again"
 _VOTES = re.compile(r"-?[0-9]{1,15}(,-?[0-9]{1,15})*")
@@ -48,7 +48,7 @@ def write_certificates(path: Path, certificates: Certificates, indices: Sequence
 def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) -> None:
     """Append the lines of ``part``, whose images have these ``indices`` in their split. A new file gets a header.
 
-    Radii have six decimals, to which they were rounded toward zero before. ``p_lower`` reads back exactly. Ids are
+    Radii have six decimals, to which they have been rounded toward zero. ``p_lower`` reads back exactly. Ids are
     escaped if they would break a line. ``blocks`` holds the votes for the selected class by blocks of 100 noise
     samples: uint8, compressed by zlib, in base64. Under the sequential bound with two classes it holds those for every
     class, block after block. ``rule`` defines how the votes were drawn and what alpha covers.
@@ -63,7 +63,7 @@ def append_certificates(path: Path, part: Certificates, indices: Sequence[int]) 
 
 
 def read_certificates(path: Path) -> tuple[list[int], Certificates] | None:
-    """Return the indices of the images in their split, and their certificates, None if the file has none or is missing.
+    """Return the images' indices in their split and their certificates, or None if the file has none or is missing.
 
     Class, radius, bound and outcome are derived from votes and rule, as they were when the image was certified.
 
@@ -86,7 +86,7 @@ def read_certificates(path: Path) -> tuple[list[int], Certificates] | None:
 
 
 def drop_unfinished_line(path: Path) -> None:
-    """Truncate a partial last line, as a crash leaves it."""
+    """Truncate a partial last line left by a crash."""
     refuse_links(path)
     if path.is_file():
         content = path.read_bytes()
@@ -239,7 +239,7 @@ def _compare(table: Table, derived: Certificates) -> None:
     """Refuse a printed value that differs from the derived one."""
     for column, exact in (("radius", derived.radius), ("p_lower", derived.p_lower)):
         printed = table.real(column)
-        near = np.abs(printed - exact) <= TOLERANCE * (1 + 1e-6)  # one in the sixth decimal is within it
+        near = np.abs(printed - exact) <= TOLERANCE * (1 + 1e-6)  # one unit in the sixth decimal is within it
         row = int(np.argmin(near))
         table.check(near, f"{column} is {printed[row]:g}, its votes and rule give {exact[row]:.9g}")
     for column, whole in (("predict", derived.prediction), ("correct", derived.correct.astype(np.int64))):

@@ -26,7 +26,7 @@ class Embedding:
 
 
 def read_embedding(record: Record) -> Embedding | None:
-    """Return the map in the ``record`` of pre-training, None if it has none, as in runs of older versions.
+    """Return the map in the ``record`` of pre-training, or None if it has none, as in runs of older versions.
 
     Raises:
         RunError: it is damaged.

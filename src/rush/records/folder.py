@@ -109,10 +109,10 @@ class RunFolder:
     def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
         """Return a run of ``recipe`` in ``path``, new or resumed, that begins with the pre-trained encoder of this one.
 
-        Its name may differ, and how samples are judged.
+        The name of ``recipe`` and the way in which samples are judged may differ.
 
         Raises:
-            RunError: this run is not pre-trained, ``recipe`` changes how it was, or ``path`` holds something else.
+            RunError: this run is not pre-trained, ``recipe`` changes that, or ``path`` holds something else.
         """
         self.require("pretrain")
         recipe = _settled(recipe, self.path, ("pretrain",))
@@ -156,31 +156,31 @@ class RunFolder:
         return folder
 
     def fingerprint(self, stage: Stage) -> str:
-        """Return as JSON every recipe field that decides what ``stage`` computes, its own and those of earlier stages.
+        """Return as JSON every recipe field that determines what ``stage`` computes, including those of earlier stages.
 
-        Of a training stage limited by minutes it is the minutes, before and after the number of epochs is known.
+        For a training stage limited by minutes it holds the minutes, before and after the number of epochs is known.
         """
         values, budget = _deciding_values(self.recipe), self.budget(stage)
         if budget is not None:
             values[stage] |= {"epochs": None, "minutes": budget["minutes"]}
         for training in TRAININGS:
             if values[training]["minutes"] is None:
-                del values[training]["minutes"]  # so that checkpoints of versions without the field fit
+                del values[training]["minutes"]  # so that checkpoints of versions without the field match
         names = [name for earlier in STAGES[: STAGES.index(stage) + 1] for name in STAGE_SECTIONS[earlier]]
         return json.dumps({name: values[name] for name in names if values[name] != {}}, sort_keys=True)
 
     def budget(self, stage: Stage) -> dict[str, Any] | None:
-        """Return the minutes of a training stage, the ``epochs`` that fit into them by its trial, and its figures.
+        """Return the minutes of a training stage, the ``epochs`` that fit by its trial, and the figures of the trial.
 
-        None if its number of epochs does not follow from minutes.
+        It is None if the number of epochs does not follow from minutes.
         """
         return _budgets(self.path).get(stage)
 
     def settle(self, stage: Stage, budget: Mapping[str, Any]) -> None:
         """Record the number of epochs of a training stage limited by minutes.
 
-        ``budget``, with both and their derivation, goes into the provenance. From then on the recipe has only the
-        epochs.
+        ``budget``, with the minutes, the epochs and their derivation, goes into the provenance. From then on the recipe
+        has only the epochs.
         """
         self._write(
             "provenance.json", {**_read_provenance(self.path), "budgets": {**_budgets(self.path), stage: dict(budget)}}
@@ -189,7 +189,7 @@ class RunFolder:
         self._write("recipe.json", self.recipe.model_dump(mode="json"))
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one event to ``log.jsonl`` and flush it; a partial last line left by a crash is truncated first.
+        """Append one event to ``log.jsonl`` and flush it. A partial last line left by a crash is truncated first.
 
         Raises:
             RunError: the last line is not the beginning of an event.
@@ -271,7 +271,7 @@ class RunFolder:
             yield
 
     def recorded(self, name: str) -> Any:
-        """Return a value of ``provenance.json``, None before the first stage has written it."""
+        """Return a value of ``provenance.json``, or None before the first stage has written it."""
         return _read_provenance(self.path).get(name)
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
@@ -335,7 +335,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the git commit of this package's source tree, with ``-dirty`` if files differ, None outside of one."""
+    """Return the git commit of this package's source tree, with ``-dirty`` if files differ, or None without one."""
     source = Path(__file__).resolve().parent
     top = _git(source, "rev-parse", "--show-toplevel")
     if not top or not (Path(top) / "src" / "rush" / "__init__.py").exists():
@@ -371,9 +371,9 @@ def _budgets(path: Path) -> dict[Stage, dict[str, Any]]:
 
 
 def _settled(recipe: Recipe, path: Path, stages: Iterable[Stage] = TRAININGS) -> Recipe:
-    """Return ``recipe`` with what it leaves to the run that was begun in ``path``.
+    """Return ``recipe`` with the values that it leaves open, as the run begun in ``path`` has them.
 
-    These are the epochs of those of ``stages`` limited by minutes, and the tile, where it is "auto".
+    These are the epochs of those ``stages`` that are limited by minutes, and the tile if it is "auto".
 
     Raises: RunError if a stage was begun with different minutes.
     """
@@ -412,7 +412,7 @@ def _deciding_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _as_trained(recipe: Recipe) -> Recipe:
-    """Return ``recipe`` without what concerns judged samples alone."""
+    """Return ``recipe`` without the values that concern judged samples alone."""
     execution = recipe.execution
     precision = "auto" if execution.precision == "int8" else execution.precision
     return recipe.replace(execution=execution.replace(precision=precision, compile="auto", tile="auto"))

@@ -22,8 +22,8 @@ class Rung:
     Accuracies count each picture once, by the worst of its copies.
 
     Attributes:
-        size: of the change, in the norm of the run's certificates, in l2 if it has none.
-        threat_size: of the change, in the norm of the threat, None if the table does not hold it.
+        size: size of the change, in the norm of the run's certificates, or in l2 if it has none.
+        threat_size: size of the change, in the norm of the threat, or None if the table does not hold it.
         pictures: text that is equal for copies of one picture, None if copies are not known.
     """
 
@@ -62,7 +62,7 @@ class Rung:
         return share_interval(int(pictures.sum()), len(pictures))
 
     def of_pictures(self, flags: np.ndarray) -> np.ndarray:
-        """Return for each different picture whether ``flags`` (n,) holds for all of its copies."""
+        """Return for each distinct picture whether ``flags`` (n,) holds for all of its copies."""
         return of_pictures(flags, None if self.pictures is None else self.pictures.tolist())
 
     @property
@@ -192,12 +192,12 @@ class Ladder:
 
     @property
     def last_eot(self) -> Rung | None:
-        """The last PGD rung with noisy gradients, planned as the strongest and so not chosen by its result."""
+        """The last PGD rung with noisy gradients, which is planned as the strongest and so not chosen by its result."""
         return next((rung for rung in reversed(self.rungs) if rung.is_noisy_pgd), None)
 
     @property
     def worst_case(self) -> Rung | None:
-        """The worst case of a suite of attackers, None if the ladder has none."""
+        """The worst case of a suite of attackers, or None if the ladder has none."""
         return next((rung for rung in reversed(self.rungs) if rung.suite), None)
 
     @property
@@ -255,7 +255,7 @@ class Ladder:
     def inner_radius(self, norm: Norm) -> float:
         """Return the radius of the largest ball of ``norm`` inside the threat.
 
-        In l2 it is the distance of an l1 ball's face, epsilon / sqrt(C*H*W). Each l1 ball of radius epsilon is inside
+        In l2 it is the distance to an l1 ball's face, epsilon / sqrt(C*H*W). Each l1 ball of radius epsilon is inside
         the l2 and the l-inf ball of that radius.
         """
         return self.epsilon / self._stretch(self.norm, norm)

@@ -24,7 +24,7 @@ def append_event(path: Path, event: dict[str, Any]) -> None:
 def read_events(path: Path) -> dict[int, dict[str, Any]]:
     """Return the events of a ``log.jsonl`` by line number, none if the file is missing.
 
-    A partial last line, as a crash leaves it, is omitted.
+    A partial last line left by a crash is omitted.
 
     Raises:
         RunError: another line is not an event, or the file cannot be read or has a newer format.

@@ -1,8 +1,8 @@
-"""Certification logs, public ones and our own, as ``Certificates`` with further values from their files.
+"""Certification logs, public ones and this library's, as ``Certificates`` with further values from their files.
 
 A public log is a tab-separated table ``idx label predict radius correct time`` with one line per image. A predict of -1
-means abstained. It contains neither sigma nor alpha nor the number of samples. Our ``certificates.tsv`` opens with the
-same columns.
+means abstained. It contains neither sigma nor alpha nor the number of samples. This library's ``certificates.tsv``
+opens with the same columns.
 """
 
 import codecs
@@ -31,7 +31,7 @@ PUBLIC_ALPHA = 0.001
 PUBLIC_NUM_SELECTION = 100
 PUBLIC_NUM_ESTIMATION = 100_000
 
-_DIGITS = 6  # decimals of a radius that is not rounded any further
+_DIGITS = 6  # decimals of a radius that is not rounded further
 _LONGEST_HEADER = 10_000  # bytes
 _CLOCK = re.compile(r"(?:(\d+) days?, )?(\d+):([0-5]\d):([0-5]\d(?:\.\d+)?)")
 _ENDING = "; get the log again, or mend the line"
@@ -83,11 +83,11 @@ class CertificateTable:
 def read_log(
     path: Path | str, sigma: float | None = None, alpha: float | None = None, num_estimation: int | None = None
 ) -> CertificateTable:
-    """Return the log in the file ``path``, public or our own, or in the run folder ``path``.
+    """Return the log in the file ``path``, a public one or this library's, or in the run folder ``path``.
 
     The settings of a public log are taken from the arguments. The defaults are the sigma in the file's name
-    (``sigma_0.25``, or ``noise_0.25`` if it has no sigma), alpha 0.001 and num_estimation 100,000. Our own logs hold
-    these settings in the column ``rule``, and their classes and radii follow from their votes.
+    (``sigma_0.25``, or ``noise_0.25`` if it has no sigma), alpha 0.001 and num_estimation 100,000. Logs of this library
+    hold these settings in the column ``rule``, and their classes and radii follow from their votes.
 
     Args:
         path: log, or run folder with ``certificates.tsv``.
@@ -98,7 +98,7 @@ def read_log(
     Raises:
         ConfigError: a number is missing, not allowed or contradicted.
         DataError: a public log is damaged. The message names file and line.
-        RunError: a file of our own is damaged or missing. The message names file and line.
+        RunError: a file of this library is damaged or missing. The message names file and line.
     """
     path = Path(path)
     conditions = {"sigma": sigma, "alpha": alpha, "num_estimation": num_estimation}
@@ -121,7 +121,7 @@ def read_log(
 
 
 def name_sigma(path: Path | str) -> float | None:
-    """Return the sigma in a file's name, None if it contains none or several."""
+    """Return the sigma in a file's name, or None if it contains none or several."""
     for word in ("sigma", "noise"):
         sigmas = {float(text) for text in re.findall(rf"{word}[_=-]?(\d+(?:\.\d+)?)", Path(path).name.lower())}
         if sigmas:
@@ -130,13 +130,13 @@ def name_sigma(path: Path | str) -> float | None:
 
 
 def states_sigma(path: Path | str) -> bool:
-    """Return whether the sigma of a log is known: of a run folder, a log of our own, or by the file's name."""
+    """Return whether the sigma of a log is known: from a run folder, a log of this library, or the file's name."""
     path = Path(path)
     return path.is_dir() or name_sigma(path) is not None or (path.is_file() and _holds_own(path))
 
 
 def _is_own(header: list[str]) -> bool:
-    """Return whether ``header`` is that of our own tables, with or without votes."""
+    """Return whether ``header`` is that of this library's tables, with or without votes."""
     return tuple(header[: len(PUBLIC_COLUMNS)]) == PUBLIC_COLUMNS and {"id", "p_lower"} <= set(header)
 
 
@@ -192,7 +192,7 @@ def _public_log(name: str, path: Path, lines: list[str], conditions: Mapping[str
 
 
 def _public_rule(path: Path, num_images: int, conditions: Mapping[str, Any]) -> Rule:
-    """Return the rule of a public log from ``conditions``; defaults are the sigma in its name and the usual values."""
+    """Return the rule of a public log from ``conditions``. Defaults are the sigma in its name and the usual values."""
     default = {"sigma": name_sigma(path), "alpha": PUBLIC_ALPHA, "num_estimation": PUBLIC_NUM_ESTIMATION}
     values: dict[str, Any] = {key: default[key] if value is None else value for key, value in conditions.items()}
     if values["sigma"] is None:
@@ -225,8 +225,8 @@ def _seconds(text: str) -> float:
 def _rounding(texts: list[str]) -> np.ndarray | None:
     """Return half a unit of the last digit that each radius is printed with, 0.0 for 0.
 
-    None if six decimals are printed. Some logs omit trailing zeros, so the largest numbers of digits and decimals in
-    the table are used, and the coarser of the two counts.
+    It is None if six decimals are printed. Some logs omit trailing zeros, so the largest numbers of digits and decimals
+    in the table are used, and the coarser of the two applies.
     """
     parts = [Decimal(text) for text in texts]
     positive = [part for part in parts if part > 0]

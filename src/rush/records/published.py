@@ -1,10 +1,10 @@
-"""Published accuracies, beside which those of a run on the same data set are shown."""
+"""Published accuracies, which are shown beside those of a run on the same data set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 PUBLISHED = "SimCLR, width 64, published"
-"""What ``ENCODERS`` are figures of: ResNet-18 of width 64, all labels for the linear probe."""
+"""The encoder that ``ENCODERS`` has figures of: ResNet-18 of width 64, all labels for the linear probe."""
 ENCODERS: Mapping[str, Mapping[str, tuple[tuple[int, float], ...]]] = {
     "cifar10": {"linear": ((10, 0.565), (30, 0.663)), "knn": ((100, 0.832),)},
 }
@@ -26,7 +26,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class CertifiedCurve:
-    """Published certified accuracy, fractions of all 10,000 test images, at multiples of 0.25 in l2 from 0 on."""
+    """Published certified accuracy, fractions of all 10,000 test images, at multiples of 0.25 in l2, from 0."""
 
     method: str
     sigma: float
@@ -109,7 +109,7 @@ ATTACKED: Mapping[str, tuple[Attacked, ...]] = {
 
 
 def certified_curves(dataset: str, norm: str, sigma: float) -> tuple[CertifiedCurve, ...]:
-    """Return the published l2 curves of a data set at the noise level nearest to ``sigma``, () if there are none."""
+    """Return the published l2 curves of a data set at the noise level nearest to ``sigma``, or () if there are none."""
     known = CERTIFIED.get(dataset, ()) if norm == "l2" else ()
     nearest = min((curve.sigma for curve in known), key=lambda level: abs(level - sigma), default=None)
     return tuple(curve for curve in known if curve.sigma == nearest)

@@ -31,7 +31,7 @@ _COST_FIELDS = (
     "joules",
 )
 NO_FIGURES = ("event", "time", "stage", "epoch")
-"""Fields of an event of live figures that are none."""
+"""Fields of an event of live figures that are not figures."""
 Logged = TypeVar("Logged", "Epoch", "Watched")
 
 
@@ -128,7 +128,7 @@ class RunResults:
         return next((norm for noise, norm in CERTIFIED_NORM.items() if noise == stated), "l2")
 
     def setting(self, *keys: str) -> Any:
-        """Return the recipe's entry at ``keys``, None if there is none."""
+        """Return the recipe's entry at ``keys``, or None if there is none."""
         return _entry(self.recipe, keys)
 
     def class_name(self, index: int) -> str:
@@ -184,13 +184,13 @@ def read_provenance(folder: Path) -> Mapping[str, Any]:
 
 
 def test_fingerprint(provenance: Mapping[str, Any]) -> str | None:
-    """Return the fingerprint of the test images in ``provenance``, None if it has none."""
+    """Return the fingerprint of the test images in ``provenance``, or None if it has none."""
     fingerprint = _entry(provenance, ("data", "test", "fingerprint"))
     return fingerprint if isinstance(fingerprint, str) else None
 
 
 def _entry(entries: Any, keys: Sequence[str]) -> Any:
-    """Return the entry of nested objects at ``keys``, None if there is none."""
+    """Return the entry of nested objects at ``keys``, or None if there is none."""
     for key in keys:
         entries = entries.get(key) if isinstance(entries, Mapping) else None
     return entries
@@ -223,7 +223,7 @@ def _read_stage(folder: Path, stage: Stage) -> StageRecord:
 
 
 def _read_embedding(folder: Path, stages: Mapping[Stage, StageRecord]) -> Embedding | None:
-    """Return the map of the encoder in the record of pre-training, None without one."""
+    """Return the map of the encoder in the record of pre-training, or None without one."""
     if "pretrain" not in stages:
         return None
     remedy = "remove the key; the report is then without the map of the encoder"

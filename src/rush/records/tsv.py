@@ -63,7 +63,7 @@ class Table:
         return np.array(self.parsed(column, parse_real), np.float64)
 
     def parsed(self, column: str, parse: Callable[..., T], *arguments: Iterable[object]) -> list[T]:
-        """Return ``parse`` of each cell of ``column`` and the values of ``arguments`` in its row.
+        """Return the result of ``parse`` for each cell of ``column`` and the values of ``arguments`` in its row.
 
         Raises: ``error`` naming the first line for which ``parse`` raises a ValueError or similar.
         """

@@ -16,7 +16,7 @@ MOST_CLASSES = 20
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """Shares of the images of one class that are predicted right, and certified right at a radius."""
+    """Shares of the images of one class that are predicted correctly, and certified correctly at a radius."""
 
     name: str
     images: int
@@ -26,7 +26,7 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class Confusion:
-    """The number of images by label (row) and prediction (column). The last column are abstentions."""
+    """The number of images by label (row) and prediction (column). The last column counts abstentions."""
 
     names: tuple[str, ...]
     counts: np.ndarray

@@ -51,7 +51,7 @@ class PairedRadius:
     """Certified accuracy of the first log minus that of the second at one radius, over the same images.
 
     Attributes:
-        difference: with its 95 % interval.
+        difference: the difference with its 95 % interval.
         only_first: number of images that only the first log certifies.
         only_second: number of images that only the second log certifies.
         p_value: exact McNemar test of "neither is better".
@@ -70,7 +70,7 @@ class Paired:
 
     Attributes:
         images: number of different pictures.
-        assumed: whether only the caller states that the images are the same, and no label contradicts it.
+        assumed: whether the images are the same only by the caller's statement, which no label contradicts.
         notes: further remarks for the reader, such as conditions that differ.
     """
 
@@ -99,21 +99,21 @@ def compare(
     radius: float | None = None,
     assume_same_images: bool = False,
 ) -> Comparison:
-    """Compare logs side by side, and the first of them in pairs with every other one.
+    """Compare logs side by side, and pair the first of them with every other one.
 
-    A pair needs the same images. Different data-set fingerprints refuse it. If they agree, images are matched by id,
-    and both logs must hold the same ids, because the missing images might be harder than the others. If a fingerprint
-    is missing, the pair is refused unless ``assume_same_images``. Then the images that both logs hold are matched by
-    idx, the pair is refused if a label differs, and the notes state the assumption. A pair whose radii are in different
-    norms is always refused.
+    A pair requires the same images, and is refused if the data-set fingerprints differ. If they agree, images are
+    matched by id, and both logs must hold the same ids, because the missing images might be harder than the others. If
+    a fingerprint is missing, the pair is refused unless ``assume_same_images``. Then the images that both logs hold are
+    matched by idx, the pair is refused if a label differs, and the notes state the assumption. A pair whose radii are
+    in different norms is always refused.
 
     Args:
         logs: at least one.
-        radii: at which accuracies are compared. By default the multiples of 0.25 (of 0.5, 1, ... for very large ones)
-            up to the largest certified radius.
-        radius: at which classes are compared. By default half the smallest sigma, or the next larger radius in the
-            grids of all logs that have one.
-        assume_same_images: whether images without fingerprint are matched.
+        radii: radii at which accuracies are compared. By default, they are the multiples of 0.25 (of 0.5, 1, ... for
+            very large radii) up to the largest certified radius.
+        radius: radius at which classes are compared. By default, it is half the smallest sigma, or the next larger
+            radius in the grids of all logs that have one.
+        assume_same_images: whether images without a fingerprint are matched.
 
     Raises:
         ConfigError: there are no logs, or a radius is not a finite number >= 0.
@@ -170,7 +170,7 @@ def read_comparison(
     radius: float | None = None,
     assume_same_images: bool = False,
 ) -> tuple[list[RunResults], Comparison | None]:
-    """Return the runs among ``paths``, and the comparison of all certificates, None if there are none.
+    """Return the runs among ``paths``, and the comparison of all certificates or None without certificates.
 
     Arguments and errors are those of ``compare_command``.
     """
@@ -182,7 +182,7 @@ def read_comparison(
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Return a comparison as texts: conditions, accuracies, summary, classes, probabilities, pairs, findings.
+    """Return a comparison as tables: conditions, accuracies, summary, classes, probabilities, pairs, findings.
 
     Accuracies and average radii have a table for each norm of the radii, with the logs of that norm.
     """
@@ -211,7 +211,10 @@ def _norm(part: Comparison) -> str:
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p-value of discordant pairs under Binomial(n, 1/2) (McNemar 1947), 1 without any."""
+    """Return the exact two-sided p-value of discordant pairs under Binomial(n, 1/2) (McNemar 1947).
+
+    Without discordant pairs it is 1.
+    """
     largest, total = max(only_first, only_second), only_first + only_second
     if total == 0:
         return 1.0
@@ -228,7 +231,10 @@ def class_accuracies(certificates: Certificates, radius: float) -> dict[int, Int
 
 
 def probability_quantile(certificates: Certificates, level: float) -> float | None:
-    """Return the quantile of ``p_lower`` over the images that do not abstain, one of their values, None without any."""
+    """Return the quantile of ``p_lower`` over the images that do not abstain, or None if all of them abstain.
+
+    It is one of their values.
+    """
     values = certificates.p_lower[~certificates.abstained]
     # Rounding of level * n must not select the value after the quantile.
     return float(np.quantile(values, level - 1e-12, method="inverted_cdf")) if len(values) else None
@@ -242,7 +248,7 @@ def grid_acr(certificates: Certificates, radii: Sequence[float]) -> float:
 
 
 def _with_different_names(logs: Sequence[CertificateTable]) -> tuple[CertificateTable, ...]:
-    """Return the logs with different names: their paths where names are equal, with numbers where paths are equal."""
+    """Return the logs with distinct names: their paths where names are equal, with numbers where paths are equal."""
     longer = _names_or_paths([log.name for log in logs], [log.path for log in logs])
     numbered = [name if longer.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(longer, start=1)]
     return tuple(replace(log, name=name) for log, name in zip(logs, numbered, strict=True))
@@ -309,13 +315,13 @@ def _paired(
 
 
 def _pixels(log: CertificateTable, rows: np.ndarray) -> list[str] | None:
-    """Return the pictures of the images in ``rows``, None if the log does not identify them."""
+    """Return what identifies the pixels of the images in ``rows``, or None if the log does not identify them."""
     pixels = log.certificates.pixels
     return None if pixels is None else [pixels[row] for row in rows.tolist()]
 
 
 def _different_norms(first: CertificateTable, second: CertificateTable) -> str | None:
-    """Return the reason why radii in different norms are not paired, None if the norms agree."""
+    """Return the reason why radii in different norms are not paired, or None if the norms agree."""
     norms = [log.rule.norm for log in (first, second)]
     if norms[0] == norms[1]:
         return None
@@ -404,7 +410,7 @@ def _norm_text(log: CertificateTable) -> str:
 
 
 def _copies_text(log: CertificateTable) -> str:
-    """Return the number of images that no figure counts, because a copy of them is counted."""
+    """Return the number of images that no figure counts, because a copy of each is counted."""
     copies = log.certificates.num_copies
     return "not known" if copies is None else f"{copies:,}"
 
@@ -580,7 +586,7 @@ def _attacked_table(attacked: Sequence[tuple[str, _Attacked]]) -> Table:
 
 
 def noise_text(run: RunResults) -> str:
-    """Return sigma and the name of the noise. Runs older than that name had Gaussian noise."""
+    """Return sigma and the name of the noise, which is Gaussian in older runs that do not record it."""
     sigma = run.setting("smoothing", "sigma")
     if run.plain or sigma is None:
         return "none, not smoothed" if run.plain else _NONE

@@ -13,8 +13,8 @@ class TrainingCost:
     """The costs of all training stages of a run together. None stands for what a stage does not record.
 
     Attributes:
-        passes_per_image: forward and backward passes, over the images of the stage with most images.
-        forward_passes_per_image: passes that were forward only, over the same images.
+        passes_per_image: forward and backward passes, per image of the stage with the most images.
+        forward_passes_per_image: passes that were forward only, per image of the same stage.
         peak_memory: bytes, the largest of any stage.
     """
 
@@ -27,7 +27,7 @@ class TrainingCost:
 
 
 def training_cost(results: RunResults) -> TrainingCost | None:
-    """Return the costs of pre-training, teaching and fine-tuning together, None before they are finished.
+    """Return the costs of pre-training, teaching and fine-tuning together, or None before they are finished.
 
     Pre-training of no epochs is not counted.
     """
@@ -50,7 +50,7 @@ def training_cost(results: RunResults) -> TrainingCost | None:
 
 
 def passes_of(cost: TrainingCost) -> str:
-    """Return the passes per image of all training stages together, "–" if they are unknown."""
+    """Return the passes per image of all training stages together, or "–" if they are unknown."""
     if cost.passes_per_image is None:
         return "–"
     return passes_text(cost.passes_per_image, cost.forward_passes_per_image)
@@ -81,6 +81,6 @@ def _all_passes(stages: Sequence[StageRecord], key: str, default: float | None =
 
 
 def known_sum(parts: Sequence[float | None]) -> float | None:
-    """Return the sum of ``parts``, None if one of them is unknown."""
+    """Return the sum of ``parts``, or None if one of them is unknown."""
     known = [part for part in parts if part is not None]
     return sum(known) if len(known) == len(parts) else None

@@ -9,7 +9,7 @@ from scipy import special
 from rush.certification.bounds import RADIUS_DIGITS
 from rush.records.public_logs import CertificateTable
 
-_UNIT = 10.0**-RADIUS_DIGITS  # certified radii are rounded down to it, also the largest of a rule
+_UNIT = 10.0**-RADIUS_DIGITS  # certified radii are rounded down to its multiples, as is the largest of a rule
 _TIE_STEP = 0.25  # accuracies are published at multiples of it
 
 
@@ -25,7 +25,7 @@ class Doubt:
 def doubts(log: CertificateTable) -> tuple[Doubt, ...]:
     """Return the faults of ``log`` and the caveats to its figures.
 
-    Our own certificates are derived from their votes, so they have no fault but missing images.
+    Certificates of this library are derived from their votes, so missing images are the only fault they can have.
     """
     published = (_beyond_ceiling(log), *_rounded(log), *_odd_radii(log)) if log.published else ()
     return tuple(doubt for doubt in (*published, _unfinished(log)) if doubt.count)

@@ -1,7 +1,7 @@
 """Figures and tables of a page as CSV and LaTeX, in links that hold their content.
 
-A link holds a few kilobytes, so that the page stays one file. A figure is not stored again as an SVG file: the page's
-script makes it from the drawing in the page. Both keep the page smaller than a second copy of every figure would.
+A link holds a few kilobytes, so the page remains a single file. A figure is not stored a second time as an SVG file.
+The page's script makes that file from the drawing in the page, which keeps the page small.
 """
 
 import csv
@@ -29,8 +29,8 @@ class Data:
     """The values of one figure or table.
 
     Attributes:
-        name: of its files, without ending.
-        rows: as long as ``header``. Fractions are numbers, and an interval is one value.
+        name: name of its files, without an extension.
+        rows: rows as long as ``header``. Fractions are numbers, and an interval is one value.
         curve: whether it is drawn over its first column, which then holds numbers.
     """
 
@@ -50,9 +50,9 @@ class Data:
 
 
 def csv_text(data: Data) -> str:
-    """Return the values as CSV, all digits of each number. An interval becomes the columns NAME, NAME low, NAME high.
+    """Return the values as CSV, with all digits of each number.
 
-    None is an empty cell.
+    An interval becomes the columns NAME, NAME low and NAME high. None becomes an empty cell.
     """
     intervals = [any(isinstance(row[place], Interval) for row in data.rows) for place in range(len(data.header))]
     buffer = io.StringIO()
@@ -65,7 +65,7 @@ def csv_text(data: Data) -> str:
 
 
 def latex_text(data: Data) -> str:
-    """Return a table for the package booktabs, or for a curve a plot for the package pgfplots."""
+    """Return LaTeX: a table for the package booktabs or, for a curve, a plot for the package pgfplots."""
     return "\n".join([f"% {_one_line(data.title)}", *(_latex_plot(data) if data.curve else _latex_table(data))]) + "\n"
 
 

@@ -107,7 +107,7 @@ def _context(results: RunResults) -> Mapping[str, Any]:
 
 
 def _certified_context(results: RunResults, data: list[Data]) -> Mapping[str, Any]:
-    """Return what the page says about certificates, whose figures and tables are added to ``data``."""
+    """Return the page's values about certificates, and add their figures and tables to ``data``."""
     certificates = results.certificates
     if certificates is None:
         return {"certified_plot": None, "copies": "", "classes": [], "confusion": None, "published_curves": ()}
@@ -132,7 +132,7 @@ def _certified_context(results: RunResults, data: list[Data]) -> Mapping[str, An
 
 
 def _published_context(results: RunResults, data: list[Data]) -> Mapping[str, Any]:
-    """Return the published rows of the run's data set, () for data of the user's own, and the run's rows.
+    """Return the published rows of the run's data set, or () for the user's own data, and the run's rows.
 
     Their table is added to ``data``.
     """
@@ -154,7 +154,7 @@ def _by_name(data: Iterable[Data]) -> Mapping[str, Data]:
 
 
 def _floor(results: RunResults) -> Interval | None:
-    """Return certified accuracy at the smallest ball around the threat, below which no attack within it gets."""
+    """Return certified accuracy at the smallest ball around the threat, a floor for every attack within the threat."""
     proved, ladder = results.threat_certificates, results.ladder
     if proved is None or ladder is None:
         return None
@@ -162,7 +162,7 @@ def _floor(results: RunResults) -> Interval | None:
 
 
 def _floors(results: RunResults) -> tuple[Interval, ...]:
-    """Return the floor at each epsilon of the curve, () without a curve or certificates."""
+    """Return the floor at each epsilon of the curve, or () without a curve or certificates."""
     proved, ladder = results.threat_certificates, results.ladder
     if proved is None or ladder is None or ladder.curve is None:
         return ()
@@ -218,6 +218,6 @@ def _maps(results: RunResults) -> list[tuple[Markup, str]]:
 
 
 def _knn(results: RunResults) -> Interval | None:
-    """Return the nearest-neighbour accuracy of the pre-trained encoder, None if it was not measured."""
+    """Return the nearest-neighbour accuracy of the pre-trained encoder, or None if it was not measured."""
     counts = results.stages["pretrain"].fields.get("knn_accuracy") if "pretrain" in results.stages else None
     return share_interval(counts["correct"], counts["total"]) if counts else None

@@ -89,7 +89,7 @@ def training_data(results: RunResults) -> Iterator[Data]:
 
 
 def origin_data(results: RunResults) -> Iterator[Data]:
-    """Yield recipe and provenance."""
+    """Yield the tables of the recipe and the provenance."""
     yield Data("recipe", "Recipe", ("field", "value"), wording.nested_rows(results.recipe))
     yield Data("provenance", "Provenance", ("field", "value"), wording.nested_rows(results.provenance))
 

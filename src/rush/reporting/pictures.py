@@ -1,4 +1,4 @@
-"""Attacked images of a run as pictures of the report."""
+"""Attacked images of a run as pictures in the report."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ class Picture:
     Attributes:
         radius: certified radius in words, empty without a certificate.
         change: size of the change in the norms of the threat and of the certificates, in words.
-        place: in the walk through the attacked images.
+        place: position in the walk through the attacked images.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Picture:
 
 
 def pictures_of(results: RunResults, walk: Walk | None) -> tuple[list[Picture], int]:
-    """Return some attacked images of a run, none without stored ones, and the factor of their differences.
+    """Return the stored attacked images of a run, if any, and the factor that magnifies their differences.
 
     Raises:
         RunError: the stored images are damaged.

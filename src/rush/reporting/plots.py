@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _POINTS = 400  # more steps than pixels would not be visible
 _BINS = 20
-_ENLARGED = 0.5  # a range of accuracies above it is legible in the whole plot
+_ENLARGED = 0.5  # a wider range of accuracies is legible in the whole plot
 _Row = tuple[str, Interval, Interval | None, str]  # label, accuracy, share held, colour
 
 
@@ -33,8 +33,8 @@ def certified_curve(
 ) -> Markup:
     """Draw certified accuracy over the radius with its pointwise 95 % band, headline radius, threat and ceiling.
 
-    With a grid, its radii are dots, the steps between them are the accuracy at the larger, and the curve ends with it.
-    Curves ``published`` for the same data are behind the run's own.
+    With a grid, its radii are dots. Each step between two of them is the accuracy at the larger one, and the curve ends
+    with the grid. Curves ``published`` for the same data are drawn behind the run's curve.
     """
     figure, (axes,) = new_figure(form, height=3.3)
     end = (certificates.largest_radius or certificates.sigma) * 1.04
@@ -67,7 +67,7 @@ def certified_curve(
 
 
 def radius_histogram(certificates: Certificates, name: str, form: Format) -> Markup:
-    """Draw the number of images by certified radius, those of the right class below those of another."""
+    """Draw the number of images by certified radius, those with the right class below those with another."""
     figure, (axes,) = new_figure(form, height=2.6)
     edges, right, wrong = radius_counts(certificates)
     axes.bar(edges[:-1], right, np.diff(edges), align="edge", color=PROOF, alpha=0.75, label="right class")
@@ -80,9 +80,9 @@ def radius_histogram(certificates: Certificates, name: str, form: Format) -> Mar
 
 
 def radius_counts(certificates: Certificates) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the edges (B + 1,) of the bins of a histogram, and the images in each with the right and another class.
+    """Return the edges (B + 1,) of a histogram's bins, and the numbers of images with the right and with another class.
 
-    Images that abstain are in none. A bin holds its lower edge, and the last bin also the largest radius.
+    Images that abstain are in no bin. A bin includes its lower edge, and the last bin also the largest radius.
     """
     end = certificates.largest_radius or certificates.sigma
     edges = np.linspace(0, end, _BINS + 1)
@@ -180,7 +180,7 @@ def ladder_plot(ladder: Ladder, floor: Interval | None, name: str, form: Format)
 
 
 def zoomed_range(accuracies: Sequence[Interval]) -> tuple[float, float] | None:
-    """Return the range of the intervals, widened to full percents, None if enlarging it would not help."""
+    """Return the range of the intervals, widened to full percents, or None if enlarging it would not help."""
     if len(accuracies) < 2:
         return None
     low, high = min(a.low for a in accuracies), max(a.high for a in accuracies)
@@ -219,9 +219,9 @@ def epsilon_curve(ladder: Ladder, floors: tuple[Interval, ...], name: str, form:
 
 
 def curve_radii(certificates: Certificates, end: float) -> np.ndarray:
-    """Return ascending radii at which a curve drawn ``steps-pre`` is exact, or too low if they are too many.
+    """Return ascending radii at which a curve drawn ``steps-pre`` is exact, or too low if there are too many radii.
 
-    With a grid they are its radii and 0, because nothing was tested beyond its last.
+    With a grid they are its radii and 0, because nothing was tested beyond its last radius.
     """
     if certificates.rule.radii is not None:
         return np.unique([0.0, *certificates.rule.radii])
@@ -244,7 +244,7 @@ def _label(axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    """Yield different styles of lines, without end: by colour, then by dashes."""
+    """Yield distinct line styles without end: by colour, then by dashes."""
     for dashes in itertools.cycle(("-", "--", ":", "-.")):
         for colour in (PROOF, ATTACK, INK, MUTED):
             yield {"color": colour, "linestyle": dashes}
@@ -270,7 +270,7 @@ def _ladder_panels(rows: list[int], form: Format) -> "tuple[Figure, list[Axes]]"
 
 
 def _draw_rows(axes: "Axes", rows: Sequence[_Row], limits: tuple[float, float], narrow: bool) -> None:
-    """Draw the rows of a ladder between two accuracies, and those beyond them not at all."""
+    """Draw the rows of a ladder whose accuracies are within the limits, and omit the others."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlim=limits, xlabel="accuracy")
@@ -286,7 +286,7 @@ def _draw_rows(axes: "Axes", rows: Sequence[_Row], limits: tuple[float, float], 
 
 
 def _row_labels(axes: "Axes", labels: Sequence[str], narrow: bool) -> None:
-    """Name the rows of a plot from above: beside its axis, or within it, above each row, if it is narrow."""
+    """Label the rows of a plot from top to bottom: beside its axis or, if it is narrow, within it above each row."""
     short = [textwrap.shorten(printable(label), 50, placeholder=" …") for label in labels]
     axes.set_yticks(range(len(short)), [] if narrow else short)
     axes.set(ylim=(len(short) - 0.5, -0.75 if narrow else -0.5))

@@ -33,7 +33,7 @@ def plots_of(draw: Callable[..., Markup], name: str, *values: Any) -> Plot:
 def render_page(template: str, context: Mapping[str, Any]) -> str:
     """Return the page of ``template`` as HTML.
 
-    Text in ``context`` is escaped, also characters that cannot be written or that hide.
+    Text in ``context`` is escaped, including characters that cannot be encoded or are not visible.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -81,5 +81,5 @@ def _read(name: str) -> str:
 
 
 def _visible(value: object) -> object:
-    """Return ``value`` with characters that cannot be written or that hide escaped, if it is text but not markup."""
+    """Return ``value`` with unencodable and invisible characters escaped, if it is text but not markup."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -30,7 +30,7 @@ def new_figure(form: Format, height: float, **grid: Any) -> "tuple[Figure, list[
 
     Args:
         form: "wide" for large screens, "narrow" for small ones.
-        height: in inches.
+        height: height in inches.
         grid: arguments of ``Figure.subplots``, for more than one panel.
     """
     from matplotlib.figure import Figure

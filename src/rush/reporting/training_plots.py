@@ -16,7 +16,7 @@ from rush.runtime.lines import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours of classes, legible on light and on dark ground.
+# Colours of classes, legible on light and on dark backgrounds.
 _CLASSES = (
     "#4c8fd6", "#e07b39", "#3fa35f", "#d6525c", "#9673c9", "#a0765b", "#d873b5", "#8a8f98", "#b5a52f", "#33b3bf",
 )  # fmt: skip
@@ -40,7 +40,7 @@ def watched_curve(
 ) -> Markup:
     """Draw live figures by epoch: one colour per kind, dashed if the images are noisy.
 
-    Accuracies ``published`` for a kind, at up to twice as many epochs, are hollow squares.
+    Accuracies ``published`` for a kind, at up to twice as many epochs, are drawn as hollow squares.
     """
     figure, (axes,) = new_figure(form, height=2.5)
     names = list(dict.fromkeys(figure_name for epoch in watched for figure_name in epoch.figures))
@@ -68,7 +68,7 @@ def watched_curve(
 
 
 def rate_curve(epochs: tuple[Epoch, ...], title: str, name: str, form: Format) -> Markup:
-    """Draw the learning rate of the last step of each epoch that the log has one of."""
+    """Draw the learning rate of the last step of each epoch for which the log has one."""
     figure, (axes,) = new_figure(form, height=2.5)
     shown = [(epoch.number, epoch.learning_rate) for epoch in epochs if epoch.learning_rate is not None]
     axes.plot(*zip(*shown, strict=True), color=INK, linewidth=1.6, marker="o", markersize=2.5)
@@ -119,7 +119,7 @@ def embedding_map(
 
 
 def _epoch_ticks(axes: "Axes") -> None:
-    """Name the x axis after epochs, with ticks at whole numbers."""
+    """Label the x axis with "epoch", and set its ticks at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel="epoch")

@@ -12,7 +12,7 @@ from rush.reporting.costs import training_cost
 
 
 def run_value(results: RunResults) -> dict[str, Any]:
-    """Return everything that the files of a run say, None for what is not finished."""
+    """Return everything that the files of a run state, with None for what is not finished."""
     return {
         **_compared_value(results),
         "recipe": dict(results.recipe),

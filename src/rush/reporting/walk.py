@@ -20,7 +20,7 @@ STATES: Mapping[Known, str] = {
 }
 """Names of what is known about an image."""
 _STEPS = 200
-_BEYOND = 1.25  # the walk ends beyond the threat by this factor at least
+_BEYOND = 1.25  # the walk ends at this multiple of the threat or beyond
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Walk:
     """The sizes of the threat, in its norm, at which the knowledge about each of n attacked images changes.
 
     Attributes:
-        ids: of the images.
+        ids: ids of the images.
         proved: largest epsilon whose ball is within the certified ball, (n,), -1.0 without a certificate of the label.
         broken: size of the smallest change found that breaks the image, (n,), 0.0 if it is wrong without attack,
             infinite if none was found.
         held: epsilon of the ladder if the image was shown to hold under every attacker, (n,), else -1.0.
-        epsilon: of the ladder.
+        epsilon: epsilon of the ladder.
         end: largest epsilon of the walk.
     """
 
@@ -72,7 +72,7 @@ class Walk:
 
 
 def walk_of(results: RunResults) -> Walk | None:
-    """Return the walk through the attacked images of a run, None before they are attacked."""
+    """Return the walk through the attacked images of a run, or None before they are attacked."""
     ladder = results.ladder
     if ladder is None:
         return None

@@ -1,4 +1,4 @@
-"""The wording of results: numbers, sentences and summary rows. Only here does a fraction become a percentage."""
+"""The wording of results: numbers, sentences and summary rows. Fractions become percentages only in this module."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _METHOD_SIGNS: Mapping[CertifyMethod, str] = {
 PAPER_DATA = "cifar10"
 """Data set of the paper's figures."""
 _STATUSES = ("failed", "undecided", "passed", "skipped")  # in the order of their urgency
-_LISTED = 8  # of a longer grid only the ends are printed
+_LISTED = 8  # only the ends of a longer grid are printed
 _NOT_DONE: Mapping[Stage, str] = {
     "pretrain": "not pre-trained yet",
     "teach": "no labels taught yet",
@@ -81,12 +81,12 @@ def passes_text(passes: float, forward_passes: float) -> str:
 
 
 def memory_text(size: float | None) -> str:
-    """Return bytes as gigabytes, "–" if they are unknown."""
+    """Return bytes as gigabytes, or "–" if they are unknown."""
     return f"{size / 1e9:.2f} GB" if size else "–"
 
 
 def energy_text(joules: float | None) -> str:
-    """Return joules with an SI prefix, "–" if the device does not measure energy."""
+    """Return joules with an SI prefix, or "–" if the device does not measure energy."""
     if joules is None:
         return "–"
     scale, unit = next(pair for pair in ((1e6, "MJ"), (1e3, "kJ"), (0, "J")) if joules >= pair[0])
@@ -119,7 +119,7 @@ def summary_rows(results: RunResults) -> list[tuple[str, str]]:
 
 
 def about_rows(results: RunResults) -> list[tuple[str, str]]:
-    """Return what a run is of, as lines of name and value: data, classes, network, noise, labels, seed, dates, size."""
+    """Describe a run as lines of name and value: data, classes, network, noise, labels, seed, dates, size."""
     setting, stages = results.setting, results.stages.values()
     splits = [f"{split['images']:,} in {name}" for name, split in (results.provenance.get("data") or {}).items()]
     rows = [("data", str(setting("data", "name")) + (f" ({', '.join(splits)})" if splits else ""))]
@@ -197,9 +197,9 @@ def lower_text(certificates: Certificates, radius: float) -> str:
 
 
 def copies_text(certificates: Certificates) -> str:
-    """Return the number of copies, which are not counted, in words.
+    """Return in words the number of copies, which are not counted.
 
-    Empty without copies. A table without the column ``pixels`` does not show them.
+    The text is empty without copies. A table without the column ``pixels`` does not show which images are copies.
     """
     copies = certificates.num_copies
     if copies is None:
@@ -209,7 +209,7 @@ def copies_text(certificates: Certificates) -> str:
 
 
 def level_text(certificates: Certificates) -> str:
-    """Return what the certificates claim, over which randomness."""
+    """Return what the certificates claim, and over which randomness."""
     rule = certificates.rule
     return rule.statement if rule.exact else f"{rule.statement}, over the draws of the noise"
 
@@ -239,7 +239,7 @@ def grid_text(certificates: Certificates) -> str:
 
 
 def samples_text(certificates: Certificates) -> str:
-    """Return the number of samples per image, those for selection included. A sequential run has a mean and a cap."""
+    """Return the number of samples per image, including selection. A sequential run has a mean and a cap."""
     most = f"{certificates.rule.num_samples:,}"
     if certificates.rule.exact:
         return f"{most}, all draws of the noise"
@@ -309,7 +309,7 @@ def budget_text(rung: Rung) -> str:
 
 
 def attackers_text(rung: Rung) -> str:
-    """Return the number of images that each attacker of a suite was the first to break, without those of none."""
+    """Return the number of images that each attacker of a suite was the first to break, without attackers of none."""
     return ", ".join(f"{name} {number:,}" for name, number in rung.attackers.items() if number) or "none"
 
 
@@ -366,7 +366,7 @@ def d_text(audit: AuditReport) -> str:
 
 
 def _outward(audit: AuditReport) -> tuple[float, float]:
-    """Return both bounds of d in full tenths of a percent, rounded so that they stay bounds."""
+    """Return both bounds of d in whole tenths of a percent, rounded outwards so that they remain bounds."""
     return math.floor(1000 * audit.d_low) / 1000, math.ceil(1000 * audit.d_high) / 1000
 
 
@@ -425,9 +425,10 @@ def unequal_conditions(results: RunResults) -> list[str]:
 
 
 def cost_rows(results: RunResults) -> list[tuple[str, ...]]:
-    """Return a row per stage: name, objective, time, passes, images per second, memory, energy. The last has the sum.
+    """Return a row per stage: name, objective, time, passes, images per second, memory, energy.
 
-    The objective is empty where a stage has none. "–" stands for what a stage does not record.
+    The last row has the sum. The objective is empty where a stage has none. "–" stands for what a stage does not
+    record.
     """
     rows = [
         (

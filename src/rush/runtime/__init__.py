@@ -1,1 +1,1 @@
-"""Services for all rooms: execution, randomness, files, processes."""
+"""Services for all other packages: execution, randomness, files, processes."""

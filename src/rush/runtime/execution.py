@@ -13,8 +13,8 @@ from rush.errors import ConfigError, ModelError, RushError
 from rush.runtime.lines import one_line
 from rush.runtime.memory import is_out_of_memory
 
-_SMALLEST_TILE, _LARGEST_TILE = 16, 256  # rows, where the size of the images chooses
-_TILE_PIXELS = 256 * 32 * 32  # positions of a tile, which decide the memory of activations
+_SMALLEST_TILE, _LARGEST_TILE = 16, 256  # rows, where they depend on the size of the images
+_TILE_PIXELS = 256 * 32 * 32  # positions of a tile, which determine the memory of activations
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Execution:
     """The one forward pass of a run.
 
     Attributes:
-        device: where tensors live.
+        device: device that holds the tensors.
         precision: dtype that autocast computes in, where "float32" means no autocast. With "int8" the network itself
             computes in integers (``smoothing.quantized``), and what surrounds it in float32.
         channels_last: memory layout of 4-d tensors.
         tile: fixed number of rows of every judged batch, the last one padded. "auto" chooses it by the images' size
             (``rows``).
-        threads: number of CPU threads when it was decided.
+        threads: number of CPU threads when the execution was decided.
         folded: whether BatchNorm is folded into the convolutions for judged samples.
         compile_mode: mode of torch.compile for judged samples, or "none".
         deterministic: whether cuDNN must use algorithms that give the same bits every time. Otherwise it uses the
@@ -47,7 +47,8 @@ class Execution:
     def __repr__(self) -> str:
         """Return the fields in the form of older versions, so that their fingerprints stay valid.
 
-        ``deterministic`` is omitted where it is True, and the tile "auto" is 256, the default of these versions.
+        ``deterministic`` is omitted where it is True, and the tile "auto" is written as 256, the default of those
+        versions.
         """
         values = asdict(self) | ({"tile": _LARGEST_TILE} if self.tile == "auto" else {})
         names = [name for name in values if name != "deterministic" or not self.deterministic]
@@ -149,7 +150,7 @@ def decide_execution(
     Args:
         device: a device of torch, or "auto" for cuda, else mps, else cpu.
         precision: "auto" for bfloat16 where the processor computes in it natively, else float32. "int8" is for judged
-            samples, and gives the same as "auto" for training, before which the network has no integers.
+            samples. It gives the same as "auto" for training, because a network has no integers before it is trained.
         tile: see ``Execution``.
         deterministic: see ``Execution``.
 
@@ -233,7 +234,7 @@ def device_of(module: nn.Module) -> str:
 
 @contextmanager
 def compiled(module: nn.Module, mode: TrainingCompile) -> Iterator[None]:
-    """Compile the forward of ``module`` within the context, where its hooks stay outside the compiled part.
+    """Compile the forward of ``module`` within the context, with its hooks outside the compiled part.
 
     The modes "none" and "graph" (which captures the whole step) change nothing.
     """
@@ -271,7 +272,7 @@ def _allow_tf32(products: bool, convolutions: bool) -> None:
 def _tf32_is_allowed() -> tuple[bool, bool]:
     """Return whether products and convolutions may use TF32."""
     products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # torch 2.9 and later: the older interface cannot be read once the newer one was set
+    if hasattr(cudnn, "conv"):  # torch 2.9 and later: the older interface cannot be read once the newer one is set
         return products.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
     return products.allow_tf32, cudnn.allow_tf32
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def optional(package: str, purpose: str) -> Any:
-    """Return the module ``package``, or raise MissingExtraError, which says what ``purpose`` it is needed for."""
+    """Return the module ``package``, or raise a MissingExtraError that states the ``purpose`` it is needed for."""
     try:
         return import_module(package)
     except (ImportError, OSError, RuntimeError) as error:

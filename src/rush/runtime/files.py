@@ -28,7 +28,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write ``path`` so that a crash leaves either the old file or the new one.
 
     ``write`` fills a temporary file beside ``path``, which is flushed to the disk and renamed. The temporary file's
-    name is fixed: a remainder of a crash is removed, and the file is created exclusively. Only one process at a time
+    name is fixed: a leftover from a crash is removed, and the file is created exclusively. Only one process at a time
     may write ``path``. Outside a run folder ``path`` may be a link, whose target is then replaced.
 
     Args:

@@ -48,7 +48,7 @@ def one_line(error: BaseException) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 text file, without their ends, also with a byte order mark or CRLF ends.
+    """Return the lines of a UTF-8 text file without line endings, which may be CRLF, and without a byte order mark.
 
     Raises:
         OSError: The file cannot be read.

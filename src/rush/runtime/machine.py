@@ -1,4 +1,4 @@
-"""The machine that computes, for readers of the figures and for what is kept per processor."""
+"""A description of this machine, for readers of the figures and for files that are kept per processor."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ def device_name(device: str) -> str:
 
 
 def processor() -> str:
-    """Return the name of the processor, that of its architecture where the system does not tell."""
+    """Return the name of the processor, or of its architecture where the system does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -35,7 +35,7 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
 
     Args:
         what: the work that is done, e.g. a stage.
-        remedy: the field or fields of a recipe that decide how much memory the work takes.
+        remedy: the field or fields of a recipe that determine how much memory the work takes.
 
     Raises:
         DeviceMemoryError: Memory cannot be allocated.

@@ -10,7 +10,7 @@ MOST = 2**40  # upper end of a search; more samples than any run draws
 
 
 def as_whole(value: object) -> int | None:
-    """Return ``value`` as an int: an integer of Python or NumPy, or a 0-d array or tensor of one. Else return None.
+    """Return ``value`` as an int: a Python or NumPy integer, or a 0-d array or tensor of one. Otherwise return None.
 
     Booleans and floats do not count as integers, nor do whole floats such as 2.0.
     """
@@ -19,7 +19,7 @@ def as_whole(value: object) -> int | None:
 
 
 def as_real(value: object) -> float | None:
-    """Return ``value`` as a finite float: a number of Python or NumPy, a Fraction, or a 0-d array or tensor of one.
+    """Return ``value`` as a finite float: a Python or NumPy number, a Fraction, or a 0-d array or tensor of one.
 
     Anything else gives None: booleans, text, complex numbers, NaN and infinities.
     """
@@ -34,7 +34,7 @@ def as_real(value: object) -> float | None:
 
 
 def is_one_of(value: object, allowed: Iterable[str]) -> bool:
-    """Return whether ``value`` is text and one of ``allowed``; arrays, which compare elementwise, are not."""
+    """Return whether ``value`` is text and one of ``allowed``. Arrays, which compare elementwise, are not."""
     return isinstance(value, str) and value in tuple(allowed)
 
 

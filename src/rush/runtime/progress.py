@@ -1,4 +1,4 @@
-"""Progress with rate, remaining time and running figures: a bar on a terminal, else a line every so often."""
+"""Progress with rate, remaining time and running figures: a bar on a terminal, otherwise lines at intervals."""
 
 import sys
 import time
@@ -8,13 +8,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
-_FAST = 10  # units per second from which on a rate has no decimals
+_FAST = 10  # rates of at least this many units per second have no decimals
 
 
 class Advance(Protocol):
     """Report that a number of units is done, with running figures in words.
 
-    Units that were ``done_earlier``, whose results are read from disk, do not count for the rate.
+    Units that were ``done_earlier``, whose results are read from disk, do not count towards the rate.
     """
 
     def __call__(self, done: int, note: str = "", done_earlier: bool = False) -> None: ...
@@ -52,7 +52,7 @@ class Parts:
 
     @contextmanager
     def next(self) -> Iterator[None]:
-        """Begin the progress within the context with e.g. "rung 3 of 9, "."""
+        """Begin the next part within the context, where progress is prefixed with e.g. "rung 3 of 9, "."""
         self._number += 1
         token = _part.set(self)
         try:
@@ -87,7 +87,7 @@ _part: ContextVar[Parts | None] = ContextVar("part", default=None)
 
 @contextmanager
 def showing(shown: Shown | None) -> Iterator[None]:
-    """Show progress as ``shown`` within the context; None changes nothing."""
+    """Show progress as ``shown`` within the context. None changes nothing."""
     token = _shown.set(_shown.get() if shown is None else shown)
     try:
         yield
@@ -96,7 +96,7 @@ def showing(shown: Shown | None) -> Iterator[None]:
 
 
 def asked(progress: bool | None) -> Shown | None:
-    """Return how the ``progress`` argument of a library call shows it: a bar or lines, nothing, or as before (None)."""
+    """Return how a library call shows its progress: a bar or lines (True), nothing (False), or as before (None)."""
     if progress is None:
         return None
     return Shown(every=10.0) if progress else NOTHING
@@ -146,7 +146,7 @@ class _Counted:
 
     @property
     def left(self) -> str:
-        """The time left, and that of all parts, or nothing."""
+        """The time left, and that of all parts, or an empty text."""
         if self.rate <= 0:
             return ""
         seconds = (self.total - self.done) / self.rate
@@ -155,7 +155,7 @@ class _Counted:
 
 
 def _lines(counted: _Counted, every: float) -> Advance:
-    """Return a function that writes lines of progress, with at least ``every`` seconds between two."""
+    """Return a function that writes lines of progress, with at least ``every`` seconds between two lines."""
     last = time.monotonic()
 
     def advance(done: int, note: str = "", done_earlier: bool = False) -> None:
@@ -179,7 +179,7 @@ def _bar(counted: _Counted) -> Iterator[Advance]:
     from rich.table import Column
 
     digits = len(str(counted.total))
-    columns = (  # a narrow terminal cuts the figures
+    columns = (  # a narrow terminal truncates the figures
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * digits + 1)),

@@ -17,10 +17,11 @@ _CPU_STATE_OFFSET = 24  # the words follow the 64-bit seed, two 32-bit counters 
 def stream(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a new generator that depends only on ``seed``, ``names`` and the type of ``device``.
 
-    Streams are named by what they serve, e.g. ``stream(seed, "certify", image_id)``, so that no result depends on
+    Streams are named after their purpose, e.g. ``stream(seed, "certify", image_id)``, so that no result depends on
     order, batch or process. The key is the SHA-256 digest of seed and names. On the CPU, NumPy's SeedSequence fills
     all 624 words of the Mersenne Twister from the 256 bits of the key. ``Generator.manual_seed`` would use 32 bits
-    only, and a few ten thousand streams would already collide. On other devices the generator's 64-bit seed is set.
+    only, and a few tens of thousands of streams would already collide. On other devices the generator's 64-bit seed is
+    set.
 
     Args:
         seed: an integer >= 0.

@@ -1,4 +1,4 @@
-"""Numbers that depend on the epoch, also in a training step that is captured once and replayed."""
+"""Numbers that depend on the epoch, even in a training step that is captured once and replayed."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn

@@ -31,7 +31,7 @@ def synchronised(module: nn.Module) -> nn.Module:
     With one process nothing changes. Calling it again changes nothing.
 
     Raises:
-        ModelError: A layer is a BatchNorm of a type with its own forward. The text names it.
+        ModelError: A layer is a BatchNorm of a type with its own forward. The message names the layer.
     """
     if world_size() == 1:
         return module
@@ -124,7 +124,7 @@ class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         unused = torch.ones(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        # BatchNorm's own reduction is on the CPU many times as fast as var_mean, and makes no float32 copy of x. It
+        # On the CPU, BatchNorm's own reduction is many times as fast as var_mean, and makes no float32 copy of x. It
         # computes in the dtype of the running statistics that it is given.
         mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
         ctx.count = x.numel() // x.shape[1]

@@ -1,4 +1,4 @@
-"""The user's cache folder: what would otherwise be computed again in every process. It may be deleted at any time."""
+"""The user's cache folder, for results that every process would otherwise recompute. It may be deleted at any time."""
 
 import hashlib
 import json
@@ -25,14 +25,14 @@ def user_cache(part: str) -> Path | None:
 
 
 def cache_file(part: str, facts: object, suffix: str) -> Path | None:
-    """Return the file of ``part`` whose name changes with ``facts``, values of JSON, or None where nothing is kept."""
+    """Return the file of ``part`` whose name changes with ``facts``, JSON values, or None where nothing is kept."""
     folder = user_cache(part)
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     return None if folder is None else folder / f"{name}{suffix}"
 
 
 def keep(file: Path, write: Callable[[Path], object]) -> None:
-    """Fill ``file`` by ``write``, as ``write_atomically`` does; where this is not possible, nothing is kept."""
+    """Fill ``file`` by ``write``, as ``write_atomically`` does. Where this is not possible, nothing is kept."""
     own = file.with_suffix(f".{os.getpid()}")  # several processes may write the same file
     try:
         write_atomically(own, write)

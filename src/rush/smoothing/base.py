@@ -13,7 +13,7 @@ from rush.runtime.numbers import sigma_of
 
 
 class Draws(torch.Generator):
-    """Gives the draws of a noise that has finitely many in turn, 0, 1, 2, ..., and not at random."""
+    """A generator that gives the finitely many draws of a noise in turn, 0, 1, 2, ..., instead of at random."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class Noise(ABC):
         return self.fill(torch.empty(shape, dtype=torch.float32, device=generator.device), generator)
 
     def add(self, pixels: Tensor, out: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill ``out`` (B, C, H, W) with noisy copies of ``pixels`` (C, H, W), which ``check`` has passed; return it.
+        """Fill ``out`` (B, C, H, W) with noisy copies of ``pixels`` (C, H, W), which passed ``check``, and return it.
 
-        Every judged copy is made here.
+        Every judged copy is made by this method.
         """
         return self.fill(out, generator).add_(pixels)
 

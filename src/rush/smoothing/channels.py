@@ -1,4 +1,4 @@
-"""Detects networks that repeat the plane of grey images before their first layer.
+"""Detection of networks that repeat the plane of grey images before their first layer.
 
 A colour network whose normalization is ``(x - mean) / std`` accepts grey images: they are broadcast to three planes.
 Under smoothing the three planes carry the same noise, with which the network was not trained. The certified classifier
@@ -26,14 +26,14 @@ class _Reached(Exception):
 def copied_planes(module: nn.Module, execution: Execution, shape: tuple[int, ...], generator: torch.Generator) -> int:
     """Return the number of copies of a grey image's plane that reach the first convolution or linear layer.
 
-    1 for images of several channels, for networks without such layers, and if the planes are not shifted and scaled
-    copies of one another.
+    It is 1 for images with several channels, for networks without such layers, and if the planes are not shifted and
+    scaled copies of one another.
 
     Args:
-        module: the network; its call ends at that layer.
+        module: the network. Its call ends at that layer.
         execution: how it runs.
         shape: (C, H, W) of the images.
-        generator: of the two random images that it is called on.
+        generator: source of the two random images that the network is called on.
     """
     channels, height, width = shape
     if channels != 1 or height * width < 2 or not any(isinstance(layer, _LAYERS) for layer in module.modules()):

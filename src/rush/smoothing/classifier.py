@@ -40,24 +40,24 @@ def _class_names(classes: Sequence[str]) -> tuple[str, ...]:
 class SmoothedClassifier:
     """A base classifier f under noise: g(x) = argmax_c P(f(x + noise) = c) (Cohen et al. 2019, equation 1).
 
-    Noise is not clipped, so f sees values outside [0, 1]. Every certified, predicted or judged
-    sample goes through one forward, which ``execution`` describes.
+    Noise is not clipped, so f sees values outside [0, 1]. Every certified, predicted or judged sample passes through
+    one forward, which ``execution`` describes.
 
     Args:
         classifier: nn.Module in evaluation mode from pixels (B, C, H, W) in [0, 1] to logits (B, num_classes). Its
             logits for an image must not depend on the rest of the batch.
         sigma: standard deviation of Gaussian noise, in pixel units.
         num_classes: K, at least 2.
-        noise: in place of ``sigma``, which means ``rush.Gaussian(sigma)``. Under ``rush.DiscreteGaussian(sigma)`` every
-            judged image must be an 8-bit image, and certificates hold in floating point, too. So it is under
-            ``rush.Splitting(sigma)``, whose certificates are exact.
-        execution: where and how f runs. None: in float32, on the device of its parameters. "auto": on the best device,
-            to which f is moved, in bfloat16 where the processor computes in it, with BatchNorm folded. Both run f on
-            tiles whose number of rows follows from the size of the images (``Execution.rows``).
+        noise: noise to use in place of ``sigma``, which means ``rush.Gaussian(sigma)``. Under
+            ``rush.DiscreteGaussian(sigma)`` every judged image must be an 8-bit image, and certificates hold in
+            floating point, too. The same applies under ``rush.Splitting(sigma)``, whose certificates are exact.
+        execution: where and how f runs. With None, f runs in float32, on the device of its parameters. With "auto", f
+            is moved to the best device, and runs in bfloat16 where the processor computes in it, with BatchNorm folded.
+            Both run f on tiles whose number of rows follows from the size of the images (``Execution.rows``).
         classes: names of the classes, in the order of the logits. By default those that f was trained on, if known.
-        image_shape: (C, H, W) of the images. By default that which f was trained on, if known. Images of another shape
-            are refused. Where no shape is known, the first images fix the number of channels. Grey images are refused
-            if f repeats their plane before its first layer, since the copies would carry the same noise.
+        image_shape: (C, H, W) of the images. By default the shape that f was trained on, if known. Images of another
+            shape are refused. Where no shape is known, the first images fix the number of channels. Grey images are
+            refused if f repeats their plane before its first layer, since the copies would carry the same noise.
 
     Raises:
         InputError: bad sigma, number of classes or shape.
@@ -103,7 +103,7 @@ class SmoothedClassifier:
         self.num_classes = whole
         self.classes = names if names is not None else tuple(str(k) for k in range(whole))
         self.kind = ImageKind(trained_on.shape if image_shape is None else checked_shape(image_shape), names)
-        self._channels: int | None = None  # of the first images that it has answered, where no shape is known
+        self._channels: int | None = None  # channels of the first images that it has answered, where no shape is known
         self._examined: tuple[int, ...] | None = None
         if execution == "auto":
             execution = decide_execution()
@@ -159,12 +159,12 @@ class SmoothedClassifier:
     def quantized(self, x: Pixels, seed: int = 0) -> "SmoothedClassifier":
         """Return this classifier computed in 8-bit integers, for processors with integer dot products (VNNI).
 
-        It is another classifier: votes, certificates and verdicts of one say nothing of the other. Attacks climb the
-        derivative of the network in float32. Only the CPU computes it.
+        It is another classifier: votes, certificates and verdicts of one say nothing about the other. Attacks follow
+        the derivative of the network in float32. It runs on the CPU only.
 
         Args:
-            x: some hundred training images, as ``predict`` takes them, which choose the scale of every activation.
-            seed: of their noise.
+            x: some hundred training images, as ``predict`` takes them, which determine the scale of every activation.
+            seed: seed of their noise.
 
         Raises:
             InputError: bad images.
@@ -189,12 +189,12 @@ class SmoothedClassifier:
     def vote_blocks(self, x: Tensor, num_samples: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Count the votes of noisy copies of each image, in blocks of 100.
 
-        The votes for an image depend on its pixels and its generator alone. ``recheck`` ends the use of votes.
+        The votes for an image depend on its pixels and its generator alone. Any use of the votes ends with ``recheck``.
 
         Args:
             x: images (B, C, H, W), float32 in [0, 1].
             num_samples: noisy copies per image.
-            generators: one per image, on the execution's device; each advances by whole blocks.
+            generators: one per image, on the execution's device. Each advances by whole blocks.
 
         Returns:
             int64 (B, ceil(num_samples / 100), K), on the CPU.
@@ -244,7 +244,7 @@ class SmoothedClassifier:
                 ``rush.certify`` takes them.
             num_samples: noisy copies per image.
             alpha: probability of a wrong answer.
-            seed: of the noise.
+            seed: seed of the noise.
 
         Returns:
             int64 (B,), ABSTAIN (-1) where the votes do not decide.
@@ -331,7 +331,7 @@ class SmoothedClassifier:
             device, classifier: as for ``rush.load``.
 
         Raises:
-            RunError: it is not there, or not smoothed.
+            RunError: it does not exist, or is not smoothed.
             MissingExtraError: huggingface_hub is not installed.
         """
         from rush.models.storage import load_pretrained
@@ -351,7 +351,7 @@ class SmoothedClassifier:
         return hub.push_to_hub(self, repository, None if run is None else Path(run), private)
 
     def streams(self, seed: int, purpose: str, *names: Sequence[str]) -> list[torch.Generator]:
-        """Return one generator per image, named by what it serves and the image's names, e.g. its id."""
+        """Return one generator per image, named after its purpose and the image's names, e.g. its id."""
         return [stream(seed, purpose, *each, device=self.execution.device) for each in zip(*names, strict=True)]
 
     def vote_counter(self) -> VoteCounter:
@@ -361,7 +361,7 @@ class SmoothedClassifier:
     def outputs(self, parts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield noisy images and their logits through the judged forward (``smoothing.outputs``).
 
-        ``recheck`` ends their use.
+        Any use of them ends with ``recheck``.
         """
         return outputs(self._current(), parts, self.execution)
 
@@ -372,7 +372,7 @@ class SmoothedClassifier:
     def recheck(self) -> None:
         """Check that the classifier still gives the same logits for some images of its first tile.
 
-        Whatever was computed ends with this check.
+        Every computation ends with this check.
 
         Raises:
             ModelError: it does not. Then no vote so far is valid.

@@ -1,8 +1,8 @@
 """Discrete Gaussian noise on 8-bit images, under which a certificate holds in floating point too.
 
-A certificate for Gaussian noise speaks of real numbers, but a network under float32 noise sees float32 sums, whose
+A certificate for Gaussian noise is about real numbers, but a network under float32 noise sees float32 sums, whose
 distribution depends on the image in ways that no theorem about real numbers covers. Voracek and Hein (2023) construct
-networks that get false certificates from that. Here rounding is part of the base classifier.
+networks that get false certificates in this way. In this module, rounding is part of the base classifier.
 
 Let F be the network as a function of integer images s = 255 x, e ~ N(0, sigma^2 I) and F'(y) = F(round(255 y)). F' is a
 function of real vectors like any other, so Cohen's theorem holds for F' under e (``certification.bounds``). If x is an
@@ -11,14 +11,15 @@ function of real vectors like any other, so Cohen's theorem holds for F' under e
     P(k = j) = Phi((j + 1/2) / (255 sigma)) - Phi((j - 1/2) / (255 sigma)).
 
 The network gets the sums 255 x + k, each computed exactly and converted to one float32. The votes are therefore those
-of the classifier that the certificate speaks of, which holds for every change of the image within the radius that
-leads to another 8-bit image. Sums are not clipped. A network that clips or rounds its input is an F like any other.
+of the classifier that the certificate is about. The certificate holds for every change of the image within the radius
+that leads to another 8-bit image. Sums are not clipped. A network that clips or rounds its input is an F like any
+other.
 
-Drawing k. It is the number of thresholds T_j = Phi((j + 1/2) / (255 sigma)) at or below a uniform u, in all of -J..J.
-The thresholds are computed in integer arithmetic, and u is drawn, to 120 bits. Noise beyond +-J is moved to +-J, where
-J is so large that its probability is about 1e-16 or less. The total variation between drawn and exact noise is thus
-known (``DiscreteGaussian.total_variation``): 1e-13 for CIFAR-10 at sigma = 1. Bounds that certify leave room for up to
-2e-11 (``choices.TOTAL_VARIATION``), and larger images or deviations are refused.
+Drawing k, in -J..J: k + J is the number of thresholds T_j = Phi((j + 1/2) / (255 sigma)), j = -J..J - 1, at or below a
+uniform u. The thresholds are computed in integer arithmetic, and u is drawn, to 120 bits. Noise beyond +-J is moved to
++-J, where J is so large that its probability is about 1e-16 or less. The total variation between drawn and exact noise
+is thus known (``DiscreteGaussian.total_variation``): 1e-13 for CIFAR-10 at sigma = 1. Bounds that certify leave room
+for up to 2e-11 (``choices.TOTAL_VARIATION``), and larger images or deviations are refused.
 """
 
 from collections.abc import Sequence
@@ -39,10 +40,10 @@ from rush.errors import InputError
 from rush.smoothing.base import Noise
 
 _HIGH, _LOW, _CELL = 60, 60, 16  # bits of the two words of a uniform, and of the part by which most draws are decided
-_WORK = 256  # bits behind the point in which the thresholds are computed
+_WORK = 256  # fractional bits with which the thresholds are computed
 _PI_DIGITS = 101
 _PI = 314159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798
-_OPEN = -(2**15)  # in ``by_cell``: less the index of the first threshold in the cell
+_OPEN = -(2**15)  # in ``by_cell``, minus the index of the first threshold in the cell
 _PART = 1 << 20  # values of an image drawn together on a CPU, which bounds the memory of large ones
 _TOGETHER = 1 << 16  # values of several images drawn together, which fit into the caches
 _LARGEST_Z, _TAIL = 10, 1 << 44  # 1 - Phi(10) < 2^-76
@@ -84,7 +85,7 @@ class DiscreteGaussian(Noise):
         return self.integers(out, generator).div_(LEVELS)
 
     def fill_each(self, out: Tensor, generators: Sequence[torch.Generator]) -> None:
-        """Fill ``out`` as ``Noise.fill_each``; on a CPU small rows are drawn together, with the same bits."""
+        """Fill ``out`` as ``Noise.fill_each`` does. On a CPU small rows are drawn together, with the same bits."""
         together = _TOGETHER * len(out) // max(1, out.numel())
         if together < 2 or generators[0].device.type != "cpu":
             super().fill_each(out, generators)
@@ -141,7 +142,7 @@ class _Thresholds:
         high: int64 (2J + 1,), the leading 60 bits, strictly ascending. The last one is never reached.
         low: int64 (2J + 1,), the other 60 bits.
         by_cell: float32 (2^16,), by the leading 16 bits of u as a signed number: the noise, if these bits decide, else
-            ``_OPEN`` less the index of the first threshold that they leave open.
+            ``_OPEN`` minus the index of the first threshold that they leave open.
         largest: J.
         total_variation: bound for one value, from the tails beyond +-J and the rounding of the thresholds.
     """
@@ -225,7 +226,7 @@ def _uniform(size: int, bits: int, generator: torch.Generator) -> Tensor:
 def _normal_cdf(z: Fraction) -> int:
     """Return Phi(z) in units of 2^-120, rounded to the nearest, for 0 < z < 10.
 
-    Phi(z) = 1/2 + (2 pi)^(-1/2) sum_n (-1)^n z^(2n+1) / (2^n n! (2n + 1)), in integers with 256 bits behind the point.
+    Phi(z) = 1/2 + (2 pi)^(-1/2) sum_n (-1)^n z^(2n+1) / (2^n n! (2n + 1)), in integers with 256 fractional bits.
     An error of one unit in a term is multiplied by at most exp(z^2 / 2) < 2^73 in the next ones, and there are fewer
     than 1,000 terms, so the sum is off by less than 2^(73 + 20 - 256) = 2^-163.
     """

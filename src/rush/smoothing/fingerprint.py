@@ -1,4 +1,4 @@
-"""Fingerprints of models, by which stored results know the model that they were computed with."""
+"""Fingerprints of models, which identify the model that stored results were computed with."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""The forward through which every certified, predicted or judged sample goes, and the choice of its form."""
+"""The forward through which every certified, predicted or judged sample passes, and the choice of its form."""
 
 import logging
 import time
@@ -27,12 +27,13 @@ _MOST_COMPILED = 64  # networks per process
 
 
 class Forward:
-    """Maps full tiles (T, C, H, W) float32 to logits (T, num_classes) float32, without gradients.
+    """A map from full tiles (T, C, H, W) float32 to logits (T, num_classes) float32, without gradients.
 
     The classifier only ever gets copies. Folding works on a copy of the weights, so changed weights need a new forward
-    (``is_current``). The first tile is run several times, to see that the logits of an image depend on nothing but the
-    image; a network of this library that passed this on this machine before is not inspected again (``inspected``).
-    Some images of that tile are run again at random tiles, and by ``recheck``, with which every computation ends.
+    (``is_current``). The first tile is run several times, to verify that the logits of an image depend on nothing but
+    the image. A network of this library that has passed this inspection on this machine is not inspected again
+    (``inspected``). Some images of that tile are run again at random tiles, and by ``recheck``, with which every
+    computation ends.
 
     Args:
         classifier: nn.Module in evaluation mode.
@@ -40,7 +41,7 @@ class Forward:
         num_classes: K.
 
     Attributes:
-        differentiable: this forward uncompiled, for any number of rows: maps (B, C, H, W) to logits (B, K) that are
+        differentiable: this forward uncompiled, for any number of rows. It maps (B, C, H, W) to logits (B, K) that are
             differentiable in the pixels. On CUDA with ``compile_mode`` "reduce-overhead", CUDA graphs are replayed
             (``gradient_graphs``).
 
@@ -117,7 +118,7 @@ class Forward:
         try:
             self._call(tile)
         except Exception as error:
-            self.differentiable(tile)  # if this fails too, the error is the classifier's own
+            self.differentiable(tile)  # if this fails too, the error comes from the classifier
             raise ModelError(
                 f"this classifier's forward is recorded as compiled ({self._execution.compile_mode}) and "
                 f"cannot be compiled here ({type(error).__name__}: {str(error)[:300]}); install a C++ compiler, or run "

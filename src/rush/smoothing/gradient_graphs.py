@@ -1,4 +1,4 @@
-"""Replays the forward and backward pass of attacks as CUDA graphs, one pair per shape."""
+"""The forward and backward pass of attacks, replayed as CUDA graphs, one pair per shape."""
 
 import warnings
 from collections import Counter
@@ -34,14 +34,14 @@ class GradientGraphs:
 
     A shape is captured at its third call with gradients. Value and gradient are then compared once with those of the
     function itself, with which they must agree up to rounding (``inspection.check_forward``). If they do not, or if a
-    capture fails, the function runs eagerly, with a NumericsWarning. It also does without gradients, and for shapes
-    after the first four. Outputs and gradients are copies, which later calls do not overwrite. A backward pass whose
-    forward pass is not the latest one computes that one again.
+    capture fails, the function runs eagerly, with a NumericsWarning. It also runs eagerly without gradients, and for
+    shapes after the first four. Outputs and gradients are copies, which later calls do not overwrite. A backward pass
+    whose forward pass is not the latest one computes that forward pass again.
 
     Args:
-        function: to be captured. It must not draw random numbers.
-        precision: of its arithmetic.
-        capture: as ``graphed``.
+        function: function to capture. It must not draw random numbers.
+        precision: precision of its arithmetic.
+        capture: a function like ``graphed``.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GradientGraphs:
         return True
 
     def _differing(self, x: Tensor, pair: "_Pair") -> str:
-        """Return what differs by more than rounding between replay and function at ``x``, "" if nothing does."""
+        """Return what differs by more than rounding between replay and function at ``x``, or "" if nothing does."""
         expected, gradient = _value_and_gradient(self._function, x)
         logits, replayed_gradient = _value_and_gradient(lambda point: _Replayed.apply(point, pair), x)
         if not is_rounding(expected, logits, self._precision):

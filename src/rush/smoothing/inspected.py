@@ -19,7 +19,7 @@ _OWN = ("rush.models.", "torch.nn.modules.")
 
 
 def inspected_file(classifier: nn.Module, execution: Execution, tile: Sequence[int]) -> Path | None:
-    """Return the file that says that this forward passed its inspection, or None where nothing may say so.
+    """Return the file that records that this forward passed its inspection, or None where that is not recorded.
 
     What a classifier of this library computes follows from its layers, its weights, the code of this library and of
     torch, the execution, the shape of the tile and the processor. The name of the file changes with each of them. A
@@ -43,12 +43,12 @@ def inspected_file(classifier: nn.Module, execution: Execution, tile: Sequence[i
 
 
 def keep_inspected(file: Path) -> None:
-    """Write ``file``, which is empty, where this is possible."""
+    """Write the empty ``file`` where this is possible."""
     keep(file, Path.touch)
 
 
 def _is_own(classifier: nn.Module) -> bool:
-    """Return whether this library built the classifier, and nothing was hooked into it or put in place of a forward."""
+    """Return whether this library built the classifier, with no hooks added and no forward replaced since."""
     return (
         type(classifier) is Classifier
         and classifier.spec is not None

@@ -34,8 +34,8 @@ class _Question:
 
     Attributes:
         finding: the property that a difference shows.
-        remedy: for a difference that rounding does not explain.
-        consequence: of one that may be rounding.
+        remedy: remedy for a difference that rounding does not explain.
+        consequence: consequence of a difference that may be rounding.
     """
 
     finding: str
@@ -79,7 +79,7 @@ def check_structure(module: nn.Module) -> None:
     """Raise ModelError if a layer of ``module`` is in training mode or normalizes by the statistics of the batch.
 
     A BatchNorm without running statistics does the latter even in evaluation mode. InstanceNorm, LayerNorm and
-    GroupNorm normalize each image by itself and pass. Cost: no forward pass.
+    GroupNorm normalize each image separately and pass. Cost: no forward pass.
     """
     check_eval_mode(module)
     layers = [name or "(the module itself)" for name, layer in module.named_modules() if _uses_batch_statistics(layer)]
@@ -101,9 +101,9 @@ def check_forward(
     1. the tile, unless its ``logits`` are given;
     2. the same tile again;
     3. about half of the rows replaced. The rows whose number has an even number of ones in binary stay (the Thue-Morse
-       sequence). This pattern has no period and splits every pair (2k, 2k + 1), so whatever mixes rows at some
-       distance, in groups or in halves meets replaced ones. The others become 3 - 2x, brighter than white and of twice
-       the contrast, so that every statistic of the batch changes;
+       sequence). This pattern has no period and splits every pair (2k, 2k + 1), so any mixing of rows at some distance,
+       in groups or in halves involves replaced rows. The replaced rows become 3 - 2x, brighter than white and with
+       twice the contrast, so that every statistic of the batch changes;
     4. every image moved by one row. A function of the row that this leaves unchanged is constant.
 
     A tile of one row has no neighbours and no other row.
@@ -114,26 +114,26 @@ def check_forward(
     spread in bfloat16 and 1.6 % in float32. Measured on a ResNet-18 and on a trained small network, bfloat16 differs
     from float32, and from bfloat16 in another memory layout, by at most 3 %; float32 with its sums in another order
     differs by less than 0.001 %; batch statistics in one layer, centring by the batch and dropout of 1 % change logits
-    by 25 % and more. Between these, rounding and a weak dependence look alike, hence the warning with its size. For
-    logits that jump, as those of a hard decision do, a last-bit difference becomes an error.
+    by 25 % and more. Between these sizes, rounding and a weak dependence look alike, so the warning states the size.
+    For logits that jump, as those of a hard decision do, a last-bit difference becomes an error.
 
     Args:
         forward: maps a full tile (T, C, H, W) to logits (T, K).
         tile: float32 pixels, T >= 1, preferably the noisy images to be judged. It is not changed.
-        precision: of the forward.
-        logits: of the tile (T, K), from a call of this forward.
+        precision: precision of the forward.
+        logits: logits of the tile (T, K), from a call of this forward.
 
     Returns:
         Whether all calls gave the same bits.
 
     Raises:
-        ModelError: logits are not finite, not (T, K), or depend on something else. The text has the size.
+        ModelError: logits are not finite, not (T, K), or depend on something else. The message states the size.
 
     Warns:
         NumericsWarning: once, for the first nonzero difference in this order that may be rounding. A forward that
             changes from call to call differs in the other comparisons too.
 
-    Random: nothing is drawn here. The forward itself may advance the global generator.
+    Random: this function draws nothing. The forward itself may advance the global generator.
     """
     notes = list(filter(None, compare_calls(forward, tile, precision, logits=logits)))
     if notes:
@@ -148,7 +148,7 @@ def compare_calls(
     movable: bool = True,
     logits: Tensor | None = None,
 ) -> Iterator[str]:
-    """Make the comparisons of ``check_forward`` one by one and yield the text of a warning for each, "" for none.
+    """Make the comparisons of ``check_forward`` one by one and yield the text of a warning for each, or "" for none.
 
     Args:
         forward: as in ``check_forward``.
@@ -173,8 +173,8 @@ class Sentinel:
     """One image in every tile, whose logits must not change, whatever the other rows hold.
 
     Args:
-        logits: of a whole tile (T, K). The sentinel's row is the last.
-        precision: of the forward.
+        logits: logits of a whole tile (T, K). The sentinel's row is the last.
+        precision: precision of the forward.
     """
 
     def __init__(self, logits: Tensor, precision: Precision) -> None:
@@ -190,15 +190,15 @@ class Watch:
     """A few images with their logits, which are run again later.
 
     The forward is run again after a random number of observed tiles, ``spacing`` on average, and by ``conclude``. It
-    gets a mixture of kept and new images, at different rows than before. One call thus shows a function that has
-    changed, a dependence on neighbours and one on the row. ``check_forward`` defines rounding. A difference of that
-    size passes without a warning, since the first inspection gives it.
+    gets a mixture of kept and new images, at different rows than before. One call thus reveals a function that has
+    changed, a dependence on neighbours and a dependence on the row. Rounding is defined as in ``check_forward``. A
+    difference of that size passes without a warning, since the first inspection gives one.
 
     Args:
         forward: maps images (T, C, H, W) to logits (T, K).
         tile: images (T, C, H, W) to keep.
-        logits: theirs, (T, K).
-        precision: of the forward.
+        logits: logits of these images, (T, K).
+        precision: precision of the forward.
         movable: whether an image may be run at another row. False if each row has its own seeded draw.
         spacing: mean number of observed tiles between two calls. The sequence is the same in every process.
 
@@ -232,7 +232,7 @@ class Watch:
 
         Args:
             tile: images, shaped as the kept ones.
-            logits: theirs, (T, K), None computes them if needed.
+            logits: their logits (T, K). With None they are computed if needed.
         """
         self._remaining -= 1
         if self._remaining == 0:
@@ -297,7 +297,7 @@ def _column(mask: Tensor, tile: Tensor) -> Tensor:
 
 
 def _replaced(tile: Tensor) -> Tensor:
-    """Return images of another brightness and contrast, within [0, 1] if ``tile`` is, else brighter than white."""
+    """Return images with other brightness and contrast, within [0, 1] if ``tile`` is, else brighter than white."""
     inside = bool((tile >= 0).all()) and bool((tile <= 1).all())
     return (1 - tile) / 2 if inside else 3 - 2 * tile
 
@@ -323,7 +323,7 @@ def is_rounding(expected: Tensor, actual: Tensor, precision: Precision) -> bool:
 
 
 def _judge(expected: Tensor, actual: Tensor, precision: Precision, question: _Question) -> str:
-    """Compare logits (R, K) of the same images from two calls and return the text of a warning, "" if equal."""
+    """Compare logits (R, K) of the same images from two calls and return the text of a warning, or "" if equal."""
     gaps = _gaps(expected, actual)
     if not bool((gaps > 0).any()):
         return ""

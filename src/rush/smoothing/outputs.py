@@ -1,4 +1,4 @@
-"""Computes the logits of a stream of noisy images themselves, where their votes alone do not suffice."""
+"""Logits of a stream of noisy images, where the votes alone do not suffice."""
 
 from collections.abc import Iterable, Iterator
 
@@ -27,11 +27,11 @@ def noisy_copies(pixels: Tensor, num_samples: int, noise: Noise, generator: torc
 def outputs(forward: Forward, parts: Iterable[Tensor], execution: Execution) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield rows (R, C, H, W) and their outputs (R, K) for a stream of rows, in full tiles.
 
-    The rows are those of ``parts``, (B, C, H, W) each, in their order. They are valid until the next ones. The last row
-    of a tile of 16 rows or more always holds the same image, as in ``votes``. The last tile is padded.
+    The rows are those of ``parts``, (B, C, H, W) each, in their order. They are valid until the next ones are yielded.
+    The last row of a tile of 16 rows or more always holds the same image, as in ``votes``. The last tile is padded.
 
     Raises:
-        ModelError: as ``Forward``, or outputs are not finite, or those of the image in every tile changed.
+        ModelError: as for ``Forward``, or outputs are not finite, or the outputs of the image in every tile changed.
     """
     size = filled = 0
     tile: Tensor | None = None

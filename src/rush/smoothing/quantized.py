@@ -2,8 +2,8 @@
 
 Every certificate of such a network is about the network of integers: votes, verdicts and predictions come from it. Its
 sums of products are exact, so that an image's outputs do not depend on the batch. Weights of convolutions have one
-scale per output channel, activations one scale and zero point per tensor, found on noisy training images. Linear layers
-and whatever torch cannot quantize stay in float32.
+scale per output channel, activations one scale and zero point per tensor, which noisy training images determine. Linear
+layers and whatever torch cannot quantize stay in float32.
 """
 
 import copy
@@ -32,16 +32,16 @@ class Quantized(nn.Module):
     """A network computed in 8-bit integers, with the derivative of the network in float32.
 
     Args:
-        network: in evaluation mode and on the CPU. Its weights must not change any more.
-        ranges: scale and zero point of every activation, in the order of the network (``quantized`` finds them).
+        network: network in evaluation mode on the CPU. Its weights must not change afterwards.
+        ranges: scale and zero point of every activation, in the order of the network (``quantized`` computes them).
 
     Attributes:
-        network: the same in float32.
+        network: the network in float32.
         ranges: float64 (L, 2).
 
     Raises:
         ConfigError: this processor or this version of torch cannot compute it.
-        ModelError: the network cannot be traced, or has another number of activations.
+        ModelError: the network cannot be traced, or has a different number of activations.
     """
 
     ranges: Tensor
@@ -72,11 +72,11 @@ class Quantized(nn.Module):
 
 
 def quantized(classifier: nn.Module, images: Tensor) -> nn.Module:
-    """Return a copy of ``classifier`` in 8-bit integers; of a ``Classifier`` the encoder is quantized.
+    """Return a copy of ``classifier`` in 8-bit integers. In a ``Classifier``, the encoder is quantized.
 
     Args:
-        classifier: from pixels to logits, in evaluation mode, with weights in float32, on the CPU.
-        images: float32 (N, C, H, W), with noise as at prediction, on which the ranges of activations are found.
+        classifier: network from pixels to logits, in evaluation mode, with weights in float32, on the CPU.
+        images: float32 (N, C, H, W), with noise as at prediction, which determine the ranges of activations.
 
     Raises:
         ConfigError, ModelError: as ``Quantized``.
@@ -101,7 +101,7 @@ def is_quantized(classifier: nn.Module) -> bool:
 
 
 def without_ranges(classifier: nn.Module) -> tuple[nn.Module, Ranges | None]:
-    """Return the network in float32 and the ranges of one in integers, None for any other."""
+    """Return the network in float32, and the ranges of a network in integers or None for any other."""
     inner = _quantized_part(classifier)
     if not isinstance(inner, Quantized):
         return classifier, None
@@ -114,7 +114,7 @@ def without_ranges(classifier: nn.Module) -> tuple[nn.Module, Ranges | None]:
 
 
 def _quantized_part(classifier: nn.Module) -> nn.Module:
-    """Return what is quantized of a classifier: the encoder of one of this library, else the whole."""
+    """Return the part of a classifier that is quantized: the encoder of one of this library, else the whole."""
     return classifier.encoder if isinstance(classifier, Classifier) else classifier
 
 
@@ -145,7 +145,7 @@ def _converted(network: nn.Module, ranges: Ranges) -> nn.Module:
 
 
 def _prepared(network: nn.Module) -> GraphModule:
-    """Return a traced copy of ``network`` with an observer behind every activation that is quantized."""
+    """Return a traced copy of ``network`` with an observer after every activation that is quantized."""
     check_integers("cpu")
     try:
         from torch.ao.quantization import QConfig, QConfigMapping

@@ -3,7 +3,7 @@
 An image has the pixels X_i / 255, with integers X_i. Let lambda = sigma sqrt 3, L = int(2 lambda 255) and v a fixed
 array of integers, the template. There are L draws, k = 0, ..., L - 1. Draw k splits the line of pixel i at the points
 t + 1/2 with t = v_i + k modulo L. The network sees the middle of the part of [0, 255] in which X_i lies, divided by
-255. Every draw votes once. The smoothed class is the one with the most votes, the lowest one of several.
+255. Every draw votes once. The smoothed class is the one with the most votes, or the lowest of several.
 
 A step of one pixel from X_i to X_i + 1 crosses the point X_i + 1/2, which belongs to exactly one of the L draws. So it
 changes at most one vote. An image at l1 distance m / 255 is m such steps away, and no count differs by more than m:
@@ -34,7 +34,7 @@ from rush.errors import InputError
 from rush.smoothing.base import Draws, Noise
 from rush.smoothing.discrete import levels_of
 
-_MOST_DRAWS = 1 << 20  # of which float32 holds every sum exactly
+_MOST_DRAWS = 1 << 20  # draws, of which float32 holds every sum exactly
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Splitting(Noise):
         levels_of(x)
 
     def fill(self, out: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill ``out`` (..., C, H, W), float32, with a split point of every pixel in steps of 1/255; return it.
+        """Fill ``out`` (..., C, H, W), float32, with a split point of every pixel in steps of 1/255, and return it.
 
-        One draw serves all pixels of an image, the next one of ``Draws`` or a random one of a generator.
+        All pixels of an image share one draw: the next one of ``Draws``, or a random one of any other generator.
         """
         size = prod(out.shape[:-3])
         if isinstance(generator, Draws):

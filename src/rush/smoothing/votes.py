@@ -1,4 +1,4 @@
-"""Counts votes of a base classifier on noisy copies of images, for certification, prediction and verdicts."""
+"""The votes of a base classifier on noisy copies of images, for certification, prediction and verdicts."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -27,8 +27,8 @@ class VoteRequest(NamedTuple):
 
     Attributes:
         pixels: (C, H, W) float32, on the engine's device.
-        generator: on the engine's device. It advances by one block.
-        rows: number of copies that vote, the first ones, at most 100.
+        generator: generator of the noise, on the engine's device. It advances by one block.
+        rows: number of copies that vote, at most 100. They are the first ones of the block.
     """
 
     pixels: Tensor
@@ -37,20 +37,20 @@ class VoteRequest(NamedTuple):
 
 
 class VoteCounter:
-    """Counts votes in full tiles, whatever images and blocks are requested.
+    """A counter of votes that fills whole tiles, whatever images and blocks are requested.
 
     Noise is drawn and added in whole blocks, and never clipped. A launch continues the tile that the previous
     one left unfinished. A tile is padded only if votes in it are read before it is full. The host waits for the device
     only when votes are read, and memory does not grow with the number of requests.
 
     The last row of a tile of 16 rows or more does not vote. It always holds the same noisy image, whose logits show in
-    every tile whether the forward still computes each image by itself.
+    every tile whether the forward still computes each image separately.
     """
 
     def __init__(self, forward: Forward, noise: Noise, num_classes: int, execution: Execution) -> None:
         self._forward, self._noise, self._num_classes = forward, noise, num_classes
         self._execution, self._device = execution, execution.device
-        self._rows = 0  # of the tile that vote
+        self._rows = 0  # rows of the tile that vote
         self._sentinel: Sentinel | None = None
         self._tile = self._block = torch.empty(0)
         self._places = torch.empty(0, dtype=torch.int64)
@@ -132,7 +132,7 @@ class PendingVotes:
         Args:
             places: int64 (rows,), request x K + class.
             finite: bool (rows,), whether the logits of each row are finite.
-            unmoved: bool (), whether the tile's sentinel has its first logits, None without a sentinel.
+            unmoved: bool (), whether the tile's sentinel still has its first logits, or None without a sentinel.
         """
         self._votes.index_add_(0, places, torch.ones_like(places))
         self._finite &= finite.all()

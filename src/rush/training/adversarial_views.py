@@ -23,19 +23,19 @@ def adversarial_views(
 ) -> tuple[Tensor, Tensor]:
     """Return both views moved within epsilon so that the NT-Xent loss of their projections grows.
 
-    Projected gradient ascent in l-inf on both views at once from a uniform random start in the ball, as in ACL (Jiang
-    et al. 2020, "Robust Pre-Training by Adversarial Contrastive Learning", algorithm 1): step_size times the sign of
-    the gradient, then back into the ball and into [0, 1]. ACL trains with epsilon 8/255, step size 2/255, 5 steps and
-    temperature 0.5. Its authors' code takes these steps in evaluation mode, with the running statistics of the
-    adversarial normalization, and so should ``project``: in training mode every step would update them. Gradients are
-    taken with respect to the views alone: no parameter's ``.grad`` changes. With several processes the loss is that of
-    the global batch, and every process attacks its own rows.
+    This is projected gradient ascent in l-inf on both views at once from a uniform random start in the ball, as in ACL
+    (Jiang et al. 2020, "Robust Pre-Training by Adversarial Contrastive Learning", algorithm 1): step_size times the
+    sign of the gradient, then back into the ball and into [0, 1]. ACL trains with epsilon 8/255, step size 2/255, 5
+    steps and temperature 0.5. Its authors' code takes these steps in evaluation mode, with the running statistics of
+    the adversarial normalization, and so should ``project``: in training mode every step would update these statistics.
+    Gradients are taken with respect to the views alone: no parameter's ``.grad`` changes. With several processes the
+    loss is that of the global batch, and every process attacks its own rows.
 
     Args:
         project: [0, 1] pixels (2 B, C, H, W), the rows of view_a before those of view_b -> z (2 B, D), float.
         view_a, view_b: (B, C, H, W) in [0, 1], row by row, without noise. The range is not checked, which would wait
             for the device.
-        epsilon: in (0, 1], in pixel units.
+        epsilon: radius of the ball in (0, 1], in pixel units.
         step_size: > 0, in pixel units.
         steps: >= 1.
         generator: on the device of the views.

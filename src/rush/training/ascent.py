@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_SMALLEST_NORM = 1e-12  # of a gradient or change that is divided by its norm; below it, nothing moves
+_SMALLEST_NORM = 1e-12  # least divisor of a gradient or change; below it, nothing moves
 
 
 def gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rush.training.checkpoint import LONG_SAVING, SAVING_SHARE
 WARMUP_STEPS = 4  # compilation, and the capture of a CUDA graph, end before the last of them
 RESERVE = 0.05  # share of the minutes for what a trial does not see: a processor that slows down, other programs
 _FEWEST, _MOST = 3, 50  # timed steps of a kind
-_SHARE = 0.02  # of the minutes for the timed steps of a kind where the fewest take less
+_SHARE = 0.02  # share of the minutes for the timed steps of a kind, where the fewest take less
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Times:
     Attributes:
         step: one step.
         head_step: one step of the first ``head_epochs``.
-        opening: until the first batch of an epoch is available.
+        opening: wait until the first batch of an epoch is available.
         saving: one checkpoint.
         monitoring: one measurement of the live figures.
     """
@@ -45,13 +45,13 @@ class Times:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training stage of ``minutes``: the facts that decide its number of epochs.
+    """A training stage of ``minutes``: the facts that determine its number of epochs.
 
     Attributes:
         name: section of the recipe, for errors.
         per_epoch: steps per epoch.
         head_epochs: number of first epochs whose steps do different work from the later ones.
-        warmup_epochs: of the learning rate.
+        warmup_epochs: warm-up epochs of the learning rate.
         monitor_epochs: number of epochs between live figures, which also come after the last one.
     """
 
@@ -74,7 +74,7 @@ class Plan:
         return trained + saved
 
     def fit(self, times: Times, spent: float = 0.0) -> "Budget":
-        """Return the largest number of epochs that ends within the minutes, less ``RESERVE`` of them.
+        """Return the largest number of epochs that end within the minutes, minus ``RESERVE`` of them.
 
         Args:
             times: seconds of the parts.
@@ -82,7 +82,7 @@ class Plan:
 
         Raises:
             ConfigError: there is no time for one epoch, or for more epochs than ``head_epochs`` and ``warmup_epochs``.
-                The text says how many minutes one epoch takes.
+                The message states how many minutes one epoch takes.
         """
         left = 60 * self.minutes * (1 - RESERVE) - spent
         shortest = self.per_epoch * min(times.step, times.head_step or times.step)

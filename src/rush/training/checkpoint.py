@@ -12,7 +12,7 @@ from rush.errors import CheckpointError, WriteError
 from rush.runtime.files import write_atomically
 
 LONG_SAVING = 0.2  # seconds; a checkpoint that takes less is written at the end of every epoch
-SAVING_SHARE = 0.05  # of the time, at most, for checkpoints at the ends of epochs that take longer to write
+SAVING_SHARE = 0.05  # largest share of the time for checkpoints at the ends of epochs that take longer to write
 _OPENING = b"rush checkpoint 2\n"
 _DIGEST_CHARACTERS = 64
 
@@ -21,7 +21,7 @@ class TrainingCheckpoint:
     """The resumable state of a training stage in ``path``: an identifying line, a SHA-256, and tensors.
 
     Random streams are named by epoch and step and need no saving. The state is read with ``weights_only=True``, so that
-    nothing in it runs. ``previous`` is the checkpoint before the newest, retained in case the disk loses the newest.
+    no code in it runs. ``previous`` is the checkpoint before the newest, retained in case the disk loses the newest.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -36,7 +36,7 @@ class TrainingCheckpoint:
         """Write ``state`` as the newest checkpoint. The one before it becomes ``previous``.
 
         Raises:
-            CheckpointError: the file cannot be written. The newest one is then as it was.
+            CheckpointError: the file cannot be written. The newest checkpoint is then unchanged.
         """
         buffer = io.BytesIO()
         torch.save({"fingerprint": self.fingerprint, **state}, buffer)
@@ -69,10 +69,10 @@ class TrainingCheckpoint:
         rehearsal.path.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """Return the saved state, on the CPU, or None when nothing was saved yet.
+        """Return the saved state, on the CPU, or None if nothing has been saved yet.
 
         Raises:
-            CheckpointError: the file is damaged or belongs to another recipe.
+            CheckpointError: the file is damaged or belongs to a different recipe.
         """
         if not self.path.exists():
             return None
@@ -103,7 +103,7 @@ class TrainingCheckpoint:
         self.previous.unlink(missing_ok=True)
         try:
             os.link(self.path, self.previous)
-        except OSError:  # a file system without links keeps the newest alone
+        except OSError:  # a file system without links keeps only the newest
             return
 
 

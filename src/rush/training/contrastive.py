@@ -54,7 +54,7 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
         A scalar. Gradients flow into the queries alone. The queue may be overwritten before the backward pass.
 
     Raises:
-        InputError: the shapes do not fit or the temperature is not positive.
+        InputError: the shapes do not match or the temperature is not positive.
     """
     if queries.ndim != 2 or queries.shape != keys.shape:
         raise InputError(

@@ -20,7 +20,7 @@ class WeightAverage:
 
     Args:
         module: the average starts as a copy of it, on its device and in its types, without gradients.
-        decay: in [0, 1). 0 keeps the newest weights.
+        decay: decay of the average, in [0, 1). 0 keeps the newest weights.
 
     Raises:
         ConfigError: ``decay`` is outside its range.

@@ -68,9 +68,9 @@ def finetune(
         settings: conditions of the run. The compile mode "graph" excludes the mode ``linear-then-full``, whose step
             changes in between.
         noise: None for a classifier that will not be smoothed.
-        targets: what the images, which are then in memory, are taught in place of their labels: float32 (N, K), a
-            probability of each class, whose sum is the weight of the image.
-        name: of the training, which names its random streams.
+        targets: soft labels to train on in place of the labels of the images, which are then in memory: float32 (N, K),
+            a probability of each class, whose sum is the weight of the image.
+        name: name of the training stage, which names its random streams.
 
     Raises:
         DataError: the images have no labels.

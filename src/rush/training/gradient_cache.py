@@ -25,8 +25,8 @@ def cached_backward(
 
     Without BatchNorm this equals the plain batch. With it, it equals one graph in which every micro-batch is normalized
     by its own batch statistics. Running statistics change once per micro-batch, in the second pass. The first pass
-    restores every buffer of ``module``. With several processes a loss that gathers (``nt_xent``) sees all of them,
-    provided that each holds the same number of rows.
+    restores every buffer of ``module``. With several processes a loss that gathers (``nt_xent``) sees the rows of all
+    of them, provided that each holds the same number of rows.
 
     Args:
         encode: rows (R, ...) -> z (R, D), the same for both passes. It draws nothing at random (noise and augmentation
@@ -34,7 +34,7 @@ def cached_backward(
         inputs: tensors of the same number of rows B, e.g. two views. Rows of the same numbers go through ``encode``
             together, one input after the other, as in the plain step.
         micro_batch: most rows of each input at a time. If it does not divide B, the sizes of the pieces differ by at
-            most one, so that no BatchNorm sees a small rest.
+            most one, so that no BatchNorm sees a small remainder.
         loss: one z (B, D) per input -> scalar. Its own parameters get gradients too.
         module: holds every buffer that ``encode`` writes.
 
@@ -42,7 +42,7 @@ def cached_backward(
         InputError: there are no inputs, their rows differ in number, or micro_batch < 1.
 
     Cost:
-        One forward pass more than the plain step. Memory is that of one micro-batch and of the loss.
+        One more forward pass than the plain step. Memory is that of one micro-batch and of the loss.
     """
     pieces = _micro_batches(inputs, micro_batch)
     with torch.no_grad(), _kept_buffers(module):

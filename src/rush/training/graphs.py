@@ -1,7 +1,7 @@
-"""A training step captured once as a CUDA graph and replayed, which queues thousands of kernels by one call.
+"""A training step captured once as a CUDA graph and replayed, which queues thousands of kernels with one call.
 
 A replay repeats the kernels of the capture on the same memory, and no Python of the step runs. What changes from step
-to step is therefore written into static memory before: the batch, the seed of the generator, the learning rate, and
+to step is therefore written into static memory first: the batch, the seed of the generator, the learning rate, and
 every number that follows the epoch (``runtime.schedules``). The bits are those of the plain step. On other devices
 nothing is captured and a replay runs the step, on the same static memory.
 """
@@ -26,7 +26,7 @@ class CapturedStep:
     Args:
         step: the whole step, from a batch, the epochs done so far and the generator to its loss.
         device: where it runs.
-        prepare: called with True before the capture and with False after it, to make what ``step`` uses fit for it.
+        prepare: called with True before the capture and with False after it, to prepare for it what ``step`` uses.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class CapturedStep:
         """Take a step and return its loss, which the next call overwrites.
 
         Args:
-            batch: as large as every other one.
+            batch: a batch of the same size as every other one.
             epoch: epochs done so far.
             reseed: sets the generator that it is given to the stream of this step.
 
@@ -114,8 +114,8 @@ class _Rerun:
 class _CudaGraph:
     """Recorder of the kernels that the function queues, with the generator that they draw from.
 
-    Plain steps and capture use one stream of their own: nodes of autograd that outlive a step would otherwise make the
-    capture wait for another stream, which it must not.
+    Plain steps and capture share one separate stream: nodes of autograd that outlive a step would otherwise make the
+    capture wait for another stream, which is not allowed.
     """
 
     def __init__(self, device: str, generator: torch.Generator) -> None:

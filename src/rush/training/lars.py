@@ -24,7 +24,7 @@ class LARS(torch.optim.Optimizer):
     norms of its two parts. The learning rate is inside the velocity v, as in both sources, so that a schedule acts on
     new gradients only.
 
-    A parameter group with ``adapt=False`` takes r = 1 and u = g, which is plain momentum without decay, for biases and
+    A parameter group with ``adapt=False`` uses r = 1 and u = g, which is plain momentum without decay, for biases and
     normalization layers. Parameters without a gradient are not changed. The state holds one velocity per parameter.
     Norms stay tensors, so that a step does not wait for the device.
 
@@ -95,7 +95,7 @@ class LARS(torch.optim.Optimizer):
 def _ratios(parameters: list[Tensor], updates: list[Tensor], trust_coefficient: float) -> list[Tensor]:
     """Return the trust ratio r of every parameter, each a 0-d tensor."""
     weights, steps = torch.stack(torch._foreach_norm(parameters)), torch.stack(torch._foreach_norm(updates))
-    adapted = trust_coefficient * weights / steps  # not finite where a norm is 0, and not taken there
+    adapted = trust_coefficient * weights / steps  # not finite where a norm is 0, and not used there
     return list(torch.where((weights > 0) & (steps > 0), adapted, 1.0).unbind())
 
 

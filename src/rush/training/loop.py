@@ -36,7 +36,7 @@ Step: TypeAlias = Callable[[Batch, float, torch.Generator], Tensor]
 randomness comes, to their mean loss without graph. It adds the gradients of this loss to the parameters' ``grad``."""
 
 _INSPECTED_STEPS = 32  # losses are inspected at this interval, and as many steps late, so that nothing waits for them
-_MOST_SKIPPED = 10  # batches of a run; more of them mean that the training itself diverges
+_MOST_SKIPPED = 10  # skipped batches of a run; more of them mean that the training itself diverges
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CheckpointPolicy:
         checkpoint: the file. None saves nothing.
         minutes: interval between checkpoints within an epoch. One is also written at the end of an epoch.
         on_nonfinite: "stop" raises an error. "skip" returns to the last checkpoint and omits the batch.
-        settled: called with the budget of a run by minutes before its first step. What it raises ends the run.
+        settled: called with the budget of a run limited by minutes before its first step. An error in it ends the run.
 
     Raises:
         ConfigError: on_nonfinite = "skip" without a checkpoint.
@@ -125,17 +125,17 @@ class TrainingRun:
     and sums over a batch round differently.
 
     Attributes:
-        schedule: a run by minutes begins with a trial, which also calls ``monitor(0)``. The number of epochs that fit
-            is passed to ``log("budget", ...)`` and stored in the checkpoint, so that a resumed run has the same. The
-            trial leaves no trace: the result has the bits of a run for that number of epochs.
+        schedule: a run limited by minutes begins with a trial, which also calls ``monitor(0)``. The number of epochs
+            that fit is passed to ``log("budget", ...)`` and stored in the checkpoint, so that a resumed run has the
+            same number. The trial leaves no trace: the result has the bits of a run for that number of epochs.
         meter: counts the passes of the run and names its device.
         monitor: maps an epoch to live figures, computed with averaged weights where the schedule asks for them.
         head_epochs: number of first epochs whose steps do different work from the later ones. A trial measures both.
         log: called with ``("epoch", ...)`` after every epoch: mean loss, learning rate of the last step, cost and
             images per second. Called with ``("monitor", ...)`` and the figures of ``monitor``, unless empty, after
             every ``schedule.monitor_epochs`` epochs and after the last.
-        captured: on CUDA the whole step is captured once and replayed (``training.graphs``), with the same bits. This
-            needs one process and the optimizer sgd or adamw.
+        captured: whether, on CUDA, the whole step is captured once and replayed (``training.graphs``), with the same
+            bits. This needs one process and the optimizer sgd or adamw.
     """
 
     # ``_state`` holds everything that an interruption must not lose: weights, optimizer, average, position, cost.
@@ -154,9 +154,9 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.began = budget.clock(self.device)
-        broadcast_module(self.module)  # processes whose weights differ in a bit would drift apart unseen
+        broadcast_module(self.module)  # processes whose weights differ in a bit would drift apart unnoticed
         self.per_epoch = batches_per_epoch(len(self.images), self.schedule.batch_size)
-        self.epochs = self.schedule.epochs  # None until a trial has settled those of a run by minutes
+        self.epochs = self.schedule.epochs  # None until a trial has settled those of a run limited by minutes
         self._prepare()
 
     def _prepare(self) -> None:
@@ -168,7 +168,7 @@ class TrainingRun:
         self.average = WeightAverage(self.module, schedule.ema_decay) if schedule.ema_decay > 0 else None
         self.rate = schedule.learning_rate
         self.graph = self._capturing() if self.captured else None
-        self.number = 0  # steps done, those that were skipped included
+        self.number = 0  # steps done, including skipped ones
         self.stopping: Tensor | None = None  # (), share of the processes asked to stop, as of the last step
         self.note = ""  # the last loss that the host has read
         self.losses = Losses(self.per_epoch)  # of the current epoch, on the device
@@ -184,9 +184,9 @@ class TrainingRun:
         Raises:
             ConfigError: the minutes do not suffice for one epoch, the ``head_epochs`` and one more, or the warm-up; or
                 the step cannot be captured.
-            RushError: a loss or gradient is not finite. The text names epoch and batch.
+            RushError: a loss or gradient is not finite. The message names epoch and batch.
             Interrupted: the process was asked to stop. A checkpoint was written before.
-            DeviceMemoryError: memory is short.
+            DeviceMemoryError: the device ran out of memory.
         """
         with stop_requests() as stop, self.meter.running():
             self._restore()
@@ -208,7 +208,7 @@ class TrainingRun:
 
     @property
     def total(self) -> int:
-        """Number of steps of the run, or during a trial of one epoch of each kind of step."""
+        """Number of steps of the run or, during a trial, of one epoch of each kind of step."""
         return self.per_epoch * (self.head_epochs + 1 if self.epochs is None else self.epochs)
 
     def _shown(self) -> AbstractContextManager[Advance]:
@@ -219,7 +219,7 @@ class TrainingRun:
         return progress(self.name, self.total * size, start=self.number * size)
 
     def _rest_of_epoch(self, stop: StopRequest, advance: Advance) -> Iterator[Batch]:
-        """Yield the remaining batches of the epoch, and do after each step, and at the end, what is due."""
+        """Yield the remaining batches of the epoch, with the work that is due after each step and at the end."""
         epoch, first = divmod(self.number, self.per_epoch)
         order = stream(self.seed, self.name, "order", epoch)
         self.stopping = None
@@ -260,7 +260,7 @@ class TrainingRun:
             self._save()
 
     def _settle(self) -> None:
-        """Fix the number of epochs of a run by minutes, unless a checkpoint has set it."""
+        """Fix the number of epochs of a run limited by minutes, unless a checkpoint has set it."""
         minutes = self.schedule.minutes
         if minutes is None or self.epochs is not None:
             return
@@ -268,7 +268,7 @@ class TrainingRun:
         plan = budget.Plan(
             self.name, minutes, self.per_epoch, self.head_epochs, schedule.warmup_epochs, schedule.monitor_epochs
         )
-        cost = self.meter.read()  # of everything before the trial, whose own cost is discarded
+        cost = self.meter.read()  # cost of everything before the trial, whose own cost is discarded
         with budget.restored(self.module):
             times = budget.measure(
                 plan,
@@ -302,7 +302,7 @@ class TrainingRun:
         if len(self.skipped) >= _MOST_SKIPPED:
             raise RushError(f"{message}, after {_MOST_SKIPPED} batches that were skipped for it. {remedy}")
         self._restore()
-        self.skipped.add(number)  # after the restored state, which does not hold it
+        self.skipped.add(number)  # after the state is restored, which does not hold it
         self.log("skipped", stage=self.name, epoch=epoch + 1, batch=batch)
         self._save()
 
@@ -416,7 +416,7 @@ class TrainingRun:
         """
         wrong = (~losses.isfinite()).nonzero()  # (number of them, 1)
         if len(wrong):
-            # A skipped step has no loss: the place of a loss among those of the epoch is not its step's.
+            # A skipped step has no loss: the position of a loss within the epoch is not that of its step.
             start = (self.number - 1) // self.per_epoch * self.per_epoch
             taken = [number for number in range(start, self.number) if number not in self.skipped]
             raise _NotFiniteError(taken[first + int(wrong[0])])
@@ -479,7 +479,7 @@ class TrainingRun:
         self.saving_seconds = self.kept_at - began
 
     def _answer(self, stop: StopRequest, stopping: Tensor | None) -> None:
-        """End the run if that was requested. Several processes decide by the value they exchanged, and so alike."""
+        """End the run if that was requested. Several processes decide alike, by the value they exchanged."""
         requested = bool(stop) if world_size() == 1 else stopping is not None and bool(stopping > 0)
         if not requested:
             return
@@ -516,7 +516,7 @@ class TrainingRun:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.graph is not None:
-            self.graph = self._capturing()  # the loaded state of the optimizer lies elsewhere
+            self.graph = self._capturing()  # the loaded state of the optimizer is elsewhere in memory
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.number = int(state["number"])

@@ -21,7 +21,7 @@ class Losses:
         self._losses = torch.empty(0)
         self._count = self._sent = 0
         self._coming: HostCopy | None = None
-        self._first = 0  # position in the epoch of the first loss that is on its way
+        self._first = 0  # position in the epoch of the first loss that is being sent
 
     def add(self, loss: Tensor) -> None:
         """Store a copy of the scalar ``loss`` of the next step."""

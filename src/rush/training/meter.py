@@ -1,4 +1,4 @@
-"""Count the cost of a training stage in passes through the network, the unit in which methods are compared."""
+"""The cost of a training stage in passes through the network, the unit in which methods are compared."""
 
 import importlib
 import sys
@@ -21,10 +21,10 @@ class Cost:
     """Running totals.
 
     Attributes:
-        passes: images forward and backward, in all processes.
-        forward_passes: images forward alone.
-        seconds: wall clock.
-        joules: of this process's processor or accelerator. None where the device has no counter.
+        passes: number of images that went forward and backward, in all processes.
+        forward_passes: number of images that went forward only.
+        seconds: wall-clock time.
+        joules: energy of this process's processor or accelerator. None where the device has no counter.
     """
 
     passes: int = 0
@@ -47,8 +47,9 @@ class Meter:
     """Counter of the rows that go forward through ``networks`` within ``running``, by whether they can go backward.
 
     A row counts as forward and backward when gradients are on and either the input or a weight requires one. A backward
-    pass to the input alone costs less than one to the weights too and counts the same. The rows of the other processes,
-    which have as many, are included. Nothing waits for the device. ``cost`` may be set to that of an earlier attempt.
+    pass to the input alone costs less than one to the weights too but counts the same. The rows of the other processes,
+    which have equally many, are included. Nothing waits for the device. ``cost`` may be set to that of an earlier
+    attempt.
     """
 
     def __init__(self, *networks: nn.Module, device: str = "cpu") -> None:
@@ -95,7 +96,7 @@ class Meter:
 
 
 def peak_memory(device: str) -> int | None:
-    """Return the peak of bytes on the accelerator, or resident in this process, or None if it is not known."""
+    """Return the peak memory in bytes, on the accelerator or resident in this process, or None if it is not known."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -111,7 +112,7 @@ def _accelerator_energy(device: str) -> Callable[[], float] | None:
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid  # numbers differ where some devices are hidden
+        uuid = torch.cuda.get_device_properties(device).uuid  # device numbers differ where some devices are hidden
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception:  # no package, no driver, or a device without the counter

@@ -39,7 +39,7 @@ def build_optimizer(
 
 
 def representable(rate: float, device: str) -> float:
-    """Return the learning rate as it is used: rounded to float32 on CUDA, where a captured step reads it so."""
+    """Return the learning rate as it is used: rounded to float32 on CUDA, as a captured step reads it."""
     return float(torch.tensor(rate, dtype=torch.float32)) if torch.device(device).type == "cuda" else rate
 
 

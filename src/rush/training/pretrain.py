@@ -62,9 +62,9 @@ def pretrain(
 ) -> None:
     """Train ``encoder`` in place on two noisy or plain views of each image, by the objective of ``config``.
 
-    The projector is drawn from ``stream(seed, "pretrain", "projector")``, trained along and dropped. The encoder is
-    returned in evaluation mode. After ACL it has the BatchNorm of the adversarial views. With several processes
-    BatchNorm is synchronised and losses span the global batch.
+    The projector is drawn from ``stream(seed, "pretrain", "projector")``, trained with the encoder and dropped
+    afterwards. The encoder is returned in evaluation mode. After ACL it has the BatchNorm of the adversarial views.
+    With several processes BatchNorm is synchronised and losses span the global batch.
 
     Args:
         images: the rows of this process.
@@ -77,7 +77,7 @@ def pretrain(
         RushError: as ``TrainingRun.run``.
 
     Cost:
-        Passes per image and epoch. SimCLR: 2 forward and backward, with ``micro_batch`` 2 forward more. MoCo: 1 forward
+        Passes per image and epoch. SimCLR: 2 forward and backward, with ``micro_batch`` 2 more forward. MoCo: 1 forward
         and backward, 1 forward. ACL: 4 + 2 ``adversary.steps`` forward and backward.
     """
     features, seed, execution = encoder.features, settings.seed, settings.execution

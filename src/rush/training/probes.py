@@ -25,7 +25,7 @@ def representations(
     """Return the float32 representations (N, D) of all images by ``represent``, a module in evaluation mode.
 
     Args:
-        noise: one draw of it from ``generator``, which is on the device, is added to every image.
+        noise: one draw of this noise from ``generator``, which is on the device, is added to every image.
     """
     parts = []
     rows = execution.rows(images.images.shape[1:])
@@ -67,7 +67,7 @@ def linear_probe(bank: Tensor, bank_labels: Tensor, num_classes: int, strength: 
         bank: representations (N, D) float32.
         bank_labels: int64 (N,) in 0..K-1, on the same device.
         num_classes: K.
-        strength: of the penalty.
+        strength: strength of the penalty.
 
     Cost:
         At most 200 steps, each of a few passes over the bank.
@@ -135,11 +135,12 @@ def embedding(
     """Return a map of representations, clean and with one draw of ``noise``, in two dimensions.
 
     Its axes are the first two principal components of the clean representations of unit length, with the sign that
-    makes their largest weight positive. At most ``MAP_IMAGES`` evenly spaced images are on it.
+    makes their largest weight positive. It shows at most ``MAP_IMAGES`` evenly spaced images.
 
     Returns:
-        labels: of n images. clean: their places (n, 2). noisy: likewise, None without noise. explained: the share of
-        the clean variance along each axis. None where labels are missing, or fewer than three images.
+        labels: labels of n images. clean: their places (n, 2). noisy: likewise, None without noise. explained: the
+        share of the clean variance along each axis. The result is None where labels are missing, and for fewer than
+        three images.
     """
     if images.labels is None or len(images) < 3:
         return None

@@ -1,8 +1,8 @@
 """Classification objectives: the loss of a batch with its gradient graph, as the mean over the images.
 
-Attacks inside training use ``Examples.evaluated`` and never fill ``.grad``. The sources leave this mode open. Noisy
-copies are (draws, B, ...) in one forward, so BatchNorm sees all draws of an image in one batch. Nothing waits for the
-device: masks select what depends on the data. A pass is one forward and one backward of one image.
+Attacks inside training use ``Examples.evaluated``, a choice that the sources leave open, and never fill ``.grad``.
+Noisy copies are (draws, B, ...) in one forward, so BatchNorm sees all draws of an image in one batch. Nothing waits for
+the device: masks select what depends on the data. A pass is one forward and one backward of one image.
 """
 
 import math
@@ -33,7 +33,7 @@ class Examples:
         x: (B, C, H, W) float in [0, 1], weakly augmented.
         y: labels, int64 (B,), or float (B, K): a probability of each class, whose sum is the weight of the image.
         smoothing: None where the classifier will not be smoothed.
-        generator: of all draws, on the device of ``x``.
+        generator: generator of all draws, on the device of ``x``.
         epoch: epochs done so far.
     """
 
@@ -60,7 +60,7 @@ class Examples:
         return self.smoothing
 
     def draw(self, draws: int) -> Tensor:
-        """Return noise (draws, B, C, H, W) of the type of ``x``, so that results computed from it are as exact."""
+        """Return noise (draws, B, C, H, W) in the type of ``x``, so that no precision is lost."""
         return self.noise.sample((draws, *self.x.shape), self.generator).to(self.x.dtype)
 
 
@@ -94,7 +94,7 @@ def consistency(examples: Examples, *, draws: int, weight: float, entropy_weight
 
     Args:
         draws: 2 in the paper.
-        weight: in the paper, on CIFAR-10, 20 at sigma 0.25 and 10 at 0.5 and 1.0.
+        weight: weight of the penalty. In the paper, on CIFAR-10, it is 20 at sigma 0.25 and 10 at 0.5 and 1.0.
         entropy_weight: 0.5 in the paper.
 
     Raises:
@@ -117,13 +117,14 @@ def consistency(examples: Examples, *, draws: int, weight: float, entropy_weight
 def smoothadv(examples: Examples, *, draws: int, epsilon: float | Tensor, steps: int) -> Tensor:
     """Return the cross-entropy on noisy copies of images that attack the smoothed classifier, a scalar.
 
-    This is SmoothAdv-PGD (Salman et al. 2019, objective S), trained on every draw. The attack climbs -log of the mean
+    This is SmoothAdv-PGD (Salman et al. 2019, objective S), trained on every draw. The attack ascends -log of the mean
     softmax over the draws in l2, by ``steps`` normalized gradients of length 2 epsilon / steps from x. Each is followed
-    by clipping to [0, 1] and then by the ball. The same draws serve the whole attack and the loss. The image is
-    clipped, the noise is not. Where the gradient is zero the image stays (the authors' code moves at random there).
+    by clipping to [0, 1] and then by projection onto the ball. The same draws serve the whole attack and the loss. The
+    image is clipped, the noise is not. Where the gradient is zero the image stays (the authors' code moves at random
+    there).
 
     Args:
-        draws, epsilon: later comparisons on CIFAR-10, with 10 steps, take 4 and 1.0 at sigma 0.25, and 2 and 2.0 at 0.5
+        draws, epsilon: later comparisons on CIFAR-10, with 10 steps, use 4 and 1.0 at sigma 0.25, and 2 and 2.0 at 0.5
             and 1.0. ``epsilon`` is l2, in pixel units, warmed up by the caller (over 10 epochs by the authors;
             ``rush.runtime.schedules``).
         steps: >= 1.
@@ -135,7 +136,7 @@ def smoothadv(examples: Examples, *, draws: int, epsilon: float | Tensor, steps:
         One noise tensor (draws, B, C, H, W).
 
     Cost:
-        (steps + 1) draws passes per image, of which steps x draws go back to the image and not to the weights.
+        (steps + 1) x draws passes per image, of which steps x draws go back to the image and not to the weights.
     """
     _check(draws=draws, steps=steps, epsilon=epsilon)
     drawn, y = examples.draw(draws), examples.y
@@ -150,21 +151,22 @@ def smoothadv(examples: Examples, *, draws: int, epsilon: float | Tensor, steps:
 def cat_rs(examples: Examples, *, draws: int, epsilon: float, steps: int, weight: float) -> Tensor:
     """Return the confidence-aware loss CAT-RS, a scalar (Jeong, Kim & Shin 2023).
 
-    It takes easy draws of images that are hard under noise, and adversarial noise for images that are sure under it.
+    It uses easy draws of images that are hard under noise, and adversarial noise for images that are sure under it.
     With M = ``draws``, q the share of the draws that are classified as y and K = max(1, a draw of Binomial(M, q)):
     (1/M) sum of the K smallest cross-entropies + weight [K = M] max over i of KL(p || softmax f(x + d_i')).
-    K = M is certain when all draws are right and has probability q^M otherwise. 1/M at least is kept when none is.
+    K = M is certain when all draws are right and has probability q^M otherwise. At least one cross-entropy is kept even
+    when no draw is right.
 
-    Each d_i' climbs its KL from the noise d_i inside the l2 ball of radius ``epsilon`` around it, by ``steps``
+    Each d_i' ascends its KL from the noise d_i inside the l2 ball of radius ``epsilon`` around it, by ``steps``
     normalized gradients of length 2 epsilon / steps. After each step, mean and standard deviation of the noise are
-    restored to those of d_i, so that it stays noise-like, and the ball has the last word. (The authors' code has these
-    two the other way round and leaves the ball by some 0.1 %.)
+    restored to those of d_i, so that it stays noise-like, and then it is projected onto the ball. (The authors' code
+    does these two in the reverse order and leaves the ball by some 0.1 %.)
 
-    p is the mean softmax over the draws of this pass, without gradients. The authors take the smoothed prediction of a
-    Gaussian model trained beforehand instead, which costs that training and many votes on every image.
+    p is the mean softmax over the draws of this pass, without gradients. The authors instead use the smoothed
+    prediction of a Gaussian model trained beforehand, which costs that training and many votes on every image.
 
     Args:
-        draws, epsilon, steps, weight: the authors take draws 4, epsilon 1.0, steps 4 and a weight of 0.5, 1 and 2 at
+        draws, epsilon, steps, weight: the authors use draws 4, epsilon 1.0, steps 4 and a weight of 0.5, 1 and 2 at
             sigma 0.25, 0.5 and 1.0 on CIFAR-10.
 
     Raises:
@@ -174,7 +176,7 @@ def cat_rs(examples: Examples, *, draws: int, epsilon: float, steps: int, weight
         One noise tensor (draws, B, C, H, W), then uniform numbers (draws, B) for K.
 
     Cost:
-        (steps + 2) draws passes per image, of which steps x draws go back to the noise and not to the weights.
+        (steps + 2) x draws passes per image, of which steps x draws go back to the noise and not to the weights.
     """
     _check(draws=draws, steps=steps, epsilon=epsilon)
     x, y, drawn = examples.x, examples.y, examples.draw(draws)
@@ -198,8 +200,9 @@ def cat_rs(examples: Examples, *, draws: int, epsilon: float, steps: int, weight
 def pgd_at(examples: Examples, *, epsilon: float, step_size: float, steps: int) -> Tensor:
     """Return the cross-entropy at the last iterate of l-inf PGD, a scalar (Madry et al. 2018, equation 2.1).
 
-    The attack starts uniformly in the ball and climbs the cross-entropy by signs of gradients, clipped to the ball and
-    to [0, 1]. Usual on CIFAR-10 are epsilon 8/255, step_size 2/255, and 7 steps in the paper, 10 in most work since.
+    The attack starts uniformly in the ball and ascends the cross-entropy by signs of gradients, clipped to the ball and
+    to [0, 1]. Usual values on CIFAR-10 are epsilon 8/255, step_size 2/255, and 7 steps in the paper or 10 in most work
+    since.
 
     Raises:
         InputError: ``steps`` is below 1, or ``epsilon`` or ``step_size`` is negative.
@@ -224,9 +227,9 @@ def pgd_at(examples: Examples, *, epsilon: float, step_size: float, steps: int) 
 def trades(examples: Examples, *, epsilon: float, step_size: float, steps: int, beta: float) -> Tensor:
     """Return the cross-entropy plus beta KL(p(x) || p(x')) at an l-inf adversarial x', a scalar.
 
-    x' climbs this KL by signs of gradients from x + 0.001 N(0, 1), clipped to the ball and to [0, 1] after each step
+    x' ascends this KL by signs of gradients from x + 0.001 N(0, 1), clipped to the ball and to [0, 1] after each step
     (Zhang et al. 2019, algorithm 1). In the attack, p(x) is that of ``evaluated``. Gradients of the loss flow through
-    p(x) and p(x'). On CIFAR-10 the paper takes epsilon 0.031 (8/255), step_size 0.007 (near 2/255), steps 10 and beta 6
+    p(x) and p(x'). On CIFAR-10 the paper uses epsilon 0.031 (8/255), step_size 0.007 (near 2/255), steps 10 and beta 6
     (1/lambda).
 
     Raises:

@@ -24,10 +24,11 @@ def probe_strength(features: Tensor, labels: Tensor, num_classes: int, generator
         features: float32 (N, D), of labelled images.
         labels: int64 (N,) in 0..K-1.
         num_classes: K.
-        generator: on the CPU. It draws the order in which the images of each class are dealt to the folds in turn.
+        generator: generator on the CPU, for the order in which the images of each class are dealt to the folds in turn.
 
     Returns:
-        The larger one of equal penalties. 1 where no class has two images, so that nothing can be validated.
+        The penalty, the larger one in case of a tie. It is 1 where no class has two images, so that nothing can be
+        validated.
     """
     fold = _folds(labels.cpu(), generator).to(labels.device)
     if int(fold.max()) == 0:
@@ -44,13 +45,13 @@ def probe_strength(features: Tensor, labels: Tensor, num_classes: int, generator
 
 
 def taught(probabilities: Tensor, labels: Tensor, rows: Tensor, config: TeachConfig) -> Tensor:
-    """Return what images are taught, float32 (N, K): a probability of each class, whose sum is the image's weight.
+    """Return the soft labels of images, float32 (N, K): a probability of each class, whose sum is the image's weight.
 
     Args:
         probabilities: float32 (N, K), the teacher's.
         labels: int64 (L,), of the labelled images, which keep them with weight 1.
         rows: int64 (L,), the positions of the labelled images.
-        config: how the others' probabilities become labels.
+        config: how the probabilities of the other images become labels.
     """
     p = probabilities.double()
     if config.balance:

@@ -12,7 +12,7 @@ from rush.errors import DataError
 _MOST_TEXT = 1 << 20  # bytes
 Parsed = TypeVar("Parsed")
 Parse = Callable[[IO[bytes], str], Parsed]
-"""Parser of one member: takes the open file and its name for error texts, and returns the content."""
+"""Parser of one member: takes the open file and its name for error messages, and returns the content."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Archive:
 
     @property
     def remedy(self) -> str:
-        """Advice of error texts on a damaged archive or one of its files."""
+        """Advice in error messages about a damaged archive or one of its files."""
         return f"delete it and get it again from {self.url}"
 
 
@@ -34,7 +34,7 @@ def locate(archives: Collection[Archive], roots: Iterable[Path], name: str) -> t
     """Return the first archive, or else the first extracted folder, in the first of ``roots`` that holds any.
 
     A root holds what lies in it or in its sub-folder ``name``, and may also be the extracted folder itself. Archives
-    are hash-checked. Folders are not: their readers check sizes. Returns None without any.
+    are hash-checked. Folders are not: their readers check sizes. The result is None without any.
 
     Raises:
         DataError: an archive has a wrong hash.
@@ -57,7 +57,7 @@ def read_members(archive: Archive, path: Path, parsers: dict[str, Parse[Parsed]]
     An archive is read once from front to back, and nothing is written to disk.
 
     Raises:
-        DataError: the file, which is named, is damaged, or a member is missing.
+        DataError: the file is damaged, or a member is missing. The message names the file.
     """
     with name_damage(f"{path} is damaged or truncated", archive.remedy):
         contents = _from_folder(path, parsers) if path.is_dir() else _from_tar(archive, path, parsers)

@@ -13,13 +13,13 @@ from rush.data.readers.encoded import EncodedImages
 from rush.runtime.user_cache import cache_file, keep
 
 _WORTHWHILE = 5_000  # images; fewer are decoded in about a second
-_FORMAT = 1  # of the decoder: larger whenever its pixels change
+_FORMAT = 1  # format of the decoder, increased whenever its pixels change
 
 
 def cached_file(encoded: EncodedImages, size: int | None) -> Path | None:
-    """Return the file for these images, None where they are not kept.
+    """Return the file for these images, or None where they are not kept.
 
-    Its name changes with the files that hold the images, by path, size and time of change, and with the decoder.
+    Its name changes with the files that hold the images, by path, size and modification time, and with the decoder.
     """
     if len(encoded) < _WORTHWHILE:
         return None
@@ -33,7 +33,7 @@ def cached_file(encoded: EncodedImages, size: int | None) -> Path | None:
 
 
 def read_cached(file: Path, images: int) -> Tensor | None:
-    """Return the images uint8 (N, C, H, W) in ``file``, None if it is missing, damaged or has another number."""
+    """Return the images uint8 (N, C, H, W) in ``file``, or None if it is missing, damaged or has another number."""
     try:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -44,7 +44,7 @@ def read_cached(file: Path, images: int) -> Tensor | None:
 
 
 def write_cached(file: Path, images: Tensor) -> None:
-    """Write ``images`` to ``file``; where this is not possible, nothing is kept."""
+    """Write ``images`` to ``file``. Where this is not possible, nothing is kept."""
 
     def write(target: Path) -> None:
         with open(target, "wb") as stream:
@@ -57,7 +57,7 @@ def decode_all(encoded: EncodedImages, size: int | None = None) -> ImageSet:
     """Return all images in memory, each decoded by ``decode`` with this ``size``, now or by an earlier process.
 
     Raises:
-        DataError: an image, which is named, cannot be decoded, or has a different size from the first.
+        DataError: an image cannot be decoded, or has a different size from the first. The message names the image.
     """
     file = cached_file(encoded, size)
     images = None if file is None else read_cached(file, len(encoded))

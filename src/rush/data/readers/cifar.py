@@ -72,12 +72,12 @@ def cifar100_versions() -> tuple[CifarVersion, ...]:
 
 
 def read_cifar(name: str, version: CifarVersion, path: Path, split: str, size: int | None = None) -> ImageSet:
-    """Read ``split`` from ``path``, an archive or extracted folder of ``version``; ids are the official positions.
+    """Read ``split`` from ``path``, an archive or extracted folder of ``version``. Ids are the official positions.
 
     The images are resampled to ``size`` x ``size`` pixels unless it is None.
 
     Raises:
-        DataError: a file, which is named, is missing, damaged, of a wrong size or mislabelled.
+        DataError: a file is missing, damaged, of a wrong size or mislabelled. The message names the file.
     """
     files = version.files[split]
     read_images = _read_pickled if version.labels_key else _read_binary

@@ -29,7 +29,7 @@ MAX_BYTES = 1 << 28
 _CHUNK = 1024  # images handed to the threads at a time
 _BITS_PER_SAMPLE, _ORIENTATION = 258, 274  # tags of TIFF and EXIF
 Encoded = tuple[str, bytes | memoryview | Path]
-"""A name for error texts, and the encoded bytes or the file that holds them."""
+"""A name for error messages, and the encoded bytes or the file that holds them."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ def decode_images(encoded: Iterable[Encoded], total: int, size: int | None = Non
     """Decode all images, by several threads, into one tensor.
 
     Args:
-        encoded: the images, at least one; each is decoded by ``decode``.
-        total: their number, N.
-        size: H = W, in pixels. None: as stored.
+        encoded: the images, at least one. Each is decoded by ``decode``.
+        total: number of images, N.
+        size: H = W, in pixels. None keeps the images as stored.
 
     Returns:
         uint8 (N, C, H, W), in order. C is 1 if all images are greyscale, else 3, greyscale ones being repeated.
 
     Raises:
-        DataError: as ``decode``; or an image has a different size from the first; or memory does not hold the N.
+        DataError: as ``decode``, or an image has a different size from the first, or memory does not hold all N images.
     """
     decoded = _decoded(iter(encoded), size)
     first, image = next(decoded)
@@ -86,7 +86,7 @@ def decode_images(encoded: Iterable[Encoded], total: int, size: int | None = Non
 def decode(encoded: Encoded, size: int | tuple[int, int] | None = None) -> np.ndarray:
     """Decode one image to uint8 (C, H, W), C being 1 or 3.
 
-    The EXIF orientation is applied; unreadable EXIF data are ignored. Palettes become RGB, and bilevel images 0 and
+    The EXIF orientation is applied. Unreadable EXIF data are ignored. Palettes become RGB, and bilevel images 0 and
     255. A fully opaque alpha channel is dropped.
 
     Args:
@@ -95,9 +95,9 @@ def decode(encoded: Encoded, size: int | tuple[int, int] | None = None) -> np.nd
             (height, width) for the largest central part of these proportions, resampled to this size.
 
     Raises:
-        DataError: the image, which is named, is not a regular file, damaged, of a different format, larger than
-            ``MAX_PIXELS`` or ``MAX_BYTES`` (checked before decoding), animated or of several pages, or has a
-            transparent pixel, more than 8 bits per channel, or a mode other than greyscale, RGB and palette.
+        DataError: the image is not a regular file, is damaged, has a different format, is larger than ``MAX_PIXELS`` or
+            ``MAX_BYTES`` (checked before decoding), is animated or has several pages, or has a transparent pixel, more
+            than 8 bits per channel, or a mode other than greyscale, RGB and palette. The message names the image.
     """
     where, source = encoded
     remedy = "it is truncated, damaged or not an image: replace or remove it"

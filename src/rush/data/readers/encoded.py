@@ -1,4 +1,4 @@
-"""Encoded images on disk: their number, labels and ids, and any of the images without reading the others."""
+"""Encoded images on disk: their number, labels and ids, and access to any image without reading the others."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from rush.errors import DataError
 class Block:
     """Rows start..stop - 1, which are read together.
 
-    num_bytes: memory that holding them encoded takes. It is 0 for image files, which are opened one by one.
+    num_bytes: memory that the encoded rows take. It is 0 for image files, which are opened one by one.
     """
 
     start: int
@@ -65,7 +65,7 @@ class EncodedImages(Protocol):
         """Yield the encoded images of the ascending ``rows``.
 
         Raises:
-            DataError: a file, which is named, is damaged.
+            DataError: a file is damaged. The message names it.
         """
         ...
 
@@ -131,5 +131,5 @@ class JoinedImages:
 
 
 def join(parts: Sequence[EncodedImages]) -> EncodedImages:
-    """Return the parts as one; a single part is returned as it is."""
+    """Return the parts as one. A single part is returned as it is."""
     return parts[0] if len(parts) == 1 else JoinedImages(tuple(parts))

@@ -91,12 +91,12 @@ def open_folder(folder: Path, split: str) -> FolderImages:
     test, testing, unlabeled, unlabelled) and holds folders itself, or if all sub-folders are so named. Classes are the
     names of the class folders of all splits, sorted as numbers if all are integers, else as text. A folder that holds
     images and no folders has no labels, and neither has "unlabeled". Links are followed. Hidden entries and those of
-    the system are ignored. Ids are paths relative to ``folder``, with "/"; the order is by class, then id. No image is
+    the system are ignored. Ids are paths relative to ``folder``, with "/". The order is by class, then id. No image is
     opened. Other files are omitted with a DataWarning that counts them.
 
     Raises:
-        DataError: the split is missing or a duplicate; a class or the whole split is empty; two classes differ in case
-            alone; an image lies beside the class folders, is not a file, has a format that is not read, or is reached
+        DataError: the split is missing or a duplicate; a class or the whole split is empty; two classes differ only in
+            case; an image lies beside the class folders, is not a file, has a format that is not read, or is reached
             twice by a link; a folder links to one above it, or looks like a split without being named like one.
     """
     splits = _split_folders(folder)
@@ -124,7 +124,7 @@ def open_folder(folder: Path, split: str) -> FolderImages:
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of the splits that ``folder`` is divided into, by split; empty if it is not divided."""
+    """Return the folders of the splits that ``folder`` is divided into, by split, or none if it is not divided."""
     folders = list_folders(folder)
     named = [path for path in folders if path.name.lower() in _SPLITS]
     divided = [path for path in named if _SPLITS[path.name.lower()] == "unlabeled" or list_folders(path)]
@@ -160,7 +160,7 @@ def _folder_of(split: str, splits: dict[str, Path], folder: Path) -> Path:
 
 
 def _classes(tops: Iterable[Path]) -> tuple[str, ...]:
-    """Return the names of all class folders in order; raise DataError if two differ in case or encoding alone."""
+    """Return the names of all class folders in order, or raise DataError if two differ only in case or encoding."""
     paths = {path.name: path for top in tops for path in list_folders(top)}
     normalized: dict[str, Path] = {}
     for name, path in paths.items():
@@ -218,7 +218,7 @@ class _Walk:
         return sorted(names)
 
     def omit_beside(self, folder: Path, folders: set[str]) -> None:
-        """Omit what lies in ``folder`` beside these folders; raise DataError for an image among it."""
+        """Omit the entries of ``folder`` beside these folders, or raise DataError for an image among them."""
         for entry in list_entries(folder):
             if entry.name in folders:
                 continue
@@ -231,7 +231,7 @@ class _Walk:
                 self.omitted.append(Path(entry.path))
 
     def finish(self) -> None:
-        """Warn of what was omitted; raise DataError for an image that is reached twice."""
+        """Warn about omitted entries, or raise DataError for an image that is reached twice."""
         if self.linked:
             linked = set(self.linked.values())
             for name in self.names:
@@ -240,7 +240,7 @@ class _Walk:
         warn_of_omitted(self.base, self.omitted, "images, class folders or splits")
 
     def _takes(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether ``entry`` is an image file; if not, add it to ``omitted`` or raise DataError."""
+        """Return whether ``entry`` is an image file. If not, add it to ``omitted`` or raise DataError."""
         suffix = Path(entry.name).suffix.lower()
         if suffix in _UNREAD:
             raise DataError(f"{entry.path} is an image of a format that is not read; convert it to PNG or remove it")

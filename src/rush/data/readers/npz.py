@@ -29,8 +29,8 @@ def load_npz(path: Path, split: str) -> ImageSet:
     Otherwise the classes are "0".."K-1", where K - 1 is the largest label in the file, and the ids "<split>-<row>".
 
     Raises:
-        DataError: the file, which is named, is damaged, lacks the split, needs unpickling, or holds a wrong type, shape
-            or label.
+        DataError: the file is damaged, lacks the split, needs unpickling, or holds a wrong type, shape or label. The
+            message names the file.
     """
     names = array_names(path)
     pixels, labels = (f"x_{split}", f"y_{split}") if f"x_{split}" in names else ("images", "labels")
@@ -74,8 +74,8 @@ def read_arrays(path: Path, selected: Callable[[str], bool]) -> Arrays:
     The size that a header claims is compared with the bytes stored for it before anything is allocated.
 
     Raises:
-        DataError: the file or array, which is named, is damaged, holds Python objects or fields, or is compressed more
-            than images can be.
+        DataError: the file or an array is damaged, holds Python objects or fields, or is compressed more than images
+            can be. The message names the file or array.
     """
     with _opened(path) as file:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in file.infolist()}
@@ -84,7 +84,7 @@ def read_arrays(path: Path, selected: Callable[[str], bool]) -> Arrays:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the file; whatever a damaged one raises becomes a DataError that names it."""
+    """Open the file. Whatever a damaged one raises becomes a DataError that names it."""
     if not path.is_file():
         raise DataError(f"{path} is {describe_kind(path)}, not an .npz file; give the path of one")
     if not zipfile.is_zipfile(path):

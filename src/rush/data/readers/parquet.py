@@ -33,7 +33,7 @@ _SERIES = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 _BATCH = 1024  # most rows taken out of a row group at a time
 _BATCH_BYTES = 1 << 20  # most bytes taken out of a row group at a time, and read ahead of it
 _FREE_ROWS = 1 << 20  # number of rows allowed in any shard; beyond it, one row per byte of the file
-_ROW_BYTES = 256  # what Python adds per image held in memory: its name for error texts, and objects
+_ROW_BYTES = 256  # what Python adds per image held in memory: its name for error messages, and objects
 
 
 def parquet_folder(folder: Path) -> Path | None:
@@ -67,7 +67,7 @@ class ParquetImages:
         return [shard.path for shard in self.shards]
 
     def blocks(self, limit: int) -> list[Block]:
-        """Return the row groups; one of more than ``limit`` bytes in equal parts."""
+        """Return the row groups. One of more than ``limit`` bytes is divided into equal parts."""
         blocks: list[Block] = []
         for shard in self.shards:
             for group in shard.groups:
@@ -75,7 +75,7 @@ class ParquetImages:
         return blocks
 
     def read(self, rows: np.ndarray) -> Iterator[Encoded]:
-        """Yield the encoded images of the ascending ``rows``; a row group is read as far as the last of them."""
+        """Yield the encoded images of the ascending ``rows``. A row group is read as far as the last of them."""
         for number, rows_of_shard in split_rows(rows, [shard.rows for shard in self.shards]):
             shard = self.shards[number]
             with _parquet(shard.path) as file:
@@ -84,15 +84,15 @@ class ParquetImages:
 
 
 def open_shards(folders: Sequence[Path], split: str, name: str) -> ParquetImages:
-    """Open all shards ``split``-*.parquet (or ``split``.parquet) of ``folders``, in order; no pixels are read.
+    """Open all shards ``split``-*.parquet (or ``split``.parquet) of ``folders``, in order. No pixels are read.
 
     Shards in several folders are joined as if they lay in one. Labels are integers, or None without a label column.
     Without class names in the metadata, the classes are "0".."K-1", where K - 1 is the largest label of all splits in
     ``folders``. Other entries of the folders, except notes, are omitted with a DataWarning.
 
     Raises:
-        DataError: a shard, which is named, is missing, in two folders, damaged, empty, mislabelled or of a different
-            layout, or another split names different classes.
+        DataError: a shard is missing, in two folders, damaged, empty, mislabelled or of a different layout, or another
+            split names different classes. The message names the shard.
     """
     for folder in folders:
         strays = [Path(entry.path) for entry in list_entries(folder) if not entry.name.endswith(".parquet")]
@@ -117,7 +117,7 @@ def open_shards(folders: Sequence[Path], split: str, name: str) -> ParquetImages
 def _other_shards(folders: Sequence[Path], shards: Sequence["_Shard"]) -> Iterator["_Shard"]:
     """Yield the labelled shards of the other splits: the first of each split if classes are named, else all.
 
-    An unreadable one is skipped; loading its own split names it.
+    An unreadable shard is skipped. Loading its own split reports it.
     """
     visited = {_split_of(shards[0].path)}
     for path in sorted(set(_glob(folders)) - {shard.path for shard in shards}, key=lambda path: (path.name, path)):
@@ -146,7 +146,7 @@ def find_shards(folders: Sequence[Path], split: str) -> list[Path]:
     """Return the shards of ``split`` in ``folders``, in order.
 
     Raises:
-        DataError: there are none, or one, which is named, is missing or lies in two folders.
+        DataError: there are none, or one is missing or lies in two folders. The message names it.
     """
     single = [path for path in _glob(folders) if path.name == f"{split}.parquet"]
     numbered = sorted(_glob(folders, f"{split}-"), key=_by_numbers)
@@ -257,8 +257,8 @@ def _checked_shard(schema: Any, metadata: Any, path: Path) -> _Shard:
 def _groups(metadata: Any) -> Iterator[_Group]:
     """Yield the row groups.
 
-    Their size is that of all columns, of which the images are nearly everything: asking for that of one column makes
-    pyarrow end the process if the metadata are damaged.
+    Their size is that of all columns, of which the images are nearly everything: asking for the size of one column
+    makes pyarrow end the process if the metadata are damaged.
     """
     start = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
@@ -308,7 +308,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
-    """Open the shard; whatever pyarrow raises on a damaged one becomes a DataError that names it."""
+    """Open the shard. Whatever pyarrow raises on a damaged one becomes a DataError that names it."""
     import pyarrow.parquet as pq
 
     if not path.is_file():

@@ -12,7 +12,7 @@ from rush.errors import DataError
 
 _MOST_BYTES = 1 << 28
 _MOST_OPCODES = 1 << 22  # CIFAR's largest file has a tenth of them
-_MOST_TUPLES = 1000  # bounds the nesting of tuples, which hashing follows in C without a limit of its own
+_MOST_TUPLES = 1000  # bounds the nesting of tuples, which hashing follows in C without its own limit
 _OPCODES = """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
     STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
@@ -23,7 +23,7 @@ _ALLOWED = frozenset(_OPCODES.split())
 
 
 def read_plain_pickle(file: IO[bytes], where: str) -> dict[str, Any]:
-    """Read the dictionary in ``file``; keys come back as text and byte arrays as uint8 NumPy arrays.
+    """Read the dictionary in ``file``. Keys are returned as text, and byte arrays as uint8 NumPy arrays.
 
     Nothing named in the file is imported. The few names by which a pickle rebuilds a NumPy array stand for inert
     classes of this module, and every other name is refused before it is looked up. The whole file is checked before
@@ -65,11 +65,11 @@ def _key(key: object) -> str:
 
 
 class _Prototype:
-    """Stands for numpy.ndarray, which is named but never created."""
+    """A stand-in for numpy.ndarray, which is named but never created."""
 
 
 class _Dtype:
-    """Stands for numpy.dtype: keeps the name it is built with and ignores its state."""
+    """A stand-in for numpy.dtype that keeps the name it is built with and ignores its state."""
 
     def __init__(self, name: str | bytes, *_flags: object) -> None:
         self.name = _text(name)
@@ -79,7 +79,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for the array that numpy's _reconstruct creates, filled from the pickled state of a uint8 array."""
+    """A stand-in for the array that numpy's _reconstruct creates, filled from the pickled state of a uint8 array."""
 
     array: np.ndarray
 
@@ -94,7 +94,7 @@ class _Array:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for _codecs.encode, with which Python 3 writes bytes in protocol 2."""
+    """Stand in for _codecs.encode, with which Python 3 writes bytes in protocol 2."""
     if encoding not in ("latin1", b"latin1"):
         raise ValueError(f"text encoded as {encoding!r}, expected latin1")
     return text.encode("latin1")

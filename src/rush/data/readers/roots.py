@@ -34,6 +34,6 @@ def without_repeats(paths: Iterable[Path]) -> list[Path]:
 
 
 def joined_names(paths: Sequence[Path]) -> str:
-    """Return the paths as a list for error texts: "A", "A and B", "A, B and C"."""
+    """Return the paths as a list for error messages: "A", "A and B", "A, B and C"."""
     *others, last = map(str, paths)
     return f"{', '.join(others)} and {last}" if others else last

@@ -26,15 +26,15 @@ _CHUNK = 500  # images read at a time: 14 MB
 
 
 def read_stl10(path: Path, split: str, size: int | None = None) -> ImageSet:
-    """Read ``split`` from ``path``; labels are 0..9 (None for "unlabeled"), ids are the official positions.
+    """Read ``split`` from ``path``. Labels are 0..9 (None for "unlabeled"), and ids are the official positions.
 
     Args:
         path: the archive or the extracted folder.
         split: "train", "test" or "unlabeled".
-        size: side of the images in pixels, resampled from 96 x 96. None: as stored.
+        size: side of the images in pixels, resampled from 96 x 96. None keeps them as stored.
 
     Raises:
-        DataError: a file, which is named, is missing, damaged, of a wrong size or mislabelled.
+        DataError: a file is missing, damaged, of a wrong size or mislabelled. The message names the file.
 
     Cost: memory for the split (2.8 GB for "unlabeled" at 96 x 96) and one chunk.
     """
