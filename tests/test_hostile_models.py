@@ -239,10 +239,12 @@ def test_a_byte_order_mark_before_a_description_is_read_over(folder: Path) -> No
 
 
 def test_what_older_versions_did_not_write_is_filled_in(folder: Path) -> None:
-    for place in ("execution.folded", "execution.compile_mode", "classes", "resized", "classifier.stem"):
+    omitted = ("execution.folded", "execution.compile_mode", "execution.channels_last")
+    for place in (*omitted, "classes", "resized", "classifier.stem"):
         change(folder, place, ...)
     description = read_description(folder / "model")
-    assert description["execution"] == {"precision": "float32", "tile": 64, "folded": False, "compile_mode": "none"}
+    defaults = {"folded": False, "compile_mode": "none", "channels_last": False}
+    assert description["execution"] == {"precision": "float32", "tile": 64, **defaults}
     assert (description["classes"], description["resized"]) == (list("0123456789"), False)
     assert description["classifier"]["stem"] == "small"
     assert load_smoothed(folder / "model", Execution()).num_classes == 10

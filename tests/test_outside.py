@@ -54,12 +54,6 @@ class Noisy(Sums):
     def forward(self, x):
         return super().forward(x + 0.3 * torch.randn_like(x))
 
-class Two(Sums):
-    def forward(self, x):
-        return super().forward(x)[:, :2]
-
-def two(): return Two()
-def named(): return SmoothedClassifier(Two(), 0.25, 2, classes=("dog", "cat"))
 def sums(): return Sums()
 def noisy(): return Noisy()
 def smoothed(): return SmoothedClassifier(Sums(), 0.25, 10)
@@ -73,6 +67,13 @@ def needs(width): return Sums()
 def trains(): return Sums().train()
 def refuses(): return SmoothedClassifier(Sums(), -1, 10)
 net = Sums()
+
+class Two(Sums):
+    def forward(self, x):
+        return super().forward(x)[:, :2]
+
+def two(): return Two()
+def named(): return SmoothedClassifier(Two(), 0.25, 2, classes=("dog", "cat"))
 """
 
 

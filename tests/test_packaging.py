@@ -108,7 +108,7 @@ def test_the_image_runs_the_command_as_a_user_without_rights() -> None:
     assert re.search(rf"useradd [^&]*\b{last['USER']}\b", last["RUN"])
     assert last["FROM"] in [f"python:{version}-slim" for version in PYTHONS]
     assert f"ARG TORCH_INDEX={last['ARG'].partition('=')[2]}" in read("Dockerfile")
-    assert f"TORCH_INDEX={last['ARG'].partition('=')[2]}\n" in read("README.md")
+    assert f"TORCH_INDEX={last['ARG'].partition('=')[2]}`" in read("README.md")
 
 
 # Workflow

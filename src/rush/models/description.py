@@ -79,7 +79,7 @@ class _Execution(_Part):
     tile: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
     folded: bool = False
     compile_mode: CompileMode = "none"
-    channels_last: bool | None = None  # in files of older versions: in bfloat16
+    channels_last: bool | None = None  # older versions omit it, and mean True in bfloat16
 
 
 class _Activations(_Part):
@@ -143,6 +143,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         entries = error.errors(include_url=False, include_context=False)
         raise damaged(file, "; ".join(map(_explain, entries[:_MOST_ERRORS]))) from error
+    execution = description["execution"]
+    if execution["channels_last"] is None:
+        execution["channels_last"] = execution["precision"] == "bfloat16"
     description["classes"] = description["classifier"].get("classes", description["classes"])
     return description
 

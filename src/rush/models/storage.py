@@ -286,8 +286,6 @@ def load_smoothed(folder: Path, execution: Execution, classifier: nn.Module | No
             "and rush.SmoothedClassifier adds noise to it"
         )
     recorded = description["execution"]
-    if recorded["channels_last"] is None:
-        recorded["channels_last"] = recorded["precision"] == "bfloat16"
     recorded["channels_last"] |= torch.device(execution.device).type == "cuda"
     execution = in_precision(execution, recorded["precision"])
     execution = replace(execution, **{name: recorded[name] for name in _FORWARD})
