@@ -130,6 +130,8 @@ def test_results_of_the_library_tell_themselves(tmp_path: Path) -> None:
         axes = result.plot()
         axes.figure.savefig(tmp_path / "plot.png")
         assert result.plot(axes) is axes
+    assert "sigma 0.25, clopper-pearson, 400 samples per image" in fixed.summary()
+    assert "sigma 0.25, sequential with the bound geometric, " in sequential.summary()
     np.testing.assert_array_equal(fixed.to_pandas()["radius"], fixed.radius)
     (line,) = [line for line in fixed.plot().get_lines() if len(line.get_xdata()) > 2]
     assert line.get_ydata()[0] == fixed.accuracy(0)

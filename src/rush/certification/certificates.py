@@ -251,9 +251,10 @@ class Certificates:
     def summary(self) -> str:
         """Return the figures as lines of text."""
         figures = self.to_dict()
+        method = " with the bound ".join(dict.fromkeys((figures["method"], figures["bound"])))
         lines = [
-            f"{figures['images']:,} images, {figures['noise']} noise of sigma {self.sigma:g}, {figures['method']} "
-            f"({figures['bound']}), {figures['samples_per_image']:,.0f} samples per image",
+            f"{figures['images']:,} images, {figures['noise']} noise of sigma {self.sigma:g}, {method}, "
+            f"{figures['samples_per_image']:,.0f} samples per image",
             *(
                 f"certified at {figures['norm']} {row['radius']:g}: {self.accuracy_interval(row['radius'])}"
                 for row in figures["accuracy"]
