@@ -185,7 +185,10 @@ def attacked(
         with np.load(path) as stored:
             parts.append(torch.from_numpy(stored["points"]))
             seconds += float(stored["seconds"])
-    return torch.cat(parts), seconds
+    joined = torch.cat(parts)
+    if smoothed.noise.eight_bit:
+        joined = threat_of(arguments).on_grid(joined, images.pixels())
+    return joined, seconds
 
 
 def pgdrs(smoothed: SmoothedClassifier, images: ImageSet, epsilon: float) -> Tensor:

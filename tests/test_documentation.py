@@ -25,6 +25,7 @@ SHELL = [block for block in BLOCKS if block.language == "sh"]
 # Budgets of the pages, and those of the tests.
 SMALLER = {
     "[:100]": "[:4]",
+    "[:60]": "[:4]",
     "num_estimation=10_000": "num_estimation=1000",
     "max_votes=10_000": "max_votes=400",
     "steps=100": "steps=4",

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -166,6 +168,7 @@ def net():
 def trained():
     import rush
     return rush.load("own", classifier=net())
+def two(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
 def number(): return 3
 """
 
@@ -222,10 +225,31 @@ def test_an_interrupted_training_resumes_with_the_same_bits(tmp_path: Path, monk
         train("parts")
 
 
+def test_photos_are_resampled_and_an_attempt_that_failed_leaves_the_folder_free(call: Call, own: str) -> None:
+    for name in ("cat/a", "cat/b", "dog/c", "dog/d"):
+        file = Path(f"photos/train/{name}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 256, (12, 20), np.uint8)).save(file)
+    words = ("finetune", "--model", f"{own}:two", "--data", "photos", "--size", 8, "--sigma", 0.25, "--out", "own")
+    small = ("--set", "finetune.epochs=1", "--set", "finetune.warmup_epochs=0")
+    assert "exceeds the 4 training images" in refusal(call(*words, *small))
+    done = call(*words, *small, "--set", "finetune.batch_size=4")
+    assert done.returncode == 0, done.stderr
+    assert Path("own/model/model.json").is_file()
+    others = ("finetune", "--model", f"{own}:net", "--data", "photos", "--sigma", 0.25, "--out", "other")
+    assert "must accept such images" in refusal(call(*others))
+    assert "shape (2, 10) for 2 images, expected (2, 2)" in refusal(call(*others, "--size", 8))
+    assert not Path("other").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ((), "give a run folder, or --model module:function with --data, --sigma and --out"),
+        (
+            ("--model", "{}:net", "--data", "digits", "--out", "x", "--sigma", 1, "--set", "data.size=8"),
+            "--set data.size=8: --model reads fields of finetune, execution, seed alone",
+        ),
         (("--model", "{}:net", "--data", "digits", "--out", "x"), "--sigma and --out"),
         (
             ("--model", "{}:number", "--data", "digits", "--out", "x", "--sigma", 1),

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -350,7 +351,7 @@ def test_a_file_that_is_no_archive_of_arrays_is_refused(outside: str, tmp_path: 
 
 
 def test_an_audit_on_the_command_line_says_first_that_it_cannot_hold(call: Call, outside: str) -> None:
-    done = call("audit", "--model", f"{outside}:sums", "--data", "digits", "--images", 5)
+    done = call("audit", "--model", f"{outside}:sums", "--data", "digits", "--images", 5, "--max-votes", 200)
     assert done.returncode == 0, done.stderr
     assert "5 images can show `overestimated`, but not `holds` at tolerance 0.05" in done.stderr.splitlines()[0]
     assert "takes at least 59" in done.stdout or "overestimated:" in done.stdout
@@ -510,6 +511,9 @@ def test_points_of_an_attack_on_any_model_are_judged_again(call: Call, outside: 
         np.testing.assert_array_equal(stored["adversarial"], expected.adversarial.numpy())
         assert [VERDICTS.index(each) for each in stored["verdicts"]] == expected.verdict.tolist()
     assert not (tmp_path / "adversarial.npz.parts").exists()
-    judged = call("verdict", "adversarial.npz", *model)
+    (printed,) = re.findall(r"`rush (verdict adversarial\.npz .*)` judges the points again", done.stderr)
+    named = ["--model", f"{outside}:sums", "--sigma", "0.25", "--data", "digits"]
+    assert shlex.split(printed)[2:] == [*named, "--norm", "linf", "--epsilon", "8/255"]
+    judged = call(*shlex.split(printed))
     assert judged.returncode == 0, judged.stderr
     assert "adversarial.npz exists; give another file to --out" in refusal(call("attack", *model))

@@ -118,7 +118,7 @@ def _attack_model(
     print_table(
         ("", f"{external.model}, {result.plan.label}, {external.norm} {external.epsilon}"), verdict_rows(result)
     )
-    print_notes([f"written to {out}; `rush verdict {out}` judges the points again"])
+    print_notes([f"written to {out}; `rush verdict {out} {external.words}` judges the points again"])
 
 
 def _number(name: str, value: str | int) -> str | int | float:

@@ -27,6 +27,7 @@ def audit(
     external: ExternalEvaluation = NO_EVALUATION,
     rung: str | None = None,
     tolerance: float = 0.05,
+    max_votes: int = 4000,
     out: Path | None = None,
     fail_on: AuditVerdict | None = None,
     overrides: Overrides = None,
@@ -41,13 +42,14 @@ def audit(
         rung: Rung of the run's ladder to audit instead, e.g. frozen. The audit is written to audit-RUNG.json.
         tolerance: Largest acceptable share of images that the evaluation reports as robust but this audit breaks.
             A run uses the tolerance of its recipe.
+        max_votes: Largest number of votes per verdict. A run uses that of its recipe.
         out: File for the machine-readable audit of --model; audit.json by default.
         fail_on: End with exit status 3 on this verdict or a worse one, of holds, undecided, overestimated.
     """
     if folder is not None:
         report, place = _audit_run(open_run(folder, external.data_of_run(), overrides, "audit" if redo else None), rung)
     else:
-        report, place = _audit_model(external, rung, tolerance, out or Path("audit.json"))
+        report, place = _audit_model(external, rung, tolerance, max_votes, out or Path("audit.json"))
     if rank_of_process() == 0:
         if json:
             print_json(report.to_json())
@@ -58,7 +60,7 @@ def audit(
 
 
 def _audit_model(
-    external: ExternalEvaluation, rung: str | None, tolerance: float, out: Path
+    external: ExternalEvaluation, rung: str | None, tolerance: float, max_votes: int, out: Path
 ) -> tuple[AuditReport, str]:
     """Return the audit of a model that belongs to no run, written to ``out``, and where it is.
 
@@ -77,9 +79,16 @@ def _audit_model(
     statement = reach_statement(len(images), tolerance) if 0 < tolerance < 1 else None
     if statement is not None:
         print_notes([statement])
-    decision, seed = external.decision, external.seed or 0
     report = audit(
-        external.classifier, images, threat, None, tolerance, decision=decision, surrogate=surrogate, seed=seed
+        external.classifier,
+        images,
+        threat,
+        None,
+        tolerance,
+        decision=external.decision,
+        surrogate=surrogate,
+        seed=external.seed or 0,
+        max_votes=max_votes,
     )
     if rank_of_process() == 0:
         write_audit(out, report)

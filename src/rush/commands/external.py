@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -156,6 +157,21 @@ class ExternalEvaluation(ExternalModel):
             return ThreatModel(self.norm, parse_fraction(self.epsilon))
         except ValueError as error:
             raise error if isinstance(error, InputError) else ConfigError(f"--epsilon: {error}") from None
+
+    @property
+    def words(self) -> str:
+        """The options that name model, images and threat, as ``rush verdict`` takes them."""
+        names = ("model", "sigma", "noise", "num_classes", "decision", "data", "root", "split", "size")
+        chosen = [(name, getattr(self, name)) for name in names]
+        defaults = {field.name: field.default for field in fields(self)}
+        given = [(name, value) for name, value in chosen if value != defaults[name]]
+        given += [("norm", self.norm), ("epsilon", self.epsilon)]
+        return shlex.join(
+            word
+            for name, value in given
+            for each in (value if isinstance(value, list) else [value])
+            for word in (f"--{name.replace('_', '-')}", str(each))
+        )
 
     @cached_property
     def surrogate_module(self) -> nn.Module | None:

@@ -9,6 +9,8 @@ from rush.commands.external import call_module, one_data_set
 from rush.commands.run_folders import Overrides, branch_run, data_roots, open_run, print_once
 from rush.errors import ConfigError
 
+_READ = ("finetune", "execution", "seed")
+
 
 def finetune(
     folder: Path | None = None,
@@ -21,6 +23,7 @@ def finetune(
     sigma: float | None = None,
     noise: NoiseName = "gaussian",
     root: list[Path] | None = None,
+    size: int | None = None,
     recipe: str = "cifar10-small-gaussian",
 ) -> None:
     """Fine-tune the pre-trained encoder of a run. With --out this happens in a new run, e.g. with fewer labels or
@@ -36,11 +39,14 @@ def finetune(
         sigma: Standard deviation of the noise that smooths --model.
         noise: Kind of that noise.
         root: Folder with the archives or shards of the data set of --model; repeatable.
-        recipe: Recipe whose section finetune trains --model; --set changes its fields.
+        size: Side in pixels to which the central square of each image of --model is resampled.
+        recipe: Recipe whose sections finetune and execution, and seed, train --model; --set changes their fields.
     """
     if folder is not None:
-        if model or weights or sigma is not None or root:
-            raise ConfigError("--model, --weights, --sigma and --root are for a network without a run; omit the folder")
+        if model or weights or sigma is not None or root or size:
+            raise ConfigError(
+                "--model, --weights, --sigma, --root and --size are for a network without a run; omit the folder"
+            )
         places = None if data is None else list(map(Path, data))
         target = open_run(folder, places, overrides) if out is None else branch_run(folder, out, places, overrides)
         from rush.pipeline.stages import run_stage
@@ -49,6 +55,9 @@ def finetune(
         return
     if model is None or data is None or sigma is None or out is None:
         raise ConfigError("give a run folder, or --model module:function with --data, --sigma and --out")
+    for override in overrides or ():
+        if override.partition("=")[0].partition(".")[0] not in _READ:
+            raise ConfigError(f"--set {override}: --model reads fields of {', '.join(_READ)} alone; see --help")
     name = one_data_set(data)
     from rush.recipe.load import load_recipe
 
@@ -58,5 +67,5 @@ def finetune(
     from rush.smoothing.noise import make_noise
 
     network = call_module(model)
-    images = load_images(name, split="train", root=data_roots(root))
+    images = load_images(name, split="train", root=data_roots(root), size=size)
     train_module(network, model, images, settings, make_noise(noise, sigma), out, weights, print_once)

@@ -22,6 +22,7 @@ from rush.records.log import append_event
 from rush.runtime.execution import decide_execution
 from rush.runtime.files import make_folder, write_json
 from rush.smoothing.classifier import SmoothedClassifier
+from rush.smoothing.inspection import check_logits
 from rush.smoothing.noise import Noise
 from rush.training.checkpoint import TrainingCheckpoint
 from rush.training.finetune import finetune
@@ -55,6 +56,7 @@ def train_module(
 
     Raises:
         ConfigError: the recipe trains the head alone.
+        ModelError: the network does not take these images, or does not give a logit per class.
         RunError: the folder belongs to a different training run, or ``weights`` do not fit.
     """
     config = recipe.finetune
@@ -68,12 +70,15 @@ def train_module(
         "seed": recipe.seed,
         "finetune": config.model_dump(mode="json"),
     }
+    execution = decide_execution(recipe.execution.device, recipe.execution.precision, recipe.execution.tile).configure()
+    few = images[: min(2, len(images))].pixels()
+    logits = execution.logits(execution.place(network).eval(), few)
+    check_logits(logits, len(few), images.num_classes)
     _begin(folder, described)
     if weights is not None:
         imported = load_imported(network, weights)
         for line in imported.lines:
             tell(f"{weights}: {line}")
-    execution = decide_execution(recipe.execution.device, recipe.execution.precision, recipe.execution.tile).configure()
     channels = images.shape[0]
     classifier = Classifier(
         Normalize([0.0] * channels, [1.0] * channels), nn.Identity(), network, ImageKind(images.shape, images.classes)
@@ -111,8 +116,11 @@ def _begin(folder: Path, described: dict[str, Any]) -> None:
     if (folder / "model").exists():
         raise RunError(f"{folder} holds a trained network; give another --out")
     if file.is_file():
-        if json.loads(file.read_text(encoding="utf-8")) != described:
+        if json.loads(file.read_text(encoding="utf-8")) == described:
+            return
+        if any((folder / "checkpoints").glob("*")):
             raise RunError(f"{folder} holds another training, see {file}; give another --out")
+        write_json(file, described)  # the attempt before ended before its first checkpoint
         return
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; give a new --out")
