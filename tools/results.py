@@ -56,6 +56,7 @@ PAIRS = {
     "cifar10-small-few-labels": (
         ("taught-hundredth-0", "hundredth-0"),
         ("taught-hundredth-1", "hundredth-1"),
+        ("taught-tenth-0", "tenth-0"),
     ),
 }
 RIVALS = ("cifar10-small-trainings/simclr-1", "cifar10-small-trainings/gaussian-1")
