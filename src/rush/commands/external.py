@@ -162,9 +162,8 @@ class ExternalEvaluation(ExternalModel):
     def words(self) -> str:
         """The options that name model, images and threat, as ``rush verdict`` takes them."""
         names = ("model", "sigma", "noise", "num_classes", "decision", "data", "root", "split", "size")
-        chosen = [(name, getattr(self, name)) for name in names]
         defaults = {field.name: field.default for field in fields(self)}
-        given = [(name, value) for name, value in chosen if value != defaults[name]]
+        given = [(name, value) for name in names if (value := getattr(self, name)) != defaults[name]]
         given += [("norm", self.norm), ("epsilon", self.epsilon)]
         return shlex.join(
             word

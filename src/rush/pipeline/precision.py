@@ -15,6 +15,8 @@ from rush.runtime.user_cache import cache_file, keep
 from rush.smoothing.classifier import SmoothedClassifier
 from rush.smoothing.forward import Forward, rate
 
+FORM = ("compile_mode", "precision", "channels_last")
+"""Fields of ``Execution`` that a run records as the form in which its samples are judged."""
 _GAIN = 1.1  # for a smaller gain, another form is not worth it
 _TURNS = 2
 _CALIBRATED = 1024  # images on which the scales of integers are chosen

@@ -17,7 +17,7 @@ from rush.pipeline.certify import run_rule
 from rush.pipeline.context import StageContext, training_noise
 from rush.pipeline.estimate import SEQUENTIAL_SHARE
 from rush.pipeline.labels import Taught, labelled_images
-from rush.pipeline.precision import fastest_form, in_integers
+from rush.pipeline.precision import FORM, fastest_form, in_integers
 from rush.pipeline.preconditions import check_after_training, check_before_training
 from rush.recipe.schema import Recipe
 from rush.records.folder import RunFolder
@@ -185,7 +185,7 @@ def _choose_forward(context: StageContext, classifier: Classifier, train: ImageS
 
 def _form(execution: Execution) -> dict[str, Any]:
     """Return what is recorded of the form in which samples are judged."""
-    return {name: getattr(execution, name) for name in ("compile_mode", "precision", "channels_last")}
+    return {name: getattr(execution, name) for name in FORM}
 
 
 def _watch_encoder(context: StageContext, classifier: Classifier) -> Monitor | None:

@@ -21,6 +21,7 @@ from rush.evaluation.plans import Plan
 from rush.evaluation.sandwich import sandwich_plan
 from rush.models.storage import load
 from rush.pipeline.attackers import Attackers
+from rush.pipeline.precision import FORM
 from rush.records.arrays import read_arrays
 from rush.records.attacks import read_verdicts
 from rush.records.certificates import TABLE, read_certificates
@@ -28,8 +29,6 @@ from rush.records.folder import RunFolder, versions
 from rush.records.read_run import read_provenance
 from rush.runtime.machine import machine
 from rush.smoothing.classifier import SmoothedClassifier
-
-_FORM = ("precision", "channels_last", "compile_mode")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def verify(run: RunFolder, images: int) -> Verification:
 def _judged_form(run: RunFolder) -> dict[str, Any]:
     """Return in what form the run was judged, as far as it differs from the training's. Older runs had no other."""
     forward = run.require("finetune").get("forward", {})
-    return {name: value for name, value in forward.items() if name in _FORM}
+    return {name: value for name, value in forward.items() if name in FORM}
 
 
 def _model(run: RunFolder, recorded: dict[str, Any]) -> Any:
@@ -252,7 +251,7 @@ def _differences(recorded: dict[str, Any], model: Any) -> Iterator[tuple[str, st
     here: dict[str, Any] = {}
     if isinstance(model, SmoothedClassifier):
         here = {"device": model.execution.device, "threads": torch.get_num_threads()}
-        here |= {name: getattr(model.execution, name) for name in _FORM}
+        here |= {name: getattr(model.execution, name) for name in FORM}
     for name, value in here.items():
         if name in recorded and recorded[name] != value:
             yield name, str(recorded[name]), str(value)
