@@ -2,15 +2,15 @@
 
     python benchmarks/representations.py --data CIFAR10 --run simclr=RUN1 --run supervised=RUN2 --plot FILE.svg
 
-For the encoder of each run, and for its untrained initial weights: a linear head fitted to clean images, with its
-accuracy on clean images, under one draw of noise, and under PGD-20 in l-inf 8/255 and l2 0.5; and a linear head fitted
-to noisy images, with its certified accuracy (sequential, at most --num-estimation votes). Heads are logistic
-regressions on all training images except the held-out ones, on which their strength is chosen. The encoder of a run is
-the one that fine-tuning begins with, or the fine-tuned one for a run without pre-training.
+CIFAR10 is a folder with the data set (docs/data.md). For the encoder of each run, and for its untrained initial
+weights: a linear head fitted to clean images, with its accuracy on clean images, under one draw of noise, and under
+PGD-20 in l-inf 8/255 and l2 0.5; and a linear head fitted to noisy images, with its certified accuracy (sequential, at
+most --num-estimation votes). Heads are logistic regressions on all training images except the held-out ones, on which
+their strength is chosen. The encoder of a run is the one that fine-tuning begins with, or the fine-tuned one for a run
+without pre-training.
 """
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,10 +30,11 @@ from rush.runtime.randomness import stream
 from rush.smoothing.noise import Noise
 from rush.statistics import share_interval
 from rush.training.probes import linear_probe, representations
+from shared import Row, benchmark_parser, in_percent, labels_of, printed, record
 
 RADII = (0.0, 0.25, 0.5)
 STRENGTHS = (1.0, 10.0, 100.0)
-ATTACKS = (ThreatModel("linf", 8 / 255), ThreatModel("l2", 0.5))
+ATTACKS = {"PGD-20 l-inf 8/255": ThreatModel("linf", 8 / 255), "PGD-20 l2 0.5": ThreatModel("l2", 0.5)}
 
 
 class Bench:
@@ -76,16 +77,16 @@ class Bench:
         head.bias.copy_(bias)
         return head
 
-    def accuracies(self, classifier: Classifier) -> Iterator[str]:
-        """Accuracy of a clean head on clean images, under noise and under attack, each with its interval."""
+    def accuracies(self, classifier: Classifier) -> Iterator[tuple[str, Sequence[float]]]:
+        """Accuracy in percent of a clean head on clean images, under noise and under attack, with intervals."""
         truth, noise = labels_of(self.test), training_noise(self.context.recipe)
-        for added in (None, noise):
+        for name, added in (("clean", None), ("under noise", noise)):
             logits = representations(self.test, classifier, self.context.execution, added, self._stream("test"))
-            yield text(int((logits.argmax(1).cpu() == truth).sum()), len(truth))
+            yield name, in_percent(share_interval(int((logits.argmax(1).cpu() == truth).sum()), len(truth)))
         few = self.test[: self.attacked]
-        for threat in ATTACKS:
+        for name, threat in ATTACKS.items():
             result = rush.attack(classifier, few, threat=threat, method="pgd", steps=20)
-            yield text(int((~result.broken).sum()), len(few))
+            yield name, in_percent(share_interval(int((~result.broken).sum()), len(few)))
 
     def certificates(self, classifier: Classifier) -> Certificates:
         noise = smoothing_noise(self.context.recipe)
@@ -102,29 +103,21 @@ class Bench:
         return stream(self.context.recipe.seed, "representations", name, device=self.context.execution.device)
 
 
-def labels_of(images: ImageSet) -> Tensor:
-    assert images.labels is not None
-    return images.labels
-
-
-def text(right: int, total: int) -> str:
-    found = share_interval(right, total)
-    return f"{100 * found.estimate:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-
-
 def draw(path: Path, certified: dict[str, Certificates]) -> None:
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["svg.hashsalt"] = "rush"
     axes = (figure := Figure(figsize=(5, 3.5))).subplots()
     for name, certificates in certified.items():
         axes.plot(RADII, [100 * certificates.accuracy(radius) for radius in RADII], marker="o", label=name)
     axes.set(xlabel="l2 radius", ylabel="certified accuracy of a linear head, %", ylim=(0, 100))
     axes.legend(frameon=False)
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--run", action="append", required=True, metavar="NAME=FOLDER", help="pre-trained run")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--images", type=int, default=1000, help="test images")
@@ -133,8 +126,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     certified: dict[str, Certificates] = {}
-    print("| encoder | clean | noisy | PGD-20 l-inf 8/255 | PGD-20 l2 0.5 | certified at 0 / 0.25 / 0.5 |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    rows: list[Row] = []
     for number, given in enumerate(arguments.run):
         name, _, folder = given.partition("=")
         bench = Bench(
@@ -143,11 +135,26 @@ def main() -> None:
         for label, trained in [(name, True)] + ([("untrained", False)] if number == 0 else []):
             classifier = bench.classifier(trained)
             classifier.head = bench.fit(classifier, None)
-            cells = list(bench.accuracies(classifier))
+            row: Row = {"encoder": label, **dict(bench.accuracies(classifier))}
             classifier.head = bench.fit(classifier, training_noise(bench.context.recipe))
             certified[label] = bench.certificates(classifier)
-            shares = " / ".join(f"{100 * certified[label].accuracy(radius):.1f}" for radius in RADII)
-            print(f"| {label} | {' | '.join(cells)} | {shares} |", flush=True)
+            for radius in RADII:
+                row[f"certified at {radius:g}"] = in_percent(certified[label].accuracy_interval(radius))
+            rows.append(printed(row))
+    recipe = bench.context.recipe
+    record(
+        arguments,
+        "representations",
+        rows,
+        {
+            "noise": recipe.smoothing.noise,
+            "sigma": recipe.smoothing.sigma,
+            "precision": bench.context.execution.precision,
+            "images": f"{arguments.images:,}, of which the first {arguments.attacked:,} are attacked and certified",
+            "heads": "linear, of a frozen encoder; certified ones are fitted to noisy images",
+            "cells": "percent, with exact 95 % intervals",
+        },
+    )
     if arguments.plot is not None:
         draw(arguments.plot, certified)
 

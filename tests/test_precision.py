@@ -1,5 +1,8 @@
 """The one forward: a sample's logits depend on neither its row nor its neighbours, in any precision."""
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -174,6 +177,26 @@ def test_kernels_are_chosen_by_the_execution_on_cuda_alone(
     with without_tf32("cuda"):
         assert kernel_flags() == {**expected, "tf32": (False, False)}
     assert kernel_flags() == expected
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_a_configured_process_reuses_the_memory_of_freed_tensors_without_clearing_its_pages() -> None:
+    program = """
+import resource, torch
+from rush.runtime.execution import Execution
+Execution("cpu").configure()
+def fill():
+    for _ in range(20):
+        torch.ones(12_000_000)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fill()
+before = faults()
+fill()
+print(faults() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(found.stdout) < 1000  # 11,700 pages of 4 KiB for each of the 20 tensors, when they are cleared
 
 
 def test_an_execution_of_fastest_kernels_is_another_one_and_others_keep_the_text_that_fingerprints_are_made_of() -> (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rush.choices import CompileMode, Precision, PrecisionChoice, TileChoice, TrainingCompile
 from rush.errors import ConfigError, ModelError, RushError
 from rush.runtime.lines import one_line
-from rush.runtime.memory import is_out_of_memory
+from rush.runtime.memory import is_out_of_memory, keep_freed_memory
 
 _SMALLEST_TILE, _LARGEST_TILE = 16, 256  # rows, where they depend on the size of the images
 _TILE_PIXELS = 256 * 32 * 32  # positions of a tile, which determine the memory of activations
@@ -66,14 +66,18 @@ class Execution:
         return min(max(1 << fitting.bit_length() >> 1, _SMALLEST_TILE), _LARGEST_TILE)
 
     def configure(self) -> "Execution":
-        """Set the flags by which torch chooses CUDA kernels in this process, and return this execution.
+        """Set how this process computes and allocates, and return this execution.
 
-        cuDNN uses deterministic algorithms or, with ``deterministic`` False, benchmarks all and uses the fastest.
-        Products of float32 matrices and float32 convolutions are computed in TF32 where the precision is bfloat16, and
-        in float32 otherwise. The stages of a run call it. On CUDA, a program that uses the library calls it once,
-        before anything is computed. On other devices nothing is set.
+        On a CPU the memory of freed tensors is kept for the next ones (``memory.keep_freed_memory``). On CUDA, cuDNN
+        uses deterministic algorithms or, with ``deterministic`` False, benchmarks all and uses the fastest; products
+        of float32 matrices and float32 convolutions are computed in TF32 where the precision is bfloat16, and in
+        float32 otherwise. The commands call it. A program that uses the library calls it once, before anything is
+        computed.
         """
-        if torch.device(self.device).type == "cuda":
+        device = torch.device(self.device).type
+        if device == "cpu":
+            keep_freed_memory()
+        elif device == "cuda":
             torch.backends.cudnn.deterministic = self.deterministic
             torch.backends.cudnn.benchmark = not self.deterministic
             _allow_tf32(self.precision == "bfloat16", self.precision == "bfloat16")
