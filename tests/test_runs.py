@@ -127,7 +127,7 @@ def test_a_begun_run_keeps_its_tile_where_the_recipe_leaves_it_open(tmp_path: Pa
         RunFolder.create(run.path, tiny(tmp_path, "execution.tile=256"))
 
 
-def test_an_encoder_serves_runs_that_are_judged_in_another_way(tmp_path: Path) -> None:
+def test_an_encoder_serves_runs_that_are_judged_or_compiled_in_another_way(tmp_path: Path) -> None:
     run = new_run(tmp_path, 'execution.precision="auto"')
     run.begin("pretrain")
     run.finish("pretrain", seconds=1.0)
@@ -136,6 +136,8 @@ def test_an_encoder_serves_runs_that_are_judged_in_another_way(tmp_path: Path) -
     judged = ('execution.precision="int8"', 'execution.compile="none"', "execution.tile=64")
     execution = run.branch(tmp_path / "branch", tiny(tmp_path, *judged)).recipe.execution
     assert (execution.precision, execution.compile, execution.tile) == ("int8", "none", 64)
+    compiled = tiny(tmp_path, 'execution.precision="auto"', 'execution.compile_training="default"')
+    assert run.branch(tmp_path / "compiled", compiled).recipe.execution.compile_training == "default"
     with pytest.raises(RunError, match=r"pre-trained with different values of execution\.precision;"):
         run.branch(tmp_path / "other", tiny(tmp_path, 'execution.precision="bfloat16"'))
     with pytest.raises(RunError, match=r"different values of execution\.precision"):

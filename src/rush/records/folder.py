@@ -109,7 +109,7 @@ class RunFolder:
     def branch(self, path: Path, recipe: Recipe) -> "RunFolder":
         """Return a run of ``recipe`` in ``path``, new or resumed, that begins with the pre-trained encoder of this one.
 
-        The name of ``recipe`` and the way in which samples are judged may differ.
+        The name of ``recipe``, the compilation and the way in which samples are judged may differ.
 
         Raises:
             RunError: this run is not pre-trained, ``recipe`` changes that, or ``path`` holds something else.
@@ -412,10 +412,11 @@ def _deciding_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _as_trained(recipe: Recipe) -> Recipe:
-    """Return ``recipe`` without the values that concern judged samples alone."""
+    """Return ``recipe`` without the values that a run may change which begins with a trained encoder."""
     execution = recipe.execution
     precision = "auto" if execution.precision == "int8" else execution.precision
-    return recipe.replace(execution=execution.replace(precision=precision, compile="auto", tile="auto"))
+    execution = execution.replace(precision=precision, compile="auto", compile_training="none", tile="auto")
+    return recipe.replace(execution=execution)
 
 
 def _changed_fields(before: Recipe, after: Recipe, stage: Stage) -> list[str]:
