@@ -35,6 +35,7 @@ from rush.training.budget import Plan, Times
 from rush.training.finetune import finetune
 from rush.training.loop import TrainingSettings
 from rush.training.pretrain import pretrain
+from rush.training.self_training import self_train
 
 STEPS = 4
 COST_HEADER = ("recipe", "network", "objectives", "passes per image", "steps", "s per step", "hours", "vs. first")
@@ -199,6 +200,7 @@ def measure(recipe: Recipe, steps: int = STEPS) -> RecipeCost:
     execution = decide_execution(config.device, config.precision, config.tile, config.deterministic)
     trial = _Trial(recipe, data_size(recipe), execution.configure(), steps)
     stages = [trial.pretrain()] if recipe.pretrain.epochs != 0 else []
+    stages += [trial.teach()] if recipe.teach.rounds and recipe.teach.epochs else []
     model = recipe.model
     return RecipeCost(
         recipe.name,
@@ -346,6 +348,23 @@ class _Trial:
             self._settings(epochs),
         )
         return self._extrapolated("pretrain", config.objective, config, self.size.pretrain, epochs)
+
+    def teach(self) -> StageCost:
+        """Return the cost of the first teacher's training, without that of the linear classifier."""
+        recipe, config = self.recipe, self.recipe.finetune.replace(epochs=self.recipe.teach.epochs, minutes=None)
+        batches_per_epoch(self.size.finetune, config.batch_size)
+        images, epochs = self._images(config.batch_size), list[dict[str, Any]]()
+        self_train(
+            images,
+            images,
+            self._classifier(images),
+            recipe.teach.replace(epochs=2),
+            config.replace(**_TRIAL),
+            recipe.pretrain.views,
+            self._settings(epochs),
+            "teach-1",
+        )
+        return self._extrapolated("teach", "fixmatch", config, self.size.finetune, epochs)
 
     def finetune(self) -> StageCost:
         config = self.recipe.finetune

@@ -1,6 +1,9 @@
 """The teaching stage of a run: labels for the images whose labels fine-tuning does not read."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,13 +15,15 @@ from rush.errors import ConfigError
 from rush.models.classifier import Classifier, Represent
 from rush.models.storage import load_weights
 from rush.pipeline.context import StageContext, training_noise
-from rush.pipeline.labels import Taught
+from rush.pipeline.labels import Taught, labelled_images
 from rush.pipeline.train import ENCODER, new_classifier, spec_of, training_figures
 from rush.records.folder import RunFolder
 from rush.runtime.distributed import barrier, rank
 from rush.runtime.randomness import stream
+from rush.smoothing.noise import Noise
 from rush.training.finetune import finetune
 from rush.training.probes import linear_probe, representations
+from rush.training.self_training import self_train
 from rush.training.teaching import probe_strength, taught
 
 
@@ -37,13 +42,19 @@ def run_teach(run: RunFolder) -> None:
     context.begin("teach")
     started = time.perf_counter()
     session = _Session(context, known)
-    probabilities, strength = session.probe()
+    weight, bias, strength = session.probe()
+    probabilities = session.linear(weight, bias)
+    probed, labelling, trained = session.figures(probabilities), 1, list[dict[str, Any]]()
+    if context.recipe.teach.epochs:
+        probabilities = session.self_trained(weight, bias)
+        labelling += 1
+        trained.append(training_figures(run, "teach-1", len(known.images)))
     targets, rounds = session.targets(probabilities), [session.figures(probabilities)]
-    trained: list[dict[str, Any]] = []
     for number in range(2, context.recipe.teach.rounds + 1):
         probabilities = session.student(number, targets)
         targets = session.targets(probabilities)
         rounds.append(session.figures(probabilities))
+        labelling += session.draws
         trained.append(training_figures(run, f"teach-{number}", len(known.images)))
     if rank() == 0:
         known.write(run.path, targets)
@@ -56,10 +67,11 @@ def run_teach(run: RunFolder) -> None:
             labelled_images=len(known.rows),
             held_out_images=len(context.splits.held_out or ()),
             probe_strength=strength,
+            probe=probed,
             rounds=rounds,
             weight=float(weights.mean()),
             passes_per_image=sum(part["passes_per_image"] for part in trained),
-            forward_passes_per_image=1 + sum(part["forward_passes_per_image"] + session.draws for part in trained),
+            forward_passes_per_image=labelling + sum(part["forward_passes_per_image"] for part in trained),
         )
     barrier()
 
@@ -69,7 +81,7 @@ class _Session:
 
     Attributes:
         draws: noisy copies per image over which a fine-tuned teacher averages.
-        training: seconds of this attempt in the training of students. The log has those of all attempts.
+        training: seconds of this attempt in the training of teachers. The log has those of all attempts.
     """
 
     def __init__(self, context: StageContext, known: Taught) -> None:
@@ -82,34 +94,57 @@ class _Session:
         self.training = 0.0
         self._sets = [known.images, *([self._held_out] if self._held_out is not None else [])]
 
-    def probe(self) -> tuple[list[Tensor], float]:
-        """Return the probabilities of the linear classifier for each set, and its strength."""
-        known = self._known
+    @cached_property
+    def _features(self) -> list[Tensor]:
+        """The representations of each set by the pre-trained encoder."""
         represent = self._context.execution.place(Represent(self._new())).eval()
-        features = [representations(images, represent, self._context.execution) for images in self._sets]
-        labels, rows = known.labels.to(self._device), known.rows.to(self._device)
-        bank = features[0][rows]
+        return [representations(images, represent, self._context.execution) for images in self._sets]
+
+    def probe(self) -> tuple[Tensor, Tensor, float]:
+        """Return weight and bias of the linear classifier on the representations, and its strength."""
+        known = self._known
+        labels, bank = known.labels.to(self._device), self._features[0][known.rows.to(self._device)]
         strength = probe_strength(bank, labels, known.num_classes, stream(self._seed, "teach", "folds"))
-        weight, bias = linear_probe(bank, labels, known.num_classes, strength)
-        return [F.softmax(F.linear(each, weight, bias), dim=1).cpu() for each in features], strength
+        return *linear_probe(bank, labels, known.num_classes, strength), strength
+
+    def linear(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """Return the probabilities that a linear classifier on the representations gives each set."""
+        return [F.softmax(F.linear(each, weight, bias), dim=1).cpu() for each in self._features]
+
+    def self_trained(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """Train the encoder with this linear classifier on its own answers, and return its probabilities."""
+        recipe, classifier, name = self._context.recipe, self._new(), "teach-1"
+        classifier.head.load_state_dict({"weight": weight, "bias": bias})
+        labelled = labelled_images(self._context.splits.train, recipe)
+        assert isinstance(labelled, ImageSet)
+        with self._timed():
+            self_train(
+                self._known.images,
+                labelled,
+                classifier,
+                recipe.teach,
+                recipe.finetune,
+                recipe.pretrain.views,
+                self._context.training("teach", None, name),
+                name,
+            )
+        return [self._mean(images, classifier, None, 1, name) for images in self._sets]
 
     def student(self, number: int, targets: Tensor) -> list[Tensor]:
         """Train the teacher of round ``number`` on the labels of the round before, and return its probabilities."""
         context, name = self._context, f"teach-{number}"
         classifier = self._new()
-        settings = context.training("teach", None, name)
-        started = time.perf_counter()
-        finetune(
-            self._known.images,
-            classifier,
-            context.recipe.finetune,
-            settings,
-            noise=self._noise,
-            targets=targets,
-            name=name,
-        )
-        self.training += time.perf_counter() - started
-        return [self._mean(images, classifier, name) for images in self._sets]
+        with self._timed():
+            finetune(
+                self._known.images,
+                classifier,
+                context.recipe.finetune,
+                context.training("teach", None, name),
+                noise=self._noise,
+                targets=targets,
+                name=name,
+            )
+        return [self._mean(images, classifier, self._noise, self.draws, name) for images in self._sets]
 
     def targets(self, probabilities: list[Tensor]) -> Tensor:
         """Return the soft labels that these probabilities give the images."""
@@ -127,11 +162,17 @@ class _Session:
         load_weights(classifier.encoder, self._context.run.path / ENCODER)
         return classifier
 
-    def _mean(self, images: ImageSet, classifier: Classifier, name: str) -> Tensor:
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.training += time.perf_counter() - started
+
+    def _mean(self, images: ImageSet, classifier: Classifier, noise: Noise | None, draws: int, name: str) -> Tensor:
         """Return the mean probabilities (N, K) over noisy copies."""
         generator = stream(self._seed, name, "noise", device=self._device)
         total = torch.zeros(len(images), self._known.num_classes)
-        for _ in range(self.draws):
-            logits = representations(images, classifier, self._context.execution, self._noise, generator)
+        for _ in range(draws):
+            logits = representations(images, classifier, self._context.execution, noise, generator)
             total += F.softmax(logits, dim=1).cpu()
-        return total / self.draws
+        return total / draws

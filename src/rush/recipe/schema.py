@@ -434,11 +434,13 @@ class TeachConfig(Section):
     """Teaching (``training.teaching``): the pre-trained encoder labels the images whose labels are not read.
 
     In the first round a linear classifier on the encoder, fitted to the labelled images, gives every other image a
-    probability of each class. In every further round the teacher is a classifier that was fine-tuned on the labels of
-    the round before. Fine-tuning then trains on all images.
+    probability of each class. With ``epochs``, it is first trained with its encoder on clean images, where its own
+    confident answers serve as labels (``training.self_training``). In every further round the teacher is a classifier
+    that was fine-tuned on the labels of the round before. Fine-tuning then trains on all images.
 
     Attributes:
         rounds: 0 omits the stage.
+        epochs: epochs over all images in which the classifier of the first round learns from its own answers.
         temperature: p becomes p^(1 / temperature), divided by its sum. Below 1, labels are sharper than the teacher's.
         balance: divide p by the mean of each class over the images first, so that no class is taught more often.
         confidence: an image has the weight (largest p)^confidence. 0 gives all images the same weight.
@@ -447,6 +449,7 @@ class TeachConfig(Section):
     """
 
     rounds: CountOrZero = 0
+    epochs: CountOrZero = 0
     temperature: Positive = 0.5
     balance: bool = False
     confidence: NonNegative = 0.0

@@ -34,6 +34,7 @@ _LATER_FIELDS = (
     ("certify", "bound", None),
     ("certify", "stopping", "test"),
     ("data", "test_images", 0),
+    ("teach", "epochs", 0),
 )
 REPEATABLE: tuple[Stage, ...] = ("certify", "attack", "audit")
 """The stages that can be repeated with other settings, because no weights follow from them."""
@@ -298,7 +299,7 @@ class RunFolder:
     def _begun(self, stage: Stage) -> bool:
         traces = {
             "pretrain": ("checkpoints/pretrain.pt", "checkpoints/encoder.safetensors"),
-            "teach": ("checkpoints/teach-2.pt", "teach"),
+            "teach": ("checkpoints/teach-[12].pt", "teach"),
             "finetune": ("checkpoints/finetune.pt", "model/model.json"),
             **_RESULTS,
         }[stage]

@@ -3,6 +3,7 @@
 The encoder was pre-trained without labels. A multinomial logistic regression on its representations of clean images,
 fitted to the labelled images, gives every image a probability of each class, which fine-tuning under noise then learns
 from. SimCLRv2 (Chen et al. 2020) and Carmon et al. (2019) train students in this way, the latter for robustness.
+``self_training`` improves the classifier before it teaches.
 """
 
 import torch
@@ -44,8 +45,26 @@ def probe_strength(features: Tensor, labels: Tensor, num_classes: int, generator
     return max(strength for strength, loss in zip(STRENGTHS, losses, strict=True) if loss == min(losses))
 
 
+def soft_labels(probabilities: Tensor, shares: Tensor, config: TeachConfig) -> Tensor:
+    """Return soft labels of images, float32 (N, K): a probability of each class, whose sum is the image's weight.
+
+    Args:
+        probabilities: float32 (N, K), the teacher's.
+        shares: (K,), the mean probability of each class, by which ``config.balance`` divides.
+        config: how probabilities become labels.
+    """
+    p = probabilities.double()
+    if config.balance:
+        p = p / shares.double().clamp(min=1e-12)
+        p = p / p.sum(1, keepdim=True)
+    largest = p.amax(1, keepdim=True)
+    weight = largest**config.confidence * (largest >= config.threshold)
+    sharp = F.softmax(p.clamp(min=1e-300).log() / config.temperature, dim=1)
+    return (weight * sharp).float()
+
+
 def taught(probabilities: Tensor, labels: Tensor, rows: Tensor, config: TeachConfig) -> Tensor:
-    """Return the soft labels of images, float32 (N, K): a probability of each class, whose sum is the image's weight.
+    """Return the ``soft_labels`` of images, of which those with a label keep it.
 
     Args:
         probabilities: float32 (N, K), the teacher's.
@@ -53,15 +72,8 @@ def taught(probabilities: Tensor, labels: Tensor, rows: Tensor, config: TeachCon
         rows: int64 (L,), the positions of the labelled images.
         config: how the probabilities of the other images become labels.
     """
-    p = probabilities.double()
-    if config.balance:
-        p = p / p.mean(0).clamp(min=1e-12)
-        p = p / p.sum(1, keepdim=True)
-    largest = p.amax(1, keepdim=True)
-    weight = largest**config.confidence * (largest >= config.threshold)
-    sharp = F.softmax(p.clamp(min=1e-300).log() / config.temperature, dim=1)
-    targets = (weight * sharp).float()
-    targets[rows] = F.one_hot(labels, p.shape[1]).float()
+    targets = soft_labels(probabilities, probabilities.double().mean(0), config)
+    targets[rows] = F.one_hot(labels, probabilities.shape[1]).float()
     return targets
 
 
