@@ -49,17 +49,17 @@ def soft_labels(probabilities: Tensor, shares: Tensor, config: TeachConfig) -> T
     """Return soft labels of images, float32 (N, K): a probability of each class, whose sum is the image's weight.
 
     Args:
-        probabilities: float32 (N, K), the teacher's.
+        probabilities: (N, K), the teacher's.
         shares: (K,), the mean probability of each class, by which ``config.balance`` divides.
         config: how probabilities become labels.
     """
-    p = probabilities.double()
+    p = probabilities
     if config.balance:
-        p = p / shares.double().clamp(min=1e-12)
+        p = p / shares.clamp(min=1e-12)
         p = p / p.sum(1, keepdim=True)
     largest = p.amax(1, keepdim=True)
     weight = largest**config.confidence * (largest >= config.threshold)
-    sharp = F.softmax(p.clamp(min=1e-300).log() / config.temperature, dim=1)
+    sharp = F.softmax(p.clamp(min=torch.finfo(p.dtype).tiny).log() / config.temperature, dim=1)
     return (weight * sharp).float()
 
 
@@ -72,7 +72,8 @@ def taught(probabilities: Tensor, labels: Tensor, rows: Tensor, config: TeachCon
         rows: int64 (L,), the positions of the labelled images.
         config: how the probabilities of the other images become labels.
     """
-    targets = soft_labels(probabilities, probabilities.double().mean(0), config)
+    p = probabilities.double()
+    targets = soft_labels(p, p.mean(0), config)
     targets[rows] = F.one_hot(labels, probabilities.shape[1]).float()
     return targets
 
