@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
+from commands import Call
 from ranks import on_ranks
 from rush.choices import STAGES, Stage
 from rush.errors import ConfigError, RunError
@@ -197,6 +198,19 @@ def test_two_processes_teach_as_one(processes: ForkServerContext, taught_run: Pa
         stages = [json.loads((tmp_path / f"{rounds}-{world}/stages/teach.json").read_text()) for world in (1, 2)]
         assert stages[0]["rounds"][0] == stages[1]["rounds"][0]
         assert abs(stages[0]["rounds"][-1]["held_out"] - stages[1]["rounds"][-1]["held_out"]) < 0.15
+
+
+def test_teaching_in_a_new_run_begins_with_the_encoder_of_another(taught_run: Path, tmp_path: Path, call: Call) -> None:
+    done = call(
+        "teach", taught_run, "--out", tmp_path / "new", "--set", "teach.rounds=1", "--set", "teach.balance=true"
+    )
+    assert done.returncode == 0, done.stderr
+    new = RunFolder.open(tmp_path / "new")
+    assert new.recipe.teach.balance
+    assert new.finished("teach") is not None
+    assert new.finished("finetune") is None
+    name = "checkpoints/encoder.safetensors"
+    assert (new.path / name).read_bytes() == (taught_run / name).read_bytes()
 
 
 def test_labels_of_other_images_and_damaged_ones_are_refused(taught_run: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from rush.commands.run_folders import (
     Data,
     Overrides,
+    branch_run,
     create_run,
     open_run,
     print_once,
@@ -71,13 +72,16 @@ def pretrain(
     run_stage(folder, "pretrain", print_once)
 
 
-def teach(folder: Path, *, data: Data = None, overrides: Overrides = None) -> None:
+def teach(folder: Path, *, out: Path | None = None, data: Data = None, overrides: Overrides = None) -> None:
     """Label the images of a run whose labels are not read, by its pre-trained encoder, for a recipe with teach.rounds.
+
+    With --out this happens in a new run, e.g. with fewer labels.
 
     Args:
         folder: Run folder.
+        out: New run folder that begins with the encoder of this one.
     """
-    target = open_run(folder, data, overrides)
+    target = open_run(folder, data, overrides) if out is None else branch_run(folder, out, data, overrides)
     from rush.pipeline.stages import run_stage
 
     run_stage(target, "teach", print_once)
