@@ -57,6 +57,8 @@ PAIRS = {
         ("taught-hundredth-0", "hundredth-0"),
         ("taught-hundredth-1", "hundredth-1"),
         ("taught-tenth-0", "tenth-0"),
+        ("long-taught-hundredth-0", "taught-hundredth-0"),
+        ("long-taught-hundredth-0", "../cifar10-small-trainings/gaussian-tenth"),
     ),
 }
 RIVALS = ("cifar10-small-trainings/simclr-1", "cifar10-small-trainings/gaussian-1")
