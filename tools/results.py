@@ -179,6 +179,7 @@ def pairs(folder: Path) -> str:
     radii = [f"at {NORM_SIGNS[logs[names[0]].rule.norm]} {row.radius:g}" for row in found[0].rows]
     all_facts = columns_of([facts(run_of(folder / name)) for name in names])
     common = {name: cells[0] for name, cells in all_facts.items() if len(set(cells)) == 1}
+    common["sigma, noise"] = " and ".join(dict.fromkeys(all_facts["sigma, noise"]))
     common["commit"] = ", ".join(dict.fromkeys(part for cell in all_facts["commit"] for part in cell.split(", ")))
     return f"{sentence({**common, **INTERVALS})}\n\n{table(('difference, points', 'images', *radii), rows)}"
 
