@@ -89,7 +89,8 @@ def memory(arguments: argparse.Namespace) -> None:
         row |= {"CPU s, memory returned": spread(seconds[False]), "CPU s, memory kept": spread(seconds[True])}
         rows.append(printed({**row, "times as fast": spread(ratios)}))
     execution = decide_execution("cpu")
-    conditions: Row = {"network": "ResNet-18, width 16", "precision": execution.precision, "rounds": arguments.rounds}
+    conditions: Row = {"noise": "gaussian", "sigma": 0.25, "network": "ResNet-18, width 16"}
+    conditions |= {"precision": execution.precision, "rounds": arguments.rounds}
     record(arguments, "scaling-memory", rows, conditions)
 
 
