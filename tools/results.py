@@ -57,6 +57,7 @@ PAIRS = {
         ("taught-hundredth-0", "hundredth-0"),
         ("taught-hundredth-1", "hundredth-1"),
         ("taught-tenth-0", "tenth-0"),
+        ("taught-tenth-1", "tenth-1"),
         ("long-taught-hundredth-0", "taught-hundredth-0"),
         ("long-taught-hundredth-0", "../cifar10-small-trainings/gaussian-tenth"),
     ),
