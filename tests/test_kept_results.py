@@ -28,6 +28,11 @@ def test_weights_are_kept_where_tests_and_benchmarks_load_them() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_a_kept_run_does_not_say_where_its_data_lay(run: Path) -> None:
+    assert json.loads((run / "recipe.json").read_text())["data"]["root"] is None
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_kept_run_is_shown(run: Path, call: Call) -> None:
     done = call("info", run)
     assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ SELF_TAUGHT = ("teach.rounds=1", "teach.epochs=2", "finetune.label_fraction=0.05
 
 
 class Pixels(nn.Module):
-    """An encoder whose features are linear in the pixels, so that the textbook below needs no autograd of layers."""
+    """An encoder without BatchNorm, so that the textbook below can go image by image."""
 
     features = 8
 

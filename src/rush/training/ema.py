@@ -4,9 +4,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rush.errors import ConfigError
+
+
+@torch.no_grad()
+def average_in(average: Mapping[str, Tensor], current: Mapping[str, Tensor], decay: float) -> None:
+    """Replace the tensors of ``average`` in place by decay x average + (1 - decay) x current, and copy integers.
+
+    Args:
+        average: state of a module, with the names of ``current``.
+        current: state of a module with the same tensors.
+        decay: weight of the average so far.
+    """
+    weighed = [name for name, tensor in average.items() if tensor.is_floating_point()]
+    counted = [name for name, tensor in average.items() if not tensor.is_floating_point()]
+    if weighed:
+        torch._foreach_lerp_([average[name] for name in weighed], [current[name] for name in weighed], 1 - decay)
+    if counted:
+        torch._foreach_copy_([average[name] for name in counted], [current[name] for name in counted])
 
 
 class WeightAverage:
@@ -33,17 +50,9 @@ class WeightAverage:
         self.updates = 0
         self._average = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
-    @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Add the current weights of ``module`` to the average."""
-        now = module.state_dict()
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weighed = [name for name, tensor in self._average.items() if tensor.is_floating_point()]
-        counted = [name for name, tensor in self._average.items() if not tensor.is_floating_point()]
-        if weighed:
-            torch._foreach_lerp_([self._average[name] for name in weighed], [now[name] for name in weighed], 1 - decay)
-        if counted:
-            torch._foreach_copy_([self._average[name] for name in counted], [now[name] for name in counted])
+        average_in(self._average, module.state_dict(), min(self.decay, (1 + self.updates) / (10 + self.updates)))
         self.updates += 1
 
     def copy_into(self, module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from rush.recipe.schema import FinetuneConfig, TeachConfig, Views
 from rush.runtime.distributed import gather, rank, world_size
 from rush.runtime.execution import Execution, compiled
 from rush.runtime.sync_norm import desynchronised, synchronised
+from rush.training.ema import average_in
 from rush.training.loop import TrainingSettings
 from rush.training.teaching import soft_labels
 
@@ -56,14 +57,9 @@ class MovingTeacher(nn.Module):
         self.shares.lerp_(gather(probabilities).mean(0), 1 - MOMENTUM)
         return probabilities
 
-    @torch.no_grad()
     def follow(self, classifier: nn.Module) -> None:
         """Move every weight and statistic towards that of ``classifier``."""
-        for own, new in zip(self.network.state_dict().values(), classifier.state_dict().values(), strict=True):
-            if own.is_floating_point():
-                own.lerp_(new, 1 - MOMENTUM)
-            else:
-                own.copy_(new)
+        average_in(self.network.state_dict(), classifier.state_dict(), MOMENTUM)
 
 
 def self_train(
